@@ -1,0 +1,41 @@
+"""The errors a user can meet. Each message is one line: what was given, what was expected, which key to change.
+
+The command line turns every :class:`HiFTError` into that line and exit code 2; anything else is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HiFTError(Exception):
+    """Base of every error raised on purpose by hift_ds."""
+
+
+class ConfigError(HiFTError, ValueError):
+    """A setting is unknown, has the wrong type, or contradicts another one."""
+
+
+class GroupingError(ConfigError):
+    """The model cannot be cut into layer groups as asked."""
+
+
+class DataError(HiFTError, ValueError):
+    """Training data is missing, empty, malformed or carries no label to learn from."""
+
+
+class CheckpointError(HiFTError):
+    """A checkpoint or weight file is missing, damaged, or belongs to something else."""
+
+
+class StateStoreError(HiFTError):
+    """Optimizer state cannot be kept or moved where it was asked to be."""
+
+
+def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
+    """The error for a key that does not exist, naming the nearest one that does."""
+    known = sorted(known)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    return ConfigError(f"{where}: unknown key {key!r}; {hint}")
