@@ -1,0 +1,76 @@
+"""Declarations of model families: tiny shapes for first runs and tests, published sizes for estimates.
+
+>>> import model_zoo
+>>> model_zoo.config("llama2_7b").hidden_size
+4096
+>>> model_zoo.tiny.build("llama")        # about ten thousand random parameters, on the CPU
+
+Importing the zoo loads neither torch nor transformers; asking it for a config or a model does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hift_ds.errors import unknown_key
+
+from .bert import BERT
+from .bloom import BLOOM
+from .deberta_v2 import DEBERTA_V2
+from .falcon import FALCON
+from .family import HEADS, Family
+from .gemma2 import GEMMA2
+from .gemma3 import GEMMA3
+from .gpt2 import GPT2
+from .gpt_neo import GPT_NEO
+from .gpt_neox import GPT_NEOX
+from .llama import LLAMA
+from .mistral import MISTRAL
+from .mixtral import MIXTRAL
+from .opt import OPT, OPT_350M
+from .phi import PHI
+from .phi3 import PHI3
+from .qwen2 import QWEN2
+from .qwen3 import QWEN3
+from .roberta import ROBERTA
+from .t5 import T5
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["FAMILIES", "HEADS", "SIZES", "Family", "config", "tiny"]
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI, PHI3, OPT, OPT_350M, GPT2, GPT_NEO, GPT_NEOX,
+        BLOOM, FALCON, BERT, ROBERTA, DEBERTA_V2, T5,
+    )
+}  # fmt: skip
+
+SIZES: dict[str, Family] = {size: family for family in FAMILIES.values() for size in family.sizes}
+
+
+def config(size: str, **overrides: Any) -> PretrainedConfig:
+    """The transformers config of a published size, ``architectures`` naming its pretraining head.
+
+    Args:
+        size: a key of :data:`SIZES`, such as ``"llama2_7b"``.
+        overrides: config entries to change, such as ``num_hidden_layers=2``.
+
+    Raises:
+        ConfigError: there is no such size.
+    """
+    if size not in SIZES:
+        raise unknown_key(size, SIZES, "model zoo")
+    from .heads import config_for
+
+    family = SIZES[size]
+    return config_for(family, family.heads[0], {**family.sizes[size], **overrides})
+
+
+def __getattr__(name: str) -> Any:  # `model_zoo.tiny` without importing torch for those who only read sizes
+    if name == "tiny":
+        return importlib.import_module(".tiny", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

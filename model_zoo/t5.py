@@ -1,0 +1,34 @@
+"""T5: encoder and decoder on one shared embedding; relative position biases live in each stack's first block."""
+
+from __future__ import annotations
+
+from .family import Family
+
+T5 = Family(
+    name="t5",
+    model_type="t5",
+    heads=("seq2seq_lm", "sequence_classification", "token_classification", "question_answering"),
+    tiny={
+        "vocab_size": 67,
+        "d_model": 16,
+        "d_kv": 6,
+        "d_ff": 36,
+        "num_layers": 3,
+        "num_decoder_layers": 2,
+        "num_heads": 2,
+        "relative_attention_num_buckets": 8,
+    },
+    sizes={
+        "t5_small": {},
+        "t5_large": {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16},
+        "flan_t5_xl": {
+            "d_model": 2048,
+            "d_kv": 64,
+            "d_ff": 5120,
+            "num_layers": 24,
+            "num_heads": 32,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+        },
+    },
+)
