@@ -1,0 +1,258 @@
+"""Parameter names in memory <-> tensor names in a Hugging Face checkpoint.
+
+transformers 5 does not keep every weight in the form in which checkpoints have it: Mixtral's experts, many files'
+worth of ``block_sparse_moe.experts.3.w1.weight``, are one fused ``mlp.experts.gate_up_proj`` in memory. Other
+programs (vLLM, llama.cpp's converter, older transformers) know only the checkpoint's names, so whatever is written
+has to be turned back. transformers owns that knowledge (``core_model_loading``); this module asks it, once and on
+meta tensors, *which* weights must be at hand together, so that loading and exporting can go on one such set at a
+time and never need the whole model in host memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from hift_ds.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# "model.layers.3." of "model.layers.3.mlp.experts.down_proj": no conversion of transformers crosses a block.
+_BLOCK_PREFIX = re.compile(r"^(?:[^.]+\.)*?\d+\.")
+
+
+@dataclass(frozen=True)
+class NamePlan:
+    """How a model's weights are named in a checkpoint.
+
+    Attributes:
+        canonical: name in memory -> the names under which that tensor is saved, in memory's naming. Empty for a tied
+            alias that transformers restores by itself, and for weights it never saves.
+        renamed: name in memory -> name in the checkpoint, for weights that are saved as they are.
+        units: sets of names in memory that have to be converted together.
+        saved: name in the checkpoint -> shape.
+    """
+
+    canonical: dict[str, tuple[str, ...]]
+    renamed: dict[str, str]
+    units: tuple[tuple[str, ...], ...]
+    saved: dict[str, torch.Size]
+    unit_saved: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def saved_names(self, name: str) -> tuple[str, ...]:
+        """Names in the checkpoint of what the parameter ``name`` becomes.
+
+        The outputs of a conversion that needs several parameters are all given to the first of them.
+        """
+        out: list[str] = []
+        for target in self.canonical.get(name, ()):
+            out += [self.renamed[target]] if target in self.renamed else self.unit_saved.get(target, ())
+        return tuple(out)
+
+
+def skeleton(config: PreTrainedConfig, like: PreTrainedModel | None = None) -> PreTrainedModel:
+    """The model of ``config`` on the meta device: names, shapes, ties and conversions, no memory.
+
+    Args:
+        config: as read from the checkpoint; its ``architectures`` names the class.
+        like: take the class from this model and the conversions it was loaded with. Needed when the parameters of
+            the live model are partitioned (ZeRO-3), hence have no shape of their own.
+
+    Raises:
+        CheckpointError: the config names no class that transformers has.
+    """
+    import transformers
+
+    if like is not None:
+        model_class = type(like)
+    else:
+        names = config.architectures or []
+        model_class = getattr(transformers, names[0], None) if names else None
+        if model_class is None:
+            raise CheckpointError(
+                f"config: architectures is {names}, expected the name of a transformers model class "
+                "such as ['LlamaForCausalLM']"
+            )
+    with torch.device("meta"):
+        model = model_class(deepcopy(config))
+    if like is not None and hasattr(like, "_weight_conversions"):
+        model._weight_conversions = like._weight_conversions
+    return model
+
+
+def plan_names(model: PreTrainedModel) -> NamePlan:
+    """Work out, without touching data, how ``model``'s weights are named in a checkpoint.
+
+    Args:
+        model: on any device, meta included. Parameters must have their full shapes.
+    """
+    canonical = _canonical_names(model)
+    meta = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name in {target for targets in canonical.values() for target in targets}
+    }
+    outputs = _revert(model, meta)
+    unchanged = {id(tensor): saved for saved, tensor in outputs.items()}
+    renamed = {name: unchanged[id(tensor)] for name, tensor in meta.items() if id(tensor) in unchanged}
+    converted = {name: tensor for name, tensor in meta.items() if name not in renamed}
+    expected = {k: v.shape for k, v in outputs.items() if k not in set(renamed.values())}
+    units = _conversion_units(model, converted, expected)
+    return NamePlan(
+        canonical=canonical,
+        renamed=renamed,
+        units=tuple(units),
+        saved={name: tensor.shape for name, tensor in outputs.items()},
+        unit_saved={unit[0]: saved for unit, saved in units.items()},
+    )
+
+
+def to_saved(
+    model: PreTrainedModel, tensors: Iterable[tuple[str, torch.Tensor]], plan: NamePlan | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Turn (name in memory, tensor) into (name in the checkpoint, tensor), holding back one conversion set at most.
+
+    Args:
+        tensors: every weight of ``model`` once, in any order and under any of its tied names. A tensor must keep its
+            values until the sets it belongs to are complete.
+
+    Raises:
+        CheckpointError: a name the model does not have, or (at the end) weights that never came.
+    """
+    plan = plan or plan_names(model)
+    unit_of = {name: unit for unit in plan.units for name in unit}
+    waiting: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+    missing = set(plan.renamed) | set(unit_of)
+    for name, tensor in tensors:
+        if name not in plan.canonical:
+            raise CheckpointError(f"weight {name!r}: {type(model).__name__} has no parameter of that name")
+        for target in plan.canonical[name]:
+            if target not in missing:
+                continue  # a tied weight that already came under another of its names
+            missing.remove(target)
+            if target in plan.renamed:
+                yield plan.renamed[target], tensor
+                continue
+            unit = unit_of[target]
+            waiting.setdefault(unit, {})[target] = tensor
+            if len(waiting[unit]) == len(unit):
+                yield from _revert(model, waiting.pop(unit)).items()
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} weights of {type(model).__name__} were not given, the first is {min(missing)!r}"
+        )
+
+
+class LoadUnit:
+    """Checkpoint tensors that become one set of in-memory weights; see :func:`plan_load`."""
+
+    def __init__(self, first_name: str, sources: list[str], patterns: list[str], converter: object | None) -> None:
+        self.first_name = first_name
+        self.sources = sources
+        self._patterns = patterns
+        self._converter = converter
+
+    def convert(self, model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``tensors``: the :attr:`sources`, by name in the checkpoint. Returns weights by name in memory."""
+        if self._converter is None:
+            return {self.first_name: tensors[self.sources[0]]}
+        converter = deepcopy(self._converter)
+        for source, pattern in zip(self.sources, self._patterns, strict=True):
+            converter.add_tensor(self.first_name, source, pattern, tensors[source])
+        out = converter.convert(self.first_name, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in out.items()}
+
+
+def plan_load(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> list[LoadUnit]:
+    """Which checkpoint tensors make which weights of ``model``, from names alone.
+
+    The units come in the natural order of the checkpoint's names. Tensors the model has no place for come as units
+    whose ``first_name`` is not among the model's names.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    here = model.state_dict(keep_vars=True)
+    units: dict[str, LoadUnit] = {}
+    for source in sorted(checkpoint_names, key=dot_natural_key):
+        target, pattern = rename_source_key(source, renamings, converters, model.base_model_prefix, here)
+        if target not in here and source in here:
+            target, pattern = source, None
+        converter = by_pattern[pattern] if pattern is not None else None
+        unit = units.setdefault(target, LoadUnit(target, [], [], converter))
+        unit.sources.append(source)
+        unit._patterns.append(pattern or source)
+    return list(units.values())
+
+
+def _canonical_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """Every name in memory -> the names it is saved under (see :class:`NamePlan`)."""
+    shared: dict[int, list[str]] = {}
+    tensors = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        shared.setdefault(id(tensor), []).append(name)
+    declared = set(getattr(model, "all_tied_weights_keys", None) or ())
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_save", None) or ()]
+
+    canonical: dict[str, tuple[str, ...]] = {}
+    for names in shared.values():
+        # What transformers ties by itself when loading is saved once. A tie it does not know about would be lost
+        # on reload, so each of those names is written.
+        kept = [name for name in names if name not in declared] or names[:1]
+        kept = [name for name in kept if not any(pattern.search(name) for pattern in ignored)]
+        canonical |= {name: tuple(kept) for name in names}
+    return canonical
+
+
+def _conversion_units(
+    model: PreTrainedModel, converted: dict[str, torch.Tensor], expected: dict[str, torch.Size]
+) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Cut ``converted`` into the smallest sets that convert on their own: one weight, one block, or everything.
+
+    A set converts on its own when it gives, name by name, the shapes that the whole model gives.
+    """
+
+    def outputs_of(names: Iterable[str]) -> tuple[str, ...] | None:
+        try:
+            out = _revert(model, {name: converted[name] for name in names})
+        except (RuntimeError, ValueError, KeyError, IndexError):
+            return None
+        return tuple(out) if all(expected.get(k) == v.shape for k, v in out.items()) else None
+
+    blocks: dict[str, list[str]] = {}
+    for name in converted:
+        match = _BLOCK_PREFIX.match(name)
+        blocks.setdefault(match.group(0) if match else "", []).append(name)
+
+    units: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for names in blocks.values():
+        alone = {(name,): outputs_of([name]) for name in names}
+        together = outputs_of(names)
+        if all(alone.values()):
+            units |= {unit: saved for unit, saved in alone.items() if saved}
+        elif together:
+            units[tuple(names)] = together
+    if sorted(saved for outputs in units.values() for saved in outputs) == sorted(expected):
+        return units
+    return {tuple(converted): tuple(expected)}
+
+
+def _revert(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, dict(tensors))
