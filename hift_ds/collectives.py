@@ -1,0 +1,194 @@
+"""Moving one group's gradients and weights between ranks. Free functions; no training state.
+
+Layout: ZeRO-3's. A parameter of ``numel`` elements is cut into ``world_size`` shards of
+``ceil(numel / world_size)``, the last ones short or empty. Several parameters travel together: the buffer is
+rank-major, row r holding rank r's shard (or a column range of it) of each.
+
+A bucket is a static list of such column ranges, the same on all ranks and launched in a fixed order, with
+missing gradients sent as zeros: ranks that disagree about which parameters a micro-batch touched (an expert
+without a token) must still run the same collectives.
+
+With one rank every function is a no-op or a view, so that callers have no second code path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Ranks:
+    """The data-parallel ranks: a process group and the module whose functions reach it.
+
+    Args:
+        comm: ``torch.distributed`` or ``deepspeed.comm`` (then DeepSpeed's communication logger counts us too).
+        process_group: the ranks that hold replicas; ``None`` for a single process.
+    """
+
+    def __init__(self, comm: Any = None, process_group: Any = None) -> None:
+        self.comm = comm
+        self.process_group = process_group
+        self.world_size = 1 if comm is None else comm.get_world_size(group=process_group)
+        self.rank = 0 if comm is None else comm.get_rank(group=process_group)
+        self._global_ranks = None
+        self.grad_numel_sent = 0  # gradient elements handed to reduce collectives by this rank, padding excluded
+
+    def global_rank(self, rank: int) -> int:
+        """The rank in the default process group of group member ``rank``, as broadcast and reduce want it."""
+        if self._global_ranks is None:
+            import torch.distributed as dist
+
+            self._global_ranks = dist.get_process_group_ranks(self.process_group or dist.group.WORLD)
+        return self._global_ranks[rank]
+
+
+def shard_bounds(numel: int, world_size: int, rank: int) -> tuple[int, int]:
+    """[start, end) of the rank's shard of a flat parameter, without padding."""
+    per_rank = shard_numel(numel, world_size)
+    start = min(rank * per_rank, numel)
+    return start, min(start + per_rank, numel)
+
+
+def shard_numel(numel: int, world_size: int) -> int:
+    """Shard length with padding: the same on every rank."""
+    return -(-numel // world_size)
+
+
+@dataclass(frozen=True)
+class Column:
+    """Columns [start, start + length) of parameter ``index``'s (world_size, shard_numel) matrix."""
+
+    index: int
+    start: int
+    length: int
+
+
+def plan_buckets(numels: Sequence[int], world_size: int, bucket_numel: int) -> list[list[Column]]:
+    """Columns packed into buckets of at most ``bucket_numel`` elements (over all ranks), in parameter order."""
+    width = max(1, bucket_numel // world_size)  # columns in one bucket
+    buckets: list[list[Column]] = []
+    room = 0
+    for index, numel in enumerate(numels):
+        start, left = 0, shard_numel(numel, world_size)
+        while left:
+            if room == 0:
+                buckets.append([])
+                room = width
+            length = min(left, room)
+            buckets[-1].append(Column(index, start, length))
+            start, left, room = start + length, left - length, room - length
+    return buckets
+
+
+def _rows(numel: int, world_size: int, column: Column):
+    """(rank, first element, end) of the real elements, padding excluded, that ``column`` covers per rank."""
+    per_rank = shard_numel(numel, world_size)
+    for rank in range(world_size):
+        start = min(rank * per_rank + column.start, numel)
+        end = min(start + column.length, (rank + 1) * per_rank, numel)
+        if end > start:
+            yield rank, start, end
+
+
+def reduce_scatter_shards(
+    ranks: Ranks,
+    grads: Sequence[Tensor | None],  # full size, any shape and float dtype; None counts as zeros
+    numels: Sequence[int],
+    buckets: Sequence[Sequence[Column]],
+    dtype: torch.dtype,  # of the sum on the wire
+    device: torch.device,
+) -> list[Tensor]:
+    """This rank's shard of the *mean* gradient of each parameter, flat, fp32, unpadded."""
+    world_size, rank = ranks.world_size, ranks.rank
+    bounds = [shard_bounds(n, world_size, rank) for n in numels]
+    shards = [torch.empty(end - start, dtype=torch.float32, device=device) for start, end in bounds]
+    for bucket in buckets:
+        width = sum(column.length for column in bucket)
+        send = torch.zeros(world_size, width, dtype=dtype, device=device)
+        offset = 0
+        for column in bucket:
+            grad = grads[column.index]
+            if grad is not None:
+                flat = grad.reshape(-1)
+                for row, start, end in _rows(numels[column.index], world_size, column):
+                    send[row, offset : offset + end - start].copy_(flat[start:end])
+                    ranks.grad_numel_sent += end - start
+            offset += column.length
+        received = torch.empty(width, dtype=dtype, device=device)
+        ranks.comm.reduce_scatter_tensor(received, send.view(-1), group=ranks.process_group)
+        del send
+        offset = 0
+        for column in bucket:
+            shard = shards[column.index]
+            length = max(0, min(column.length, shard.numel() - column.start))
+            if length:
+                shard[column.start : column.start + length].copy_(received[offset : offset + length])
+            offset += column.length
+    for shard in shards:
+        shard.div_(world_size)
+    return shards
+
+
+def all_gather_shards(
+    ranks: Ranks,
+    weights: Sequence[Tensor],  # full-size replicas, any shape, one dtype; this rank's shard is up to date
+    buckets: Sequence[Sequence[Column]],
+) -> None:
+    """Bring every rank's shard into every replica, in place."""
+    if ranks.world_size == 1 or not weights:
+        return
+    world_size, rank = ranks.world_size, ranks.rank
+    flats = [weight.view(-1) for weight in weights]
+    for bucket in buckets:
+        width = sum(column.length for column in bucket)
+        send = torch.zeros(width, dtype=flats[0].dtype, device=flats[0].device)
+        offset = 0
+        for column in bucket:
+            for row, start, end in _rows(flats[column.index].numel(), world_size, column):
+                if row == rank:
+                    send[offset : offset + end - start].copy_(flats[column.index][start:end])
+            offset += column.length
+        received = torch.empty(world_size, width, dtype=send.dtype, device=send.device)
+        ranks.comm.all_gather_into_tensor(received.view(-1), send, group=ranks.process_group)
+        offset = 0
+        for column in bucket:
+            for row, start, end in _rows(flats[column.index].numel(), world_size, column):
+                if row != rank:
+                    flats[column.index][start:end].copy_(received[row, offset : offset + end - start])
+            offset += column.length
+
+
+def reduce_to_owner(ranks: Ranks, grad: Tensor | None, like: Tensor, owner: int, dtype: torch.dtype) -> Tensor | None:
+    """The mean gradient (fp32, ``like``'s shape) on rank ``owner``, ``None`` elsewhere. Missing counts as zero."""
+    buffer = torch.zeros_like(like, dtype=dtype) if grad is None else grad.to(dtype)
+    ranks.grad_numel_sent += 0 if grad is None else grad.numel()
+    ranks.comm.reduce(buffer, dst=ranks.global_rank(owner), group=ranks.process_group)
+    return buffer.float().div_(ranks.world_size) if ranks.rank == owner else None
+
+
+def broadcast_from_owner(ranks: Ranks, weight: Tensor, owner: int) -> None:
+    """Copy rank ``owner``'s whole weight into every replica, in place."""
+    if ranks.world_size > 1:
+        ranks.comm.broadcast(weight, src=ranks.global_rank(owner), group=ranks.process_group)
+
+
+def sum_over_ranks(ranks: Ranks, values: Tensor) -> Tensor:
+    """Sum of a small tensor over ranks, on every rank."""
+    if ranks.world_size > 1:
+        ranks.comm.all_reduce(values, group=ranks.process_group)
+    return values
+
+
+def assign_owners(numels: Sequence[int], world_size: int) -> list[int]:
+    """A rank for each whole tensor, largest first to the least loaded rank: balanced and the same everywhere."""
+    load = [0] * world_size
+    owners = [0] * len(numels)
+    for index in sorted(range(len(numels)), key=lambda i: (-numels[i], i)):
+        owner = min(range(world_size), key=lambda r: (load[r], r))
+        owners[index] = owner
+        load[owner] += numels[index]
+    return owners

@@ -1,0 +1,149 @@
+"""The ``"hift"`` block of a DeepSpeed JSON: declared once, closed, checked where it is declared.
+
+``fp16``, ``bf16``, ``torch_autocast``, ``gradient_clipping``, ``gradient_accumulation_steps``, ``optimizer``,
+``scheduler`` and ``zero_optimization`` beside it keep their DeepSpeed meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hift_ds.errors import ConfigError, unknown_key
+
+BLOCK = "hift"
+
+
+class StateConfig(BaseModel):
+    """Where masters and optimizer states live, and where the update runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    residency: Literal["host", "device"] = "host"
+    """``host``: off the accelerator, fetched for the update. ``device``: never moved; the fast baseline."""
+    step_on: Literal["device", "host"] = "device"
+    """``device``: states come up, the accelerator updates. ``host``: gradients go down, weights come up."""
+    pin_memory: bool = True
+    """Page-locked host buffers: needed for copies that overlap with compute. No effect without an accelerator."""
+
+
+class HiFTConfig(BaseModel):
+    """All keys of the block, with their defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    group_size: int = Field(1, ge=1)
+    """m: consecutive layers trained together; k = ceil(n / m) groups, the last one ragged."""
+    order: Literal["bottom2up", "top2down", "random"] = "bottom2up"
+    reshuffle: bool = False
+    """With ``order: random``: a new order for every cycle."""
+    seed: int = 0
+    """Of random orders and of stochastic rounding."""
+    steps_per_group: int = Field(1, ge=1)
+    """Optimizer steps one group gets in a turn (BAdam's K)."""
+    groups: list[list[str]] | None = None
+    """Instead of groups by structure: bottom to top, lists of regular expressions searched in parameter names."""
+    always_active: list[str] = []
+    """Regular expressions of parameters trained in every turn (LISA's embedding and head)."""
+    lr_update: Literal["cycle", "step", "reference"] = "cycle"
+    master_weights: bool = True
+    """Keep an fp32 master of every bf16/fp16 weight, on the device for the active group only."""
+    stochastic_rounding: bool = False
+    """Without masters: round the updated weight to bf16 stochastically, so that small updates are not lost."""
+    state: StateConfig = StateConfig()
+
+    @model_validator(mode="after")
+    def _agree(self) -> HiFTConfig:
+        if self.reshuffle and self.order != "random":
+            raise ValueError(f"reshuffle: true needs order: random, got order: {self.order}")
+        if self.stochastic_rounding and self.master_weights:
+            raise ValueError("stochastic_rounding: true needs master_weights: false (an fp32 master rounds nothing away)")
+        if self.groups is not None and self.group_size != 1:
+            raise ValueError(f"groups and group_size: {self.group_size} both given; explicit groups have no size: remove one")
+        return self
+
+
+def parse_block(block: Any) -> HiFTConfig:
+    """The validated block.
+
+    Raises:
+        ConfigError: one line that names the key, what was given and what was expected.
+    """
+    if isinstance(block, HiFTConfig):
+        return block
+    if not isinstance(block, Mapping):
+        raise ConfigError(f'"{BLOCK}": expected an object with keys such as "group_size", got {block!r}')
+    try:
+        return HiFTConfig(**block)
+    except ValidationError as error:
+        raise _one_line(error) from None
+
+
+def _one_line(error: ValidationError) -> ConfigError:
+    first = error.errors()[0]
+    path = [BLOCK, *(str(part) for part in first["loc"])]
+    if first["type"] == "extra_forbidden":
+        model = StateConfig if path[1:-1] == ["state"] else HiFTConfig
+        return unknown_key(path[-1], model.model_fields, '"' + ".".join(path[:-1]) + '"')
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return ConfigError(f'"{BLOCK}": {message}')
+    return ConfigError(f'"{".".join(path)}": {message[0].lower() + message[1:]}; got {first["input"]!r}')
+
+
+def check_against_deepspeed(hift: HiFTConfig, ds: Mapping[str, Any]) -> None:
+    """Refuse DeepSpeed settings that contradict the block, or that HiFT cannot honour, by name.
+
+    Raises:
+        ConfigError: the first contradiction found.
+    """
+    zero = ds.get("zero_optimization") or {}
+    if _enabled(ds, "hybrid_engine"):
+        raise ConfigError('"hybrid_engine.enabled": the hybrid engine is not supported with a "hift" block; remove one of them')
+    if ds.get("pipeline") and "stages" in ds["pipeline"]:
+        raise ConfigError('"pipeline.stages": pipeline parallelism is not supported with a "hift" block; remove one of them')
+    if zero.get("stage", 0) == 3:
+        raise ConfigError('"zero_optimization.stage": 3 is not supported with a "hift" block yet; use 0, 1 or 2')
+    if zero.get("offload_optimizer") and _device(zero["offload_optimizer"]) != "none":
+        raise ConfigError(
+            '"zero_optimization.offload_optimizer": the "hift" block decides where state lives; remove it and use '
+            '"hift": {"state": {"residency": "host", "step_on": "host"}}'
+        )
+    if zero.get("offload_param") and _device(zero["offload_param"]) != "none":
+        raise ConfigError('"zero_optimization.offload_param": needs ZeRO stage 3; remove it')
+    if ds.get("managed_gradient_accumulation") is False:
+        raise ConfigError('"managed_gradient_accumulation": false is not supported with a "hift" block; remove it')
+    if (ds.get("tensor_parallel") or {}).get("autotp_size", 0) > 1:
+        raise ConfigError('"tensor_parallel.autotp_size": tensor parallelism is not supported with a "hift" block; remove it')
+    for key in ("amp", "zenflow", "compression_training"):
+        if _enabled(ds, key) or (key == "compression_training" and ds.get(key)):
+            raise ConfigError(f'"{key}": not supported with a "hift" block; remove one of them')
+    if ds.get("sparse_gradients"):
+        raise ConfigError('"sparse_gradients": true is not supported with a "hift" block; remove it')
+    _check_precision(hift, ds)
+
+
+def _check_precision(hift: HiFTConfig, ds: Mapping[str, Any]) -> None:
+    bf16, fp16, autocast = _enabled(ds, "bf16"), _enabled(ds, "fp16"), _enabled(ds, "torch_autocast")
+    if bf16 and fp16:
+        raise ConfigError('"bf16.enabled" and "fp16.enabled" are both true; choose one')
+    if autocast and (bf16 or fp16):
+        name = "bf16" if bf16 else "fp16"
+        raise ConfigError(
+            f'"torch_autocast.enabled" keeps fp32 weights, "{name}.enabled" casts them; choose one of the two'
+        )
+    if not hift.master_weights and fp16:
+        raise ConfigError('"hift.master_weights": false with fp16 loses small updates; use bf16 or keep masters')
+    if hift.stochastic_rounding and not bf16:
+        raise ConfigError('"hift.stochastic_rounding": true rounds to bf16 weights; set "bf16": {"enabled": true}')
+
+
+def _enabled(ds: Mapping[str, Any], key: str) -> bool:
+    block = ds.get(key)
+    return bool(isinstance(block, Mapping) and block.get("enabled") is True)
+
+
+def _device(offload: Any) -> str:
+    return str(offload.get("device", "cpu")) if isinstance(offload, Mapping) else "none"

@@ -1,0 +1,164 @@
+"""The only file that touches names DeepSpeed does not document.
+
+``SeamEngine`` overrides the few engine methods at which HiFT differs from stock ZeRO; everything else (config,
+launcher, process groups, batch arithmetic, monitors, timers) stays DeepSpeed's. Stock ZeRO with toggled
+``requires_grad`` is silently wrong (inactive weights drift), so its optimizers are never built: this engine puts
+its own in their place. ``tests/unit/test_deepspeed_seam.py`` checks every name used here.
+
+``engine_class`` is the one rebinding: ``deepspeed.initialize`` has no plug-in point for the engine class, but looks
+it up as a global of the ``deepspeed`` module. It lasts for the ``with`` block only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as deepspeed_comm
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+
+from hift_ds.collectives import Ranks
+from hift_ds.errors import ConfigError
+from hift_ds.optim.group_optimizer import GroupOptimizer
+
+
+class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
+    """What ``engine.optimizer`` is: :class:`GroupOptimizer` under the names that DeepSpeed's engine reads.
+
+    Not a ``ZeROOptimizer``: that would make the engine count gradient hooks, which change between releases.
+    """
+
+    dp_process_group: Any = None  # read by _configure_checkpointing
+
+    @property
+    def cur_scale(self) -> float:
+        return self.scaler.scale
+
+    @property
+    def _global_grad_norm(self) -> float:
+        return self.grad_norm
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """The engine's own answer is asked for in ``allreduce_gradients``; nothing to remember."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: states are saved per group by :mod:`hift_ds.checkpoint`."""
+        return {}
+
+    def destroy(self) -> None:
+        self.close()
+
+
+class SeamEngine(DeepSpeedEngine):
+    """DeepSpeed's engine with its optimizer, gradient reduction and clipping handed over to hooks."""
+
+    def before_cast(self, model: torch.nn.Module) -> None:
+        """The model has its checkpoint's dtypes and may still be on the host."""
+        raise NotImplementedError
+
+    def build_optimizers(self, client_optimizer: Any, model_parameters: list) -> tuple[torch.optim.Optimizer, HiFTOptimizer]:
+        """(basic optimizer, what ``engine.optimizer`` becomes). The model is cast, placed and broadcast."""
+        raise NotImplementedError
+
+    def _do_sanity_check(self) -> None:
+        accelerator = get_accelerator()
+        on_cpu = accelerator.device_name() == "cpu"  # computes in fp16 too, slowly; DeepSpeed says it does not
+        if self.fp16_enabled() and not (on_cpu or accelerator.is_fp16_supported()):
+            raise ConfigError('"fp16.enabled": this accelerator does not compute in fp16; use "bf16" or neither')
+        if self.bfloat16_enabled() and not (on_cpu or accelerator.is_bf16_supported()):
+            raise ConfigError('"bf16.enabled": this accelerator does not compute in bf16; use "fp16" or neither')
+        if not self.client_optimizer and self.optimizer_name() is None:
+            raise ConfigError('"optimizer": missing; add one to the DeepSpeed config or pass optimizer= to initialize')
+        self._assert_valid_mixed_precision_config()
+
+    def _configure_distributed_model(self, model: torch.nn.Module) -> None:
+        self.before_cast(model)
+        super()._configure_distributed_model(model)
+        if self.has_moe_layers:
+            raise ConfigError("DeepSpeed MoE layers (expert parallelism) are not supported with a \"hift\" block")
+
+    def _configure_optimizer(self, client_optimizer: Any, model_parameters: list) -> None:
+        self.torch_autocast_z0_gradscaler = None  # fp16 autocast uses our loss scale, which skips exactly
+        self.basic_optimizer, self.optimizer = self.build_optimizers(client_optimizer, model_parameters)
+        self.optimizer.dp_process_group = self.seq_data_parallel_group
+
+    def allreduce_gradients(self, bucket_size: int = 0) -> None:
+        if self.is_gradient_accumulation_boundary():
+            self.optimizer.reduce_gradients()
+
+    def clip_fp32_gradients(self) -> None:
+        """Clipping is part of the optimizer's step, where the global norm is known."""
+
+    def finish_backward_without_graph(self) -> None:
+        """A loss that no active parameter contributed to: still reduce, so that all ranks run the same collectives."""
+        self._backward_epilogue()
+
+    # -- facts ------------------------------------------------------------------------------------------------
+
+    def replica_ranks(self) -> Ranks:
+        """The ranks that hold replicas of the weights."""
+        return Ranks(deepspeed_comm, self.seq_data_parallel_group)
+
+    def requested_comm_dtype(self) -> torch.dtype:
+        """``communication_data_type`` if the user set one, else fp32."""
+        return self._config.communication_data_type or torch.float32
+
+    def update_applied(self) -> bool:
+        return self._step_applied
+
+
+def world_rank_and_size() -> tuple[int, int]:
+    if not deepspeed_comm.is_initialized():
+        return 0, 1
+    return deepspeed_comm.get_rank(), deepspeed_comm.get_world_size()
+
+
+def broadcast_from_first_rank(tensor: torch.Tensor) -> None:
+    """In place, from global rank 0."""
+    if world_rank_and_size()[1] > 1:
+        deepspeed_comm.broadcast(tensor, src=0)
+
+
+def peak_bytes() -> int:
+    """Highest allocation on the accelerator so far; of host memory on a CPU-only machine."""
+    return int(get_accelerator().max_memory_allocated() or 0)
+
+
+def config_dict(config: Any, args: Any, config_params: Any) -> dict[str, Any]:
+    """The DeepSpeed config as a dict, from wherever ``deepspeed.initialize`` would take it.
+
+    Raises:
+        ConfigError: no config, or a path that does not exist or does not parse.
+    """
+    source = config if config is not None else config_params
+    if source is None:
+        source = getattr(args, "deepspeed_config", None)
+    if source is None:
+        raise ConfigError("no DeepSpeed config: pass config= (a dict or the path of a JSON file) or --deepspeed_config")
+    if isinstance(source, Mapping):
+        return dict(source)
+    if isinstance(source, Path):
+        source = str(source)
+    try:
+        return load_ds_config(source)
+    except Exception as error:  # hjson and base64 raise their own kinds
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"DeepSpeed config {source!r}: not an existing JSON file ({reason})") from None
+
+
+@contextlib.contextmanager
+def engine_class(cls: type[DeepSpeedEngine]) -> Iterator[None]:
+    """``deepspeed.initialize`` builds ``cls`` inside this block."""
+    stock = deepspeed.DeepSpeedEngine
+    deepspeed.DeepSpeedEngine = cls
+    try:
+        yield
+    finally:
+        deepspeed.DeepSpeedEngine = stock

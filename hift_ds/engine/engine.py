@@ -1,0 +1,278 @@
+"""The engine: DeepSpeed's, training one layer group per optimizer step.
+
+The calls are DeepSpeed's: ``loss = engine(batch)``, ``engine.backward(loss)``, ``engine.step()``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hift_ds import collectives
+from hift_ds.config import BLOCK, HiFTConfig, check_against_deepspeed, parse_block
+from hift_ds.engine.deepspeed_seam import (
+    HiFTOptimizer,
+    SeamEngine,
+    broadcast_from_first_rank,
+    peak_bytes,
+    world_rank_and_size,
+)
+from hift_ds.errors import ConfigError
+from hift_ds.grouping import LayerGroup, Partition, partition_model
+from hift_ds.lr import CycleLR
+from hift_ds.optim.build import build_optimizer, is_elementwise
+from hift_ds.optim.group_optimizer import ALWAYS
+from hift_ds.optim.parameters import DEFAULT_BUCKET_NUMEL, ReplicatedParameters
+from hift_ds.precision import LossScaler, PrecisionPolicy
+from hift_ds.schedule import GroupSchedule
+from hift_ds.step_report import StepReport
+from hift_ds.store.base import StateStore
+from hift_ds.store.device import DeviceStateStore
+from hift_ds.store.host import HostStateStore
+
+logger = logging.getLogger(__name__)
+
+
+class HiFTEngine(SeamEngine):
+    """Made by :func:`hift_ds.initialize`.
+
+    Attributes:
+        partition: the layer groups of the model.
+        schedule: which group is active; ``schedule.cursor`` says where the run stands.
+        last_report: what the last optimizer step did; ``None`` before the first.
+    """
+
+    optimizer: HiFTOptimizer
+
+    def __init__(self, *args: Any, config: Any = None, **kwargs: Any) -> None:
+        self.hift: HiFTConfig = parse_block(config[BLOCK])
+        check_against_deepspeed(self.hift, config)
+        self.partition: Partition | None = None
+        self.last_report: StepReport | None = None
+        self._flags_before: dict[nn.Parameter, bool] = {}
+        self._fp32_shards: dict[str, Tensor] = {}  # bits that casting the weights would lose
+        super().__init__(*args, config=config, **kwargs)
+        if self.lr_scheduler is not None:
+            self.watch_scheduler(self.lr_scheduler)
+
+    @property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """Bottom to top."""
+        return self.partition.groups
+
+    @property
+    def schedule(self) -> GroupSchedule:
+        return self.optimizer.schedule
+
+    # -- construction -----------------------------------------------------------------------------------------
+
+    def before_cast(self, model: nn.Module) -> None:
+        """Keep the fp32 bits of this rank's shards of weights that DeepSpeed is about to round to 16 bits."""
+        self._flags_before = {param: param.requires_grad for param in model.parameters()}
+        for param in model.parameters():
+            if not param.is_contiguous():
+                param.data = param.data.contiguous()
+        if not (self.fp16_enabled() or self.bfloat16_enabled()) or not self.hift.master_weights:
+            return
+        rank, world_size = world_rank_and_size()
+        for name, param in model.named_parameters():
+            if param.requires_grad and param.dtype == torch.float32:
+                whole = param.detach().to(self.device)
+                broadcast_from_first_rank(whole)  # ranks may have initialised differently; DeepSpeed takes rank 0's
+                start, end = collectives.shard_bounds(whole.numel(), world_size, rank)
+                self._fp32_shards[name] = whole.view(-1)[start:end].to("cpu", copy=True)
+
+    def build_optimizers(self, client_optimizer: Any, model_parameters: list) -> tuple[torch.optim.Optimizer, HiFTOptimizer]:
+        """Groups, base optimizer, and the group optimizer around it."""
+        if callable(client_optimizer) and not isinstance(client_optimizer, torch.optim.Optimizer):
+            client_optimizer = client_optimizer(model_parameters)
+        managed = _params_of(client_optimizer.param_groups if client_optimizer is not None else model_parameters)
+        self._set_aside_unmanaged(managed)
+        self.partition = partition_model(
+            self.module,
+            group_size=self.hift.group_size,
+            patterns=self.hift.groups,
+            always_active=self.hift.always_active,
+        )
+        base = client_optimizer if client_optimizer is not None else self._build_from_config(model_parameters)
+        optimizer = self._build_group_optimizer(base)
+        if self._fp32_shards:
+            optimizer.set_masters(self._fp32_shards)
+            self._fp32_shards = {}
+        return base, optimizer
+
+    def _set_aside_unmanaged(self, managed: set[nn.Parameter]) -> None:
+        """Trainable weights that the optimizer was not given are not trained; they must not get gradients either."""
+        aside = [n for n, p in self.module.named_parameters() if p.requires_grad and p not in managed]
+        for name, param in self.module.named_parameters():
+            if name in set(aside):
+                param.requires_grad_(False)
+        if aside and self.global_rank == 0:
+            shown = ", ".join(aside[:3]) + (" ..." if len(aside) > 3 else "")
+            logger.warning("%d trainable parameters are not in the optimizer and stay as they are: %s", len(aside), shown)
+
+    def _build_from_config(self, model_parameters: list) -> torch.optim.Optimizer:
+        entries = model_parameters if isinstance(model_parameters[0], dict) else [{"params": model_parameters}]
+        param_groups = []
+        for entry in entries:
+            params = entry["params"]
+            params = [params] if isinstance(params, Tensor) else params
+            trainable = [p for p in params if p.requires_grad]
+            if trainable:
+                param_groups.append({**entry, "params": trainable})
+        weights = dict(self.module.named_parameters())
+        return build_optimizer(
+            self.optimizer_name(),
+            self.optimizer_params() or {},
+            param_groups,
+            matrices=frozenset(id(weights[name]) for name in self.partition.matrices),
+            update_device=self._update_device().type,
+            on_accelerator=self.device.type != "cpu",
+        )
+
+    def _build_group_optimizer(self, base: torch.optim.Optimizer) -> HiFTOptimizer:
+        hift, device = self.hift, self._update_device()
+        parameters = ReplicatedParameters(
+            self.replica_ranks(),
+            comm_dtype=self.requested_comm_dtype(),
+            bucket_numel=self._bucket_numel(),
+            whole_tensors=not is_elementwise(base),
+        )
+        if self.gradient_accumulation_steps() > 1:
+            parameters.accumulate_in_fp32(p for p in self.module.parameters() if p.requires_grad)
+        return HiFTOptimizer(
+            base,
+            parameters,
+            units=self._units(base, parameters),
+            schedule=GroupSchedule(
+                len(self.partition.groups), hift.order, hift.reshuffle, hift.seed, hift.steps_per_group
+            ),
+            store=self._build_store(device),
+            always_store=DeviceStateStore(device),
+            lr=CycleLR(hift.lr_update, base.param_groups),
+            precision=self._precision(),
+            scaler=self._loss_scaler(),
+            update_device=device,
+            max_grad_norm=float(self.gradient_clipping() or 0.0),
+            seed=hift.seed,
+        )
+
+    def _units(self, base: torch.optim.Optimizer, parameters: ReplicatedParameters) -> dict[int, Any]:
+        weights = dict(self.module.named_parameters())
+        param_group_of = {p: i for i, group in enumerate(base.param_groups) for p in group["params"]}
+        groups = list(self.partition.groups) + ([self.partition.always] if self.partition.always else [])
+        return {
+            (ALWAYS if group is self.partition.always else group.index): parameters.unit(
+                ALWAYS if group is self.partition.always else group.index,
+                group.name,
+                [(name, weights[name], param_group_of[weights[name]]) for name in group.param_names],
+            )
+            for group in groups
+        }
+
+    def _build_store(self, device: torch.device) -> StateStore:
+        state = self.hift.state
+        if state.residency == "device" or state.step_on == "host":
+            return DeviceStateStore(device)  # states rest where updates run: nothing to move
+        return HostStateStore(device, pin_memory=state.pin_memory)
+
+    def _update_device(self) -> torch.device:
+        return torch.device("cpu") if self.hift.state.step_on == "host" else self.device
+
+    def _bucket_numel(self) -> int:
+        configured = (self.config.get("zero_optimization") or {}).get("reduce_bucket_size")
+        return int(configured) if isinstance(configured, int | float) else DEFAULT_BUCKET_NUMEL
+
+    def _precision(self) -> PrecisionPolicy:
+        low = self.bfloat16_enabled() or self.fp16_enabled()
+        any_low = low or any(p.dtype != torch.float32 for p in self.module.parameters() if p.requires_grad)
+        if any_low:
+            name = "mixed_hi" if self.hift.master_weights else "bf16"
+        else:
+            name = "mixed" if self.torch_autocast_enabled() else "fp32"
+        return PrecisionPolicy(name, self.hift.master_weights, self.hift.stochastic_rounding)
+
+    def _loss_scaler(self) -> LossScaler:
+        if self.fp16_enabled():
+            return LossScaler.from_fp16_block(self.config["fp16"])
+        if self.torch_autocast_enabled() and self.torch_autocast_dtype() == torch.float16:
+            return LossScaler.from_fp16_block({})
+        return LossScaler()
+
+    # -- training ---------------------------------------------------------------------------------------------
+
+    def watch_scheduler(self, scheduler: Any) -> None:
+        """Let the learning-rate latch look ahead on ``scheduler`` during warm-up. The engine does this for its own;
+        a loop that steps a scheduler by itself (the Trainer's) calls it once."""
+        self.optimizer.lr.scheduler = scheduler
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """As DeepSpeed's. Only the active group gets gradients.
+
+        Returns:
+            The loss divided by the accumulation steps (not multiplied by the fp16 loss scale).
+        """
+        if not loss.requires_grad:  # the active group did not take part in this loss (an unused pooler, say)
+            self.finish_backward_without_graph()
+        else:
+            super().backward(loss * self.optimizer.scaler.scale if self.optimizer.scaler.active else loss,
+                             retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        return loss / self.gradient_accumulation_steps() if scale_wrt_gas else loss
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """As DeepSpeed's: at the accumulation boundary updates the active group and rotates; else does nothing."""
+        is_boundary = self.is_gradient_accumulation_boundary()
+        before = self._report_before_step() if is_boundary else None
+        super().step(lr_kwargs)
+        if before is not None:
+            self.last_report = self._report_after_step(before)
+
+    def _report_before_step(self) -> StepReport:
+        cursor, group = self.schedule.cursor, self.groups[self.schedule.active]
+        self.optimizer.store.traffic.take()
+        return StepReport(
+            step=self.global_steps, cycle=cursor.cycle, position=cursor.position, group=group.index, group_name=group.name,
+            lr=0.0, grad_norm=0.0, loss_scale=self.optimizer.scaler.scale, skipped=False, state_bytes_in=0, state_bytes_out=0,
+            grad_numel_sent=0, transfer_s=0.0, stalled_s=0.0, peak_bytes=0,
+        )
+
+    def _report_after_step(self, report: StepReport) -> StepReport:
+        optimizer = self.optimizer
+        traffic = optimizer.store.traffic.take()
+        ranks = optimizer.parameters.ranks
+        report.lr = optimizer.lr.latched[0]
+        report.grad_norm = optimizer.grad_norm
+        report.skipped = optimizer.overflow
+        report.state_bytes_in, report.state_bytes_out = traffic.bytes_in, traffic.bytes_out
+        report.transfer_s, report.stalled_s = traffic.transfer_s, traffic.stalled_s
+        report.grad_numel_sent, ranks.grad_numel_sent = ranks.grad_numel_sent, 0
+        report.peak_bytes = peak_bytes()
+        return report
+
+    def get_lr(self) -> list[float]:
+        """The latched learning rate of each param_group: what updates use, and so what logs show."""
+        return list(self.optimizer.lr.latched)
+
+    def coverage(self) -> dict[str, int]:
+        """How often each trainable parameter was updated, by name."""
+        return self.optimizer.coverage()
+
+    def destroy(self) -> None:
+        """Release everything and give the model its ``requires_grad`` flags back."""
+        super().destroy()
+        for param, flag in self._flags_before.items():
+            param.requires_grad_(flag)
+        self._flags_before = {}
+
+
+def _params_of(entries: Iterable[Any]) -> set[nn.Parameter]:
+    """All parameters in a list of parameters or of param_group dicts."""
+    params: set[nn.Parameter] = set()
+    for entry in entries:
+        inner = entry["params"] if isinstance(entry, dict) else [entry]
+        params.update([inner] if isinstance(inner, Tensor) else inner)
+    return params

@@ -1,0 +1,39 @@
+"""The global gradient norm of the active group over all ranks, and clipping by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from hift_ds.collectives import Ranks, sum_over_ranks
+
+
+def agree_on_norm(
+    ranks: Ranks,
+    grads: Sequence[Tensor | None],  # this rank's disjoint pieces, fp32
+    present: Sequence[bool],  # per parameter: did this rank's backward reach it
+    device: torch.device,
+) -> tuple[Tensor, list[bool]]:
+    """One small all-reduce for both: the 2-norm of the whole gradient, and which parameters any rank reached.
+
+    Every rank gets the same numbers, so all skip or clip alike. A parameter that no rank reached is skipped by the
+    update, as ``torch.optim`` skips a missing gradient.
+    """
+    have = [grad for grad in grads if grad is not None]
+    norm = get_total_norm(have) if have else torch.zeros((), dtype=torch.float32, device=device)
+    if ranks.world_size == 1:
+        return norm, list(present)
+    flags = torch.tensor([float(p) for p in present], dtype=torch.float32, device=device)
+    summed = sum_over_ranks(ranks, torch.cat([norm.square().reshape(1).to(device), flags]))
+    return summed[0].sqrt(), [flag > 0 for flag in summed[1:].tolist()]
+
+
+def clip_(grads: Sequence[Tensor | None], norm: Tensor, max_norm: float) -> None:
+    """Scale ``grads`` in place so that their joint norm is at most ``max_norm``; torch's formula."""
+    coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for grad in grads:
+        if grad is not None:
+            grad.mul_(coefficient.to(grad.device))

@@ -1,0 +1,26 @@
+"""What one optimizer step did: the record that logs, plots and tests read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class StepReport:
+    """One attempted optimizer step."""
+
+    step: int  # optimizer steps attempted before this one, skipped ones included (DeepSpeed's global_steps)
+    cycle: int  # completed cycles before this step
+    position: int  # place in the cycle's order
+    group: int  # index of the active group, bottom to top
+    group_name: str
+    lr: float  # used for the update, of the first param_group
+    grad_norm: float  # 2-norm over the active group and all ranks, before clipping
+    loss_scale: float
+    skipped: bool  # fp16 overflow: nothing moved, the group is retried
+    state_bytes_in: int  # state brought to the update device, this rank
+    state_bytes_out: int
+    grad_numel_sent: int  # gradient elements this rank handed to collectives
+    transfer_s: float  # seconds that state transfers took
+    stalled_s: float  # of which the step waited
+    peak_bytes: int  # highest allocation on the accelerator so far (host memory on a CPU-only machine)
