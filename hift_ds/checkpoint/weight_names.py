@@ -81,6 +81,7 @@ def skeleton(config: PreTrainedConfig, like: PreTrainedModel | None = None) -> P
             )
     with torch.device("meta"):
         model = model_class(deepcopy(config))
+    model.tie_weights()  # the constructor does it from transformers 5.1 on
     if like is not None and hasattr(like, "_weight_conversions"):
         model._weight_conversions = like._weight_conversions
     return model
@@ -166,6 +167,7 @@ class LoadUnit:
         for source, pattern in zip(self.sources, self._patterns, strict=True):
             converter.add_tensor(self.first_name, source, pattern, tensors[source])
         out = converter.convert(self.first_name, model=model, config=model.config)
+        out = out[0] if isinstance(out, tuple) else out  # transformers 5.0 gives (weights, errors)
         return {name: value[0] if isinstance(value, list) else value for name, value in out.items()}
 
 

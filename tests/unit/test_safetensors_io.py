@@ -82,8 +82,10 @@ def test_mixtral_leaves_with_the_names_of_the_published_checkpoints(tmp_path):
 
 def test_weights_that_convert_only_together_wait_for_each_other(tmp_path):
     """hrm_text keeps query, key, value and gate apart in memory and fused on disk."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
+    if "hrm_text" not in CONFIG_MAPPING:
+        pytest.skip("this transformers does not have the model")
     config = AutoConfig.for_model(
         "hrm_text",
         hidden_size=16,
@@ -132,15 +134,15 @@ def test_no_more_than_a_shard_and_one_conversion_set_is_held(tmp_path):
     model = skeleton(tiny.config("mixtral"))
     sizes = {name: p.numel() * 4 for name, p in model.named_parameters()}
     limit = 20_000
-    alive: dict[int, int] = {}
+    alive: dict[str, int] = {}
     peak = 0
 
     def gathered():
         nonlocal peak
         for name, parameter in model.named_parameters():
             tensor = torch.ones(parameter.shape)
-            alive[id(tensor)] = sizes[name]
-            weakref.finalize(tensor.untyped_storage(), alive.pop, id(tensor))
+            alive[name] = sizes[name]
+            weakref.finalize(tensor.untyped_storage(), alive.pop, name)
             peak = max(peak, sum(alive.values()))
             yield name, tensor
             del tensor
