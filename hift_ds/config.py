@@ -27,6 +27,9 @@ class StateConfig(BaseModel):
     """``device``: states come up, the accelerator updates. ``host``: gradients go down, weights come up."""
     pin_memory: bool = True
     """Page-locked host buffers: needed for copies that overlap with compute. No effect without an accelerator."""
+    slice_numel: int | None = Field(None, ge=1)
+    """Update at most this many elements at once, so that a large group's master and states need not be on the device
+    together. ``null``: the whole group."""
 
 
 class HiFTConfig(BaseModel):

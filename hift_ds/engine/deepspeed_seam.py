@@ -24,7 +24,7 @@ from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
-from hift_ds.collectives import Ranks
+from hift_ds.collectives import Ranks, all_gather_shards, plan_buckets, shard_bounds
 from hift_ds.errors import ConfigError
 from hift_ds.optim.group_optimizer import GroupOptimizer
 
@@ -124,6 +124,17 @@ def broadcast_from_first_rank(tensor: torch.Tensor) -> None:
     """In place, from global rank 0."""
     if world_rank_and_size()[1] > 1:
         deepspeed_comm.broadcast(tensor, src=0)
+
+
+def gather_whole(shard: torch.Tensor, numel: int, device: torch.device) -> torch.Tensor:
+    """The flat tensor of ``numel`` elements of which every rank gives its ``shard_bounds`` part; on the host."""
+    ranks = Ranks(deepspeed_comm)
+    rank, world_size = world_rank_and_size()
+    whole = torch.empty(numel, dtype=shard.dtype, device=device)
+    start, end = shard_bounds(numel, world_size, rank)
+    whole[start:end].copy_(shard)
+    all_gather_shards(ranks, [whole], plan_buckets([numel], world_size, max(numel, 1)))
+    return whole.cpu()
 
 
 def peak_bytes() -> int:

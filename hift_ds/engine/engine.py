@@ -18,6 +18,7 @@ from hift_ds.engine.deepspeed_seam import (
     HiFTOptimizer,
     SeamEngine,
     broadcast_from_first_rank,
+    gather_whole,
     peak_bytes,
     world_rank_and_size,
 )
@@ -101,9 +102,25 @@ class HiFTEngine(SeamEngine):
         base = client_optimizer if client_optimizer is not None else self._build_from_config(model_parameters)
         optimizer = self._build_group_optimizer(base)
         if self._fp32_shards:
-            optimizer.set_masters(self._fp32_shards)
-            self._fp32_shards = {}
+            self._give_masters_their_bits(optimizer)
         return base, optimizer
+
+    def _give_masters_their_bits(self, optimizer: HiFTOptimizer) -> None:
+        """The shards were cut for elementwise optimizers; whole-tensor owners need the other ranks' parts."""
+        shards, self._fp32_shards = self._fp32_shards, {}
+        _, world_size = world_rank_and_size()
+        weights = dict(self.module.named_parameters())
+        if optimizer.parameters.whole_tensors:
+            shards = {name: gather_whole(shard, weights[name].numel(), self.device) for name, shard in shards.items()}
+
+        def values(name: str, start: int, numel: int) -> Tensor | None:
+            if name not in shards:
+                return None
+            whole = shards[name].numel() == weights[name].numel()
+            offset = 0 if whole else collectives.shard_bounds(weights[name].numel(), world_size, self.global_rank)[0]
+            return shards[name][start - offset : start - offset + numel]
+
+        optimizer.set_masters(values)
 
     def _set_aside_unmanaged(self, managed: set[nn.Parameter]) -> None:
         """Trainable weights that the optimizer was not given are not trained; they must not get gradients either."""
@@ -141,6 +158,7 @@ class HiFTEngine(SeamEngine):
             comm_dtype=self.requested_comm_dtype(),
             bucket_numel=self._bucket_numel(),
             whole_tensors=not is_elementwise(base),
+            slice_numel=hift.state.slice_numel,
         )
         if self.gradient_accumulation_steps() > 1:
             parameters.accumulate_in_fp32(p for p in self.module.parameters() if p.requires_grad)

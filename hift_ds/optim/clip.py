@@ -13,17 +13,17 @@ from hift_ds.collectives import Ranks, sum_over_ranks
 
 def agree_on_norm(
     ranks: Ranks,
-    grads: Sequence[Tensor | None],  # this rank's disjoint pieces, fp32
+    grads: Sequence[Tensor | None],  # this rank's disjoint shards, any float dtype
     present: Sequence[bool],  # per parameter: did this rank's backward reach it
     device: torch.device,
 ) -> tuple[Tensor, list[bool]]:
-    """One small all-reduce for both: the 2-norm of the whole gradient, and which parameters any rank reached.
+    """One small all-reduce for both: the 2-norm (fp32) of the whole gradient, and which parameters any rank reached.
 
     Every rank gets the same numbers, so all skip or clip alike. A parameter that no rank reached is skipped by the
     update, as ``torch.optim`` skips a missing gradient.
     """
     have = [grad for grad in grads if grad is not None]
-    norm = get_total_norm(have) if have else torch.zeros((), dtype=torch.float32, device=device)
+    norm = _norm(have) if have else torch.zeros((), dtype=torch.float32, device=device)
     if ranks.world_size == 1:
         return norm, list(present)
     flags = torch.tensor([float(p) for p in present], dtype=torch.float32, device=device)
@@ -31,9 +31,20 @@ def agree_on_norm(
     return summed[0].sqrt(), [flag > 0 for flag in summed[1:].tolist()]
 
 
-def clip_(grads: Sequence[Tensor | None], norm: Tensor, max_norm: float) -> None:
-    """Scale ``grads`` in place so that their joint norm is at most ``max_norm``; torch's formula."""
-    coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    for grad in grads:
-        if grad is not None:
-            grad.mul_(coefficient.to(grad.device))
+def _norm(grads: Sequence[Tensor]) -> Tensor:
+    """The norm of norms, as ``torch.nn.utils.clip_grad_norm_`` takes it, but always in fp32."""
+    if all(grad.dtype == torch.float32 for grad in grads):
+        return get_total_norm(grads)
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def grad_factor(norm: Tensor, max_norm: float, loss_scale: float) -> Tensor | None:
+    """What gradients under ``loss_scale`` are multiplied with so that their joint norm is at most ``max_norm``.
+
+    ``norm`` is already free of the scale. ``None`` if nothing needs multiplying. torch's formula for the clipping.
+    """
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0) if max_norm > 0 else None
+    if loss_scale != 1.0:
+        factor = (torch.ones_like(norm) if factor is None else factor) / loss_scale
+    return factor

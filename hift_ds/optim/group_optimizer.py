@@ -9,7 +9,7 @@ each rank updates its pieces, the new weights are gathered (ZeRO, arXiv 1910.020
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from hift_ds.lr import CycleLR
-from hift_ds.optim.clip import agree_on_norm, clip_
-from hift_ds.optim.parameters import Piece, ReplicatedParameters, Unit
+from hift_ds.optim.clip import agree_on_norm, grad_factor
+from hift_ds.optim.parameters import Chunk, Piece, ReplicatedParameters, Unit
 from hift_ds.optim.piecewise import PieceState, PieceUpdate, PiecewiseOptimizer
 from hift_ds.precision import LossScaler, PrecisionPolicy, write_weight_
 from hift_ds.schedule import GroupSchedule
@@ -50,7 +50,6 @@ class PieceRecord:
     master: Slot | None
     slots: dict[str, Slot] = field(default_factory=dict)  # state tensors, by the optimizer's key
     scalars: PieceState = field(default_factory=dict)  # "step" and the like: tiny, they stay where they are
-    num_updates: int = 0
 
 
 class GroupOptimizer:
@@ -97,9 +96,10 @@ class GroupOptimizer:
         self.seed = seed
 
         self.piecewise = PiecewiseOptimizer(base)
-        self.records: dict[int, list[PieceRecord]] = {}
+        self.records: dict[int, list[PieceRecord]] = {}  # by chunk id, per piece
         self.extras: dict[int, dict[int, dict[str, Any]]] = {index: {} for index in self.units}
-        self.masters_filled: set[int] = set()  # units whose masters hold values
+        self.num_updates: dict[int, list[int]] = {index: [0] * len(u.members) for index, u in self.units.items()}
+        self.masters_filled: set[int] = set()  # chunks whose masters hold values
         self.num_applied = 0  # applied optimizer steps
         self.overflow = False  # the last step was skipped
         self.grad_norm = 0.0
@@ -128,11 +128,11 @@ class GroupOptimizer:
         active = tuple(i for i in (ALWAYS, self.schedule.active) if i in self.units)
         for index in set(self._active) | (set(self.units) if not self._active else set()):
             if index not in active:
-                for piece in self.units[index].pieces:
-                    piece.param.requires_grad_(False)
+                for member in self.units[index].members:
+                    member.param.requires_grad_(False)
         for index in active:
-            for piece in self.units[index].pieces:
-                piece.param.requires_grad_(True)
+            for member in self.units[index].members:
+                member.param.requires_grad_(True)
         self._active = active
 
     @torch.no_grad()
@@ -145,103 +145,125 @@ class GroupOptimizer:
     def step(self) -> bool:
         """Update the active units. Returns False if the step was skipped because of an overflow.
 
-        1. unscale, and agree on the global norm;  2. skip if it is not finite under a loss scale;  3. clip;
+        1. agree on the global norm;  2. skip if it is not finite under a loss scale;  3. latch the learning rate;
         4. update this rank's pieces, bringing their states in and sending them back;  5. publish the weights;
         6. rotate.
         """
-        grads, present = self._unscaled()
-        flat_grads = [grad for unit_grads in grads.values() for grad in unit_grads]
-        norm, anywhere = agree_on_norm(
-            self.parameters.ranks, flat_grads, [p for unit_present in present.values() for p in unit_present], self._norm_device()
+        reduced = self._take_reduced()
+        norm, reached = agree_on_norm(
+            self.parameters.ranks,
+            [grad for grads, _ in reduced for grad in grads],
+            [flag for _, present in reduced for flag in present],
+            self._weight_device(),
         )
+        norm = norm / self.scaler.scale
         self.grad_norm = float(norm)
         self.overflow = self.scaler.overflowed(self.grad_norm)
+        factor = grad_factor(norm, self.max_grad_norm, self.scaler.scale)
         self.scaler.update(self.overflow)
         if self.overflow:
             return False
 
-        if self.max_grad_norm > 0:
-            clip_(flat_grads, norm, self.max_grad_norm)
         rates = self.lr.before_step(self.schedule.starts_cycle, self.schedule.cursor.cycle, self.schedule.steps_per_cycle)
-        reached = iter(anywhere)
-        for unit in self.active_units:
-            self._update(unit, grads[unit.index], [next(reached) for _ in unit.pieces], rates)
+        flags = iter(reached)
+        for unit, (grads, _) in zip(self.active_units, reduced, strict=True):
+            shards = []
+            for i, grad in enumerate(grads):
+                reached_here = next(flags)
+                self.num_updates[unit.index][i] += reached_here
+                shards.append(grad if reached_here else None)
+            self._update(unit, shards, factor, rates)
             self.parameters.publish(unit)
         self.num_applied += 1
         self.schedule.advance()
         self.activate()
-        self.store.prefetch(self.schedule.active)
+        self.store.prefetch(self.units[self.schedule.active].chunks[0].id)
         return True
 
-    def _unscaled(self) -> tuple[dict[int, list[Tensor | None]], dict[int, list[bool]]]:
+    def _take_reduced(self) -> list[tuple[list[Tensor | None], list[bool]]]:
         if not self._reduced:  # step() without a backward: nothing to do, but every rank does the same nothing
             self.reduce_gradients()
         reduced, self._reduced = self._reduced, {}
-        if self.scaler.scale != 1.0:
-            for grads, _ in reduced.values():
-                for grad in grads:
-                    if grad is not None:
-                        grad.mul_(1.0 / self.scaler.scale)
-        return {i: g for i, (g, _) in reduced.items()}, {i: p for i, (_, p) in reduced.items()}
+        return [reduced[unit.index] for unit in self.active_units]
 
-    def _norm_device(self) -> torch.device:
-        return self.active_units[0].pieces[0].param.device
+    def _weight_device(self) -> torch.device:
+        return self.active_units[0].members[0].param.device
 
-    def _update(self, unit: Unit, grads: list[Tensor | None], reached: list[bool], rates: list[float]) -> None:
+    def _update(self, unit: Unit, shards: list[Tensor | None], factor: Tensor | None, rates: list[float]) -> None:
+        """Chunk by chunk: states in, step, weights out, states back."""
         store = self.store_of(unit.index)
-        tensors = store.fetch(unit.index)
-        if unit.index not in self.masters_filled:
-            self._fill_masters(unit, tensors)
-        updates: dict[int, PieceUpdate] = {}
-        for i, (piece, grad) in enumerate(zip(unit.pieces, grads, strict=True)):
-            if reached[i]:
-                self.records[unit.index][i].num_updates += 1
-                if piece.numel and grad is not None:
-                    updates[i] = self._piece_update(piece, self.records[unit.index][i], grad, tensors)
-        self._step_pieces(unit, updates, rates)
         generator = self._rounding_generator()
-        for i, update in updates.items():
-            weight = self.parameters.weight(unit.pieces[i])
-            if update.target.data_ptr() != weight.data_ptr():
-                write_weight_(weight, update.target.to(weight.device, non_blocking=True), generator)
-        store.evict(unit.index)
+        extras = after = self.extras[unit.index]
+        for position, chunk in enumerate(unit.chunks):
+            tensors = store.fetch(chunk.id)
+            if position + 1 < len(unit.chunks):
+                store.prefetch(unit.chunks[position + 1].id)
+            if chunk.id not in self.masters_filled:
+                self._fill_masters(unit, chunk, tensors)
+            updates = {
+                i: self._piece_update(unit, piece, self.records[chunk.id][i], shard, factor, tensors)
+                for i, piece in enumerate(chunk.pieces)
+                if (shard := shards[piece.member]) is not None
+            }
+            after = {**after, **self._step_pieces(unit, chunk, updates, rates, extras)}
+            for i, update in updates.items():
+                weight = self.parameters.weight(unit, chunk.pieces[i])
+                if update.target.data_ptr() != weight.data_ptr():
+                    write_weight_(weight, update.target.to(weight.device, non_blocking=True), generator)
+            store.evict(chunk.id)
+        self.extras[unit.index] = after
 
-    def _piece_update(self, piece: Piece, record: PieceRecord, grad: Tensor, tensors: Mapping[str, Tensor]) -> PieceUpdate:
+    def _piece_update(
+        self,
+        unit: Unit,
+        piece: Piece,
+        record: PieceRecord,
+        shard: Tensor,
+        factor: Tensor | None,
+        tensors: Mapping[str, Tensor],
+    ) -> PieceUpdate:
         if record.master is not None:
             target = record.master.view(tensors)
         else:  # an fp32 weight is its own master; a bf16 one without masters is fp32 only while it is updated
-            target = self.parameters.weight(piece).to(self.update_device, torch.float32)
+            target = self.parameters.weight(unit, piece).to(self.update_device, torch.float32)
+        grad = self.parameters.grad(unit, piece, shard).to(self.update_device, torch.float32)
+        if factor is not None:
+            grad.mul_(factor.to(grad.device))
         state = None
         if record.slots or record.scalars:
             state = {key: slot.view(tensors) for key, slot in record.slots.items()} | record.scalars
-        return PieceUpdate(target, grad.to(self.update_device), piece.param_group, state)
+        return PieceUpdate(target, grad, unit.members[piece.member].param_group, state)
 
-    def _step_pieces(self, unit: Unit, updates: dict[int, PieceUpdate], rates: list[float]) -> None:
+    def _step_pieces(
+        self,
+        unit: Unit,
+        chunk: Chunk,
+        updates: dict[int, PieceUpdate],
+        rates: list[float],
+        extras: dict[int, dict[str, Any]],
+    ) -> dict[int, dict[str, Any]]:
         """Known pieces in one call; those without a state yet one by one, so that at most one new state exists
-        beside the unit's buffers."""
-        extras = self.extras[unit.index]
-        known = [update for update in updates.values() if update.state is not None]
+        beside the chunk's buffers. Returns the new extras."""
+        after: dict[int, dict[str, Any]] = {}
+        known = [i for i, update in updates.items() if update.state is not None]
         fresh = [i for i, update in updates.items() if update.state is None]
-        after = extras
-        if known:
-            after = self.piecewise.step(known, rates, extras)
-        for i in fresh:
-            after = self.piecewise.step([updates[i]], rates, extras)
-        self.extras[unit.index] = {**extras, **after}
-        for i, update in updates.items():
-            self._keep_state(unit, i, update)
+        for batch in ([known] if known else []) + [[i] for i in fresh]:
+            after.update(self.piecewise.step([updates[i] for i in batch], rates, extras))
+            for i in batch:
+                self._keep_state(unit, chunk, i, updates[i])
+        return after
 
-    def _keep_state(self, unit: Unit, i: int, update: PieceUpdate) -> None:
-        """Tensors that the step replaced or created go into the unit's buffers; scalars stay as they are."""
-        record, store = self.records[unit.index][i], self.store_of(unit.index)
+    def _keep_state(self, unit: Unit, chunk: Chunk, i: int, update: PieceUpdate) -> None:
+        """Tensors that the step replaced or created go into the chunk's buffers; scalars stay as they are."""
+        record, store = self.records[chunk.id][i], self.store_of(unit.index)
         assert update.state is not None
         for key, value in update.state.items():
             if not isinstance(value, Tensor) or value.dim() == 0:
                 record.scalars[key] = value
                 continue
             if key not in record.slots:
-                record.slots[key] = self._slot(unit, i, key, value)
-            view = record.slots[key].view(store.fetch(unit.index))
+                record.slots[key] = self._new_slot(unit, chunk, i, key, value)
+            view = record.slots[key].view(store.fetch(chunk.id))
             if view.data_ptr() != value.data_ptr():
                 view.copy_(value)
         update.state = None
@@ -249,59 +271,68 @@ class GroupOptimizer:
     # -- state layout -----------------------------------------------------------------------------------------
 
     def _reserve_states(self) -> None:
-        """Lay out every unit's states and reserve their buffers now, not in the middle of a backward."""
+        """Lay out every chunk's states and reserve their buffers now, not in the middle of a backward."""
         elementwise = {} if self.parameters.whole_tensors else self.piecewise.elementwise_keys(self.update_device)
         for unit in self.units.values():
             store = self.store_of(unit.index)
-            offset = 0
-            records = []
-            for piece in unit.pieces:
-                needs_master = piece.numel > 0 and self._needs_master(piece)
-                records.append(PieceRecord(Slot(MASTER, offset, piece.shape) if needs_master else None))
-                offset += piece.numel if needs_master else 0
-            self.records[unit.index] = records
-            if offset:
-                store.ensure(unit.index, MASTER, offset, torch.float32)
-            for key, dtype in elementwise.items():
-                store.ensure(unit.index, key, sum(piece.numel for piece in unit.pieces), dtype)
+            for chunk in unit.chunks:
+                offset = 0
+                records = []
+                for piece in chunk.pieces:
+                    needs_master = self._needs_master(unit.members[piece.member].param)
+                    records.append(PieceRecord(Slot(MASTER, offset, piece.shape) if needs_master else None))
+                    offset += piece.numel if needs_master else 0
+                self.records[chunk.id] = records
+                if offset:
+                    store.ensure(chunk.id, MASTER, offset, torch.float32)
+                for key, dtype in elementwise.items():
+                    store.ensure(chunk.id, key, sum(piece.numel for piece in chunk.pieces), dtype)
 
-    def _needs_master(self, piece: Piece) -> bool:
-        elsewhere = piece.param.device.type != self.update_device.type  # step_on host: mirror fp32 weights too
-        return self.precision.has_master(piece.param.dtype) or (elsewhere and piece.param.dtype == torch.float32)
+    def _needs_master(self, param: torch.nn.Parameter) -> bool:
+        elsewhere = param.device.type != self.update_device.type  # step_on host: mirror fp32 weights too
+        return self.precision.has_master(param.dtype) or (elsewhere and param.dtype == torch.float32)
 
-    def _slot(self, unit: Unit, i: int, key: str, value: Tensor) -> Slot:
-        """One flat buffer per key for states with an entry per weight, one per piece and key for other shapes."""
-        piece = unit.pieces[i]
-        if not self.parameters.whole_tensors and value.shape == (piece.numel,):
-            return Slot(key, sum(p.numel for p in unit.pieces[:i]), piece.shape)
-        store_key = f"{key}:{piece.name}"
-        self.store_of(unit.index).ensure(unit.index, store_key, value.numel(), value.dtype)
+    def _new_slot(self, unit: Unit, chunk: Chunk, i: int, key: str, value: Tensor) -> Slot:
+        """One flat buffer per key for states with an entry per weight, one per parameter and key for other shapes."""
+        piece = chunk.pieces[i]
+        if not self.parameters.whole_tensors and value.shape == piece.shape:
+            return Slot(key, sum(p.numel for p in chunk.pieces[:i]), piece.shape)
+        store_key = f"{key}:{unit.members[piece.member].name}"
+        self.store_of(unit.index).ensure(chunk.id, store_key, value.numel(), value.dtype)
         return Slot(store_key, 0, tuple(value.shape))
 
-    def _fill_masters(self, unit: Unit, tensors: Mapping[str, Tensor]) -> None:
+    def _fill_masters(self, unit: Unit, chunk: Chunk, tensors: Mapping[str, Tensor]) -> None:
         """First visit: masters are the weights, unless ``set_masters`` gave the bits that a cast would lose."""
-        for piece, record in zip(unit.pieces, self.records[unit.index], strict=True):
+        for piece, record in zip(chunk.pieces, self.records[chunk.id], strict=True):
             if record.master is not None:
-                record.master.view(tensors).copy_(self.parameters.weight(piece))
-        self.masters_filled.add(unit.index)
+                record.master.view(tensors).copy_(self.parameters.weight(unit, piece))
+        self.masters_filled.add(chunk.id)
 
     @torch.no_grad()
-    def set_masters(self, shards: Mapping[str, Tensor]) -> None:
-        """Masters from fp32 weights taken before they were cast: this rank's flat shards, by parameter name."""
+    def set_masters(self, whole: Callable[[str, int, int], Tensor | None]) -> None:
+        """Masters from fp32 values that the weights themselves no longer have.
+
+        Args:
+            whole: (parameter name, start, numel) -> those elements, flat, or ``None`` to take the weight's.
+        """
         for unit in self.units.values():
-            owned = [(p, r.master) for p, r in zip(unit.pieces, self.records[unit.index], strict=True) if r.master]
-            if not any(piece.name in shards for piece, _ in owned):
-                continue
-            for piece, slot in owned:
-                values = shards[piece.name] if piece.name in shards else self.parameters.weight(piece)
-                self.store_of(unit.index).write(unit.index, slot.key, values.reshape(-1).float(), slot.offset)
-            self.masters_filled.add(unit.index)
+            for chunk in unit.chunks:
+                for piece, record in zip(chunk.pieces, self.records[chunk.id], strict=True):
+                    if record.master is None:
+                        continue
+                    values = whole(unit.members[piece.member].name, piece.start, piece.numel)
+                    if values is None:
+                        values = self.parameters.weight(unit, piece)
+                    self.store_of(unit.index).write(
+                        chunk.id, MASTER, values.reshape(-1).float(), record.master.offset
+                    )
+                self.masters_filled.add(chunk.id)
 
     def _rounding_generator(self) -> torch.Generator | None:
         """Seeded by (seed, step, rank) alone, so that a resumed run rounds alike."""
         if not self.precision.stochastic_rounding:
             return None
-        generator = torch.Generator(device=self._norm_device())
+        generator = torch.Generator(device=self._weight_device())
         generator.manual_seed(((self.seed * 1_000_003 + self.num_applied) * 65_537 + self.parameters.ranks.rank) % (1 << 63))
         return generator
 
@@ -310,9 +341,9 @@ class GroupOptimizer:
     def coverage(self) -> dict[str, int]:
         """How often each parameter was updated, by name."""
         return {
-            piece.name: record.num_updates
+            member.name: count
             for index, unit in self.units.items()
-            for piece, record in zip(unit.pieces, self.records[index], strict=True)
+            for member, count in zip(unit.members, self.num_updates[index], strict=True)
         }
 
     def zero_grad(self, set_to_none: bool = True) -> None:

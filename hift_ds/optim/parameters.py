@@ -7,7 +7,8 @@ once per optimizer step, at the accumulation boundary, and only the active group
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,8 +21,8 @@ DEFAULT_BUCKET_NUMEL = 1 << 25  # 128 MiB in fp32
 
 
 @dataclass(frozen=True)
-class Piece:
-    """This rank's part of one parameter: elements [start, start + numel) of it, or none (numel 0)."""
+class Member:
+    """One parameter of a unit, and this rank's shard of it: elements [start, start + numel), or none (numel 0)."""
 
     name: str
     param: nn.Parameter = field(repr=False)
@@ -30,10 +31,23 @@ class Piece:
     numel: int
     owner: int | None = None  # the rank that updates the whole tensor, for optimizers that look at shapes
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the tensor handed to the optimizer: flat, or the parameter's own for a whole tensor."""
-        return tuple(self.param.shape) if self.owner is not None else (self.numel,)
+
+@dataclass(frozen=True)
+class Piece:
+    """A contiguous part of a member's shard that is updated at once: elements [start, start + numel) of the parameter."""
+
+    member: int  # position in Unit.members
+    start: int
+    numel: int
+    shape: tuple[int, ...]  # of the tensor handed to the optimizer: flat, or the parameter's own for a whole tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What is fetched, updated and evicted together: a whole unit, or a slice of a large one."""
+
+    id: int  # unique over all units: the state store's key
+    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
@@ -42,12 +56,38 @@ class Unit:
 
     index: int
     name: str
-    pieces: tuple[Piece, ...]
+    members: tuple[Member, ...]
+    chunks: tuple[Chunk, ...]
     buckets: dict[torch.dtype, list[list[Column]]] = field(repr=False)  # by weight dtype: columns of its parameters
 
     def of_dtype(self, dtype: torch.dtype) -> list[int]:
-        """Positions of the pieces whose weights have ``dtype``."""
-        return [i for i, piece in enumerate(self.pieces) if piece.param.dtype == dtype]
+        """Positions of the members whose weights have ``dtype``."""
+        return [i for i, member in enumerate(self.members) if member.param.dtype == dtype]
+
+
+def cut_into_chunks(members: Sequence[Member], slice_numel: int | None, ids: Iterator[int]) -> tuple[Chunk, ...]:
+    """Chunks of at most ``slice_numel`` elements, in parameter order; a whole tensor is never cut. At least one."""
+    room = float("inf") if slice_numel is None else slice_numel
+    chunks: list[list[Piece]] = [[]]
+    left = room
+    for index, member in enumerate(members):
+        if member.owner is not None:
+            if member.numel > left and chunks[-1]:
+                chunks.append([])
+                left = room
+            if member.numel:
+                chunks[-1].append(Piece(index, 0, member.numel, tuple(member.param.shape)))
+                left -= member.numel
+            continue
+        start, end = member.start, member.start + member.numel
+        while start < end:
+            if left <= 0:
+                chunks.append([])
+                left = room
+            length = int(min(end - start, left))
+            chunks[-1].append(Piece(index, start, length, (length,)))
+            start, left = start + length, left - length
+    return tuple(Chunk(next(ids), tuple(pieces)) for pieces in chunks)
 
 
 class ReplicatedParameters:
@@ -61,38 +101,50 @@ class ReplicatedParameters:
         whole_tensors: give each parameter to one rank instead of a shard to each.
     """
 
-    def __init__(self, ranks: Ranks, comm_dtype: torch.dtype, bucket_numel: int, whole_tensors: bool) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        comm_dtype: torch.dtype,
+        bucket_numel: int,
+        whole_tensors: bool,
+        slice_numel: int | None = None,
+    ) -> None:
         self.ranks = ranks
         self.comm_dtype = comm_dtype
         self.bucket_numel = bucket_numel
         self.whole_tensors = whole_tensors
+        self.slice_numel = slice_numel
+        self._chunk_ids = itertools.count()
         self._accumulated: dict[nn.Parameter, Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    def unit(self, index: int, name: str, members: Sequence[tuple[str, nn.Parameter, int]]) -> Unit:
-        """The unit of ``members``: (name, parameter, param_group index)."""
-        numels = [param.numel() for _, param, _ in members]
+    def unit(self, index: int, name: str, entries: Sequence[tuple[str, nn.Parameter, int]]) -> Unit:
+        """The unit of ``entries``: (name, parameter, param_group index)."""
         world_size, rank = self.ranks.world_size, self.ranks.rank
-        owners = collectives.assign_owners(numels, world_size) if self.whole_tensors else [None] * len(members)
-        pieces = []
-        for (param_name, param, param_group), owner in zip(members, owners, strict=True):
+        numels = [param.numel() for _, param, _ in entries]
+        owners = collectives.assign_owners(numels, world_size) if self.whole_tensors else [None] * len(entries)
+        members = []
+        for (param_name, param, param_group), owner in zip(entries, owners, strict=True):
             if owner is None:
                 start, end = collectives.shard_bounds(param.numel(), world_size, rank)
             else:
                 start, end = 0, param.numel() if owner == rank else 0
-            pieces.append(Piece(param_name, param, param_group, start, end - start, owner))
+            members.append(Member(param_name, param, param_group, start, end - start, owner))
         buckets = {
-            dtype: collectives.plan_buckets([p.numel() for _, p, _ in members if p.dtype == dtype], world_size, self.bucket_numel)
-            for dtype in sorted({p.dtype for _, p, _ in members}, key=str)
+            dtype: collectives.plan_buckets([p.numel() for _, p, _ in entries if p.dtype == dtype], world_size, self.bucket_numel)
+            for dtype in sorted({p.dtype for _, p, _ in entries}, key=str)
         }
-        return Unit(index, name, tuple(pieces), buckets)
+        return Unit(index, name, tuple(members), cut_into_chunks(members, self.slice_numel, self._chunk_ids), buckets)
 
-    def weight(self, piece: Piece) -> Tensor:
-        """This rank's piece of the weight: a view, in the weight's dtype, of ``piece.shape``."""
-        weight = piece.param.detach()
-        if piece.owner is not None:
-            return weight
-        return weight.view(-1)[piece.start : piece.start + piece.numel]
+    def weight(self, unit: Unit, piece: Piece) -> Tensor:
+        """The piece of the weight: a view, in the weight's dtype, of ``piece.shape``."""
+        weight = unit.members[piece.member].param.detach()
+        return weight.view(-1)[piece.start : piece.start + piece.numel].view(piece.shape)
+
+    def grad(self, unit: Unit, piece: Piece, shard: Tensor) -> Tensor:
+        """The piece of a reduced gradient: a view of ``piece.shape``, in the gradient's dtype."""
+        offset = piece.start - unit.members[piece.member].start
+        return shard.view(-1)[offset : offset + piece.numel].view(piece.shape)
 
     # -- gradients --------------------------------------------------------------------------------------------
 
@@ -122,37 +174,35 @@ class ReplicatedParameters:
 
     def drop_grads(self, units: Iterable[Unit]) -> None:
         for unit in units:
-            for piece in unit.pieces:
-                self._take_grad(piece.param)
+            for member in unit.members:
+                self._take_grad(member.param)
 
     def reduce(self, unit: Unit) -> tuple[list[Tensor | None], list[bool]]:
         """Mean gradients over ranks, and which parameters had one here. Takes the gradients off the parameters.
 
         Returns:
-            Per piece: fp32 gradient of ``piece.shape``, ``None`` where this rank has no part or (on one rank) no
-            gradient; and whether this rank's backward reached the parameter.
+            Per member: this rank's shard, flat (fp32; on one rank the gradient as it is), ``None`` where this rank
+            has no part or (on one rank) no gradient; and whether this rank's backward reached the parameter.
         """
-        grads = [self._take_grad(piece.param) for piece in unit.pieces]
+        grads = [self._take_grad(member.param) for member in unit.members]
         present = [grad is not None for grad in grads]
         if self.ranks.world_size == 1:
-            return [
-                None if g is None else g.reshape(piece.shape).float() for g, piece in zip(grads, unit.pieces, strict=True)
-            ], present
+            return [None if grad is None else grad.reshape(-1) for grad in grads], present
         if self.whole_tensors:
             return self._reduce_to_owners(unit, grads), present
         return self._reduce_scatter(unit, grads), present
 
     def _reduce_to_owners(self, unit: Unit, grads: list[Tensor | None]) -> list[Tensor | None]:
         return [
-            collectives.reduce_to_owner(self.ranks, grad, piece.param, piece.owner, self.comm_dtype)
-            for grad, piece in zip(grads, unit.pieces, strict=True)
+            collectives.reduce_to_owner(self.ranks, grad, member.param, member.owner, self.comm_dtype)
+            for grad, member in zip(grads, unit.members, strict=True)
         ]
 
     def _reduce_scatter(self, unit: Unit, grads: list[Tensor | None]) -> list[Tensor | None]:
         reduced: list[Tensor | None] = [None] * len(grads)
         for dtype, buckets in unit.buckets.items():
             positions = unit.of_dtype(dtype)
-            params = [unit.pieces[i].param for i in positions]
+            params = [unit.members[i].param for i in positions]
             shards = collectives.reduce_scatter_shards(
                 self.ranks,
                 [grads[i] for i in positions],
@@ -170,11 +220,11 @@ class ReplicatedParameters:
     def publish(self, unit: Unit) -> None:
         """Bring the updated pieces to every rank's replica."""
         if self.whole_tensors:
-            for piece in unit.pieces:
-                collectives.broadcast_from_owner(self.ranks, piece.param.data, piece.owner)
+            for member in unit.members:
+                collectives.broadcast_from_owner(self.ranks, member.param.data, member.owner)
             return
         for dtype, buckets in unit.buckets.items():
-            weights = [unit.pieces[i].param.data for i in unit.of_dtype(dtype)]
+            weights = [unit.members[i].param.data for i in unit.of_dtype(dtype)]
             collectives.all_gather_shards(self.ranks, weights, buckets)
 
     def close(self) -> None:
