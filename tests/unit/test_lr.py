@@ -1,0 +1,123 @@
+"""The scheduler ticks once per optimizer step; CycleLR decides which of its values an update uses."""
+
+import warnings
+
+import pytest
+import torch
+from deepspeed.runtime.lr_schedules import WarmupLR
+from torch.optim.lr_scheduler import LambdaLR
+
+from hift_ds.lr import CycleLR
+from hift_ds.schedule import GroupSchedule
+
+K, STEPS = 4, 24
+
+
+@pytest.fixture(autouse=True)
+def _no_optimizer_steps_here():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        yield
+
+
+def run(mode, make_scheduler, lrs=(1.0,), steps_per_group=1):
+    """The rate used at each of STEPS optimizer steps, as [param_group values]."""
+    params = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs]
+    optimizer = torch.optim.SGD(params, lr=0.0)
+    scheduler = make_scheduler(optimizer)
+    latch = CycleLR(mode, optimizer.param_groups)
+    latch.scheduler = scheduler
+    schedule = GroupSchedule(K, steps_per_group=steps_per_group)
+    used = []
+    for _ in range(STEPS):
+        used.append(list(latch.before_step(schedule.starts_cycle, schedule.cursor.cycle, schedule.steps_per_cycle)))
+        schedule.advance()
+        scheduler.step()
+    return used
+
+
+def linear_decay(step):
+    return 1 - step / STEPS
+
+
+def warm_up_and_decay(step, warmup=6):
+    return step / warmup if step < warmup else (STEPS - step) / (STEPS - warmup)
+
+
+def test_cycle_holds_the_value_of_the_cycles_first_step_and_decays_over_the_run():
+    used = run("cycle", lambda o: LambdaLR(o, linear_decay))
+    assert used == [[linear_decay(step - step % K)] for step in range(STEPS)]
+
+
+def test_cycle_keeps_each_param_groups_own_rate():
+    used = run("cycle", lambda o: LambdaLR(o, linear_decay), lrs=(1.0, 0.1))
+    assert used[5] == pytest.approx([linear_decay(4), 0.1 * linear_decay(4)])
+
+
+def test_step_follows_the_scheduler():
+    assert run("step", lambda o: LambdaLR(o, linear_decay)) == [[linear_decay(s)] for s in range(STEPS)]
+
+
+def test_reference_uses_the_cth_value_in_cycle_c():
+    assert run("reference", lambda o: LambdaLR(o, linear_decay)) == [[linear_decay(s // K)] for s in range(STEPS)]
+
+
+def deepspeed_warm_up(optimizer):
+    return WarmupLR(optimizer, 0.0, 1.0, warmup_num_steps=6, warmup_type="linear")
+
+
+@pytest.mark.parametrize(
+    "make,first,second",  # the schedule's value at the last step of cycles 0 and 1
+    [
+        (lambda o: LambdaLR(o, warm_up_and_decay), 3 / 6, warm_up_and_decay(7)),
+        (deepspeed_warm_up, 2 / 6, 1.0),  # DeepSpeed counts from -1
+    ],
+)
+def test_no_cycle_of_a_warm_up_is_wasted_at_rate_zero(make, first, second):
+    used = run("cycle", make)
+    assert all(rate > 0 for (rate,) in used)
+    for start in range(0, STEPS, K):
+        assert len({rate for (rate,) in used[start : start + K]}) == 1
+    assert [used[0][0], used[K][0]] == pytest.approx([first, second])
+
+
+def test_looking_ahead_leaves_the_scheduler_where_it_was():
+    schedulers = {}
+
+    def make(mode):
+        def build(optimizer):
+            schedulers[mode] = LambdaLR(optimizer, warm_up_and_decay)
+            return schedulers[mode]
+
+        return build
+
+    for mode in ("cycle", "step"):
+        run(mode, make(mode))
+    assert schedulers["cycle"].last_epoch == schedulers["step"].last_epoch == STEPS
+    assert schedulers["cycle"].optimizer.param_groups[0]["lr"] == schedulers["step"].optimizer.param_groups[0]["lr"]
+
+
+def test_turns_of_several_steps_share_the_cycles_rate():
+    used = run("cycle", lambda o: LambdaLR(o, linear_decay), steps_per_group=2)
+    assert used == [[linear_decay(step - step % (2 * K))] for step in range(STEPS)]
+
+
+def test_a_scheduler_that_needs_a_metric_is_not_run_ahead():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    latch = CycleLR("cycle", optimizer.param_groups)
+    latch.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    assert latch.before_step(True, 0, K) == [0.5]
+
+
+@pytest.mark.parametrize("mode", ["cycle", "reference"])
+def test_state_round_trip(mode):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    latch = CycleLR(mode, optimizer.param_groups)
+    for step in range(6):
+        optimizer.param_groups[0]["lr"] = 0.5 - step / 100
+        latch.before_step(step % K == 0, step // K, K)
+    copy = CycleLR(mode, optimizer.param_groups)
+    copy.load_state_dict(latch.state_dict())
+    assert copy.latched == latch.latched
+    assert copy.before_step(False, 1, K) == latch.before_step(False, 1, K)
+    assert copy.before_step(True, 2, K) == latch.before_step(True, 2, K)
