@@ -1,0 +1,233 @@
+"""From sources to the token datasets that a trainer takes.
+
+rows (sources) -> samples (formats) -> token ids and labels (encoding) -> cut to length -> packed (packing)
+
+Every stage is stored in the cache of ``datasets`` (``HF_DATASETS_CACHE``), keyed by the files, the settings and this
+code: of several processes let one come here first, and the others read what it made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hift_ds.data import packing
+from hift_ds.data.chat_templates import set_chat_template
+from hift_ds.data.config import DataConfig
+from hift_ds.data.encoding import Encoded, Encoder
+from hift_ds.data.formats import to_sample
+from hift_ds.data.sources import code_stamp, load_rows
+from hift_ds.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label that no loss counts."""
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of one dataset's rows. ``tokens`` and ``learned_tokens`` count what is trained on per epoch."""
+
+    name: str
+    num_rows: int
+    num_samples: int
+    num_packed_rows: int | None
+    num_truncated: int
+    cut_tokens: int
+    num_dropped: int
+    tokens: int
+    learned_tokens: int
+    longest_tokens: int
+    max_length: int
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.name}: {self.num_samples:,} samples of {self.num_rows:,} rows",
+            f"{self.tokens:,} tokens, {self.learned_tokens / max(self.tokens, 1):.0%} of them learned",
+            f"longest {self.longest_tokens:,}",
+        ]
+        if self.num_packed_rows is not None:
+            filled = self.tokens / (self.num_packed_rows * self.max_length)
+            parts.append(f"packed into {self.num_packed_rows:,} rows, {filled:.0%} full")
+        if self.num_truncated:
+            parts.append(
+                f"{self.num_truncated:,} cut to data.max_length {self.max_length:,} ({self.cut_tokens:,} tokens lost)"
+            )
+        if self.num_dropped:
+            parts.append(f"{self.num_dropped:,} dropped: nothing to learn within {self.max_length:,} tokens")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Datasets with ``input_ids`` and ``labels`` (and ``seq_lengths`` when packed), and what batches them."""
+
+    train: Dataset
+    eval: Dataset | None
+    collator: Any
+    template: str
+    reports: tuple[DataReport, ...]
+
+
+def prepare_data(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, vocab_size: int | None = None
+) -> PreparedData:
+    """Read, tokenise, mask, cut and pack.
+
+    Args:
+        config: the run file's ``data`` section.
+        tokenizer: from :func:`~hift_ds.data.tokenizers.load_tokenizer`; given the run's chat template here.
+        max_length: tokens of the longest sample that training may see.
+        vocab_size: rows of the model's embedding, to find a tokenizer of another model.
+
+    Raises:
+        DataError: data is missing, empty, malformed, or has nothing to learn.
+        ConfigError: no such chat template.
+    """
+    template = set_chat_template(tokenizer, config.template)
+    train_rows = load_rows(config.train_sources())
+    eval_rows = load_rows(config.eval_sources()) if config.eval is not None else None
+    if config.val_size:
+        train_rows, eval_rows = _hold_out(train_rows, config.val_size, config.seed)
+    tokenize = Tokenize(
+        Encoder(tokenizer, config.train_on_prompt, config.mask_history), max_length, config.truncation, code_stamp()
+    )
+    train, train_report = _prepare_one("train", train_rows, tokenize, config, vocab_size)
+    reports = [train_report]
+    evaluated = None
+    if eval_rows is not None:
+        evaluated, report = _prepare_one("eval", eval_rows, tokenize, config, vocab_size)
+        reports.append(report)
+    collator = packing.collator(tokenizer, packing=config.packing)
+    return PreparedData(train, evaluated, collator, template, tuple(reports))
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Rows as ``load_rows`` makes them -> columns of samples; a function for ``Dataset.map(batched=True)``.
+
+    Attributes:
+        stamp: of the code, part of the cache's key.
+    """
+
+    encoder: Encoder
+    max_length: int
+    truncation: str
+    stamp: str = ""
+
+    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        out: dict[str, list[Any]] = {"input_ids": [], "labels": [], "cut": [], "learned": []}
+        for row, format, origin in zip(batch["row"], batch["format"], batch["origin"], strict=True):
+            for encoded in self.encoder(to_sample(json.loads(row), format, origin), origin):
+                for ids, learned, cut in self._fit(encoded):
+                    # The first token is never predicted, so it alone is nothing to learn.
+                    count = sum(learned[1:])
+                    out["input_ids"].append(ids if count else [])
+                    out["labels"].append(
+                        [token if flag else IGNORED for token, flag in zip(ids, learned, strict=True)] if count else []
+                    )
+                    out["cut"].append(cut)
+                    out["learned"].append(count)
+        return out
+
+    def _fit(self, encoded: Encoded) -> Iterator[tuple[list[int], list[bool], int]]:
+        """Pieces of at most ``max_length`` tokens, and how many tokens each has lost."""
+        ids, learned, limit = encoded.ids, encoded.learned, self.max_length
+        excess = max(len(ids) - limit, 0)
+        if not excess:
+            yield ids, learned, 0
+        elif encoded.splittable:
+            for begin in range(0, len(ids), limit):
+                yield ids[begin : begin + limit], learned[begin : begin + limit], 0
+        elif self.truncation == "drop":
+            yield [], [], len(ids)
+        elif self.truncation == "keep_end":
+            yield ids[excess:], learned[excess:], excess
+        else:
+            yield ids[:limit], learned[:limit], excess
+
+
+def _hold_out(rows: Dataset, val_size: float, seed: int) -> tuple[Dataset, Dataset]:
+    size = int(val_size) if val_size >= 1 else max(1, round(val_size * len(rows)))
+    if size >= len(rows):
+        raise DataError(f"data.val_size: {val_size:g} holds out {size} rows, but data.train has only {len(rows)}")
+    parts = rows.train_test_split(test_size=size, seed=seed, shuffle=True)
+    return parts["train"], parts["test"]
+
+
+def _prepare_one(
+    name: str, rows: Dataset, tokenize: Tokenize, config: DataConfig, vocab_size: int | None
+) -> tuple[Dataset, DataReport]:
+    import numpy as np
+    from datasets import Features, List, Value
+
+    samples = rows.map(
+        tokenize,
+        batched=True,
+        batch_size=200,
+        num_proc=config.num_workers if config.num_workers > 1 else None,
+        remove_columns=rows.column_names,
+        features=Features(
+            {
+                "input_ids": List(Value("int32")),
+                "labels": List(Value("int32")),
+                "cut": Value("int32"),
+                "learned": Value("int32"),
+            }
+        ),
+        desc=f"Tokenising {name} data",
+    )
+    cut = np.asarray(samples.with_format("numpy")["cut"][:])
+    learned = np.asarray(samples.with_format("numpy")["learned"][:])
+    kept = learned > 0
+    if not kept.any():
+        raise _nothing_to_learn(name, len(kept), int((cut > 0).sum()), tokenize)
+    lengths, largest_id = _lengths_and_largest_id(samples)
+    if vocab_size is not None and largest_id >= vocab_size:
+        raise DataError(
+            f"model.tokenizer: makes token id {largest_id}, but the model has only {vocab_size} embeddings; "
+            "it belongs to another model"
+        )
+    if not kept.all():
+        samples = samples.select(np.flatnonzero(kept))
+    dataset = samples.select_columns(["input_ids", "labels"])
+    packed = config.packing and name == "train"
+    if packed:
+        dataset = packing.pack(dataset.shuffle(seed=config.seed), tokenize.max_length)
+    report = DataReport(
+        name=name,
+        num_rows=len(rows),
+        num_samples=int(kept.sum()),
+        num_packed_rows=len(dataset) if packed else None,
+        num_truncated=int(((cut > 0) & kept).sum()),
+        cut_tokens=int(cut[kept].sum()),
+        num_dropped=int((~kept).sum()),
+        tokens=int(lengths.sum()),
+        learned_tokens=int(learned.sum()),
+        longest_tokens=int(lengths.max()),
+        max_length=tokenize.max_length,
+    )
+    return dataset, report
+
+
+def _lengths_and_largest_id(samples: Dataset) -> tuple[Any, int]:
+    import numpy as np
+    import pyarrow.compute as pc
+
+    chunks = samples.data.column("input_ids").chunks
+    lengths = np.concatenate([pc.list_value_length(chunk).to_numpy(zero_copy_only=False) for chunk in chunks])
+    return lengths, max(pc.max(pc.list_flatten(chunk)).as_py() or 0 for chunk in chunks)
+
+
+def _nothing_to_learn(name: str, num_samples: int, num_cut: int, tokenize: Tokenize) -> DataError:
+    if num_cut:
+        return DataError(
+            f"data.max_length: {tokenize.max_length} leaves nothing to learn in any of {num_samples} {name} samples: "
+            "the prompts alone are as long; raise it, or set data.train_on_prompt: true"
+        )
+    return DataError(f"data.{name}: nothing to learn in any of {num_samples} samples: the answers are empty")
