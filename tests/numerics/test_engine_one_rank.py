@@ -1,0 +1,377 @@
+"""The engine on one rank equals hift_ds/reference.py bit for bit, whatever is switched on."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import hift_ds
+from hift_ds.errors import ConfigError, GroupingError
+from hift_ds.reference import ReferenceHiFT
+from tests.helpers.engines import ds_config, largest_difference, make_engine, train_step, weights_of
+from tests.helpers.toy import Toy, loss_of, make_batches
+
+CYCLES = 5
+
+
+def adamw(lr=1e-2, **options):
+    return lambda named: torch.optim.AdamW([p for _, p in named], lr=lr, **options)
+
+
+def compare(config, make_optimizer, *, model=None, gas=1, reference_options=None, cycles=CYCLES, prepare=None):
+    """Step both and compare every weight after every step. Returns the engine."""
+    model = model or Toy()
+    twin = copy.deepcopy(model)
+    if prepare:
+        prepare(twin)
+    engine = make_engine(model, config)
+    try:
+        reference = ReferenceHiFT(
+            twin, [group.param_names for group in engine.groups], make_optimizer, **(reference_options or {})
+        )
+        batches = make_batches(7 * gas)
+        for step in range(cycles * engine.schedule.steps_per_cycle):
+            micro_batches = [batches[(step * gas + i) % len(batches)] for i in range(gas)]
+            loss = train_step(engine, micro_batches)
+            expected = reference.step(micro_batches, loss_of)
+            assert loss == pytest.approx(expected, rel=1e-6), step
+            assert largest_difference(model, twin) == 0.0, (step, engine.last_report)
+    finally:
+        engine.destroy()
+    return engine
+
+
+def test_fp32_over_five_cycles():
+    engine = compare(ds_config(), adamw())
+    assert set(engine.coverage().values()) == {CYCLES}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_stages_one_and_two_are_the_same_computation(stage):
+    compare(ds_config(stage=stage), adamw(), cycles=2)
+
+
+@pytest.mark.parametrize("order", ["top2down", "random"])
+def test_orders_and_ragged_last_group(order):
+    """Five units in groups of two: the last has one."""
+    hift = {"order": order, "reshuffle": order == "random", "seed": 5, "group_size": 2}
+    options = {"order": order, "reshuffle": order == "random", "seed": 5}
+    engine = compare(ds_config(hift=hift), adamw(), reference_options=options)
+    assert len(engine.groups) == 3
+
+
+def test_accumulation_clipping_and_turns_together():
+    config = ds_config(gas=3, clip=0.05, hift={"steps_per_group": 2}, params={"weight_decay": 0.1})
+    compare(config, adamw(weight_decay=0.1), gas=3, reference_options={"steps_per_group": 2, "max_grad_norm": 0.05}, cycles=3)
+
+
+def test_updates_in_slices_change_nothing():
+    config = ds_config(clip=0.05, hift={"state": {"slice_numel": 17}})
+    engine = compare(config, adamw(), reference_options={"max_grad_norm": 0.05})
+    assert max(len(unit.chunks) for unit in engine.optimizer.units.values()) > 5
+
+
+@pytest.mark.parametrize("state", [{"residency": "device"}, {"step_on": "host"}, {"pin_memory": False}])
+def test_where_states_live_changes_nothing(state):
+    compare(ds_config(hift={"state": state}), adamw(), cycles=2)
+
+
+def test_tied_weights_are_trained_once_with_the_bottom_group():
+    engine = compare(ds_config(), adamw(), model=Toy(tied=True))
+    assert "embed.weight" in engine.groups[0].param_names
+    assert sum(names.count("head.weight") for names in (g.param_names for g in engine.groups)) == 0
+
+
+def test_frozen_weights_stay_and_flags_come_back():
+    model = Toy()
+    model.layers[1].up.weight.requires_grad_(False)
+    model.norm.requires_grad_(False)
+    frozen_before = weights_of(model)
+    flags = {name: param.requires_grad for name, param in model.named_parameters()}
+    compare(ds_config(params={"weight_decay": 0.5}), adamw(weight_decay=0.5), model=model, cycles=2)
+    for name in ("layers.1.up.weight", "norm.weight", "norm.bias"):
+        assert torch.equal(dict(model.named_parameters())[name], frozen_before[name])
+    assert {name: param.requires_grad for name, param in model.named_parameters()} == flags
+
+
+OPTIMIZERS = {
+    "Adam": ({"adam_w_mode": False, "weight_decay": 0.1}, lambda ps: torch.optim.Adam(ps, lr=1e-2, weight_decay=0.1)),
+    "SGD": ({}, lambda ps: torch.optim.SGD(ps, lr=1e-2)),
+    "SGDM": ({"momentum": 0.9, "nesterov": True}, lambda ps: torch.optim.SGD(ps, lr=1e-2, momentum=0.9, nesterov=True)),
+    "Adagrad": ({}, lambda ps: torch.optim.Adagrad(ps, lr=1e-2)),
+    "Adafactor": ({}, lambda ps: torch.optim.Adafactor(ps, lr=1e-2)),
+    "RMSprop": ({}, lambda ps: torch.optim.RMSprop(ps, lr=1e-2)),
+    "Lion": ({"weight_decay": 0.1}, lambda ps: hift_ds.optim.lion.Lion(ps, lr=1e-2, weight_decay=0.1)),
+    "torch.optim.Adamax": ({}, lambda ps: torch.optim.Adamax(ps, lr=1e-2)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_keeps_its_states_over_cycles(name):
+    params, build = OPTIMIZERS[name]
+    config = ds_config(optimizer="SGD" if name == "SGDM" else name, params=params)
+    compare(config, lambda named: build([p for _, p in named]), cycles=3)
+
+
+def test_muon_takes_the_matrices_of_blocks():
+    from hift_ds.optim.muon import MuonWithAuxAdamW
+
+    def build(named):
+        matrices = [p for n, p in named if n.startswith("layers") and p.dim() == 2]
+        rest = [p for n, p in named if not (n.startswith("layers") and p.dim() == 2)]
+        return MuonWithAuxAdamW(
+            [{"params": matrices}], [{"params": rest}], {"lr": 1e-2, "weight_decay": 0.1}, {"lr": 1e-2, "weight_decay": 0.1}
+        )
+
+    compare(ds_config(optimizer="Muon", params={"weight_decay": 0.1}), build, cycles=3)
+
+
+def test_client_optimizer_with_decay_and_no_decay_groups():
+    model = Toy()
+    twin = copy.deepcopy(model)
+
+    def build(named):
+        decay = [p for _, p in named if p.dim() > 1]
+        rest = [p for _, p in named if p.dim() <= 1]
+        return torch.optim.AdamW([{"params": decay, "weight_decay": 0.3}, {"params": rest, "weight_decay": 0.0, "lr": 3e-3}], lr=1e-2)
+
+    client = build(list(model.named_parameters()))
+    engine = make_engine(model, ds_config(optimizer=None), optimizer=client)
+    reference = ReferenceHiFT(twin, [g.param_names for g in engine.groups], build)
+    for batch in make_batches(15):
+        train_step(engine, [batch])
+        reference.step([batch], loss_of)
+        assert largest_difference(model, twin) == 0.0
+    assert engine.optimizer.param_groups is client.param_groups and engine.get_lr() == [1e-2, 3e-3]
+    engine.destroy()
+
+
+def test_parameters_the_optimizer_was_not_given_stay_and_get_no_gradient():
+    model = Toy()
+    before = weights_of(model)
+    engine = make_engine(model, ds_config(), model_parameters=list(model.layers.parameters()))
+    assert len(engine.groups) == 3
+    for batch in make_batches(6):
+        train_step(engine, [batch])
+    assert torch.equal(model.embed.weight, before["embed.weight"])
+    assert not torch.equal(model.layers[0].up.weight, before["layers.0.up.weight"])
+    engine.destroy()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_always_active_parameters_are_trained_in_every_turn():
+    model = Toy()
+    hift = {"always_active": ["^embed", "^head"], "order": "random", "reshuffle": True}
+    engine = make_engine(model, ds_config(hift=hift))
+    assert len(engine.groups) == 4
+    for batch in make_batches(8):
+        train_step(engine, [batch])
+    coverage = engine.coverage()
+    assert coverage["embed.weight"] == coverage["head.bias"] == 8
+    assert coverage["layers.0.gain"] == coverage["norm.weight"] == 2
+    assert model.embed.weight.requires_grad
+    engine.destroy()
+
+
+def test_explicit_groups():
+    hift = {"groups": [["layers", "embed"], ["norm", "head"]]}
+    engine = compare(ds_config(hift=hift), adamw(), cycles=3)
+    assert [len(g.param_names) for g in engine.groups] == [13, 4]
+    with pytest.raises(GroupingError, match="head"):
+        make_engine(Toy(), ds_config(hift={"groups": [["layers", "embed"], ["norm"]]}))
+
+
+# -- precision --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gas", [1, 3])
+@pytest.mark.parametrize("state", [{}, {"slice_numel": 17}, {"step_on": "host"}])
+def test_mixed_hi_in_bf16_keeps_the_fp32_bits_of_the_checkpoint(gas, state):
+    """The model comes in fp32; its masters must start from those bits, not from the rounded weights."""
+    exact = dict(Toy().named_parameters())
+
+    def build(named):
+        for name, master in named:
+            master.data.copy_(exact[name])
+        return torch.optim.AdamW([p for _, p in named], lr=1e-3)
+
+    config = ds_config(lr=1e-3, gas=gas, clip=0.05, bf16={"enabled": True}, hift={"state": state})
+    compare(
+        config, build, gas=gas, reference_options={"max_grad_norm": 0.05}, prepare=lambda twin: twin.to(torch.bfloat16), cycles=3
+    )
+
+
+def test_mixed_hi_from_a_bf16_checkpoint():
+    compare(ds_config(bf16={"enabled": True}), adamw(), model=Toy().to(torch.bfloat16), cycles=2)
+
+
+def test_fp16_under_a_static_scale_matches_unscaled_gradients():
+    config = ds_config(fp16={"enabled": True, "loss_scale": 8}, clip=0.05)
+    model, twin = Toy().half(), Toy().half()
+    engine = make_engine(model, config)
+    reference = ReferenceHiFT(twin, [g.param_names for g in engine.groups], adamw(), max_grad_norm=0.05)
+    for batch in make_batches(15):
+        train_step(engine, [batch])
+        reference.step([batch], loss_of)
+    assert largest_difference(model, twin) < 2e-3
+    engine.destroy()
+
+
+def test_overflow_moves_nothing_and_retries_the_group():
+    """A scale of 2^24 overflows fp16 gradients; the same batch goes through once the scale has come down."""
+    model = Toy().half()
+    config = ds_config(
+        fp16={"enabled": True, "initial_scale_power": 24, "hysteresis": 1},
+        scheduler={"type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-2, "warmup_num_steps": 50}},
+    )
+    engine = make_engine(model, config)
+    groups, skipped = [], 0
+    for batch in make_batches(40):
+        before, scale = weights_of(model), engine.optimizer.scaler.scale
+        ticks = engine.lr_scheduler.last_batch_iteration
+        train_step(engine, [batch])
+        report = engine.last_report
+        if not report.skipped:
+            groups.append(report.group)
+        else:
+            skipped += 1
+            assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+            assert engine.optimizer.scaler.scale == scale / 2 and engine.lr_scheduler.last_batch_iteration == ticks
+            assert engine.schedule.active == report.group and not math.isfinite(report.grad_norm)
+            assert all(p.grad is None for p in model.parameters())
+    assert skipped >= 5 and engine.skipped_steps == skipped
+    assert groups == [i % 5 for i in range(len(groups))]  # nobody lost a turn, nobody got two
+    assert engine.coverage()["embed.weight"] == groups.count(0)
+    engine.destroy()
+
+
+def test_mixed_is_fp32_weights_under_autocast():
+    config = ds_config(torch_autocast={"enabled": True, "dtype": "bfloat16"})
+    model, twin = Toy(), Toy()
+    engine = make_engine(model, config)
+
+    def autocast_loss(module, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return module(*batch)
+
+    reference = ReferenceHiFT(twin, [g.param_names for g in engine.groups], adamw())
+    for batch in make_batches(10):
+        train_step(engine, [batch])
+        reference.step([batch], autocast_loss)
+        assert largest_difference(model, twin) == 0.0
+    assert model.embed.weight.dtype == torch.float32 and engine.optimizer.precision.name == "mixed"
+    engine.destroy()
+
+
+def train_pure_bf16(stochastic: bool) -> dict[str, torch.Tensor]:
+    hift = {"master_weights": False, "stochastic_rounding": stochastic}
+    model = Toy()
+    engine = make_engine(model, ds_config(lr=1e-3, bf16={"enabled": True}, hift=hift, optimizer="SGD"))
+    assert all(record.master is None for records in engine.optimizer.records.values() for record in records)
+    for batch in make_batches(20):
+        train_step(engine, [batch])
+    engine.destroy()
+    return weights_of(model)
+
+
+def test_pure_bf16_has_no_masters_and_stochastic_rounding_keeps_small_steps():
+    start = weights_of(Toy().to(torch.bfloat16))
+    nearest, stochastic, again = train_pure_bf16(False), train_pure_bf16(True), train_pure_bf16(True)
+    assert all(torch.equal(stochastic[n], again[n]) for n in start)  # seeded by step, not by luck
+    moved = [sum(int((start[n] != after[n]).sum()) for n in start) for after in (nearest, stochastic)]
+    assert moved[1] > 1.5 * moved[0] > 0
+
+
+# -- learning rate ----------------------------------------------------------------------------------------------
+
+
+def test_one_rate_per_cycle_through_a_deepspeed_scheduler():
+    scheduler = {"type": "WarmupDecayLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-2, "warmup_num_steps": 7, "total_num_steps": 50}}
+    engine = make_engine(Toy(), ds_config(scheduler=scheduler))
+    rates = []
+    for batch in make_batches(50):
+        train_step(engine, [batch])
+        rates.append(engine.last_report.lr)
+        assert engine.get_lr() == [engine.last_report.lr]
+    by_cycle = [set(rates[i : i + 5]) for i in range(0, 50, 5)]
+    assert all(len(values) == 1 for values in by_cycle) and len(set.union(*by_cycle)) == 10
+    assert min(rates) > 0 and rates[-1] < 0.2 * max(rates)
+    engine.destroy()
+
+
+# -- what can go wrong ------------------------------------------------------------------------------------------
+
+
+def test_a_group_that_takes_no_part_in_the_loss_is_skipped_and_shows_in_coverage():
+    class WithUnusedTop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.toy = Toy(num_layers=2)
+            self.unused_pooler = nn.Linear(7, 7)
+
+        def forward(self, tokens, targets):
+            return self.toy(tokens, targets)
+
+    model = WithUnusedTop()
+    hift = {"groups": [["embed"], ["layers"], ["norm", "head"], ["unused_pooler"]]}
+    engine = make_engine(model, ds_config(hift=hift, params={"weight_decay": 0.5}))
+    before = weights_of(model)
+    for batch in make_batches(8):
+        train_step(engine, [batch])
+    assert engine.coverage()["unused_pooler.weight"] == 0 and engine.coverage()["toy.head.weight"] == 2
+    assert torch.equal(before["unused_pooler.weight"], model.unused_pooler.weight)
+    engine.destroy()
+
+
+def test_only_the_active_group_has_gradients_and_backward_stops_at_it():
+    model = Toy()
+    engine = make_engine(model, ds_config(hift={"order": "top2down"}))
+    hidden = []
+    model.layers[1].register_forward_hook(lambda module, args, output: hidden.append(output.requires_grad))
+    for batch in make_batches(5):
+        active = set(engine.groups[engine.schedule.active].param_names)
+        loss = loss_of(engine, batch)
+        engine.backward(loss)
+        assert {n for n, p in model.named_parameters() if p.grad is not None} == set()  # taken at the boundary
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == active
+        engine.step()
+    assert hidden == [False, False, True, True, True]  # head and top layer do not reach down to layer 1
+    engine.destroy()
+
+
+def test_groups_rotate_on_optimizer_steps_only():
+    engine = make_engine(Toy(), ds_config(gas=4))
+    for step, batch in enumerate(make_batches(12)):
+        assert engine.schedule.active == step // 4
+        train_step(engine, [batch])
+    engine.destroy()
+
+
+def test_without_a_block_it_is_plain_deepspeed():
+    import deepspeed
+
+    config = ds_config()
+    del config["hift"]
+    config["optimizer"]["params"]["torch_adam"] = True
+    engine, *_ = hift_ds.initialize(model=Toy(), config=config)
+    assert type(engine) is deepspeed.DeepSpeedEngine
+    assert deepspeed.DeepSpeedEngine is deepspeed.runtime.engine.DeepSpeedEngine  # no lasting patch
+    engine.destroy()
+
+
+def test_config_from_a_path_and_from_args(tmp_path):
+    import argparse
+    import json
+
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(ds_config()))
+    for kwargs in ({"config": str(path)}, {"config": path}, {"args": argparse.Namespace(deepspeed_config=str(path), local_rank=0)}):
+        engine, *_ = hift_ds.initialize(model=Toy(), **kwargs)
+        assert type(engine).__name__ == "HiFTEngine"
+        engine.destroy()
+    with pytest.raises(ConfigError, match="nowhere.json"):
+        hift_ds.initialize(model=Toy(), config=str(tmp_path / "nowhere.json"))
+    with pytest.raises(ConfigError, match="optimizer"):
+        make_engine(Toy(), ds_config(optimizer=None))
