@@ -74,6 +74,12 @@ def join_as_single_process() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
+def ensure_process_group() -> None:
+    """The process group that an engine would make, for collectives before there is an engine (evaluation, say)."""
+    join_as_single_process()
+    deepspeed.init_distributed()
+
+
 @contextlib.contextmanager
 def hift_engines() -> Iterator[None]:
     """Inside this block ``deepspeed.initialize`` itself builds HiFT engines for configs with a ``"hift"`` block.

@@ -1,0 +1,153 @@
+"""``HiFTTrainer``: the Hugging Face loop over the HiFT engine, and the mixin that does the same for any Trainer subclass.
+
+    args = TrainingArguments("out", deepspeed={"zero_optimization": {"stage": 0}, "hift": {}}, ...)
+    HiFTTrainer(model, args, train_dataset=dataset).train()
+
+    class HiFTSFTTrainer(HiFTMixin, trl.SFTTrainer): ...
+
+The loop itself (accumulation, evaluation, callbacks, loggers, checkpoint folders) is transformers'; nothing of it is
+copied. The mixin only has the engine built, keeps input gradients off and corrects what is logged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hift_ds.config import BLOCK, check_against_deepspeed, parse_block
+from hift_ds.engine.engine import HiFTEngine
+from hift_ds.engine.initialize import ensure_process_group, hift_engines, join_as_single_process
+from hift_ds.errors import ConfigError
+
+
+class HiFTMixin:
+    """Put it before a Trainer class: ``class MyTrainer(HiFTMixin, Seq2SeqTrainer)``.
+
+    The DeepSpeed config of the TrainingArguments (``deepspeed=`` a dict or a path) must have a ``"hift"`` block;
+    ``"auto"`` values are filled in from the TrainingArguments as usual. Training logs show the learning rate that
+    updates use (one per cycle), and the ``group`` and ``cycle`` of the logged step.
+
+    Raises:
+        ConfigError: from the constructor, before any model or data work of the Trainer: no block, a bad block, settings
+            that contradict it, or processes that the TrainingArguments do not count.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _check_arguments(kwargs.get("args") or next((a for a in args if isinstance(a, TrainingArguments)), None))
+        super().__init__(*args, **kwargs)
+        self.add_callback(_AtTrainBegin(self))
+
+    @property
+    def engine(self) -> HiFTEngine | None:
+        """The engine of the current or last :meth:`train`; ``None`` before the first."""
+        engine = getattr(self, "deepspeed", None)
+        return engine if isinstance(engine, HiFTEngine) else None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's. May be called again; the earlier engine is destroyed then."""
+        join_as_single_process()
+        self.model_wrapped = self.model  # else a second train() would go on with the engine of the first
+        with hift_engines():
+            return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, and possible before :meth:`train` too: the model is then evaluated as it was given."""
+        with self._without_deepspeed_before_training():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, with the learning rate that the step used instead of the scheduler's next value."""
+        report = self.engine.last_report if self.engine is not None else None
+        if report is not None and "learning_rate" in logs:
+            logs["learning_rate"] = report.lr
+            logs["group"], logs["cycle"] = report.group, report.cycle
+        super().log(logs, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _without_deepspeed_before_training(self) -> Iterator[None]:
+        """The Trainer would build a ZeRO-3 inference engine, and refuse every other stage."""
+        if getattr(self, "deepspeed", None) is not None:
+            yield
+            return
+        ensure_process_group()
+        self.is_deepspeed_enabled = False
+        try:
+            yield
+        finally:
+            self.is_deepspeed_enabled = True
+
+
+class HiFTTrainer(HiFTMixin, Trainer):
+    """``transformers.Trainer``, training one layer group per optimizer step."""
+
+
+class _AtTrainBegin(TrainerCallback):
+    """What is possible only once the engine exists and must be done before the first forward.
+
+    Also after ``auto_find_batch_size`` made a new engine: ``on_train_begin`` comes again then.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        engine = trainer.engine
+        assert engine is not None, "the Trainer did not build its engine with deepspeed.initialize"
+        if engine.lr_scheduler is None:  # the Trainer steps one of its own
+            engine.watch_scheduler(trainer.lr_scheduler)
+        # transformers 5 turns these on with activation checkpointing. Every layer below the active group would then
+        # need gradients again: with the head active a step of a 7B model costs 2.7 times as much.
+        _disable_input_require_grads(trainer.model)
+
+
+def _disable_input_require_grads(model: Any) -> None:
+    for module in model.modules():  # an encoder inside may have hooks of its own
+        if hasattr(module, "disable_input_require_grads") and getattr(module, "_require_grads_hooks", None):
+            module.disable_input_require_grads()
+
+
+def _check_arguments(args: TrainingArguments | None) -> None:
+    """Everything that can be known to be wrong before a model is touched."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is None:
+        raise ConfigError(
+            'TrainingArguments(deepspeed=...) is missing: pass a DeepSpeed config (dict or path) with a "hift" block'
+        )
+    config = plugin.deepspeed_config
+    if BLOCK not in config:
+        raise ConfigError(
+            f'the DeepSpeed config has no "{BLOCK}" block: add "{BLOCK}": {{}} for the defaults, or use the plain Trainer'
+        )
+    check_against_deepspeed(parse_block(config[BLOCK]), config)
+    _check_processes(args)
+    _require_non_reentrant_checkpointing(args)
+
+
+def _check_processes(args: TrainingArguments) -> None:
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != args.world_size:
+        raise ConfigError(
+            f"{started} processes were started, but TrainingArguments counts {args.world_size}: without an accelerator "
+            "it needs use_cpu=True (else every process would train on the same data)"
+        )
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"one process sees {args.n_gpu} accelerators: start it with `deepspeed SCRIPT`, or show it one accelerator"
+        )
+
+
+def _require_non_reentrant_checkpointing(args: TrainingArguments) -> None:
+    """Reentrant checkpointing gives the blocks of a layer group no gradient when its inputs need none."""
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):  # transformers 5.23, before
+        if not hasattr(args, name):
+            continue
+        options = dict(getattr(args, name) or {})
+        if options.setdefault("use_reentrant", False):
+            raise ConfigError(f'{name}: "use_reentrant": true gives frozen-input layers no gradient; remove it')
+        if getattr(args, name.removesuffix("_kwargs")):
+            setattr(args, name, options)
