@@ -1,0 +1,93 @@
+"""Every undocumented DeepSpeed name that engine/deepspeed_seam.py leans on, so that a new DeepSpeed release fails
+here, by name, and not in the middle of a training run."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import deepspeed
+import pytest
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+import hift_ds.engine.deepspeed_seam as seam
+
+VERSION = deepspeed.__version__
+SOURCE = Path(seam.__file__).read_text()
+
+
+METHODS = {  # from the file, since decorators hide what they wrap
+    node.name: node
+    for cls in ast.parse(Path(inspect.getfile(DeepSpeedEngine)).read_text()).body
+    if isinstance(cls, ast.ClassDef) and cls.name == "DeepSpeedEngine"
+    for node in reversed(cls.body)  # a property's getter stands before its setter
+    if isinstance(node, ast.FunctionDef)
+}
+
+
+@pytest.mark.parametrize(
+    "method,parameters",
+    [
+        ("_do_sanity_check", ["self"]),
+        ("_configure_distributed_model", ["self", "model"]),
+        ("_configure_optimizer", ["self", "client_optimizer", "model_parameters"]),
+        ("allreduce_gradients", ["self", "bucket_size"]),
+        ("clip_fp32_gradients", ["self"]),
+        ("_backward_epilogue", ["self"]),
+        ("_assert_valid_mixed_precision_config", ["self"]),
+    ],
+)
+def test_overridden_or_called_methods_keep_their_signature(method, parameters):
+    assert method in METHODS, f"DeepSpeed {VERSION} has no {method}"
+    found = [argument.arg for argument in METHODS[method].args.args]
+    assert found == parameters, f"DeepSpeed {VERSION}: {method}{found}"
+
+
+@pytest.mark.parametrize(
+    "method,text",
+    [
+        ("__init__", "self._configure_distributed_model(model)"),
+        ("__init__", "self._configure_optimizer(optimizer, model_parameters)"),
+        ("_backward_epilogue", "self.allreduce_gradients()"),
+        ("_take_model_step", "self.optimizer.step()"),
+        ("_take_model_step", "self.optimizer.overflow"),
+        ("_take_model_step", "torch_autocast_z0_gradscaler"),
+        ("_take_model_step", "self.clip_fp32_gradients()"),
+        ("_take_model_step", "self._step_applied"),
+        ("_configure_distributed_model", "self.seq_data_parallel_group"),
+        ("_configure_distributed_model", "self.has_moe_layers"),
+        ("communication_data_type", "self._config.communication_data_type"),
+        ("_configure_checkpointing", "self.optimizer.dp_process_group"),
+        ("backward", "self._backward_epilogue()"),
+    ],
+)
+def test_the_engine_still_calls_what_we_override(method, text):
+    assert text in ast.unparse(METHODS[method]), f"DeepSpeed {VERSION}: {method} no longer has {text!r}"
+
+
+def test_initialize_looks_the_engine_class_up_as_a_module_global():
+    assert re.search(r"engine = DeepSpeedEngine\(", inspect.getsource(deepspeed.initialize)), VERSION
+    stock = deepspeed.DeepSpeedEngine
+    with pytest.raises(KeyError), seam.engine_class(seam.SeamEngine):
+        assert deepspeed.DeepSpeedEngine is seam.SeamEngine
+        raise KeyError
+    assert deepspeed.DeepSpeedEngine is stock
+
+
+def test_our_initialize_has_stocks_parameters():
+    import hift_ds
+
+    ours, stock = (list(inspect.signature(f).parameters) for f in (hift_ds.initialize, deepspeed.initialize))
+    assert ours == stock, f"DeepSpeed {VERSION}"
+
+
+def test_no_other_file_uses_underscored_engine_names():
+    package = Path(seam.__file__).parents[1]
+    private = {n for n in dir(DeepSpeedEngine) if n.startswith("_") and not n.startswith("__")}
+    nn_module = set(dir(__import__("torch").nn.Module))
+    for path in package.rglob("*.py"):
+        if path.name in ("deepspeed_seam.py", "deepspeed_zero3_seam.py"):
+            continue
+        used = set(re.findall(r"(?:self|engine|super\(\))\.(_[a-z]\w*)\(", path.read_text())) & (private - nn_module)
+        defined = set(re.findall(r"def (_[a-z]\w*)\(", path.read_text()))
+        assert not used - defined, f"{path.name} uses {used - defined}"
