@@ -162,9 +162,16 @@ def all_gather_shards(
             offset += column.length
 
 
-def reduce_to_owner(ranks: Ranks, grad: Tensor | None, like: Tensor, owner: int, dtype: torch.dtype) -> Tensor | None:
-    """The mean gradient (fp32, ``like``'s shape) on rank ``owner``, ``None`` elsewhere. Missing counts as zero."""
-    buffer = torch.zeros_like(like, dtype=dtype) if grad is None else grad.to(dtype)
+def reduce_to_owner(
+    ranks: Ranks,
+    grad: Tensor | None,  # full size; None counts as zeros
+    shape: Sequence[int],
+    device: torch.device,
+    owner: int,
+    dtype: torch.dtype,  # of the sum on the wire
+) -> Tensor | None:
+    """The mean gradient (fp32, of ``shape``) on rank ``owner``, ``None`` elsewhere."""
+    buffer = torch.zeros(tuple(shape), dtype=dtype, device=device) if grad is None else grad.to(dtype)
     ranks.grad_numel_sent += 0 if grad is None else grad.numel()
     ranks.comm.reduce(buffer, dst=ranks.global_rank(owner), group=ranks.process_group)
     return buffer.float().div_(ranks.world_size) if ranks.rank == owner else None

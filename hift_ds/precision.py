@@ -34,14 +34,15 @@ class PrecisionPolicy:
 
 def write_weight_(
     weight: Tensor,  # any dtype, changed in place
-    value: Tensor,  # fp32, same shape
-    generator: torch.Generator | None,  # not None: round stochastically (bf16 only)
+    value: Tensor,  # fp32, same shape; may be on another device, and is rounded there so that fewer bytes travel
+    generator: torch.Generator | None,  # not None: round stochastically (bf16 only); of value's device
 ) -> None:
     """Round ``value`` into ``weight``."""
-    if generator is None or weight.dtype != torch.bfloat16:
-        weight.copy_(value)
-    else:
-        weight.copy_(round_to_bf16_stochastic(value, generator))
+    if generator is not None and weight.dtype == torch.bfloat16:
+        value = round_to_bf16_stochastic(value, generator)
+    elif weight.device != value.device:
+        value = value.to(weight.dtype)
+    weight.copy_(value, non_blocking=weight.device.type != "cpu")  # towards the host a copy must end before it is read
 
 
 def round_to_bf16_stochastic(value: Tensor, generator: torch.Generator) -> Tensor:

@@ -35,6 +35,7 @@ class Slot:
     key: str
     offset: int
     shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
 
     def view(self, tensors: Mapping[str, Tensor]) -> Tensor:
         numel = 1
@@ -172,6 +173,7 @@ class GroupOptimizer:
                 reached_here = next(flags)
                 self.num_updates[unit.index][i] += reached_here
                 shards.append(grad if reached_here else None)
+            self.parameters.begin_update(unit)
             self._update(unit, shards, factor, rates)
             self.parameters.publish(unit)
         self.num_applied += 1
@@ -209,7 +211,7 @@ class GroupOptimizer:
             for i, update in updates.items():
                 weight = self.parameters.weight(unit, chunk.pieces[i])
                 if update.target.data_ptr() != weight.data_ptr():
-                    write_weight_(weight, update.target.to(weight.device, non_blocking=True), generator)
+                    write_weight_(weight, update.target, generator)
             store.evict(chunk.id)
         self.extras[unit.index] = after
 
@@ -262,7 +264,7 @@ class GroupOptimizer:
                 record.scalars[key] = value
                 continue
             if key not in record.slots:
-                record.slots[key] = self._new_slot(unit, chunk, i, key, value)
+                record.slots[key] = self.new_slot(unit, chunk, i, key, value)
             view = record.slots[key].view(store.fetch(chunk.id))
             if view.data_ptr() != value.data_ptr():
                 view.copy_(value)
@@ -292,14 +294,14 @@ class GroupOptimizer:
         elsewhere = param.device.type != self.update_device.type  # step_on host: mirror fp32 weights too
         return self.precision.has_master(param.dtype) or (elsewhere and param.dtype == torch.float32)
 
-    def _new_slot(self, unit: Unit, chunk: Chunk, i: int, key: str, value: Tensor) -> Slot:
+    def new_slot(self, unit: Unit, chunk: Chunk, i: int, key: str, value: Tensor) -> Slot:
         """One flat buffer per key for states with an entry per weight, one per parameter and key for other shapes."""
         piece = chunk.pieces[i]
         if not self.parameters.whole_tensors and value.shape == piece.shape:
-            return Slot(key, sum(p.numel for p in chunk.pieces[:i]), piece.shape)
+            return Slot(key, sum(p.numel for p in chunk.pieces[:i]), piece.shape, value.dtype)
         store_key = f"{key}:{unit.members[piece.member].name}"
         self.store_of(unit.index).ensure(chunk.id, store_key, value.numel(), value.dtype)
-        return Slot(store_key, 0, tuple(value.shape))
+        return Slot(store_key, 0, tuple(value.shape), value.dtype)
 
     def _fill_masters(self, unit: Unit, chunk: Chunk, tensors: Mapping[str, Tensor]) -> None:
         """First visit: masters are the weights, unless ``set_masters`` gave the bits that a cast would lose."""
@@ -316,6 +318,7 @@ class GroupOptimizer:
             whole: (parameter name, start, numel) -> those elements, flat, or ``None`` to take the weight's.
         """
         for unit in self.units.values():
+            self.parameters.begin_update(unit)
             for chunk in unit.chunks:
                 for piece, record in zip(chunk.pieces, self.records[chunk.id], strict=True):
                     if record.master is None:
@@ -327,12 +330,13 @@ class GroupOptimizer:
                         chunk.id, MASTER, values.reshape(-1).float(), record.master.offset
                     )
                 self.masters_filled.add(chunk.id)
+            self.parameters.abandon_update(unit)
 
     def _rounding_generator(self) -> torch.Generator | None:
         """Seeded by (seed, step, rank) alone, so that a resumed run rounds alike."""
         if not self.precision.stochastic_rounding:
             return None
-        generator = torch.Generator(device=self._weight_device())
+        generator = torch.Generator(device=self.update_device)
         generator.manual_seed(((self.seed * 1_000_003 + self.num_applied) * 65_537 + self.parameters.ranks.rank) % (1 << 63))
         return generator
 

@@ -8,6 +8,7 @@ once per optimizer step, at the accumulation boundary, and only the active group
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -26,10 +27,15 @@ class Member:
 
     name: str
     param: nn.Parameter = field(repr=False)
+    shape: tuple[int, ...]  # of the whole parameter, which a partitioned one does not have itself
     param_group: int  # index into the optimizer's param_groups
     start: int
     numel: int
     owner: int | None = None  # the rank that updates the whole tensor, for optimizers that look at shapes
+
+    @property
+    def whole_numel(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def cut_into_chunks(members: Sequence[Member], slice_numel: int | None, ids: Ite
                 chunks.append([])
                 left = room
             if member.numel:
-                chunks[-1].append(Piece(index, 0, member.numel, tuple(member.param.shape)))
+                chunks[-1].append(Piece(index, 0, member.numel, member.shape))
                 left -= member.numel
             continue
         start, end = member.start, member.start + member.numel
@@ -121,20 +127,34 @@ class ReplicatedParameters:
     def unit(self, index: int, name: str, entries: Sequence[tuple[str, nn.Parameter, int]]) -> Unit:
         """The unit of ``entries``: (name, parameter, param_group index)."""
         world_size, rank = self.ranks.world_size, self.ranks.rank
-        numels = [param.numel() for _, param, _ in entries]
+        shapes = [self.shape_of(param) for _, param, _ in entries]
+        numels = [math.prod(shape) for shape in shapes]
         owners = collectives.assign_owners(numels, world_size) if self.whole_tensors else [None] * len(entries)
         members = []
-        for (param_name, param, param_group), owner in zip(entries, owners, strict=True):
+        for (param_name, param, param_group), shape, numel, owner in zip(entries, shapes, numels, owners, strict=True):
             if owner is None:
-                start, end = collectives.shard_bounds(param.numel(), world_size, rank)
+                start, end = collectives.shard_bounds(numel, world_size, rank)
             else:
-                start, end = 0, param.numel() if owner == rank else 0
-            members.append(Member(param_name, param, param_group, start, end - start, owner))
+                start, end = 0, numel if owner == rank else 0
+            members.append(Member(param_name, param, shape, param_group, start, end - start, owner))
+        numels_of: dict[torch.dtype, list[int]] = {}
+        for member in members:
+            numels_of.setdefault(member.param.dtype, []).append(member.whole_numel)
         buckets = {
-            dtype: collectives.plan_buckets([p.numel() for _, p, _ in entries if p.dtype == dtype], world_size, self.bucket_numel)
-            for dtype in sorted({p.dtype for _, p, _ in entries}, key=str)
+            dtype: collectives.plan_buckets(numels_of[dtype], world_size, self.bucket_numel)
+            for dtype in sorted(numels_of, key=str)
         }
         return Unit(index, name, tuple(members), cut_into_chunks(members, self.slice_numel, self._chunk_ids), buckets)
+
+    def shape_of(self, param: nn.Parameter) -> tuple[int, ...]:
+        """Of the whole parameter."""
+        return tuple(param.shape)
+
+    def begin_update(self, unit: Unit) -> None:  # noqa: B027
+        """The unit's weights are about to be read or changed through ``weight``. Every rank calls this."""
+
+    def abandon_update(self, unit: Unit) -> None:  # noqa: B027
+        """After ``begin_update``: the weights were only read."""
 
     def weight(self, unit: Unit, piece: Piece) -> Tensor:
         """The piece of the weight: a view, in the weight's dtype, of ``piece.shape``."""
@@ -147,6 +167,9 @@ class ReplicatedParameters:
         return shard.view(-1)[offset : offset + piece.numel].view(piece.shape)
 
     # -- gradients --------------------------------------------------------------------------------------------
+
+    def end_backward(self) -> None:  # noqa: B027
+        """A micro-batch's backward is over."""
 
     def accumulate_in_fp32(self, params: Iterable[nn.Parameter]) -> None:
         """From now on sum the micro-batches of 16-bit weights in fp32: sums in bf16 drop small gradients.
@@ -194,7 +217,9 @@ class ReplicatedParameters:
 
     def _reduce_to_owners(self, unit: Unit, grads: list[Tensor | None]) -> list[Tensor | None]:
         return [
-            collectives.reduce_to_owner(self.ranks, grad, member.param, member.owner, self.comm_dtype)
+            collectives.reduce_to_owner(
+                self.ranks, grad, member.shape, member.param.device, member.owner, self.comm_dtype
+            )
             for grad, member in zip(grads, unit.members, strict=True)
         ]
 
@@ -202,14 +227,14 @@ class ReplicatedParameters:
         reduced: list[Tensor | None] = [None] * len(grads)
         for dtype, buckets in unit.buckets.items():
             positions = unit.of_dtype(dtype)
-            params = [unit.members[i].param for i in positions]
+            members = [unit.members[i] for i in positions]
             shards = collectives.reduce_scatter_shards(
                 self.ranks,
                 [grads[i] for i in positions],
-                [p.numel() for p in params],
+                [member.whole_numel for member in members],
                 buckets,
                 self.comm_dtype,
-                params[0].device,
+                members[0].param.device,
             )
             for position, shard in zip(positions, shards, strict=True):
                 reduced[position] = shard if shard.numel() else None
@@ -218,7 +243,7 @@ class ReplicatedParameters:
     # -- weights ----------------------------------------------------------------------------------------------
 
     def publish(self, unit: Unit) -> None:
-        """Bring the updated pieces to every rank's replica."""
+        """Bring the updated pieces to every rank's replica. Ends what ``begin_update`` began."""
         if self.whole_tensors:
             for member in unit.members:
                 collectives.broadcast_from_owner(self.ranks, member.param.data, member.owner)
