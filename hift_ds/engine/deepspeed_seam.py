@@ -165,6 +165,25 @@ def config_dict(config: Any, args: Any, config_params: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """Process groups made inside this block do without DeepSpeed's shared-memory operator for CPU ranks, which it
+    would compile on first use (half a minute, and a C++ compiler); it serves inference only."""
+    if get_accelerator().device_name() != "cpu":
+        yield
+        return
+    table = "__compatible_ops__"  # made by a module-level __getattr__, which test-compiles every operator
+    module = vars(deepspeed.ops)
+    was = module.get(table)
+    module[table] = {}
+    try:
+        yield
+    finally:
+        del module[table]
+        if was is not None:
+            module[table] = was
+
+
+@contextlib.contextmanager
 def engine_class(cls: type[DeepSpeedEngine]) -> Iterator[None]:
     """``deepspeed.initialize`` builds ``cls`` inside this block."""
     stock = deepspeed.DeepSpeedEngine

@@ -12,7 +12,7 @@ import deepspeed
 from torch import nn
 
 from hift_ds.config import BLOCK, check_against_deepspeed, parse_block
-from hift_ds.engine.deepspeed_seam import config_dict, engine_class
+from hift_ds.engine.deepspeed_seam import config_dict, engine_class, nothing_compiled
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.errors import ConfigError
 
@@ -82,11 +82,10 @@ def ensure_process_group() -> None:
 
 @contextlib.contextmanager
 def hift_engines() -> Iterator[None]:
-    """Inside this block ``deepspeed.initialize`` itself builds HiFT engines for configs with a ``"hift"`` block.
-
-    For frameworks that call it on their own (accelerate).
+    """Inside this block ``deepspeed.initialize`` itself builds HiFT engines for configs with a ``"hift"`` block, and
+    nothing is compiled. For frameworks that call it on their own (accelerate).
     """
-    with engine_class(_EngineForConfig):
+    with nothing_compiled(), engine_class(_EngineForConfig):
         yield
 
 
