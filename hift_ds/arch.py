@@ -1,10 +1,11 @@
 """Where the embeddings, the blocks and the head of a model live, found by structure and not by name.
 
-The repeated blocks of a model sit in containers (``nn.ModuleList``, ``nn.Sequential``, ``nn.ModuleDict``): the
-outermost containers of composite modules that hold a fair share of the parameters are its *stacks*. What runs before
-the first stack embeds; what runs after the last is the head; what runs between two stacks goes with the block below
-it. "Runs" is read from the source of each ``forward`` (:mod:`hift_ds.forward_order`), registration order where
-that is silent. No forward is run and no parameter is read, so partitioned and meta weights are as good as real ones.
+The repeated blocks of a model sit in containers (``nn.ModuleList``, ``nn.Sequential``, ``nn.ModuleDict``):
+the outermost containers of composite modules that hold a fair share of the parameters are its *stacks*. What
+runs before the first stack embeds; what runs after the last is the head; what runs between two stacks goes
+with the block below it. "Runs" is read from the source of each ``forward`` (:mod:`hift_ds.forward_order`), or
+is the order of registration where that is silent. No forward is run and no parameter is read: weights that
+ZeRO-3 has cut up, or that are on ``meta``, are as good as real ones.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from math import prod
 
 from torch import nn
 
 from hift_ds.errors import GroupingError
 from hift_ds.forward_order import Use, forward_uses
 
-MIN_SHARE_OF_LARGEST_STACK = 0.01  # below it a container is a detail (a head of two layers), not a stack of blocks
+MIN_SHARE_OF_LARGEST_STACK = 0.01  # below it a container is a detail, such as a head of two layers
+MIN_SHARE_OF_BARE_STACK = 0.5
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,20 @@ def find_arch(model: nn.Module) -> ArchSpec:
     A model without any stack is cut at its top-level children, one unit each.
     """
     stacks = _find_stacks(model)
-    items = list(_walk(model, "", stacks, [])) if stacks else _without_stacks(model)
-    return _assemble(items)
+    return _assemble(list(_walk(model, "", stacks, [])) if stacks else _without_stacks(model))
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of the whole tensor, also where ZeRO-3 keeps shards (and notes the shape as ``ds_shape``)."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def check_arch(model: nn.Module, arch: ArchSpec) -> None:
-    """Raises GroupingError if a name in ``arch`` is neither a module nor a parameter of ``model``, or comes twice."""
+    """Sees that each name in ``arch`` is a module or a parameter of ``model``, and comes once.
+
+    Raises:
+        GroupingError: naming the one that is not.
+    """
     known = {name for name, _ in model.named_modules()}
     known |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
     names = [*arch.embed, *(name for block in arch.blocks for name in block), *arch.head]
@@ -74,118 +85,127 @@ def check_arch(model: nn.Module, arch: ArchSpec) -> None:
             raise GroupingError(f"arch: {name!r} is given twice; every name belongs to one unit")
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Stacks: which containers hold the blocks
 
 
 @dataclass(frozen=True)
 class _Stack:
-    children: tuple[str, ...]  # of the module that owns it, in registration order; zipped ones are several
-    blocks: tuple[tuple[str, ...], ...]  # full names
+    containers: tuple[str, ...]  # several if they hold parts of the same blocks
+    blocks: tuple[tuple[str, ...], ...]
 
 
 def _numel(module: nn.Module) -> int:
-    """Parameters of ``module``, shared ones once; ``ds_numel`` is the full size of one that ZeRO-3 has cut up."""
-    return sum(getattr(p, "ds_numel", None) or p.numel() for p in module.parameters())
+    return sum(prod(full_shape(parameter)) for parameter in module.parameters())
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
 
 
 def _is_composite(module: nn.Module) -> bool:
-    return any(True for child in module.children() for _ in child.parameters())
+    return any(_has_parameters(child) for child in module.children())
 
 
-def _contains(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return any(isinstance(inner, kind) for inner in module.modules())
+def _embeds(module: nn.Module | None) -> bool:
+    return module is not None and any(isinstance(inner, nn.Embedding) for inner in module.modules())
 
 
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
+def _is_within(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(outer + ".")
+
+
 def _longest_run(container: nn.Module) -> list[str]:
-    """The longest run of consecutive composite children of one class, by parameters."""
+    """The largest run of consecutive composite children of one class."""
     runs = [list(run) for _, run in groupby(container.named_children(), key=lambda item: type(item[1]))]
     runs = [run for run in runs if all(_is_composite(child) for _, child in run)]
     best = max(runs, key=lambda run: sum(_numel(child) for _, child in run), default=[])
     return [name for name, _ in best]
 
 
-def _items_of(container: nn.Module, leaves: bool) -> list[str]:
-    """The children of ``container`` that are blocks; empty if it does not look like a stack."""
-    children = [(name, child) for name, child in container.named_children() if any(True for _ in child.parameters())]
-    fits = all(not isinstance(child, nn.Embedding) and (leaves or _is_composite(child)) for _, child in children)
-    if isinstance(container, nn.ModuleList):
-        return [name for name, _ in children] if fits else []
-    if isinstance(container, nn.ModuleDict):
-        alike = len({type(child) for _, child in children}) == 1 and len(children) > 1
-        return [name for name, _ in children] if fits and alike else []
+def _items_of(container: nn.Module, bare: bool) -> list[str]:
+    """The children of ``container`` that are blocks; none if it does not look like a stack."""
     if isinstance(container, nn.Sequential):
         run = _longest_run(container)
         return run if len(run) > 1 else []
-    return []
+    if not isinstance(container, (nn.ModuleList, nn.ModuleDict)):
+        return []
+    children = {name: child for name, child in container.named_children() if _has_parameters(child)}
+    is_bag = len(children) < 2 or len({type(child) for child in children.values()}) > 1
+    if isinstance(container, nn.ModuleDict) and is_bag:  # of named parts, not a numbered stack
+        return []
+    if any(isinstance(child, nn.Embedding) for child in children.values()):
+        return []
+    return list(children) if bare or all(map(_is_composite, children.values())) else []
+
+
+def _containers(module: nn.Module, name: str, bare: bool) -> Iterator[tuple[str, nn.Module, list[str]]]:
+    """The outermost containers that look like stacks; lists nested in a block (experts) are never reached."""
+    items = _items_of(module, bare)
+    if items:
+        yield name, module, items
+        return
+    for child_name, child in module.named_children():
+        yield from _containers(child, _join(name, child_name), bare)
 
 
 def _blocks_of(container: nn.Module, name: str, items: list[str]) -> Iterator[tuple[str, ...]]:
     """One block an item; lists of like items within the list (stages) are opened up."""
     for item in items:
-        inner = container._modules[item]
-        full = _join(name, item)
-        kinds = {type(child) for child in inner.children()}
-        if isinstance(inner, nn.ModuleList) and len(kinds) == 1 and all(map(_is_composite, inner.children())):
+        inner, full = container._modules[item], _join(name, item)
+        is_stage = isinstance(inner, nn.ModuleList) and len({type(child) for child in inner}) == 1
+        if is_stage and all(_is_composite(child) for child in inner):
             yield from ((_join(full, child),) for child, _ in inner.named_children())
         else:
             yield (full,)
 
 
-def _find_stacks(model: nn.Module) -> dict[str, list[_Stack]]:
-    """Stacks by the name of the module that owns the container."""
-    for leaves in (False, True):  # containers of bare layers count only where there is nothing better
-        found = list(_containers(model, "", leaves))
-        if found:
-            break
-    sizes = {name: sum(_numel(container._modules[item]) for item in items) for name, container, items in found}
-    largest = max(sizes.values(), default=0)
-    stacks: dict[str, list[_Stack]] = {}
-    for name, container, items in found:
-        if sizes[name] >= MIN_SHARE_OF_LARGEST_STACK * largest:
-            owner, _, child = name.rpartition(".")
-            stacks.setdefault(owner, []).append(_Stack((child,), tuple(_blocks_of(container, name, items))))
-    return {owner: _zip_lists(model.get_submodule(owner), owner, found) for owner, found in stacks.items()}
+def _find_stacks(model: nn.Module) -> dict[str, _Stack]:
+    """Stacks by the names of their containers."""
+    found = list(_containers(model, "", bare=False))
+    if found:
+        smallest = MIN_SHARE_OF_LARGEST_STACK * max(_numel(container) for _, container, _ in found)
+    else:  # lists of bare layers, if they are the bulk of the model
+        found = list(_containers(model, "", bare=True))
+        smallest = MIN_SHARE_OF_BARE_STACK * _numel(model)
+    stacks = {
+        name: _Stack((name,), tuple(_blocks_of(container, name, items)))
+        for name, container, items in found
+        if _numel(container) >= smallest
+    }
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in stacks if name):
+        stacks |= _zipped(model.get_submodule(owner), owner, stacks)
+    return stacks
 
 
-def _containers(module: nn.Module, name: str, leaves: bool) -> Iterator[tuple[str, nn.Module, list[str]]]:
-    """The outermost containers that look like stacks; lists nested in a block (experts) are never reached."""
-    items = _items_of(module, leaves)
-    if items:
-        yield name, module, items
-        return
-    for child_name, child in module.named_children():
-        yield from _containers(child, _join(name, child_name), leaves)
-
-
-def _zip_lists(owner: nn.Module, owner_name: str, stacks: list[_Stack]) -> list[_Stack]:
-    """Joins lists that one loop of the owner's forward indexes together, such as XLM's attentions, norms and ffns."""
+def _zipped(owner: nn.Module, owner_name: str, stacks: dict[str, _Stack]) -> dict[str, _Stack]:
+    """Joins lists that one loop of the owner's forward walks together: XLM's attentions, norms and ffns."""
     lists = {name: child for name, child in owner.named_children() if isinstance(child, nn.ModuleList)}
-    loops = {name: _loops_of(forward_uses(owner), name) for name in lists} if len(lists) > 1 else {}
-    done: set[str] = set()
-    joined: list[_Stack] = []
-    for stack in stacks:
-        child = stack.children[0]
-        if child in done:
+    if len(lists) < 2:
+        return {}
+    uses = forward_uses(owner)
+    loops = {name: _loops_of(uses, name) for name in lists}
+    joined: dict[str, _Stack] = {}
+    for name, container in lists.items():
+        full = _join(owner_name, name)
+        if full not in stacks or full in joined:
             continue
-        partners = [
-            name for name in loops
-            if name == child or (len(lists[name]) == len(stack.blocks) and loops[name] & loops.get(child, frozenset()))
+        mates = [
+            mate for mate in lists
+            if mate == name or (len(lists[mate]) == len(container) and loops[mate] & loops[name])
         ]  # fmt: skip
-        if len(partners) < 2:
-            joined.append(stack)
-            continue
-        done.update(partners)
-        rows = (tuple(_join(owner_name, f"{name}.{row}") for name in partners) for row in range(len(stack.blocks)))
-        joined.append(_Stack(tuple(partners), tuple(rows)))
+        if len(mates) > 1:
+            names = tuple(_join(owner_name, mate) for mate in mates)
+            rows = tuple(tuple(f"{mate}.{row}" for mate in names) for row in range(len(container)))
+            joined |= dict.fromkeys(names, _Stack(names, rows))
     return joined
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Order: what runs before, between and after them
 
 
@@ -194,111 +214,123 @@ class _Item:
     """One entry of the model in execution order: a block of a stack, or a piece outside the stacks."""
 
     names: tuple[str, ...]
-    is_block: bool
+    is_block: bool = False
     embeds: bool = False
     in_loop: bool = False  # runs among the blocks of the stack that follows: goes with its first block
 
 
 def _uses_of(uses: list[Use], child: str) -> list[tuple[int, Use]]:
-    return [(at, use) for at, use in enumerate(uses) if use.path == child or use.path.startswith(child + ".")]
+    return [(at, use) for at, use in enumerate(uses) if _is_within(use.path, child)]
 
 
 def _loops_of(uses: list[Use], child: str) -> frozenset[int]:
     return frozenset().union(*(use.loops for _, use in _uses_of(uses, child)))
 
 
-def _position(uses: list[Use], child: str, stack_loops: frozenset[int]) -> tuple[int | None, bool]:
-    """Where forward first calls ``child``, and whether it does so only inside the loops over the blocks."""
-    mine = _uses_of(uses, child)
-    mine = [(at, use) for at, use in mine if use.called and use.path == child] or mine
-    outside = [(at, use) for at, use in mine if not use.loops & stack_loops]
-    if outside:
-        return outside[0][0], False
-    return (mine[0][0], True) if mine else (None, False)
+def _uses_below(uses: list[Use], child: str) -> list[Use]:
+    """What ``uses`` say of the children of ``child``, from its point of view."""
+    inner = [use for use in uses if use.path.startswith(child + ".")]
+    return [Use(use.path[len(child) + 1 :], use.called, use.loops) for use in inner]
 
 
 def _entries(module: nn.Module) -> list[str]:
     """What ``module`` registers that holds parameters: its own parameters, then its children."""
     own = [name for name, parameter in module._parameters.items() if parameter is not None]
-    return own + [name for name, child in module.named_children() if any(True for _ in child.parameters())]
+    return own + [name for name, child in module.named_children() if _has_parameters(child)]
 
 
-def _in_order(module: nn.Module, uses: list[Use], stacks: list[_Stack]) -> list[tuple[str, bool]]:
+def _place_of_stack(uses: list[Use], entry: str) -> int | None:
+    """Where forward loops over a stack, the last time (earlier loops prepare it), or else calls it."""
+    looped = [at for at, use in _uses_of(uses, entry) if use.loops]
+    return looped[-1] if looped else _place(uses, entry, frozenset())[0]
+
+
+def _place(uses: list[Use], entry: str, stack_loops: frozenset[int]) -> tuple[int | None, bool]:
+    """Where forward first calls ``entry``, and whether it does so only inside the loops over the blocks."""
+    mine = _uses_of(uses, entry)
+    mine = [(at, use) for at, use in mine if use.called and use.path == entry] or mine
+    outside = [at for at, use in mine if not use.loops & stack_loops]
+    if outside:
+        return outside[0], False
+    return (mine[0][0], True) if mine else (None, False)
+
+
+def _in_order(module: nn.Module, uses: list[Use], stacked: list[str]) -> list[tuple[str, bool]]:
     """Entries of ``module`` in execution order, each with whether it runs inside the loop over a stack.
 
-    Those that do come right before the stack. An entry that forward does not name follows the one registered
-    before it.
+    Those that do come right before the stacks. An entry that forward does not name follows the one registered
+    before it. ``stacked`` are the entries that are stacks.
     """
-    first_of = {child: stack.children[0] for stack in stacks for child in stack.children}
-    stack_loops = frozenset().union(*(_loops_of(uses, child) for child in first_of))
-    keyed: list[tuple[tuple[int, int], str, bool]] = []
+    stack_loops = frozenset().union(*(_loops_of(uses, entry) for entry in stacked))
+    placed: list[tuple[int, int, str]] = []
+    among: list[str] = []
     last = -1
-    for index, name in enumerate(_entries(module)):
-        if name in first_of:
-            looped = [at for at, use in _uses_of(uses, name) if use.loops]  # the last: earlier ones prepare the blocks
-            at, in_loop = (looped[-1] if looped else _position(uses, name, frozenset())[0]), False
+    for index, entry in enumerate(_entries(module)):
+        if entry in stacked:
+            at, in_loop = _place_of_stack(uses, entry), False
         else:
-            at, in_loop = _position(uses, name, stack_loops)
-        if at is None and isinstance(module._modules.get(name), nn.Embedding):
+            at, in_loop = _place(uses, entry, stack_loops)
+        if in_loop:
+            among.append(entry)
+            continue
+        if at is None and isinstance(module._modules.get(entry), nn.Embedding):
             at = -1
         last = last if at is None else at
-        keyed.append(((last, index), name, in_loop))
-    order = [(name, in_loop) for _, name, in_loop in sorted(keyed)]
-    among = [entry for entry in order if entry[1]]
-    apart = [entry for entry in order if not entry[1]]
-    first_stack = next((index for index, (name, _) in enumerate(apart) if name in first_of), len(apart))
-    return apart[:first_stack] + among + apart[first_stack:]
+        placed.append((last, index, entry))
+    order = [entry for _, _, entry in sorted(placed)]
+    first_stack = next((index for index, entry in enumerate(order) if entry in stacked), len(order))
+    return [
+        *((entry, False) for entry in order[:first_stack]),
+        *((entry, True) for entry in among),
+        *((entry, False) for entry in order[first_stack:]),
+    ]
 
 
-def _walk(module: nn.Module, name: str, stacks: dict[str, list[_Stack]], inherited: list[Use]) -> Iterator[_Item]:
-    """The items of ``module`` in execution order."""
+def _walk(module: nn.Module, name: str, stacks: dict[str, _Stack], inherited: list[Use]) -> Iterator[_Item]:
+    """The items of ``module`` in execution order; ``inherited``: how the module around uses its children."""
+    if name in stacks:
+        yield from _stack_items(module, name, stacks[name])
+        return
+    entries = _entries(module)
     uses = forward_uses(module)
-    if not any(_uses_of(uses, entry) for entry in _entries(module)):
-        uses = inherited  # a plain container: the module around it says how its children are used
-    own = stacks.get(name, [])
-    by_child = {child: stack for stack in own for child in stack.children}
-    emitted: set[str] = set()
-    for entry, in_loop in _in_order(module, uses, own):
+    if not any(_uses_of(uses, entry) for entry in entries):
+        uses = inherited  # a plain container: only the module around it knows the order
+    stacked = [entry for entry in entries if _join(name, entry) in stacks]
+    done: set[str] = set()
+    for entry, in_loop in _in_order(module, uses, stacked):
         full, child = _join(name, entry), module._modules.get(entry)
-        if entry in by_child:
-            if entry in emitted:
-                continue
-            emitted.update(by_child[entry].children)
-            yield from _stack_items(child, full, by_child[entry])
-        elif child is not None and any(owner == full or owner.startswith(full + ".") for owner in stacks):
-            inner = [Use(use.path[len(entry) + 1 :], use.called, use.loops) for _, use in _uses_of(uses, entry)]
-            yield from _walk(child, full, stacks, [use for use in inner if use.path])
+        if full in done:  # zipped with a container that came before
+            continue
+        if any(_is_within(container, full) for container in stacks):
+            done.update(stacks[full].containers if entry in stacked else ())
+            yield from _walk(child, full, stacks, _uses_below(uses, entry))
         else:
-            yield _Item((full,), is_block=False, embeds=child is not None and _contains(child, nn.Embedding),
-                        in_loop=in_loop)  # fmt: skip
+            yield _Item((full,), embeds=_embeds(child), in_loop=in_loop)
 
 
 def _stack_items(container: nn.Module, name: str, stack: _Stack) -> Iterator[_Item]:
-    """The blocks, and around them what else an ``nn.Sequential`` holds before and after its run of blocks."""
-    if len(stack.children) > 1:
+    """The blocks, and around them whatever else a sequence holds before and after its run of blocks."""
+    if len(stack.containers) > 1:
         yield from (_Item(names, is_block=True) for names in stack.blocks)
         return
-    blocks = {names[0]: names for names in stack.blocks}
     for child_name, child in container.named_children():
         full = _join(name, child_name)
-        inner = [block for block in blocks if block == full or block.startswith(full + ".")]
+        inner = [names for names in stack.blocks if _is_within(names[0], full)]
         if inner:
-            yield from (_Item(blocks[block], is_block=True) for block in inner)
-        elif any(True for _ in child.parameters()):
-            yield _Item((full,), is_block=False, embeds=_contains(child, nn.Embedding))
+            yield from (_Item(names, is_block=True) for names in inner)
+        elif _has_parameters(child):
+            yield _Item((full,), embeds=_embeds(child))
 
 
 def _without_stacks(model: nn.Module) -> list[_Item]:
-    """Top-level children as blocks, below whatever only wraps; the last one counts as head, embeddings as such."""
+    """Top-level children, below whatever only wraps: embeddings, the last one as head, others as blocks."""
     module, name = model, ""
-    while len(_entries(module)) == 1 and _entries(module)[0] in module._modules:
-        name = _join(name, _entries(module)[0])
-        module = module._modules[_entries(module)[0]]
+    while len(entries := _entries(module)) == 1 and entries[0] in module._modules:
+        module, name = module._modules[entries[0]], _join(name, entries[0])
     order = [entry for entry, _ in _in_order(module, forward_uses(module), [])]
     items = []
     for entry in order:
-        child = module._modules.get(entry)
-        embeds = child is not None and _contains(child, nn.Embedding)
+        embeds = _embeds(module._modules.get(entry))
         is_head = entry == order[-1] and len(order) > 1
         items.append(_Item((_join(name, entry),), is_block=not embeds and not is_head, embeds=embeds))
     return items
@@ -306,24 +338,21 @@ def _without_stacks(model: nn.Module) -> list[_Item]:
 
 def _assemble(items: list[_Item]) -> ArchSpec:
     """Sorts items in execution order into embeddings, blocks and head."""
-    at_blocks = [index for index, item in enumerate(items) if item.is_block]
-    first, last = (at_blocks[0], at_blocks[-1]) if at_blocks else (len(items), len(items))
+    last_block = max((index for index, item in enumerate(items) if item.is_block), default=-1)
     embed: list[str] = []
     blocks: list[list[str]] = []
     head: list[str] = []
-    waiting: list[str] = []  # run inside a loop over blocks that are still to come
-    in_embedding = True
+    waiting: list[str] = []  # run inside the loop over blocks that are still to come
+    embedding = True
     for index, item in enumerate(items):
         if item.is_block:
             blocks.append([*item.names, *waiting])
-            waiting, in_embedding = [], False
+            waiting, embedding = [], False
         elif item.in_loop:
             waiting.extend(item.names)
-        elif index < first:
-            embed.extend(item.names)
-        elif index > last:
+        elif index > last_block >= 0:
             head.extend(item.names)
-        else:  # between two stacks: from an embedding on it is the input of the stack above
-            in_embedding = in_embedding or item.embeds
-            (embed if in_embedding else blocks[-1]).extend(item.names)
+        else:  # below the first block, or between stacks: from an embedding on, input of the next
+            embedding = embedding or item.embeds
+            (embed if embedding else blocks[-1]).extend(item.names)
     return ArchSpec(tuple(embed), tuple(map(tuple, blocks)), tuple(head))

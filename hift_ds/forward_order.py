@@ -1,8 +1,8 @@
 """In which order a module's ``forward`` uses its children, read from its source; nothing is run.
 
-Registration order is not execution order: OPT registers its final norm before its layers. A trial forward would
-tell, but needs inputs for every kind of model and does not work on weights that ZeRO-3 has cut up. The source text
-of ``forward`` needs neither, costs milliseconds, and says the same on every rank.
+Registration order is not execution order: OPT registers its final norm before its layers. A trial forward
+would tell, but needs inputs for every kind of model and does not work on weights that ZeRO-3 has cut up. The
+source text of ``forward`` needs neither, costs milliseconds, and says the same on every rank.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -37,7 +37,7 @@ def forward_uses(module: nn.Module) -> list[Use]:
     Methods of ``self`` that forward calls are read in place. Empty if the source cannot be had.
     """
     reader = _Reader(module)
-    reader.read(type(module).forward)
+    reader.read_method("forward")
     return reader.uses
 
 
@@ -70,6 +70,12 @@ def _dotted(node: ast.expr) -> str | None:
     return None
 
 
+def _is_super(node: ast.expr) -> bool:
+    """Whether ``node`` is ``super().<name>``."""
+    called = node.value if isinstance(node, ast.Attribute) else None
+    return isinstance(called, ast.Call) and isinstance(called.func, ast.Name) and called.func.id == "super"
+
+
 class _Reader(ast.NodeVisitor):
     """Collects uses in evaluation order: arguments before the call, iterables before the body."""
 
@@ -78,24 +84,24 @@ class _Reader(ast.NodeVisitor):
         self.uses: list[Use] = []
         self._loops: list[int] = []
         self._loops_seen = 0
-        self._reading: set[str] = set()
+        self._reading: list[tuple[type, str]] = []  # methods being read, each with the class that defines it
 
-    def read(self, function: Callable) -> None:
-        tree = _parsed(function)
-        for statement in tree.body if tree is not None else ():
-            self.visit(statement)
+    def read_method(self, name: str, *, above: type | None = None) -> None:
+        """Reads the method ``name`` of the module, or what ``super()`` in the class ``above`` would find."""
+        classes = type(self.module).__mro__
+        classes = classes[classes.index(above) + 1 :] if above in classes else classes
+        owner = next((cls for cls in classes if name in vars(cls)), nn.Module)
+        if owner is nn.Module or (owner, name) in self._reading or not inspect.isfunction(vars(owner)[name]):
+            return
+        tree = _parsed(vars(owner)[name])
+        self._reading.append((owner, name))
+        self._visit_all(tree.body if tree is not None else [])
+        self._reading.pop()
 
     def _use(self, path: str, called: bool) -> None:
         self.uses.append(Use(path, called, frozenset(self._loops)))
 
-    def _read_method(self, name: str) -> None:
-        method = getattr(type(self.module), name, None)
-        if inspect.isfunction(method) and name not in self._reading:
-            self._reading.add(name)
-            self.read(method)
-            self._reading.discard(name)
-
-    def _visit_all(self, nodes: Iterator[ast.AST] | list) -> None:
+    def _visit_all(self, nodes: Iterable[ast.AST]) -> None:
         for node in nodes:
             self.visit(node)
 
@@ -103,10 +109,12 @@ class _Reader(ast.NodeVisitor):
         self._visit_all(node.args)
         self._visit_all(node.keywords)
         path = _dotted(node.func)
-        if path is None:
+        if _is_super(node.func):
+            self.read_method(node.func.attr, above=self._reading[-1][0])
+        elif path is None:
             self.visit(node.func)
         elif "." not in path and path not in self.module._modules:
-            self._read_method(path)
+            self.read_method(path)
         else:
             self._use(path, called=True)
 

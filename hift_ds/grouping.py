@@ -11,11 +11,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import nn
 
-from hift_ds.arch import ArchSpec, check_arch, find_arch
+from hift_ds.arch import ArchSpec, check_arch, find_arch, full_shape
 from hift_ds.errors import GroupingError
 
 ALWAYS_INDEX = -1
@@ -31,7 +32,8 @@ class LayerGroup:
     Attributes:
         index: position bottom to top, from 0; -1 for the group that is always active.
         name: short and unique, such as ``"embed"``, ``"layers.3"``, ``"layers.4-7"``, ``"norm+lm_head"``.
-        param_names: the trainable parameters, as ``model.named_parameters()`` names and orders them (tied ones once).
+        param_names: the trainable parameters, with the names and in the order of ``named_parameters()``, tied
+            ones once.
         numel: elements in them, of the whole tensors where ZeRO-3 keeps shards.
     """
 
@@ -84,8 +86,8 @@ def partition_model(
         arch: where the parts of the model live, if its structure does not tell.
 
     Raises:
-        GroupingError: nothing is trainable, or nothing is left to rotate; ``group_size`` below 1; a pattern is no
-            regular expression or matches nothing; a parameter is matched by no group or by two.
+        GroupingError: nothing is trainable or left to rotate; ``group_size`` is below 1; a pattern is no regular
+            expression or matches nothing; no group matches a parameter, or two do.
     """
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise GroupingError(f"group_size: expected a whole number of at least 1, got {group_size!r}")
@@ -94,12 +96,14 @@ def partition_model(
     arch = arch or find_arch(model)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
-        raise GroupingError(f"{type(model).__name__} has no trainable parameter: all have requires_grad=False")
+        raise GroupingError(
+            f"{type(model).__name__}: no parameter is trainable, all have requires_grad=False"
+        )
 
     always = _matched_by_any(model, trainable, always_active)
     rotating = [name for name in trainable if name not in always]
     if not rotating:
-        raise GroupingError("always_active: matches every trainable parameter, so that no group is left to rotate")
+        raise GroupingError("always_active: matches every trainable parameter; no group is left to rotate")
 
     units = _units(model, arch, rotating)
     if patterns is None:
@@ -107,9 +111,9 @@ def partition_model(
     else:
         named = _by_patterns(model, rotating, always, patterns)
     names = _unique([name for name, _ in named])
-    groups = (_group(i, name, params, trainable) for i, (name, (_, params)) in enumerate(zip(names, named)))
+    members = [params for _, params in named]
     return Partition(
-        groups=tuple(groups),
+        groups=tuple(_group(i, names[i], members[i], trainable) for i in range(len(named))),
         always=_group(ALWAYS_INDEX, ALWAYS_NAME, always, trainable) if always else None,
         matrices=_matrices(model, arch, trainable),
     )
@@ -124,8 +128,8 @@ def describe(partition: Partition, *, order: str = "bottom2up", seed: int = 0) -
         seed: of the random order.
 
     Returns:
-        ``{"name": str, "numel": int, "params": list of names}`` for each group; the always-active one, if there is
-        one, comes last.
+        ``{"name": str, "numel": int, "params": list of names}`` for each group; the always-active one,
+        if there is one, comes last.
     """
     from hift_ds.schedule import GroupSchedule
 
@@ -136,16 +140,8 @@ def describe(partition: Partition, *, order: str = "bottom2up", seed: int = 0) -
     return [{"name": group.name, "numel": group.numel, "params": list(group.param_names)} for group in groups]
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Units
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", None) or parameter.numel()
-
-
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", None) or parameter.shape)
 
 
 def _unit_of_each(model: nn.Module, arch: ArchSpec) -> dict[str, int]:
@@ -178,28 +174,36 @@ def _units(model: nn.Module, arch: ArchSpec, wanted: list[str]) -> list[_Unit]:
         elif index == arch.num_units - 1:
             units.append(_Unit(_name_of_head(arch, params), params))
         else:
-            stack, _, row = arch.blocks[index - 1][0].rpartition(".")
-            if row.isdigit():
-                units.append(_Unit(f"{stack_names[stack]}.{row}", params, stack=stack_names[stack], row=int(row)))
-            else:  # no list: a top-level child of a model without repeated blocks
-                units.append(_Unit(arch.blocks[index - 1][0], params))
+            units.append(_block_unit(arch.blocks[index - 1][0], stack_names, params))
     return units
+
+
+def _block_unit(block: str, stack_names: Mapping[str, str], params: tuple[str, ...]) -> _Unit:
+    stack, _, row = block.rpartition(".")
+    if not row.isdigit():  # in no list: a top-level child of a model without repeated blocks
+        return _Unit(block, params)
+    return _Unit(f"{stack_names[stack]}.{row}", params, stack=stack_names[stack], row=int(row))
 
 
 def _short_stack_names(arch: ArchSpec) -> dict[str, str]:
     """The name of each stack, cut to its last parts: as many as tell all stacks apart."""
     stacks = list(dict.fromkeys(block[0].rpartition(".")[0] for block in arch.blocks))
-    parts = {stack: stack.split(".") for stack in stacks}
-    for length in range(1, max((len(p) for p in parts.values()), default=1) + 1):
-        short = {stack: ".".join(p[-length:]) for stack, p in parts.items()}
-        if len(set(short.values())) == len(stacks):
-            return short
-    return {stack: stack for stack in stacks}
+    parts = {stack: stack.split(".") if stack else ["block"] for stack in stacks}
+    short = parts
+    for length in range(max(map(len, parts.values()), default=0), 0, -1):
+        shorter = {stack: whole[-length:] for stack, whole in parts.items()}
+        if len(set(map(tuple, shorter.values()))) < len(stacks):
+            break
+        if not any(kept[0].isdigit() for kept in shorter.values()):
+            short = shorter
+    return {stack: ".".join(kept) for stack, kept in short.items()}
 
 
 def _name_of_head(arch: ArchSpec, params: tuple[str, ...]) -> str:
     """What the head is made of, such as ``"norm+lm_head"``; plain ``"head"`` where that would be long."""
-    pieces = [piece for piece in arch.head if any(name == piece or name.startswith(piece + ".") for name in params)]
+    pieces = [
+        piece for piece in arch.head if any(name == piece or name.startswith(piece + ".") for name in params)
+    ]
     last_parts = [piece.rpartition(".")[2] for piece in pieces]
     return "+".join(last_parts) if 0 < len(pieces) <= MAX_PIECES_IN_NAME else "head"
 
@@ -234,7 +238,7 @@ def _unique(names: list[str]) -> list[str]:
 
 def _group(index: int, name: str, params: Iterable[str], trainable: Mapping[str, nn.Parameter]) -> LayerGroup:
     params = tuple(params)
-    return LayerGroup(index, name, params, sum(_numel(trainable[param]) for param in params))
+    return LayerGroup(index, name, params, sum(prod(full_shape(trainable[param])) for param in params))
 
 
 def _matrices(model: nn.Module, arch: ArchSpec, trainable: Mapping[str, nn.Parameter]) -> frozenset[str]:
@@ -244,11 +248,11 @@ def _matrices(model: nn.Module, arch: ArchSpec, trainable: Mapping[str, nn.Param
     return frozenset(
         name
         for name, parameter in trainable.items()
-        if unit_of[name] in in_blocks and len(_shape(parameter)) == 2 and parameter not in tables
+        if unit_of[name] in in_blocks and len(full_shape(parameter)) == 2 and parameter not in tables
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Patterns
 
 
@@ -259,8 +263,10 @@ def _compiled(pattern: str, key: str) -> re.Pattern[str]:
         raise GroupingError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
 
 
-def _matches(model: nn.Module, names: Iterable[str], pattern: str, key: str, taken: Iterable[str] = ()) -> list[str]:
-    """The ``names`` in which ``pattern`` is found; if there are none, an error that says what it may have meant."""
+def _matches(
+    model: nn.Module, names: Iterable[str], pattern: str, key: str, taken: Iterable[str] = ()
+) -> list[str]:
+    """The ``names`` in which ``pattern`` is found; if in none, an error that says what it may have meant."""
     compiled = _compiled(pattern, key)
     found = [name for name in names if compiled.search(name)]
     if found:
@@ -276,7 +282,9 @@ def _matches(model: nn.Module, names: Iterable[str], pattern: str, key: str, tak
         else:
             reason = f"{name!r} is tied to {first_name[parameter]!r}, the name it is trained under"
         raise GroupingError(f"{key}: {pattern!r} matches no parameter that could rotate: {reason}")
-    raise GroupingError(f"{key}: {pattern!r} matches no parameter name, such as {next(iter(first_name.values()))!r}")
+    raise GroupingError(
+        f"{key}: {pattern!r} matches no parameter name, such as {next(iter(first_name.values()))!r}"
+    )
 
 
 def _matched_by_any(model: nn.Module, trainable: Iterable[str], patterns: Sequence[str]) -> list[str]:
@@ -301,10 +309,14 @@ def _by_patterns(
             for name in _matches(model, rotating, pattern, f"groups[{index}]", taken=always):
                 other = group_of.setdefault(name, index)
                 if other != index:
-                    raise GroupingError(f"groups: {name!r} is matched by groups[{other}] and by groups[{index}]")
+                    raise GroupingError(
+                        f"groups: {name!r} is matched by groups[{other}] and by groups[{index}]"
+                    )
     for name in rotating:
         if name not in group_of:
-            raise GroupingError(f"groups: {name!r} is trainable and matched by no group; add a pattern or freeze it")
+            raise GroupingError(
+                f"groups: {name!r} is trainable and matched by no group; add a pattern or freeze it"
+            )
     return [
         (_name_of_patterns(group), [name for name in rotating if group_of[name] == index])
         for index, group in enumerate(patterns)

@@ -44,8 +44,8 @@ __all__ = ["FAMILIES", "HEADS", "SIZES", "Family", "config", "tiny"]
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI, PHI3, OPT, OPT_350M, GPT2, GPT_NEO, GPT_NEOX,
-        BLOOM, FALCON, BERT, ROBERTA, DEBERTA_V2, T5,
+        LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI, PHI3, OPT, OPT_350M, GPT2, GPT_NEO,
+        GPT_NEOX, BLOOM, FALCON, BERT, ROBERTA, DEBERTA_V2, T5,
     )
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""BERT: encoder with token, position and segment embeddings, a pooler, and a masked-language head tied below."""
+"""BERT: encoder with token, position and segment embeddings, a pooler, and a language head tied below."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Family:
         heads: which of :data:`HEADS` transformers offers for it; the first is its pretraining head.
         tiny: config entries of a model of about ten thousand parameters with every structural feature of
             the family (three blocks, odd vocabulary, grouped keys and values where the family has them).
-        sizes: config entries of published checkpoints by zoo name; what is absent is the config class's default.
+        sizes: config entries of published checkpoints by zoo name; what is absent is the default.
     """
 
     name: str

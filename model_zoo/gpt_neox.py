@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: rotary positions, attention and feed-forward in parallel, an untied head ``embed_out``."""
+"""GPT-NeoX and Pythia: rotary positions, attention and feed-forward in parallel, an untied head."""
 
 from __future__ import annotations
 

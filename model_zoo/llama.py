@@ -1,4 +1,4 @@
-"""LLaMA: pre-norm decoder, RMSNorm, SwiGLU, rotary positions; also SmolLM2, TinyLlama, Vicuna and many more."""
+"""LLaMA: pre-norm decoder, RMSNorm, SwiGLU, rotary positions; also SmolLM2, Vicuna and many more."""
 
 from __future__ import annotations
 

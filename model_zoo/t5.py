@@ -1,4 +1,4 @@
-"""T5: encoder and decoder on one shared embedding; relative position biases live in each stack's first block."""
+"""T5: encoder and decoder on one shared embedding; position biases live in each stack's first block."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Models of about ten thousand random parameters, one per family, for first runs and for tests.
 
-Three blocks (T5: three and two), a vocabulary of 67, no dropout: two runs with one seed agree bit for bit, and
-sizes do not divide evenly over two or three ranks.
+Three blocks (T5: three and two), a vocabulary of 67, no dropout: two runs with one seed agree bit for bit,
+and sizes do not divide evenly over two or three ranks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ def config(family: str, head: str | None = None, **overrides: Any) -> Pretrained
         entries["decoder_start_token_id"] = SPECIAL_TOKENS["pad_token_id"]
     made = config_for(declared, head or declared.heads[0], {**entries, **overrides})
     for key in list(vars(made)):
-        if ("dropout" in key or key.endswith("_pdrop")) and key not in overrides and getattr(made, key) is not None:
+        if (
+            ("dropout" in key or key.endswith("_pdrop"))
+            and key not in overrides
+            and getattr(made, key) is not None
+        ):
             setattr(made, key, 0.0)
     return made
 

@@ -1,0 +1,7 @@
+"""``python -m hift_ds`` is ``hift-ds``."""
+
+import sys
+
+from hift_ds.cli import main
+
+sys.exit(main())
