@@ -51,13 +51,26 @@ class HiFTMixin:
         """As the Trainer's. May be called again; the earlier engine is destroyed then."""
         join_as_single_process()
         self.model_wrapped = self.model  # else a second train() would go on with the engine of the first
+        disable_input_require_grads(self.model)  # enabling again, as the Trainer does, forgets the hooks before
         with hift_engines():
             return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, and possible before :meth:`train` too: the model is then evaluated as it was given."""
-        with self._without_deepspeed_before_training():
+        if getattr(self, "deepspeed", None) is not None:
             return super().evaluation_loop(*args, **kwargs)
+        ensure_process_group()
+        with self._deepspeed_set_aside():  # the Trainer would build a ZeRO-3 inference engine or refuse
+            return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's: safetensors that ``from_pretrained`` loads. Rank 0 writes its replica of the weights; with
+        DeepSpeed the Trainer would first copy the whole model to the host, on every rank."""
+        if self.engine is None or self.engine.zero_optimization_stage() < 3:
+            with self._deepspeed_set_aside():
+                super().save_model(*args, **kwargs)
+        else:
+            super().save_model(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, with the learning rate that the step used instead of the scheduler's next value."""
@@ -68,12 +81,8 @@ class HiFTMixin:
         super().log(logs, *args, **kwargs)
 
     @contextlib.contextmanager
-    def _without_deepspeed_before_training(self) -> Iterator[None]:
-        """The Trainer would build a ZeRO-3 inference engine, and refuse every other stage."""
-        if getattr(self, "deepspeed", None) is not None:
-            yield
-            return
-        ensure_process_group()
+    def _deepspeed_set_aside(self) -> Iterator[None]:
+        """For what the Trainer does with the plain model just as well, or better."""
         self.is_deepspeed_enabled = False
         try:
             yield
@@ -100,12 +109,15 @@ class _AtTrainBegin(TrainerCallback):
         assert engine is not None, "the Trainer did not build its engine with deepspeed.initialize"
         if engine.lr_scheduler is None:  # the Trainer steps one of its own
             engine.watch_scheduler(trainer.lr_scheduler)
-        # transformers 5 turns these on with activation checkpointing. Every layer below the active group would then
-        # need gradients again: with the head active a step of a 7B model costs 2.7 times as much.
-        _disable_input_require_grads(trainer.model)
+        disable_input_require_grads(trainer.model)
 
 
-def _disable_input_require_grads(model: Any) -> None:
+def disable_input_require_grads(model: Any) -> None:
+    """Undo what transformers 5 does to the embeddings with activation checkpointing.
+
+    Every layer below the active group would need gradients again: with the head active, a step of a 7B model costs 2.7
+    times as much.
+    """
     for module in model.modules():  # an encoder inside may have hooks of its own
         if hasattr(module, "disable_input_require_grads") and getattr(module, "_require_grads_hooks", None):
             module.disable_input_require_grads()
