@@ -96,6 +96,8 @@ class Encoder:
         if self.train_on_prompt:
             ids = self._tokens(whole)
             return [Encoded(ids, [True] * len(ids))]
+        for index in answers:
+            _check_rendered(sample.messages[index]["content"], whole, origin)
         spans = [self._span(sample, index, whole, origin) for index in answers]
         if None not in spans:
             return [self._mark(whole, [span for span in spans if span is not None])]
@@ -132,13 +134,17 @@ class Encoder:
         return Encoded(ids, learned)
 
     def _answer_end(self, ids: list[int], begin: int, end: int) -> int:
-        """``end`` without the white space that a template puts behind its end-of-turn token."""
+        """``end`` so that the last learned token is the one that ends a turn.
+
+        White space behind an end-of-turn token is left out. Where a template has no such token (GLM), the token that
+        begins the next message is what stops the model, so it is taken in.
+        """
         for last in range(end - 1, begin - 1, -1):
             if ids[last] in self.control_ids:
                 return last + 1
             if self.tokenizer.decode([ids[last]]).strip():
                 break
-        return end
+        return end + 1 if end < len(ids) and ids[end] in self.control_ids else end
 
     def _tokens(self, text: str) -> list[int]:
         # As apply_chat_template does: the template writes BOS itself.
@@ -156,6 +162,17 @@ class Encoder:
             reason = " ".join(str(error).split()) or type(error).__name__
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(f"{origin}: the chat template refuses messages of {roles}: {reason[:200]}") from error
+
+
+def _check_rendered(answer: str, whole: str, origin: str) -> None:
+    """Templates may change an answer (drop its thoughts), but one that drops all of it would teach silence."""
+    lines = answer.split("\n")
+    last_line = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    if last_line not in whole:
+        raise DataError(
+            f"{origin}: the chat template leaves out the answer {last_line[:40]!r}; it may expect content in parts, as "
+            "those of vision models do; set data.template"
+        )
 
 
 def common_prefix_length(first: list[int], second: list[int]) -> int:

@@ -85,6 +85,14 @@ def parse_sources(value: Any, key: str, **defaults: Any) -> list[Source]:
     return [source]
 
 
+def check_source(source: Source) -> None:
+    """Raises DataError if a local source is not there. Reads nothing."""
+    local = Path(source.path).expanduser()
+    if not source.path.startswith(HUB) and not local.exists():
+        hint = "" if local.is_absolute() else f"; a data set of the Hugging Face Hub is written {HUB}owner/name"
+        raise DataError(f"{source.key}: no such file or folder: {source.path!r}{hint}")
+
+
 def load_rows(sources: list[Source]) -> Dataset:
     """All rows of the sources, one after the other; on disk (the cache of ``datasets``), not in memory.
 
@@ -166,12 +174,8 @@ def _raw_rows(source: Source) -> Iterator[tuple[Any, str]]:
     if source.path.startswith(HUB):
         yield from _dataset_rows(_from_hub(source), source.path)
         return
+    check_source(source)
     path = Path(source.path).expanduser()
-    if not path.exists():
-        raise DataError(
-            f"{source.key}: no such file or folder: {source.path!r}; a data set of the Hugging Face Hub is written "
-            f"{HUB}owner/name"
-        )
     if path.is_dir() and (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         from datasets import load_from_disk
 

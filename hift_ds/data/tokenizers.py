@@ -41,17 +41,22 @@ def load_tokenizer(
         DataError: its sentencepiece model cannot be converted faithfully.
     """
     folder = Path(folder).expanduser()
+    check_tokenizer_folder(folder, key=key)
+    tokenizer = _load_sentencepiece(folder, trust_remote_code) or _load_auto(folder, trust_remote_code, key)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = choose_pad_token(tokenizer)
+    return tokenizer
+
+
+def check_tokenizer_folder(folder: Path, *, key: str = "model.tokenizer") -> None:
+    """Raises ConfigError if there is no such folder, or no tokenizer in it. Reads no file."""
     if not folder.is_dir():
-        raise ConfigError(f"{key}: no such folder: {str(folder)!r}; expected one with {', '.join(TOKENIZER_FILES[:2])}")
+        raise ConfigError(f"{key}: no such folder: {str(folder)!r}; expected one with {' or '.join(TOKENIZER_FILES[:2])}")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ConfigError(
             f"{key}: no tokenizer in {str(folder)!r}; expected one of {', '.join(TOKENIZER_FILES)}; "
             "set model.tokenizer to the folder that has it"
         )
-    tokenizer = _load_sentencepiece(folder, trust_remote_code) or _load_auto(folder, trust_remote_code, key)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = choose_pad_token(tokenizer)
-    return tokenizer
 
 
 def _load_auto(folder: Path, trust_remote_code: bool, key: str) -> PreTrainedTokenizerBase:

@@ -1,0 +1,83 @@
+"""Samples as the model will see them, with the learned tokens marked, so that a person can check the mask."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby, islice
+from typing import TYPE_CHECKING
+
+from hift_ds.data.chat_templates import set_chat_template
+from hift_ds.data.config import DataConfig
+from hift_ds.data.encoding import Encoder
+from hift_ds.data.formats import to_sample
+from hift_ds.data.prepare import IGNORED, Tokenize
+from hift_ds.data.sources import iterate_rows
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+BEGIN, END = "⟦", "⟧"
+"""Around learned tokens where there is no colour."""
+_LEARNED, _CONTEXT = "bold green", "dim"
+
+
+def preview(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, console: Console, num_samples: int = 3
+) -> None:
+    """Print the first samples of ``data.train``; reads no more rows than that.
+
+    Raises:
+        ConfigError, DataError: as :func:`~hift_ds.data.prepare.prepare_data`.
+    """
+    from rich.rule import Rule
+    from rich.text import Text
+
+    template = set_chat_template(tokenizer, config.template)
+    tokenize = Tokenize(Encoder(tokenizer, config.train_on_prompt, config.mask_history), max_length, config.truncation)
+    colour = console.is_terminal and not console.no_color
+    legend = Text("learned: ")
+    legend.append(_mark("like this", colour), style=_LEARNED)
+    legend.append(f"   the rest is context   chat template: {template}   cut at {max_length:,} tokens")
+    console.print(legend, soft_wrap=True)
+    rows = (row for source in config.train_sources() for row in iterate_rows(source))
+    for row in islice(rows, num_samples):
+        sample = to_sample(json.loads(row["row"]), row["format"], row["origin"])
+        out = tokenize({key: [value] for key, value in row.items()})
+        for ids, labels, cut in zip(out["input_ids"], out["labels"], out["cut"], strict=True):
+            learned = sum(label != IGNORED for label in labels)
+            title = f"{row['origin']}   {row['format']}   {len(ids):,} tokens, {learned:,} learned"
+            title += f", {cut:,} cut off" if cut else ""
+            console.print(Rule(Text(title), align="left", style="default"))
+            if not ids:
+                whole = f"{type(sample).__name__.lower()} dropped: nothing to learn within {max_length:,} tokens"
+                console.print(Text(whole, style="red"))
+            console.print(marked(tokenizer, ids, labels, colour=colour), soft_wrap=True)
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int], *, colour: bool) -> Text:
+    """The text of ``ids``; learned parts are green, or between brackets without ``colour``."""
+    from rich.text import Text
+
+    text = Text()
+    done = 0
+    for learned, group in groupby(labels, key=lambda label: label != IGNORED):
+        end = done + len(list(group))
+        part = _text_between(tokenizer, ids, done, end)
+        text.append(_mark(part, colour) if learned else part, style=_LEARNED if learned else _CONTEXT)
+        done = end
+    return text
+
+
+def _mark(part: str, colour: bool) -> str:
+    return part if colour else f"{BEGIN}{part}{END}"
+
+
+def _text_between(tokenizer: PreTrainedTokenizerBase, ids: list[int], begin: int, end: int) -> str:
+    """What the tokens add to the text before them: alone, sentencepiece would lose their first space."""
+    before, through = (_decode(tokenizer, ids[:stop]) for stop in (begin, end))
+    return through[len(before) :] if through.startswith(before) else _decode(tokenizer, ids[begin:end])
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,0 +1,140 @@
+"""Everything about a run that can be found wrong before a model is loaded, in one call."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hift_ds.data.sources import check_source
+from hift_ds.data.tokenizers import check_tokenizer_folder
+from hift_ds.errors import ConfigError
+from hift_ds.train.arguments import (
+    BatchSizes,
+    check_batch_sizes,
+    deepspeed_config,
+    resolve_dtype,
+    resolve_max_length,
+    training_arguments,
+)
+from hift_ds.train.model_input import (
+    ModelFolder,
+    check_model_folder,
+    max_sequence_length,
+    read_config,
+    resolve_model,
+)
+from hift_ds.train.run_config import Dtype, RunConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run file together with what its inputs turned out to be."""
+
+    run: RunConfig
+    world_size: int
+    model: ModelFolder
+    tokenizer_folder: Path
+    dtype: Dtype
+    """Of the weights in training."""
+    export_dtype: Dtype
+    max_length: int
+    """Tokens of the longest sample."""
+    batch: BatchSizes
+
+    @property
+    def has_eval(self) -> bool:
+        return self.run.data.eval is not None or self.run.data.val_size > 0
+
+    def deepspeed_config(self) -> dict[str, Any]:
+        return deepspeed_config(self.run, world_size=self.world_size, dtype=self.dtype)
+
+    def training_arguments(self) -> dict[str, Any]:
+        return training_arguments(self.run, world_size=self.world_size, dtype=self.dtype, has_eval=self.has_eval)
+
+
+def check_run(run: RunConfig, world_size: int) -> CheckedRun:
+    """Check the run file, its DeepSpeed JSON, the model folder, the tokenizer, the data's existence and the output.
+
+    A model given by a Hub name is downloaded first. Nothing else reaches the network, and no weight is read.
+
+    Raises:
+        ConfigError: a setting is wrong or contradicts another.
+        CheckpointError: the model's weights are missing, damaged or pickled.
+        DataError: a data file is not there.
+    """
+    trust = run.model.trust_remote_code
+    batch = check_batch_sizes(run, world_size)
+    for source in [*run.data.train_sources(), *run.data.eval_sources()]:
+        check_source(source)
+    _check_output(run)
+    folder = resolve_model(run.model.path, trust_remote_code=trust)
+    model = check_model_folder(folder, trust_remote_code=trust)
+    tokenizer = _tokenizer_folder(run, folder)
+    dtype = resolve_dtype(run, model.dtype)
+    checked = CheckedRun(
+        run=run,
+        world_size=world_size,
+        model=model,
+        tokenizer_folder=tokenizer,
+        dtype=dtype,
+        export_dtype=model.dtype if run.export.dtype == "auto" else run.export.dtype,
+        max_length=resolve_max_length(run, model.max_length),
+        batch=batch,
+    )
+    settings = checked.training_arguments()["deepspeed"]
+    if run.hift is not False:
+        _check_optimizer(settings["optimizer"])
+    return checked
+
+
+def _tokenizer_folder(run: RunConfig, model_folder: Path) -> Path:
+    folder = model_folder
+    if run.model.tokenizer is not None:
+        folder = resolve_model(
+            run.model.tokenizer, key="model.tokenizer", trust_remote_code=run.model.trust_remote_code
+        )
+    check_tokenizer_folder(folder)
+    return folder
+
+
+def _check_output(run: RunConfig) -> None:
+    for key, folder in (("train.output_dir", run.output_dir), ("export.dir", run.export_dir)):
+        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        if not existing.is_dir():
+            raise ConfigError(f"{key}: {str(existing)!r} is a file, expected a folder")
+        if not os.access(existing, os.W_OK):
+            raise ConfigError(f"{key}: no permission to write into {str(existing)!r}")
+    if run.train.resume not in ("auto", "never") and not Path(run.train.resume).expanduser().is_dir():
+        raise ConfigError(f"train.resume: expected auto, never or a checkpoint's folder, got {run.train.resume!r}")
+
+
+def _check_optimizer(block: dict[str, Any]) -> None:
+    """Build it once for a single matrix: unknown names and options come out now."""
+    import torch
+
+    from hift_ds.optim.build import build_optimizer
+
+    matrix = torch.nn.Parameter(torch.zeros(2, 2))
+    build_optimizer(block["type"], block["params"], [{"params": [matrix]}], matrices=frozenset([id(matrix)]))
+
+
+def preview(run: RunConfig, console: Console, num_samples: int = 3) -> None:
+    """Print a run's first training samples with the learned tokens marked; reads no weights.
+
+    Raises:
+        ConfigError: no tokenizer, or a setting is wrong.
+        DataError: data is missing or a row is malformed.
+    """
+    from hift_ds.data.preview import preview as preview_data
+    from hift_ds.data.tokenizers import load_tokenizer
+
+    trust = run.model.trust_remote_code
+    folder = resolve_model(run.model.path, trust_remote_code=trust)
+    max_length = resolve_max_length(run, max_sequence_length(read_config(folder)))
+    tokenizer = load_tokenizer(_tokenizer_folder(run, folder), trust_remote_code=trust)
+    preview_data(run.data, tokenizer, max_length, console, num_samples)

@@ -1,0 +1,219 @@
+"""The run file: one YAML, closed and typed, with ``section.key=value`` overrides.
+
+Each key and default is declared here (``data`` in :mod:`hift_ds.data.config`, ``hift`` in :mod:`hift_ds.config`) and
+described in docs/run_file.md. Paths are relative to the working directory, as everything on a command line is; only
+``deepspeed`` is also looked for beside the run file, so that a preset and its DeepSpeed JSON can travel together.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+
+from hift_ds.data.config import DataConfig
+from hift_ds.errors import ConfigError
+from hift_ds.train.run_file import apply_overrides, explain, read_yaml
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(Section):
+    """What is fine-tuned."""
+
+    path: str
+    """A folder with safetensors, or a Hub name (``hub:owner/name``, or ``owner/name`` if no such folder exists)."""
+    tokenizer: str | None = None
+    """Its folder, if not the model's."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the weights in training. auto: what the DeepSpeed JSON says, else as stored."""
+    attn_implementation: str | None = None
+    """eager, sdpa, flash_attention_2, ...; null: transformers' choice."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+class TrainConfig(Section):
+    """How long, how much at once, and how fast."""
+
+    output_dir: str
+    """The run folder: config, metrics, plots, checkpoints."""
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; given, ``epochs`` does not count."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Rows in one forward pass of one accelerator; null: as in the DeepSpeed JSON, else 1."""
+    gradient_accumulation_steps: int | None = Field(None, ge=1)
+    """Forward passes in one optimizer step; null: from ``global_batch_size``, else the JSON, else 1."""
+    global_batch_size: int | None = Field(None, ge=1)
+    """Rows in one optimizer step: micro_batch_size x gradient_accumulation_steps x accelerators."""
+    eval_batch_size: int | None = Field(None, ge=1)
+    """Rows in one forward pass of evaluation; null: as in training."""
+    optimizer: str | None = None
+    """AdamW, Adam, SGD, Adagrad, Adafactor, RMSprop, Lion, Muon, any torch.optim class, or a dotted path.
+    null: as in the DeepSpeed JSON, else AdamW."""
+    optimizer_args: dict[str, Any] = {}
+    """More arguments of the optimizer, such as ``{betas: [0.9, 0.95]}``."""
+    learning_rate: float = Field(2e-5, ge=0)
+    lr_scheduler: str = "cosine"
+    """A name of transformers.SchedulerType."""
+    lr_scheduler_args: dict[str, Any] = {}
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of all steps in which the learning rate rises from 0."""
+    warmup_steps: int = Field(0, ge=0)
+    """The same as a number of steps."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip gradients to this norm, taken over the active group; 0: do not clip."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, about a third more compute."""
+    logging_steps: int = Field(1, ge=1)
+    eval_steps: int | None = Field(None, ge=1)
+    """Steps between evaluations; null: after each epoch."""
+    save_steps: int | None = Field(500, ge=1)
+    """Steps between checkpoints; null: only at the end."""
+    save_total_limit: int | None = Field(2, ge=1)
+    """Checkpoints to keep; a checkpoint holds masters and optimizer states, up to 14 bytes a parameter."""
+    load_best_model_at_end: bool = False
+    """Export the checkpoint with the lowest evaluation loss instead of the last."""
+    resume: str = "auto"
+    """auto: go on from the newest good checkpoint in output_dir. never: start anew. Or a checkpoint's folder."""
+    seed: int = 42
+    report_to: list[str] = []
+    """Loggers of transformers: tensorboard, wandb, mlflow, ..."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_none(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return [] if value == "none" else [value]
+        return value
+
+    @field_validator("lr_scheduler")
+    @classmethod
+    def _known_scheduler(cls, value: str) -> str:
+        from transformers.trainer_utils import SchedulerType
+
+        known = [name.value for name in SchedulerType]
+        if value not in known:
+            raise ValueError(f"expected one of {', '.join(known)}, got {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _agree(self) -> TrainConfig:
+        if self.warmup_ratio and self.warmup_steps:
+            raise ValueError(f"warmup_ratio: {self.warmup_ratio} and warmup_steps: {self.warmup_steps} both given; remove one")
+        if self.load_best_model_at_end and self.save_steps is None:
+            raise ValueError("load_best_model_at_end: true needs save_steps, got null")
+        if self.load_best_model_at_end and self.eval_steps is None:
+            raise ValueError("load_best_model_at_end: true needs eval_steps, got null")
+        if self.load_best_model_at_end and self.save_steps % self.eval_steps:
+            raise ValueError(
+                f"load_best_model_at_end: true needs save_steps to be a multiple of eval_steps, "
+                f"got {self.save_steps} and {self.eval_steps}"
+            )
+        return self
+
+
+class ExportConfig(Section):
+    """The fine-tuned model in Hugging Face's layout."""
+
+    dir: str | None = None
+    """Its folder; null: ``model`` in train.output_dir."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the written weights. auto: as in the input."""
+    max_shard_size: str = "5GB"
+
+    """Of one file; a larger tensor gets a file of its own."""
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _a_size(cls, value: str) -> str:
+        from hift_ds.checkpoint.export import parse_size
+
+        parse_size(value)
+        return value
+
+
+class RunConfig(Section):
+    """A checked run file. ``run.file`` and ``run.overrides`` say where it came from."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    export: ExportConfig = ExportConfig()
+    deepspeed: Any = None
+    """A DeepSpeed JSON, or its contents. Its own batch sizes, optimizer and precision hold unless given above."""
+    hift: Any = {}
+    """Keys of the "hift" block, over those of the DeepSpeed JSON. false: ordinary full fine-tuning, all at once."""
+
+    _file: Path | None = PrivateAttr(None)
+    _overrides: tuple[str, ...] = PrivateAttr(())
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _json_or_path(cls, value: Any) -> Any:
+        if value is None or isinstance(value, str | dict):
+            return value
+        raise ValueError(f"expected the path of a DeepSpeed JSON or its contents, got {value!r}")
+
+    @field_validator("hift")
+    @classmethod
+    def _block_or_false(cls, value: Any) -> Any:
+        if value is False or isinstance(value, dict):
+            return value
+        raise ValueError(f"expected keys of the hift block or false, got {value!r}")
+
+    @property
+    def file(self) -> Path | None:
+        return self._file
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        return self._overrides
+
+    @property
+    def tokenizer_path(self) -> str:
+        return self.model.tokenizer or self.model.path
+
+    @property
+    def export_dir(self) -> Path:
+        return Path(self.export.dir).expanduser() if self.export.dir else self.output_dir / "model"
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.train.output_dir).expanduser()
+
+    def is_given(self, key: str) -> bool:
+        """Whether the run file or an override sets ``section.name``, be it to its default."""
+        section, name = key.split(".")
+        return name in getattr(self, section).model_fields_set
+
+
+def load_run_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read and check a run file.
+
+    Args:
+        path: of the YAML file.
+        overrides: ``section.key=value`` texts; values are YAML, so ``data.train=[a.jsonl, b.jsonl]`` is a list.
+
+    Raises:
+        ConfigError: one line with file or override, key, what was given and what is expected.
+    """
+    file = Path(path).expanduser()
+    content = read_yaml(file)
+    overridden = apply_overrides(content, overrides)
+    try:
+        run = RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise explain(error, RunConfig, file, overridden) from None
+    except ConfigError as error:  # of the parts that are checked by their own module
+        raise ConfigError(f"{file}: {error}") from None
+    run._file = file
+    run._overrides = tuple(overrides)
+    return run
