@@ -1,0 +1,43 @@
+# make setup   a virtual environment in .venv with everything the other targets need
+# make test    the default tests (2 cores: minutes)
+# make demo    fine-tune SmolLM2-135M, all of its weights, and look at the result
+# Only Python 3.10 or newer (3.11 is what we test) and this folder are needed.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+PY     := $(VENV)/bin/python
+
+# Two threads on two busy cores are ten times slower; a shared extension cache breaks.
+export OMP_NUM_THREADS        ?= 1
+export TORCH_EXTENSIONS_DIR   ?= $(abspath $(VENV))/torch_extensions
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup test test-slow test-gpu demo demo-short lint clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+test: setup
+	$(PY) -m pytest -q
+
+test-slow: setup
+	$(PY) -m pytest -q -m slow
+
+test-gpu: setup
+	$(PY) -m pytest -q -m gpu tests/gpu
+
+demo: setup
+	$(PY) -m hift_ds.demo
+
+demo-short: setup
+	$(PY) -m hift_ds.demo --short
+
+lint: setup
+	$(PY) -m ruff check hift_ds launch model_zoo tests benchmarks
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info
