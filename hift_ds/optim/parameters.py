@@ -7,6 +7,7 @@ once per optimizer step, at the accumulation boundary, and only the active group
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -195,6 +196,17 @@ class ReplicatedParameters:
         param.grad = None
         return grad
 
+    def pending(self, param: nn.Parameter) -> Tensor | None:
+        """What the micro-batches since the last step have summed up so far, whole."""
+        return self._accumulated.get(param, param.grad)
+
+    def set_pending(self, param: nn.Parameter, grad: Tensor) -> None:
+        """The inverse of ``pending``."""
+        if grad.dtype != param.dtype:
+            self._accumulated[param] = grad.to(param.device)
+        else:
+            param.grad = grad.to(param.device)
+
     def drop_grads(self, units: Iterable[Unit]) -> None:
         for unit in units:
             for member in unit.members:
@@ -251,6 +263,10 @@ class ReplicatedParameters:
         for dtype, buckets in unit.buckets.items():
             weights = [unit.members[i].param.data for i in unit.of_dtype(dtype)]
             collectives.all_gather_shards(self.ranks, weights, buckets)
+
+    def saved_by_reference(self) -> contextlib.AbstractContextManager[None]:
+        """Around a forward: how autograd saves weights."""
+        return contextlib.nullcontext()
 
     def close(self) -> None:
         for hook in self._hooks:
