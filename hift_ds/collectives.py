@@ -183,6 +183,29 @@ def broadcast_from_owner(ranks: Ranks, weight: Tensor, owner: int) -> None:
         ranks.comm.broadcast(weight, src=ranks.global_rank(owner), group=ranks.process_group)
 
 
+def scatter_from_owner(ranks: Ranks, weight: Tensor | None, numel: int, like: Tensor, owner: int) -> Tensor:
+    """This rank's shard (flat, unpadded) of a weight of which rank ``owner`` has the whole.
+
+    Args:
+        weight: on the owner, any shape; not looked at elsewhere.
+        like: has the weight's dtype and device.
+    """
+    start, end = shard_bounds(numel, ranks.world_size, ranks.rank)
+    if ranks.world_size == 1:
+        assert weight is not None
+        return weight.reshape(-1)
+    per_rank = shard_numel(numel, ranks.world_size)
+    received = torch.empty(per_rank, dtype=like.dtype, device=like.device)
+    rows = None
+    if ranks.rank == owner:
+        assert weight is not None
+        padded = torch.zeros(ranks.world_size, per_rank, dtype=like.dtype, device=like.device)
+        padded.view(-1)[:numel].copy_(weight.reshape(-1))
+        rows = list(padded)
+    ranks.comm.scatter(received, rows, src=ranks.global_rank(owner), group=ranks.process_group)
+    return received[: end - start]
+
+
 def sum_over_ranks(ranks: Ranks, values: Tensor) -> Tensor:
     """Sum of a small tensor over ranks, on every rank."""
     if ranks.world_size > 1:

@@ -107,15 +107,12 @@ def check_against_deepspeed(hift: HiFTConfig, ds: Mapping[str, Any]) -> None:
         raise ConfigError('"hybrid_engine.enabled": the hybrid engine is not supported with a "hift" block; remove one of them')
     if ds.get("pipeline") and "stages" in ds["pipeline"]:
         raise ConfigError('"pipeline.stages": pipeline parallelism is not supported with a "hift" block; remove one of them')
-    if zero.get("stage", 0) == 3:
-        raise ConfigError('"zero_optimization.stage": 3 is not supported with a "hift" block yet; use 0, 1 or 2')
     if zero.get("offload_optimizer") and _device(zero["offload_optimizer"]) != "none":
         raise ConfigError(
             '"zero_optimization.offload_optimizer": the "hift" block decides where state lives; remove it and use '
             '"hift": {"state": {"residency": "host", "step_on": "host"}}'
         )
-    if zero.get("offload_param") and _device(zero["offload_param"]) != "none":
-        raise ConfigError('"zero_optimization.offload_param": needs ZeRO stage 3; remove it')
+    _check_weights(zero)
     if ds.get("managed_gradient_accumulation") is False:
         raise ConfigError('"managed_gradient_accumulation": false is not supported with a "hift" block; remove it')
     if (ds.get("tensor_parallel") or {}).get("autotp_size", 0) > 1:
@@ -126,6 +123,18 @@ def check_against_deepspeed(hift: HiFTConfig, ds: Mapping[str, Any]) -> None:
     if ds.get("sparse_gradients"):
         raise ConfigError('"sparse_gradients": true is not supported with a "hift" block; remove it')
     _check_precision(hift, ds)
+
+
+def _check_weights(zero: Mapping[str, Any]) -> None:
+    """Settings of partitioned weights."""
+    if zero.get("offload_param") and _device(zero["offload_param"]) != "none" and zero.get("stage", 0) != 3:
+        raise ConfigError('"zero_optimization.offload_param": needs "stage": 3; set it, or remove offload_param')
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        if zero.get(key):
+            raise ConfigError(f'"zero_optimization.{key}": true is not supported with a "hift" block; remove it')
+    for key in ("zero_hpz_partition_size", "mics_shard_size"):
+        if (zero.get(key) or 0) > 1:  # their second copies of the weights would go stale
+            raise ConfigError(f'"zero_optimization.{key}": {zero[key]} is not supported with a "hift" block; remove it')
 
 
 def _check_precision(hift: HiFTConfig, ds: Mapping[str, Any]) -> None:

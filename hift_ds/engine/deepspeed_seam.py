@@ -1,4 +1,4 @@
-"""The only file that touches names DeepSpeed does not document.
+"""The file that touches names DeepSpeed does not document; ``deepspeed_zero3_seam`` does so for stage 3.
 
 ``SeamEngine`` overrides the few engine methods at which HiFT differs from stock ZeRO; everything else (config,
 launcher, process groups, batch arithmetic, monitors, timers) stays DeepSpeed's. Stock ZeRO with toggled
@@ -12,7 +12,7 @@ it up as a global of the ``deepspeed`` module. It lasts for the ``with`` block o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
 from hift_ds.collectives import Ranks, all_gather_shards, plan_buckets, shard_bounds
+from hift_ds.engine.deepspeed_zero3_seam import WeightShards, num_shards
 from hift_ds.errors import ConfigError
 from hift_ds.optim.group_optimizer import GroupOptimizer
 
@@ -90,6 +91,7 @@ class SeamEngine(DeepSpeedEngine):
         self.optimizer.dp_process_group = self.seq_data_parallel_group
 
     def allreduce_gradients(self, bucket_size: int = 0) -> None:
+        self.optimizer.parameters.end_backward()
         if self.is_gradient_accumulation_boundary():
             self.optimizer.reduce_gradients()
 
@@ -99,6 +101,17 @@ class SeamEngine(DeepSpeedEngine):
     def finish_backward_without_graph(self) -> None:
         """A loss that no active parameter contributed to: still reduce, so that all ranks run the same collectives."""
         self._backward_epilogue()
+
+    def partition_weights(self, active_group: Callable[[], int]) -> WeightShards:
+        """Cut the weights over the ranks (stage 3), those that ``deepspeed.zero.Init`` has not cut already."""
+        offload = self._configure_zero_optimizer(optimizer=None)  # without an optimizer: gathering and releasing only
+        ranks = self.replica_ranks().world_size
+        if any(num_shards(param) != ranks for param in self.module.parameters()):
+            raise ConfigError(
+                f"deepspeed.zero.Init: weights are cut over other ranks than the {ranks} data-parallel ones; "
+                "leave data_parallel_group= out"
+            )
+        return WeightShards(offload, active_group, keep_linear=self.torch_autocast_enabled())
 
     # -- facts ------------------------------------------------------------------------------------------------
 

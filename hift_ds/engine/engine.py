@@ -6,6 +6,7 @@ The calls are DeepSpeed's: ``loss = engine(batch)``, ``engine.backward(loss)``, 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,7 @@ from hift_ds.engine.deepspeed_seam import (
     peak_bytes,
     world_rank_and_size,
 )
+from hift_ds.engine.partitioned import PartitionedParameters
 from hift_ds.errors import ConfigError
 from hift_ds.grouping import LayerGroup, Partition, partition_model
 from hift_ds.lr import CycleLR
@@ -109,15 +111,15 @@ class HiFTEngine(SeamEngine):
         """The shards were cut for elementwise optimizers; whole-tensor owners need the other ranks' parts."""
         shards, self._fp32_shards = self._fp32_shards, {}
         _, world_size = world_rank_and_size()
-        weights = dict(self.module.named_parameters())
+        numel_of = {name: math.prod(optimizer.parameters.shape_of(p)) for name, p in self.module.named_parameters()}
         if optimizer.parameters.whole_tensors:
-            shards = {name: gather_whole(shard, weights[name].numel(), self.device) for name, shard in shards.items()}
+            shards = {name: gather_whole(shard, numel_of[name], self.device) for name, shard in shards.items()}
 
         def values(name: str, start: int, numel: int) -> Tensor | None:
             if name not in shards:
                 return None
-            whole = shards[name].numel() == weights[name].numel()
-            offset = 0 if whole else collectives.shard_bounds(weights[name].numel(), world_size, self.global_rank)[0]
+            whole = shards[name].numel() == numel_of[name]
+            offset = 0 if whole else collectives.shard_bounds(numel_of[name], world_size, self.global_rank)[0]
             return shards[name][start - offset : start - offset + numel]
 
         optimizer.set_masters(values)
@@ -153,15 +155,7 @@ class HiFTEngine(SeamEngine):
 
     def _build_group_optimizer(self, base: torch.optim.Optimizer) -> HiFTOptimizer:
         hift, device = self.hift, self._update_device()
-        parameters = ReplicatedParameters(
-            self.replica_ranks(),
-            comm_dtype=self.requested_comm_dtype(),
-            bucket_numel=self._bucket_numel(),
-            whole_tensors=not is_elementwise(base),
-            slice_numel=hift.state.slice_numel,
-        )
-        if self.gradient_accumulation_steps() > 1:
-            parameters.accumulate_in_fp32(p for p in self.module.parameters() if p.requires_grad)
+        parameters = self._build_parameters(base)
         return HiFTOptimizer(
             base,
             parameters,
@@ -178,6 +172,25 @@ class HiFTEngine(SeamEngine):
             max_grad_norm=float(self.gradient_clipping() or 0.0),
             seed=hift.seed,
         )
+
+    def _build_parameters(self, base: torch.optim.Optimizer) -> ReplicatedParameters:
+        options = {
+            "ranks": self.replica_ranks(),
+            "comm_dtype": self.requested_comm_dtype(),
+            "bucket_numel": self._bucket_numel(),
+            "whole_tensors": not is_elementwise(base),
+            "slice_numel": self.hift.state.slice_numel,
+        }
+        trainable = [p for p in self.module.parameters() if p.requires_grad]
+        if self.zero_optimization_partition_weights():
+            shards = self.partition_weights(active_group=lambda: self.schedule.active)
+            partitioned = PartitionedParameters(shards, **options)
+            partitioned.take_gradients(trainable)
+            return partitioned
+        replicated = ReplicatedParameters(**options)
+        if self.gradient_accumulation_steps() > 1:
+            replicated.accumulate_in_fp32(trainable)
+        return replicated
 
     def _units(self, base: torch.optim.Optimizer, parameters: ReplicatedParameters) -> dict[int, Any]:
         weights = dict(self.module.named_parameters())
@@ -227,6 +240,11 @@ class HiFTEngine(SeamEngine):
         """Let the learning-rate latch look ahead on ``scheduler`` during warm-up. The engine does this for its own;
         a loop that steps a scheduler by itself (the Trainer's) calls it once."""
         self.optimizer.lr.scheduler = scheduler
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's."""
+        with self.optimizer.parameters.saved_by_reference():
+            return super().forward(*inputs, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """As DeepSpeed's. Only the active group gets gradients.

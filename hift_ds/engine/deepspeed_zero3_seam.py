@@ -1,0 +1,246 @@
+"""ZeRO-3 without its optimizer: the second file that touches names DeepSpeed does not document.
+
+``DeepSpeedZeRoOffload`` cuts the weights over the ranks and gathers each module's around its forward and backward.
+What its own optimizer adds to that (gradients, masters, writing shards) is ours; four things it does for training of
+all weights are wrong or costly when backward stops at one layer group, and are put right here:
+
+* It prefetches by a trace of the modules as they ran, one trace for all steps. Backward stops elsewhere for each
+  group, so a shared trace is thrown away every other step, or promises uses that never come and keeps the whole model
+  gathered. Here each group has a coordinator of its own, and one more serves evaluation.
+* A module whose input needs no gradient never tells that its backward is over, so its weights stay gathered.
+  :meth:`WeightShards.release` ends that after each backward.
+* Its linear function keeps every input for the weight's gradient, which frozen weights never get. torch's own
+  function is put back, and saved weights become references (:meth:`WeightShards.saved_by_reference`).
+* Its module hooks close over the first engine that a model had, and outlive it. ``close`` removes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from deepspeed import comm as deepspeed_comm
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import (
+    InsertPostInitMethodToModuleSubClasses,
+    ZeroParamStatus,
+)
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from torch import Tensor, nn
+
+EVALUATION = -1  # the coordinator of forward passes without gradients
+
+
+def is_partitioned(param: nn.Parameter) -> bool:
+    """True for a weight that ZeRO-3 (or ``deepspeed.zero.Init``) has cut over the ranks."""
+    return hasattr(param, "ds_id")
+
+
+def whole_shape(param: nn.Parameter) -> tuple[int, ...]:
+    return tuple(param.ds_shape) if is_partitioned(param) else tuple(param.shape)
+
+
+def num_shards(param: nn.Parameter) -> int:
+    """Ranks over which the weight is cut."""
+    return param.ds_zero_partition_world_size
+
+
+class _Coordinator(PartitionedParameterCoordinator):
+    """DeepSpeed's, with a count of what it gathers and a word to us when weights have arrived."""
+
+    shards: WeightShards
+    had_trace = False
+
+    def fetch_sub_module(self, current_submodule: nn.Module, forward: bool) -> None:
+        super().fetch_sub_module(current_submodule, forward)
+        self.shards.arrived(current_submodule)
+
+    def reset_step(self) -> None:
+        super().reset_step()
+        self.had_trace = self.had_trace or self.is_complete_trace()
+
+    def _PartitionedParameterCoordinator__all_gather_params(self, params: Any, forward: bool) -> None:  # noqa: N802
+        self.shards.numel_gathered += sum(p.ds_numel for p in params if p.ds_status is ZeroParamStatus.NOT_AVAILABLE)
+        super()._PartitionedParameterCoordinator__all_gather_params(params, forward)
+
+
+class WeightShards:
+    """A model's weights in ZeRO-3's shards: ``ceil(numel / ranks)`` elements of each on every rank.
+
+    Args:
+        offload: made by DeepSpeed's engine; owns the module hooks.
+        active_group: names the coordinator of the next forward with gradients.
+        keep_linear: leave DeepSpeed's linear function in place (autocast: torch's would save casted copies).
+
+    Attributes:
+        numel_gathered: elements of whole weights that this rank has asked for so far.
+    """
+
+    def __init__(self, offload: DeepSpeedZeRoOffload, active_group: Callable[[], int], keep_linear: bool) -> None:
+        self._offload = offload
+        self._module: nn.Module = offload.module
+        self._active_group = active_group
+        self._coordinators: dict[int, _Coordinator] = {}
+        self._storage_of: dict[nn.Parameter, int] = {}
+        self._param_in: dict[int, nn.Parameter] = {}  # by address of the storage of a gathered weight
+        self.numel_gathered = 0
+        if not keep_linear:
+            restore_torch_linear()
+        self._hook = self._module.register_forward_pre_hook(self._choose_coordinator, prepend=True)
+
+    # -- traces -----------------------------------------------------------------------------------------------
+
+    def _choose_coordinator(self, *_: Any) -> None:
+        """Before each forward of the whole model."""
+        group = self._active_group() if torch.is_grad_enabled() else EVALUATION
+        coordinator = self._coordinators.get(group)
+        if coordinator is None or (coordinator.had_trace and coordinator.is_invalid_trace()):
+            # DeepSpeed remembers per trace step what may be released and never forgets it: a coordinator whose trace
+            # turned out wrong is not used again.
+            coordinator = self._coordinators[group] = self._new_coordinator()
+        self._offload.param_coordinator = coordinator
+
+    def _new_coordinator(self) -> _Coordinator:
+        offload = self._offload
+        coordinator = _Coordinator(
+            prefetch_bucket_sz=offload._prefetch_bucket_sz,
+            max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
+            max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
+            allgather_stream=offload._DeepSpeedZeRoOffload__allgather_stream,
+            inflight_param_registry=offload._DeepSpeedZeRoOffload__inflight_param_registry,
+            prefetch_nvme=False,
+            timers=offload.timers,
+            zero_quantized_weights=offload.zero_quantized_weights,
+            zero_quantized_nontrainable_weights=offload.zero_quantized_nontrainable_weights,
+            fast_sharding_for_leaf_module=offload.fast_sharding_for_leaf_module,
+            log_trace_cache_warnings=offload.log_trace_cache_warnings,
+        )
+        coordinator.shards = self
+        return coordinator
+
+    # -- release ----------------------------------------------------------------------------------------------
+
+    def release(self, changing: Iterable[nn.Parameter] = ()) -> None:
+        """Let go of every gathered weight but the persistent ones, and of those too that are about to be changed:
+        a whole copy would go on being used in place of the new shards."""
+        changing = set(changing)
+        coordinator = self._offload.get_param_coordinator()
+        if hasattr(coordinator, "release_backward_leftovers"):
+            coordinator.release_backward_leftovers()
+        in_flight = self._offload._DeepSpeedZeRoOffload__inflight_param_registry
+        for param in self._module.parameters():
+            if param in in_flight:
+                in_flight.pop(param).wait()
+            param.ds_active_sub_modules.clear()
+            if param.ds_status is ZeroParamStatus.AVAILABLE and (not param.ds_persist or param in changing):
+                param.partition()
+
+    def gathered(self) -> list[nn.Parameter]:
+        """The weights of which this rank holds a whole copy now."""
+        return [p for p in self._module.parameters() if p.ds_status is not ZeroParamStatus.NOT_AVAILABLE]
+
+    def is_persistent(self, param: nn.Parameter) -> bool:
+        """True for a small weight that DeepSpeed keeps gathered (``stage3_param_persistence_threshold``)."""
+        return param.ds_persist
+
+    # -- shards -----------------------------------------------------------------------------------------------
+
+    def shard(self, param: nn.Parameter) -> Tensor:
+        """This rank's elements, flat, without padding: the weight itself, to be changed in place. May be on the host."""
+        per_rank = param.ds_tensor.ds_numel
+        start = min(per_rank * param.ds_zero_partition_rank, param.ds_numel)
+        return param.ds_tensor.detach()[: min(per_rank, param.ds_numel - start)]
+
+    def whole(self, param: nn.Parameter) -> Tensor:
+        """A new tensor with the whole weight, on the accelerator. All ranks call this together."""
+        shard = param.ds_tensor.detach().to(param.device)
+        if num_shards(param) == 1:
+            return shard.view(param.ds_shape) if shard.data_ptr() != param.ds_tensor.data_ptr() else shard.clone().view(param.ds_shape)
+        flat = torch.empty(shard.numel() * num_shards(param), dtype=shard.dtype, device=shard.device)
+        deepspeed_comm.all_gather_into_tensor(flat, shard.contiguous(), group=param.ds_process_group)
+        return flat[: param.ds_numel].view(param.ds_shape)
+
+    # -- saved weights ----------------------------------------------------------------------------------------
+
+    def arrived(self, module: nn.Module) -> None:
+        for param in module.parameters(recurse=False):
+            if param.ds_status is not ZeroParamStatus.AVAILABLE or param.data_ptr() == param.ds_tensor.data_ptr():
+                continue  # on one rank without offload the shard is the weight: nothing is ever copied or released
+            address = param.untyped_storage().data_ptr()
+            before = self._storage_of.get(param)
+            if before != address:
+                if before is not None and self._param_in.get(before) is param:
+                    del self._param_in[before]
+                self._storage_of[param] = address
+                self._param_in[address] = param
+
+    @contextlib.contextmanager
+    def saved_by_reference(self) -> Iterator[None]:
+        """Inside this block autograd saves a gathered weight, or a view of one, as "that weight, these strides".
+
+        Saving the tensor itself (a linear layer saves its transposed weight, an expert its slice of all experts)
+        would keep the gathered copy alive from forward to backward, for every layer at once.
+        """
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        pack_other, unpack_other = outer if outer is not None else (_as_it_is, _as_it_is)
+
+        def pack(tensor: Tensor) -> Any:
+            param = self._param_in.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+            if param is None or param.ds_status is not ZeroParamStatus.AVAILABLE or not _shares(tensor, param):
+                return pack_other(tensor)
+            return _WeightView(param, tensor.shape, tensor.stride(), tensor.storage_offset() - param.storage_offset())
+
+        def unpack(saved: Any) -> Tensor:
+            if not isinstance(saved, _WeightView):
+                return unpack_other(saved)
+            available = saved.param.ds_status is ZeroParamStatus.AVAILABLE
+            return saved.of(saved.param.data if available else self.whole(saved.param))
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+
+    def close(self) -> None:
+        """Back to a model without hooks. The weights stay in shards."""
+        self.release(self._module.parameters())
+        self._hook.remove()
+        self._offload.destroy()
+        for module in self._module.modules():
+            for name in ("pre_bwd_fn", "post_bwd_fn"):
+                module.__dict__.pop(name, None)
+        self._coordinators.clear()
+        self._param_in.clear()
+        self._storage_of.clear()
+
+
+class _WeightView:
+    """A view of a weight that may be released and gathered again meanwhile."""
+
+    __slots__ = ("param", "shape", "strides", "offset")
+
+    def __init__(self, param: nn.Parameter, shape: torch.Size, strides: tuple[int, ...], offset: int) -> None:
+        self.param, self.shape, self.strides, self.offset = param, shape, strides, offset
+
+    def of(self, weight: Tensor) -> Tensor:
+        return weight.as_strided(self.shape, self.strides, weight.storage_offset() + self.offset)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _shares(tensor: Tensor, param: nn.Parameter) -> bool:
+    return tensor.dtype == param.dtype and tensor.untyped_storage().data_ptr() == param.untyped_storage().data_ptr()
+
+
+def restore_torch_linear() -> None:
+    """Undo the replacement of ``torch.nn.functional.linear`` that ZeRO-3 makes for the whole process."""
+    original = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
+    if original is not None:
+        torch.nn.functional.linear = original
+
+
+def numel_of(param: nn.Parameter) -> int:
+    return math.prod(whole_shape(param))
