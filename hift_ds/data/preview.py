@@ -22,7 +22,7 @@ BEGIN, END = "⟦", "⟧"
 _LEARNED, _CONTEXT = "bold green", "dim"
 
 
-def preview(
+def show_samples(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, console: Console, num_samples: int = 3
 ) -> None:
     """Print the first samples of ``data.train``; reads no more rows than that.

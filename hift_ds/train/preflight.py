@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hift_ds.data.sources import check_source
 from hift_ds.data.tokenizers import check_tokenizer_folder
@@ -18,17 +18,8 @@ from hift_ds.train.arguments import (
     resolve_max_length,
     training_arguments,
 )
-from hift_ds.train.model_input import (
-    ModelFolder,
-    check_model_folder,
-    max_sequence_length,
-    read_config,
-    resolve_model,
-)
+from hift_ds.train.model_input import ModelFolder, check_model_folder, resolve_model
 from hift_ds.train.run_config import Dtype, RunConfig
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -74,7 +65,7 @@ def check_run(run: RunConfig, world_size: int) -> CheckedRun:
     _check_output(run)
     folder = resolve_model(run.model.path, trust_remote_code=trust)
     model = check_model_folder(folder, trust_remote_code=trust)
-    tokenizer = _tokenizer_folder(run, folder)
+    tokenizer = resolve_tokenizer_folder(run, folder)
     dtype = resolve_dtype(run, model.dtype)
     checked = CheckedRun(
         run=run,
@@ -92,7 +83,12 @@ def check_run(run: RunConfig, world_size: int) -> CheckedRun:
     return checked
 
 
-def _tokenizer_folder(run: RunConfig, model_folder: Path) -> Path:
+def resolve_tokenizer_folder(run: RunConfig, model_folder: Path) -> Path:
+    """The folder with the run's tokenizer, which is there.
+
+    Raises:
+        ConfigError: it is not, or has no tokenizer.
+    """
     folder = model_folder
     if run.model.tokenizer is not None:
         folder = resolve_model(
@@ -121,20 +117,3 @@ def _check_optimizer(block: dict[str, Any]) -> None:
 
     matrix = torch.nn.Parameter(torch.zeros(2, 2))
     build_optimizer(block["type"], block["params"], [{"params": [matrix]}], matrices=frozenset([id(matrix)]))
-
-
-def preview(run: RunConfig, console: Console, num_samples: int = 3) -> None:
-    """Print a run's first training samples with the learned tokens marked; reads no weights.
-
-    Raises:
-        ConfigError: no tokenizer, or a setting is wrong.
-        DataError: data is missing or a row is malformed.
-    """
-    from hift_ds.data.preview import preview as preview_data
-    from hift_ds.data.tokenizers import load_tokenizer
-
-    trust = run.model.trust_remote_code
-    folder = resolve_model(run.model.path, trust_remote_code=trust)
-    max_length = resolve_max_length(run, max_sequence_length(read_config(folder)))
-    tokenizer = load_tokenizer(_tokenizer_folder(run, folder), trust_remote_code=trust)
-    preview_data(run.data, tokenizer, max_length, console, num_samples)
