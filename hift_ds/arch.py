@@ -23,6 +23,7 @@ from hift_ds.forward_order import Use, forward_uses
 
 MIN_SHARE_OF_LARGEST_STACK = 0.01  # below it a container is a detail, such as a head of two layers
 MIN_SHARE_OF_BARE_STACK = 0.5
+FIRST = -2  # below every position in the source of a forward
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def find_arch(model: nn.Module) -> ArchSpec:
     A model without any stack is cut at its top-level children, one unit each.
     """
     stacks = _find_stacks(model)
-    return _assemble(list(_walk(model, "", stacks, [])) if stacks else _without_stacks(model))
+    return _assemble(list(_walk(model, "", stacks, []))) if stacks else _without_stacks(model)
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -258,13 +259,13 @@ def _place(uses: list[Use], entry: str, stack_loops: frozenset[int]) -> tuple[in
 def _in_order(module: nn.Module, uses: list[Use], stacked: list[str]) -> list[tuple[str, bool]]:
     """Entries of ``module`` in execution order, each with whether it runs inside the loop over a stack.
 
-    Those that do come right before the stacks. An entry that forward does not name follows the one registered
-    before it. ``stacked`` are the entries that are stacks.
+    Those that do come right before the stacks. What forward does not name comes first if it is an embedding,
+    else right after the entry registered before it. ``stacked`` are the entries that are stacks.
     """
     stack_loops = frozenset().union(*(_loops_of(uses, entry) for entry in stacked))
     placed: list[tuple[int, int, str]] = []
     among: list[str] = []
-    last = -1
+    last = FIRST + 1
     for index, entry in enumerate(_entries(module)):
         if entry in stacked:
             at, in_loop = _place_of_stack(uses, entry), False
@@ -274,7 +275,8 @@ def _in_order(module: nn.Module, uses: list[Use], stacked: list[str]) -> list[tu
             among.append(entry)
             continue
         if at is None and isinstance(module._modules.get(entry), nn.Embedding):
-            at = -1
+            placed.append((FIRST, index, entry))
+            continue
         last = last if at is None else at
         placed.append((last, index, entry))
     order = [entry for _, _, entry in sorted(placed)]
@@ -322,23 +324,28 @@ def _stack_items(container: nn.Module, name: str, stack: _Stack) -> Iterator[_It
             yield _Item((full,), embeds=_embeds(child))
 
 
-def _without_stacks(model: nn.Module) -> list[_Item]:
+def _without_stacks(model: nn.Module) -> ArchSpec:
     """Top-level children, below whatever only wraps: embeddings, the last one as head, others as blocks."""
     module, name = model, ""
     while len(entries := _entries(module)) == 1 and entries[0] in module._modules:
         module, name = module._modules[entries[0]], _join(name, entries[0])
+    if not _is_composite(module):  # a single layer
+        return ArchSpec((), (tuple(_join(name, entry) for entry in entries),))
     order = [entry for entry, _ in _in_order(module, forward_uses(module), [])]
-    items = []
-    for entry in order:
-        embeds = _embeds(module._modules.get(entry))
-        is_head = entry == order[-1] and len(order) > 1
-        items.append(_Item((_join(name, entry),), is_block=not embeds and not is_head, embeds=embeds))
-    return items
+    embed = [entry for entry in order if _embeds(module._modules.get(entry))]
+    blocks = [entry for entry in order[:-1] if entry not in embed]
+    head = [entry for entry in order[-1:] if entry not in embed]
+    full = {entry: _join(name, entry) for entry in order}
+    return ArchSpec(
+        tuple(full[entry] for entry in embed),
+        tuple((full[entry],) for entry in blocks),
+        tuple(full[entry] for entry in head),
+    )
 
 
 def _assemble(items: list[_Item]) -> ArchSpec:
     """Sorts items in execution order into embeddings, blocks and head."""
-    last_block = max((index for index, item in enumerate(items) if item.is_block), default=-1)
+    last_block = max(index for index, item in enumerate(items) if item.is_block)
     embed: list[str] = []
     blocks: list[list[str]] = []
     head: list[str] = []
@@ -350,7 +357,7 @@ def _assemble(items: list[_Item]) -> ArchSpec:
             waiting, embedding = [], False
         elif item.in_loop:
             waiting.extend(item.names)
-        elif index > last_block >= 0:
+        elif index > last_block:
             head.extend(item.names)
         else:  # below the first block, or between stacks: from an embedding on, input of the next
             embedding = embedding or item.embeds

@@ -86,8 +86,8 @@ def partition_model(
         arch: where the parts of the model live, if its structure does not tell.
 
     Raises:
-        GroupingError: nothing is trainable or left to rotate; ``group_size`` is below 1; a pattern is no regular
-            expression or matches nothing; no group matches a parameter, or two do.
+        GroupingError: nothing is trainable or left to rotate; ``group_size`` is below 1; a pattern is no
+            regular expression or matches nothing; no group matches a parameter, or two do.
     """
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise GroupingError(f"group_size: expected a whole number of at least 1, got {group_size!r}")

@@ -52,22 +52,23 @@ FAMILIES: dict[str, Family] = {
 SIZES: dict[str, Family] = {size: family for family in FAMILIES.values() for size in family.sizes}
 
 
-def config(size: str, **overrides: Any) -> PretrainedConfig:
-    """The transformers config of a published size, ``architectures`` naming its pretraining head.
+def config(size: str, head: str | None = None, **overrides: Any) -> PretrainedConfig:
+    """The transformers config of a published size, ``architectures`` naming the model class with its head.
 
     Args:
         size: a key of :data:`SIZES`, such as ``"llama2_7b"``.
+        head: one of the family's heads; its pretraining head if not given.
         overrides: config entries to change, such as ``num_hidden_layers=2``.
 
     Raises:
-        ConfigError: there is no such size.
+        ConfigError: there is no such size, or the family has no such head.
     """
     if size not in SIZES:
         raise unknown_key(size, SIZES, "model zoo")
     from .heads import config_for
 
     family = SIZES[size]
-    return config_for(family, family.heads[0], {**family.sizes[size], **overrides})
+    return config_for(family, head or family.heads[0], {**family.sizes[size], **overrides})
 
 
 def __getattr__(name: str) -> Any:  # `model_zoo.tiny` without importing torch for those who only read sizes

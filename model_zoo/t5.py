@@ -21,14 +21,5 @@ T5 = Family(
     sizes={
         "t5_small": {},
         "t5_large": {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16},
-        "flan_t5_xl": {
-            "d_model": 2048,
-            "d_kv": 64,
-            "d_ff": 5120,
-            "num_layers": 24,
-            "num_heads": 32,
-            "feed_forward_proj": "gated-gelu",
-            "tie_word_embeddings": False,
-        },
     },
 )
