@@ -1,0 +1,237 @@
+"""A device that has sizes and no memory: PyTorch's spare backend, renamed, under fake tensors.
+
+The real engine runs its real step on it, and a :class:`~hift_ds.memory.tracker.MemoryTracker` counts what that
+allocates. Registering a backend changes the whole process (``torch.accelerator`` reports it), so this belongs in a
+process of its own: :mod:`hift_ds.memory.simulation`.
+
+What is replaced while :func:`fake_device` is active, because fake tensors cannot do it:
+
+* ``Module._apply`` (``.to()``, ``.cuda()``): swaps tensors in place, which fake ones refuse;
+* ``torch.tensor`` on the device: builds its data below the dispatcher;
+* reading a scalar (``.item()``, ``float(t)``): there is no value, so the answer is 1;
+* ``Tensor.data_ptr``: zero for all; here the address of the storage, so that views are told from copies;
+* ``Tensor.record_stream``: no streams, and nothing to be freed early;
+* ``scaled_dot_product_attention``: the CPU's way would hold the scores (:mod:`hift_ds.memory.flash_attention`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hift_ds.errors import ConfigError
+
+NAME = "fakegpu"
+_SCALAR = torch.ops.aten._local_scalar_dense.default
+_registered: list[Any] = []  # what must outlive registration: torch keeps no reference
+
+
+def is_available() -> bool:
+    """Does this torch let Python be a backend (2.8 and later)?"""
+    return _register_backend() is not None and hasattr(torch._C, "_acc")
+
+
+def _register_backend() -> Any:
+    from torch.utils import backend_registration
+
+    return getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
+
+
+def register() -> None:
+    """Make ``torch.device(NAME)`` known to this process. Once; there is no way back.
+
+    Raises:
+        ConfigError: this torch has no such interface.
+    """
+    if _registered:
+        return
+    if not is_available():
+        raise ConfigError(f"torch {torch.__version__} has no fake devices; counting memory needs torch 2.8 or later")
+    module = _DeviceModule()
+    _register_backend()(NAME, backend_module=module)
+    from hift_ds.memory import fake_autocast
+
+    _registered.extend([module, *fake_autocast.register(NAME)])
+
+
+@contextlib.contextmanager
+def fake_device() -> Iterator[None]:
+    """Inside, tensors are fake, and the device can be allocated on."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from hift_ds.memory import flash_attention
+
+    register()
+    flash_attention.register_flops()
+    flash_attention.register_unpadded_masks()
+    replaced = [
+        (nn.Module, "_apply", _apply),
+        (torch, "tensor", _tensor_maker(torch.tensor)),
+        (torch.Tensor, "data_ptr", _address),
+        (torch.Tensor, "record_stream", lambda self, stream: None),
+        (torch.UntypedStorage, "data_ptr", lambda self: self._cdata),
+        (nn.functional, "scaled_dot_product_attention", flash_attention.scaled_dot_product_attention),
+    ]
+    saved = [(owner, name, owner.__dict__.get(name)) for owner, name, _ in replaced]
+    with FakeTensorMode(allow_non_fake_inputs=True), _ScalarsAreOne():
+        for owner, name, function in replaced:
+            setattr(owner, name, function)
+        try:
+            yield
+        finally:
+            for owner, name, function in saved:
+                if function is None:
+                    delattr(owner, name)  # inherited before
+                else:
+                    setattr(owner, name, function)
+
+
+class _ScalarsAreOne(TorchDispatchMode):
+    """Answers the one question that a fake tensor cannot."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _SCALAR:
+            dtype = args[0].dtype
+            return False if dtype == torch.bool else (1.0 if dtype.is_floating_point else 1)
+        return func(*args, **(kwargs or {}))
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
+
+
+def _apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    """``Module._apply`` that keeps every tensor which ``fn`` does not change."""
+    for inner in module.modules() if recurse else [module]:
+        for tensors in (inner._parameters, inner._buffers):
+            for key, old in tensors.items():
+                if old is None:
+                    continue
+                with torch.no_grad():
+                    new = fn(old)
+                if new.dtype != old.dtype or new.device != old.device:
+                    tensors[key] = nn.Parameter(new, old.requires_grad) if tensors is inner._parameters else new
+    return module
+
+
+def _tensor_maker(real: Any) -> Any:
+    def tensor(data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False, **other: Any) -> Tensor:
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+        if device is None or torch.device(device).type != NAME:
+            return real(data, dtype=dtype, device=device, requires_grad=requires_grad, **other)
+        with unset_fake_temporarily():
+            on_host = real(data, dtype=dtype, device="cpu")
+        return torch.empty(on_host.shape, dtype=on_host.dtype, device=device, requires_grad=requires_grad)
+
+    return tensor
+
+
+class Stream:
+    """Ordered by being the only one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> Event:
+        return event or Event()
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *error: Any) -> None: ...
+
+
+class Event:
+    """Has happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: Any) -> float:
+        return 0.0
+
+
+class _DeviceModule(types.ModuleType):
+    """``torch.fakegpu``."""
+
+    Stream = Stream
+    Event = Event
+
+    def __init__(self) -> None:
+        super().__init__(f"torch.{NAME}")
+        self._stream = Stream()
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return 1
+
+    def current_device(self) -> int:
+        return 0
+
+    def set_device(self, device: Any) -> None: ...
+
+    def synchronize(self, device: Any = None) -> None: ...
+
+    def empty_cache(self) -> None: ...
+
+    def current_stream(self, device: Any = None) -> Stream:
+        return self._stream
+
+    default_stream = current_stream
+
+    def stream(self, stream: Any) -> Any:
+        return contextlib.nullcontext()
+
+    def device(self, device: Any) -> Any:
+        return contextlib.nullcontext()
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return torch.empty(16, dtype=torch.uint8)
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None: ...
+
+    def manual_seed(self, seed: int) -> None: ...
+
+    manual_seed_all = manual_seed
+
+    def initial_seed(self) -> int:
+        return 0
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def memory_allocated(self, device: Any = None) -> int:
+        return 0
+
+    max_memory_allocated = memory_reserved = max_memory_reserved = memory_allocated
