@@ -35,6 +35,9 @@ COMMANDS = {
     "groups": Command(
         "hift_ds.report.groups_table", "print the layer groups of a model, from its config alone"
     ),
+    "preview": Command(
+        "hift_ds.train.preview", "print the first training samples of a run file, learned tokens marked"
+    ),
 }
 
 
@@ -58,7 +61,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             module = importlib.import_module(command.module)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
-    return parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if "overrides" in args and not any(argument.startswith("-") for argument in rest):
+        args.overrides += rest  # argparse gives up on section.key=value texts that come after an option
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

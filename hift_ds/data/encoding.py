@@ -14,6 +14,8 @@ own, behind exactly the prompt that the model will see when it is used.
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -96,8 +98,6 @@ class Encoder:
         if self.train_on_prompt:
             ids = self._tokens(whole)
             return [Encoded(ids, [True] * len(ids))]
-        for index in answers:
-            _check_rendered(sample.messages[index]["content"], whole, origin)
         spans = [self._span(sample, index, whole, origin) for index in answers]
         if None not in spans:
             return [self._mark(whole, [span for span in spans if span is not None])]
@@ -107,6 +107,7 @@ class Encoder:
         """What comes before an answer and what ends with it, if both are prefixes of ``whole``."""
         before = self._render(sample, answer, True, origin)
         through = whole if answer + 1 == len(sample.messages) else self._render(sample, answer + 1, False, origin)
+        _check_rendered(sample.messages[answer]["content"], before, through, origin)
         inside = whole.startswith(before) and whole.startswith(through) and len(before) <= len(through)
         return (before, through) if inside else None
 
@@ -164,14 +165,13 @@ class Encoder:
             raise DataError(f"{origin}: the chat template refuses messages of {roles}: {reason[:200]}") from error
 
 
-def _check_rendered(answer: str, whole: str, origin: str) -> None:
-    """Templates may change an answer (drop its thoughts), but one that drops all of it would teach silence."""
-    lines = answer.split("\n")
-    last_line = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    if last_line not in whole:
+def _check_rendered(answer: str, before: str, through: str, origin: str) -> None:
+    """Templates may shorten an answer (drop its thoughts), but one that drops all of it would teach silence."""
+    words = re.findall(r"\w+", answer)
+    if words and words[-1] not in through[len(os.path.commonprefix([before, through])) :]:
         raise DataError(
-            f"{origin}: the chat template leaves out the answer {last_line[:40]!r}; it may expect content in parts, as "
-            "those of vision models do; set data.template"
+            f"{origin}: the chat template leaves out the answer that ends with {words[-1][-40:]!r}; it may expect content in "
+            "parts, as those of vision models do; set data.template"
         )
 
 

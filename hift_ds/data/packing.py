@@ -58,7 +58,8 @@ def packed_samples_are_isolated(model: nn.Module) -> bool:
     second.
 
     Args:
-        model: a causal language model with its weights, on any device. Its training flag is restored.
+        model: a causal language model with its weights, on any device. Its training flag is restored. With
+            ``model.config.use_cache`` transformers builds no block-diagonal mask; the Trainer turns it off.
     """
     import torch
 
@@ -92,5 +93,4 @@ def _packed_collator(pad_token_id: int) -> Any:
 
 
 def _to(device: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    moved = {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
-    return {**moved, "use_cache": False}
+    return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}

@@ -30,7 +30,6 @@ def show_samples(
     Raises:
         ConfigError, DataError: as :func:`~hift_ds.data.prepare.prepare_data`.
     """
-    from rich.rule import Rule
     from rich.text import Text
 
     template = set_chat_template(tokenizer, config.template)
@@ -48,7 +47,8 @@ def show_samples(
             learned = sum(label != IGNORED for label in labels)
             title = f"{row['origin']}   {row['format']}   {len(ids):,} tokens, {learned:,} learned"
             title += f", {cut:,} cut off" if cut else ""
-            console.print(Rule(Text(title), align="left", style="default"))
+            console.rule(style=_CONTEXT)
+            console.print(Text(title, style="bold"), soft_wrap=True)
             if not ids:
                 whole = f"{type(sample).__name__.lower()} dropped: nothing to learn within {max_length:,} tokens"
                 console.print(Text(whole, style="red"))

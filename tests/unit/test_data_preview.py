@@ -1,0 +1,69 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from hift_ds import cli
+from hift_ds.data.config import DataConfig
+from hift_ds.data.preview import BEGIN, END, marked, show_samples
+from tests.helpers.tiny_tokenizers import LLAMA_LIKE, byte_level, sentencepiece_folder
+
+MESSAGES = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello [you]"},
+]
+
+
+def shown(config, tokenizer, max_length=200, num_samples=3, **options):
+    out = io.StringIO()
+    show_samples(config, tokenizer, max_length, Console(file=out, width=100, **options), num_samples)
+    return out.getvalue()
+
+
+@pytest.fixture
+def config(tmp_path):
+    file = tmp_path / "a.jsonl"
+    rows = [{"messages": MESSAGES}] * 2 + [{"broken": 1}]
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return DataConfig(train=str(file))
+
+
+def test_learned_text_is_in_brackets_where_there_is_no_colour(config):
+    text = shown(config, byte_level(), num_samples=2)  # the third, broken row is not reached
+    assert f"<|im_start|>assistant\n{BEGIN}Hello [you]<|im_end|>{END}\n" in text
+    assert text.count(BEGIN) == 3 and "line 1   messages   " in text and "12 learned" in text
+
+
+def test_learned_text_is_green_on_a_terminal(config):
+    text = shown(config, byte_level(), num_samples=1, force_terminal=True, color_system="standard")
+    assert "\x1b[1;32mHello [you]<|im_end|>\x1b[0m" in text and BEGIN not in text
+
+
+def test_what_is_dropped_says_so(config):
+    text = shown(config, byte_level(), max_length=20, num_samples=1)
+    assert "dropped: nothing to learn within 20 tokens" in text
+
+
+def test_marks_do_not_lose_the_spaces_of_sentencepiece(tmp_path):
+    from hift_ds.data.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(sentencepiece_folder(tmp_path, **LLAMA_LIKE))
+    ids = tokenizer("Hello there you", add_special_tokens=False).input_ids
+    boundary = ids.index(tokenizer.convert_tokens_to_ids("▁you")) if "▁you" in tokenizer.get_vocab() else len(ids) // 2
+    labels = [-100] * boundary + ids[boundary:]
+    text = marked(tokenizer, ids, labels, colour=False).plain
+    assert text.replace(BEGIN, "").replace(END, "") == "Hello there you"
+
+
+def test_the_command(tmp_path, config, capsys):
+    byte_level().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 90}))
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(f"model: {{path: {tmp_path / 'model'}}}\ndata: {{train: {config.train}}}\ntrain: {{output_dir: out}}\n")
+    assert cli.main(["preview", str(run_file), "-n", "1", "data.max_length=80"]) == 0
+    assert f"{BEGIN}Hello [you]<|im_end|>{END}" in capsys.readouterr().out
+    assert cli.main(["preview", str(run_file), "data.max_length=91"]) == 2
+    assert "data.max_length: 91 is longer than the 90 positions" in capsys.readouterr().err
+    assert cli.main(["preview", str(run_file), "-n", "9"]) == 2
+    assert "a.jsonl, line 3: no 'messages'" in capsys.readouterr().err
