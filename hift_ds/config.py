@@ -32,6 +32,29 @@ class StateConfig(BaseModel):
     together. ``null``: the whole group."""
 
 
+class ActivationsConfig(BaseModel):
+    """Less memory for activations, at the same loss and gradients. See docs/memory.md."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    checkpointing: bool = False
+    """Recompute blocks in backward instead of keeping their activations; only those at and above the active group,
+    since below it nothing is kept anyway."""
+    blocks_kept: int = Field(0, ge=0)
+    """With ``checkpointing``: keep the activations of so many blocks all the same, the topmost ones. A group with no
+    more blocks than that at and above it recomputes nothing."""
+    chunked_loss: bool = False
+    """Logits and their loss a few hundred tokens at a time, so that the whole fp32 logits never exist."""
+    offload: bool = False
+    """Keep what backward needs in host memory (TRL's offloading). No effect without an accelerator."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> ActivationsConfig:
+        if self.blocks_kept and not self.checkpointing:
+            raise ValueError(f"activations.blocks_kept: {self.blocks_kept} has no effect without checkpointing: true")
+        return self
+
+
 class HiFTConfig(BaseModel):
     """All keys of the block, with their defaults."""
 
@@ -56,6 +79,7 @@ class HiFTConfig(BaseModel):
     stochastic_rounding: bool = False
     """Without masters: round the updated weight to bf16 stochastically, so that small updates are not lost."""
     state: StateConfig = StateConfig()
+    activations: ActivationsConfig = ActivationsConfig()
 
     @model_validator(mode="after")
     def _agree(self) -> HiFTConfig:
@@ -88,7 +112,7 @@ def _one_line(error: ValidationError) -> ConfigError:
     first = error.errors()[0]
     path = [BLOCK, *(str(part) for part in first["loc"])]
     if first["type"] == "extra_forbidden":
-        model = StateConfig if path[1:-1] == ["state"] else HiFTConfig
+        model = {"state": StateConfig, "activations": ActivationsConfig}.get(".".join(path[1:-1]), HiFTConfig)
         return unknown_key(path[-1], model.model_fields, '"' + ".".join(path[:-1]) + '"')
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
