@@ -9,27 +9,64 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hift_ds.errors import ConfigError, unknown_key
 
 BLOCK = "hift"
 
 
+CODECS = ("fp32", "split_master", "bf16_moments", "int8_moments")
+
+
 class StateConfig(BaseModel):
-    """Where masters and optimizer states live, and where the update runs."""
+    """Where masters and optimizer states live, in which form, and where the update runs. See docs/states.md."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    residency: Literal["host", "device"] = "host"
-    """``host``: off the accelerator, fetched for the update. ``device``: never moved; the fast baseline."""
+    residency: Literal["host", "device", "disk", "auto"] = "host"
+    """``host``: off the accelerator, fetched for the update. ``device``: never moved; the fast baseline. ``disk``: in
+    files under ``path``. ``auto``: the first of device, host and disk that has the room; the log says why."""
+    path: str | None = None
+    """Folder for ``disk``, on a local disk; every process makes its own folder in it and removes it at the end."""
+    io: Literal["auto", "direct", "buffered"] = "auto"
+    """``disk``: past the page cache (``direct``) or through it; ``auto`` measures."""
     step_on: Literal["device", "host"] = "device"
     """``device``: states come up, the accelerator updates. ``host``: gradients go down, weights come up."""
+    prefetch: bool = True
+    """Move states while the model computes: needs ``slots`` times the largest group's states on the update device all
+    the time. ``false``: they are there for the update only, and every move is waited for."""
+    slots: Literal[1, 2] = 1
+    """Groups that have room on the update device: with 2, one leaves while the next arrives."""
+    codec: tuple[str, ...] = ()
+    """Compact forms, one or several of ``split_master`` (lossless), ``bf16_moments`` or ``int8_moments``; none, or
+    ``fp32``: everything as it is. A string may name several: ``"split_master+int8_moments"``."""
     pin_memory: bool = True
     """Page-locked host buffers: needed for copies that overlap with compute. No effect without an accelerator."""
     slice_numel: int | None = Field(None, ge=1)
     """Update at most this many elements at once, so that a large group's master and states need not be on the device
     together. ``null``: the whole group."""
+
+    @field_validator("codec", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        names = value.replace("+", ",").split(",") if isinstance(value, str) else value
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"state.codec: a name or a list of names expected ({', '.join(CODECS)}), got {value!r}")
+        for name in names:
+            if name not in CODECS:
+                raise ValueError(str(unknown_key(name, CODECS, "state.codec")))
+        if {"bf16_moments", "int8_moments"} <= set(names):
+            raise ValueError("state.codec: bf16_moments and int8_moments are two forms of the same; give one")
+        return tuple(dict.fromkeys(name for name in names if name != "fp32"))
+
+    @model_validator(mode="after")
+    def _agree(self) -> StateConfig:
+        if self.residency == "disk" and not self.path:
+            raise ValueError('state.path: residency "disk" needs a folder for its files, none given')
+        if self.path and self.residency not in ("disk", "auto"):
+            raise ValueError(f'state.path: {self.path!r} has no effect with residency "{self.residency}"; use "disk" or "auto"')
+        return self
 
 
 class ActivationsConfig(BaseModel):
@@ -170,6 +207,9 @@ def _check_precision(hift: HiFTConfig, ds: Mapping[str, Any]) -> None:
         raise ConfigError(
             f'"torch_autocast.enabled" keeps fp32 weights, "{name}.enabled" casts them; choose one of the two'
         )
+    if "split_master" in hift.state.codec and (fp16 or not hift.master_weights):
+        given = '"fp16.enabled": true' if fp16 else '"hift.master_weights": false'
+        raise ConfigError(f'"hift.state.codec": split_master needs bf16 weights with fp32 masters; remove it, or {given}')
     if not hift.master_weights and fp16:
         raise ConfigError('"hift.master_weights": false with fp16 loses small updates; use bf16 or keep masters')
     if hift.stochastic_rounding and not bf16:

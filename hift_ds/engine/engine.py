@@ -33,9 +33,7 @@ from hift_ds.optim.parameters import DEFAULT_BUCKET_NUMEL, ReplicatedParameters
 from hift_ds.precision import LossScaler, PrecisionPolicy
 from hift_ds.schedule import GroupSchedule
 from hift_ds.step_report import StepReport
-from hift_ds.store.base import StateStore
-from hift_ds.store.device import DeviceStateStore
-from hift_ds.store.host import HostStateStore
+from hift_ds.store.choose import build_resident_store, build_store
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +153,7 @@ class HiFTEngine(SeamEngine):
 
     def _build_group_optimizer(self, base: torch.optim.Optimizer) -> HiFTOptimizer:
         hift, device = self.hift, self._update_device()
+        rounding_seed = hift.seed * 65_537 + self.global_rank
         parameters = self._build_parameters(base)
         return HiFTOptimizer(
             base,
@@ -163,8 +162,8 @@ class HiFTEngine(SeamEngine):
             schedule=GroupSchedule(
                 len(self.partition.groups), hift.order, hift.reshuffle, hift.seed, hift.steps_per_group
             ),
-            store=self._build_store(device),
-            always_store=DeviceStateStore(device),
+            store=build_store(hift.state, device, seed=rounding_seed),
+            always_store=build_resident_store(hift.state, device, seed=rounding_seed),
             lr=CycleLR(hift.lr_update, base.param_groups),
             precision=self._precision(),
             scaler=self._loss_scaler(),
@@ -204,12 +203,6 @@ class HiFTEngine(SeamEngine):
             )
             for group in groups
         }
-
-    def _build_store(self, device: torch.device) -> StateStore:
-        state = self.hift.state
-        if state.residency == "device" or state.step_on == "host":
-            return DeviceStateStore(device)  # states rest where updates run: nothing to move
-        return HostStateStore(device, pin_memory=state.pin_memory)
 
     def _update_device(self) -> torch.device:
         return torch.device("cpu") if self.hift.state.step_on == "host" else self.device
@@ -269,7 +262,6 @@ class HiFTEngine(SeamEngine):
 
     def _report_before_step(self) -> StepReport:
         cursor, group = self.schedule.cursor, self.groups[self.schedule.active]
-        self.optimizer.store.traffic.take()
         return StepReport(
             step=self.global_steps, cycle=cursor.cycle, position=cursor.position, group=group.index, group_name=group.name,
             lr=0.0, grad_norm=0.0, loss_scale=self.optimizer.scaler.scale, skipped=False, state_bytes_in=0, state_bytes_out=0,

@@ -22,10 +22,9 @@ from hift_ds.optim.parameters import Chunk, Piece, ReplicatedParameters, Unit
 from hift_ds.optim.piecewise import PieceState, PieceUpdate, PiecewiseOptimizer
 from hift_ds.precision import LossScaler, PrecisionPolicy, write_weight_
 from hift_ds.schedule import GroupSchedule
-from hift_ds.store.base import StateStore
+from hift_ds.store.base import MASTER, StateStore, Weights
 
 ALWAYS = -1  # index of the unit that is trained in every turn
-MASTER = "master"
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,7 @@ class GroupOptimizer:
                 weight = self.parameters.weight(unit, chunk.pieces[i])
                 if update.target.data_ptr() != weight.data_ptr():
                     write_weight_(weight, update.target, generator)
-            store.evict(chunk.id)
+            store.evict(chunk.id, self.num_applied)
         self.extras[unit.index] = after
 
     def _piece_update(
@@ -286,9 +285,22 @@ class GroupOptimizer:
                     offset += piece.numel if needs_master else 0
                 self.records[chunk.id] = records
                 if offset:
-                    store.ensure(chunk.id, MASTER, offset, torch.float32)
+                    store.ensure(chunk.id, MASTER, offset, torch.float32, self._weights_of_masters(unit, chunk))
                 for key, dtype in elementwise.items():
                     store.ensure(chunk.id, key, sum(piece.numel for piece in chunk.pieces), dtype)
+        self.store = self.store.start()
+        self.always_store = self.always_store.start()
+
+    def _weights_of_masters(self, unit: Unit, chunk: Chunk) -> Weights | None:
+        """For stores that keep of a master only what its bf16 weight lacks."""
+        mastered = [
+            piece
+            for piece, record in zip(chunk.pieces, self.records[chunk.id], strict=True)
+            if record.master is not None
+        ]
+        if any(unit.members[piece.member].param.dtype != torch.bfloat16 for piece in mastered):
+            return None
+        return lambda: [self.parameters.weight(unit, piece).reshape(-1) for piece in mastered]
 
     def _needs_master(self, param: torch.nn.Parameter) -> bool:
         elsewhere = param.device.type != self.update_device.type  # step_on host: mirror fp32 weights too
@@ -356,3 +368,4 @@ class GroupOptimizer:
     def close(self) -> None:
         self.parameters.close()
         self.store.close()
+        self.always_store.close()

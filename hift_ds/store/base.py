@@ -1,43 +1,73 @@
 """Where the fp32 masters and optimizer states of the layer groups are, and how they move.
 
-A store keeps, for every unit (a layer group's index, or -1 for the always-active group) and every key
-(``master``, ``exp_avg`` ...), one flat 1-D tensor holding this rank's shard of all the unit's parameters.
-It knows nothing of parameters or optimizers; :mod:`hift_ds.optim.group_optimizer` cuts the tensors into views.
+A store keeps, for every unit (a chunk of a layer group: its id) and every key (``master``, ``exp_avg`` ...), one
+flat 1-D tensor holding this rank's shard of all the chunk's parameters. It knows nothing of parameters or
+optimizers; :mod:`hift_ds.optim.group_optimizer` cuts the tensors into views.
 
 Life of a unit: PARKED --prefetch--> ARRIVING --fetch--> RESIDENT --evict--> PARKED. Each transition may be
 called again in the state it leads to.
+
+Who does what below this interface: ``encoded`` turns tensors into the bytes that are kept (``codecs``, ``layout``);
+``device`` keeps the bytes where updates run; ``parked`` moves them through slots, with ``movers`` in the background;
+``host`` and ``disk`` are the places they are moved to.
 """
 
 from __future__ import annotations
 
 import enum
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+MASTER = "master"  # key of the fp32 copies of 16-bit weights
+
+# Flat bf16 tensors, in the order of a master's elements: the weights it is the master of.
+Weights = Callable[[], Sequence[Tensor]]
+
 
 class Residency(enum.Enum):
     PARKED = "parked"  # only in its resting place (evict)
-    ARRIVING = "arriving"  # on its way to the update device (prefetch)
+    ARRIVING = "arriving"  # on its way to the update device (prefetch), or still there
     RESIDENT = "resident"  # tensors on the update device are the current ones (fetch)
 
 
-@dataclass
 class Traffic:
-    """State traffic since the last ``take``. Bytes cross the host-device (or disk) boundary; seconds are wall time."""
+    """State traffic since the last ``take``. Bytes cross the host-device (or disk) boundary; seconds are wall time.
 
-    bytes_in: int = 0
-    bytes_out: int = 0
-    transfer_s: float = 0.0  # time transfers took
-    stalled_s: float = 0.0  # of which the training step waited
+    Of ``transfer_s`` seconds that transfers took, the training step waited ``stalled_s``; the rest was hidden behind
+    compute. Bytes count when a transfer starts, seconds when it has ended: one that is under way at ``take`` has its
+    seconds in the next report.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.transfer_s = 0.0
+        self.stalled_s = 0.0
+        self.collect: Callable[[], None] | None = None  # asks for times that a device still keeps
+        self._lock = threading.Lock()
+
+    def add(self, bytes_in: int = 0, bytes_out: int = 0, transfer_s: float = 0.0, stalled_s: float = 0.0) -> None:
+        """Callable from any thread."""
+        with self._lock:
+            self.bytes_in += bytes_in
+            self.bytes_out += bytes_out
+            self.transfer_s += transfer_s
+            self.stalled_s += stalled_s
 
     def take(self) -> Traffic:
-        taken = Traffic(self.bytes_in, self.bytes_out, self.transfer_s, self.stalled_s)
-        self.bytes_in = self.bytes_out = 0
-        self.transfer_s = self.stalled_s = 0.0
+        """The counts so far, which start again at zero."""
+        if self.collect is not None:
+            self.collect()
+        taken = Traffic()
+        with self._lock:
+            for name in ("bytes_in", "bytes_out", "transfer_s", "stalled_s"):
+                setattr(taken, name, getattr(self, name))
+                setattr(self, name, type(getattr(self, name))(0))
         return taken
 
 
@@ -49,8 +79,23 @@ class StateStore(ABC):
     traffic: Traffic = field(default_factory=Traffic, init=False)
 
     @abstractmethod
-    def ensure(self, unit: int, key: str, numel: int, dtype: torch.dtype) -> None:
-        """Reserve ``numel`` elements under ``key``, if that has not been done. Contents are undefined."""
+    def ensure(self, unit: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None) -> None:
+        """Reserve ``numel`` elements under ``key``, if that has not been done. Contents are undefined.
+
+        Args:
+            weights: of a master, the bf16 weights that are its rounded values whenever it is parked.
+        """
+
+    def start(self) -> StateStore:
+        """Everything known in advance is reserved: check that there is room for it, and take the room.
+
+        Returns:
+            The store to go on with: itself, or the one that it chose.
+
+        Raises:
+            StateStoreError: there is no room; names the bytes needed and found.
+        """
+        return self
 
     @abstractmethod
     def keys(self, unit: int) -> list[str]:
@@ -61,8 +106,12 @@ class StateStore(ABC):
         """All tensors of ``unit`` on the update device, to be changed in place; valid until ``evict``."""
 
     @abstractmethod
-    def evict(self, unit: int) -> None:
-        """Send the changed tensors of ``unit`` back to their resting place."""
+    def evict(self, unit: int, step: int = 0) -> None:
+        """Send the changed tensors of ``unit`` back to their resting place.
+
+        Args:
+            step: optimizer steps applied so far; seeds stochastic rounding, so that a resumed run rounds alike.
+        """
 
     def prefetch(self, unit: int) -> None:  # noqa: B027  (a hint: stores that cannot use it ignore it)
         """``unit`` will be fetched next."""
@@ -76,7 +125,11 @@ class StateStore(ABC):
 
     @abstractmethod
     def write(self, unit: int, key: str, values: Tensor, start: int = 0) -> None:
-        """Set elements [start, start + len(values)) of ``key``. Call ``synchronize`` first."""
+        """Set elements [start, start + len(values)) of ``key``. Call ``synchronize`` first.
+
+        A compact form is made when the next unit is written, or at ``synchronize``: so write a unit's pieces one
+        after the other, in any order of keys.
+        """
 
     def close(self) -> None:  # noqa: B027
         """Release what the store holds outside of process memory."""

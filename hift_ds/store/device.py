@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hift_ds.store.base import StateStore
+from hift_ds.store.encoded import EncodedStateStore
 
 
 @dataclass
-class DeviceStateStore(StateStore):
-    """Never moves anything."""
+class DeviceStateStore(EncodedStateStore):
+    """Never moves anything; with a codec, decodes for the update what it keeps compactly."""
 
-    _tensors: dict[int, dict[str, Tensor]] = field(default_factory=dict, init=False)
+    _memory: dict[int, Tensor] = field(default_factory=dict, init=False)
 
-    def ensure(self, unit: int, key: str, numel: int, dtype: torch.dtype) -> None:
-        tensors = self._tensors.setdefault(unit, {})
-        if key not in tensors:
-            tensors[key] = torch.zeros(numel, dtype=dtype, device=self.device)
+    def start(self) -> StateStore:
+        for unit in self._layouts:
+            self._bring(unit)
+        return super().start()
 
-    def keys(self, unit: int) -> list[str]:
-        return list(self._tensors.get(unit, ()))
+    def _bring(self, unit: int) -> Tensor:
+        if unit not in self._memory:
+            self._memory[unit] = torch.zeros(self.num_bytes(unit), dtype=torch.uint8, device=self.device)
+        self._memory[unit] = self._grow(unit, self._memory[unit])
+        return self._memory[unit]
 
-    def fetch(self, unit: int) -> dict[str, Tensor]:
-        return dict(self._tensors.get(unit, {}))
+    def _grow(self, unit: int, memory: Tensor) -> Tensor:
+        missing = self.num_bytes(unit) - memory.numel()
+        if missing:
+            self._memory[unit] = torch.cat([memory, memory.new_zeros(missing)])
+        return self._memory[unit]
 
-    def evict(self, unit: int) -> None:
+    def _send(self, unit: int) -> None:
         pass
 
-    def read(self, unit: int) -> Mapping[str, Tensor]:
-        return self._tensors.get(unit, {})
+    def _at_rest(self, unit: int) -> Tensor:
+        return self._bring(unit)
 
-    def write(self, unit: int, key: str, values: Tensor, start: int = 0) -> None:
-        self._tensors[unit][key][start : start + values.numel()].copy_(values)
+    def _replace_at_rest(self, unit: int, memory: Tensor) -> None:
+        self._memory[unit] = memory

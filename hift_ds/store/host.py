@@ -1,82 +1,102 @@
 """States in host memory, copied to the update device for the update of their group and back after it.
 
-The copies are real on a CPU-only machine as well (host buffer to working buffer): the same code runs in the
-tests and on an accelerator, and a CPU run reports the traffic it would have.
+The copies are real on a CPU-only machine as well (host buffer to slot): the same code runs in the tests and on an
+accelerator, and a CPU run reports the traffic it would have.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from hift_ds.store.base import Residency, StateStore
+from hift_ds.errors import StateStoreError
+from hift_ds.store.base import StateStore
+from hift_ds.store.movers import InlineMover, StreamMover, ThreadMover, streams_of
+from hift_ds.store.parked import ParkedStateStore
+from hift_ds.store.room import host_bytes, processes_on_node
+
+# torch rounds page-locked allocations up to a power of two: large ones are cut from slabs of one.
+SLAB_BYTES = 1 << 28
 
 
 @dataclass
-class HostStateStore(StateStore):
-    """One host buffer per unit and key, all reserved when training starts; page-locked if asked to.
+class HostStateStore(ParkedStateStore):
+    """One run of host memory per unit, all reserved when training starts.
 
     Args:
-        pin_memory: page-lock the buffers. Only meaningful with an accelerator.
+        pin_memory: page-lock it: needed for copies that overlap with compute. No effect without an accelerator.
     """
 
     pin_memory: bool = True
-    _host: dict[int, dict[str, Tensor]] = field(default_factory=dict, init=False)
-    _working: dict[int, dict[str, Tensor]] = field(default_factory=dict, init=False)
+    _host: dict[int, list[Tensor]] = field(default_factory=dict, init=False)  # segments, uint8
+    _slab: Tensor | None = field(default=None, init=False)  # what is left of the last one
 
-    def residency(self, unit: int) -> Residency:
-        return Residency.RESIDENT if unit in self._working else Residency.PARKED
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.pin_memory = self.pin_memory and self.device.type != "cpu"
+        if self.num_slots and streams_of(self.device) is not None:
+            self.mover = StreamMover(self.traffic, self.device)
+        elif self.num_slots and self.device.type == "cpu":
+            self.mover = ThreadMover(self.traffic, self.device)
+        elif self.num_slots:  # an accelerator that torch gives no streams for
+            self.mover = InlineMover(self.traffic, self.device)
 
-    def ensure(self, unit: int, key: str, numel: int, dtype: torch.dtype) -> None:
-        buffers = self._host.setdefault(unit, {})
-        if key in buffers:
-            return
-        pin = self.pin_memory and self.device.type != "cpu"
-        buffers[key] = torch.zeros(numel, dtype=dtype, pin_memory=pin)
-        if unit in self._working:  # reserved while the unit is being updated for the first time
-            self._working[unit][key] = torch.zeros(numel, dtype=dtype, device=self.device)
+    def start(self) -> StateStore:
+        processes, total = processes_on_node(), host_bytes().total
+        if self.total_bytes() * processes > total:
+            raise StateStoreError(
+                f"the optimizer states need {self.total_bytes() * processes / 1e9:.1f} GB of host memory on this node "
+                f"({processes} processes), it has {total / 1e9:.1f} GB; set \"hift.state.codec\" to a compact form or "
+                f'"hift.state.residency" to "disk"'
+            )
+        for unit in self._layouts:
+            self._reserve(unit)
+        return super().start()
 
-    def keys(self, unit: int) -> list[str]:
-        return list(self._host.get(unit, ()))
+    def _copy_in(self, unit: int, memory: Tensor) -> None:
+        offset = 0
+        for segment in self._reserve(unit):
+            copy_bytes(memory[offset : offset + segment.numel()], segment[: memory.numel() - offset])
+            offset += segment.numel()
 
-    def fetch(self, unit: int) -> dict[str, Tensor]:
-        if unit not in self._working:
-            started = time.perf_counter()
-            self._working[unit] = {
-                key: buffer.to(self.device, non_blocking=True, copy=True) for key, buffer in self._host.get(unit, {}).items()
-            }
-            self._account(started, bytes_in=_num_bytes(self._working[unit]))
-        return self._working[unit]
+    def _copy_out(self, unit: int, memory: Tensor) -> None:
+        # Growing is the one case in which the old bytes could be lost half way; both are memory, so it cannot fail.
+        offset = 0
+        for segment in self._reserve(unit):
+            copy_bytes(segment[: memory.numel() - offset], memory[offset : offset + segment.numel()])
+            offset += segment.numel()
 
-    def evict(self, unit: int) -> None:
-        working = self._working.pop(unit, None)
-        if working is None:
-            return
-        started = time.perf_counter()
-        for key, tensor in working.items():
-            # Blocking on purpose: the working tensor is freed on return, and the next fetch may read the buffer.
-            self._host[unit][key].copy_(tensor)
-        self._account(started, bytes_out=_num_bytes(working))
+    def _at_rest(self, unit: int) -> Tensor:
+        segments = self._reserve(unit)
+        return segments[0] if len(segments) == 1 else torch.cat(segments)
 
-    def read(self, unit: int) -> Mapping[str, Tensor]:
-        return self._working.get(unit) or self._host.get(unit, {})
+    def _put(self, unit: int, memory: Tensor) -> None:
+        if memory is not self._reserve(unit)[0]:
+            self._copy_out(unit, memory)
 
-    def write(self, unit: int, key: str, values: Tensor, start: int = 0) -> None:
-        for tensors in (self._host, self._working):
-            if unit in tensors:
-                tensors[unit][key][start : start + values.numel()].copy_(values)
-
-    def _account(self, started: float, bytes_in: int = 0, bytes_out: int = 0) -> None:
-        elapsed = time.perf_counter() - started
-        self.traffic.bytes_in += bytes_in
-        self.traffic.bytes_out += bytes_out
-        self.traffic.transfer_s += elapsed
-        self.traffic.stalled_s += elapsed
+    def _reserve(self, unit: int) -> list[Tensor]:
+        """The unit's segments, made or extended to its size. Zeros at first."""
+        segments = self._host.setdefault(unit, [])
+        missing = self.num_bytes(unit) - sum(segment.numel() for segment in segments)
+        if not self.pin_memory:
+            if missing or not segments:
+                segments.append(torch.zeros(missing, dtype=torch.uint8))
+            return segments
+        while missing or not segments:
+            if self._slab is None or self._slab.numel() == 0:
+                self._slab = torch.empty(SLAB_BYTES, dtype=torch.uint8, pin_memory=True)
+            taken = self._slab[: min(missing, self._slab.numel())].zero_()
+            self._slab = self._slab[taken.numel() :]
+            segments.append(taken)
+            missing -= taken.numel()
+        return segments
 
 
-def _num_bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+def copy_bytes(target: Tensor, source: Tensor) -> None:
+    """On the CPU on one thread, whatever torch's number of threads: this runs beside the computation."""
+    if type(target) is type(source) is Tensor and target.device.type == source.device.type == "cpu":
+        target.numpy()[:] = source.numpy()
+    else:
+        target.copy_(source, non_blocking=True)

@@ -1,0 +1,122 @@
+"""Which store a run gets: by name, or by what the machine has."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import torch
+
+from hift_ds.config import StateConfig
+from hift_ds.errors import StateStoreError
+from hift_ds.store.base import StateStore, Weights
+from hift_ds.store.device import DeviceStateStore
+from hift_ds.store.disk import DiskStateStore
+from hift_ds.store.encoded import EncodedStateStore
+from hift_ds.store.host import HostStateStore
+from hift_ds.store.room import HostBytes, disk_bytes_free, host_bytes, processes_on_node
+
+logger = logging.getLogger(__name__)
+
+# Shares of what is free now that states may take: activations, gradients and data come later.
+DEVICE_SHARE, HOST_SHARE, DISK_SHARE = 0.5, 0.7, 0.95
+
+
+def build_store(state: StateConfig, device: torch.device, *, seed: int = 0) -> StateStore:
+    """The store of the rotating groups.
+
+    Args:
+        device: where updates run. With ``step_on: host`` that is the CPU, and host memory is where states rest.
+        seed: of stochastic rounding; different on every rank.
+
+    Raises:
+        StateStoreError: the folder for the disk tier cannot be written.
+    """
+    if state.residency == "auto":
+        return AutoStateStore(device, state, seed)
+    return _build(state, state.residency, device, seed)
+
+
+def build_resident_store(state: StateConfig, device: torch.device, *, seed: int = 0) -> StateStore:
+    """The store of the always-active unit: never moved, in the same compact form."""
+    return DeviceStateStore(device, state.codec, seed)
+
+
+def _build(state: StateConfig, residency: str, device: torch.device, seed: int) -> EncodedStateStore:
+    num_slots = state.slots if state.prefetch else 0
+    if residency == "disk":
+        assert state.path is not None
+        return DiskStateStore(device, state.codec, seed, num_slots, path=state.path, io=state.io, pin_memory=state.pin_memory)
+    if residency == "host" and state.step_on == "device":
+        return HostStateStore(device, state.codec, seed, num_slots, pin_memory=state.pin_memory)
+    return DeviceStateStore(device, state.codec, seed)  # states rest where updates run: nothing to move
+
+
+def pick_residency(needed: int, processes: int, free_on_device: int | None, host: HostBytes, free_on_disk: int | None):
+    """The fastest place with room for ``needed`` bytes of each of ``processes``.
+
+    Args:
+        free_on_device: ``None`` if the update device is the CPU.
+        free_on_disk: ``None`` without a path.
+
+    Returns:
+        (residency, the reason in words).
+
+    Raises:
+        StateStoreError: no place has the room.
+    """
+    wanted = needed * processes
+    tried = [f"states need {_gib(needed)} a process, {processes} on this node"]
+    if free_on_device is not None:
+        tried.append(f"{_gib(free_on_device)} free on the device, of which states may take {DEVICE_SHARE:.0%}")
+        if needed <= DEVICE_SHARE * free_on_device:
+            return "device", "; ".join(tried)
+    tried.append(f"{_gib(host.available)} of host memory available, of which they may take {HOST_SHARE:.0%}")
+    if wanted <= HOST_SHARE * host.available:
+        return ("device" if free_on_device is None else "host"), "; ".join(tried)
+    if free_on_disk is not None:
+        tried.append(f"{_gib(free_on_disk)} free on the disk, of which they may take {DISK_SHARE:.0%}")
+        if wanted <= DISK_SHARE * free_on_disk:
+            return "disk", "; ".join(tried)
+    else:
+        tried.append('no "hift.state.path" for a disk')
+    raise StateStoreError(f'"hift.state.residency": auto found no room: {"; ".join(tried)}; try "hift.state.codec"')
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+@dataclass
+class AutoStateStore(StateStore):
+    """Collects what is to be kept until ``start``, when its size is known, and then makes way for a store with room."""
+
+    state: StateConfig
+    seed: int
+    _wanted: list[tuple] = field(default_factory=list, init=False)
+
+    def ensure(self, unit: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None) -> None:
+        self._wanted.append((unit, key, numel, dtype, weights))
+
+    def start(self) -> StateStore:
+        on_cpu = self.device.type == "cpu"
+        residency, reason = pick_residency(
+            self._laid_out(DeviceStateStore(self.device, self.state.codec, self.seed)).total_bytes(),
+            processes_on_node(),
+            None if on_cpu else torch.get_device_module(self.device).mem_get_info(self.device)[0],
+            host_bytes(),
+            disk_bytes_free(self.state.path) if self.state.path else None,
+        )
+        logger.info("hift.state.residency: auto takes %s: %s", residency, reason)
+        return self._laid_out(_build(self.state, residency, self.device, self.seed)).start()
+
+    def _laid_out(self, store: EncodedStateStore) -> EncodedStateStore:
+        for reservation in self._wanted:
+            store.ensure(*reservation)
+        return store
+
+    def _not_started(self, *args: object) -> NoReturn:
+        raise AssertionError("start() chooses the store; go on with what it returns")
+
+    keys = fetch = evict = read = write = _not_started  # type: ignore[assignment]

@@ -1,0 +1,250 @@
+"""Compact forms of masters and moments: how a flat fp32 tensor is kept while its layer group is parked.
+
+| name         | keeps                                                           | bytes a parameter        |
+|--------------|-----------------------------------------------------------------|--------------------------|
+| fp32         | everything as it is                                             | 12 with AdamW and master |
+| split_master | the low 16 bits of the master; the bf16 weight has the others   | -2, lossless             |
+| bf16_moments | moments in bf16, the second with stochastic rounding            | -4                       |
+| int8_moments | moments in 8 bits and one fp32 scale per 256 (arXiv 2110.02861) | -6                       |
+
+``split_master`` combines with either of the others. Encoding a decoded value gives the same bits again, so a
+checkpoint of decoded values resumes exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hift_ds.errors import ConfigError
+from hift_ds.store.base import MASTER, Weights
+
+SPLIT_MASTER, BF16_MOMENTS, INT8_MOMENTS = "split_master", "bf16_moments", "int8_moments"
+
+# Running means of gradients, and of their squares (or magnitudes: never negative). Anything else is kept as it is.
+FIRST_MOMENTS = frozenset(["exp_avg", "momentum_buffer", "grad_avg"])
+SECOND_MOMENTS = frozenset(["exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"])
+
+BLOCK_NUMEL = 256  # elements that share a scale in int8
+PASS_NUMEL = 1 << 22  # elements encoded at once: bounds the temporary memory
+
+
+@dataclass(frozen=True)
+class Part:
+    """One flat tensor of a compact form."""
+
+    name: str
+    dtype: torch.dtype
+    numel: int
+
+
+class Codec(ABC):
+    """One key of one unit, in and out of its compact form. All-zero bytes decode to zeros (a master: to its weight)."""
+
+    in_place = False  # the form is the tensor itself: decoding gives a view, and encoding does nothing
+
+    @abstractmethod
+    def parts(self, numel: int) -> tuple[Part, ...]:
+        """What is kept of ``numel`` elements."""
+
+    @abstractmethod
+    def encode(self, values: Tensor, parts: Mapping[str, Tensor], seed: int) -> None:
+        """``values`` (flat) into ``parts``, on one device. ``seed``: of stochastic rounding."""
+
+    @abstractmethod
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The values, flat, on the parts' device."""
+
+
+class Exact(Codec):
+    """The values as they are, in any dtype."""
+
+    in_place = True
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def parts(self, numel: int) -> tuple[Part, ...]:
+        return (Part("values", self.dtype, numel),)
+
+    def encode(self, values: Tensor, parts: Mapping[str, Tensor], seed: int) -> None:
+        parts["values"].copy_(values)
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return parts["values"]
+
+
+class SplitMaster(Codec):
+    """An fp32 master without its high half, which the bf16 weight has. Lossless.
+
+    A weight is its master rounded to nearest even. With the master's bits as integers, high half H and low half L,
+    the weight's bits are H if L < 0x8000 and H + 1 if L > 0x8000. At the tie L == 0x8000 they are whichever of the
+    two is even, so the weight does not tell: the ties that were rounded up are kept as a list of positions. One
+    element in 2^17 of trained masters is on it; up to one in 16 of masters that came from fp16, until their first
+    update. The list is in host memory, as its length changes.
+    """
+
+    TIE = -(1 << 15)  # 0x8000 as int16
+
+    def __init__(self, weights: Weights) -> None:
+        assert sys.byteorder == "little"
+        self.weights = weights
+        self._ties_up: Tensor | None = None  # positions, int32 or int64, on the host
+
+    def parts(self, numel: int) -> tuple[Part, ...]:
+        return (Part("low", torch.int16, numel),)
+
+    def encode(self, values: Tensor, parts: Mapping[str, Tensor], seed: int) -> None:
+        halves = values.contiguous().view(torch.int16)  # low, high, low, high, ...
+        low, high = halves[0::2], halves[1::2]
+        parts["low"].copy_(low)
+        dtype = torch.int32 if values.numel() < 1 << 31 else torch.int64
+        found = []
+        for start in range(0, values.numel(), PASS_NUMEL):
+            end = start + PASS_NUMEL
+            rounded_up = (low[start:end] == self.TIE) & high[start:end].bitwise_and(1).bool()
+            found.append((rounded_up.nonzero().view(-1) + start).to("cpu", dtype))
+        self._ties_up = torch.cat(found) if found else None
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        low = parts["low"]
+        values = torch.empty(low.numel(), dtype=torch.float32, device=low.device)
+        halves = values.view(torch.int16)
+        halves[0::2].copy_(low)
+        high = halves[1::2]
+        offset = 0
+        for weight in self.weights():
+            high[offset : offset + weight.numel()].copy_(weight.view(torch.int16))
+            offset += weight.numel()
+        assert offset == low.numel(), (offset, low.numel())
+        for start in range(0, low.numel(), PASS_NUMEL):
+            lows = low[start : start + PASS_NUMEL]
+            high[start : start + PASS_NUMEL].sub_(((lows < 0) & (lows != self.TIE)).to(torch.int16))
+        if self._ties_up is not None and self._ties_up.numel():
+            high[self._ties_up.to(high.device)] -= 1
+        return values
+
+
+class Bfloat16Moment(Codec):
+    """Half the bytes. A second moment moves by a thousandth a step, less than half a bf16 step: rounded to nearest
+    it would stand still, so it is rounded stochastically (arXiv 2010.06192)."""
+
+    def __init__(self, stochastic: bool) -> None:
+        self.stochastic = stochastic
+
+    def parts(self, numel: int) -> tuple[Part, ...]:
+        return (Part("values", torch.bfloat16, numel),)
+
+    def encode(self, values: Tensor, parts: Mapping[str, Tensor], seed: int) -> None:
+        kept = parts["values"]
+        if not self.stochastic:
+            kept.copy_(values)
+            return
+        generator = torch.Generator(device=values.device)
+        generator.manual_seed(seed)
+        for start in range(0, values.numel(), PASS_NUMEL):
+            kept[start : start + PASS_NUMEL].copy_(stochastic_bf16(values[start : start + PASS_NUMEL], generator))
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return parts["values"].float()
+
+
+def stochastic_bf16(values: Tensor, generator: torch.Generator) -> Tensor:
+    """fp32 rounded to a neighbouring bf16 at random, with ``values`` as its mean; bf16 values stay.
+
+    As :func:`hift_ds.precision.round_to_bf16_stochastic`, with a quarter of its random numbers: one 64-bit draw
+    serves four elements, which is what counts on a CPU.
+    """
+    num_draws = -(-values.numel() // 4)
+    draws = torch.empty(num_draws, dtype=torch.int64, device=values.device)
+    draws.random_(-(1 << 63), None, generator=generator)
+    noise = draws.view(torch.int16)[: values.numel()].int().bitwise_and_(0xFFFF)
+    rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-65536).view(torch.float32)
+    return torch.where(torch.isfinite(values), rounded, values).to(torch.bfloat16)
+
+
+class Int8Moment(Codec):
+    """8 bits on a logarithmic-linear scale times the largest magnitude of 256 neighbours (arXiv 2110.02861).
+
+    A second moment is kept as its square root, which is what the update divides by: the square would leave the range
+    of 8 bits where gradients differ by 10^3, become 0, and blow the update up.
+    """
+
+    def __init__(self, nonnegative: bool) -> None:
+        self.nonnegative = nonnegative
+        self.kernels = _bitsandbytes()
+
+    def parts(self, numel: int) -> tuple[Part, ...]:
+        return (Part("codes", torch.uint8, numel), Part("scales", torch.float32, -(-numel // BLOCK_NUMEL)))
+
+    def encode(self, values: Tensor, parts: Mapping[str, Tensor], seed: int) -> None:
+        levels = int8_levels(self.nonnegative, values.device)
+        for codes, scales, start in self._passes(parts):
+            block = values[start : start + codes.numel()]
+            block = block.sqrt() if self.nonnegative else block
+            made, state = self.kernels.quantize_blockwise(block, code=levels, blocksize=BLOCK_NUMEL)
+            # A block of zeros has scale 0: whatever its codes, it decodes to 0.
+            codes.copy_(made.view(-1))
+            scales.copy_(state.absmax)
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        levels = int8_levels(self.nonnegative, parts["codes"].device)
+        values = torch.empty(parts["codes"].numel(), dtype=torch.float32, device=levels.device)
+        for codes, scales, start in self._passes(parts):
+            made = self.kernels.dequantize_blockwise(codes, absmax=scales, code=levels, blocksize=BLOCK_NUMEL)
+            values[start : start + codes.numel()].copy_(made)
+        return values.square_() if self.nonnegative else values
+
+    @staticmethod
+    def _passes(parts: Mapping[str, Tensor]):
+        for start in range(0, parts["codes"].numel(), PASS_NUMEL):
+            end = start + PASS_NUMEL
+            yield parts["codes"][start:end], parts["scales"][start // BLOCK_NUMEL : -(-end // BLOCK_NUMEL)], start
+
+
+@functools.lru_cache(maxsize=None)
+def int8_levels(nonnegative: bool, device: torch.device) -> Tensor:
+    """The 256 levels in [-1, 1] or [0, 1], ascending (fp32): bitsandbytes' dynamic map, with -1 in it.
+
+    Its signed map ends at -0.993: a block whose largest magnitude is negative would shrink each time it is kept.
+    The level given up for -1 is the negative one nearest to 0.
+    """
+    levels = _bitsandbytes().create_dynamic_map(signed=not nonnegative)
+    if not nonnegative:
+        below_zero = int((levels < 0).sum())
+        levels = torch.cat([levels.new_tensor([-1.0]), levels[: below_zero - 1], levels[below_zero:]])
+    return levels.to(device)
+
+
+@functools.lru_cache(maxsize=None)
+def _bitsandbytes():
+    """bitsandbytes' block-wise kernels: CPU and GPU, nothing compiled here."""
+    try:
+        import bitsandbytes.functional as kernels
+    except ImportError:
+        raise ConfigError(
+            '"hift.state.codec": int8_moments needs the package bitsandbytes: pip install "hift_ds[int8]"'
+        ) from None
+    return kernels
+
+
+def codec_for(
+    names: Collection[str], key: str, dtype: torch.dtype, weights: Weights | None
+) -> Codec:
+    """How ``key`` is kept under the codecs ``names``."""
+    base = key.partition(":")[0]
+    if dtype == torch.float32:
+        if base == MASTER and SPLIT_MASTER in names and weights is not None:
+            return SplitMaster(weights)
+        if base in FIRST_MOMENTS | SECOND_MOMENTS:
+            if INT8_MOMENTS in names:
+                return Int8Moment(nonnegative=base in SECOND_MOMENTS)
+            if BF16_MOMENTS in names:
+                return Bfloat16Moment(stochastic=base in SECOND_MOMENTS)
+    return Exact(dtype)

@@ -1,0 +1,133 @@
+"""States in files, one per unit and rank, for models whose states no host memory holds.
+
+A unit is written to a new file that then takes the old one's name, so the only good copy is never overwritten. Host
+memory holds the slots on a CPU (one or two units, and what the update decodes), and with an accelerator one page-locked
+buffer per direction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hift_ds.store.base import StateStore
+from hift_ds.store.file_io import DiskSpeed, measure, page_aligned, read_file, whole_pages, write_file
+from hift_ds.store.movers import IN, OUT, ThreadMover, streams_of
+from hift_ds.store.parked import ParkedStateStore
+from hift_ds.store.state_folder import StateFolder
+
+PROBE_BYTES = 1 << 25
+
+
+@dataclass
+class DiskStateStore(ParkedStateStore):
+    """Args:
+    path: folder for the files; the run makes its own in it and removes it.
+    io: ``direct``, ``buffered``, or ``auto`` for whichever is faster there.
+    pin_memory: page-lock the buffers between disk and accelerator.
+    """
+
+    path: str | Path = ""
+    io: str = "auto"
+    pin_memory: bool = True
+    speed: DiskSpeed | None = field(default=None, init=False)  # as measured at the start
+    _folder: StateFolder = field(default=None, init=False)  # type: ignore[assignment]
+    _buffers: dict[str, Tensor] = field(default_factory=dict, init=False)  # per direction, with an accelerator
+    _written: dict[int, int] = field(default_factory=dict, init=False)  # bytes in the file of each unit that has one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_slots:
+            self.mover = ThreadMover(self.traffic, self.device)
+        self._on_cpu = self.device.type == "cpu"
+        self._folder = StateFolder(self.path)
+
+    def start(self) -> StateStore:
+        self._folder.promise(self.needed_bytes())
+        self._measure()
+        return super().start()
+
+    def needed_bytes(self) -> int:
+        """On disk: all units, and the largest once more while it is rewritten."""
+        sizes = [self._file_bytes(unit) for unit in self._layouts]
+        return sum(sizes) + max(sizes, default=0)
+
+    def close(self) -> None:
+        super().close()
+        self._folder.close()
+        self._buffers.clear()
+
+    def _measure(self) -> DiskSpeed:
+        if self.speed is None:
+            self.speed = measure(self._folder.file("probe"), min(PROBE_BYTES, max(self.largest_bytes(), 1)), self.io)
+        return self.speed
+
+    # -- ParkedStateStore -------------------------------------------------------------------------------------
+
+    def _new_memory(self, num_bytes: int) -> Tensor:
+        return page_aligned(num_bytes) if self._on_cpu else super()._new_memory(num_bytes)
+
+    def _copy_in(self, unit: int, memory: Tensor) -> None:
+        if self._on_cpu:
+            self._read(unit, self._whole_pages(unit, memory))
+            return
+        buffer = self._buffer(IN, self._file_bytes(unit))
+        self._read(unit, buffer)
+        self._through_buffer(memory, buffer[: memory.numel()])
+
+    def _copy_out(self, unit: int, memory: Tensor) -> None:
+        if self._on_cpu:
+            self._write(unit, self._whole_pages(unit, memory))
+            return
+        buffer = self._buffer(OUT, self._file_bytes(unit))
+        self._through_buffer(buffer[: memory.numel()], memory)
+        self._write(unit, buffer)
+
+    def _at_rest(self, unit: int) -> Tensor:
+        memory = page_aligned(self.num_bytes(unit))
+        self._read(unit, memory)
+        return memory[: self.num_bytes(unit)]
+
+    def _put(self, unit: int, memory: Tensor) -> None:
+        self._write(unit, self._whole_pages(unit, memory))
+
+    # -- files ------------------------------------------------------------------------------------------------
+
+    def _file_bytes(self, unit: int) -> int:
+        return whole_pages(self.num_bytes(unit))
+
+    def _file(self, unit: int) -> Path:
+        return self._folder.file(f"unit-{unit:05d}")
+
+    def _read(self, unit: int, memory: Tensor) -> None:
+        num_bytes = self._written.get(unit, 0)
+        if num_bytes:
+            read_file(self._file(unit), memory[: whole_pages(num_bytes)], self._measure().direct)
+        memory[num_bytes:].zero_()  # never updated, or grown since
+
+    def _write(self, unit: int, memory: Tensor) -> None:
+        write_file(self._file(unit), memory, self._measure().direct)
+        self._written[unit] = self.num_bytes(unit)
+
+    def _whole_pages(self, unit: int, memory: Tensor) -> Tensor:
+        """``memory`` up to the end of its last page, which belongs to it (``page_aligned``)."""
+        return memory.as_strided((self._file_bytes(unit),), (1,), memory.storage_offset())
+
+    def _buffer(self, direction: str, num_bytes: int) -> Tensor:
+        if direction not in self._buffers or self._buffers[direction].numel() < num_bytes:
+            self._buffers[direction] = page_aligned(max(num_bytes, self.largest_bytes()), self.pin_memory)
+        return self._buffers[direction][:num_bytes]
+
+    def _through_buffer(self, target: Tensor, source: Tensor) -> None:
+        """One copy on the device's copy stream of this thread; returns when it has ended."""
+        streams = streams_of(self.device)
+        if streams is None:
+            target.copy_(source)
+            return
+        side = streams.Stream(self.device)
+        with streams.stream(side):
+            target.copy_(source, non_blocking=True)
+        side.synchronize()

@@ -1,0 +1,167 @@
+"""From tensors to the bytes that are kept, and back: what all stores share, wherever the bytes rest."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hift_ds.errors import ConfigError
+from hift_ds.store.base import StateStore, Weights
+from hift_ds.store.codecs import BF16_MOMENTS, INT8_MOMENTS, SPLIT_MASTER, Exact, SplitMaster, codec_for
+from hift_ds.store.layout import UnitLayout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Working:
+    """A fetched unit: its tensors, those of them that are views of ``memory``, and that memory (uint8)."""
+
+    tensors: dict[str, Tensor]
+    in_place: set[str]
+    memory: Tensor
+
+
+@dataclass
+class EncodedStateStore(StateStore):
+    """Keeps each unit as one run of bytes (:class:`UnitLayout`); subclasses say where.
+
+    Args:
+        codecs: names of compact forms (:mod:`hift_ds.store.codecs`).
+        seed: of stochastic rounding; different on every rank.
+    """
+
+    codecs: tuple[str, ...] = ()
+    seed: int = 0
+    _layouts: dict[int, UnitLayout] = field(default_factory=dict, init=False)
+    _working: dict[int, Working] = field(default_factory=dict, init=False)
+    _staged: tuple[int, dict[str, Tensor]] | None = field(default=None, init=False)  # written, not yet encoded
+
+    # -- where the bytes rest -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _bring(self, unit: int) -> Tensor:
+        """Memory on the update device (uint8) with the unit's bytes; the caller's until ``_send``."""
+
+    @abstractmethod
+    def _grow(self, unit: int, memory: Tensor) -> Tensor:
+        """What ``_bring`` gave, or larger memory that starts with its bytes, if the layout has outgrown it."""
+
+    @abstractmethod
+    def _send(self, unit: int) -> None:
+        """The bytes in the unit's memory have changed."""
+
+    @abstractmethod
+    def _at_rest(self, unit: int) -> Tensor:
+        """The unit's bytes (uint8) in its resting place. Who changes them gives them to ``_replace_at_rest``."""
+
+    @abstractmethod
+    def _replace_at_rest(self, unit: int, memory: Tensor) -> None:
+        """New bytes for the resting place."""
+
+    # -- StateStore ---------------------------------------------------------------------------------------------
+
+    def ensure(self, unit: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None) -> None:
+        layout = self._layouts.setdefault(unit, UnitLayout())
+        if key in layout.entries:
+            return
+        layout.add(key, numel, dtype, codec_for(self.codecs, key, dtype, weights))
+        if unit in self._working:  # reserved while the unit is updated for the first time
+            self._working[unit].tensors[key] = torch.zeros(numel, dtype=dtype, device=self.device)
+
+    def start(self) -> StateStore:
+        kept = [entry.codec for layout in self._layouts.values() for entry in layout.entries.values()]
+        if SPLIT_MASTER in self.codecs and kept and not any(isinstance(codec, SplitMaster) for codec in kept):
+            raise ConfigError(
+                '"hift.state.codec": split_master needs bf16 weights with fp32 masters, and there are none; set '
+                '"bf16": {"enabled": true} or remove it'
+            )
+        if {BF16_MOMENTS, INT8_MOMENTS} & set(self.codecs) and kept and all(isinstance(c, Exact | SplitMaster) for c in kept):
+            logger.warning("hift.state.codec: none of the states known so far is a moment that %s makes smaller", list(self.codecs))
+        return self
+
+    def keys(self, unit: int) -> list[str]:
+        return list(self._layouts[unit].entries) if unit in self._layouts else []
+
+    def num_bytes(self, unit: int) -> int:
+        """Bytes kept for ``unit``."""
+        return self._layouts[unit].num_bytes if unit in self._layouts else 0
+
+    def total_bytes(self) -> int:
+        return sum(layout.num_bytes for layout in self._layouts.values())
+
+    def largest_bytes(self) -> int:
+        """Bytes kept for the largest unit."""
+        return max((layout.num_bytes for layout in self._layouts.values()), default=0)
+
+    def fetch(self, unit: int) -> dict[str, Tensor]:
+        if unit not in self._layouts:
+            return {}
+        if unit not in self._working:
+            self._encode_staged()
+            memory = self._bring(unit)
+            entries = self._layouts[unit].entries
+            in_place = {key for key, entry in entries.items() if entry.codec.in_place}
+            self._working[unit] = Working(self._decode(unit, memory), in_place, memory)
+        return self._working[unit].tensors
+
+    def evict(self, unit: int, step: int = 0) -> None:
+        working = self._working.pop(unit, None)
+        if working is None:
+            return
+        memory = self._grow(unit, working.memory)
+        for key, values in working.tensors.items():
+            if key not in working.in_place:
+                self._encode(unit, key, values, memory, step)
+        self._send(unit)
+
+    def synchronize(self) -> None:
+        self._encode_staged()
+
+    def read(self, unit: int) -> Mapping[str, Tensor]:
+        if unit in self._working:
+            return self._working[unit].tensors
+        self._encode_staged()
+        return self._decode(unit, self._at_rest(unit)) if unit in self._layouts else {}
+
+    def write(self, unit: int, key: str, values: Tensor, start: int = 0) -> None:
+        if unit in self._working:
+            self._working[unit].tensors[key][start : start + values.numel()].copy_(values)
+            return
+        if self._staged is None or self._staged[0] != unit:
+            self._encode_staged()
+            self._staged = (unit, {})
+        staged = self._staged[1]
+        if key not in staged:
+            staged.update({k: v.clone() for k, v in self._decode(unit, self._at_rest(unit), [key]).items()})
+        staged[key][start : start + values.numel()].copy_(values)
+
+    # -- bytes --------------------------------------------------------------------------------------------------
+
+    def _decode(self, unit: int, memory: Tensor, keys: list[str] | None = None) -> dict[str, Tensor]:
+        layout = self._layouts[unit]
+        return {
+            key: layout.entries[key].codec.decode(layout.parts(key, memory))
+            for key in (layout.entries if keys is None else keys)
+        }
+
+    def _encode(self, unit: int, key: str, values: Tensor, memory: Tensor, step: int) -> None:
+        layout = self._layouts[unit]
+        digest = hashlib.blake2b(f"{self.seed}:{step}:{unit}:{key}".encode(), digest_size=8).digest()
+        seed = int.from_bytes(digest, "little") >> 1
+        layout.entries[key].codec.encode(values, layout.parts(key, memory), seed)
+
+    def _encode_staged(self) -> None:
+        if self._staged is None:
+            return
+        (unit, tensors), self._staged = self._staged, None
+        memory = self._at_rest(unit)
+        for key, values in tensors.items():
+            self._encode(unit, key, values, memory, step=0)
+        self._replace_at_rest(unit, memory)

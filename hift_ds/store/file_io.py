@@ -1,0 +1,127 @@
+"""Whole files to and from memory, past the page cache or through it, whichever is faster here.
+
+Only the standard library: ``os.preadv`` and ``os.pwrite`` with O_DIRECT reach the disk's rate (DeepSpeed's own
+asynchronous I/O would have to be compiled).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hift_ds.errors import StateStoreError
+
+PAGE_BYTES = 4096  # O_DIRECT wants memory, offsets and lengths in multiples of the device's block, at most this
+_CALL_BYTES = 1 << 26  # in one system call; Linux moves at most 2 GiB
+_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+def whole_pages(num_bytes: int) -> int:
+    """``num_bytes`` rounded up."""
+    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def page_aligned(num_bytes: int, pin_memory: bool = False) -> Tensor:
+    """Host memory (uint8) for ``num_bytes``, rounded up to whole pages, that O_DIRECT accepts."""
+    rounded = whole_pages(num_bytes)
+    memory = torch.empty(rounded + PAGE_BYTES, dtype=torch.uint8, pin_memory=pin_memory)
+    skip = -memory.data_ptr() % PAGE_BYTES
+    return memory[skip : skip + rounded]
+
+
+def write_file(path: Path, memory: Tensor, direct: bool) -> None:
+    """``memory`` becomes the file. A failure leaves the file that was there.
+
+    Args:
+        memory: from ``page_aligned``, whole.
+
+    Raises:
+        StateStoreError: the disk is full or fails.
+    """
+    new = path.with_name(path.name + ".new")
+    view, num_bytes = memoryview(memory.numpy()), memory.numel()
+    try:
+        handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | (_DIRECT if direct else 0), 0o600)
+        try:
+            done = 0
+            while done < num_bytes:
+                done += os.pwrite(handle, view[done : done + _CALL_BYTES], done)
+            if not direct:  # or the page cache would grow until the kernel stops everybody
+                os.fdatasync(handle)
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+        os.replace(new, path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise StateStoreError(f"writing {num_bytes:,} bytes of optimizer states to {path} failed: {error.strerror}") from None
+
+
+def read_file(path: Path, memory: Tensor, direct: bool) -> None:
+    """The file into ``memory`` (from ``page_aligned``), which it must fill.
+
+    Raises:
+        StateStoreError: the file is shorter or cannot be read.
+    """
+    view, num_bytes = memoryview(memory.numpy()), memory.numel()
+    try:
+        handle = os.open(path, os.O_RDONLY | (_DIRECT if direct else 0))
+        try:
+            done = 0
+            while done < num_bytes:
+                got = os.preadv(handle, [view[done : done + _CALL_BYTES]], done)
+                if got == 0:
+                    raise StateStoreError(f"{path}: {num_bytes:,} bytes of optimizer states expected, {done:,} found")
+                done += got
+            if not direct:
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise StateStoreError(f"reading {num_bytes:,} bytes of optimizer states from {path} failed: {error.strerror}") from None
+
+
+class DiskSpeed(NamedTuple):
+    """Bytes a second, one way at a time."""
+
+    read: float
+    write: float
+    direct: bool
+
+
+def measure(path: Path, num_bytes: int, io: str = "auto") -> DiskSpeed:
+    """The faster way to write and read ``num_bytes`` at ``path``; past the page cache if it is nearly as fast.
+
+    Args:
+        io: ``direct`` or ``buffered`` to measure that one only.
+    """
+    memory = page_aligned(max(num_bytes, 1))
+    memory.view(torch.int64).random_()  # a file system that compresses would be too fast on zeros
+    speeds = []
+    for direct in {"auto": (True, False), "direct": (True,), "buffered": (False,)}[io]:
+        if direct and not _DIRECT:
+            continue
+        try:
+            speeds.append(DiskSpeed(*_times(path, memory, direct), direct))
+        except StateStoreError:
+            if io != "auto" or not direct:
+                raise  # not only this way of writing fails
+        finally:
+            path.unlink(missing_ok=True)
+    if not speeds:
+        raise StateStoreError(f'"hift.state.io": direct is not possible at {path.parent}; use "auto" or "buffered"')
+    return max(speeds, key=lambda s: (1.1 if s.direct else 1.0) / (1 / s.read + 1 / s.write))
+
+
+def _times(path: Path, memory: Tensor, direct: bool) -> tuple[float, float]:
+    started = time.perf_counter()
+    write_file(path, memory, direct)
+    written = time.perf_counter()
+    read_file(path, memory, direct)
+    ended = time.perf_counter()
+    return memory.numel() / max(ended - written, 1e-9), memory.numel() / max(written - started, 1e-9)

@@ -1,0 +1,212 @@
+"""How copies of states run beside the computation.
+
+| mover        | where                                               | a copy runs                                |
+|--------------|-----------------------------------------------------|--------------------------------------------|
+| InlineMover  | anywhere; prefetch off                              | at once, while the caller waits            |
+| ThreadMover  | on the CPU, which has no streams; disks everywhere  | on one thread per direction                |
+| StreamMover  | between host memory and an accelerator with streams | on one side stream per direction           |
+
+Two directions, so that a group can leave while the next arrives. A copy starts when all computation submitted so far
+and the copies it names have ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hift_ds.errors import HiFTError, StateStoreError
+from hift_ds.store.base import Traffic
+
+IN, OUT = "in", "out"
+
+
+class Mover(ABC):
+    """Tickets are what ``submit`` returns; ``None`` stands for a copy that has ended."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        self.traffic = traffic
+
+    @abstractmethod
+    def submit(self, direction: str, copy: Callable[[], None], after: Iterable[Any] = ()) -> Any:
+        """Start ``copy`` once the computation so far and the tickets ``after`` are done. Returns its ticket."""
+
+    @abstractmethod
+    def wait(self, ticket: Any) -> None:
+        """Computation from here on runs after the copy; the time it stands still for that is a stall.
+
+        Raises:
+            StateStoreError: the copy failed.
+        """
+
+    def settle(self, ticket: Any) -> None:
+        """The caller waits until the copy has ended. Raises as ``wait`` does."""
+        self.wait(ticket)
+
+    def close(self) -> None:  # noqa: B027
+        """No copy is submitted any more."""
+
+
+class InlineMover(Mover):
+    """Every second of a copy is a stall."""
+
+    def __init__(self, traffic: Traffic, device: torch.device) -> None:
+        super().__init__(traffic)
+        self._device = device
+        self._streams = streams_of(device)
+
+    def submit(self, direction: str, copy: Callable[[], None], after: Iterable[Any] = ()) -> None:
+        started = time.perf_counter()
+        _run(copy)
+        if self._streams is not None:
+            self._streams.current_stream(self._device).synchronize()
+        elapsed = time.perf_counter() - started
+        self.traffic.add(transfer_s=elapsed, stalled_s=elapsed)
+
+    def wait(self, ticket: None) -> None:
+        pass
+
+
+class ThreadMover(Mover):
+    """Copies on two threads. A copy blocks its thread until it has ended, so a ticket is a future.
+
+    Args:
+        device: where the computation runs; if it has streams, a copy first waits for what they were given so far.
+    """
+
+    def __init__(self, traffic: Traffic, device: torch.device) -> None:
+        super().__init__(traffic)
+        self._threads = {d: ThreadPoolExecutor(1, thread_name_prefix=f"states-{d}") for d in (IN, OUT)}
+        self._device = device
+        self._streams = streams_of(device)
+
+    def submit(self, direction: str, copy: Callable[[], None], after: Iterable[Any] = ()) -> Future:
+        computed = None
+        if self._streams is not None:
+            computed = self._streams.Event()
+            computed.record(self._streams.current_stream(self._device))
+        return self._threads[direction].submit(self._run, copy, [t for t in after if t is not None], computed)
+
+    def _run(self, copy: Callable[[], None], after: list[Future], computed: Any) -> None:
+        for ticket in after:
+            ticket.result()
+        if computed is not None:
+            computed.synchronize()
+        started = time.perf_counter()
+        # A new thread starts on the first device and stream, whatever the caller's are.
+        with self._streams.device(self._device) if self._streams is not None else contextlib.nullcontext():
+            _run(copy)
+        self.traffic.add(transfer_s=time.perf_counter() - started)
+
+    def wait(self, ticket: Future | None) -> None:
+        if ticket is None:
+            return
+        started = time.perf_counter()
+        try:
+            ticket.result()
+        finally:
+            self.traffic.add(stalled_s=time.perf_counter() - started)
+
+    def settle(self, ticket: Future | None) -> None:
+        if ticket is not None:
+            ticket.result()
+
+    def close(self) -> None:
+        for thread in self._threads.values():
+            thread.shutdown(wait=True)
+
+
+@dataclass
+class StreamTicket:
+    start: Any  # events around the copy, on its stream
+    end: Any
+
+
+class StreamMover(Mover):
+    """Copies on two side streams; the host never waits, the compute stream waits for events.
+
+    Buffers are kept by the store for its life, so no stream can meet memory that was given away meanwhile.
+    """
+
+    def __init__(self, traffic: Traffic, device: torch.device) -> None:
+        super().__init__(traffic)
+        self._device = device
+        self._streams = streams_of(device)
+        assert self._streams is not None
+        self._sides = {d: self._streams.Stream(device) for d in (IN, OUT)}
+        self._timed: list[tuple[str, Any, Any]] = []  # (counter of the traffic, start, end), not yet read
+        self._lock = threading.Lock()
+        traffic.collect = self._collect
+
+    def submit(self, direction: str, copy: Callable[[], None], after: Iterable[Any] = ()) -> StreamTicket:
+        side = self._sides[direction]
+        side.wait_stream(self._streams.current_stream(self._device))
+        for ticket in after:
+            if ticket is not None:
+                side.wait_event(ticket.end)
+        ticket = StreamTicket(self._event(), self._event())
+        with self._streams.stream(side):
+            ticket.start.record(side)
+            _run(copy)
+            ticket.end.record(side)
+        self._timed.append(("transfer_s", ticket.start, ticket.end))
+        return ticket
+
+    def wait(self, ticket: StreamTicket | None) -> None:
+        if ticket is None:
+            return
+        compute = self._streams.current_stream(self._device)
+        before, after = self._event(), self._event()
+        before.record(compute)
+        compute.wait_event(ticket.end)
+        after.record(compute)
+        self._timed.append(("stalled_s", before, after))
+
+    def settle(self, ticket: StreamTicket | None) -> None:
+        if ticket is not None:
+            ticket.end.synchronize()
+
+    def close(self) -> None:
+        for side in self._sides.values():
+            side.synchronize()
+
+    def _event(self) -> Any:
+        return self._streams.Event(enable_timing=True)
+
+    def _collect(self) -> None:
+        """Read the times of what has ended; nothing waits for what has not."""
+        with self._lock:
+            pending = []
+            for counter, start, end in self._timed:
+                if end.query():
+                    self.traffic.add(**{counter: start.elapsed_time(end) / 1e3})
+                else:
+                    pending.append((counter, start, end))
+            self._timed = pending
+
+
+def streams_of(device: torch.device) -> Any:
+    """The torch module of ``device`` (``torch.cuda``, ``torch.xpu`` ...) if it has streams and events, else None."""
+    if device.type == "cpu":
+        return None
+    module = getattr(torch, device.type, None)
+    names = ("Stream", "Event", "stream", "current_stream", "device")
+    has_all = all(hasattr(module, name) for name in names) and hasattr(module.Event, "elapsed_time")
+    return module if has_all else None
+
+
+def _run(copy: Callable[[], None]) -> None:
+    try:
+        copy()
+    except HiFTError:
+        raise
+    except Exception as error:
+        raise StateStoreError(f"moving optimizer states failed: {error}") from error

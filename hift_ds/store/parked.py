@@ -1,0 +1,192 @@
+"""States that rest somewhere else than where updates run, and come and go through slots.
+
+A slot is a run of bytes on the update device that holds one unit at a time. With prefetch the slots are allocated
+once; while one group computes, its predecessor leaves its slot and its successor arrives. One slot serves: states are
+needed in the update only, so the old group leaves and the new one arrives between two updates. With two, both
+directions run at once. Without prefetch a slot exists from ``fetch`` to ``evict`` and every copy is waited for.
+
+A slot is written back when another unit is announced, not before: a group that is updated several times in a row
+(a turn of several steps, a model of one group) stays where it is.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hift_ds.store.base import Residency
+from hift_ds.store.encoded import EncodedStateStore
+from hift_ds.store.layout import aligned
+from hift_ds.store.movers import IN, OUT, InlineMover, Mover
+
+
+@dataclass
+class Slot:
+    """Memory on the update device, and whose bytes are in it."""
+
+    memory: Tensor  # uint8
+    unit: int | None = None
+    fetched: bool = False  # lent out between fetch and evict
+    dirty: bool = False  # newer than the resting place
+    arrival: Any = None  # tickets of the last copies into and out of it
+    departure: Any = None
+    lasting: bool = True  # not only from fetch to evict
+    last_fetch: int = 0
+
+
+@dataclass
+class ParkedStateStore(EncodedStateStore):
+    """What host and disk share: slots, their order of events, and the count of bytes.
+
+    Args:
+        num_slots: 0: no prefetch.
+    """
+
+    num_slots: int = 0
+    mover: Mover = None  # type: ignore[assignment]  (subclasses choose one by device and place)
+    _slots: list[Slot] = field(default_factory=list, init=False)
+    _departures: dict[int, Any] = field(default_factory=dict, init=False)  # of each unit, its last write-back
+    _fetches: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.num_slots == 0:
+            self.mover = InlineMover(self.traffic, self.device)
+
+    # -- the resting place --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _copy_in(self, unit: int, memory: Tensor) -> None:
+        """Fill ``memory`` (on the update device) with the unit's bytes. Runs in the mover."""
+
+    @abstractmethod
+    def _copy_out(self, unit: int, memory: Tensor) -> None:
+        """Make ``memory`` the unit's bytes. Runs in the mover. If it fails the old bytes stay."""
+
+    def _new_memory(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
+    # -- StateStore ---------------------------------------------------------------------------------------------
+
+    def residency(self, unit: int) -> Residency:
+        slot = self._slot_of(unit)
+        if slot is None:
+            return Residency.PARKED
+        return Residency.RESIDENT if slot.fetched else Residency.ARRIVING
+
+    def prefetch(self, unit: int) -> None:
+        if self.num_slots == 0 or self.num_bytes(unit) == 0:
+            return
+        self._encode_staged()
+        for slot in self._slots:
+            if slot.unit != unit:
+                self._write_back(slot)
+        if self._slot_of(unit) is None and (slot := self._vacant()) is not None:
+            self._load(unit, slot)
+
+    def synchronize(self) -> None:
+        super().synchronize()
+        for slot in self._slots:
+            self._write_back(slot)
+        for slot in self._slots:
+            self.mover.settle(slot.arrival)
+        for ticket in self._departures.values():
+            self.mover.settle(ticket)
+        self._departures.clear()
+
+    def close(self) -> None:
+        self.mover.close()
+        self._slots.clear()
+
+    # -- EncodedStateStore --------------------------------------------------------------------------------------
+
+    def _bring(self, unit: int) -> Tensor:
+        slot = self._slot_of(unit)
+        if slot is None:
+            slot = self._vacant() or self._passing_slot()
+            self._load(unit, slot)
+        self.mover.wait(slot.arrival)
+        self.mover.wait(slot.departure)  # a write-back may still be reading what the update is going to change
+        self._fetches += 1
+        slot.fetched, slot.last_fetch = True, self._fetches
+        return slot.memory[: self.num_bytes(unit)]
+
+    def _grow(self, unit: int, memory: Tensor) -> Tensor:
+        num_bytes, slot = self.num_bytes(unit), self._slot_of(unit)
+        if slot.memory.numel() < num_bytes:
+            larger = self._new_memory(num_bytes)
+            larger[: memory.numel()].copy_(memory)
+            slot.memory = larger
+        return slot.memory[:num_bytes]
+
+    def _send(self, unit: int) -> None:
+        slot = self._slot_of(unit)
+        slot.fetched, slot.dirty = False, True
+        if not slot.lasting:
+            self._write_back(slot)
+            self.mover.settle(slot.departure)
+            self._slots.remove(slot)
+
+    def _replace_at_rest(self, unit: int, memory: Tensor) -> None:
+        """Between steps only: nothing is fetched. A slot with the old bytes is emptied."""
+        slot = self._slot_of(unit)
+        if slot is not None:
+            self.mover.settle(slot.arrival)
+            self.mover.settle(slot.departure)
+            slot.unit, slot.dirty = None, False
+        self._put(unit, memory)
+
+    @abstractmethod
+    def _put(self, unit: int, memory: Tensor) -> None:
+        """Make ``memory`` (on the host) the unit's bytes."""
+
+    # -- slots --------------------------------------------------------------------------------------------------
+
+    def _slot_of(self, unit: int) -> Slot | None:
+        return next((slot for slot in self._slots if slot.unit == unit), None)
+
+    def _vacant(self) -> Slot | None:
+        """A slot to load into: an empty one, else the one fetched longest ago, whose write-back ends first."""
+        if len([slot for slot in self._slots if slot.lasting]) < self.num_slots:
+            self._slots.append(Slot(self._new_memory(0)))
+        free = [slot for slot in self._slots if slot.lasting and not slot.fetched]
+        return min(free, key=lambda slot: (slot.unit is not None, slot.last_fetch), default=None)
+
+    def _passing_slot(self) -> Slot:
+        """Without prefetch, or when all slots are lent."""
+        self._slots.append(Slot(self._new_memory(0), lasting=False))
+        return self._slots[-1]
+
+    def _load(self, unit: int, slot: Slot) -> None:
+        num_bytes = self.num_bytes(unit)
+        self._write_back(slot)
+        self._fit(slot, num_bytes)
+        memory = slot.memory[:num_bytes]
+        slot.unit = unit
+        slot.arrival = self.mover.submit(
+            IN, lambda: self._copy_in(unit, memory), after=(slot.departure, self._departures.get(unit))
+        )
+        self.traffic.add(bytes_in=num_bytes)
+
+    def _write_back(self, slot: Slot) -> None:
+        """Start it, if the slot is newer than the resting place."""
+        if not slot.dirty or slot.fetched:
+            return
+        unit, memory = slot.unit, slot.memory[: self.num_bytes(slot.unit)]
+        slot.departure = self.mover.submit(OUT, lambda: self._copy_out(unit, memory), after=(self._departures.get(unit),))
+        self._departures[unit] = slot.departure
+        slot.dirty = False
+        self.traffic.add(bytes_out=memory.numel())
+
+    def _fit(self, slot: Slot, num_bytes: int) -> None:
+        """Slots that last get room for the largest unit at once."""
+        if slot.memory.numel() >= num_bytes:
+            return
+        self.mover.settle(slot.arrival)
+        self.mover.settle(slot.departure)
+        room = aligned(max(num_bytes, self.largest_bytes() if slot.lasting else 0))
+        slot.memory = self._new_memory(0)  # gone before its successor comes
+        slot.memory = self._new_memory(room)

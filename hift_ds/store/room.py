@@ -1,0 +1,61 @@
+"""How much memory and disk this process may count on: what the machine has, or what a container allows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+
+class HostBytes(NamedTuple):
+    total: int
+    available: int  # without swapping
+
+
+def host_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> HostBytes:
+    """Of this machine, bounded by this control group's limit (version 2 or 1) where there is one."""
+    total, available = _physical(proc)
+    for limit_file, usage_file in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        limit, used = _number(cgroup / limit_file), _number(cgroup / usage_file)
+        if limit is not None and limit < total:
+            total = limit
+            available = min(available, max(limit - (used or 0), 0))
+    return HostBytes(total, available)
+
+
+def disk_bytes_free(path: str | os.PathLike[str]) -> int:
+    """Where ``path`` is or will be."""
+    folder = Path(path).expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def processes_on_node() -> int:
+    """Ranks that share this machine's memory, by the launchers' variables."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
+        if os.environ.get(name, "").isdigit():
+            return max(int(os.environ[name]), 1)
+    return 1
+
+
+def _physical(proc: Path) -> HostBytes:
+    try:
+        lines = (proc / "meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return HostBytes(total, total)
+    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    return HostBytes(kib["MemTotal"] * 1024, kib.get("MemAvailable", kib["MemFree"]) * 1024)
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None  # "max": no limit
