@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from hift_ds.config import BLOCK, check_against_deepspeed, parse_block
@@ -77,24 +78,32 @@ def join_as_single_process() -> None:
 def ensure_process_group() -> None:
     """The process group that an engine would make, for collectives before there is an engine (evaluation, say)."""
     join_as_single_process()
-    deepspeed.init_distributed()
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    with nothing_compiled():
+        deepspeed.init_distributed()
 
 
 @contextlib.contextmanager
-def hift_engines() -> Iterator[None]:
+def hift_engines(block: Any = None) -> Iterator[None]:
     """Inside this block ``deepspeed.initialize`` itself builds HiFT engines for configs with a ``"hift"`` block, and
     nothing is compiled. For frameworks that call it on their own (accelerate).
+
+    Args:
+        block: the ``"hift"`` block of every config without one: for frameworks that would read ours as theirs.
     """
-    with nothing_compiled(), engine_class(_EngineForConfig):
+
+    class EngineForConfig(HiFTEngine):
+        """Chooses the engine when it is constructed, since only then the config is known."""
+
+        def __new__(cls, *args: Any, config: Any = None, **kwargs: Any):
+            if block is not None and isinstance(config, dict):
+                config = {BLOCK: block, **config}
+            stock = deepspeed.runtime.engine.DeepSpeedEngine
+            chosen = HiFTEngine if isinstance(config, dict) and BLOCK in config else stock
+            return chosen(*args, config=config, **kwargs)
+
+    with nothing_compiled(), engine_class(EngineForConfig):
         yield
-
-
-class _EngineForConfig(HiFTEngine):
-    """Chooses the engine when it is constructed, since only then the config is known."""
-
-    def __new__(cls, *args: Any, config: Any = None, **kwargs: Any):
-        chosen = HiFTEngine if isinstance(config, dict) and BLOCK in config else deepspeed.runtime.engine.DeepSpeedEngine
-        return chosen(*args, config=config, **kwargs)
 
 
 def _where_stock_looks(args: Any, config: dict[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class HiFTMixin:
         join_as_single_process()
         self.model_wrapped = self.model  # else a second train() would go on with the engine of the first
         disable_input_require_grads(self.model)  # enabling again, as the Trainer does, forgets the hooks before
-        with hift_engines():
+        with _block_set_aside(self.args.deepspeed_plugin) as block, hift_engines(block):
             return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,6 +110,16 @@ class _AtTrainBegin(TrainerCallback):
         if engine.lr_scheduler is None:  # the Trainer steps one of its own
             engine.watch_scheduler(trainer.lr_scheduler)
         disable_input_require_grads(trainer.model)
+
+
+@contextlib.contextmanager
+def _block_set_aside(plugin: Any) -> Iterator[Any]:
+    """The "hift" block, out of the DeepSpeed config meanwhile: accelerate wants to fill in every "auto" in there."""
+    block = plugin.deepspeed_config.pop(BLOCK)
+    try:
+        yield block
+    finally:
+        plugin.deepspeed_config[BLOCK] = block
 
 
 def disable_input_require_grads(model: Any) -> None:

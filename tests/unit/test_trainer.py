@@ -63,6 +63,14 @@ def test_optimizer_and_scheduler_of_the_json(tmp_path, scheduler):
     assert trainer.engine.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
+def test_auto_in_the_hift_block_is_ours(tmp_path):
+    """accelerate fills in every "auto" of a DeepSpeed config, and refuses those it does not know."""
+    trainer = make_trainer(tmp_path, ds={**AUTO, "hift": {"state": {"io": "auto", "residency": "auto"}}}, max_steps=2)
+    for _ in range(2):
+        trainer.train()
+        assert trainer.engine.hift.state.io == "auto" and trainer.engine.last_report.group == 1
+
+
 def test_decay_and_no_decay_groups_are_kept(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=NUM_GROUPS, learning_rate=0.1, weight_decay=0.5)
     trainer.train()
