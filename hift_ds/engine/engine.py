@@ -27,6 +27,7 @@ from hift_ds.engine.partitioned import PartitionedParameters
 from hift_ds.errors import ConfigError
 from hift_ds.grouping import LayerGroup, Partition, partition_model
 from hift_ds.lr import CycleLR
+from hift_ds.memory.savings import ActivationSavings
 from hift_ds.optim.build import build_optimizer, is_elementwise
 from hift_ds.optim.group_optimizer import ALWAYS
 from hift_ds.optim.parameters import DEFAULT_BUCKET_NUMEL, ReplicatedParameters
@@ -45,6 +46,7 @@ class HiFTEngine(SeamEngine):
         partition: the layer groups of the model.
         schedule: which group is active; ``schedule.cursor`` says where the run stands.
         last_report: what the last optimizer step did; ``None`` before the first.
+        savings: the switches of ``"activations"`` at work.
     """
 
     optimizer: HiFTOptimizer
@@ -59,6 +61,8 @@ class HiFTEngine(SeamEngine):
         super().__init__(*args, config=config, **kwargs)
         if self.lr_scheduler is not None:
             self.watch_scheduler(self.lr_scheduler)
+        names = {index: [member.name for member in unit.members] for index, unit in self.optimizer.units.items()}
+        self.savings = ActivationSavings(self.module, self.hift.activations, names)
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
@@ -236,7 +240,8 @@ class HiFTEngine(SeamEngine):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's."""
-        with self.optimizer.parameters.saved_by_reference():
+        active = [unit.index for unit in self.optimizer.active_units]
+        with self.optimizer.parameters.saved_by_reference(), self.savings.during_forward(active):
             return super().forward(*inputs, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -292,6 +297,7 @@ class HiFTEngine(SeamEngine):
     def destroy(self) -> None:
         """Release everything and give the model its ``requires_grad`` flags back."""
         super().destroy()
+        self.savings.close()
         for param, flag in self._flags_before.items():
             param.requires_grad_(flag)
         self._flags_before = {}
