@@ -1,0 +1,211 @@
+"""Model folders: everything that can be wrong with one is said before a weight is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+import model_zoo
+from hift_ds.errors import CheckpointError, ConfigError, DataError, HiFTError
+from hift_ds.train.model_input import check_model_folder, max_sequence_length, resolve_model
+from hift_ds.train.preflight import check_run
+from hift_ds.train.run_config import load_run_config
+from tests.helpers.tiny_tokenizers import byte_level
+
+CONFIG = {"model_type": "llama", "max_position_embeddings": 64, "vocab_size": 300}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    model_zoo.tiny.build("llama", vocab_size=300).to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
+    byte_level().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, whole) -> Path:
+    shutil.copytree(whole, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_whole_folder(folder):
+    found = check_model_folder(folder)
+    model = model_zoo.tiny.build("llama", vocab_size=300)
+    assert found.dtype == "bf16" and found.numel == sum(p.numel() for p in model.parameters())
+    assert found.weight_bytes == 2 * found.numel and len(found.safetensors_files) > 1
+    assert (found.max_length, found.vocab_size) == (64, 300)
+
+
+def spoil(folder: Path, how: str) -> None:
+    shards = sorted(folder.glob("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    if how == "truncated":
+        shards[1].write_bytes(shards[1].read_bytes()[:-10])
+    elif how == "missing shard":
+        shards[0].unlink()
+    elif how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "bad config":
+        (folder / "config.json").write_text("{")
+    elif how == "encoder-decoder":
+        (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    elif how == "no type":
+        (folder / "config.json").write_text("{}")
+    elif how == "remote code":
+        (folder / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "m.M"}}))
+    elif how == "quantized":
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    else:
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        if how == "pickled":
+            torch.save({}, folder / "pytorch_model.bin")
+        elif how == "gguf":
+            (folder / "model.gguf").touch()
+            (folder / "config.json").unlink()
+        elif how == "adapter":
+            (folder / "adapter_config.json").touch()
+            (folder / "config.json").unlink()
+        elif how == "integers":
+            save_file({"a": torch.zeros(5, dtype=torch.int8)}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("truncated", CheckpointError, "model-00002-of-.*truncated"),
+        ("missing shard", CheckpointError, "model-00001-of-.* is missing"),
+        ("pickled", CheckpointError, "pickled.*pytorch_model.bin.*save_pretrained"),
+        ("no weights", CheckpointError, "no model.safetensors"),
+        ("integers", CheckpointError, "most weights are stored as int8, expected float32, bfloat16, float16"),
+        ("quantized", CheckpointError, "gptq weights, which cannot be trained"),
+        ("no config", ConfigError, "model.path: no config.json"),
+        ("bad config", ConfigError, "config.json: not valid JSON"),
+        ("encoder-decoder", ConfigError, "model_type 't5' .* is no causal language model"),
+        ("no type", ConfigError, "model_type None"),
+        ("remote code", ConfigError, "brings its own Python code; set model.trust_remote_code: true"),
+        ("gguf", ConfigError, "'model.gguf' is a GGUF file; .*gguf_file='model.gguf'"),
+        ("adapter", ConfigError, "is a LoRA adapter; merge it"),
+    ],
+)
+def test_folders_that_cannot_be_trained(folder, how, error, message):
+    spoil(folder, how)
+    with pytest.raises(error, match=message) as caught:
+        check_model_folder(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gguf_file_itself(tmp_path):
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(ConfigError, match="GGUF"):
+        check_model_folder(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"max_position_embeddings": 2048}, 2048),
+        ({"n_positions": 1024}, 1024),
+        ({"text_config": {"max_position_embeddings": 99}}, 99),
+        ({"model_type": "bloom"}, None),
+        # stretched already (Llama 3.2), and only when used (Qwen2.5's recipe for long texts)
+        ({"max_position_embeddings": 131072, "rope_scaling": {"original_max_position_embeddings": 8192, "factor": 32.0}}, 131072),
+        ({"max_position_embeddings": 32768, "rope_scaling": {"original_max_position_embeddings": 32768, "factor": 4.0}}, 131072),
+    ],
+)
+def test_the_longest_sequence_of_a_config(config, expected):
+    assert max_sequence_length(config) == expected
+
+
+def test_only_a_name_that_reads_like_one_reaches_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append(name)
+        assert "*.bin" not in allow_patterns and "*.py" not in allow_patterns
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("model", "runs/model", "./owner/name", "a/b/c", "/owner/name", "~/nowhere-at-all"):
+        with pytest.raises(ConfigError, match="no such folder"):
+            resolve_model(path)
+    assert asked == []
+    for path in ("owner/name", "hub:owner/name", "hub:gpt2"):
+        with pytest.raises(ConfigError, match="the Hugging Face Hub does not give it: offline"):
+            resolve_model(path)
+    assert asked == ["owner/name", "owner/name", "gpt2"]
+
+
+@pytest.fixture
+def run_file(tmp_path, folder) -> Path:
+    (tmp_path / "a.jsonl").write_text('{"text": "hello"}\n')
+    content = {
+        "model": {"path": str(folder)},
+        "data": {"train": str(tmp_path / "a.jsonl")},
+        "train": {"output_dir": str(tmp_path / "out")},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "run.yaml"
+
+
+def test_a_checked_run(run_file, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a local run reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    checked = check_run(load_run_config(run_file, ["train.global_batch_size=6"]), world_size=3)
+    assert (checked.dtype, checked.export_dtype, checked.max_length) == ("bf16", "bf16", 64)
+    assert checked.batch.gradient_accumulation_steps == 2 and not checked.has_eval
+    assert checked.training_arguments()["bf16"] and checked.deepspeed_config()["bf16"] == {"enabled": True}
+    assert not (run_file.parent / "out").exists()  # checking makes nothing
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("model.path=nowhere", ConfigError, "model.path: no such folder: 'nowhere'"),
+        ("model.tokenizer=nowhere", ConfigError, "model.tokenizer: no such folder: 'nowhere'"),
+        ("data.train=nowhere.jsonl", DataError, "data.train: no such file or folder: 'nowhere.jsonl'"),
+        ("data.eval=nowhere.jsonl", DataError, "data.eval: no such file"),
+        ("data.max_length=65", ConfigError, "65 is longer than the 64 positions"),
+        ("train.global_batch_size=3", ConfigError, "3 is not a multiple of micro_batch_size 1 x 2 ranks"),
+        ("train.optimizer=AdamX", ConfigError, "unknown key 'AdamX'"),
+        ("train.optimizer_args={bta: 1}", ConfigError, "unknown key 'bta'; did you mean 'betas'"),
+        ("train.resume=nowhere", ConfigError, "train.resume: expected auto, never or a checkpoint's folder"),
+        ("hift.order=sideways", ConfigError, "hift.order"),
+        ("train.output_dir={here}/a.jsonl/out", ConfigError, "train.output_dir: .*a.jsonl' is a file, expected a folder"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_weight_is_read(run_file, override, error, message, monkeypatch):
+    monkeypatch.setattr("safetensors.torch.load_file", None)
+    with pytest.raises(error, match=message) as caught:
+        check_run(load_run_config(run_file, [override.replace("{here}", str(run_file.parent))]), world_size=2)
+    assert isinstance(caught.value, HiFTError) and "\n" not in str(caught.value)
+
+
+def test_a_folder_without_permission(run_file, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root, who may run the tests, is never refused
+    with pytest.raises(ConfigError, match="train.output_dir: no permission to write"):
+        check_run(load_run_config(run_file), world_size=1)
+
+
+def test_checking_does_not_import_deepspeed(run_file):
+    code = (
+        "import sys; from hift_ds.train.preflight import check_run; from hift_ds.train.run_config import load_run_config;"
+        f"check_run(load_run_config({str(run_file)!r}), 1); assert 'deepspeed' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
