@@ -18,6 +18,7 @@ from torch import nn
 
 from hift_ds.arch import ArchSpec, check_arch, find_arch, full_shape
 from hift_ds.errors import GroupingError
+from hift_ds.schedule import GroupSchedule
 
 ALWAYS_INDEX = -1
 ALWAYS_NAME = "always"
@@ -131,8 +132,6 @@ def describe(partition: Partition, *, order: str = "bottom2up", seed: int = 0) -
         ``{"name": str, "numel": int, "params": list of names}`` for each group; the always-active one,
         if there is one, comes last.
     """
-    from hift_ds.schedule import GroupSchedule
-
     schedule = GroupSchedule(len(partition.groups), order=order, seed=seed)
     groups = [partition.groups[index] for index in schedule.order_of_cycle]
     if partition.always is not None:

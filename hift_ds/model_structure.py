@@ -38,7 +38,7 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> PretrainedCo
     if path.exists():
         file = path / CONFIG_FILE if path.is_dir() else path
         _check_config_file(file, trust_remote_code)
-        return _auto_config(str(file), trust_remote_code, local_files_only=True)
+        return _auto_config(str(path), trust_remote_code, local_files_only=True)
 
     import model_zoo
 

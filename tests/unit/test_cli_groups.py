@@ -89,6 +89,44 @@ def test_the_config_file_itself_will_do(llama_dir: Path, capsys: pytest.CaptureF
     assert len(groups_json(capsys, renamed)) == 5
 
 
+OWN_CODE = """
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+class OwnConfig(PretrainedConfig):
+    model_type = "own_thing"
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.norm = nn.LayerNorm(4)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(4, 1, 4) for _ in range(2))
+        self.table = nn.Embedding(11, 4)
+        self.post_init()
+
+    def forward(self, input_ids):
+        hidden = self.table(input_ids)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.norm(hidden)
+"""
+
+
+def test_code_that_comes_with_the_checkpoint_runs_only_when_trusted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "own_code.py").write_text(OWN_CODE)
+    auto_map = {"AutoConfig": "own_code.OwnConfig", "AutoModel": "own_code.OwnModel"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own_thing", "auto_map": auto_map}))
+    assert_one_line(["groups", str(tmp_path)], "only with --trust-remote-code", capsys)
+    groups = groups_json(capsys, tmp_path, "--trust-remote-code")
+    assert [group["name"] for group in groups] == ["embed", "blocks.0", "blocks.1", "norm"]
+
+
 def test_no_weights_are_made(llama_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """70 billion parameters on a small machine."""
     config = json.loads((llama_dir / "config.json").read_text())
