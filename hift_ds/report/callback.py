@@ -1,0 +1,232 @@
+"""The run folder's files and the terminal, kept up to date from inside a ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from hift_ds.report.coverage import make_coverage, write_coverage
+from hift_ds.report.groups import GroupSummary, summarize, write_groups
+from hift_ds.report.metrics import EvalRecord, MetricsWriter, StepRecord
+from hift_ds.report.plots import plot_run
+from hift_ds.report.progress import Progress, SilentProgress, clock, make_progress
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+_SAME_NAME = (
+    "cycle", "position", "group", "group_name", "lr", "grad_norm", "loss_scale", "skipped",
+    "state_bytes_in", "state_bytes_out", "grad_numel_sent", "transfer_s", "stalled_s",
+)  # fmt: skip
+
+
+class ReportCallback(TrainerCallback):
+    """Writes ``metrics.jsonl``, ``groups.json``, ``coverage.json`` and the plots; shows progress. Rank 0 only.
+
+    With a Trainer whose engine is not ours it works too: the fields that only HiFT knows are then absent.
+
+    Args:
+        run_dir: where the files go.
+        get_engine: returns the ``HiFTEngine`` (``lambda: trainer.engine``); called at each event, as Trainer makes
+            the engine only when training begins.
+        tokens_seen: (state) -> input tokens of all ranks since the run began. By default what Trainer counts itself
+            when ``include_num_input_tokens_seen`` is set ("non_padding" is the honest choice); without either there
+            is no token rate.
+        progress: a ``Progress``; chosen by what the terminal can do if None.
+        plots: draw the pictures when training ends.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        get_engine: Callable[[], Any] | None = None,
+        tokens_seen: Callable[[TrainerState], int] | None = None,
+        progress: Progress | None = None,
+        plots: bool = True,
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self._get_engine = get_engine or (lambda: None)
+        self._tokens_seen = tokens_seen or (lambda state: state.num_input_tokens_seen)
+        self._progress = progress
+        self._plots = plots
+        self._writer: MetricsWriter | None = None
+        self._pending: StepRecord | None = None
+        self._mark = self._began = time.monotonic()
+        self._tokens = 0
+
+    # --- the Trainer's events, in the order in which they come ----------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            self._progress = SilentProgress()
+            return
+        self._writer = MetricsWriter(self.run_dir, resume_step=state.global_step)
+        self._progress = self._progress or make_progress()
+        self._tokens = self._tokens_seen(state)
+        groups = self._groups()
+        if groups:
+            write_groups(self.run_dir, groups)
+        turns = [group for group in groups if group.index >= 0]
+        cycle_steps = len(turns) * getattr(getattr(self._get_engine(), "schedule", None), "steps_per_group", 1)
+        self._announce(state, groups, cycle_steps)
+        self._progress.start(state.max_steps, state.global_step, window=cycle_steps or 20)
+        self._mark = self._began = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._writer is None:
+            return
+        self._flush()
+        self._pending = self._make_record(state)
+        # When Trainer is about to log, the loss is still to come; DefaultFlowCallback, which decides, ran before us.
+        if not control.should_log:
+            self._flush()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if self._pending is None or "loss" not in logs:
+            return
+        self._pending["loss"] = float(logs["loss"])
+        if "learning_rate" in logs:
+            self._pending.setdefault("lr", float(logs["learning_rate"]))
+        if "grad_norm" in logs:
+            self._pending.setdefault("grad_norm", float(logs["grad_norm"]))
+        self._flush()
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not metrics or "eval_loss" not in metrics:
+            return
+        self._flush()
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+        record: EvalRecord = {"step": state.global_step, **numbers}  # type: ignore[typeddict-item]
+        # An evaluation after training finds the writer closed and is appended all the same.
+        writer = self._writer or MetricsWriter(self.run_dir, resume_step=state.global_step)
+        writer.write(record)
+        if writer is not self._writer:
+            writer.close()
+        progress = self._progress or make_progress()
+        progress.note(f"evaluation at step {state.global_step}: loss {metrics['eval_loss']:.4f}", style="bold")
+        self._mark = time.monotonic()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._mark = time.monotonic()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._writer is None or self._progress is None:
+            return
+        self._flush()
+        self._writer.close()
+        self._writer = None
+        self._progress.close()
+        self._progress.note(f"trained to step {state.global_step} in {clock(time.monotonic() - self._began)}")
+        self._report_coverage(state)
+        if self._plots and state.global_step > 0:
+            drawn = plot_run(self.run_dir)
+            self._progress.note("drawn: " + ", ".join(str(path) for path in drawn))
+
+    # --- one record -------------------------------------------------------------------------------------------------
+
+    def _make_record(self, state: TrainerState) -> StepRecord:
+        now = time.monotonic()
+        record: StepRecord = {"step": state.global_step, "step_time_s": round(now - self._mark, 6)}
+        self._mark = now
+        if state.epoch is not None:
+            record["epoch"] = state.epoch
+        report = getattr(self._get_engine(), "last_report", None)
+        if report is not None:
+            record |= {name: getattr(report, name) for name in _SAME_NAME if hasattr(report, name)}  # type: ignore[typeddict-item]
+            if hasattr(report, "peak_bytes"):
+                record["peak_memory_gib"] = report.peak_bytes / 2**30
+        tokens = self._tokens_seen(state)
+        if tokens:
+            record["num_tokens"] = tokens
+            record["tokens_per_s"] = round((tokens - self._tokens) / max(record["step_time_s"], 1e-6), 1)
+            self._tokens = tokens
+        return record
+
+    def _flush(self) -> None:
+        if self._pending is not None and self._writer is not None and self._progress is not None:
+            self._writer.write(self._pending)
+            self._progress.update(self._pending)
+        self._pending = None
+
+    # --- beginning and end --------------------------------------------------------------------------------------
+
+    def _groups(self) -> list[GroupSummary]:
+        engine = self._get_engine()
+        groups = list(getattr(engine, "groups", None) or ())
+        always = getattr(getattr(engine, "partition", None), "always", None)
+        return summarize([*([always] if always is not None else []), *groups])
+
+    def _announce(self, state: TrainerState, groups: list[GroupSummary], cycle_steps: int) -> None:
+        """One line on what is about to happen, and a warning if the run is too short for what it is meant to do."""
+        assert self._progress is not None
+        line = f"{state.max_steps - state.global_step} steps"
+        if state.global_step:
+            line += f" after step {state.global_step}"
+        if groups:
+            numel = sum(group.numel for group in groups)
+            num_groups = sum(group.index >= 0 for group in groups)
+            line = f"{_count(numel)} parameters in {num_groups} layer groups, {line}"
+            line += f" = {state.max_steps / cycle_steps:.1f} cycles"
+        self._progress.note(f"{line}; run folder {self.run_dir}")
+        if state.max_steps < cycle_steps:
+            self._progress.note(
+                f"WARNING: one cycle takes {cycle_steps} steps and the run has {state.max_steps}: "
+                "some groups will not be trained. Raise max_steps or group_size.",
+                style="bold yellow",
+            )
+
+    def _report_coverage(self, state: TrainerState) -> None:
+        assert self._progress is not None
+        engine = self._get_engine()
+        if not hasattr(engine, "coverage"):
+            return
+        coverage = make_coverage(engine.coverage(), state.global_step, getattr(engine, "groups", ()))
+        write_coverage(self.run_dir, coverage)
+        self._progress.note(coverage.summary())
+        warning = coverage.warning()
+        if warning:
+            self._progress.note(warning, style="bold red")
+
+
+def report_instead_of_printing(trainer: Trainer, callback: ReportCallback) -> None:
+    """Add ``callback`` to ``trainer`` in the place of Trainer's own bar and printed dictionaries."""
+    for default in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(default)
+    trainer.add_callback(callback)
+
+
+def _count(number: int) -> str:
+    """"11.2K", "134.5M", "6.74B"."""
+    for factor, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= factor:
+            return f"{number / factor:,.{2 if unit == 'B' else 1}f}{unit}"
+    return str(number)

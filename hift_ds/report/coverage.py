@@ -1,0 +1,87 @@
+"""Proof that a run trained what it was meant to train: how often each parameter was updated."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+FILE_NAME = "coverage.json"
+
+
+class Group(Protocol):
+    """What is used of a ``LayerGroup``."""
+
+    name: str
+    param_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """``updates``: optimizer steps that changed each trainable parameter, by name; ``group_of`` may be empty."""
+
+    updates: dict[str, int]
+    num_steps: int
+    group_of: dict[str, str]
+
+    @property
+    def never_updated(self) -> list[str]:
+        return [name for name, count in self.updates.items() if count == 0]
+
+    def summary(self) -> str:
+        """One line: how much was updated, and how evenly."""
+        done = len(self.updates) - len(self.never_updated)
+        line = f"{done} of {len(self.updates)} trainable parameters updated in {self.num_steps} steps"
+        counts = [count for count in self.updates.values() if count]
+        if counts:
+            low, high = min(counts), max(counts)
+            line += f", each {low} times" if low == high else f", {low} to {high} times each"
+        return line
+
+    def warning(self, max_names: int = 8) -> str | None:
+        """A message that cannot be overlooked if a parameter was never updated, else None."""
+        missed = self.never_updated
+        if not missed:
+            return None
+        groups = list(dict.fromkeys(self.group_of[name] for name in missed if name in self.group_of))
+        lines = [
+            f"{len(missed)} OF {len(self.updates)} TRAINABLE PARAMETERS WERE NEVER UPDATED.",
+            f"The run made {self.num_steps} optimizer steps; a cycle over all groups was not completed, or every step "
+            "of these groups overflowed.",
+            "Train longer (max_steps), cut fewer groups (raise group_size), or freeze what you do not want to train.",
+        ]
+        if groups:
+            lines.append(f"Groups: {', '.join(groups[:max_names])}{_more(groups, max_names)}")
+        lines += [f"  {name}" for name in missed[:max_names]]
+        if len(missed) > max_names:
+            lines.append(f"  ...{_more(missed, max_names)} (all of them: {FILE_NAME})")
+        return "\n".join(lines)
+
+
+def make_coverage(updates: Mapping[str, int], num_steps: int, groups: Iterable[Group] = ()) -> Coverage:
+    """``updates``: what ``HiFTEngine.coverage()`` returns."""
+    group_of = {name: group.name for group in groups for name in group.param_names}
+    return Coverage(dict(updates), num_steps, group_of)
+
+
+def write_coverage(run_dir: str | Path, coverage: Coverage) -> Path:
+    """Write ``coverage.json``: num_steps, num_parameters, never_updated, and updates by parameter name."""
+    path = Path(run_dir) / FILE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "num_steps": coverage.num_steps,
+        "num_parameters": len(coverage.updates),
+        "never_updated": coverage.never_updated,
+        "updates": coverage.updates,
+    }
+    scratch = path.with_suffix(".json.tmp")
+    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+    return path
+
+
+def _more(items: list[str], shown: int) -> str:
+    return f" and {len(items) - shown} more" if len(items) > shown else ""

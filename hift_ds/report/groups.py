@@ -1,0 +1,110 @@
+"""``groups.json``: the layer groups of a run and, at its end, how far each of them moved."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FILE_NAME = "groups.json"
+
+
+class Group(Protocol):
+    """What is used of a ``LayerGroup``."""
+
+    index: int
+    name: str
+    param_names: tuple[str, ...]
+    numel: int
+
+
+@dataclass
+class GroupSummary:
+    """``moved``: L2 norm of (weights at the end - weights at the start); ``norm``: L2 norm of those at the start."""
+
+    index: int  # -1: active in every turn
+    name: str
+    numel: int
+    params: list[str]
+    moved: float | None = None
+    norm: float | None = None
+
+    @property
+    def relative(self) -> float | None:
+        if self.moved is None or not self.norm:
+            return None
+        return self.moved / self.norm
+
+
+def summarize(groups: Iterable[Group]) -> list[GroupSummary]:
+    return [GroupSummary(g.index, g.name, g.numel, list(g.param_names)) for g in groups]
+
+
+def add_distances(
+    groups: list[GroupSummary],
+    distances: Mapping[str, tuple[float, float]],
+    saved_names: Callable[[str], Iterable[str]] = lambda name: (name,),
+) -> None:
+    """Sum up per group what ``checkpoint.safetensors_io.weight_distances`` measured per tensor.
+
+    Args:
+        saved_names: parameter name -> its names in the checkpoint (``weight_names.NamePlan.saved_names``), for models
+            whose checkpoints name weights otherwise than memory does.
+    """
+    for group in groups:
+        pairs = [distances[saved] for name in group.params for saved in saved_names(name) if saved in distances]
+        if pairs:
+            group.moved = math.sqrt(sum(moved**2 for moved, _ in pairs))
+            group.norm = math.sqrt(sum(norm**2 for _, norm in pairs))
+
+
+def record_movement(
+    run_dir: str | Path, before_dir: str | Path, after_dir: str | Path, model: PreTrainedModel | None = None
+) -> None:
+    """Measure how far each group of a finished run moved and add it to ``groups.json``.
+
+    Args:
+        before_dir, after_dir: safetensors folders of the input and of the export. Changes below the resolution of
+            the export's dtype do not count: they are not in it.
+        model: to translate names, for architectures whose checkpoints name weights otherwise than memory does
+            (Mixtral); any instance or skeleton of it.
+
+    Raises:
+        CheckpointError: a folder is damaged, or the two are not of the same model.
+    """
+    from hift_ds.checkpoint.safetensors_io import weight_distances
+    from hift_ds.checkpoint.weight_names import plan_names
+
+    groups = read_groups(run_dir)
+    if not groups:
+        return
+    distances = weight_distances(before_dir, after_dir)
+    if model is None:
+        add_distances(groups, distances)
+    else:
+        add_distances(groups, distances, plan_names(model).saved_names)
+    write_groups(run_dir, groups)
+
+
+def write_groups(run_dir: str | Path, groups: list[GroupSummary]) -> Path:
+    path = Path(run_dir) / FILE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".json.tmp")
+    scratch.write_text(json.dumps([asdict(group) for group in groups], indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+    return path
+
+
+def read_groups(run_dir: str | Path) -> list[GroupSummary]:
+    """Empty if the run has no ``groups.json``."""
+    path = Path(run_dir) / FILE_NAME
+    if not path.is_file():
+        return []
+    return [GroupSummary(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]

@@ -1,0 +1,123 @@
+"""``metrics.jsonl``: one JSON line for every optimizer step and one for every evaluation. Fields: docs/metrics.md."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, TypedDict
+
+FILE_NAME = "metrics.jsonl"
+
+
+class StepRecord(TypedDict, total=False):
+    """What is known of one optimizer step; a key that is not known is absent, a value that is not finite is null."""
+
+    step: int  # optimizer steps done, this one included
+    epoch: float
+    cycle: int  # times all groups had their turn before this step
+    position: int  # place of the active group in this cycle's order
+    group: int  # active layer group, 0 = embeddings
+    group_name: str
+    loss: float  # mean over ranks and micro-batches since the last record that has one
+    lr: float  # the latched value the step was taken with
+    grad_norm: float  # of the active group, before clipping
+    loss_scale: float
+    skipped: bool  # gradients overflowed: nothing was updated
+    num_tokens: int  # input tokens seen so far, all ranks
+    tokens_per_s: float  # all ranks, this step
+    step_time_s: float  # data loading included; evaluation and saving not
+    state_bytes_in: int  # optimizer state brought to the device, this rank
+    state_bytes_out: int
+    grad_numel_sent: int  # gradient elements this rank put into a reduction
+    transfer_s: float  # state transfers, whether hidden or not
+    stalled_s: float  # the part of transfer_s the step waited for
+    peak_memory_gib: float  # highest allocation on the device so far (host memory without one), this rank
+
+
+class EvalRecord(TypedDict, total=False):
+    """One evaluation: the step it was made at and whatever the Trainer measured, under the Trainer's names."""
+
+    step: int
+    epoch: float
+    eval_loss: float
+
+
+@dataclass
+class Metrics:
+    """The content of a metrics file, in file order."""
+
+    steps: list[StepRecord] = field(default_factory=list)
+    evals: list[EvalRecord] = field(default_factory=list)
+
+
+def read_metrics(path: str | Path) -> Metrics:
+    """Read a metrics file, which may be growing or end in the middle of a line (a killed run).
+
+    Args:
+        path: the file, or the run folder that holds it. A missing file reads as empty.
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    out = Metrics()
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        record = _parse(line)
+        if record is not None:
+            (out.evals if "eval_loss" in record else out.steps).append(record)
+    return out
+
+
+class MetricsWriter:
+    """Appends records to ``<run_dir>/metrics.jsonl``, each line on disk before the next step begins.
+
+    Args:
+        run_dir: created if missing.
+        resume_step: the last step that counts. Lines of later steps, which a resumed run repeats, are dropped, and so
+            is a last line that a kill cut short. 0 starts over.
+    """
+
+    def __init__(self, run_dir: str | Path, resume_step: int = 0) -> None:
+        self.path = Path(run_dir) / FILE_NAME
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._drop_after(resume_step)
+        self._file: IO[str] | None = open(self.path, "a", encoding="utf-8")
+
+    def write(self, record: StepRecord | EvalRecord) -> None:
+        assert self._file is not None, "writer is closed"
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _drop_after(self, step: int) -> None:
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            record = _parse(line)
+            if record is not None and line.endswith(b"\n") and record.get("step", 0) <= step:
+                kept.append(line)
+        scratch = self.path.with_suffix(".jsonl.tmp")
+        with open(scratch, "wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, self.path)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A record, or None for a line that is not one: cut short, or zeros that a power cut left."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
