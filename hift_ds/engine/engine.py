@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hift_ds import collectives
 from hift_ds.config import BLOCK, HiFTConfig, check_against_deepspeed, parse_block
+from hift_ds.engine.checkpointing import Checkpointing
 from hift_ds.engine.deepspeed_seam import (
     HiFTOptimizer,
     SeamEngine,
@@ -39,7 +40,7 @@ from hift_ds.store.choose import build_resident_store, build_store
 logger = logging.getLogger(__name__)
 
 
-class HiFTEngine(SeamEngine):
+class HiFTEngine(Checkpointing, SeamEngine):
     """Made by :func:`hift_ds.initialize`.
 
     Attributes:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hift_ds import collectives
 from hift_ds.collectives import Ranks
-from hift_ds.engine.deepspeed_zero3_seam import WeightShards, whole_shape
+from hift_ds.engine.deepspeed_zero3_seam import WeightShards, is_partitioned, whole_shape
 from hift_ds.optim.parameters import Piece, ReplicatedParameters, Unit
 
 
@@ -58,6 +58,9 @@ class PartitionedParameters(ReplicatedParameters):
         self._accumulated[param] = param.grad if total is None else total.float().add_(param.grad)
         param.grad = None
 
+    def set_pending(self, param: nn.Parameter, grad: Tensor) -> None:
+        self._accumulated[param] = grad.to(param.device)
+
     def end_backward(self) -> None:
         """Release what modules without a gradient to their input left gathered."""
         self.shards.release()
@@ -84,6 +87,19 @@ class PartitionedParameters(ReplicatedParameters):
             return self._owned[member.param].view(piece.shape)
         offset = piece.start - member.start
         return self.shards.shard(member.param)[offset : offset + piece.numel].view(piece.shape)
+
+    def whole_weight(self, weight: Tensor) -> Tensor:
+        return self.shards.whole(weight) if is_partitioned(weight) else weight.detach()
+
+    def begin_loading(self, weights: Iterable[Tensor]) -> None:
+        self.shards.release(weights)  # whole copies would be used in place of the new shards
+
+    def set_weight(self, weight: Tensor, value: Tensor) -> None:
+        if not is_partitioned(weight):
+            weight.detach().copy_(value)
+            return
+        start, end = collectives.shard_bounds(value.numel(), self.ranks.world_size, self.ranks.rank)
+        self.shards.shard(weight).copy_(value.reshape(-1)[start:end])
 
     def publish(self, unit: Unit) -> None:
         """Whole tensors go back into shards; shards are where they belong already."""

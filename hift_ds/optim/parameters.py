@@ -162,6 +162,17 @@ class ReplicatedParameters:
         weight = unit.members[piece.member].param.detach()
         return weight.view(-1)[piece.start : piece.start + piece.numel].view(piece.shape)
 
+    def whole_weight(self, weight: Tensor) -> Tensor:
+        """All elements of a parameter or buffer, for a checkpoint. Every rank calls this."""
+        return weight.detach()
+
+    def begin_loading(self, weights: Iterable[Tensor]) -> None:  # noqa: B027
+        """These are about to be changed by ``set_weight``."""
+
+    def set_weight(self, weight: Tensor, value: Tensor) -> None:
+        """Take over ``value`` (whole, any float dtype, on the host); the same on every rank."""
+        weight.detach().copy_(value)
+
     def grad(self, unit: Unit, piece: Piece, shard: Tensor) -> Tensor:
         """The piece of a reduced gradient: a view of ``piece.shape``, in the gradient's dtype."""
         offset = piece.start - unit.members[piece.member].start

@@ -14,6 +14,7 @@ LAYERS = [
     ["hift_ds.collectives", "hift_ds.schedule", "hift_ds.lr", "hift_ds.config", "hift_ds.store.base", "hift_ds.optim.lion", "hift_ds.optim.muon"],
     ["hift_ds.reference", "hift_ds.precision", "hift_ds.forward_order", "hift_ds.model_structure", "hift_ds.arch", "hift_ds.store."],
     ["hift_ds.grouping", "hift_ds.optim."],
+    ["hift_ds.checkpoint."],
     ["hift_ds.engine."],
 ]
 

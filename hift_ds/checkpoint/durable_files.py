@@ -1,0 +1,227 @@
+"""Files that are either whole or not there: written, checksummed and fsynced, then renamed.
+
+The checksum is ``zlib.crc32``: in Python's standard library everywhere, about 4 GB/s on one core (blake2b 0.7, sha256
+1.2), computed on the way to disk so that nothing is read twice. It finds every burst of up to 32 bits and misses
+other damage once in 4e9. It is against damage, not against an attacker: nothing in a checkpoint is executed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hift_ds.errors import CheckpointError
+
+BLOCK_BYTES = 1 << 24  # checksummed and written at once: stays in the processor's cache
+ALIGNMENT = 8  # of tensors in a file: no element straddles, whatever its dtype
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
+PADDING = "$padding."  # names of the tensors that fill the gaps
+
+_CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a manifest says about a file."""
+
+    num_bytes: int
+    crc32: str  # 8 hexadecimal digits
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor's entry in a safetensors header."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        numel = 1
+        for length in self.shape:
+            numel *= length
+        return numel * self.dtype.itemsize
+
+
+class DurableFile:
+    """A new file that is checksummed as it is written and on disk once closed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "xb", buffering=0)
+        self._crc32 = 0
+        self._num_bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), BLOCK_BYTES):
+            block = view[start : start + BLOCK_BYTES]
+            self._crc32 = zlib.crc32(block, self._crc32)
+            while block:
+                block = block[self._file.write(block) :]
+        self._num_bytes += len(view)
+
+    def close(self) -> FileRecord:
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileRecord(self._num_bytes, f"{self._crc32:08x}")
+
+    def discard(self) -> None:
+        self._file.close()
+
+
+class SafetensorsWriter:
+    """A safetensors file written one tensor after another, so that memory is bounded by one tensor.
+
+    ``safetensors.save_file`` wants all of them at once. The format asks for the header first and for no gaps:
+    the caller names the tensors in advance, gaps for alignment are ``uint8`` tensors named ``$padding.N``.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+        self._plan: list[tuple[TensorSpec, int]] = []  # with the bytes of padding after it
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for spec in specs:
+            assert spec.name not in header, spec.name
+            end = offset + spec.num_bytes
+            header[spec.name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+            padding = -end % ALIGNMENT
+            if padding:
+                header[f"{PADDING}{end}"] = {"dtype": "U8", "shape": [padding], "data_offsets": [end, end + padding]}
+            self._plan.append((spec, padding))
+            offset = end + padding
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._next = 0
+        self._file = DurableFile(path)
+        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+
+    def write(self, tensor: Tensor) -> None:
+        """The next tensor, from any device."""
+        spec, padding = self._plan[self._next]
+        assert tensor.dtype == spec.dtype and tuple(tensor.shape) == spec.shape, (spec, tensor.dtype, tensor.shape)
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+        self._file.write(b"\0" * padding)
+        self._next += 1
+
+    def close(self) -> FileRecord:
+        assert self._next == len(self._plan)
+        return self._file.close()
+
+    def discard(self) -> None:
+        self._file.discard()
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1) -> FileRecord:
+    return write_bytes(path, json.dumps(value, indent=indent, allow_nan=False).encode())
+
+
+def write_bytes(path: Path, data: bytes) -> FileRecord:
+    file = DurableFile(path)
+    try:
+        file.write(data)
+        return file.close()
+    except BaseException:
+        file.discard()
+        raise
+
+
+def record_of(path: Path) -> FileRecord:
+    """Size and checksum of a file on disk."""
+    crc32 = num_bytes = 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(BLOCK_BYTES):
+            crc32 = zlib.crc32(block, crc32)
+            num_bytes += len(block)
+    return FileRecord(num_bytes, f"{crc32:08x}")
+
+
+def as_json(records: Mapping[str, FileRecord]) -> dict[str, Any]:
+    return {name: asdict(record) for name, record in records.items()}
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Give ``path`` new contents in one step: a reader sees the old or the new ones."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    write_bytes(temporary, text.encode())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the folder's entries (names, not contents) on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish_folder(staging: Path, final: Path) -> None:
+    """Rename a complete folder to its name. A whole one that has the name already stays until the new one is there."""
+    sync_folder(staging)
+    replaced = final.with_name(final.name + ".replaced")
+    if final.exists():
+        if replaced.exists():
+            remove_folder(replaced)
+        os.rename(final, replaced)  # a kill now leaves it as a checkpoint that a search finds
+    os.rename(staging, final)
+    sync_folder(final.parent)
+    if replaced.exists():
+        remove_folder(replaced)
+
+
+def temporary_folder(final: Path, token: str) -> Path:
+    """The hidden name of a folder that is being written or removed. ``token``: 12 hexadecimal digits."""
+    return final.with_name(f".{final.name}.{token}.tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def remove_folder(path: Path) -> None:
+    """Gone in one step: a kill leaves a hidden rest, never half a checkpoint under its name."""
+    hidden = temporary_folder(path, uuid.uuid4().hex[:12])
+    os.rename(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextmanager
+def write_errors(folder: Path) -> Iterator[None]:
+    """Errors of the file system as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(_explain(error, folder)) from error
+
+
+def _explain(error: OSError, folder: Path) -> str:
+    where = error.filename or folder
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free_gib = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 2**30
+        return f"no space left for a checkpoint in {folder} ({free_gib:.2f} GiB free); free some or save elsewhere"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"cannot write a checkpoint to {where}: {error.strerror}; choose a folder this user may write to"
+    return f"cannot write a checkpoint to {where}: {error.strerror or error}"

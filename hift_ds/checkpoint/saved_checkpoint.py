@@ -1,0 +1,181 @@
+"""Reading a checkpoint folder, and how it differs from the run that wants to load it. The folder was verified."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from hift_ds.checkpoint.durable_files import PADDING
+from hift_ds.checkpoint.json_state import decode
+from hift_ds.checkpoint.training_state import SavedStates
+from hift_ds.checkpoint.writer import (
+    CHECKPOINT_FILE,
+    CLIENT_STATE_FILE,
+    WEIGHTS_FILE,
+    gradients_file,
+    rank_file,
+    states_file,
+)
+from hift_ds.errors import CheckpointError
+from hift_ds.grouping import LayerGroup
+from hift_ds.optim.group_optimizer import MASTER
+
+
+class SavedCheckpoint:
+    """A complete checkpoint; tensors stay on disk until they are asked for.
+
+    Attributes:
+        common: the contents of ``checkpoint.json``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.common: dict[str, Any] = json.loads((folder / CHECKPOINT_FILE).read_text(encoding="utf-8"))
+        self._weights = safe_open(str(folder / WEIGHTS_FILE), framework="pt")
+        self.weight_names = [name for name in self._weights.keys() if not name.startswith(PADDING)]
+
+    @property
+    def world_size(self) -> int:
+        return self.common["world_size"]
+
+    @property
+    def parameters(self) -> dict[str, dict[str, Any]]:
+        """Every parameter and buffer of the model by name: shape, dtype, whether and how often it was trained."""
+        return self.common["tensors"]
+
+    def of_rank(self, rank: int) -> dict[str, Any] | None:
+        """The rank's own JSON; ``None`` if it is not here."""
+        path = self.folder / rank_file(rank)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    @cached_property
+    def states(self) -> SavedStates:
+        scalars: dict[str, Any] = {}
+        for rank in range(self.world_size):
+            scalars |= (self.of_rank(rank) or {}).get("scalars", {})
+        files = [self.folder / states_file(rank) for rank in range(self.world_size)]
+        fp32 = {
+            name: self.folder / WEIGHTS_FILE
+            for name in self.weight_names
+            if self.parameters[name]["dtype"] == "float32" and self.parameters[name]["trained"]
+        }
+        return SavedStates([file for file in files if file.exists()], scalars, fp32)
+
+    def weight(self, name: str, best: bool = False) -> Tensor:
+        """A weight as it was saved, or (``best``) the fp32 master that it is rounded from, if there is one."""
+        if best and MASTER in self.states.keys(name):
+            shape = self.parameters[name]["shape"]
+            numel = torch.Size(shape).numel()
+            return self.states.elements(name, MASTER, 0, numel).view(shape)
+        return self._weights.get_tensor(name)
+
+    def weights(self, best: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """(name in the model, tensor), one at a time, tied weights once; for an export."""
+        for name in self.weight_names:
+            yield name, self.weight(name, best)
+
+    def gradients(self, rank: int, world_size: int) -> dict[str, Tensor]:
+        """What ``rank`` had summed up since the last step. On another number of ranks each gets the mean over all
+        ranks, which has the same mean over ranks."""
+        if world_size == self.world_size:
+            return self._gradients_of(rank)
+        total: dict[str, Tensor] = {}
+        for saved_rank in range(self.world_size):
+            for name, grad in self._gradients_of(saved_rank).items():
+                share = grad.float() / self.world_size
+                total[name] = total[name] + share if name in total else share
+        return total
+
+    def _gradients_of(self, rank: int) -> dict[str, Tensor]:
+        path = self.folder / gradients_file(rank)
+        if not path.exists():
+            return {}
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if not name.startswith(PADDING)}
+
+    def client_state(self) -> dict[str, Any]:
+        state = decode(self.common["client_state"])
+        path = self.folder / CLIENT_STATE_FILE
+        if path.exists():
+            state |= torch.load(path, map_location="cpu", weights_only=True)
+        return state
+
+
+def check_same_model(saved: SavedCheckpoint, shapes: Mapping[str, tuple[int, ...]], strict: bool) -> None:
+    """Refuse the weights of another model before anything is changed.
+
+    Args:
+        shapes: of the model's parameters and persistent buffers.
+        strict: names must agree too.
+
+    Raises:
+        CheckpointError: names the first difference and counts the rest.
+    """
+    theirs = {name: tuple(entry["shape"]) for name, entry in saved.parameters.items()}
+    wrong = [name for name in theirs if name in shapes and theirs[name] != shapes[name]]
+    if wrong:
+        raise CheckpointError(
+            f"{saved.folder} is the checkpoint of another model: {wrong[0]!r} has shape {theirs[wrong[0]]} there and "
+            f"{shapes[wrong[0]]} here{_and_more(wrong)}"
+        )
+    excluded = set(saved.common["excluded"])
+    missing = [name for name in shapes if name not in theirs and name not in excluded]
+    unknown = [name for name in theirs if name not in shapes]
+    if strict and (missing or unknown):
+        side, names = ("lacks", missing) if missing else ("has", unknown)
+        raise CheckpointError(
+            f"{saved.folder} is the checkpoint of another model: it {side} {names[0]!r}{_and_more(names)}; "
+            "load_module_strict=False loads what fits"
+        )
+
+
+def check_same_optimizer(saved: SavedCheckpoint, name: str) -> None:
+    theirs = saved.common["optimizer"]["class"]
+    if theirs != name:
+        raise CheckpointError(
+            f"{saved.folder} has the states of {theirs}, the run uses {name}: set the optimizer back, or start its states "
+            "anew with load_optimizer_states=False"
+        )
+
+
+def grouping_differences(saved: SavedCheckpoint, groups: Sequence[LayerGroup], schedule_differences: Sequence[str]) -> list[str]:
+    """What makes the saved place in the cycle meaningless here; empty if nothing does."""
+    differences = list(schedule_differences)
+    theirs = [tuple(group["parameters"]) for group in saved.common["groups"]]
+    ours = [group.param_names for group in groups]
+    if theirs != ours:
+        changed = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if set(a) != set(b)), None)
+        where = f"first in group {changed} ({groups[changed].name})" if changed is not None else "in number or order"
+        differences.append(f"groups: {len(theirs)} -> {len(ours)}, different {where}")
+    return differences
+
+
+def option_differences(saved: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Optimizer options that a config change and not a scheduler made different."""
+    scheduled = {"lr", "initial_lr", "betas", "momentum", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+    return [
+        f"param_groups[{i}].{key}: {theirs[key]!r} -> {ours[key]!r}"
+        for i, (theirs, ours) in enumerate(zip(saved, now, strict=False))
+        for key in theirs
+        if key in ours and key not in scheduled and theirs[key] != ours[key]
+    ]
+
+
+def groups_now(saved: SavedCheckpoint, groups: Sequence[LayerGroup]) -> dict[int, int | None]:
+    """By saved group, the group in which its first parameter is now."""
+    home = {name: group.index for group in groups for name in group.param_names}
+    return {
+        group["index"]: next((home[name] for name in group["parameters"] if name in home), None)
+        for group in saved.common["groups"]
+    }
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
