@@ -65,8 +65,11 @@ def build_on_meta(config: PretrainedConfig, *, trust_remote_code: bool = False) 
         warnings.simplefilter("ignore")
         try:
             if trust_remote_code and (auto_class := _remote_auto_class(config)):
-                return auto_class.from_config(config, trust_remote_code=True)
-            return _model_class(config)(config)
+                model = auto_class.from_config(config, trust_remote_code=True)
+            else:
+                model = _model_class(config)(config)
+            model.tie_weights()  # transformers 5.0 leaves it out on meta
+            return model
         except ConfigError:
             raise
         except Exception as error:  # whatever a constructor out of our reach raises, the config is the cause

@@ -23,6 +23,7 @@ PHI = Family(
             "intermediate_size": 10240,
             "num_hidden_layers": 32,
             "num_attention_heads": 32,
+            "pad_token_id": None,  # transformers 5.0 gives the config none
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.4},
         },
     },

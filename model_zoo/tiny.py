@@ -79,6 +79,7 @@ def build(
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         model = cls(made)
+        model.tie_weights()  # transformers 5.0 leaves it out on meta
     return model.to(dtype).train()
 
 

@@ -145,7 +145,7 @@ def test_no_weights_are_made(llama_dir: Path, capsys: pytest.CaptureFixture[str]
         ('{"hidden_size": 8}', 'config.json: has no "model_type"'),
         ('{"model_type": "foo"}', "\"model_type\" 'foo' is unknown to transformers"),
         ('{"model_type": "foo", "auto_map": {"AutoModel": "x.Y"}}', "only with --trust-remote-code"),
-        ('{"model_type": "llama", "hidden_size": "wide"}', "'hidden_size' expected int, got str"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "transformers cannot read its config: .*str"),
         ('{"model_type": "llama", "hidden_act": "no_such"}', "cannot build a llama of this config"),
     ],
 )
