@@ -29,6 +29,7 @@ from deepspeed.runtime.zero.partition_parameters import (
     ZeroParamStatus,
 )
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
 EVALUATION = -1  # the coordinator of forward passes without gradients
@@ -166,16 +167,16 @@ class WeightShards:
     # -- saved weights ----------------------------------------------------------------------------------------
 
     def arrived(self, module: nn.Module) -> None:
-        for param in module.parameters(recurse=False):
+        """The weights of ``module`` are whole now; those of its children too if it is a leaf to DeepSpeed (MoE)."""
+        for param in module.parameters(recurse=z3_leaf_module(module)):
             if param.ds_status is not ZeroParamStatus.AVAILABLE or param.data_ptr() == param.ds_tensor.data_ptr():
                 continue  # on one rank without offload the shard is the weight: nothing is ever copied or released
             address = param.untyped_storage().data_ptr()
             before = self._storage_of.get(param)
-            if before != address:
-                if before is not None and self._param_in.get(before) is param:
-                    del self._param_in[before]
-                self._storage_of[param] = address
-                self._param_in[address] = param
+            if before != address and self._param_in.get(before) is param:
+                del self._param_in[before]
+            self._storage_of[param] = address
+            self._param_in[address] = param  # may have been another weight's meanwhile
 
     @contextlib.contextmanager
     def saved_by_reference(self) -> Iterator[None]:
