@@ -24,9 +24,12 @@ from hift_ds.store.layout import aligned
 from hift_ds.store.movers import IN, OUT, InlineMover, Mover
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
-    """Memory on the update device, and whose bytes are in it."""
+    """Memory on the update device, and whose bytes are in it.
+
+    A unit is in one slot at a time and a slot is loaded after its write-back, so no unit arrives before it has left.
+    """
 
     memory: Tensor  # uint8
     unit: int | None = None
@@ -49,7 +52,6 @@ class ParkedStateStore(EncodedStateStore):
     num_slots: int = 0
     mover: Mover = None  # type: ignore[assignment]  (subclasses choose one by device and place)
     _slots: list[Slot] = field(default_factory=list, init=False)
-    _departures: dict[int, Any] = field(default_factory=dict, init=False)  # of each unit, its last write-back
     _fetches: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -93,9 +95,7 @@ class ParkedStateStore(EncodedStateStore):
             self._write_back(slot)
         for slot in self._slots:
             self.mover.settle(slot.arrival)
-        for ticket in self._departures.values():
-            self.mover.settle(ticket)
-        self._departures.clear()
+            self.mover.settle(slot.departure)
 
     def close(self) -> None:
         self.mover.close()
@@ -131,11 +131,10 @@ class ParkedStateStore(EncodedStateStore):
             self._slots.remove(slot)
 
     def _replace_at_rest(self, unit: int, memory: Tensor) -> None:
-        """Between steps only: nothing is fetched. A slot with the old bytes is emptied."""
+        """Between steps only: nothing is fetched. A slot with the old bytes, or one that they are on their way to, is
+        free for others."""
         slot = self._slot_of(unit)
         if slot is not None:
-            self.mover.settle(slot.arrival)
-            self.mover.settle(slot.departure)
             slot.unit, slot.dirty = None, False
         self._put(unit, memory)
 
@@ -166,9 +165,7 @@ class ParkedStateStore(EncodedStateStore):
         self._fit(slot, num_bytes)
         memory = slot.memory[:num_bytes]
         slot.unit = unit
-        slot.arrival = self.mover.submit(
-            IN, lambda: self._copy_in(unit, memory), after=(slot.departure, self._departures.get(unit))
-        )
+        slot.arrival = self.mover.submit(IN, lambda: self._copy_in(unit, memory), after=(slot.departure,))
         self.traffic.add(bytes_in=num_bytes)
 
     def _write_back(self, slot: Slot) -> None:
@@ -176,8 +173,7 @@ class ParkedStateStore(EncodedStateStore):
         if not slot.dirty or slot.fetched:
             return
         unit, memory = slot.unit, slot.memory[: self.num_bytes(slot.unit)]
-        slot.departure = self.mover.submit(OUT, lambda: self._copy_out(unit, memory), after=(self._departures.get(unit),))
-        self._departures[unit] = slot.departure
+        slot.departure = self.mover.submit(OUT, lambda: self._copy_out(unit, memory))
         slot.dirty = False
         self.traffic.add(bytes_out=memory.numel())
 

@@ -1,0 +1,183 @@
+"""Compact forms of states: lossless where they say so, unbiased where they round, and stable when kept again."""
+
+import itertools
+
+import pytest
+import torch
+
+from hift_ds import config
+from hift_ds.store import codecs
+from hift_ds.store.codecs import BLOCK_NUMEL, Bfloat16Moment, Exact, Int8Moment, SplitMaster, codec_for
+from hift_ds.store.layout import UnitLayout
+
+needs_bitsandbytes = pytest.mark.skipif(
+    __import__("importlib.util").util.find_spec("bitsandbytes") is None, reason="int8_moments needs bitsandbytes"
+)
+
+
+def kept(codec, values, seed=0):
+    """The parts after encoding, as the memory of a slot."""
+    layout = UnitLayout()
+    layout.add("key", values.numel(), values.dtype, codec)
+    memory = torch.randint(0, 256, (layout.num_bytes,), dtype=torch.uint8)  # what was there before must not matter
+    parts = layout.parts("key", memory)
+    codec.encode(values, parts, seed)
+    return parts
+
+
+def round_trip(codec, values, seed=0):
+    return codec.decode(kept(codec, values, seed)).clone()
+
+
+def awkward_masters():
+    """Every bf16 pattern as high half, with the low halves at which rounding changes its mind; shuffled."""
+    high = torch.arange(1 << 16, dtype=torch.int64)
+    lows = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    bits = ((high[:, None] << 16) | lows).view(-1)
+    bits = bits[torch.randperm(bits.numel(), generator=torch.Generator().manual_seed(0))]
+    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
+
+
+def test_split_master_loses_no_bit():
+    masters = awkward_masters()
+    weights = masters.to(torch.bfloat16)
+    pieces = [weights[:7], weights[7:100_003], weights[100_003:]]
+    decoded = round_trip(SplitMaster(lambda: pieces), masters)
+    is_nan = masters.isnan()
+    assert torch.equal(decoded.view(torch.int32)[~is_nan], masters.view(torch.int32)[~is_nan])
+    assert decoded.isnan().equal(is_nan)
+    assert SplitMaster(lambda: pieces).parts(10)[0].dtype.itemsize == 2
+
+
+def test_split_master_of_nothing_but_ties():
+    """Masters that came from fp16: one in eight is half way between two bf16."""
+    masters = torch.arange(1, 50_001, dtype=torch.float32) * 2.0**-14
+    masters = masters.half().float()
+    codec = SplitMaster(lambda: [masters.to(torch.bfloat16)])
+    assert torch.equal(round_trip(codec, masters), masters)
+    assert codec._ties_up.numel() > 1000
+
+
+def test_split_master_of_zero_bytes_is_the_weight():
+    weights = torch.randn(33).to(torch.bfloat16)
+    codec = SplitMaster(lambda: [weights])
+    assert torch.equal(codec.decode({"low": torch.zeros(33, dtype=torch.int16)}), weights.float())
+
+
+def test_bf16_second_moments_are_right_on_average():
+    values = torch.rand(64, generator=torch.Generator().manual_seed(1)) * 1e-5
+    codec = Bfloat16Moment(stochastic=True)
+    mean = torch.stack([round_trip(codec, values, seed) for seed in range(4000)]).double().mean(0)
+    step = 2.0**-8 * values.double()  # distance of neighbouring bf16 is between this and twice this
+    assert ((mean - values).abs() < 5 * 2 * step / 4000**0.5).all()
+    nearest = round_trip(Bfloat16Moment(stochastic=False), values)
+    assert torch.equal(nearest, values.to(torch.bfloat16).float())
+
+
+def test_bf16_second_moments_do_not_stand_still():
+    """exp_avg_sq of a gradient that has become 0 must decay by 0.999 a step: nearest rounding would keep it for ever."""
+    moments = {stochastic: torch.full((4096,), 1e-3) for stochastic in (True, False)}
+    for step, stochastic in itertools.product(range(700), moments):
+        moments[stochastic] = round_trip(Bfloat16Moment(stochastic), moments[stochastic] * 0.999, seed=step)
+    assert moments[False].mean().item() == pytest.approx(1e-3, rel=0.01)
+    assert moments[True].mean().item() == pytest.approx(1e-3 * 0.999**700, rel=0.02)
+
+
+def test_the_same_seed_rounds_alike_and_bf16_values_stay():
+    codec, values = Bfloat16Moment(stochastic=True), torch.randn(10_001).square()
+    once = round_trip(codec, values, seed=3)
+    assert torch.equal(once, round_trip(codec, values, seed=3))
+    assert not torch.equal(once, round_trip(codec, values, seed=4))
+    assert torch.equal(once, round_trip(codec, once, seed=5))
+    odd = torch.tensor([float("inf"), 0.0, -0.0, 3.0, 1e-40])
+    assert round_trip(codec, odd)[:4].tolist() == [float("inf"), 0.0, 0.0, 3.0]
+
+
+def moments(numel=BLOCK_NUMEL * 9 + 13):
+    """Gradient-like: magnitudes over many orders, a block of zeros, one whose largest magnitude is negative."""
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randn(numel, generator=generator) * torch.logspace(-12, 2, numel)
+    values[BLOCK_NUMEL : 2 * BLOCK_NUMEL] = 0
+    values[5 * BLOCK_NUMEL] = -values[5 * BLOCK_NUMEL : 6 * BLOCK_NUMEL].abs().max() * 3
+    return values
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("nonnegative", [False, True])
+def test_int8_moments_are_close_and_stay_when_kept_again(nonnegative):
+    codec = Int8Moment(nonnegative)
+    values = moments().square() if nonnegative else moments()
+    once = round_trip(codec, values)
+    for block, blocks_values in zip(once.split(BLOCK_NUMEL), values.split(BLOCK_NUMEL), strict=True):
+        assert (block - blocks_values).norm() <= 0.03 * blocks_values.norm()
+    again = once
+    for _ in range(5):
+        again = round_trip(codec, again)
+    assert torch.equal(again, once)
+    assert (once[BLOCK_NUMEL : 2 * BLOCK_NUMEL] == 0).all() and once.isfinite().all()
+
+
+@needs_bitsandbytes
+def test_int8_keeps_small_second_moments_above_zero():
+    """An element whose gradients are 10^5 smaller than its neighbours': at 0 its step would be 10^8 too large."""
+    grads = torch.ones(BLOCK_NUMEL) * 1e-5
+    grads[0] = 1.0
+    decoded = round_trip(Int8Moment(nonnegative=True), grads.square())
+    assert 0.5e-5 < decoded.sqrt()[1:].min() and decoded.sqrt()[1:].max() < 2e-5
+
+
+@needs_bitsandbytes
+def test_int8_in_passes_is_int8_at_once(monkeypatch):
+    values = moments()
+    whole = round_trip(Int8Moment(False), values)
+    monkeypatch.setattr(codecs, "PASS_NUMEL", 2 * BLOCK_NUMEL)
+    assert torch.equal(round_trip(Int8Moment(False), values), whole)
+
+
+@pytest.mark.parametrize("make", [lambda: Exact(torch.float32), lambda: Bfloat16Moment(True), lambda: Int8Moment(True), lambda: Int8Moment(False)])
+def test_zero_bytes_are_zeros(make):
+    try:
+        codec = make()
+    except config.ConfigError:
+        pytest.skip("needs bitsandbytes")
+    parts = {part.name: torch.zeros(part.numel, dtype=part.dtype) for part in codec.parts(300)}
+    assert (codec.decode(parts) == 0).all()
+
+
+@needs_bitsandbytes
+def test_bytes_a_parameter():
+    """The figures in docs/states.md, for AdamW with masters."""
+
+    def per_parameter(*names):
+        numel, layout = BLOCK_NUMEL * 4096, UnitLayout()
+        for key in ("master", "exp_avg", "exp_avg_sq"):
+            layout.add(key, numel, torch.float32, codec_for(names, key, torch.float32, lambda: []))
+        return layout.num_bytes / numel
+
+    assert per_parameter() == 12
+    assert per_parameter("split_master") == 10
+    assert per_parameter("bf16_moments") == 8
+    assert per_parameter("split_master", "bf16_moments") == 6
+    assert per_parameter("int8_moments") == pytest.approx(6, abs=0.04)
+    assert per_parameter("split_master", "int8_moments") == pytest.approx(4, abs=0.04)
+
+
+def test_only_moments_and_masters_have_a_compact_form():
+    names = ("split_master", "bf16_moments")
+    assert isinstance(codec_for(names, "master", torch.float32, None), Exact)  # its weight is not in bf16
+    assert isinstance(codec_for(names, "row_var:layers.0.up.weight", torch.float32, None), Exact)
+    assert isinstance(codec_for(names, "exp_avg", torch.bfloat16, None), Exact)
+    assert codec_for(names, "momentum_buffer:layers.0.up.weight", torch.float32, None).stochastic is False
+    assert codec_for(names, "exp_avg_sq", torch.float32, None).stochastic is True
+    assert {codecs.SPLIT_MASTER, codecs.BF16_MOMENTS, codecs.INT8_MOMENTS, "fp32"} == set(config.CODECS)
+
+
+def test_int8_without_its_library_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.functional", None)
+    codecs._bitsandbytes.cache_clear()
+    try:
+        with pytest.raises(config.ConfigError, match="pip install"):
+            Int8Moment(False)
+    finally:
+        codecs._bitsandbytes.cache_clear()

@@ -1,0 +1,371 @@
+"""Prefetch against a plain dictionary: whatever order, size, number of slots and speed of transfers, fetch gives what
+was last evicted. The movers here run copies as late or as early as the rules allow, so a missing wait gives wrong
+numbers and not a lucky pass."""
+
+import random
+import time
+
+import pytest
+import torch
+
+from hift_ds.errors import StateStoreError
+from hift_ds.store import movers
+from hift_ds.store.base import Residency
+from hift_ds.store.disk import DiskStateStore
+from hift_ds.store.host import HostStateStore
+from hift_ds.store.movers import IN, OUT, Mover, StreamMover, ThreadMover
+
+CPU = torch.device("cpu")
+SIZES = [700, 3, 1290, 41, 700, 1]  # elements per key of each unit: ragged, tiny, repeated
+KEYS = {"master": torch.float32, "exp_avg": torch.float32, "codes": torch.uint8}
+
+
+class Lazy(Mover):
+    """Runs a copy only when somebody waits for it, or for one that comes after it."""
+
+    def submit(self, direction, copy, after=()):
+        return {"copy": copy, "after": [ticket for ticket in after if ticket], "done": False}
+
+    def wait(self, ticket):
+        if ticket is None or ticket["done"]:
+            return
+        for earlier in ticket["after"]:
+            self.wait(earlier)
+        ticket["copy"]()
+        ticket["done"] = True
+
+
+class Slow(ThreadMover):
+    """Transfers that take long compared with any computation, for different times."""
+
+    def submit(self, direction, copy, after=()):
+        delay = random.Random(repr((direction, len(self.delays)))).choice([0, 0.001, 0.004])
+        self.delays.append(delay)
+        return super().submit(direction, lambda: (time.sleep(delay), copy()), after)
+
+    delays: list = []
+
+
+class FakeStreams:
+    """A device module whose streams run their work as late as possible: when the computation, which runs at once,
+    waits for it. Records the order that events ask for, as CUDA's do."""
+
+    def __init__(self):
+        self.current = None
+
+    def Stream(self, device=None):  # noqa: N802
+        return FakeStream()
+
+    def Event(self, enable_timing=False):  # noqa: N802
+        return FakeEvent()
+
+    def current_stream(self, device=None):
+        return COMPUTE
+
+    def stream(self, stream):
+        return stream
+
+    def device(self, device):
+        raise AssertionError("threads only")
+
+
+class FakeStream:
+    running = None
+
+    def __init__(self):
+        self.queue, self.seconds = [], 0.0
+
+    def __enter__(self):
+        FakeStream.running = self
+
+    def __exit__(self, *error):
+        FakeStream.running = None
+
+    def wait_stream(self, other):
+        assert other is COMPUTE
+
+    def wait_event(self, event):
+        if self is COMPUTE:
+            event.synchronize()
+        else:
+            self.queue.append(event.synchronize)
+
+    def run_until(self, event):
+        while not event.happened:
+            self.queue.pop(0)()
+
+    def synchronize(self):
+        while self.queue:
+            self.queue.pop(0)()
+
+
+class FakeEvent:
+    def __init__(self):
+        self.happened, self.on, self.at = False, None, 0.0
+
+    def record(self, stream):
+        self.on = stream
+        if stream is COMPUTE:
+            self._happen()
+        else:
+            stream.queue.append(self._happen)
+
+    def _happen(self):
+        self.happened, self.at = True, time.perf_counter()
+
+    def synchronize(self):
+        self.on.run_until(self)
+
+    def query(self):
+        return self.happened
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+COMPUTE = FakeStream()
+
+
+def on_fake_streams(monkeypatch, traffic):
+    monkeypatch.setattr(movers, "streams_of", lambda device: FakeStreams())
+    monkeypatch.setattr(movers, "_run", lambda copy: FakeStream.running.queue.append(copy))
+    return StreamMover(traffic, CPU)
+
+
+MOVERS = {
+    "lazy": lambda patch, traffic: Lazy(traffic),
+    "slow": lambda patch, traffic: Slow(traffic, CPU),
+    "streams": on_fake_streams,
+    "default": None,
+}
+PLACES = {
+    "host": lambda path, slots: HostStateStore(CPU, (), 0, slots),
+    "disk": lambda path, slots: DiskStateStore(CPU, (), 0, slots, path=path),
+}
+
+
+def filled(store, sizes=SIZES):
+    """Units with known values; and those values."""
+    expected = {}
+    for unit, numel in enumerate(sizes):
+        for key, dtype in KEYS.items():
+            store.ensure(unit, key, numel, dtype)
+        expected[unit] = {key: torch.full((numel,), unit, dtype=dtype) for key, dtype in KEYS.items()}
+    assert store.start() is store
+    for unit, values in expected.items():
+        for key, tensor in values.items():
+            store.write(unit, key, tensor)
+    store.synchronize()
+    return expected
+
+
+def visit(store, expected, unit):
+    tensors = store.fetch(unit)
+    assert tensors.keys() == expected[unit].keys()
+    for key, tensor in tensors.items():
+        assert torch.equal(tensor, expected[unit][key]), (unit, key)
+        tensor.add_(1)
+        expected[unit][key] = tensor.clone()
+    store.evict(unit)
+
+
+@pytest.mark.parametrize("slots", [0, 1, 2])
+@pytest.mark.parametrize("mover", MOVERS)
+@pytest.mark.parametrize("place", PLACES)
+def test_fetch_gives_what_was_evicted(place, mover, slots, tmp_path, monkeypatch):
+    if slots == 0 and mover != "default":
+        pytest.skip("nothing runs in the background")
+    rng = random.Random(f"{place}{mover}{slots}")
+    store = PLACES[place](tmp_path, slots)
+    if MOVERS[mover]:
+        store.mover.close()
+        store.mover = MOVERS[mover](monkeypatch, store.traffic)
+    expected = filled(store)
+    order = []
+    for _ in range(12):  # cycles in one order, in changing orders, over few units, and one unit again and again
+        order += rng.choice([range(6), rng.sample(range(6), 6), [0, 2] * 3, [2] * 4, [5, 4, 3, 2, 1, 0]])
+    for position, unit in enumerate(order):
+        visit(store, expected, unit)
+        what = rng.random()
+        if what < 0.8:
+            store.prefetch((order + [0])[position + 1])
+        elif what < 0.9:  # a wrong guess, twice
+            store.prefetch(rng.randrange(6))
+            store.prefetch(rng.randrange(6))
+        if rng.random() < 0.15:  # a checkpoint
+            store.synchronize()
+            for other in range(6):
+                assert all(torch.equal(v, expected[other][k]) for k, v in store.read(other).items())
+        if rng.random() < 0.1:  # resuming from one, with a prefetch under way
+            store.synchronize()
+            target = rng.randrange(6)
+            store.prefetch(target)
+            expected[target]["master"] = torch.randn(SIZES[target])
+            half = SIZES[target] // 2
+            store.write(target, "master", expected[target]["master"][half:], half)
+            store.write(target, "master", expected[target]["master"][:half])
+            store.prefetch(target)
+    store.write(3, "exp_avg", torch.zeros(SIZES[3]))
+    expected[3]["exp_avg"].zero_()
+    store.synchronize()
+    assert store._staged is None  # holds no memory
+    assert all(torch.equal(v, expected[u][k]) for u in range(6) for k, v in store.read(u).items())
+    store.close()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_keys_that_appear_during_an_update(place, tmp_path):
+    """Adafactor's states have shapes that are known after its first step only; tensors given out must stay valid."""
+    store = PLACES[place](tmp_path, 1)
+    filled(store, [100, 30])
+    tensors = store.fetch(1)
+    before = tensors["master"]
+    store.ensure(1, "row_var:w", 5000, torch.float32)  # larger than the slot
+    store.ensure(7, "late", 3, torch.float32)
+    store.fetch(1)["row_var:w"].fill_(3)
+    before.fill_(9)
+    store.evict(1)
+    store.prefetch(0)
+    store.synchronize()
+    assert (store.read(1)["row_var:w"] == 3).all() and (store.read(1)["master"] == 9).all()
+    assert (store.fetch(1)["row_var:w"] == 3).all() and (store.fetch(7)["late"] == 0).all()
+    store.evict(1)
+    store.evict(7)
+    store.ensure(0, "row_var:v", 4, torch.float32)  # between updates, as a resumed run does
+    store.write(0, "row_var:v", torch.ones(4))
+    assert (store.fetch(0)["row_var:v"] == 1).all() and (store.fetch(0)["exp_avg"] == 0).all()
+    store.close()
+
+
+def rotate(store, order, steps):
+    """Traffic of each step."""
+    taken = []
+    for step in range(steps):
+        store.fetch(order[step % len(order)])
+        store.evict(order[step % len(order)])
+        store.prefetch(order[(step + 1) % len(order)])
+        taken.append(store.traffic.take())
+    return taken
+
+
+def test_each_step_moves_one_unit_in_and_one_out():
+    store = HostStateStore(CPU, (), 0, 1)
+    filled(store)
+    sizes = [store.num_bytes(unit) for unit in range(6)]
+    for step, traffic in enumerate(rotate(store, range(6), 18)):
+        first = sizes[0] if step == 0 else 0  # nobody announced the first
+        assert traffic.bytes_in == sizes[(step + 1) % 6] + first and traffic.bytes_out == sizes[step % 6]
+    assert store.residency(0) is Residency.ARRIVING and store.residency(1) is Residency.PARKED
+    store.close()
+
+
+def test_a_group_that_stays_active_does_not_move():
+    store = HostStateStore(CPU, (), 0, 1)
+    expected = filled(store)
+    for _ in range(5):
+        visit(store, expected, 2)
+        store.prefetch(2)
+    traffic = store.traffic.take()
+    assert traffic.bytes_in == store.num_bytes(2) and traffic.bytes_out == 0
+    store.synchronize()
+    assert store.traffic.take().bytes_out == store.num_bytes(2)
+    assert torch.equal(store.read(2)["master"], expected[2]["master"])
+    store.close()
+
+
+def test_a_write_back_keeps_what_was_evicted():
+    """Also if the unit is updated again before the copy has begun."""
+    store = HostStateStore(CPU, (), 0, 2)
+    store.mover = Lazy(store.traffic)
+    expected = filled(store)
+    visit(store, expected, 0)
+    store.prefetch(2)
+    store.fetch(0)["master"].fill_(77)
+    assert torch.equal(store._decode(0, store._at_rest(0))["master"], expected[0]["master"])
+    store.close()
+
+
+def test_two_units_in_two_slots_never_come_in_again():
+    store = HostStateStore(CPU, (), 0, 2)
+    filled(store)
+    taken = rotate(store, [0, 2], 8)
+    assert sum(t.bytes_in for t in taken) == store.num_bytes(0) + store.num_bytes(2)
+    assert all(t.bytes_out > 0 for t in taken)
+    store.close()
+
+
+def test_hidden_and_stalled_seconds():
+    """A transfer of 50 ms behind 70 ms of computation is hidden; behind none it stalls the step."""
+    store = HostStateStore(CPU, (), 0, 2)
+    filled(store, [64, 64, 64])
+    copy_in = store._copy_in
+    store._copy_in = lambda unit, memory: (time.sleep(0.05), copy_in(unit, memory))
+    rotate(store, range(3), 3)
+    time.sleep(0.07)
+    store.fetch(0)
+    hidden = store.traffic.take()
+    assert hidden.transfer_s > 0.045 and hidden.stalled_s < 0.02
+    store.evict(0)
+    store.prefetch(1)
+    store.fetch(1)
+    stalled = store.traffic.take()
+    assert stalled.transfer_s > 0.045 and stalled.stalled_s > 0.03
+    store.close()
+
+
+def test_slots_exist_with_prefetch_only(monkeypatch):
+    for slots in (0, 1, 2):
+        store = HostStateStore(CPU, (), 0, slots)
+        filled(store)
+        rotate(store, range(6), 12)
+        store.synchronize()
+        largest = store.largest_bytes()
+        assert sum(slot.memory.numel() for slot in store._slots) == slots * largest
+        store.close()
+
+
+@pytest.mark.parametrize("mover", ["lazy", "default"])
+def test_more_units_at_once_than_slots(mover):
+    store = HostStateStore(CPU, (), 0, 1)
+    if mover == "lazy":
+        store.mover = Lazy(store.traffic)
+    expected = filled(store)
+    store.fetch(0)["master"].fill_(50)
+    store.fetch(2)["master"].fill_(52)
+    store.prefetch(1)  # no slot free: ignored
+    store.evict(2)
+    store.evict(0)
+    for unit in (0, 2):
+        expected[unit]["master"].fill_(50 + unit)
+        visit(store, expected, unit)
+    assert len(store._slots) == 1
+    store.close()
+
+
+def test_page_locked_memory_is_cut_from_slabs(monkeypatch):
+    """Without an accelerator nothing is page-locked, but the cutting can be tried."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    monkeypatch.setattr("hift_ds.store.host.SLAB_BYTES", 4096)
+    store = HostStateStore(CPU, (), 0, 2)
+    store.pin_memory = True
+    expected = filled(store)
+    assert max(len(segments) for segments in store._host.values()) > 1  # a unit lies across slabs
+    for unit in [0, 1, 2, 3, 4, 5] * 3:
+        visit(store, expected, unit)
+        store.prefetch((unit + 1) % 6)
+    store.close()
+
+
+@pytest.mark.parametrize("direction", [IN, OUT])
+def test_a_failed_transfer_is_an_error_of_the_step_that_needs_it(direction):
+    store = HostStateStore(CPU, (), 0, 1)
+    filled(store)
+
+    def fail(unit, memory):
+        raise OSError("bus error")
+
+    setattr(store, "_copy_in" if direction == IN else "_copy_out", fail)
+    with pytest.raises(StateStoreError, match="bus error"):
+        rotate(store, range(6), 3)
+    store.close()
