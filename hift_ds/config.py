@@ -92,6 +92,17 @@ class ActivationsConfig(BaseModel):
         return self
 
 
+class CheckpointConfig(BaseModel):
+    """How checkpoints are saved. See docs/checkpoints.md."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    asynchronous: bool = False
+    """Training goes on while a snapshot is written: two groups' states and weights in host memory at most."""
+    on_error: Literal["raise", "continue"] = "raise"
+    """``continue``: a checkpoint that cannot be written (a full disk) is reported, and training goes on."""
+
+
 class HiFTConfig(BaseModel):
     """All keys of the block, with their defaults."""
 
@@ -117,6 +128,7 @@ class HiFTConfig(BaseModel):
     """Without masters: round the updated weight to bf16 stochastically, so that small updates are not lost."""
     state: StateConfig = StateConfig()
     activations: ActivationsConfig = ActivationsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
     def _agree(self) -> HiFTConfig:
@@ -149,7 +161,7 @@ def _one_line(error: ValidationError) -> ConfigError:
     first = error.errors()[0]
     path = [BLOCK, *(str(part) for part in first["loc"])]
     if first["type"] == "extra_forbidden":
-        model = {"state": StateConfig, "activations": ActivationsConfig}.get(".".join(path[1:-1]), HiFTConfig)
+        model = {"state": StateConfig, "activations": ActivationsConfig, "checkpoint": CheckpointConfig}.get(".".join(path[1:-1]), HiFTConfig)
         return unknown_key(path[-1], model.model_fields, '"' + ".".join(path[:-1]) + '"')
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":

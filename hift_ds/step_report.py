@@ -24,3 +24,4 @@ class StepReport:
     transfer_s: float  # seconds that state transfers took
     stalled_s: float  # of which the step waited
     peak_bytes: int  # highest allocation on the accelerator so far (host memory on a CPU-only machine)
+    checkpoint_s: float = 0.0  # seconds that training waited for checkpoints since the last step

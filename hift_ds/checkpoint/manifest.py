@@ -63,6 +63,8 @@ def read_manifest(folder: Path) -> Manifest:
         NewerCheckpoint: another hift_ds wrote it.
     """
     path = folder / MANIFEST
+    if not folder.is_dir():
+        raise DamagedCheckpoint(f"{folder} does not exist")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         checksum = content.pop("crc32")
@@ -135,11 +137,12 @@ def tags_by_age(save_dir: Path) -> list[str]:
 
 
 def latest_tag(save_dir: Path) -> str | None:
-    """What ``latest`` says; ``None`` if there is no such file."""
+    """What ``latest`` says; ``None`` if there is no such file, or nothing in it that names a folder."""
     try:
-        return (save_dir / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-    except FileNotFoundError:
+        tag = (save_dir / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
         return None
+    return tag if tag and "/" not in tag and "\0" not in tag else None
 
 
 def _crc32(content: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ moment even while training goes on. Memory: one tensor when it is written at onc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -72,25 +72,28 @@ class Snapshot:
         """That this rank will write, headers not counted."""
         return sum(spec.num_bytes for specs in self.specs.values() for spec in specs)
 
-    def fixed(self) -> Iterator[tuple[str, Tensor]]:
-        """(file, tensor): frozen weights and buffers."""
-        for tensor in self._fixed.values():
-            yield from self._weight(tensor)
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """(file, tensor): parameters that are in no unit; live."""
+        return self._weights(tensor for tensor in self._fixed.values() if isinstance(tensor, nn.Parameter))
+
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """(file, tensor); live. They come after the frozen parameters."""
+        return self._weights(tensor for tensor in self._fixed.values() if not isinstance(tensor, nn.Parameter))
 
     def of_unit(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
         """(file, tensor): the weights of a unit and this rank's states. Views of live tensors."""
-        for member in unit.members:
-            yield from self._weight(member.param)
+        yield from self._weights(member.param for member in unit.members)
         self._optimizer.store_of(unit.index).synchronize()
         for chunk in unit.chunks:
             if stored := self._stored[chunk.id]:
                 for tensor in read_chunk(self._optimizer, unit, chunk, stored):
                     yield STATES, tensor
 
-    def _weight(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        whole = self._whole(tensor)
-        if self.writes_weights:
-            yield WEIGHTS, whole
+    def _weights(self, tensors: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for tensor in tensors:
+            whole = self._whole(tensor)
+            if self.writes_weights:
+                yield WEIGHTS, whole
 
     def _units_by_next_turn(self) -> list[Unit]:
         """Always-active first, then as the schedule will visit them."""

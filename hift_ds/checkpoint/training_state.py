@@ -42,6 +42,19 @@ class StoredTensor:
         return view.reshape(-1) if self.flat else view
 
 
+# Which kernel runs, not what it computes: the run's own choice, since another device may resume.
+_KERNEL_OPTIONS = ("params", "fused", "foreach", "capturable", "differentiable")
+
+
+def options_of(param_group: Mapping[str, Any]) -> dict[str, Any]:
+    """What the optimizer computes with."""
+    return {key: value for key, value in param_group.items() if key not in _KERNEL_OPTIONS}
+
+
+def class_name(optimizer: torch.optim.Optimizer) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+
+
 # -- out ------------------------------------------------------------------------------------------------------
 
 

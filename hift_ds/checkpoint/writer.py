@@ -67,6 +67,13 @@ class CheckpointWriter:
         Args:
             gradients: pending ones, by parameter.
         """
+        try:
+            self._open(gradients)
+        except BaseException:
+            self.discard()
+            raise
+
+    def _open(self, gradients: Mapping[str, Tensor]) -> None:
         folder, rank = self.staging.path, self.staging.rank
         with write_errors(self.staging.save_dir):
             self._records[rank_file(rank)] = write_json(folder / rank_file(rank), self._own, indent=None)
@@ -79,6 +86,18 @@ class CheckpointWriter:
                     self._records[CLIENT_STATE_FILE] = write_bytes(folder / CLIENT_STATE_FILE, data)
                 self._files[WEIGHTS] = SafetensorsWriter(folder / WEIGHTS_FILE, self.snapshot.specs[WEIGHTS])
             self._files[STATES] = SafetensorsWriter(folder / states_file(rank), self.snapshot.specs[STATES])
+
+    def write_all(self) -> None:
+        """The whole snapshot, one tensor after another."""
+        try:
+            self.add(self.snapshot.frozen())
+            self.add(self.snapshot.buffers())
+            for unit in self.snapshot.units:
+                self.add(self.snapshot.of_unit(unit))
+            self.close()
+        except BaseException:
+            self.discard()
+            raise
 
     def add(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """(file, tensor) pairs, in the snapshot's order. An error is kept for :meth:`close` and the rest still taken:

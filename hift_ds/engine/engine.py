@@ -285,6 +285,7 @@ class HiFTEngine(Checkpointing, SeamEngine):
         report.transfer_s, report.stalled_s = traffic.transfer_s, traffic.stalled_s
         report.grad_numel_sent, ranks.grad_numel_sent = ranks.grad_numel_sent, 0
         report.peak_bytes = peak_bytes()
+        report.checkpoint_s = self.take_checkpoint_s()
         return report
 
     def get_lr(self) -> list[float]:

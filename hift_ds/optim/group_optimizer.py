@@ -362,6 +362,16 @@ class GroupOptimizer:
             for member, count in zip(unit.members, self.num_updates[index], strict=True)
         }
 
+    @property
+    def is_mid_step(self) -> bool:
+        """Gradients were reduced and their update has not been made."""
+        return bool(self._reduced)
+
+    def drop_gradients(self) -> None:
+        """Reduced or not: another state is about to be loaded."""
+        self._reduced.clear()
+        self.zero_grad()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.parameters.drop_grads(self.units.values())
 

@@ -13,6 +13,9 @@ from tests.helpers.toy import Toy
 BF16, FP16 = {"enabled": True}, {"enabled": True, "initial_scale_power": 20, "loss_scale_window": 3, "hysteresis": 1}
 
 
+ASYNC = {"asynchronous": True}
+
+
 class Noisy(Toy):
     """Draws from the global generator in every forward, and has a running statistic."""
 
@@ -78,6 +81,13 @@ CASES = {
     "stage 1": Case(ds_config(stage=1)),
     "stage 3": Case(ds_config(stage=3)),
     "stage 3, accumulation": Case(ds_config(stage=3, gas=3, bf16=BF16), num_micro_batches=27, at=(6, 16, 17)),
+    "asynchronous": Case(hift(checkpoint=ASYNC), at=(1, 5, 7, 15)),
+    "asynchronous, all at once": Case(
+        ds_config(gas=3, bf16=BF16, hift={"checkpoint": ASYNC, "steps_per_group": 2, "always_active": ["head"]}),
+        model=partly_frozen, num_micro_batches=40, at=(5, 6, 7, 20),
+    ),
+    "asynchronous, buffers": Case(hift(checkpoint=ASYNC), model=Noisy),
+    "asynchronous, stage 3": Case(ds_config(stage=3, hift={"checkpoint": ASYNC}), model=partly_frozen, at=(1, 5, 7)),
     "SGD": Case(ds_config(optimizer="SGD")),
     "SGD, momentum": Case(ds_config(optimizer="SGD", params={"momentum": 0.9, "nesterov": True})),
     "AdamW, amsgrad": Case(ds_config(params={"amsgrad": True})),

@@ -15,7 +15,7 @@ from tests.helpers.engines import ds_config
 BF16 = {"enabled": True}
 EXACT = [
     "accumulation", "bf16", "bf16, stochastic rounding", "turns", "slices", "stage 1", "stage 3, accumulation",
-    "Adafactor", "Muon", "client optimizer", "dropout and buffers",
+    "Adafactor", "Muon", "client optimizer", "dropout and buffers", "asynchronous", "asynchronous, stage 3",
 ]  # fmt: skip
 MOVES = [(1, 2), (2, 3), (3, 1), (4, 2)]
 

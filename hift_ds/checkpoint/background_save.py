@@ -1,0 +1,110 @@
+"""An asynchronous save: training goes on while a snapshot is copied unit by unit and written by a thread.
+
+Only the active group changes in a step. So the main thread copies each unit to host memory before its next update,
+in the order in which the schedule comes to them, and the thread writes the copies: a snapshot of one moment, with at
+most ``UNITS_IN_MEMORY`` copies at a time. State stores and collectives stay in the main thread; the thread only
+touches files.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+
+from torch import Tensor
+
+from hift_ds.checkpoint.writer import CheckpointWriter
+from hift_ds.errors import CheckpointError
+from hift_ds.optim.parameters import Unit
+
+logger = logging.getLogger(__name__)
+
+UNITS_IN_MEMORY = 2  # one being written, one waiting: the main thread copies the next while the thread writes
+_END = None
+
+
+class BackgroundSave:
+    """Starts at once.
+
+    Args:
+        writer: open.
+        publish: called by the thread when this rank's files are complete.
+        collective: copying takes part in a collective (partitioned weights), so all ranks must copy alike.
+    """
+
+    def __init__(self, writer: CheckpointWriter, publish: Callable[[], None], collective: bool) -> None:
+        self._writer = writer
+        self._publish = publish
+        self._collective = collective
+        self._remaining: deque[Unit] = deque(writer.snapshot.units)
+        self._copies: queue.Queue[list[tuple[str, Tensor]] | None] = queue.Queue(maxsize=UNITS_IN_MEMORY - 1)
+        self.failure: CheckpointError | None = None
+        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        self._thread.start()
+        self._put_fixed()
+        atexit.register(self.finish)  # a program that ends without asking for its last checkpoint gets it all the same
+
+    def raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def before_step(self, active: Collection[int]) -> None:
+        """Copy the units that the coming step changes, and one more if the thread has nothing to do."""
+        while any(unit.index in active for unit in self._remaining):
+            self._copy_next()
+        if self._remaining and (self._collective or self._copies.empty()):
+            self._copy_next()
+
+    def finish(self) -> None:
+        """Copy what is left and wait until the checkpoint has its name, or has failed."""
+        while self._remaining:
+            self._copy_next()
+        self._thread.join()
+        atexit.unregister(self.finish)
+
+    def _copy_next(self) -> None:
+        unit = self._remaining.popleft()
+        self._copies.put(_copied(self._writer.snapshot.of_unit(unit)))
+        if not self._remaining:
+            self._copies.put(_END)
+
+    def _put_fixed(self) -> None:
+        """Frozen weights never change: they need no copy, unless making them whole made one."""
+        snapshot = self._writer.snapshot
+        if self._collective:
+            for item in snapshot.frozen():
+                self._copies.put(_copied([item]))
+        else:
+            self._copies.put(list(snapshot.frozen()))
+        self._copies.put(_copied(snapshot.buffers()))
+
+    def _write(self) -> None:
+        copies: list[tuple[str, Tensor]] | None = []
+        try:
+            while (copies := self._copies.get()) is not _END:
+                self._writer.add(copies)
+                copies = []  # let go of them before waiting for the next
+            self._writer.close()
+            self._publish()
+        except Exception as error:
+            self._fail(error if isinstance(error, CheckpointError) else CheckpointError(f"{type(error).__name__}: {error}"))
+            while copies is not _END:  # the main thread must not wait for room in the queue
+                copies = self._copies.get()
+
+    def _fail(self, error: CheckpointError) -> None:
+        self.failure = error
+        self._writer.discard()
+        staging = self._writer.staging
+        if staging.leads:
+            staging.discard()
+        else:
+            staging.write_failure(str(error))
+        logger.error("checkpoint %s failed while training went on: %s", staging.final, error)
+
+
+def _copied(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    return [(file, tensor.detach().to("cpu", copy=True)) for file, tensor in tensors]
