@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FALLBACK = "alpaca"
-"""For a tokenizer without a template of its own: plain words only, so it needs no token that a base model lacks."""
+"""For a tokenizer without a template of its own: plain words only, so it needs no token that a base model
+lacks."""
 
 TEMPLATES = {
     "alpaca": (
@@ -38,8 +39,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str = "auto"
     """Give ``tokenizer`` the template of a run, so that it is used here and saved with the model.
 
     Args:
-        template: ``auto`` (the tokenizer's own, else ``alpaca``), a name of ``TEMPLATES``, or a file with a Jinja
-            template.
+        template: ``auto`` (the tokenizer's own, else ``alpaca``), a name of ``TEMPLATES``, or a file with a
+            Jinja template.
 
     Returns:
         What was chosen, in words.
@@ -55,7 +56,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str = "auto"
         lacking = [token for token in _NEEDS.get(template, ()) if token not in tokenizer.get_vocab()]
         if lacking:
             raise ConfigError(
-                f"data.template: {template} needs the tokens {', '.join(lacking)}, which the tokenizer lacks; "
+                f"data.template: {template} needs the tokens {', '.join(lacking)}, which the tokenizer "
+                "lacks; "
                 f"use {FALLBACK}"
             )
         tokenizer.chat_template = _bos(tokenizer) + TEMPLATES[template]
@@ -63,13 +65,17 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str = "auto"
     file = Path(template).expanduser()
     if not file.is_file():
         raise ConfigError(
-            f"data.template: {template!r} is neither auto, {', '.join(TEMPLATES)}, nor a file with a Jinja template"
+            f"data.template: {template!r} is neither auto, {', '.join(TEMPLATES)}, nor a file with a "
+            "Jinja template"
         )
     tokenizer.chat_template = file.read_text(encoding="utf-8")
     return str(file)
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What starts a text of a tokenizer that puts a BOS token before every text by itself (GPT-2's does not)."""
+    """What starts a text of a tokenizer that puts a BOS token before every text by itself (GPT-2's does
+    not)."""
     first = tokenizer("a").input_ids[:1]
-    return "{{- bos_token }}" if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else ""
+    return (
+        "{{- bos_token }}" if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else ""
+    )

@@ -16,8 +16,9 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     train: Any
-    """A file (JSON lines, JSON, CSV, TSV, parquet, arrow), a folder of these, ``hub:owner/name``, an object with
-    ``path`` and ``split``, ``subset``, ``format``, ``columns``, ``max_samples``, or a list of any of these."""
+    """A file (JSON lines, JSON, CSV, TSV, parquet, arrow), a folder of these, ``hub:owner/name``, an object
+    with ``path`` and ``split``, ``subset``, ``format``, ``columns``, ``max_samples``, or a list of any of
+    these."""
     eval: Any = None
     """Held-out data, written like ``train``."""
     val_size: float = Field(0.0, ge=0)
@@ -27,7 +28,8 @@ class DataConfig(BaseModel):
     columns: dict[str, str] = {}
     """Our column name: the name in the data, as in ``{prompt: question, completion: answer}``."""
     template: str = "auto"
-    """auto: the tokenizer's chat template, else alpaca. Or alpaca, chatml, or a file with a Jinja template."""
+    """auto: the tokenizer's chat template, else alpaca. Or alpaca, chatml, or a file with a Jinja
+    template."""
     max_length: int | None = Field(None, ge=2)
     """Tokens of the longest sample; null: 2048, or what the model allows if that is less."""
     truncation: Literal["keep_start", "keep_end", "drop"] = "keep_start"

@@ -5,11 +5,11 @@ Only answers are learned, unless asked otherwise. For a conversation of two turn
     <|im_start|>user  Hi <|im_end|> <|im_start|>assistant  Hello <|im_end|>  <|im_start|>user  Bye ...
     .            .    .  .          .            .         LEARNED LEARNED . .            .    .
 
-Chat templates rarely say where an answer begins and ends (``{% generation %}``), so it is found from outside: what
-the template renders for the messages before an answer, with the generation prompt, is where the answer begins; what
-it renders for the messages up to and including the answer is where it ends. Both hold if they are prefixes of the
-whole. Some templates break that (Qwen3 drops the thoughts of earlier turns): then each answer becomes a sample of its
-own, behind exactly the prompt that the model will see when it is used.
+Chat templates rarely say where an answer begins and ends (``{% generation %}``), so it is found from outside:
+what the template renders for the messages before an answer, with the generation prompt, is where the answer
+begins; what it renders for the messages up to and including the answer is where it ends. Both hold if they
+are prefixes of the whole. Some templates break that (Qwen3 drops the thoughts of earlier turns): then each
+answer becomes a sample of its own, behind exactly the prompt that the model will see when it is used.
 """
 
 from __future__ import annotations
@@ -72,10 +72,14 @@ class Encoder:
 
     def _completion(self, sample: Completion) -> Encoded:
         prompt = self.tokenizer(sample.prompt).input_ids
-        if prompt and prompt[-1] == self.tokenizer.eos_token_id and not sample.prompt.endswith(self.tokenizer.eos_token):
+        if (
+            prompt
+            and prompt[-1] == self.tokenizer.eos_token_id
+            and not sample.prompt.endswith(self.tokenizer.eos_token)
+        ):
             prompt = prompt[:-1]  # of a tokenizer that ends every text by itself
         ids = self._with_end(self.tokenizer(sample.prompt + sample.completion).input_ids)
-        # A token that has the last letters of the prompt and the first of the answer in it belongs to the answer.
+        # A token with the prompt's last letters and the answer's first in it belongs to the answer.
         begin = 0 if self.train_on_prompt else common_prefix_length(prompt, ids)
         return Encoded(ids, [index >= begin for index in range(len(ids))])
 
@@ -106,7 +110,9 @@ class Encoder:
     def _span(self, sample: Conversation, answer: int, whole: str, origin: str) -> tuple[str, str] | None:
         """What comes before an answer and what ends with it, if both are prefixes of ``whole``."""
         before = self._render(sample, answer, True, origin)
-        through = whole if answer + 1 == len(sample.messages) else self._render(sample, answer + 1, False, origin)
+        through = (
+            whole if answer + 1 == len(sample.messages) else self._render(sample, answer + 1, False, origin)
+        )
         _check_rendered(sample.messages[answer]["content"], before, through, origin)
         inside = whole.startswith(before) and whole.startswith(through) and len(before) <= len(through)
         return (before, through) if inside else None
@@ -128,7 +134,7 @@ class Encoder:
             learned[begin:end] = [True] * (end - begin)
         last = max((index for index, flag in enumerate(learned) if flag), default=None)
         if last is not None and spans[-1][1] == whole and ids[last] not in self.control_ids:
-            # The template leaves the last answer open: without an end token the model would never learn to stop.
+            # The template leaves the last answer open: a model would never learn to stop.
             end_token = self.tokenizer.eos_token_id
             if end_token is not None:
                 return Encoded([*ids, end_token], [*learned, True])
@@ -137,13 +143,13 @@ class Encoder:
     def _answer_end(self, ids: list[int], begin: int, end: int) -> int:
         """``end`` so that the last learned token is the one that ends a turn.
 
-        White space behind an end-of-turn token is left out. Where a template has no such token (GLM), the token that
-        begins the next message is what stops the model, so it is taken in.
+        White space behind an end-of-turn token is left out. Where a template has no such token (GLM), the
+        token that begins the next message is what stops the model, so it is taken in.
         """
         for last in range(end - 1, begin - 1, -1):
             if ids[last] in self.control_ids:
                 return last + 1
-            if self.tokenizer.decode([ids[last]]).strip():
+            if str(self.tokenizer.decode([ids[last]])).strip():
                 break
         return end + 1 if end < len(ids) and ids[end] in self.control_ids else end
 
@@ -156,21 +162,29 @@ class Encoder:
         if not messages:
             return ""
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=sample.tools, tokenize=False, add_generation_prompt=generation_prompt
+            rendered = self.tokenizer.apply_chat_template(
+                messages,
+                tools=sample.tools,  # type: ignore[arg-type]
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
             )
+            return str(rendered)
         except Exception as error:  # Jinja's, or whatever a template raises by itself
             reason = " ".join(str(error).split()) or type(error).__name__
             roles = ", ".join(message["role"] for message in messages)
-            raise DataError(f"{origin}: the chat template refuses messages of {roles}: {reason[:200]}") from error
+            raise DataError(
+                f"{origin}: the chat template refuses messages of {roles}: {reason[:200]}"
+            ) from error
 
 
 def _check_rendered(answer: str, before: str, through: str, origin: str) -> None:
-    """Templates may shorten an answer (drop its thoughts), but one that drops all of it would teach silence."""
+    """Templates may shorten an answer (drop its thoughts), but one that drops all of it would teach
+    silence."""
     words = re.findall(r"\w+", answer)
     if words and words[-1] not in through[len(os.path.commonprefix([before, through])) :]:
         raise DataError(
-            f"{origin}: the chat template leaves out the answer that ends with {words[-1][-40:]!r}; it may expect content in "
+            f"{origin}: the chat template leaves out the answer that ends with {words[-1][-40:]!r}; it "
+            "may expect content in "
             "parts, as those of vision models do; set data.template"
         )
 

@@ -50,11 +50,20 @@ Sample = Conversation | Completion | Text
 Row = Mapping[str, Any]
 
 _ROLES = {
-    "human": "user", "user": "user", "prompter": "user",
-    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-    "system": "system", "developer": "developer",
-    "tool": "tool", "observation": "tool", "function_response": "tool",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
 
 
 def to_sample(row: Row, format: str, origin: str) -> Sample:
@@ -194,9 +203,13 @@ def _messages(value: Any, column: str) -> list[Message]:
 def _content(content: Any, column: str) -> str:
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" for part in content
+    ):
         return "".join(part.get("text") or "" for part in content)
-    raise _Malformed(f"{column}: expected content to be text, got {_short(content)}; images and audio cannot be trained on")
+    raise _Malformed(
+        f"{column}: expected content to be text, got {_short(content)}; images and audio cannot be trained on"
+    )
 
 
 def _tools(row: Row) -> list[dict[str, Any]] | None:

@@ -1,8 +1,9 @@
 """Several short samples in one row, none of which sees another.
 
-The packing and the batches are TRL's: best-fit rows of at most ``max_length`` tokens, and batches without padding
-whose ``position_ids`` start at 0 with every sample. transformers derives from these a block-diagonal attention mask,
-for the models that build their mask with its current functions. :func:`packed_samples_are_isolated` finds out.
+The packing and the batches are TRL's: best-fit rows of at most ``max_length`` tokens, and batches without
+padding whose ``position_ids`` start at 0 with every sample. transformers derives from these a block-diagonal
+attention mask, for the models that build their mask with its current functions.
+:func:`packed_samples_are_isolated` finds out.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def pack(dataset: Dataset, max_length: int) -> Dataset:
     """Rows of at most ``max_length`` tokens, made of whole samples.
 
     Args:
-        dataset: ``input_ids`` and ``labels``, no row longer than ``max_length``. Neighbours end up together, so
-            shuffle it first.
+        dataset: ``input_ids`` and ``labels``, no row longer than ``max_length``. Neighbours end up together,
+            so shuffle it first.
 
     Returns:
         The same columns and ``seq_lengths``, the lengths of the samples in each row.
@@ -39,8 +40,8 @@ def pack(dataset: Dataset, max_length: int) -> Dataset:
 def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool) -> Any:
     """What makes a batch of rows: padded on the right, or with ``packing`` laid end to end in one row.
 
-    Padding has label -100 and is masked from attention. In packed batches the first label of every sample is -100,
-    since the token before it belongs to another sample.
+    Padding has label -100 and is masked from attention. In packed batches the first label of every sample is
+    -100, since the token before it belongs to another sample.
     """
     if not packing:
         from transformers import DataCollatorForSeq2Seq
@@ -54,12 +55,12 @@ def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool) -> Any:
 def packed_samples_are_isolated(model: nn.Module) -> bool:
     """Whether the samples of a packed row have no influence on each other in this model.
 
-    Runs two short samples in one row, as the collator makes it, changes the first, and compares the logits of the
-    second.
+    Runs two short samples in one row, as the collator makes it, changes the first, and compares the second's
+    logits.
 
     Args:
-        model: a causal language model with its weights, on any device. Its training flag is restored. With
-            ``model.config.use_cache`` transformers builds no block-diagonal mask; the Trainer turns it off.
+        model: a causal language model with its weights, on any device. Its training flag is restored. It runs
+            with ``use_cache`` off, as in training: with a cache transformers makes no block-diagonal mask.
     """
     import torch
 
@@ -73,14 +74,20 @@ def packed_samples_are_isolated(model: nn.Module) -> bool:
     try:
         with torch.no_grad():
             before, after = (
-                model(**_to(weight.device, batch_of([{"input_ids": other.tolist()}, {"input_ids": second.tolist()}])))
-                .logits[0].detach()
+                model(
+                    **_to(
+                        weight.device,
+                        batch_of([{"input_ids": other.tolist()}, {"input_ids": second.tolist()}]),
+                    )
+                )
+                .logits[0]
+                .detach()
                 for other in (first, first.flip(0))
             )
     finally:
         model.train(training)
-    # Compared with how far the first sample's own logits moved. Not with zero: a mixture of experts rounds the second
-    # sample differently when the first one sends its tokens elsewhere.
+    # Compared with how far the first sample's own logits moved. Not with zero: a mixture of experts rounds
+    # the second sample differently when the first one sends its tokens elsewhere.
     moved = (before - after).abs().float()
     tolerance = 1e-4 if weight.dtype == torch.float32 else 2e-2
     return bool(moved[6:].max() <= tolerance * moved[:6].max())
@@ -93,4 +100,5 @@ def _packed_collator(pad_token_id: int) -> Any:
 
 
 def _to(device: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
+    moved = {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
+    return {**moved, "use_cache": False}

@@ -2,8 +2,8 @@
 
 rows (sources) -> samples (formats) -> token ids and labels (encoding) -> cut to length -> packed (packing)
 
-Every stage is stored in the cache of ``datasets`` (``HF_DATASETS_CACHE``), keyed by the files, the settings and this
-code: of several processes let one come here first, and the others read what it made.
+Every stage is stored in the cache of ``datasets`` (``HF_DATASETS_CACHE``), keyed by the files, the settings
+and this code: of several processes let one come here first, and the others read what it made.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of one dataset's rows. ``tokens`` and ``learned_tokens`` count what is trained on per epoch."""
+    """What became of one dataset's rows. ``tokens`` and ``learned_tokens`` count what is trained on per
+    epoch."""
 
     name: str
     num_rows: int
@@ -56,7 +57,8 @@ class DataReport:
             parts.append(f"packed into {self.num_packed_rows:,} rows, {filled:.0%} full")
         if self.num_truncated:
             parts.append(
-                f"{self.num_truncated:,} cut to data.max_length {self.max_length:,} ({self.cut_tokens:,} tokens lost)"
+                f"{self.num_truncated:,} cut to data.max_length {self.max_length:,} ({self.cut_tokens:,} "
+                "tokens lost)"
             )
         if self.num_dropped:
             parts.append(f"{self.num_dropped:,} dropped: nothing to learn within {self.max_length:,} tokens")
@@ -95,7 +97,10 @@ def prepare_data(
     if config.val_size:
         train_rows, eval_rows = _hold_out(train_rows, config.val_size, config.seed)
     tokenize = Tokenize(
-        Encoder(tokenizer, config.train_on_prompt, config.mask_history), max_length, config.truncation, code_stamp()
+        Encoder(tokenizer, config.train_on_prompt, config.mask_history),
+        max_length,
+        config.truncation,
+        code_stamp(),
     )
     train, train_report = _prepare_one("train", train_rows, tokenize, config, vocab_size)
     reports = [train_report]
@@ -129,7 +134,9 @@ class Tokenize:
                     count = sum(learned[1:])
                     out["input_ids"].append(ids if count else [])
                     out["labels"].append(
-                        [token if flag else IGNORED for token, flag in zip(ids, learned, strict=True)] if count else []
+                        [token if flag else IGNORED for token, flag in zip(ids, learned, strict=True)]
+                        if count
+                        else []
                     )
                     out["cut"].append(cut)
                     out["learned"].append(count)
@@ -155,7 +162,9 @@ class Tokenize:
 def _hold_out(rows: Dataset, val_size: float, seed: int) -> tuple[Dataset, Dataset]:
     size = int(val_size) if val_size >= 1 else max(1, round(val_size * len(rows)))
     if size >= len(rows):
-        raise DataError(f"data.val_size: {val_size:g} holds out {size} rows, but data.train has only {len(rows)}")
+        raise DataError(
+            f"data.val_size: {val_size:g} holds out {size} rows, but data.train has only {len(rows)}"
+        )
     parts = rows.train_test_split(test_size=size, seed=seed, shuffle=True)
     return parts["train"], parts["test"]
 
@@ -227,7 +236,8 @@ def _lengths_and_largest_id(samples: Dataset) -> tuple[Any, int]:
 def _nothing_to_learn(name: str, num_samples: int, num_cut: int, tokenize: Tokenize) -> DataError:
     if num_cut:
         return DataError(
-            f"data.max_length: {tokenize.max_length} leaves nothing to learn in any of {num_samples} {name} samples: "
+            f"data.max_length: {tokenize.max_length} leaves nothing to learn in any of {num_samples} "
+            f"{name} samples: "
             "the prompts alone are as long; raise it, or set data.train_on_prompt: true"
         )
     return DataError(f"data.{name}: nothing to learn in any of {num_samples} samples: the answers are empty")

@@ -15,6 +15,7 @@ from hift_ds.data.sources import iterate_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
 BEGIN, END = "⟦", "⟧"
@@ -23,7 +24,11 @@ _LEARNED, _CONTEXT = "bold green", "dim"
 
 
 def show_samples(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, console: Console, num_samples: int = 3
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    console: Console,
+    num_samples: int = 3,
 ) -> None:
     """Print the first samples of ``data.train``; reads no more rows than that.
 
@@ -33,7 +38,9 @@ def show_samples(
     from rich.text import Text
 
     template = set_chat_template(tokenizer, config.template)
-    tokenize = Tokenize(Encoder(tokenizer, config.train_on_prompt, config.mask_history), max_length, config.truncation)
+    tokenize = Tokenize(
+        Encoder(tokenizer, config.train_on_prompt, config.mask_history), max_length, config.truncation
+    )
     colour = console.is_terminal and not console.no_color
     legend = Text("learned: ")
     legend.append(_mark("like this", colour), style=_LEARNED)
@@ -50,7 +57,9 @@ def show_samples(
             console.rule(style=_CONTEXT)
             console.print(Text(title, style="bold"), soft_wrap=True)
             if not ids:
-                whole = f"{type(sample).__name__.lower()} dropped: nothing to learn within {max_length:,} tokens"
+                whole = (
+                    f"{type(sample).__name__.lower()} dropped: nothing to learn within {max_length:,} tokens"
+                )
                 console.print(Text(whole, style="red"))
             console.print(marked(tokenizer, ids, labels, colour=colour), soft_wrap=True)
 
@@ -80,4 +89,4 @@ def _text_between(tokenizer: PreTrainedTokenizerBase, ids: list[int], begin: int
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,9 +1,10 @@
 """A bare sentencepiece ``tokenizer.model`` -> a ``tokenizers.Tokenizer`` with exactly sentencepiece's ids.
 
-transformers 5 has a conversion of its own, and two of its steps change LLaMA's ids: it forgets the word-boundary
-piece that sentencepiece puts before the first word ("Hi" becomes ``Hi`` instead of ``▁Hi``), and it ranks merges by
-their place in the vocabulary instead of by their score (" Hi" becomes ``▁▁ Hi`` instead of ``▁ ▁Hi``). So the
-conversion is made here from what the model file says, and compared with sentencepiece itself before it is used.
+transformers 5 has a conversion of its own, and two of its steps change LLaMA's ids: it forgets the
+word-boundary piece that sentencepiece puts before the first word ("Hi" becomes ``Hi`` instead of ``▁Hi``),
+and it ranks merges by their place in the vocabulary instead of by their score (" Hi" becomes ``▁▁ Hi``
+instead of ``▁ ▁Hi``). So the conversion is made here from what the model file says, and compared with
+sentencepiece itself before it is used.
 
 Text between two special tokens is encoded as one call of sentencepiece would encode it, word-boundary piece
 included. That is how Meta's and Mistral's own code builds prompts.
@@ -26,16 +27,41 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # piece.type
 # Strings on which a converted tokenizer must agree with sentencepiece: dummy prefix, runs of spaces, control
 # characters, bytes, composed and decomposed letters, full-width forms, unknown scripts.
 PROBES = (
-    "Hi", " Hi", "  Hi", "Hi ", "Hi  there", "a b", "\n", "a\nb\n\n  c", "\t", "x\t y", "   ", " " * 37 + "x", "",
-    "The quick brown fox jumps over 13 lazy dogs.", "don't!? (see [1]) <b>&amp;</b> {x: 'y'}",
-    "    def f(x):\n        return x ** 2  # square\n", "1234567890 3.14 1e-5", "naïve café à la carte", "a\u0301e",
-    "Ελληνικά русский עברית العربية हिन्दी", "你好，世界。日本語テキスト 한국어", "🙂👩‍👩‍👧🏽🇩🇪", "ﬁ ™ ① ａｂｃ\u3000\u00a0\u200b",
-    "▁", "▁Hi ▁ there", "https://example.org/a_b?c=d&e=%20#f", "\x00\x07", "AAAAAAAAaaaaaaaa", "\r\n",
-)  # fmt: skip
+    "Hi",
+    " Hi",
+    "  Hi",
+    "Hi ",
+    "Hi  there",
+    "a b",
+    "\n",
+    "a\nb\n\n  c",
+    "\t",
+    "x\t y",
+    "   ",
+    " " * 37 + "x",
+    "",
+    "The quick brown fox jumps over 13 lazy dogs.",
+    "don't!? (see [1]) <b>&amp;</b> {x: 'y'}",
+    "    def f(x):\n        return x ** 2  # square\n",
+    "1234567890 3.14 1e-5",
+    "naïve café à la carte",
+    "a\u0301e",
+    "Ελληνικά русский עברית العربية हिन्दी",
+    "你好，世界。日本語テキスト 한국어",
+    "🙂👩‍👩‍👧🏽🇩🇪",
+    "ﬁ ™ ① ａｂｃ\u3000\u00a0\u200b",
+    "▁",
+    "▁Hi ▁ there",
+    "https://example.org/a_b?c=d&e=%20#f",
+    "\x00\x07",
+    "AAAAAAAAaaaaaaaa",
+    "\r\n",
+)
 
 
 def read_model_proto(path: Path) -> Any | None:
-    """The parsed sentencepiece model, or None if the file is something else (Llama 3 has a tiktoken file so named)."""
+    """The parsed sentencepiece model, or None if the file is something else (Llama 3 has a tiktoken file so
+    named)."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
@@ -74,14 +100,24 @@ def convert(proto: Any, path: Path) -> Tokenizer:
 
 
 def add_special_tokens(tokenizer: Tokenizer, *, bos: str | None, eos: str | None) -> None:
-    """Make ``tokenizer`` put these around every text, as LLaMA's does with its BOS. Tokens it lacks are left out."""
+    """Make ``tokenizer`` put these around every text, as LLaMA's does with its BOS. Tokens it lacks are left
+    out."""
     from tokenizers.processors import TemplateProcessing
 
-    front, back = ([token] if token and tokenizer.token_to_id(token) is not None else [] for token in (bos, eos))
+    front, back = (
+        [token] if token and tokenizer.token_to_id(token) is not None else [] for token in (bos, eos)
+    )
     if front or back:
         tokenizer.post_processor = TemplateProcessing(
             single=[*front, "$A", *back],
-            pair=[*front, "$A", *back, *(f"{token}:1" for token in front), "$B:1", *(f"{token}:1" for token in back)],
+            pair=[
+                *front,
+                "$A",
+                *back,
+                *(f"{token}:1" for token in front),
+                "$B:1",
+                *(f"{token}:1" for token in back),
+            ],
             special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*front, *back}],
         )
 
@@ -105,8 +141,8 @@ def _model(proto: Any) -> Any:
 def _merges(proto: Any) -> list[tuple[str, str]]:
     """Pairs of pieces whose concatenation is a piece, best first.
 
-    sentencepiece merges the pair with the highest score, the leftmost of equals. LLaMA's runs of spaces all have one
-    score; ranking long left parts first gives the leftmost-first result for them.
+    sentencepiece merges the pair with the highest score, the leftmost of equals. LLaMA's runs of spaces all
+    have one score; ranking long left parts first gives the leftmost-first result for them.
     """
     score = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
     ranked = [

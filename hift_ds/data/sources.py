@@ -1,9 +1,10 @@
 """Training data as users have it -> rows of one shape, each knowing where it came from.
 
-Every row becomes ``{"row": its columns as JSON, "format": ..., "origin": "train.jsonl, line 3"}``, so that sources of
-any kind can be mixed, split and shuffled before they are tokenised. JSON and CSV files are read here, line by line:
-the readers of ``datasets`` turn texts that look like dates or numbers into dates or numbers, and do not say which
-line is broken. Everything else (parquet, arrow, saved datasets, the Hub) goes through ``datasets``.
+Every row becomes ``{"row": its columns as JSON, "format": ..., "origin": "train.jsonl, line 3"}``, so that
+sources of any kind can be mixed, split and shuffled before they are tokenised. JSON and CSV files are read
+here, line by line: the readers of ``datasets`` turn texts that look like dates or numbers into dates or
+numbers, and do not say which line is broken. Everything else (parquet, arrow, saved datasets, the Hub) goes
+through ``datasets``.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def parse_sources(value: Any, key: str, **defaults: Any) -> list[Source]:
     if isinstance(value, list):
         sources = [source for entry in value for source in parse_sources(entry, key, **defaults)]
         if not sources:
-            raise ConfigError(f"{key}: expected at least one file, folder or {HUB}owner/name, got an empty list")
+            raise ConfigError(
+                f"{key}: expected at least one file, folder or {HUB}owner/name, got an empty list"
+            )
         return sources
     entry = {"path": value} if isinstance(value, str) else value
     if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str) or not entry["path"]:
@@ -89,7 +92,9 @@ def check_source(source: Source) -> None:
     """Raises DataError if a local source is not there. Reads nothing."""
     local = Path(source.path).expanduser()
     if not source.path.startswith(HUB) and not local.exists():
-        hint = "" if local.is_absolute() else f"; a data set of the Hugging Face Hub is written {HUB}owner/name"
+        hint = (
+            "" if local.is_absolute() else f"; a data set of the Hugging Face Hub is written {HUB}owner/name"
+        )
         raise DataError(f"{source.key}: no such file or folder: {source.path!r}{hint}")
 
 
@@ -108,7 +113,10 @@ def load_rows(sources: list[Source]) -> Dataset:
     features = Features({"row": Value("string"), "format": Value("string"), "origin": Value("string")})
     parts = []
     for source in sources:
-        kwargs = {"source": source, "stamp": f"{_stamp(source)} {code_stamp()}"}  # the stamp makes the cache notice edits
+        kwargs = {
+            "source": source,
+            "stamp": f"{_stamp(source)} {code_stamp()}",
+        }  # the stamp makes the cache notice edits
         try:
             part = Dataset.from_generator(_generate, gen_kwargs=kwargs, features=features)
         except DatasetGenerationError as error:
@@ -146,7 +154,10 @@ def iterate_rows(source: Source) -> Iterator[dict[str, str]]:
 def _check_columns(row: Mapping[str, Any], source: Source, origin: str) -> None:
     for ours, theirs in source.columns.items():
         if theirs not in row:
-            raise DataError(f"{origin}: data.columns.{ours}: no column {theirs!r}; found columns: {', '.join(row) or 'none'}")
+            raise DataError(
+                f"{origin}: data.columns.{ours}: no column {theirs!r}; found columns: "
+                f"{', '.join(row) or 'none'}"
+            )
 
 
 def code_stamp() -> str:
@@ -190,10 +201,14 @@ def _files_of_split(folder: Path, source: Source) -> list[Path]:
     suffixes = (*_LINE_FORMATS, *_COLUMN_FORMATS)
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes)
     if not files:
-        raise DataError(f"{source.key}: no data in folder {source.path!r}; expected files {', '.join(suffixes)}")
+        raise DataError(
+            f"{source.key}: no data in folder {source.path!r}; expected files {', '.join(suffixes)}"
+        )
     splits = {file: _split_in_name(file.name) for file in files}
     if any(splits.values()):
-        wanted = [file for file, split in splits.items() if split == (_split_in_name(source.split) or source.split)]
+        wanted = [
+            file for file, split in splits.items() if split == (_split_in_name(source.split) or source.split)
+        ]
         if not wanted:
             raise DataError(
                 f"{source.key}: no file of split {source.split!r} in {source.path!r}; "
@@ -217,12 +232,16 @@ def _file_rows(file: Path, source: Source) -> Iterator[tuple[Any, str]]:
             dataset = load_dataset(_COLUMN_FORMATS[suffix], data_files=str(file), split="train")
         except Exception as error:  # pyarrow's errors have no common base
             reason = " ".join(str(error.__cause__ or error).split())
-            raise DataError(f"{source.key}: cannot read {str(file)!r} as {suffix[1:]}: {reason[:200]}") from error
+            raise DataError(
+                f"{source.key}: cannot read {str(file)!r} as {suffix[1:]}: {reason[:200]}"
+            ) from error
         yield from _dataset_rows(dataset, str(file))
         return
     if suffix not in _LINE_FORMATS:
         expected = ", ".join((*_LINE_FORMATS, *_COLUMN_FORMATS))
-        raise DataError(f"{source.key}: {str(file)!r}: unknown kind of file {suffix!r}; expected one of {expected}")
+        raise DataError(
+            f"{source.key}: {str(file)!r}: unknown kind of file {suffix!r}; expected one of {expected}"
+        )
     try:
         if suffix in (".csv", ".tsv"):
             yield from _csv_rows(file, "," if suffix == ".csv" else "\t")
@@ -239,7 +258,9 @@ def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:
             try:
                 rows = json.load(lines)
             except ValueError as error:
-                raise DataError(f"{file}, line {getattr(error, 'lineno', 1)}: not valid JSON: {error}") from None
+                raise DataError(
+                    f"{file}, line {getattr(error, 'lineno', 1)}: not valid JSON: {error}"
+                ) from None
             yield from ((row, f"{file}, row {number}") for number, row in enumerate(rows, start=1))
             return
         for number, line in enumerate(lines, start=1):
@@ -249,7 +270,9 @@ def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{origin}: not valid JSON: {error}; expected one object on each line") from None
+                raise DataError(
+                    f"{origin}: not valid JSON: {error}; expected one object on each line"
+                ) from None
             yield row, origin
 
 
@@ -262,14 +285,18 @@ def _first_character(file: Path) -> str:
 
 
 def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[Any, str]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # documents are longer than the 128 KiB that csv expects
+    csv.field_size_limit(
+        min(sys.maxsize, 2**31 - 1)
+    )  # documents are longer than the 128 KiB that csv expects
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
             for row in reader:
                 origin = f"{file}, line {reader.line_num}"
                 if None in row or None in row.values():
-                    raise DataError(f"{origin}: expected {len(reader.fieldnames or [])} fields as in the first line")
+                    raise DataError(
+                        f"{origin}: expected {len(reader.fieldnames or [])} fields as in the first line"
+                    )
                 yield row, origin
         except csv.Error as error:
             raise DataError(f"{file}, line {reader.line_num}: not valid CSV: {error}") from None
@@ -277,7 +304,9 @@ def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[Any, str]]:
 
 def _dataset_rows(dataset: Any, name: str) -> Iterator[tuple[Any, str]]:
     if isinstance(dataset, dict):
-        raise DataError(f"{name}: has splits {', '.join(dataset)}; set split, or give the path of one of them")
+        raise DataError(
+            f"{name}: has splits {', '.join(dataset)}; set split, or give the path of one of them"
+        )
     yield from ((row, f"{name}, row {number}") for number, row in enumerate(dataset, start=1))
 
 
@@ -289,4 +318,6 @@ def _from_hub(source: Source) -> Any:
         return load_dataset(name, source.subset, split=source.split)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{source.key}: cannot load {source.path!r} (split {source.split!r}): {reason[:300]}") from error
+        raise DataError(
+            f"{source.key}: cannot load {source.path!r} (split {source.split!r}): {reason[:300]}"
+        ) from error

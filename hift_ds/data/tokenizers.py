@@ -16,11 +16,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Any of these makes a folder a tokenizer's.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "spiece.model",
+    "vocab.txt",
+    "tekken.json",
+)
 # What may lie beside a bare tokenizer.model and still counts.
 _SIDE_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 # Tokens of published vocabularies that exist for padding.
-_PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<PAD>", "<|finetune_right_pad_id|>", "<|padding|>", "<｜▁pad▁｜>")
+_PAD_TOKENS = (
+    "<pad>",
+    "[PAD]",
+    "<|pad|>",
+    "<PAD>",
+    "<|finetune_right_pad_id|>",
+    "<|padding|>",
+    "<｜▁pad▁｜>",
+)
 
 
 def load_tokenizer(
@@ -29,7 +44,7 @@ def load_tokenizer(
     """The tokenizer of a local folder, with a pad token and without any access to the network.
 
     A folder with Hugging Face tokenizer files goes to ``AutoTokenizer``. A folder whose only vocabulary is a
-    sentencepiece ``tokenizer.model`` gets exactly sentencepiece's ids, and a BOS token in front if the model has one.
+    sentencepiece ``tokenizer.model`` gets exactly sentencepiece's ids, with BOS in front if the model has it.
 
     Args:
         folder: of the tokenizer; usually the model's.
@@ -51,7 +66,9 @@ def load_tokenizer(
 def check_tokenizer_folder(folder: Path, *, key: str = "model.tokenizer") -> None:
     """Raises ConfigError if there is no such folder, or no tokenizer in it. Reads no file."""
     if not folder.is_dir():
-        raise ConfigError(f"{key}: no such folder: {str(folder)!r}; expected one with {' or '.join(TOKENIZER_FILES[:2])}")
+        raise ConfigError(
+            f"{key}: no such folder: {str(folder)!r}; expected one with {' or '.join(TOKENIZER_FILES[:2])}"
+        )
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ConfigError(
             f"{key}: no tokenizer in {str(folder)!r}; expected one of {', '.join(TOKENIZER_FILES)}; "
@@ -63,7 +80,9 @@ def _load_auto(folder: Path, trust_remote_code: bool, key: str) -> PreTrainedTok
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
     except Exception as error:  # whatever a damaged file provokes deep inside the libraries
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{key}: cannot load the tokenizer in {str(folder)!r}: {reason[:300]}") from error
@@ -72,7 +91,9 @@ def _load_auto(folder: Path, trust_remote_code: bool, key: str) -> PreTrainedTok
 def _load_sentencepiece(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     """None where ``tokenizer.model`` is not the vocabulary that counts."""
     model_file = folder / "tokenizer.model"
-    if not model_file.is_file() or any((folder / name).is_file() for name in ("tokenizer.json", "tekken.json")):
+    if not model_file.is_file() or any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tekken.json")
+    ):
         return None
     settings = _read_json(folder / "tokenizer_config.json")
     if trust_remote_code and "auto_map" in settings:
@@ -130,9 +151,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """A token of the vocabulary to pad with, so that no embedding has to be added.
 
-    Padding never reaches the loss or the attention, so any token would train the same. The order only matters to
-    programs that later take every pad token for padding: a token meant for it, else the unknown token, and the end
-    token last.
+    Padding never reaches the loss or the attention, so any token would train the same. The order only matters
+    to programs that later take every pad token for padding: a token meant for it, else the unknown token, and
+    the end token last.
 
     Raises:
         ConfigError: the tokenizer has none of them.
@@ -141,7 +162,9 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     candidates = [token for token in _PAD_TOKENS if token in vocabulary and token != tokenizer.eos_token]
     candidates += [token for token in (tokenizer.unk_token, tokenizer.eos_token) if token is not None]
     if not candidates:
-        raise ConfigError(f"model.tokenizer: {tokenizer.name_or_path!r} has no pad, unknown or end token to pad with")
+        raise ConfigError(
+            f"model.tokenizer: {tokenizer.name_or_path!r} has no pad, unknown or end token to pad with"
+        )
     return candidates[0]
 
 
@@ -164,7 +187,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     vocab_file = getattr(tokenizer, "vocab_file", None)
-    if vocab_file and Path(vocab_file).name == "tokenizer.model" and not (folder / "tokenizer.model").exists():
+    if (
+        vocab_file
+        and Path(vocab_file).name == "tokenizer.model"
+        and not (folder / "tokenizer.model").exists()
+    ):
         shutil.copy(vocab_file, folder / "tokenizer.model")  # llama.cpp's converter reads this one
     trusted = getattr(tokenizer, "_auto_class", None) is not None or "auto_map" in settings
     again = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
@@ -172,6 +199,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
         expected, found = tokenizer(text).input_ids, again(text).input_ids
         if expected != found:
             raise CheckpointError(
-                f"{folder}: AutoTokenizer reads other ids than were trained with: {text!r} is {expected} here and "
+                f"{folder}: AutoTokenizer reads other ids than were trained with: {text!r} is {expected} "
+                "here and "
                 f"{found} there; copy the tokenizer files of the input model instead"
             )

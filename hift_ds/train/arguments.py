@@ -1,7 +1,7 @@
 """A run file and its DeepSpeed JSON, put together: one value for each setting that both can make.
 
-A key of the run file that the user wrote and a value in the JSON must agree; a default of the run file gives way to
-the JSON; ``"auto"`` in the JSON takes the run file's value.
+A key of the run file that the user wrote and a value in the JSON must agree; a default of the run file gives
+way to the JSON; ``"auto"`` in the JSON takes the run file's value.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 from hift_ds.config import BLOCK, HiFTConfig, check_against_deepspeed, parse_block
 from hift_ds.errors import ConfigError
-from hift_ds.train.run_config import Dtype, RunConfig
+from hift_ds.train.model_input import Dtype
+from hift_ds.train.run_config import RunConfig
 
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_OPTIMIZER = "AdamW"
@@ -72,13 +73,18 @@ def check_batch_sizes(run: RunConfig, world_size: int) -> BatchSizes:
     if micro is not None and accumulation is not None:
         if micro * accumulation * world_size != total:
             raise ConfigError(
-                f"train.global_batch_size: {total} is not micro_batch_size {micro} x gradient_accumulation_steps "
+                f"train.global_batch_size: {total} is not micro_batch_size {micro} x "
+                "gradient_accumulation_steps "
                 f"{accumulation} x {ranks} = {micro * accumulation * world_size}; leave one of them out"
             )
         return BatchSizes(micro, accumulation, total)
     one = (micro or accumulation or 1) * world_size
     if total % one:
-        name = "gradient_accumulation_steps" if micro is None and accumulation is not None else "micro_batch_size"
+        name = (
+            "gradient_accumulation_steps"
+            if micro is None and accumulation is not None
+            else "micro_batch_size"
+        )
         below = total // one * one
         nearest = f"{below} or {below + one}" if below else f"{one}"
         raise ConfigError(
@@ -90,7 +96,7 @@ def check_batch_sizes(run: RunConfig, world_size: int) -> BatchSizes:
     return BatchSizes(one // world_size, total // one, total)
 
 
-def resolve_dtype(run: RunConfig, stored: str) -> Dtype:
+def resolve_dtype(run: RunConfig, stored: Dtype) -> Dtype:
     """The dtype of the weights in training.
 
     Args:
@@ -100,22 +106,22 @@ def resolve_dtype(run: RunConfig, stored: str) -> Dtype:
         ConfigError: ``model.dtype`` and the DeepSpeed JSON disagree.
     """
     ds = read_deepspeed(run)
-    from_json = None
-    if (ds.get("torch_autocast") or {}).get("enabled") is True:
-        from_json, why = "fp32", "torch_autocast"
-    for name in ("bf16", "fp16"):
-        if (ds.get(name) or {}).get("enabled") is True:
-            from_json, why = name, name
+    means: dict[str, Dtype] = {"torch_autocast": "fp32", "bf16": "bf16", "fp16": "fp16"}
+    why = next((name for name in means if (ds.get(name) or {}).get("enabled") is True), None)
+    from_json = means[why] if why else None
     wanted = run.model.dtype
     if wanted == "auto":
         return from_json or stored
     if from_json is not None and wanted != from_json:
         raise ConfigError(
-            f"model.dtype: {wanted}, but {why!r} is enabled in the DeepSpeed config, which means {from_json}; change one"
+            f"model.dtype: {wanted}, but {why!r} is enabled in the DeepSpeed config, which means "
+            f"{from_json}; change one"
         )
     for name in ("bf16", "fp16"):
         if wanted == name and (ds.get(name) or {}).get("enabled") is False:
-            raise ConfigError(f'model.dtype: {wanted}, but "{name}.enabled" is false in the DeepSpeed config; change one')
+            raise ConfigError(
+                f'model.dtype: {wanted}, but "{name}.enabled" is false in the DeepSpeed config; change one'
+            )
     return wanted
 
 
@@ -133,7 +139,8 @@ def resolve_max_length(run: RunConfig, limit: int | None) -> int:
         return min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
     if limit is not None and wanted > limit:
         raise ConfigError(
-            f"data.max_length: {wanted} is longer than the {limit} positions that the model in {run.model.path!r} has"
+            f"data.max_length: {wanted} is longer than the {limit} positions that the model in "
+            f"{run.model.path!r} has"
         )
     return wanted
 
@@ -163,6 +170,7 @@ def deepspeed_config(run: RunConfig, *, world_size: int, dtype: Dtype) -> dict[s
     ds["train_micro_batch_size_per_gpu"] = batch.micro_batch_size
     ds["gradient_accumulation_steps"] = batch.gradient_accumulation_steps
     ds["train_batch_size"] = batch.global_batch_size
+    ds.setdefault("zero_optimization", {"stage": 0})  # accelerate insists on the block
     ds["gradient_clipping"] = _agreed(run, "train.max_grad_norm", ds, "gradient_clipping")
     for name in ("bf16", "fp16"):
         if dtype == name or name in ds:
@@ -259,7 +267,9 @@ def _agreed(run: RunConfig, key: str, ds: Mapping[str, Any], ds_key: str, ds_nam
     if theirs in _AUTO:
         return ours
     if run.is_given(key) and ours is not None and ours != theirs:
-        raise ConfigError(f'{key}: {ours}, but "{ds_name or ds_key}" is {theirs} in the DeepSpeed config; change one')
+        raise ConfigError(
+            f'{key}: {ours}, but "{ds_name or ds_key}" is {theirs} in the DeepSpeed config; change one'
+        )
     return theirs
 
 

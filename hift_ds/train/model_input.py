@@ -8,16 +8,18 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hift_ds.checkpoint.safetensors_io import check_weights
 from hift_ds.errors import CheckpointError, ConfigError
+
+Dtype = Literal["fp32", "bf16", "fp16"]
 
 HUB = "hub:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What a model needs from the Hub; code only if the user trusts it, pickled weights never.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+DTYPE_NAMES: dict[str, Dtype] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 # Where configs keep the longest sequence, in order of trust.
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
 
@@ -39,7 +41,7 @@ class ModelFolder:
     path: Path
     config: Mapping[str, Any] = field(repr=False)
     safetensors_files: tuple[Path, ...]
-    dtype: str
+    dtype: Dtype
     numel: int
     weight_bytes: int
     max_length: int | None
@@ -49,8 +51,8 @@ class ModelFolder:
 def resolve_model(path: str, *, key: str = "model.path", trust_remote_code: bool = False) -> Path:
     """The local folder of a model: ``path`` itself, or what is downloaded for a Hub name.
 
-    The network is used only if ``path`` is written ``hub:owner/name``, or reads ``owner/name`` while neither that
-    folder nor the folder ``owner`` exists here. Pickled weights are never downloaded.
+    The network is used only if ``path`` is written ``hub:owner/name``, or reads ``owner/name`` while neither
+    that folder nor the folder ``owner`` exists here. Pickled weights are never downloaded.
 
     Raises:
         ConfigError: no such folder, or the Hub does not give it.
@@ -75,7 +77,9 @@ def resolve_model(path: str, *, key: str = "model.path", trust_remote_code: bool
         ) from error
 
 
-def check_model_folder(path: str | Path, *, key: str = "model.path", trust_remote_code: bool = False) -> ModelFolder:
+def check_model_folder(
+    path: str | Path, *, key: str = "model.path", trust_remote_code: bool = False
+) -> ModelFolder:
     """Read config.json and the headers of the weight files, nothing more.
 
     Args:
@@ -141,8 +145,12 @@ def read_config(folder: Path, key: str = "model.path") -> dict[str, Any]:
     if gguf:
         raise _gguf(key, folder, gguf[0].name)
     if (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"{key}: {str(folder)!r} is a LoRA adapter; merge it into its base model and give that folder")
-    raise ConfigError(f"{key}: no config.json in {str(folder)!r}; expected a model folder in Hugging Face's layout")
+        raise ConfigError(
+            f"{key}: {str(folder)!r} is a LoRA adapter; merge it into its base model and give that folder"
+        )
+    raise ConfigError(
+        f"{key}: no config.json in {str(folder)!r}; expected a model folder in Hugging Face's layout"
+    )
 
 
 def _check_architecture(config: Mapping[str, Any], folder: Path, key: str, trust_remote_code: bool) -> None:
@@ -152,31 +160,37 @@ def _check_architecture(config: Mapping[str, Any], folder: Path, key: str, trust
     if "auto_map" in config and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if not trust_remote_code:
             raise ConfigError(
-                f"{key}: {str(folder)!r} brings its own Python code; set model.trust_remote_code: true if you trust it"
+                f"{key}: {str(folder)!r} brings its own Python code; set model.trust_remote_code: true if "
+                "you trust it"
             )
     elif model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(
-            f"{key}: model_type {model_type!r} in {str(folder / 'config.json')!r} is no causal language model "
+            f"{key}: model_type {model_type!r} in {str(folder / 'config.json')!r} is no causal language "
+            "model "
             "that transformers knows"
         )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "quantized")
-        raise CheckpointError(f"{key}: {str(folder)!r} has {method} weights, which cannot be trained; use the unquantized model")
+        raise CheckpointError(
+            f"{key}: {str(folder)!r} has {method} weights, which cannot be trained; use the unquantized model"
+        )
 
 
 def _gguf(key: str, folder: Path, name: str) -> ConfigError:
     return ConfigError(
-        f"{key}: {name!r} is a GGUF file; rebuild a safetensors folder from it: python -c \"from transformers import "
+        f'{key}: {name!r} is a GGUF file; rebuild a safetensors folder from it: python -c "from '
+        "transformers import "
         f"AutoModelForCausalLM as M, AutoTokenizer as T; [c.from_pretrained('{folder}', gguf_file='{name}')"
         f".save_pretrained('{folder}-safetensors') for c in (M, T)]\""
     )
 
 
-def _main_dtype(numel_by_dtype: Counter[str], folder: Path) -> str:
+def _main_dtype(numel_by_dtype: Counter[str], folder: Path) -> Dtype:
     main = numel_by_dtype.most_common(1)[0][0] if numel_by_dtype else "nothing"
     if main not in DTYPE_NAMES:
         raise CheckpointError(
-            f"{folder}: most weights are stored as {main}, expected {', '.join(DTYPE_NAMES)}; use an unquantized model"
+            f"{folder}: most weights are stored as {main}, expected {', '.join(DTYPE_NAMES)}; use an "
+            "unquantized model"
         )
     return DTYPE_NAMES[main]
 

@@ -18,8 +18,8 @@ from hift_ds.train.arguments import (
     resolve_max_length,
     training_arguments,
 )
-from hift_ds.train.model_input import ModelFolder, check_model_folder, resolve_model
-from hift_ds.train.run_config import Dtype, RunConfig
+from hift_ds.train.model_input import Dtype, ModelFolder, check_model_folder, resolve_model
+from hift_ds.train.run_config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,13 @@ class CheckedRun:
         return deepspeed_config(self.run, world_size=self.world_size, dtype=self.dtype)
 
     def training_arguments(self) -> dict[str, Any]:
-        return training_arguments(self.run, world_size=self.world_size, dtype=self.dtype, has_eval=self.has_eval)
+        return training_arguments(
+            self.run, world_size=self.world_size, dtype=self.dtype, has_eval=self.has_eval
+        )
 
 
 def check_run(run: RunConfig, world_size: int) -> CheckedRun:
-    """Check the run file, its DeepSpeed JSON, the model folder, the tokenizer, the data's existence and the output.
+    """Check the run file, its DeepSpeed JSON, the model folder, the tokenizer; do the data exist?
 
     A model given by a Hub name is downloaded first. Nothing else reaches the network, and no weight is read.
 
@@ -100,13 +102,17 @@ def resolve_tokenizer_folder(run: RunConfig, model_folder: Path) -> Path:
 
 def _check_output(run: RunConfig) -> None:
     for key, folder in (("train.output_dir", run.output_dir), ("export.dir", run.export_dir)):
-        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        existing = next(
+            parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists()
+        )
         if not existing.is_dir():
             raise ConfigError(f"{key}: {str(existing)!r} is a file, expected a folder")
         if not os.access(existing, os.W_OK):
             raise ConfigError(f"{key}: no permission to write into {str(existing)!r}")
     if run.train.resume not in ("auto", "never") and not Path(run.train.resume).expanduser().is_dir():
-        raise ConfigError(f"train.resume: expected auto, never or a checkpoint's folder, got {run.train.resume!r}")
+        raise ConfigError(
+            f"train.resume: expected auto, never or a checkpoint's folder, got {run.train.resume!r}"
+        )
 
 
 def _check_optimizer(block: dict[str, Any]) -> None:

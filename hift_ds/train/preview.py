@@ -34,7 +34,9 @@ def preview(run: RunConfig, console: Console, num_samples: int = 3) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_file", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("-n", "--num-samples", type=int, default=3, help="rows to print (default: %(default)s)")
+    parser.add_argument(
+        "-n", "--num-samples", type=int, default=3, help="rows to print (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,8 +1,9 @@
 """The run file: one YAML, closed and typed, with ``section.key=value`` overrides.
 
-Each key and default is declared here (``data`` in :mod:`hift_ds.data.config`, ``hift`` in :mod:`hift_ds.config`) and
-described in docs/run_file.md. Paths are relative to the working directory, as everything on a command line is; only
-``deepspeed`` is also looked for beside the run file, so that a preset and its DeepSpeed JSON can travel together.
+Each key and default is declared here (``data`` in :mod:`hift_ds.data.config`, ``hift`` in
+:mod:`hift_ds.config`) and described in docs/run_file.md. Paths are relative to the working directory, as
+everything on a command line is; only ``deepspeed`` is also looked for beside the run file, so that a preset
+and its DeepSpeed JSON can travel together.
 """
 
 from __future__ import annotations
@@ -10,13 +11,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from hift_ds.data.config import DataConfig
 from hift_ds.errors import ConfigError
 from hift_ds.train.run_file import apply_overrides, explain, read_yaml
-
-Dtype = Literal["fp32", "bf16", "fp16"]
 
 
 class Section(BaseModel):
@@ -27,7 +34,8 @@ class ModelConfig(Section):
     """What is fine-tuned."""
 
     path: str
-    """A folder with safetensors, or a Hub name (``hub:owner/name``, or ``owner/name`` if no such folder exists)."""
+    """A folder with safetensors, or a Hub name (``hub:owner/name``, or ``owner/name`` if no such folder
+    exists)."""
     tokenizer: str | None = None
     """Its folder, if not the model's."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -82,7 +90,8 @@ class TrainConfig(Section):
     load_best_model_at_end: bool = False
     """Export the checkpoint with the lowest evaluation loss instead of the last."""
     resume: str = "auto"
-    """auto: go on from the newest good checkpoint in output_dir. never: start anew. Or a checkpoint's folder."""
+    """auto: go on from the newest good checkpoint in output_dir. never: start anew. Or a checkpoint's
+    folder."""
     seed: int = 42
     report_to: list[str] = []
     """Loggers of transformers: tensorboard, wandb, mlflow, ..."""
@@ -107,16 +116,19 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _agree(self) -> TrainConfig:
         if self.warmup_ratio and self.warmup_steps:
-            raise ValueError(f"warmup_ratio: {self.warmup_ratio} and warmup_steps: {self.warmup_steps} both given; remove one")
-        if self.load_best_model_at_end and self.save_steps is None:
-            raise ValueError("load_best_model_at_end: true needs save_steps, got null")
-        if self.load_best_model_at_end and self.eval_steps is None:
-            raise ValueError("load_best_model_at_end: true needs eval_steps, got null")
-        if self.load_best_model_at_end and self.save_steps % self.eval_steps:
             raise ValueError(
-                f"load_best_model_at_end: true needs save_steps to be a multiple of eval_steps, "
-                f"got {self.save_steps} and {self.eval_steps}"
+                f"warmup_ratio: {self.warmup_ratio} and warmup_steps: {self.warmup_steps} both given; "
+                "remove one"
             )
+        if self.load_best_model_at_end:
+            if self.save_steps is None or self.eval_steps is None:
+                name = "save_steps" if self.save_steps is None else "eval_steps"
+                raise ValueError(f"load_best_model_at_end: true needs {name}, got null")
+            if self.save_steps % self.eval_steps:
+                raise ValueError(
+                    "load_best_model_at_end: true needs save_steps to be a multiple of eval_steps, "
+                    f"got {self.save_steps} and {self.eval_steps}"
+                )
         return self
 
 
@@ -148,9 +160,11 @@ class RunConfig(Section):
     train: TrainConfig
     export: ExportConfig = ExportConfig()
     deepspeed: Any = None
-    """A DeepSpeed JSON, or its contents. Its own batch sizes, optimizer and precision hold unless given above."""
+    """A DeepSpeed JSON, or its contents. Its own batch sizes, optimizer and precision hold unless given
+    above."""
     hift: Any = {}
-    """Keys of the "hift" block, over those of the DeepSpeed JSON. false: ordinary full fine-tuning, all at once."""
+    """Keys of the "hift" block, over those of the DeepSpeed JSON. false: ordinary full fine-tuning, all at
+    once."""
 
     _file: Path | None = PrivateAttr(None)
     _overrides: tuple[str, ...] = PrivateAttr(())
@@ -200,7 +214,7 @@ def load_run_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (
 
     Args:
         path: of the YAML file.
-        overrides: ``section.key=value`` texts; values are YAML, so ``data.train=[a.jsonl, b.jsonl]`` is a list.
+        overrides: ``section.key=value`` texts; values are YAML: ``data.train=[a.jsonl, b.jsonl]``.
 
     Raises:
         ConfigError: one line with file or override, key, what was given and what is expected.

@@ -15,32 +15,62 @@ from hift_ds.errors import ConfigError, unknown_key
 
 # What users of other tools write -> what it is called here.
 SYNONYMS = {
-    "model_name_or_path": "model.path", "torch_dtype": "model.dtype", "tokenizer_name_or_path": "model.tokenizer",
-    "flash_attn": "model.attn_implementation", "bf16": "model.dtype", "fp16": "model.dtype",
-    "dataset": "data.train", "datasets": "data.train", "train_file": "data.train", "eval_dataset": "data.eval",
-    "validation_file": "data.eval", "cutoff_len": "data.max_length", "sequence_len": "data.max_length",
-    "max_seq_length": "data.max_length", "max_seq_len": "data.max_length", "chat_template": "data.template",
-    "neat_packing": "data.packing", "sample_packing": "data.packing", "train_on_inputs": "data.train_on_prompt",
-    "preprocessing_num_workers": "data.num_workers", "val_set_size": "data.val_size",
-    "num_train_epochs": "train.epochs", "num_epochs": "train.epochs",
-    "per_device_train_batch_size": "train.micro_batch_size", "batch_size": "train.micro_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size", "train_batch_size": "train.global_batch_size",
-    "per_device_eval_batch_size": "train.eval_batch_size", "lr": "train.learning_rate",
-    "lr_scheduler_type": "train.lr_scheduler", "lr_scheduler_kwargs": "train.lr_scheduler_args",
-    "optim": "train.optimizer", "optim_args": "train.optimizer_args", "gradient_clipping": "train.max_grad_norm",
-    "activation_checkpointing": "train.gradient_checkpointing", "resume_from_checkpoint": "train.resume",
-    "export_dir": "export.dir", "ds_config": "deepspeed", "deepspeed_config": "deepspeed",
-}  # fmt: skip
+    "model_name_or_path": "model.path",
+    "torch_dtype": "model.dtype",
+    "tokenizer_name_or_path": "model.tokenizer",
+    "flash_attn": "model.attn_implementation",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "train_file": "data.train",
+    "eval_dataset": "data.eval",
+    "validation_file": "data.eval",
+    "cutoff_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "chat_template": "data.template",
+    "neat_packing": "data.packing",
+    "sample_packing": "data.packing",
+    "train_on_inputs": "data.train_on_prompt",
+    "preprocessing_num_workers": "data.num_workers",
+    "val_set_size": "data.val_size",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "batch_size": "train.micro_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "train_batch_size": "train.global_batch_size",
+    "per_device_eval_batch_size": "train.eval_batch_size",
+    "lr": "train.learning_rate",
+    "lr_scheduler_type": "train.lr_scheduler",
+    "lr_scheduler_kwargs": "train.lr_scheduler_args",
+    "optim": "train.optimizer",
+    "optim_args": "train.optimizer_args",
+    "gradient_clipping": "train.max_grad_norm",
+    "activation_checkpointing": "train.gradient_checkpointing",
+    "resume_from_checkpoint": "train.resume",
+    "export_dir": "export.dir",
+    "ds_config": "deepspeed",
+    "deepspeed_config": "deepspeed",
+}
 
 _EXPECTED = {
-    "int_type": "a whole number", "float_type": "a number", "bool_type": "true or false", "string_type": "text",
-    "dict_type": "keys with values", "list_type": "a list", "model_type": "keys with values",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "dict_type": "keys with values",
+    "list_type": "a list",
+    "model_type": "keys with values",
     "int_from_float": "a whole number",
-}  # fmt: skip
+}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without two surprises: a key given twice is an error, and 1e-5 is a number (YAML 1.1 wants 1.0e-5)."""
+    """YAML without two surprises: a key given twice is an error, and 1e-5 is a number (YAML 1.1 wants
+    1.0e-5)."""
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -48,14 +78,18 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False)
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
         if isinstance(key, str) and key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} is given twice", key_node.start_mark
+            )
         seen.add(key if isinstance(key, str) else None)
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
 )
 
 
@@ -92,25 +126,33 @@ def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[s
         key, equals, text = override.partition("=")
         parts = key.split(".")
         if not equals or not all(parts):
-            raise ConfigError(f"override {override!r}: expected section.key=value, such as train.learning_rate=1e-5")
+            raise ConfigError(
+                f"override {override!r}: expected section.key=value, such as train.learning_rate=1e-5"
+            )
         try:
             value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
         except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not valid YAML: {_problem(error)}") from None
+            raise ConfigError(
+                f"override {override!r}: the value is not valid YAML: {_problem(error)}"
+            ) from None
         place = content
         for index, part in enumerate(parts[:-1]):
             below = place.get(part)
             if below is None or (index == 0 and below is False):
                 below = place[part] = {}
             if not isinstance(below, dict):
-                raise ConfigError(f"override {override!r}: {'.'.join(parts[: index + 1])} is {below!r}, which has no keys")
+                raise ConfigError(
+                    f"override {override!r}: {'.'.join(parts[: index + 1])} is {below!r}, which has no keys"
+                )
             place = below
         place[parts[-1]] = value
         origin[key] = override
     return origin
 
 
-def explain(error: ValidationError, model: type[BaseModel], file: Path, overridden: Mapping[str, str]) -> ConfigError:
+def explain(
+    error: ValidationError, model: type[BaseModel], file: Path, overridden: Mapping[str, str]
+) -> ConfigError:
     """The first complaint of pydantic as one line: where, key, what was given, what is expected."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"] if part in _names(model) or isinstance(part, int)]
@@ -127,7 +169,9 @@ def explain(error: ValidationError, model: type[BaseModel], file: Path, overridd
         return ConfigError(f"{file}: {key}: this key is required")
     if kind == "value_error":
         message = first["msg"].removeprefix("Value error, ")
-        if message.startswith((f"{key}:", f"{key}.")):  # parts with a check of their own name the key themselves
+        if message.startswith(
+            (f"{key}:", f"{key}.")
+        ):  # parts with a check of their own name the key themselves
             return ConfigError(f"{where}: {message}")
         return ConfigError(f"{where}: {key}: {message.removeprefix(key.rpartition('.')[2] + ': ')}")
     return ConfigError(f"{where}: {key}: expected {_expected(first)}, got {given!r}")

@@ -15,17 +15,26 @@ from transformers import PreTrainedTokenizerFast
 # As in SmolLM2-Instruct: no generation markers, and a system message that nobody wrote.
 CHATML = (
     "{% for message in messages %}"
-    "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe nice<|im_end|>\n' }}{% endif %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe nice<|im_end|>\n' }}{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 CORPUS = [
-    "Hello there, how are you today?", "The quick brown fox jumps over the lazy dog.", "Hi! I am fine, thank you.",
-    "def f(x):", "    return x + 1", "        # indented", "Question: what is 2 + 2? Answer: 4", "naïve café déjà vu",
-    "你好 世界", "Привет, мир", "a b c d e f g h i j k l m n o p q r s t u v w x y z A B C H Q T 0 1 2 3 4 5",
-] * 5  # fmt: skip
+    "Hello there, how are you today?",
+    "The quick brown fox jumps over the lazy dog.",
+    "Hi! I am fine, thank you.",
+    "def f(x):",
+    "    return x + 1",
+    "        # indented",
+    "Question: what is 2 + 2? Answer: 4",
+    "naïve café déjà vu",
+    "你好 世界",
+    "Привет, мир",
+    "a b c d e f g h i j k l m n o p q r s t u v w x y z A B C H Q T 0 1 2 3 4 5",
+] * 5
 
 LLAMA_LIKE = {
     "model_type": "bpe",
@@ -41,7 +50,13 @@ LLAMA_LIKE = {
 
 def byte_level(template: str | None = CHATML, *, bos: bool = False, special: tuple[str, ...] = ()) -> Any:
     """One token a byte, plus the special tokens of ChatML, so that any text has ids one can count."""
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        *special,
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+    ]
     backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -64,7 +79,8 @@ def sentencepiece_folder(folder: Path, space_runs: bool = False, **options: Any)
     """A folder with nothing but a trained ``tokenizer.model``.
 
     Args:
-        space_runs: give it LLaMA's pieces of several spaces, early in the vocabulary and with the lowest score.
+        space_runs: give it LLaMA's pieces of several spaces, early in the vocabulary and with the lowest
+            score.
     """
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -79,7 +95,8 @@ def sentencepiece_folder(folder: Path, space_runs: bool = False, **options: Any)
         pieces = list(proto.pieces)
         for piece in runs:
             pieces.insert(
-                first_normal, sentencepiece_model_pb2.ModelProto.SentencePiece(piece=piece, score=-1e9, type=1)
+                first_normal,
+                sentencepiece_model_pb2.ModelProto.SentencePiece(piece=piece, score=-1e9, type=1),
             )
         del proto.pieces[:]
         proto.pieces.extend(pieces)

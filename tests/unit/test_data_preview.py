@@ -50,7 +50,11 @@ def test_marks_do_not_lose_the_spaces_of_sentencepiece(tmp_path):
 
     tokenizer = load_tokenizer(sentencepiece_folder(tmp_path, **LLAMA_LIKE))
     ids = tokenizer("Hello there you", add_special_tokens=False).input_ids
-    boundary = ids.index(tokenizer.convert_tokens_to_ids("▁you")) if "▁you" in tokenizer.get_vocab() else len(ids) // 2
+    boundary = (
+        ids.index(tokenizer.convert_tokens_to_ids("▁you"))
+        if "▁you" in tokenizer.get_vocab()
+        else len(ids) // 2
+    )
     labels = [-100] * boundary + ids[boundary:]
     text = marked(tokenizer, ids, labels, colour=False).plain
     assert text.replace(BEGIN, "").replace(END, "") == "Hello there you"
@@ -58,9 +62,14 @@ def test_marks_do_not_lose_the_spaces_of_sentencepiece(tmp_path):
 
 def test_the_command(tmp_path, config, capsys):
     byte_level().save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 90}))
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({"model_type": "llama", "max_position_embeddings": 90})
+    )
     run_file = tmp_path / "run.yaml"
-    run_file.write_text(f"model: {{path: {tmp_path / 'model'}}}\ndata: {{train: {config.train}}}\ntrain: {{output_dir: out}}\n")
+    run_file.write_text(
+        f"model: {{path: {tmp_path / 'model'}}}\ndata: {{train: {config.train}}}\n"
+        "train: {output_dir: out}\n"
+    )
     assert cli.main(["preview", str(run_file), "-n", "1", "data.max_length=80"]) == 0
     assert f"{BEGIN}Hello [you]<|im_end|>{END}" in capsys.readouterr().out
     assert cli.main(["preview", str(run_file), "data.max_length=91"]) == 2

@@ -69,7 +69,11 @@ def test_rows_know_where_they_come_from(tmp_path):
     [
         ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl, line 2: not valid JSON"),
         ("a.json", '[{"text": "a"},\n {"text" "b"}]', "a.json, line 2: not valid JSON"),
-        ("a.jsonl", '{"text": "a"}\n["b"]\n', "a.jsonl, line 2: expected an object with named columns, got list"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n["b"]\n',
+            "a.jsonl, line 2: expected an object with named columns, got list",
+        ),
         ("a.json", '[{"text": "a"}, 5]', "a.json, row 2: expected an object with named columns, got int"),
         ("a.jsonl", "", "data.train: no rows in"),
         ("a.json", "[]", "data.train: no rows in"),
@@ -102,7 +106,10 @@ def test_half_a_surrogate_pair_does_not_stop_a_run(tmp_path):
 
 def test_missing_files_and_hub_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="data.train: no such file or folder: 'owner/name'; a data set of the .* hub:owner/name"):
+    with pytest.raises(
+        DataError,
+        match="data.train: no such file or folder: 'owner/name'; a data set of the .* hub:owner/name",
+    ):
         check_source(Source("data.train", "owner/name"))
     check_source(Source("data.train", "hub:owner/name"))  # asks for nothing yet
     with pytest.raises(DataError, match="cannot load 'hub:owner/name'"):
@@ -116,7 +123,9 @@ def test_a_folder_gives_only_the_files_of_its_split(tmp_path):
     write(tmp_path / "d" / "README.md", "no data")
     assert read(tmp_path / "d") == [{"text": "a"}, {"text": "b"}]
     assert read(tmp_path / "d", split="test") == [{"text": "secret"}]
-    with pytest.raises(DataError, match="no file of split 'validation' .*found test.jsonl, train-00000.jsonl"):
+    with pytest.raises(
+        DataError, match="no file of split 'validation' .*found test.jsonl, train-00000.jsonl"
+    ):
         read(tmp_path / "d", split="validation")
     write(tmp_path / "e" / "one.jsonl", '{"text": "a"}')
     write(tmp_path / "e" / "two.csv", "text\nb\n")

@@ -33,12 +33,16 @@ def load(tmp_path):
     return load
 
 
-def arguments(run: RunConfig, world_size: int = 1, dtype: Any = "fp32", has_eval: bool = False) -> dict[str, Any]:
+def arguments(
+    run: RunConfig, world_size: int = 1, dtype: Any = "fp32", has_eval: bool = False
+) -> dict[str, Any]:
     return training_arguments(run, world_size=world_size, dtype=dtype, has_eval=has_eval)
 
 
 def test_defaults_and_overrides(load):
-    run = load("train.learning_rate=1e-4", "data.train=[a.jsonl, b.jsonl]", "hift.group_size=2", "model.dtype=bf16")
+    run = load(
+        "train.learning_rate=1e-4", "data.train=[a.jsonl, b.jsonl]", "hift.group_size=2", "model.dtype=bf16"
+    )
     assert run.train.learning_rate == 1e-4 and run.data.train == ["a.jsonl", "b.jsonl"]
     assert hift_block(run).group_size == 2 and hift_block(run).order == "bottom2up"
     assert run.export_dir == Path("out/model") and run.tokenizer_path == "m"
@@ -47,7 +51,10 @@ def test_defaults_and_overrides(load):
 
 
 def test_numbers_like_1e_5_are_numbers_everywhere(load):
-    run = load(text=yaml.safe_dump(MINIMAL) + "deepspeed: {optimizer: {type: SGD, params: {lr: 1e-3, momentum: 9E-1}}}\n")
+    run = load(
+        text=yaml.safe_dump(MINIMAL)
+        + "deepspeed: {optimizer: {type: SGD, params: {lr: 1e-3, momentum: 9E-1}}}\n"
+    )
     assert run.deepspeed["optimizer"]["params"] == {"lr": 1e-3, "momentum": 0.9}
     assert load("train.optimizer_args={eps: 1e-6}").train.optimizer_args == {"eps": 1e-6}
 
@@ -99,11 +106,17 @@ def test_wrong_settings_are_one_line(load, override, message):
     ("text", "message"),
     [
         ("model: {path: m}\ndata: {train: a}\n", "run.yaml: train: this key is required"),
-        ("model: {path: m}\ndata: {train: a}\ntrain: {}\n", "run.yaml: train.output_dir: this key is required"),
+        (
+            "model: {path: m}\ndata: {train: a}\ntrain: {}\n",
+            "run.yaml: train.output_dir: this key is required",
+        ),
         ("model: [\n", "run.yaml, line 2: not valid YAML"),
         ("just text", "run.yaml: expected sections model, data, train, got str"),
         ("", "run.yaml: expected sections model, data, train, got NoneType"),
-        ("model: {path: m}\nmodel: {path: n}\n", "run.yaml, line 2: not valid YAML: key 'model' is given twice"),
+        (
+            "model: {path: m}\nmodel: {path: n}\n",
+            "run.yaml, line 2: not valid YAML: key 'model' is given twice",
+        ),
     ],
 )
 def test_wrong_files_are_one_line(load, text, message):
@@ -139,8 +152,14 @@ def test_batch_sizes_multiply_out(load, overrides, world_size, expected):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.global_batch_size=7"], "7 is not a multiple of micro_batch_size 1 x 2 ranks; the nearest are 6 or 8"),
-        (["train.global_batch_size=1"], "1 is not a multiple of micro_batch_size 1 x 2 ranks; the nearest are 2"),
+        (
+            ["train.global_batch_size=7"],
+            "7 is not a multiple of micro_batch_size 1 x 2 ranks; the nearest are 6 or 8",
+        ),
+        (
+            ["train.global_batch_size=1"],
+            "1 is not a multiple of micro_batch_size 1 x 2 ranks; the nearest are 2",
+        ),
         (
             ["train.global_batch_size=8", "train.gradient_accumulation_steps=3"],
             "8 is not a multiple of gradient_accumulation_steps 3 x 2 ranks; the nearest are 6 or 12",
@@ -195,20 +214,27 @@ def test_the_longest_sample(load):
     assert resolve_max_length(load(), None) == 2048
     assert resolve_max_length(load(), 512) == 512
     assert resolve_max_length(load("data.max_length=4096"), 8192) == 4096
-    with pytest.raises(ConfigError, match="data.max_length: 4096 is longer than the 2048 positions that the model in 'm'"):
+    with pytest.raises(
+        ConfigError, match="data.max_length: 4096 is longer than the 2048 positions that the model in 'm'"
+    ):
         resolve_max_length(load("data.max_length=4096"), 2048)
 
 
 def test_the_run_file_goes_over_the_json_and_the_json_over_defaults(load, tmp_path, monkeypatch):
     ds = {
         "gradient_clipping": 0.5,
-        "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": "auto", "nesterov": "auto"}},
+        "optimizer": {
+            "type": "SGD",
+            "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": "auto", "nesterov": "auto"},
+        },
         "hift": {"order": "random", "state": {"residency": "device", "pin_memory": False}},
         "wall_clock_breakdown": True,
     }
     (tmp_path / "ds.json").write_text(json.dumps(ds))
     monkeypatch.chdir("/")  # so that it is found beside the run file only
-    run = load("deepspeed=ds.json", "hift.reshuffle=true", "hift.state.pin_memory=true", "train.weight_decay=0.3")
+    run = load(
+        "deepspeed=ds.json", "hift.reshuffle=true", "hift.state.pin_memory=true", "train.weight_decay=0.3"
+    )
     merged = deepspeed_config(run, world_size=1, dtype="fp32")
     assert merged["optimizer"] == {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.3}}
     assert merged["gradient_clipping"] == 0.5 and merged["wall_clock_breakdown"] is True
@@ -222,13 +248,28 @@ def test_the_run_file_goes_over_the_json_and_the_json_over_defaults(load, tmp_pa
     ("overrides", "message"),
     [
         (["deepspeed=nowhere.json"], "deepspeed: no such file: 'nowhere.json'"),
-        (["train.optimizer=SGD", "deepspeed={optimizer: {type: AdamW}}"], 'train.optimizer: the DeepSpeed config has an "optimizer"'),
-        (["train.learning_rate=0.5", "deepspeed={optimizer: {type: SGD, params: {lr: 0.1}}}"], '"optimizer.params.lr" is 0.1'),
-        (["train.lr_scheduler=linear", "deepspeed={scheduler: {type: WarmupLR}}"], "train.lr_scheduler: .*remove one"),
-        (["train.max_grad_norm=1.0", "deepspeed={gradient_clipping: 2.0}"], 'train.max_grad_norm: 1.0, but "gradient_clipping" is 2.0'),
+        (
+            ["train.optimizer=SGD", "deepspeed={optimizer: {type: AdamW}}"],
+            'train.optimizer: the DeepSpeed config has an "optimizer"',
+        ),
+        (
+            ["train.learning_rate=0.5", "deepspeed={optimizer: {type: SGD, params: {lr: 0.1}}}"],
+            '"optimizer.params.lr" is 0.1',
+        ),
+        (
+            ["train.lr_scheduler=linear", "deepspeed={scheduler: {type: WarmupLR}}"],
+            "train.lr_scheduler: .*remove one",
+        ),
+        (
+            ["train.max_grad_norm=1.0", "deepspeed={gradient_clipping: 2.0}"],
+            'train.max_grad_norm: 1.0, but "gradient_clipping" is 2.0',
+        ),
         (["hift.group_sze=2"], "\"hift\": unknown key 'group_sze'; did you mean 'group_size'"),
         (["hift.reshuffle=true"], "reshuffle: true needs order: random"),
-        (["deepspeed={zero_optimization: {stage: 1, offload_optimizer: {device: cpu}}}"], "offload_optimizer"),
+        (
+            ["deepspeed={zero_optimization: {stage: 1, offload_optimizer: {device: cpu}}}"],
+            "offload_optimizer",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(load, overrides, message):
@@ -244,26 +285,47 @@ def test_a_json_that_is_none(load, tmp_path):
 
 def test_full_fine_tuning_has_no_hift_block(load):
     assert hift_block(load("hift=false")) is None
-    assert "hift" not in deepspeed_config(load("hift=false", "deepspeed={hift: {}}"), world_size=1, dtype="fp32")
+    assert "hift" not in deepspeed_config(
+        load("hift=false", "deepspeed={hift: {}}"), world_size=1, dtype="fp32"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_training_arguments_are_accepted_and_agree_with_the_deepspeed_config(load, dtype, tmp_path, monkeypatch):
+def test_training_arguments_are_accepted_and_agree_with_the_deepspeed_config(
+    load, dtype, tmp_path, monkeypatch
+):
     from transformers import TrainingArguments
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
+    }.items():
         monkeypatch.setenv(name, value)
     run = load(
-        f"train.output_dir={tmp_path / 'out'}", "train.optimizer_args={betas: [0.8, 0.95], eps: 1e-6}",
-        "train.warmup_ratio=0.25", "train.eval_steps=5", "train.save_steps=10", "train.load_best_model_at_end=true",
-        "train.gradient_checkpointing=true", "train.weight_decay=0.1", "train.global_batch_size=6",
-        "train.lr_scheduler=cosine_with_min_lr", "train.lr_scheduler_args={min_lr: 1e-6}", "train.max_steps=40",
-    )  # fmt: skip
+        f"train.output_dir={tmp_path / 'out'}",
+        "train.optimizer_args={betas: [0.8, 0.95], eps: 1e-6}",
+        "train.warmup_ratio=0.25",
+        "train.eval_steps=5",
+        "train.save_steps=10",
+        "train.load_best_model_at_end=true",
+        "train.gradient_checkpointing=true",
+        "train.weight_decay=0.1",
+        "train.global_batch_size=6",
+        "train.lr_scheduler=cosine_with_min_lr",
+        "train.lr_scheduler_args={min_lr: 1e-6}",
+        "train.max_steps=40",
+    )
     kwargs = arguments(run, dtype=dtype, has_eval=True)
+    assert kwargs["deepspeed"]["zero_optimization"] == {"stage": 0}
     made = []
     monkeypatch.setattr(
-        HfTrainerDeepSpeedConfig, "__init__", lambda self, config: made.append((self, config)) or setattr(self, "config", config)
+        HfTrainerDeepSpeedConfig,
+        "__init__",
+        lambda self, config: made.append((self, config)) or setattr(self, "config", config),
     )
     monkeypatch.setattr(HfTrainerDeepSpeedConfig, "trainer_config_process", lambda self, args: None)
     monkeypatch.setattr("accelerate.utils.DeepSpeedPlugin", lambda **_: None)
@@ -287,7 +349,9 @@ def test_evaluation_needs_data(load):
     assert arguments(load(), has_eval=True)["eval_strategy"] == "epoch"
 
 
-@pytest.mark.parametrize(("given", "expected"), [("none", "none"), ("tensorboard", ["tensorboard"]), ("[a, b]", ["a", "b"])])
+@pytest.mark.parametrize(
+    ("given", "expected"), [("none", "none"), ("tensorboard", ["tensorboard"]), ("[a, b]", ["a", "b"])]
+)
 def test_loggers(load, given, expected):
     assert arguments(load(f"train.report_to={given}"))["report_to"] == expected
 

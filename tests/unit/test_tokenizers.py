@@ -21,9 +21,14 @@ KINDS = {
     "llama": {**LLAMA_LIKE, "space_runs": True},
     "bpe_without_bytes": {**LLAMA_LIKE, "byte_fallback": False, "vocab_size": 200},
     "no_dummy_prefix": {**LLAMA_LIKE, "add_dummy_prefix": False},
-    "unigram": {**LLAMA_LIKE, "model_type": "unigram", "allow_whitespace_only_pieces": False, "vocab_size": 340},
+    "unigram": {
+        **LLAMA_LIKE,
+        "model_type": "unigram",
+        "allow_whitespace_only_pieces": False,
+        "vocab_size": 340,
+    },
     "no_bos": {**LLAMA_LIKE, "bos_id": -1},
-}  # fmt: skip
+}
 
 
 def processor_of(folder: Path) -> sentencepiece.SentencePieceProcessor:
@@ -109,7 +114,9 @@ def test_a_model_that_cannot_be_converted_is_refused_with_a_text(tmp_path):
         load_tokenizer(folder)
 
 
-@pytest.mark.parametrize("model_type", [None, "llama", "mistral", "mixtral", "gemma", "phi3", "opt", "unheard_of"])
+@pytest.mark.parametrize(
+    "model_type", [None, "llama", "mistral", "mixtral", "gemma", "phi3", "opt", "unheard_of"]
+)
 def test_what_is_saved_gives_the_same_ids_to_auto_tokenizer(tmp_path, model_type):
     tokenizer = load_tokenizer(sentencepiece_folder(tmp_path / "in", **KINDS["llama"]))
     out = tmp_path / "out"
@@ -122,7 +129,10 @@ def test_what_is_saved_gives_the_same_ids_to_auto_tokenizer(tmp_path, model_type
         assert again(text).input_ids == tokenizer(text).input_ids, repr(text)
     assert again.pad_token == tokenizer.pad_token
     # names that transformers 4 and llama.cpp's converter know
-    assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (
+        json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
+        == "PreTrainedTokenizerFast"
+    )
     assert (out / "tokenizer.model").read_bytes() == (tmp_path / "in" / "tokenizer.model").read_bytes()
     assert load_tokenizer(out)("Hi").input_ids == tokenizer("Hi").input_ids
 
