@@ -32,6 +32,7 @@ class Command:
 
 
 COMMANDS = {
+    "train": Command("hift_ds.train.command", "fine-tune as a run file says, with the accelerators found"),
     "groups": Command(
         "hift_ds.report.groups_table", "print the layer groups of a model, from its config alone"
     ),

@@ -1,0 +1,99 @@
+"""``hift-ds train RUN.yaml [section.key=value ...]``: fine-tune with the accelerators of this machine.
+
+One process runs right here; several are started by DeepSpeed's launcher, as ``deepspeed launch RUN.yaml`` would start
+them. Without an accelerator the default is one process, which computes with all cores: more processes on one CPU
+need a copy of the weights each and are not faster. ``--num-procs`` asks for them all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from hift_ds.errors import ConfigError
+from hift_ds.train.run_config import load_run_config
+
+WORKER = "hift_ds.train.worker"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_file", metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--num-procs", "--num_procs", type=int, metavar="N",
+        help="processes (default: one for each accelerator found; one if there is none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--master-port", "--master_port", type=int, metavar="PORT", help="for the processes to meet (default: a free one)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    load_run_config(args.run_file, args.overrides)  # a mistake in it is said once, before anything is started
+    arguments = [args.run_file, *args.overrides]
+    if "RANK" in os.environ:  # torchrun or a batch system started this very command on every rank
+        return _run_here(arguments)
+    accelerators = _visible_accelerators()
+    if not accelerators:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    num_procs = args.num_procs if args.num_procs is not None else max(len(accelerators), 1)
+    if num_procs < 1 or (accelerators and num_procs > len(accelerators)):
+        expected = f"1 to {len(accelerators)}, the accelerators found" if accelerators else "at least 1"
+        raise ConfigError(f"--num-procs: expected {expected}; got {num_procs}")
+    if num_procs == 1:
+        return _run_here(arguments)
+    devices = accelerators[:num_procs] or [str(i) for i in range(num_procs)]
+    return _launch(devices, args.master_port or _free_port(), arguments, on_cpu=not accelerators)
+
+
+def _run_here(arguments: Sequence[str]) -> int:
+    from hift_ds.train.worker import main
+
+    return main(arguments)
+
+
+def _launch(devices: Sequence[str], port: int, arguments: Sequence[str], *, on_cpu: bool) -> int:
+    """Start one worker per device and wait for them; their exit code."""
+    env = dict(os.environ)
+    if on_cpu:
+        env.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // len(devices), 1)))
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(devices)}).encode()).decode()
+    command = [
+        sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--master_addr=127.0.0.1",
+        f"--master_port={port}", "--log_level=critical", "--no_local_rank", "--module", WORKER, *arguments,
+    ]  # fmt: skip
+    process = subprocess.Popen(command, env=env)
+    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # the terminal has told the launcher and the workers, too
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _visible_accelerators() -> list[str]:
+    """Their names for CUDA_VISIBLE_DEVICES (or what this accelerator has in its place); empty on a CPU-only machine."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return []
+    count = torch.accelerator.device_count()
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in shown.split(",") if name.strip()]
+    return names[:count] if len(names) >= count else [str(i) for i in range(count)]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,253 @@
+"""Fine-tuning as a run file says, from a safetensors folder to a safetensors folder. Every rank of the job runs this.
+
+:func:`finetune` reads as its phases. What can be wrong with the input is found in the first one, before any weight is
+read; the loop is transformers' (:mod:`hift_ds.train.trainer`), the step the engine's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from transformers import TrainerCallback, TrainingArguments
+
+from hift_ds.checkpoint.export import export_model
+from hift_ds.checkpoint.manifest import latest_tag
+from hift_ds.checkpoint.safetensors_io import load_pretrained, tensor_dtypes, weight_distances
+from hift_ds.checkpoint.saved_checkpoint import SavedCheckpoint
+from hift_ds.checkpoint.weight_names import plan_names
+from hift_ds.data.packing import packed_samples_are_isolated
+from hift_ds.data.prepare import PreparedData, prepare_data
+from hift_ds.data.tokenizers import load_tokenizer
+from hift_ds.engine.initialize import ensure_process_group
+from hift_ds.errors import CheckpointError, ConfigError
+from hift_ds.grouping import partition_model
+from hift_ds.model_structure import build_on_meta, read_config
+from hift_ds.report.groups import add_distances, read_groups, write_groups
+from hift_ds.report.plots import plot_run
+from hift_ds.train.arguments import hift_block
+from hift_ds.train.preflight import CheckedRun, check_run
+from hift_ds.train.ranks import gather, on_all_ranks, rank_and_world_size
+from hift_ds.train.resume import find_checkpoints
+from hift_ds.train.run_config import RunConfig
+from hift_ds.train.trainer import build_trainer, make_arguments
+from hift_ds.version import __version__
+
+logger = logging.getLogger(__name__)
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RESULTS_FILE = "all_results.json"
+
+
+def finetune(run: RunConfig) -> dict[str, Any]:
+    """Check, load, train, evaluate, export, report.
+
+    Returns:
+        The contents of ``all_results.json``, on every rank.
+
+    Raises:
+        HiFTError: one line for the user, on every rank alike wherever the ranks could agree on it.
+    """
+    ensure_process_group()
+    checked, checkpoints = on_all_ranks(lambda: _check(run))
+    arguments = on_all_ranks(lambda: make_arguments(checked, fresh=not checkpoints))
+    say = print if arguments.process_index == 0 else _silent
+    _introduce(checked, arguments, say)
+
+    tokenizer, data = on_all_ranks(lambda: _load_data(checked, arguments))
+    for report in data.reports:
+        say(str(report))
+    model = on_all_ranks(lambda: _load_model(checked, arguments))
+
+    trainer = build_trainer(checked, arguments, model, tokenizer, data)
+    results = _train(trainer, checkpoints)
+    results |= _evaluate(trainer, data)
+    on_all_ranks(lambda: _export(checked, trainer, model, tokenizer) if arguments.process_index == 0 else None)
+    say(f"exported to {run.export_dir}")
+    if arguments.process_index == 0:
+        _write_results(run, results)
+    return results
+
+
+# -- before any weight is read ------------------------------------------------------------------------------------
+
+
+def _check(run: RunConfig) -> tuple[CheckedRun, list[Path]]:
+    rank, world_size = rank_and_world_size()
+    checked = check_run(run, world_size)
+    block = hift_block(run)
+    if block is not None:
+        trust = run.model.trust_remote_code
+        structure = build_on_meta(read_config(str(checked.model.path), trust_remote_code=trust), trust_remote_code=trust)
+        partition_model(
+            structure, group_size=block.group_size, patterns=block.groups, always_active=block.always_active
+        )
+    checkpoints, damage = find_checkpoints(run.output_dir, run.train.resume)
+    if damage and rank == 0:
+        logger.warning("%s; going on from %s", "; ".join(damage), checkpoints[0] if checkpoints else "the beginning")
+    return checked, checkpoints
+
+
+def _introduce(checked: CheckedRun, arguments: TrainingArguments, say: Callable[[str], None]) -> None:
+    """What is about to run, on the terminal and as files in the run folder."""
+    run, batch, model = checked.run, checked.batch, checked.model
+    device = "CPU" if arguments.device.type == "cpu" else torch.accelerator.current_accelerator().type.upper()
+    if arguments.device.type == "cuda":
+        device = torch.cuda.get_device_name(arguments.device)
+    processes = f"{checked.world_size} process{'es' if checked.world_size > 1 else ''}"
+    say(f"hift_ds {__version__}, {processes} on {device}")
+    say(f"{model.path}: {model.numel:,} weights in {model.dtype}, trained in {checked.dtype}")
+    say(
+        f"{batch.global_batch_size} rows a step: {batch.micro_batch_size} x {batch.gradient_accumulation_steps} accumulated x "
+        f"{processes}, up to {checked.max_length:,} tokens each"
+    )
+    if arguments.process_index == 0:
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        origin = f"# {run.file} {' '.join(run.overrides)}".rstrip()
+        content = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        (run.output_dir / "run.yaml").write_text(f"{origin}\n# every key, defaults included\n{content}", encoding="utf-8")
+        _write_json(run.output_dir / "deepspeed.json", arguments.deepspeed)
+
+
+# -- loading ----------------------------------------------------------------------------------------------------
+
+
+def _load_data(checked: CheckedRun, arguments: TrainingArguments) -> tuple[Any, PreparedData]:
+    """The first process of each node prepares, the others read what it left in the cache."""
+    run = checked.run
+    with arguments.main_process_first(local=True, desc="preparing data"):
+        tokenizer = load_tokenizer(checked.tokenizer_folder, trust_remote_code=run.model.trust_remote_code)
+        return tokenizer, prepare_data(run.data, tokenizer, checked.max_length, checked.model.vocab_size)
+
+
+def _load_model(checked: CheckedRun, arguments: TrainingArguments) -> Any:
+    """Straight to the accelerator where the dtype is final; else mapped from the files, which costs a rank no memory
+    of its own until the engine casts: fp32 weights that train in 16 bits keep their bits in the masters."""
+    run, stored = checked.run, checked.model.dtype
+    block = hift_block(run)
+    keeps_bits = stored == "fp32" and checked.dtype != "fp32" and block is not None and block.master_weights
+    dtype = TORCH_DTYPES["fp32" if keeps_bits else checked.dtype]
+    options = {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
+    model = load_pretrained(
+        checked.model.path,
+        dtype=dtype,
+        device=None if keeps_bits or arguments.device.type == "cpu" else arguments.device,
+        trust_remote_code=run.model.trust_remote_code,
+        **options,
+    )
+    if run.data.packing and not packed_samples_are_isolated(model):
+        raise ConfigError(
+            f"data.packing: true, but in {type(model).__name__} with attention {model.config._attn_implementation!r} the "
+            "samples of a row see each other; set data.packing: false, or another model.attn_implementation"
+        )
+    return model
+
+
+# -- training and after -----------------------------------------------------------------------------------------
+
+
+class _Began(TrainerCallback):
+    """Whether training got past the loading of its checkpoint."""
+
+    began = False
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = True
+
+
+def _train(trainer: Any, checkpoints: list[Path]) -> dict[str, Any]:
+    """From the newest checkpoint whose checksums are right, else from the start."""
+    progress = _Began()
+    trainer.add_callback(progress)
+    uses_cache, trainer.model.config.use_cache = trainer.model.config.use_cache, False
+    try:
+        for position, folder in enumerate(checkpoints):
+            try:
+                return _summary(trainer, trainer.train(resume_from_checkpoint=str(folder)))
+            except CheckpointError as error:
+                if progress.began or position + 1 == len(checkpoints):
+                    raise
+                logger.warning("%s; trying %s", error, checkpoints[position + 1])
+        return _summary(trainer, trainer.train())
+    finally:
+        trainer.model.config.use_cache = uses_cache
+
+
+def _summary(trainer: Any, output: Any) -> dict[str, Any]:
+    state = trainer.state
+    results = {**output.metrics, "steps": state.global_step}
+    results.pop("total_flos", None)  # transformers' estimate is of full fine-tuning
+    first = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), None)
+    if first is not None:
+        results["eval_loss_before"], results["eval_perplexity_before"] = first["eval_loss"], first["eval_perplexity"]
+    engine = getattr(trainer, "engine", None)
+    if engine is not None:
+        coverage = engine.coverage()
+        results["cycles"] = engine.schedule.cursor.cycle
+        results["num_groups"] = len(engine.groups)
+        results["never_updated"] = sum(count == 0 for count in coverage.values())
+        results["num_parameters"] = len(coverage)
+    return results
+
+
+def _evaluate(trainer: Any, data: PreparedData) -> dict[str, Any]:
+    """At the end, unless the last evaluation was of these very weights."""
+    if data.eval is None:
+        return {}
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
+    if last is None or last["step"] != trainer.state.global_step or trainer.args.load_best_model_at_end:
+        last = trainer.evaluate()
+    return {key: value for key, value in last.items() if key.startswith("eval_")}
+
+
+def _export(checked: CheckedRun, trainer: Any, model: Any, tokenizer: Any) -> None:
+    """On the first rank: the weights as safetensors, and how far each layer group has moved."""
+    run = checked.run
+    same_as_input = run.export.dtype == "auto"
+    wanted = checked.export_dtype
+    export_model(
+        model,
+        run.export_dir,
+        tensors=_masters(trainer) if wanted == "fp32" and checked.dtype != "fp32" else None,
+        tokenizer=tokenizer,
+        max_shard_size=run.export.max_shard_size,
+        dtype=tensor_dtypes(checked.model.path) if same_as_input else TORCH_DTYPES[wanted],
+    )
+    groups = read_groups(run.output_dir)
+    if groups:
+        distances = weight_distances(checked.model.path, run.export_dir)
+        add_distances(groups, distances, plan_names(model).saved_names)
+        write_groups(run.output_dir, groups)
+        plot_run(run.output_dir)
+
+
+def _masters(trainer: Any) -> Any:
+    """The fp32 values behind 16-bit weights, from the checkpoint that the run ends with; None if it has none."""
+    folder = Path(trainer.state.best_model_checkpoint or "") if trainer.args.load_best_model_at_end else None
+    if folder is None:
+        folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    tag = latest_tag(folder)
+    if tag is None or getattr(trainer, "engine", None) is None:
+        return None
+    return SavedCheckpoint(folder / tag).weights(best=True)
+
+
+def _write_results(run: RunConfig, results: dict[str, Any]) -> None:
+    _write_json(run.output_dir / RESULTS_FILE, dict(sorted(results.items())))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def _silent(*_: Any) -> None:
+    pass

@@ -1,0 +1,73 @@
+"""Where a run goes on: the newest whole checkpoint of its run folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from hift_ds.checkpoint.manifest import latest_tag, read_manifest, tags_by_age
+from hift_ds.errors import CheckpointError, ConfigError
+
+STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def find_checkpoints(output_dir: Path, resume: str) -> tuple[list[Path], list[str]]:
+    """The checkpoints to try, best first, and what is wrong with the others. Checksums are left to the loading.
+
+    Args:
+        resume: ``auto``, ``never`` or the folder of one checkpoint.
+
+    Raises:
+        ConfigError: ``never`` although the run folder has checkpoints, which the next ``auto`` would take for this run's.
+        CheckpointError: the folder asked for holds no whole checkpoint.
+    """
+    if resume not in ("auto", "never"):
+        folder = Path(resume).expanduser()
+        if reason := why_unusable(folder):
+            raise CheckpointError(f"train.resume: {reason}")
+        return [folder], []
+    found = sorted(_numbered(output_dir), reverse=True)
+    if resume == "never":
+        if found:
+            raise ConfigError(
+                f"train.resume: never, but {str(output_dir)!r} holds {found[0][1].name} of an earlier run; choose another "
+                "train.output_dir or remove it"
+            )
+        return [], []
+    reasons = {folder: why_unusable(folder) for _, folder in found}
+    return [f for f, reason in reasons.items() if reason is None], [reason for reason in reasons.values() if reason]
+
+
+def why_unusable(folder: Path) -> str | None:
+    """Why a run cannot go on from ``folder``, judged by names and sizes; None if it can."""
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        int(state["global_step"])
+    except FileNotFoundError:
+        return f"{folder} was never completed: it has no {STATE_FILE}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{folder / STATE_FILE} is damaged ({type(error).__name__})"
+    tag = latest_tag(folder)
+    if tag is None:
+        return f"{folder} holds no DeepSpeed checkpoint: it has no 'latest' file"
+    if any((folder / tag).glob("mp_rank_*_model_states.pt")):
+        return None  # of a run with `hift: false`: DeepSpeed's own, which has no list of its files
+    return None if any(_has_its_files(folder / name) for name in dict.fromkeys([tag, *tags_by_age(folder)])) else (
+        f"{folder / tag} is not whole"
+    )
+
+
+def _has_its_files(folder: Path) -> bool:
+    try:
+        manifest = read_manifest(folder)
+        return all((folder / name).stat().st_size == record.num_bytes for name, record in manifest.files.items())
+    except (CheckpointError, OSError):
+        return False
+
+
+def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
+    if not output_dir.is_dir():
+        return []
+    return [(int(m[1]), path) for path in output_dir.iterdir() if path.is_dir() and (m := _NAME.fullmatch(path.name))]

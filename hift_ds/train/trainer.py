@@ -1,0 +1,72 @@
+"""The Trainer of a run file: transformers' loop, our engine (or DeepSpeed's own with ``hift: false``), our reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+
+from hift_ds.integrations.transformers import HiFTMixin
+from hift_ds.report.callback import ReportCallback, report_instead_of_printing
+from hift_ds.train.evaluate import TokenMeanEvaluation
+from hift_ds.train.preflight import CheckedRun
+
+
+class _DecayMatricesOnly:
+    """Mixin: with an optimizer in the DeepSpeed config too, biases and norms are not decayed, as without one."""
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        from accelerate.utils import DummyOptim
+
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if isinstance(optimizer, DummyOptim) and self.args.weight_decay:
+            decayed = set(self.get_decay_parameter_names(self.model))
+            trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+            optimizer.params = [
+                {"params": [p for name, p in trainable if name in decayed]},
+                {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
+            ]
+        return optimizer
+
+
+class FullTrainer(TokenMeanEvaluation, _DecayMatricesOnly, Trainer):
+    """``hift: false``: every weight in every step, by DeepSpeed alone; what HiFT is compared with."""
+
+
+class GroupTrainer(TokenMeanEvaluation, _DecayMatricesOnly, HiFTMixin, Trainer):
+    """One layer group in every step."""
+
+
+def build_trainer(
+    checked: CheckedRun, arguments: TrainingArguments, model: Any, tokenizer: Any, data: Any
+) -> FullTrainer | GroupTrainer:
+    """Args: data: a :class:`~hift_ds.data.prepare.PreparedData`."""
+    cls = FullTrainer if checked.run.hift is False else GroupTrainer
+    trainer = cls(
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        data_collator=data.collator,
+        processing_class=tokenizer,
+    )
+    report = ReportCallback(checked.run.output_dir, get_engine=lambda: trainer.model_wrapped)
+    report_instead_of_printing(trainer, report)
+    return trainer
+
+
+def make_arguments(checked: CheckedRun, *, fresh: bool) -> TrainingArguments:
+    """Args: fresh: the run begins at step 0."""
+    options = checked.training_arguments()
+    options["deepspeed"].setdefault("zero_optimization", {"stage": 0})  # accelerate insists on it
+    if options["save_strategy"] == "no":  # "null: only at the end"
+        options |= {"save_strategy": "steps", "save_steps": 1_000_000_000}
+    return TrainingArguments(
+        **options,
+        eval_on_start=checked.has_eval and fresh,
+        include_num_input_tokens_seen="non_padding",
+        label_names=["labels"],
+        log_level="error",  # also of DeepSpeed; what a run has to say is said by our own callback
+        log_level_replica="error",
+        disable_tqdm=True,
+    )

@@ -1,0 +1,102 @@
+"""One process of a fine-tuning job: what DeepSpeed's launcher, torchrun or srun starts, once per rank.
+
+    RUN.yaml [section.key=value ...] [--local_rank N]
+
+The first rank speaks for all. An error of the user's is one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from hift_ds.errors import ConfigError, HiFTError
+from hift_ds.report.quiet import quiet_libraries
+from hift_ds.train.ranks import rank_and_world_size
+
+PROG = "hift-ds"
+USER_ERROR = 2
+INTERRUPTED = 130
+PATIENCE_S = 5.0  # for the first rank to say what is wrong and for the launcher to stop the others
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; expected RUN.yaml [section.key=value ...]")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs this rank's part of the job and returns the exit code."""
+    try:
+        args = _parse(sys.argv[1:] if argv is None else argv)
+        _join_job(args.local_rank)
+        quiet_libraries(is_main=rank_and_world_size()[0] == 0)
+        # It compares the accumulation that the Trainer does itself with DeepSpeed's, and warns at every start.
+        logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+        from hift_ds.train.run_config import load_run_config
+
+        run = load_run_config(args.run_file, args.overrides)
+        from hift_ds.train.finetune import finetune
+
+        finetune(run)
+        _leave_job()
+        return 0
+    except HiFTError as error:
+        _report(error)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog=PROG, description="Fine-tune as a run file says; started once per rank.")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help="given by some launchers")
+    parser.add_argument("run_file", metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_args(argv)
+
+
+def _join_job(local_rank: int | None) -> None:
+    """The variables that torch and DeepSpeed read, from whatever the launcher gave; before either is loaded."""
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        if "MASTER_ADDR" not in env:
+            raise ConfigError("MASTER_ADDR is not set; under srun export the first node's name, as launch/slurm.sbatch does")
+        env.setdefault("MASTER_PORT", "29500")
+    if "RANK" in env and "LOCAL_RANK" not in env and local_rank is not None:
+        env["LOCAL_RANK"] = str(local_rank)
+    if "RANK" not in env:  # nobody started us: a job of one
+        for name in ("LOCAL_RANK", "WORLD_SIZE"):
+            env.pop(name, None)
+
+
+def _leave_job() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _report(error: HiFTError) -> None:
+    """By the first rank. Another one speaks only if the first has nothing to say: it is still alive a while later,
+    and so are we, since launchers stop all ranks when one fails."""
+    rank, _ = rank_and_world_size()
+    if rank > 0:
+        if getattr(error, "seen_by_all_ranks", False):
+            return
+        time.sleep(PATIENCE_S)
+    where = f"rank {rank}: " if rank > 0 else ""
+    print(f"{PROG}: error: {where}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
