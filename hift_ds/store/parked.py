@@ -112,6 +112,7 @@ class ParkedStateStore(EncodedStateStore):
         self.mover.wait(slot.departure)  # a write-back may still be reading what the update is going to change
         self._fetches += 1
         slot.fetched, slot.last_fetch = True, self._fetches
+        assert slot.memory.numel() >= self.num_bytes(unit), "a state was reserved between updates and not written"
         return slot.memory[: self.num_bytes(unit)]
 
     def _grow(self, unit: int, memory: Tensor) -> Tensor:

@@ -124,6 +124,8 @@ def _unused_promise(folder: Path) -> int:
 def _bytes_in(folder: Path) -> int:
     total = 0
     for file in folder.iterdir():
+        if file.name in (_LOCK, _PROMISED):
+            continue
         with contextlib.suppress(OSError):  # replaced meanwhile
             total += file.stat().st_blocks * 512
     return total
