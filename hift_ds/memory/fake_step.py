@@ -5,23 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hift_ds.arch import ArchSpec, find_arch
 from hift_ds.memory import fake_device
 from hift_ds.memory.flops import FlopCounter
-from hift_ds.memory.simulation import GroupPeaks, Result, Setting
+from hift_ds.memory.simulation import Bytes, GroupStep, Result, Setting
 from hift_ds.memory.tracker import GRADIENTS, STATES, WEIGHTS, MemoryTracker, Timeline
 
 VISITS = 2  # the first update of a group makes its states, later ones find them
 
 
 def run(setting: Setting) -> Result:
-    """Step the layer groups of ``setting`` and report their peaks."""
+    """Step the layer groups of ``setting`` and report what was alive when."""
     with fake_device.fake_device():
         _join(setting.world_size)
         device, host, flops = MemoryTracker(fake_device.NAME), MemoryTracker("cpu", block_bytes=1), FlopCounter()
@@ -30,35 +31,43 @@ def run(setting: Setting) -> Result:
             model = build_model(setting)
             device.see_all([*model.parameters(), *model.buffers()], WEIGHTS)
             weight_bytes = device.live_bytes
+            arch = find_arch(model)
             engine = _engine(setting, model)
-            _mark_blocks(model, device)
-            _watch_states(engine, device)
-            order = _indices(setting, len(engine.groups))
-            result = Result(_num_blocks(model), len(engine.groups), weight_bytes, 0)
-            result.groups = [_train(engine, setting, index, device, flops) for index in order]
-            result.host_bytes = Timeline(host).peak(0, len(host.events)).num_bytes
+            _mark_blocks(model, arch, device)
+            _mark_gradients(model, device)
+            _mark_states(engine, device)
+            result = Result(
+                len(arch.blocks), len(engine.groups), weight_bytes, sum(param.numel() for param in model.parameters())
+            )
+            for index in _indices(setting, len(engine.groups)):
+                result.steps.append(_train(engine, setting, index, device, host, flops))
             engine.destroy()
     return result
 
 
+# -- the model ------------------------------------------------------------------------------------------------
+
+
 def build_model(setting: Setting) -> nn.Module:
     """The model that the setting names, on the fake device, in training mode."""
-    from hift_ds.arch import find_arch
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
     from hift_ds.model_structure import build_on_meta, read_config
 
     config = read_config(setting.model, trust_remote_code=setting.trust_remote_code)
-    with _real_tensors():
+    if setting.eager_attention:
+        config._attn_implementation = "eager"
+    with unset_fake_temporarily():
         model = build_on_meta(config, trust_remote_code=setting.trust_remote_code)
     if setting.num_blocks is not None:
-        cut_blocks(model, find_arch(model).blocks, setting.num_blocks)
+        cut_blocks(model, find_arch(model), setting.num_blocks)
     move_to_fake_device(model, getattr(torch, setting.weight_dtype))
     return model.train()
 
 
-def cut_blocks(model: nn.Module, blocks: Any, num_blocks: int) -> None:
+def cut_blocks(model: nn.Module, arch: ArchSpec, num_blocks: int) -> None:
     """Keep the first ``num_blocks`` of each stack."""
-    stacks = {names[0].rpartition(".")[0] for names in blocks}
-    for name in stacks:
+    for name in {names[0].rpartition(".")[0] for names in arch.blocks}:
         stack = model.get_submodule(name)
         for child in list(stack._modules)[num_blocks:]:
             del stack._modules[child]
@@ -71,10 +80,8 @@ def move_to_fake_device(model: nn.Module, dtype: torch.dtype) -> None:
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
             is_weight = isinstance(tensor, nn.Parameter)
-            new = torch.empty(
-                tensor.shape, dtype=dtype if is_weight and tensor.is_floating_point() else tensor.dtype,
-                device=fake_device.NAME,
-            )  # fmt: skip
+            dtype_of_new = dtype if is_weight and tensor.is_floating_point() else tensor.dtype
+            new = torch.empty(tensor.shape, dtype=dtype_of_new, device=fake_device.NAME)
             made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_weight else new
         return made[id(tensor)]
 
@@ -85,13 +92,19 @@ def move_to_fake_device(model: nn.Module, dtype: torch.dtype) -> None:
                     tensors[key] = fake(tensor)
 
 
-@contextmanager
-def _real_tensors() -> Iterator[None]:
-    """Meta tensors are made outside of the fake world, so that they cost nothing in it."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
+def make_batch(model: nn.Module, batch: int, length: int, device: str) -> dict[str, Tensor]:
+    """Tokens and the labels that the model's head wants, no padding. (batch, length) int64, all zero."""
+    tokens = torch.zeros(batch, length, dtype=torch.long, device=device)
+    one_each = torch.zeros(batch, dtype=torch.long, device=device)
+    kind = type(model).__name__
+    if kind.endswith("ForSequenceClassification"):
+        return {"input_ids": tokens, "labels": one_each}
+    if kind.endswith("ForQuestionAnswering"):
+        return {"input_ids": tokens, "start_positions": one_each, "end_positions": one_each}
+    return {"input_ids": tokens, "labels": tokens}
 
-    with unset_fake_temporarily(), torch.utils._python_dispatch._disable_current_modes():
-        yield
+
+# -- the engine -----------------------------------------------------------------------------------------------
 
 
 def _join(world_size: int) -> None:
@@ -115,62 +128,81 @@ def _engine(setting: Setting, model: nn.Module) -> Any:
         **{k: v for k, v in setting.engine_config.items() if k != "train_batch_size"},
         "train_micro_batch_size_per_gpu": setting.batch,
         "gradient_accumulation_steps": setting.micro_batches,
+        "hift": _parked_in_host_memory(setting.engine_config["hift"]),
+        "optimizer": _with_fused_kernel(setting.engine_config["optimizer"]),
     }
-    engine, *_ = hift_ds.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    with _roomy_host():
+        engine, *_ = hift_ds.initialize(model=model, model_parameters=list(model.parameters()), config=config)
     return engine
 
 
-def _num_blocks(model: nn.Module) -> int:
-    from hift_ds.arch import find_arch
+def _parked_in_host_memory(block: dict[str, Any]) -> dict[str, Any]:
+    """On the device, states that rest on disk look the same, and no file is wanted here. Nor are page-locked slabs."""
+    state = {**(block.get("state") or {}), "pin_memory": False}
+    if state.get("residency") in ("disk", "auto"):
+        state["residency"] = "host"
+        state.pop("path", None)
+        state.pop("io", None)
+    return {**block, "state": state}
 
-    return len(find_arch(model).blocks)
+
+def _with_fused_kernel(block: dict[str, Any]) -> dict[str, Any]:
+    """The kernel that is the default on a GPU; on an unknown device torch would take one that copies."""
+    params = dict(block.get("params") or {})
+    plain = block["type"].lower() in ("adam", "adamw", "sgd")
+    if plain and not params.keys() & {"fused", "foreach", "differentiable"}:
+        params["fused"] = True
+    return {**block, "params": params}
 
 
-def _indices(setting: Setting, num_groups: int) -> list[int]:
-    if setting.groups is None:
-        return list(range(num_groups))
-    return [index % num_groups for index in setting.groups]
+@contextmanager
+def _roomy_host() -> Iterator[None]:
+    """This machine's memory says nothing about the one that is asked about."""
+    from hift_ds.store import room
+
+    saved = room._physical, room._number
+    room._physical, room._number = lambda proc: room.HostBytes(1 << 60, 1 << 60), lambda path: None
+    try:
+        yield
+    finally:
+        room._physical, room._number = saved
 
 
 # -- watching -------------------------------------------------------------------------------------------------
 
 
-def _mark_blocks(model: nn.Module, tracker: MemoryTracker) -> None:
+def _mark_blocks(model: nn.Module, arch: ArchSpec, tracker: MemoryTracker) -> None:
     """Note in the log which block runs, forward and backward. No tensor is kept or made for it."""
-    from hift_ds.arch import find_arch
 
-    def before(module: nn.Module, args: Any, name: str) -> None:
-        tracker.mark("forward", name)
+    def before(place: str) -> None:
+        tracker.mark("forward", place)
 
-    def after(module: nn.Module, args: Any, out: Any, name: str) -> None:
-        tracker.mark("forward", "after " + name)
+    def after(out: Any, place: str) -> None:
+        tracker.mark("forward", f"after {place}")
         first = out if isinstance(out, Tensor) else next((x for x in out if isinstance(x, Tensor)), None)
         if first is not None and first.grad_fn is not None:
-            first.grad_fn.register_prehook(lambda grads: tracker.mark("backward", name))
+            first.grad_fn.register_prehook(lambda grads: tracker.mark("backward", place))
 
-    for names in find_arch(model).blocks:
+    for index, names in enumerate(arch.blocks):
         block = model.get_submodule(names[0])
-        block.register_forward_pre_hook(lambda m, a, n=names[0]: before(m, a, n))
-        block.register_forward_hook(lambda m, a, o, n=names[0]: after(m, a, o, n))
+        block.register_forward_pre_hook(lambda module, args, place=str(index): before(place))
+        block.register_forward_hook(lambda module, args, out, place=str(index): after(out, place))
+
+
+def _mark_gradients(model: nn.Module, tracker: MemoryTracker) -> None:
     for param in model.parameters():
-        if param.requires_grad or True:
-            _watch_gradient(param, tracker)
+        flag = param.requires_grad
+        param.requires_grad_(True)  # a hook can be put on no other
+        param.register_post_accumulate_grad_hook(lambda p: p.grad is not None and tracker.see(p.grad, GRADIENTS))
+        param.requires_grad_(flag)
 
 
-def _watch_gradient(param: nn.Parameter, tracker: MemoryTracker) -> None:
-    flag = param.requires_grad
-    param.requires_grad_(True)
-    param.register_post_accumulate_grad_hook(lambda p: p.grad is not None and tracker.see(p.grad, GRADIENTS))
-    param.requires_grad_(flag)
-
-
-def _watch_states(engine: Any, tracker: MemoryTracker) -> None:
+def _mark_states(engine: Any, tracker: MemoryTracker) -> None:
     """What a store hands out for an update is state."""
     optimizer = engine.optimizer
     for store in {id(s): s for s in (optimizer.store, optimizer.always_store)}.values():
-        fetch = store.fetch
 
-        def watched(unit: int, fetch: Any = fetch) -> dict[str, Tensor]:
+        def watched(unit: int, fetch: Any = store.fetch) -> dict[str, Tensor]:
             tensors = fetch(unit)
             tracker.see_all(tensors.values(), STATES)
             return tensors
@@ -181,21 +213,32 @@ def _watch_states(engine: Any, tracker: MemoryTracker) -> None:
 # -- stepping -------------------------------------------------------------------------------------------------
 
 
-def _train(engine: Any, setting: Setting, index: int, tracker: MemoryTracker, flops: FlopCounter) -> GroupPeaks:
-    """Both visits of one group; the higher one counts."""
-    visits = []
+def _indices(setting: Setting, num_groups: int) -> list[int]:
+    if setting.groups is None:
+        return list(range(num_groups))
+    return sorted({index % num_groups for index in setting.groups if -num_groups <= index < num_groups})
+
+
+def _train(
+    engine: Any, setting: Setting, index: int, device: MemoryTracker, host: MemoryTracker, flops: FlopCounter
+) -> GroupStep:
+    """All visits of one group, the higher one at each place."""
+    places: dict[str, Bytes] = {}
+    offloaded = 0
     for _ in range(VISITS):
-        _activate(engine, index)
-        start = len(tracker.events)
-        first_mark = len(tracker.marks)
-        with ExitStack() as stack:
-            stack.enter_context(flops)
-            _step(engine, setting, tracker, flops)
-        visits.append(_peaks(engine, index, tracker, start, first_mark, flops.take()))
-    return max(visits, key=lambda visit: visit.peak_bytes)
+        activate(engine, index)
+        first_mark, host_start, host_bytes = len(device.marks), len(host.events), host.live_bytes
+        with flops:
+            _step(engine, setting, device, flops)
+        for place, categories in _places(engine, index, device, first_mark).items():
+            places[place] = max(places.get(place, {}), categories, key=lambda c: sum(c.values()))
+        offloaded = max(offloaded, Timeline(host).peak(host_start, len(host.events)).num_bytes - host_bytes)
+        counts = flops.take()
+    group = engine.groups[index]
+    return GroupStep(index, group.name, group.numel, places, counts, state_bytes(engine, index), offloaded)
 
 
-def _activate(engine: Any, index: int) -> None:
+def activate(engine: Any, index: int) -> None:
     """Make ``index`` the active group, wherever the schedule stands."""
     from hift_ds.schedule import Cursor
 
@@ -204,12 +247,20 @@ def _activate(engine: Any, index: int) -> None:
     engine.optimizer.activate()
 
 
+def state_bytes(engine: Any, index: int) -> int:
+    """Of the group's master and states, in the form in which they rest."""
+    optimizer = engine.optimizer
+    store = optimizer.store_of(index)
+    return sum(store.num_bytes(chunk.id) for chunk in optimizer.units[index].chunks)
+
+
 def _step(engine: Any, setting: Setting, tracker: MemoryTracker, flops: FlopCounter) -> None:
     for _ in range(setting.micro_batches):
-        tracker.mark("forward", "below")
+        batch = make_batch(engine.module, setting.batch, setting.length, fake_device.NAME)
+        tracker.mark("forward", "-1")
         flops.phase = "forward"
-        loss = engine(**make_batch(engine.module, setting)).loss
-        tracker.mark("backward", "head")
+        loss = engine(**batch).loss
+        tracker.mark("backward", "loss")
         flops.phase = "backward"
         engine.backward(loss)
         del loss
@@ -219,31 +270,31 @@ def _step(engine: Any, setting: Setting, tracker: MemoryTracker, flops: FlopCoun
         engine.step()
 
 
-def make_batch(model: nn.Module, setting: Setting) -> dict[str, Tensor]:
-    """Tokens and the labels that the model's head wants, no padding."""
-    shape = (setting.batch, setting.length)
-    tokens = torch.zeros(shape, dtype=torch.long, device=fake_device.NAME)
-    kind = type(model).__name__
-    if kind.endswith("ForSequenceClassification"):
-        return {"input_ids": tokens, "labels": torch.zeros(shape[:1], dtype=torch.long, device=fake_device.NAME)}
-    if kind.endswith("ForQuestionAnswering"):
-        at = torch.zeros(shape[:1], dtype=torch.long, device=fake_device.NAME)
-        return {"input_ids": tokens, "start_positions": at, "end_positions": at}
-    return {"input_ids": tokens, "labels": tokens}
-
-
-def _peaks(
-    engine: Any, index: int, tracker: MemoryTracker, start: int, first_mark: int, flops: dict[str, int]
-) -> GroupPeaks:
+def _places(engine: Any, index: int, tracker: MemoryTracker, first_mark: int) -> dict[str, Bytes]:
+    """What was alive at the peak of each place, the places named as seen from the active group."""
     timeline = Timeline(tracker)
-    phases: dict[str, int] = {}
-    stretches: dict[str, int] = {}
-    best = timeline.peak(start, start)
+    lowest = engine.savings.lowest_block(index)
+    num_blocks = len(find_arch(engine.module).blocks)
+    peaks: dict[str, Any] = {}
     for mark, begin, end in timeline.stretches()[first_mark:]:
         peak = timeline.peak(begin, end)
-        phases[mark.phase] = max(peak.num_bytes, phases.get(mark.phase, 0))
-        place = f"{mark.phase}:{mark.place}"
-        stretches[place] = max(peak.num_bytes, stretches.get(place, 0))
-        best = max(best, peak, key=lambda p: p.num_bytes)
-    group = engine.groups[index]
-    return GroupPeaks(index, group.name, group.numel, phases, timeline.categories_at(best.event), stretches, flops)
+        place = f"{mark.phase}:{_seen_from(lowest, num_blocks, mark.place)}"
+        peaks[place] = max(peaks.get(place, peak), peak, key=lambda p: p.num_bytes)
+    return {place: timeline.categories_at(peak.event) for place, peak in peaks.items()}
+
+
+def _seen_from(lowest: int, num_blocks: int, place: str) -> str:
+    """A block's place relative to the lowest that gradients pass. Between the first and the last block above it
+    memory is linear in the block, so these two stand for all."""
+    if not place.removeprefix("after ").lstrip("-").isdigit():
+        return place
+    block = int(place.removeprefix("after "))
+    if place.startswith("after ") and block == num_blocks - 1:
+        return "head"
+    if block < lowest:
+        return "below"
+    if block == lowest:
+        return "lowest block"
+    if block == num_blocks - 1:
+        return "last block"
+    return "second block" if block == lowest + 1 else "blocks between"

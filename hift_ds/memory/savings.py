@@ -51,6 +51,10 @@ class ActivationSavings:
             return None
         return BlockCheckpointing(self._model, find_arch(self._model).blocks, config.blocks_kept)
 
+    def lowest_block(self, index: int) -> int:
+        """The lowest block that gradients of group ``index`` pass; the number of blocks for the head alone."""
+        return self._lowest[index]
+
     @contextlib.contextmanager
     def during_forward(self, active: Iterable[int]) -> Iterator[None]:
         """Around a forward while the groups with indices ``active`` train."""

@@ -12,8 +12,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from hift_ds.errors import HiFTError
+
+Bytes = dict[str, int]  # by category
+
+
+class SimulationError(HiFTError):
+    """The engine could not be run on the fake device."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Setting:
         groups: indices of the layer groups to train; negative ones count from the top; ``None`` for all.
         world_size: data-parallel ranks; rank 0 is counted.
         micro_batches: accumulated before an update.
+        eager_attention: hold the scores, as without a fused kernel.
         trust_remote_code: run the code that the checkpoint brings along.
     """
 
@@ -42,71 +52,98 @@ class Setting:
     groups: tuple[int, ...] | None = None
     world_size: int = 1
     micro_batches: int = 1
+    eager_attention: bool = False
     trust_remote_code: bool = False
 
 
 @dataclass
-class GroupPeaks:
-    """The step of one layer group. Bytes on the device, rank 0.
+class GroupStep:
+    """The step of one layer group, on rank 0.
 
     Attributes:
-        phases: the peak of "forward", "backward" and "update".
-        categories: what was alive at the highest of them.
-        stretches: peaks within the phases, by place: which block was running, seen from the active group.
+        places: what was alive at the peak of each stretch of the step, bytes on the device by category. A place is
+            "phase:where", such as "backward:active block".
         flops: of matrix products, by phase.
+        state_bytes: master and optimizer states of the group, at rest.
+        offloaded_bytes: host memory that the step took for a while.
     """
 
     index: int
     name: str
     numel: int
-    phases: dict[str, int]
-    categories: dict[str, int]
-    stretches: dict[str, int]
+    places: dict[str, Bytes]
     flops: dict[str, int]
+    state_bytes: int
+    offloaded_bytes: int
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """The peak of "forward", "backward" and "update"."""
+        peaks: dict[str, int] = {}
+        for place, categories in self.places.items():
+            phase = place.partition(":")[0]
+            peaks[phase] = max(peaks.get(phase, 0), sum(categories.values()))
+        return peaks
+
+    @property
+    def categories(self) -> Bytes:
+        """What was alive at the highest peak."""
+        return max(self.places.values(), key=lambda categories: sum(categories.values()))
 
     @property
     def peak_bytes(self) -> int:
-        return max(self.phases.values())
+        return sum(self.categories.values())
 
 
 @dataclass
 class Result:
-    """What :class:`Setting` led to.
+    """What a :class:`Setting` led to.
 
     Attributes:
         num_blocks: blocks of the model as built.
-        groups: in the order of ``Setting.groups``.
+        num_groups: its layer groups.
         weight_bytes: parameters and buffers on the device.
-        host_bytes: what the engine keeps in host memory (states, masters, offloaded activations at their peak).
+        numel: parameters of the model, tied ones once.
+        steps: of the groups that the setting names.
     """
 
     num_blocks: int
     num_groups: int
     weight_bytes: int
-    host_bytes: int
-    groups: list[GroupPeaks] = field(default_factory=list)
+    numel: int
+    steps: list[GroupStep] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Result:
-        return cls(**{**data, "groups": [GroupPeaks(**group) for group in data["groups"]]})
+        return cls(**{**data, "steps": [GroupStep(**step) for step in data["steps"]]})
 
 
-def simulate(settings: Sequence[Setting]) -> list[Result]:
-    """Run each setting in one fresh process.
+def simulate(settings: Sequence[Setting], num_processes: int = 1) -> list[Result]:
+    """Run each setting, in ``num_processes`` fresh processes.
 
     Raises:
-        RuntimeError: the process failed; its last words are in the message.
+        SimulationError: a process failed; the last line that it wrote is in the message.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    shares = [range(start, len(settings), num_processes) for start in range(min(num_processes, len(settings)))]
+    with ThreadPoolExecutor(max(len(shares), 1)) as pool:
+        answers = list(pool.map(lambda share: _in_fresh_process([settings[i] for i in share]), shares))
+    results: dict[int, Result] = {}
+    for share, answer in zip(shares, answers, strict=True):
+        results.update(zip(share, answer, strict=True))
+    return [results[index] for index in range(len(settings))]
+
+
+def _in_fresh_process(settings: Sequence[Setting]) -> list[Result]:
     job = subprocess.run(
         [sys.executable, "-m", "hift_ds.memory.simulation"],
         input=json.dumps([asdict(setting) for setting in settings]),
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     if job.returncode != 0:
-        raise RuntimeError(f"the memory simulation failed:\n{job.stderr[-3000:]}")
+        lines = [line for line in job.stderr.splitlines() if line.strip()] or ["no message"]
+        raise SimulationError(f"the step could not be simulated: {lines[-1]}")
     return [Result.from_dict(data) for data in json.loads(job.stdout.splitlines()[-1])]
 
 
