@@ -201,14 +201,14 @@ class GroupOptimizer:
                 store.prefetch(unit.chunks[position + 1].id)
             if chunk.id not in self.masters_filled:
                 self._fill_masters(unit, chunk, tensors)
-            updates = {
-                i: self._piece_update(unit, piece, self.records[chunk.id][i], shard, factor, tensors)
-                for i, piece in enumerate(chunk.pieces)
-                if (shard := shards[piece.member]) is not None
-            }
-            after = {**after, **self._step_pieces(unit, chunk, updates, rates, extras)}
-            for i, update in updates.items():
-                weight = self.parameters.weight(unit, chunk.pieces[i])
+            for i, piece in enumerate(chunk.pieces):
+                if (shard := shards[piece.member]) is None:
+                    continue
+                # One by one, so that beside the chunk's buffers there is one fp32 gradient and one new state at most.
+                update = self._piece_update(unit, piece, self.records[chunk.id][i], shard, factor, tensors)
+                after = {**after, **self.piecewise.step([update], rates, extras)}
+                self._keep_state(unit, chunk, i, update)
+                weight = self.parameters.weight(unit, piece)
                 if update.target.data_ptr() != weight.data_ptr():
                     write_weight_(weight, update.target, generator)
             store.evict(chunk.id, self.num_applied)
@@ -234,25 +234,6 @@ class GroupOptimizer:
         if record.slots or record.scalars:
             state = {key: slot.view(tensors) for key, slot in record.slots.items()} | record.scalars
         return PieceUpdate(target, grad, unit.members[piece.member].param_group, state)
-
-    def _step_pieces(
-        self,
-        unit: Unit,
-        chunk: Chunk,
-        updates: dict[int, PieceUpdate],
-        rates: list[float],
-        extras: dict[int, dict[str, Any]],
-    ) -> dict[int, dict[str, Any]]:
-        """Known pieces in one call; those without a state yet one by one, so that at most one new state exists
-        beside the chunk's buffers. Returns the new extras."""
-        after: dict[int, dict[str, Any]] = {}
-        known = [i for i, update in updates.items() if update.state is not None]
-        fresh = [i for i, update in updates.items() if update.state is None]
-        for batch in ([known] if known else []) + [[i] for i in fresh]:
-            after.update(self.piecewise.step([updates[i] for i in batch], rates, extras))
-            for i in batch:
-                self._keep_state(unit, chunk, i, updates[i])
-        return after
 
     def _keep_state(self, unit: Unit, chunk: Chunk, i: int, update: PieceUpdate) -> None:
         """Tensors that the step replaced or created go into the chunk's buffers; scalars stay as they are."""
