@@ -86,7 +86,7 @@ def export_model(
         _write_config(model, staging, writer.commonest_dtype())
         _write_generation_config(model, generation_config, staging)
         if tokenizer is not None:
-            tokenizer.save_pretrained(str(staging))
+            _write_tokenizer(tokenizer, staging)
         _publish(staging, out_dir)
     return [out_dir / name for name in weight_files]
 
@@ -246,6 +246,17 @@ def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype | Non
         _write_json(path, dict(sorted({**entries, "torch_dtype": name}.items())))
 
 
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    if entries.get("tokenizer_class") == "TokenizersBackend":
+        # The name that transformers 5 gave the class; both know it by the old one, transformers 4 only by that.
+        _write_json(path, entries | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
 def _write_generation_config(model: PreTrainedModel, given: GenerationConfig | None, folder: Path) -> None:
     config = given or (model.generation_config if model.can_generate() else None)
     if config is None:
@@ -259,7 +270,7 @@ def _write_generation_config(model: PreTrainedModel, given: GenerationConfig | N
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _fsync(path: Path) -> None:

@@ -92,6 +92,5 @@ def _convert(gguf: Path, out: Path) -> None:
     # What remains is an ordinary model; the entry would make loaders look for quantized weights.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.config._name_or_path = "SmolLM2-135M-Instruct"
     tokenizer.model_max_length = model.config.max_position_embeddings
     export_model(model, out, tokenizer=tokenizer)

@@ -44,7 +44,7 @@ _JUNK = re.compile(
     r"|__\w+__|https?://|\bI\b|\bI'|@param|:param|:return|\.\. ",
     re.IGNORECASE,
 )
-_SIGNATURE_LINE = re.compile(r"^[\w.]+\(.*?\)\s*(->\s*.+|--.*|:)?$")
+_SIGNATURE_LINE = re.compile(r"^[\w.]+\(.*?\)\s*(->\s*.+|:)?$")
 _ROLE = re.compile(r":[\w:]+:`~?([^`]+)`")
 
 
@@ -210,6 +210,9 @@ def _entry_of_function(
 ) -> Iterator[Entry]:
     doc = ast.get_docstring(node)
     if not doc:
+        return
+    if kind == "function" and [argument.arg for argument in node.args.args[:1]] == ["self"]:
+        yield Entry(module, name, "class", name, doc)  # a special form of typing, written as a function
         return
     decorators = {getattr(d, "id", getattr(d, "attr", "")) for d in node.decorator_list}
     if decorators & {"property", "cached_property", "setter"}:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hift_ds.checkpoint import export
 from hift_ds.checkpoint.export import export_model, parse_size
@@ -26,6 +26,7 @@ from hift_ds.checkpoint.safetensors_io import (
 from hift_ds.checkpoint.weight_names import plan_names, skeleton
 from hift_ds.errors import CheckpointError, ConfigError
 from model_zoo import tiny
+from tests.helpers import tiny_tokenizers
 
 FAMILIES = ["llama", "mixtral", "gpt2", "opt", "t5", "gpt_neox", "bert", "roberta", "deberta_v2", "gemma3"]
 
@@ -237,6 +238,15 @@ def test_generation_settings_transformers_refuses_to_save_go_through(llama, tmp_
     llama.generation_config.do_sample = False
     export_model(llama, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.6
+
+
+def test_the_tokenizer_goes_along_under_a_class_name_that_transformers_4_knows(llama, tmp_path):
+    tokenizer = tiny_tokenizers.byte_level()
+    export_model(llama, tmp_path / "out", tokenizer=tokenizer)
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [{"role": "user", "content": "naïve <|im_end|> 你好"}]
+    assert again.apply_chat_template(messages) == tokenizer.apply_chat_template(messages)
 
 
 def test_sizes():
