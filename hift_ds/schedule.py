@@ -114,7 +114,9 @@ class GroupSchedule:
 
     def differences(self, state: dict[str, Any]) -> list[str]:
         """Settings in which a saved schedule differs from this one, as ``key: saved -> now``."""
-        keys = ("num_groups", "order", "reshuffle", "seed", "steps_per_group")
+        keys = ["num_groups", "order", "steps_per_group"]
+        if "random" in (state["order"], self.order):  # else nothing is drawn
+            keys += ["reshuffle", "seed"]
         return [f"{k}: {state[k]} -> {getattr(self, k)}" for k in keys if state[k] != getattr(self, k)]
 
     def _after(self, cursor: Cursor) -> Cursor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,9 @@ def options_of(param_group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def class_name(optimizer: torch.optim.Optimizer) -> str:
-    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    """Dotted, without the private module in which a version of torch happens to define the class."""
+    module = type(optimizer).__module__
+    return f"{'torch.optim' if module.startswith('torch.optim.') else module}.{type(optimizer).__qualname__}"
 
 
 # -- out ------------------------------------------------------------------------------------------------------
@@ -170,6 +172,20 @@ class SavedStates:
         """``None`` if the parameter was never updated."""
         return decode(self._scalars[param]) if param in self._scalars else None
 
+    def covers(self, param: str, key: str, start: int, numel: int) -> bool:
+        """True if the files here hold these elements of a state (or all of one with a shape of its own)."""
+        if not self.is_flat(param, key):
+            return (param, key) in self._shaped
+        at = start
+        for shard in sorted(self._flat[param, key], key=lambda shard: shard.start):
+            if shard.start <= at < shard.end:
+                at = shard.end
+        return at >= start + numel
+
+    @property
+    def has_states(self) -> bool:
+        return bool(self._keys)
+
     def has_master(self, param: str) -> bool:
         """True if the fp32 value of the weight is known."""
         return self.is_flat(param, MASTER) or param in self._fp32_weights
@@ -189,11 +205,7 @@ class SavedStates:
         return self._open[shard.file].get_tensor(shard.name)
 
     def elements(self, param: str, key: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a state with an entry per weight; flat.
-
-        Raises:
-            CheckpointError: some of them are in no file here (another node's, with node-local storage).
-        """
+        """Elements [start, start + numel) of a state with an entry per weight, which ``covers`` has found; flat."""
         shards = sorted(self._flat[param, key], key=lambda shard: shard.start)
         parts, at, end = [], start, start + numel
         for shard in shards:
@@ -202,12 +214,30 @@ class SavedStates:
             stop = min(shard.end, end)
             parts.append(self._open[shard.file].get_slice(shard.name)[at - shard.start : stop - shard.start])
             at = stop
-        if at != end:
-            raise CheckpointError(
-                f"{key} of {param!r}: elements {at} to {end} are in none of this checkpoint's files here; to resume on "
-                "another number of ranks, bring the files of all nodes together in one folder"
-            )
+        assert at == end, (param, key, start, numel)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def check_reachable(optimizer: GroupOptimizer, saved: SavedStates, updated: Collection[str], where: Path) -> None:
+    """Before anything is changed: the files in this folder hold all that this rank will ask for.
+
+    Args:
+        updated: parameters that had been updated when the checkpoint was saved, so that a state is to be expected.
+
+    Raises:
+        CheckpointError: they do not; with node-local storage the rest is on other nodes.
+    """
+    for unit in optimizer.units.values():
+        for piece in (piece for chunk in unit.chunks for piece in chunk.pieces):
+            name = unit.members[piece.member].name
+            keys = saved.keys(name)
+            lost = next((key for key in keys if not saved.covers(name, key, piece.start, piece.numel)), None)
+            if lost is None and (keys or not saved.has_states or name not in updated):
+                continue
+            raise CheckpointError(
+                f"{where}: {lost or 'the state'} of {name!r} is in none of the files here; to resume on other ranks bring the "
+                "files of all nodes together in one folder"
+            )
 
 
 @torch.no_grad()

@@ -21,7 +21,14 @@ from hift_ds.checkpoint.saved_checkpoint import (
     option_differences,
 )
 from hift_ds.checkpoint.snapshot import saved_tensors, shape_of
-from hift_ds.checkpoint.training_state import class_name, options_of, restore_coverage, restore_extras, restore_states
+from hift_ds.checkpoint.training_state import (
+    check_reachable,
+    class_name,
+    options_of,
+    restore_coverage,
+    restore_extras,
+    restore_states,
+)
 from hift_ds.engine.rank_agreement import gather, on_all_ranks
 from hift_ds.errors import CheckpointError
 from hift_ds.schedule import Cursor
@@ -69,6 +76,8 @@ class Loading:
         check_same_model(saved, {n: shape_of(t) for n, t in saved_tensors(self.module).items()}, load_module_strict)
         if with_states:
             check_same_optimizer(saved, class_name(self.optimizer.optimizer))
+        updated = {name for name, entry in saved.parameters.items() if entry["updates"]}
+        on_all_ranks(lambda: check_reachable(self.optimizer, saved.states, updated, folder))
         self.optimizer.drop_gradients()
         self._load_weights(saved, custom_load_fn)
         restore_states(self.optimizer, saved.states, load_states=with_states)

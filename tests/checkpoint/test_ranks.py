@@ -9,7 +9,6 @@ import torch.distributed as dist
 from hift_ds.checkpoint.saved_checkpoint import SavedCheckpoint
 from tests.checkpoint.runs import Case, advance, interrupted_and_whole, whole_weights
 from tests.checkpoint.test_exact_resume import CASES, Noisy
-from tests.helpers.forked import Launcher
 from tests.helpers.engines import ds_config
 
 BF16 = {"enabled": True}
@@ -123,12 +122,6 @@ def same_elements(a: SavedCheckpoint, b: SavedCheckpoint):
             assert torch.equal(left, right), (name, key)
             compared += 1
     assert compared
-
-
-@pytest.fixture(scope="module")
-def launcher():
-    with Launcher() as launcher:
-        yield launcher
 
 
 @pytest.mark.distributed

@@ -1,0 +1,30 @@
+"""Ranks that start fast, and folders for tests that save thousands of times."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.forked import Launcher
+
+
+@pytest.fixture(scope="session")
+def launcher():
+    with Launcher() as launcher:
+        yield launcher
+
+
+@pytest.fixture
+def memory_path(tmp_path):
+    """A folder in memory where the system has one: waiting for a disk thousands of times proves nothing."""
+    shm = Path("/dev/shm")
+    if not shm.is_dir():
+        yield tmp_path
+        return
+    try:
+        folder = tempfile.TemporaryDirectory(dir=shm)
+    except OSError:
+        yield tmp_path
+        return
+    with folder as name:
+        yield Path(name)
