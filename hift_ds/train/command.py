@@ -12,12 +12,12 @@ import base64
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 
 from hift_ds.errors import ConfigError
+from hift_ds.train.ranks import free_port
 from hift_ds.train.run_config import load_run_config
 
 WORKER = "hift_ds.train.worker"
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if num_procs == 1:
         return _run_here(arguments)
     devices = accelerators[:num_procs] or [str(i) for i in range(num_procs)]
-    return _launch(devices, args.master_port or _free_port(), arguments, on_cpu=not accelerators)
+    return _launch(devices, args.master_port or free_port(), arguments, on_cpu=not accelerators)
 
 
 def _run_here(arguments: Sequence[str]) -> int:
@@ -92,8 +92,3 @@ def _visible_accelerators() -> list[str]:
     names = [name.strip() for name in shown.split(",") if name.strip()]
     return names[:count] if len(names) >= count else [str(i) for i in range(count)]
 
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -66,9 +66,11 @@ def finetune(run: RunConfig) -> dict[str, Any]:
         say(str(report))
     model = on_all_ranks(lambda: _load_model(checked, arguments))
 
+    uses_cache, model.config.use_cache = model.config.use_cache, False  # of no use to training, and it takes memory
     trainer = build_trainer(checked, arguments, model, tokenizer, data)
     results = _train(trainer, checkpoints)
     results |= _evaluate(trainer, data)
+    model.config.use_cache = uses_cache
     on_all_ranks(lambda: _export(checked, trainer, model, tokenizer) if arguments.process_index == 0 else None)
     say(f"exported to {run.export_dir}")
     if arguments.process_index == 0:
@@ -166,18 +168,14 @@ def _train(trainer: Any, checkpoints: list[Path]) -> dict[str, Any]:
     """From the newest checkpoint whose checksums are right, else from the start."""
     progress = _Began()
     trainer.add_callback(progress)
-    uses_cache, trainer.model.config.use_cache = trainer.model.config.use_cache, False
-    try:
-        for position, folder in enumerate(checkpoints):
-            try:
-                return _summary(trainer, trainer.train(resume_from_checkpoint=str(folder)))
-            except CheckpointError as error:
-                if progress.began or position + 1 == len(checkpoints):
-                    raise
-                logger.warning("%s; trying %s", error, checkpoints[position + 1])
-        return _summary(trainer, trainer.train())
-    finally:
-        trainer.model.config.use_cache = uses_cache
+    for position, folder in enumerate(checkpoints):
+        try:
+            return _summary(trainer, trainer.train(resume_from_checkpoint=str(folder)))
+        except CheckpointError as error:
+            if progress.began or position + 1 == len(checkpoints):
+                raise
+            logger.warning("%s; trying %s", error, checkpoints[position + 1])
+    return _summary(trainer, trainer.train())
 
 
 def _summary(trainer: Any, output: Any) -> dict[str, Any]:

@@ -59,6 +59,8 @@ def make_arguments(checked: CheckedRun, *, fresh: bool) -> TrainingArguments:
     """Args: fresh: the run begins at step 0."""
     options = checked.training_arguments()
     options["deepspeed"].setdefault("zero_optimization", {"stage": 0})  # accelerate insists on it
+    if checked.run.hift is False and options["deepspeed"]["optimizer"]["type"].lower() in ("adam", "adamw"):
+        options["deepspeed"]["optimizer"]["params"].setdefault("torch_adam", True)  # DeepSpeed would compile its own
     if options["save_strategy"] == "no":  # "null: only at the end"
         options |= {"save_strategy": "steps", "save_steps": 1_000_000_000}
     return TrainingArguments(

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from hift_ds.errors import ConfigError, HiFTError
 from hift_ds.report.quiet import quiet_libraries
-from hift_ds.train.ranks import rank_and_world_size
+from hift_ds.train.ranks import free_port, rank_and_world_size
 
 PROG = "hift-ds"
 USER_ERROR = 2
@@ -63,19 +63,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _join_job(local_rank: int | None) -> None:
-    """The variables that torch and DeepSpeed read, from whatever the launcher gave; before either is loaded."""
+    """The variables that torch and DeepSpeed read, before either is loaded. Without a launcher: a job of one rank."""
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-        if "MASTER_ADDR" not in env:
-            raise ConfigError("MASTER_ADDR is not set; under srun export the first node's name, as launch/slurm.sbatch does")
-        env.setdefault("MASTER_PORT", "29500")
-    if "RANK" in env and "LOCAL_RANK" not in env and local_rank is not None:
+    if "RANK" not in env:
+        env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    elif "LOCAL_RANK" not in env and local_rank is not None:
         env["LOCAL_RANK"] = str(local_rank)
-    if "RANK" not in env:  # nobody started us: a job of one
-        for name in ("LOCAL_RANK", "WORLD_SIZE"):
-            env.pop(name, None)
 
 
 def _leave_job() -> None:

@@ -1,0 +1,304 @@
+"""From a run file to a fine-tuned model: through DeepSpeed's launcher on two processes, and phase by phase on one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import model_zoo
+from hift_ds.checkpoint.safetensors_io import tensor_dtypes
+from hift_ds.report.metrics import read_metrics
+from hift_ds.train import command, worker
+from hift_ds.train.finetune import finetune
+from hift_ds.train.run_config import load_run_config
+from tests.helpers.distributed import free_port
+from tests.helpers.tiny_tokenizers import byte_level
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_GROUPS = 5  # of the tiny llama
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with a model and with data whose answers differ in length."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model = model_zoo.tiny.build("llama", vocab_size=280, max_position_embeddings=256)
+    model.save_pretrained(folder / "model")
+    byte_level().save_pretrained(folder / "model")
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i} + 1?"}, {"role": "assistant", "content": f"It is {i + 1}." + " ok" * (i % 4)}]}
+        for i in range(44)
+    ]  # fmt: skip
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    import datasets
+
+    cache = tmp_path_factory.getbasetemp() / "datasets"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
+
+
+def write_run(inputs: Path, output_dir: Path, **changes: Any) -> Path:
+    """A run file; ``train__max_steps=3`` sets ``train.max_steps``."""
+    run: dict[str, Any] = {
+        "model": {"path": str(inputs / "model")},
+        "data": {"train": str(inputs / "data.jsonl"), "val_size": 4, "max_length": 128},
+        "train": {
+            "output_dir": str(output_dir), "max_steps": 12, "micro_batch_size": 2, "global_batch_size": 8,
+            "learning_rate": 1e-2, "weight_decay": 0.1, "eval_steps": 6, "save_steps": 6,
+        },
+        "deepspeed": str(ROOT / "ds_configs" / "bf16_host.json"),
+    }  # fmt: skip
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            run.setdefault(section, {})[name] = value
+        else:
+            run[section] = value
+    file = output_dir.parent / f"{output_dir.name}.yaml"
+    file.write_text(yaml.safe_dump(run))
+    return file
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype="auto").state_dict()
+
+
+# -- two processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_deepspeed_launch_on_two_processes_and_resume_on_one(inputs, tmp_path):
+    out = tmp_path / "run"
+    file = write_run(inputs, out)
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "launch"), str(file), "train.seed=7"], cwd=tmp_path, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("2 processes on CPU") == 1 and "Traceback" not in done.stderr  # one rank speaks
+
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["steps"] == 12 and results["cycles"] == 2 and results["never_updated"] == 0
+    assert results["eval_loss"] < results["eval_loss_before"] - 0.2
+    metrics = read_metrics(out)
+    assert [record["step"] for record in metrics.steps] == list(range(1, 13))
+    assert [record["group"] for record in metrics.steps] == [i % NUM_GROUPS for i in range(12)]
+    assert [record["step"] for record in metrics.evals] == [0, 6, 12]
+    assert set(json.loads((out / "coverage.json").read_text())["updates"].values()) == {2, 3}
+    assert all(group["moved"] > 0 for group in json.loads((out / "groups.json").read_text()))
+    for name in ("loss.png", "groups.png", "run.yaml", "deepspeed.json", "checkpoint-12/global_step12/manifest.json"):
+        assert (out / name).stat().st_size > 0
+    assert yaml.safe_load((out / "run.yaml").read_text())["train"]["seed"] == 7
+
+    before, after = weights_in(inputs / "model"), weights_in(out / "model")
+    assert tensor_dtypes(out / "model") == tensor_dtypes(inputs / "model")  # fp32: exported from the masters
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in after.values())
+    from transformers import AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    assert tokenizer("Hi")["input_ids"] == byte_level()("Hi")["input_ids"] and tokenizer.chat_template
+    GenerationConfig.from_pretrained(out / "model")
+
+    resumed = finetune(load_run_config(file, ["train.seed=7", "train.max_steps=17"]))
+    assert resumed["steps"] == 17 and resumed["cycles"] == 3
+    assert resumed["eval_loss_before"] == results["eval_loss_before"]
+    steps = read_metrics(out).steps
+    assert [record["step"] for record in steps] == list(range(1, 18))
+    assert steps[-1]["group"] == 16 % NUM_GROUPS
+
+
+# -- one process --------------------------------------------------------------------------------------------------
+
+
+def test_interrupted_run_ends_like_an_uninterrupted_one(inputs, tmp_path, caplog):
+    out = tmp_path / "run"
+    run = load_run_config(write_run(inputs, out, train__save_total_limit=None, hift={"order": "random", "reshuffle": True}))
+    whole = finetune(run)
+    expected = weights_in(out / "model")
+
+    newest = out / "checkpoint-12"
+    states = next((newest / "global_step12").glob("states-rank-00000.safetensors"))
+    damaged = bytearray(states.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    states.write_bytes(damaged)
+    shutil.copytree(out / "checkpoint-6", out / "checkpoint-14")
+    (out / "checkpoint-14" / "trainer_state.json").unlink()  # killed before the last file
+    again = finetune(run)
+    assert "checkpoint-14 was never completed" in caplog.text
+    assert "checksum" in caplog.text and "trying" in caplog.text  # checkpoint-12, found out while loading
+    assert again["steps"] == 12 and again["eval_loss"] == whole["eval_loss"]
+    for name, value in weights_in(out / "model").items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_never_resume_refuses_a_folder_with_checkpoints(inputs, tmp_path, capsys):
+    out = tmp_path / "run"
+    (out / "checkpoint-3").mkdir(parents=True)
+    assert worker.main([str(write_run(inputs, out)), "train.resume=never"]) == 2
+    assert "checkpoint-3" in capsys.readouterr().err
+    assert worker.main([str(write_run(inputs, out)), f"train.resume={out / 'checkpoint-3'}"]) == 2
+    assert "never completed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({"deepspeed": None, "train__optimizer": "Adafactor", "train__gradient_checkpointing": True}, torch.float32),
+        ({"export__dtype": "bf16", "train__save_steps": None, "export__max_shard_size": "20KB"}, torch.bfloat16),
+        ({"hift": False, "deepspeed": None}, torch.float32),
+    ],
+    ids=["fp32_adafactor", "sharded_bf16_export", "full_fine_tuning"],
+)
+def test_other_ways_to_train_and_export(inputs, tmp_path, changes, dtype):
+    out = tmp_path / "run"
+    results = finetune(load_run_config(write_run(inputs, out, train__max_steps=6, **changes)))
+    assert results["eval_loss"] < results["eval_loss_before"]
+    after = weights_in(out / "model")
+    assert {value.dtype for value in after.values()} == {dtype}
+    assert json.loads((out / "model" / "config.json").read_text())["use_cache"] is True
+    assert (out / "checkpoint-6" / "latest").exists()  # the last step is saved whatever save_steps says
+    if dtype == torch.bfloat16:
+        assert len(list((out / "model").glob("model-*.safetensors"))) > 1
+
+
+def test_eval_loss_is_the_mean_over_tokens(inputs, tmp_path):
+    """Whatever the batch size: one row at a time or all at once give the same."""
+    losses = []
+    for rows in (1, 4):
+        out = tmp_path / f"run{rows}"
+        options = {"train__max_steps": 1, "train__eval_batch_size": rows, "train__eval_steps": 1, "deepspeed": None}
+        losses.append(finetune(load_run_config(write_run(inputs, out, **options)))["eval_loss_before"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------
+
+
+def truncate_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def pickle_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "spoil", "message"),
+    [
+        ({"train__learning_rat": 1}, None, "learning_rate"),
+        ({"model__path": "nowhere"}, None, "model.path"),
+        ({"data__train": "nowhere.jsonl"}, None, "nowhere.jsonl"),
+        ({"data__max_length": 4096}, None, "256 positions"),
+        ({"train__global_batch_size": 3}, None, "multiple"),
+        ({"hift": {"groups": [["embed"], ["nonesuch"]]}}, None, "nonesuch"),
+        ({"hift": {"groups": [["embed"]]}}, None, "model.layers.0"),
+        ({"hift": {"always_active": ["nonesuch"]}}, None, "nonesuch"),
+        ({"hift": {"state": {"residenz": "host"}}}, None, "residency"),
+        ({"train__optimizer": "AdamX"}, None, "'AdamX'"),
+        ({}, truncate_weights, "model.safetensors"),
+        ({}, pickle_weights, "safetensors"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_weight_is_read(inputs, tmp_path, monkeypatch, capsys, changes, spoil, message):
+    model = tmp_path / "model"
+    shutil.copytree(inputs / "model", model)
+    if spoil is not None:
+        spoil(model)
+    monkeypatch.setattr("hift_ds.train.finetune.load_pretrained", lambda *a, **k: pytest.fail("weights were read"))
+    file = write_run(inputs, tmp_path / "run", **{"model__path": str(model), **changes})
+    assert worker.main([str(file)]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.startswith("hift-ds: error: ")
+    assert len(printed.err.strip().splitlines()) == 1 and "Traceback" not in printed.err
+
+
+def test_all_labels_masked_and_empty_data(inputs, tmp_path, capsys):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert worker.main([str(write_run(inputs, tmp_path / "a", data__train=str(empty), data__val_size=0, train__eval_steps=None))]) == 2
+    assert "empty.jsonl" in capsys.readouterr().err
+    nothing = tmp_path / "nothing.jsonl"
+    nothing.write_text("\n".join(json.dumps({"prompt": "x" * 300, "completion": "y"}) for _ in range(8)))
+    assert worker.main([str(write_run(inputs, tmp_path / "b", data__train=str(nothing)))]) == 2
+    assert "nothing to learn" in capsys.readouterr().err
+
+
+# -- hift-ds train and the scripts ----------------------------------------------------------------------------------
+
+
+def test_train_command_counts_and_refuses(inputs, tmp_path, monkeypatch):
+    from hift_ds.cli import main
+    from hift_ds.errors import ConfigError
+
+    started: list[Any] = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(command, "_launch", lambda devices, port, arguments, on_cpu: started.append((devices, arguments)) or 0)
+    monkeypatch.setattr(command, "_run_here", lambda arguments: started.append(arguments) or 0)
+    file = str(write_run(inputs, tmp_path / "run"))
+    for accelerators, options, expected in (
+        ([], [], [file]),
+        ([], ["--num-procs", "2", "train.seed=1"], (["0", "1"], [file, "train.seed=1"])),
+        (["3", "5"], [], (["3", "5"], [file])),
+        (["3", "5"], ["--num_procs", "1"], [file]),
+    ):
+        monkeypatch.setattr(command, "_visible_accelerators", lambda found=accelerators: found)
+        assert main(["train", file, *options]) == 0
+        assert started.pop() == expected
+    assert main(["train", file, "--num-procs", "3"]) == 2
+    assert main(["train", file, "train.sed=3"]) == 2 and not started
+    with pytest.raises(ConfigError, match="RUN.yaml"):
+        worker._parse([])
+
+
+def test_worker_takes_local_rank_wherever_the_launcher_puts_it():
+    for argv in (["--local_rank=1", "run.yaml", "train.seed=2"], ["run.yaml", "train.seed=2", "--local-rank", "1"]):
+        args = worker._parse(argv)
+        assert (args.local_rank, args.run_file, args.overrides) == (1, "run.yaml", ["train.seed=2"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("node-1 slots=2\nnode-1 slots=2\n", "line 2: node-1 is given twice"),
+        ("# a comment\nnode-1 4\n", "line 2: expected 'NAME slots=N'"),
+        ("node-1 slots=0\n", "slots=0"),
+        ("\n", "names no host"),
+    ],
+)
+def test_multi_node_checks_the_hostfile_first(tmp_path, lines, message):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text(lines)
+    env = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run([ROOT / "launch" / "multi_node.sh", hostfile, "run.yaml"], capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_scripts_parse_and_the_example_is_a_hostfile(tmp_path):
+    for script in ("single_node.sh", "multi_node.sh", "slurm.sbatch"):
+        subprocess.run(["bash", "-n", ROOT / "launch" / script], check=True)
+        assert os.access(ROOT / "launch" / script, os.X_OK)
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch" / "hostfile.py", ROOT / "launch" / "hostfile.example"], capture_output=True, text=True
+    )
+    assert done.stdout == "2 nodes, 16 slots: node-1 x 8, node-2 x 8\n"
+    no_arguments = subprocess.run([ROOT / "launch" / "single_node.sh"], capture_output=True, text=True)
+    assert no_arguments.returncode == 2 and "RUN.yaml" in no_arguments.stderr
