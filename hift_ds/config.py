@@ -202,6 +202,11 @@ def _check_weights(zero: Mapping[str, Any]) -> None:
     """Settings of partitioned weights."""
     if zero.get("offload_param") and _device(zero["offload_param"]) != "none" and zero.get("stage", 0) != 3:
         raise ConfigError('"zero_optimization.offload_param": needs "stage": 3; set it, or remove offload_param')
+    device = _device(zero.get("offload_param"))
+    if device not in ("none", "cpu", "nvme"):
+        raise ConfigError(f'"zero_optimization.offload_param.device": expected cpu, nvme or none, got {device!r}')
+    if device == "nvme" and not zero["offload_param"].get("nvme_path"):
+        raise ConfigError('"zero_optimization.offload_param.nvme_path": "device": "nvme" needs a folder for the weights, none given')
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if zero.get(key):
             raise ConfigError(f'"zero_optimization.{key}": true is not supported with a "hift" block; remove it')

@@ -25,7 +25,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
 from hift_ds.collectives import Ranks, all_gather_shards, plan_buckets, shard_bounds
-from hift_ds.engine.deepspeed_zero3_seam import WeightShards, num_shards
+from hift_ds.engine.deepspeed_zero3_seam import WeightShards, as_if_parked_on_host, num_shards, weights_folder
 from hift_ds.errors import ConfigError
 from hift_ds.optim.group_optimizer import GroupOptimizer
 
@@ -104,14 +104,19 @@ class SeamEngine(DeepSpeedEngine):
 
     def partition_weights(self, active_group: Callable[[], int]) -> WeightShards:
         """Cut the weights over the ranks (stage 3), those that ``deepspeed.zero.Init`` has not cut already."""
-        offload = self._configure_zero_optimizer(optimizer=None)  # without an optimizer: gathering and releasing only
+        folder = weights_folder(self._config.zero_config)
+        with as_if_parked_on_host(self) if folder else contextlib.nullcontext():
+            offload = self._configure_zero_optimizer(optimizer=None)  # without one it only gathers and releases
         ranks = self.replica_ranks().world_size
         if any(num_shards(param) != ranks for param in self.module.parameters()):
             raise ConfigError(
                 f"deepspeed.zero.Init: weights are cut over other ranks than the {ranks} data-parallel ones; "
                 "leave data_parallel_group= out"
             )
-        return WeightShards(offload, active_group, keep_linear=self.torch_autocast_enabled())
+        shards = WeightShards(offload, active_group, keep_linear=self.torch_autocast_enabled())
+        if folder:
+            shards.park_in_file(folder)
+        return shards
 
     # -- facts ------------------------------------------------------------------------------------------------
 

@@ -19,10 +19,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import comm as deepspeed_comm
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import (
     InsertPostInitMethodToModuleSubClasses,
@@ -31,6 +33,8 @@ from deepspeed.runtime.zero.partition_parameters import (
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
+
+from hift_ds.engine.weight_file import WeightFile
 
 EVALUATION = -1  # the coordinator of forward passes without gradients
 
@@ -49,6 +53,26 @@ def num_shards(param: nn.Parameter) -> int:
     return param.ds_zero_partition_world_size
 
 
+def weights_folder(zero_config: Any) -> Path | None:
+    """Where ``"offload_param": {"device": "nvme", "nvme_path": ...}`` wants parked weights; ``None`` otherwise."""
+    offload = zero_config.offload_param
+    return Path(offload.nvme_path) if offload is not None and offload.device == OffloadDeviceEnum.nvme else None
+
+
+@contextlib.contextmanager
+def as_if_parked_on_host(engine: Any) -> Iterator[None]:
+    """Inside this block DeepSpeed's ``engine`` reads ``cpu`` for ``nvme``: its own swapper compiles an operator at run
+    time, and cannot hold a tensor larger than its buffers. We move the shards to the file afterwards."""
+    zero_config, written = engine._config.zero_config, engine.config
+    offload, zero = zero_config.offload_param, written["zero_optimization"]
+    zero_config.offload_param = type(offload)(device="cpu", pin_memory=False)
+    engine.config = {**written, "zero_optimization": {**zero, "offload_param": {"device": "cpu", "pin_memory": False}}}
+    try:
+        yield
+    finally:
+        zero_config.offload_param, engine.config = offload, written
+
+
 class _Coordinator(PartitionedParameterCoordinator):
     """DeepSpeed's, with a count of what it gathers and a word to us when weights have arrived."""
 
@@ -58,6 +82,18 @@ class _Coordinator(PartitionedParameterCoordinator):
     def fetch_sub_module(self, current_submodule: nn.Module, forward: bool) -> None:
         super().fetch_sub_module(current_submodule, forward)
         self.shards.arrived(current_submodule)
+
+    def release_sub_module(self, submodule: nn.Module, forward: bool = False) -> None:
+        super().release_sub_module(submodule, forward)
+        self.shards.left(submodule)
+
+    def upcoming(self, numel: int) -> Iterator[nn.Parameter]:
+        """The next weights of the trace that have not been asked for, about ``numel`` elements of them."""
+        for entry in self._PartitionedParameterCoordinator__param_queue or ():
+            if numel <= 0:
+                break
+            numel -= entry.param.ds_numel
+            yield entry.param
 
     def reset_step(self) -> None:
         super().reset_step()
@@ -87,6 +123,7 @@ class WeightShards:
         self._coordinators: dict[int, _Coordinator] = {}
         self._storage_of: dict[nn.Parameter, int] = {}
         self._param_in: dict[int, nn.Parameter] = {}  # by address of the storage of a gathered weight
+        self._file: WeightFile | None = None
         self.numel_gathered = 0
         if not keep_linear:
             restore_torch_linear()
@@ -164,10 +201,37 @@ class WeightShards:
         deepspeed_comm.all_gather_into_tensor(flat, shard.contiguous(), group=param.ds_process_group)
         return flat[: param.ds_numel].view(param.ds_shape)
 
+    # -- weights in a file ------------------------------------------------------------------------------------
+
+    def park_in_file(self, folder: Path) -> None:
+        """Move this rank's shards from host memory to a file in ``folder``. Persistent weights stay where they are.
+
+        Raises:
+            StateStoreError: the folder cannot hold them.
+        """
+        parked = [p for p in self._module.parameters() if not p.ds_persist and p.ds_tensor.device.type == "cpu"]
+        self._file = WeightFile(folder, WeightFile.room(p.ds_tensor for p in parked))
+        for param in parked:
+            param.ds_tensor.data = self._file.place(param.ds_tensor)
+
+    def _read_ahead(self) -> None:
+        coordinator = self._offload.get_param_coordinator()
+        if self._file is not None and isinstance(coordinator, _Coordinator):
+            for param in coordinator.upcoming(self._offload._prefetch_bucket_sz):
+                self._file.will_need(param.ds_tensor)
+
+    def left(self, module: nn.Module) -> None:
+        """``module`` is done with its weights for now."""
+        if self._file is not None:
+            for param in module.parameters(recurse=z3_leaf_module(module)):
+                if param.ds_status is ZeroParamStatus.NOT_AVAILABLE:
+                    self._file.let_go(param.ds_tensor)
+
     # -- saved weights ----------------------------------------------------------------------------------------
 
     def arrived(self, module: nn.Module) -> None:
         """The weights of ``module`` are whole now; those of its children too if it is a leaf to DeepSpeed (MoE)."""
+        self._read_ahead()
         for param in module.parameters(recurse=z3_leaf_module(module)):
             if param.ds_status is not ZeroParamStatus.AVAILABLE or param.data_ptr() == param.ds_tensor.data_ptr():
                 continue  # on one rank without offload the shard is the weight: nothing is ever copied or released

@@ -242,7 +242,7 @@ class HiFTEngine(Checkpointing, SeamEngine):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's."""
         active = [unit.index for unit in self.optimizer.active_units]
-        with self.optimizer.parameters.saved_by_reference(), self.savings.during_forward(active):
+        with self.savings.during_forward(active), self.optimizer.parameters.saved_by_reference():
             return super().forward(*inputs, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:

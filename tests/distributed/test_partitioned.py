@@ -6,6 +6,7 @@ One process start per world size: every case runs in the same processes.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 import weakref
 from collections.abc import Callable
@@ -30,6 +31,7 @@ KEEP_NOTHING = {
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": 0,
 }
+DISK = {"device": "nvme", "nvme_path": tempfile.gettempdir()}
 STEPS = 11  # two cycles and one step: every group is visited with a recorded trace
 
 # name -> options of ds_config, of the ZeRO block, and of the model
@@ -58,19 +60,31 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "fp16 with overflows": ({"fp16": {"enabled": True, "initial_scale_power": 20, "hysteresis": 1}}, KEEP_NOTHING, {}),
     "weights on the host": ({"clip": 0.05}, {**KEEP_NOTHING, "offload_param": {"device": "cpu"}}, {}),
+    "weights on disk": ({"gas": 2, "clip": 0.05}, {**KEEP_NOTHING, "offload_param": DISK}, {}),
+    "weights on disk, prefetch, some persistent, bf16, tied": (
+        {"bf16": {"enabled": True}},
+        {**KEEP_NOTHING, "offload_param": DISK, "stage3_prefetch_bucket_size": 60, "stage3_param_persistence_threshold": 10},
+        {"tied": True},
+    ),
+    "weights on disk, Muon": ({"optimizer": "Muon"}, {"offload_param": DISK}, {}),
+    "checkpointing": ({"hift": {"activations": {"checkpointing": True}}}, KEEP_NOTHING, {}),
     "bf16 weights on the host, Adafactor": (
         {"bf16": {"enabled": True}, "optimizer": "Adafactor"}, {"offload_param": {"device": "cpu"}}, {},
     ),
 }  # fmt: skip
 FEWER_CASES = (  # on one and three ranks
     "DeepSpeed's defaults", "nothing kept, accumulation, clipping", "some persistent, tied, top down", "bf16, Muon",
-    "weights on the host",
+    "weights on the host", "weights on disk",
 )  # fmt: skip
-HF_CASES = {
-    "llama": KEEP_NOTHING,
-    "gpt2": {"stage3_param_persistence_threshold": 50},  # ties its head to its embedding
-    "mixtral": KEEP_NOTHING,
-}
+HF_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # name -> family, ZeRO block, "hift" block
+    "llama": ("llama", KEEP_NOTHING, {}),
+    "llama, recomputed, chunked loss": ("llama", {}, {"activations": {"checkpointing": True, "chunked_loss": True}}),
+    "llama, recomputed, nothing kept, on disk": (
+        "llama", {**KEEP_NOTHING, "offload_param": DISK}, {"activations": {"checkpointing": True, "chunked_loss": True}},
+    ),
+    "gpt2": ("gpt2", {"stage3_param_persistence_threshold": 50}, {}),  # ties its head to its embedding
+    "mixtral": ("mixtral", KEEP_NOTHING, {}),
+}  # fmt: skip
 
 
 def values(engine: Any) -> dict[str, Tensor]:
@@ -123,9 +137,10 @@ def differences_from_replicated(name: str, rank: int, world_size: int) -> list[s
 # -- models of transformers -----------------------------------------------------------------------------------
 
 
-def train_hf(family: str, stage: int, rank: int, world_size: int) -> tuple[list[float], list[list[int]], dict[str, Tensor]]:
-    config = ds_config(lr=1e-3, world_size=world_size, rows=2 * world_size, gas=2, clip=0.1)
-    config["zero_optimization"] = {"stage": stage, **(HF_CASES[family] if stage == 3 else {})}
+def train_hf(name: str, stage: int, rank: int, world_size: int) -> tuple[list[float], list[list[int]], dict[str, Tensor]]:
+    family, zero, hift = HF_CASES[name]
+    config = ds_config(lr=1e-3, world_size=world_size, rows=2 * world_size, gas=2, clip=0.1, hift=hift)
+    config["zero_optimization"] = {"stage": stage, **(zero if stage == 3 else {})}
     model = tiny.build(family, seed=0)
     engine = make_engine(model, config)
     generator = torch.Generator().manual_seed(5)
@@ -150,18 +165,18 @@ def train_hf(family: str, stage: int, rank: int, world_size: int) -> tuple[list[
             generated.append(answer[0].tolist())
             engine.train()
         if stage == 3:
-            assert not (kept := kept_wrongly(engine)), f"{family}: whole after step {step}: {kept}"
+            assert not (kept := kept_wrongly(engine)), f"{name}: whole after step {step}: {kept}"
     trained = values(engine)
     engine.destroy()
     return losses, generated, trained
 
 
-def hf_differences_from_replicated(family: str, rank: int, world_size: int) -> list[str]:
-    (losses, texts, weights), (losses3, texts3, weights3) = (train_hf(family, stage, rank, world_size) for stage in (0, 3))
-    errors = [f"{family}: {key}" for key in weights if (weights[key] - weights3[key]).abs().max() > 1e-6]
-    errors += [] if texts == texts3 else [f"{family}: {texts} and {texts3}"]
+def hf_differences_from_replicated(name: str, rank: int, world_size: int) -> list[str]:
+    (losses, texts, weights), (losses3, texts3, weights3) = (train_hf(name, stage, rank, world_size) for stage in (0, 3))
+    errors = [f"{name}: {key}" for key in weights if (weights[key] - weights3[key]).abs().max() > 1e-6]
+    errors += [] if texts == texts3 else [f"{name}: {texts} and {texts3}"]
     worst = max(abs(a - b) for a, b in zip(losses, losses3, strict=True))
-    return errors + ([f"{family}: losses differ by {worst}"] if worst > 2e-6 else [])
+    return errors + ([f"{name}: losses differ by {worst}"] if worst > 2e-6 else [])
 
 
 # -- zero.Init ------------------------------------------------------------------------------------------------
@@ -332,8 +347,8 @@ def all_cases() -> list[str]:
     for name in CASES if world_size == 2 else FEWER_CASES:
         errors += differences_from_replicated(name, rank, world_size)
     if world_size == 2:
-        for family in HF_CASES:
-            errors += hf_differences_from_replicated(family, rank, world_size)
+        for name in HF_CASES:
+            errors += hf_differences_from_replicated(name, rank, world_size)
         errors += saved_weights_do_not_stay(rank, world_size)
     if world_size > 1:
         errors += volume_of_gathers(rank, world_size)
