@@ -9,8 +9,9 @@ each rank updates its pieces, the new weights are gathered (ZeRO, arXiv 1910.020
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from hift_ds.schedule import GroupSchedule
 from hift_ds.store.base import MASTER, StateStore, Weights
 
 ALWAYS = -1  # index of the unit that is trained in every turn
+RUN_NUMEL = 1 << 24  # elements stepped at once: 64 MiB in fp32
 
 
 @dataclass(frozen=True)
@@ -204,48 +206,63 @@ class GroupOptimizer:
             for i, piece in enumerate(chunk.pieces):
                 if (shard := shards[piece.member]) is None:
                     continue
-                # One by one, so that beside the chunk's buffers there is one fp32 gradient and one new state at most.
-                update = self._piece_update(unit, piece, self.records[chunk.id][i], shard, factor, tensors)
-                after = {**after, **self.piecewise.step([update], rates, extras)}
-                self._keep_state(unit, chunk, i, update)
-                weight = self.parameters.weight(unit, piece)
-                if update.target.data_ptr() != weight.data_ptr():
-                    write_weight_(weight, update.target, generator)
+                record = self.records[chunk.id][i]
+                before = replace(record, slots=dict(record.slots), scalars=dict(record.scalars))
+                for run in self._runs(piece):
+                    update = self._run_update(unit, piece, run, before, shard, factor, tensors)
+                    after = {**after, **self.piecewise.step([update], rates, extras)}
+                    self._keep_state(unit, chunk, i, run, update)
+                    weight = self.parameters.weight(unit, run)
+                    if update.target.data_ptr() != weight.data_ptr():
+                        write_weight_(weight, update.target, generator)
             store.evict(chunk.id, self.num_applied)
         self.extras[unit.index] = after
 
-    def _piece_update(
+    def _runs(self, piece: Piece) -> list[Piece]:
+        """The piece in parts that are stepped one after the other, so that beside the chunk's buffers only one part's
+        fp32 gradient and new states exist. Elementwise optimizers cannot tell; others get the whole tensor."""
+        if self.parameters.whole_tensors or piece.numel <= RUN_NUMEL:
+            return [piece]
+        starts = range(piece.start, piece.start + piece.numel, RUN_NUMEL)
+        lengths = [min(RUN_NUMEL, piece.start + piece.numel - start) for start in starts]
+        return [Piece(piece.member, start, length, (length,)) for start, length in zip(starts, lengths, strict=True)]
+
+    def _run_update(
         self,
         unit: Unit,
         piece: Piece,
-        record: PieceRecord,
+        run: Piece,
+        before: PieceRecord,
         shard: Tensor,
         factor: Tensor | None,
         tensors: Mapping[str, Tensor],
     ) -> PieceUpdate:
-        if record.master is not None:
-            target = record.master.view(tensors)
+        """What the optimizer is given of ``run``, a part of ``piece`` whose record was ``before`` its first run."""
+        if before.master is not None:
+            target = _part(before.master.view(tensors), piece, run)
         else:  # an fp32 weight is its own master; a bf16 one without masters is fp32 only while it is updated
-            target = self.parameters.weight(unit, piece).to(self.update_device, torch.float32)
-        grad = self.parameters.grad(unit, piece, shard).to(self.update_device, torch.float32)
+            target = self.parameters.weight(unit, run).to(self.update_device, torch.float32)
+        grad = self.parameters.grad(unit, run, shard).to(self.update_device, torch.float32)
         if factor is not None:
             grad.mul_(factor.to(grad.device))
         state = None
-        if record.slots or record.scalars:
-            state = {key: slot.view(tensors) for key, slot in record.slots.items()} | record.scalars
+        if before.slots or before.scalars:
+            state = {key: _part(slot.view(tensors), piece, run) for key, slot in before.slots.items()}
+            state |= before.scalars if run is piece else copy.deepcopy(before.scalars)  # each run counts its own step
         return PieceUpdate(target, grad, unit.members[piece.member].param_group, state)
 
-    def _keep_state(self, unit: Unit, chunk: Chunk, i: int, update: PieceUpdate) -> None:
+    def _keep_state(self, unit: Unit, chunk: Chunk, i: int, run: Piece, update: PieceUpdate) -> None:
         """Tensors that the step replaced or created go into the chunk's buffers; scalars stay as they are."""
-        record, store = self.records[chunk.id][i], self.store_of(unit.index)
+        record, piece, store = self.records[chunk.id][i], chunk.pieces[i], self.store_of(unit.index)
         assert update.state is not None
         for key, value in update.state.items():
             if not isinstance(value, Tensor) or value.dim() == 0:
                 record.scalars[key] = value
                 continue
             if key not in record.slots:
-                record.slots[key] = self.new_slot(unit, chunk, i, key, value)
-            view = record.slots[key].view(store.fetch(chunk.id))
+                whole = value if run is piece else value[:1].expand(piece.shape)  # the shape is all that is asked for
+                record.slots[key] = self.new_slot(unit, chunk, i, key, whole)
+            view = _part(record.slots[key].view(store.fetch(chunk.id)), piece, run)
             if view.data_ptr() != value.data_ptr():
                 view.copy_(value)
         update.state = None
@@ -360,3 +377,8 @@ class GroupOptimizer:
         self.parameters.close()
         self.store.close()
         self.always_store.close()
+
+
+def _part(whole: Tensor, piece: Piece, run: Piece) -> Tensor:
+    """The elements of ``run``, a part of ``piece``, in a tensor that has the piece's."""
+    return whole if run is piece else whole[run.start - piece.start :][: run.numel]
