@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from hift_ds.arch import ArchSpec, find_arch
 from hift_ds.memory import fake_device
 from hift_ds.memory.flops import FlopCounter
-from hift_ds.memory.simulation import Bytes, GroupStep, Result, Setting
+from hift_ds.memory.simulation import BETWEEN, Bytes, GroupStep, Result, Setting
 from hift_ds.memory.tracker import GRADIENTS, STATES, WEIGHTS, MemoryTracker, Timeline
 
-VISITS = 2  # the first update of a group makes its states, later ones find them
+PHASES = ("forward", "backward", "update")
 
 
 def run(setting: Setting) -> Result:
@@ -116,9 +116,9 @@ def _join(world_size: int) -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    use_fake_accelerator(world_size)
+    if not dist.is_initialized():
+        use_fake_accelerator(world_size)
+    assert dist.get_world_size() == world_size, "one process simulates one number of ranks"
 
 
 def _engine(setting: Setting, model: nn.Module) -> Any:
@@ -222,20 +222,16 @@ def _indices(setting: Setting, num_groups: int) -> list[int]:
 def _train(
     engine: Any, setting: Setting, index: int, device: MemoryTracker, host: MemoryTracker, flops: FlopCounter
 ) -> GroupStep:
-    """All visits of one group, the higher one at each place."""
-    places: dict[str, Bytes] = {}
-    offloaded = 0
-    for _ in range(VISITS):
-        activate(engine, index)
-        first_mark, host_start, host_bytes = len(device.marks), len(host.events), host.live_bytes
-        with flops:
-            _step(engine, setting, device, flops)
-        for place, categories in _places(engine, index, device, first_mark).items():
-            places[place] = max(places.get(place, {}), categories, key=lambda c: sum(c.values()))
-        offloaded = max(offloaded, Timeline(host).peak(host_start, len(host.events)).num_bytes - host_bytes)
-        counts = flops.take()
-    group = engine.groups[index]
-    return GroupStep(index, group.name, group.numel, places, counts, state_bytes(engine, index), offloaded)
+    """A step of one group, and a second update: the first makes its states, later ones find them."""
+    first_mark, host_start, host_bytes = len(device.marks), len(host.events), host.live_bytes
+    activate(engine, index)
+    with flops:
+        _step(engine, setting, device, flops)
+    activate(engine, index)
+    _update_again(engine, setting, device)
+    offloaded = Timeline(host).peak(host_start, len(host.events)).num_bytes - host_bytes
+    group, places = engine.groups[index], _places(engine, index, device, first_mark)
+    return GroupStep(index, group.name, group.numel, places, flops.take(), state_bytes(engine, index), offloaded)
 
 
 def activate(engine: Any, index: int) -> None:
@@ -270,31 +266,55 @@ def _step(engine: Any, setting: Setting, tracker: MemoryTracker, flops: FlopCoun
         engine.step()
 
 
+def _update_again(engine: Any, setting: Setting, tracker: MemoryTracker) -> None:
+    """The update alone, with gradients as backward would leave them."""
+    optimizer = engine.optimizer
+    tracker.mark("gradients")
+    for unit in optimizer.active_units:
+        for member in unit.members:
+            sums = setting.micro_batches > 1 and member.param.is_floating_point()
+            dtype = torch.float32 if sums else member.param.dtype
+            grad = torch.empty(member.shape, dtype=dtype, device=fake_device.NAME)
+            tracker.see(grad, GRADIENTS)
+            optimizer.parameters.set_pending(member.param, grad)
+            del grad
+    tracker.mark("update")
+    optimizer.reduce_gradients()
+    optimizer.step()
+    tracker.mark("between steps")
+
+
 def _places(engine: Any, index: int, tracker: MemoryTracker, first_mark: int) -> dict[str, Bytes]:
     """What was alive at the peak of each place, the places named as seen from the active group."""
     timeline = Timeline(tracker)
-    lowest = engine.savings.lowest_block(index)
     num_blocks = len(find_arch(engine.module).blocks)
+    blocks = range(engine.savings.lowest_block(index), num_blocks)
+    kept = engine.hift.activations.blocks_kept
     peaks: dict[str, Any] = {}
     for mark, begin, end in timeline.stretches()[first_mark:]:
+        if mark.phase not in PHASES:
+            continue
         peak = timeline.peak(begin, end)
-        place = f"{mark.phase}:{_seen_from(lowest, num_blocks, mark.place)}"
+        place = f"{mark.phase}:{_seen_from(blocks, kept, mark.place)}"
         peaks[place] = max(peaks.get(place, peak), peak, key=lambda p: p.num_bytes)
     return {place: timeline.categories_at(peak.event) for place, peak in peaks.items()}
 
 
-def _seen_from(lowest: int, num_blocks: int, place: str) -> str:
-    """A block's place relative to the lowest that gradients pass. Between the first and the last block above it
-    memory is linear in the block, so these two stand for all."""
-    if not place.removeprefix("after ").lstrip("-").isdigit():
+def _seen_from(blocks: range, kept: int, place: str) -> str:
+    """A block's place as seen from the active group; ``blocks`` are those that its gradients pass. Between the places
+    named here memory is linear in the block, so they stand for all."""
+    name = place.removeprefix("after ")
+    if not name.lstrip("-").isdigit():
         return place
-    block = int(place.removeprefix("after "))
-    if place.startswith("after ") and block == num_blocks - 1:
+    block, last = int(name), blocks.stop - 1
+    if place.startswith("after ") and block == last:
         return "head"
-    if block < lowest:
+    if block < blocks.start:
         return "below"
-    if block == lowest:
+    if block == blocks.start:
         return "lowest block"
-    if block == num_blocks - 1:
+    if block == last:
         return "last block"
-    return "second block" if block == lowest + 1 else "blocks between"
+    if block == last - kept:
+        return "last recomputed block"
+    return "second block" if block == blocks.start + 1 else BETWEEN

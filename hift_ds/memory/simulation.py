@@ -16,12 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hift_ds.errors import HiFTError
+from hift_ds import errors
 
 Bytes = dict[str, int]  # by category
+BETWEEN = "blocks between"  # a place that cannot hold the peak: memory is linear from one of its ends to the other
 
 
-class SimulationError(HiFTError):
+class SimulationError(errors.HiFTError):
     """The engine could not be run on the fake device."""
 
 
@@ -119,18 +120,22 @@ class Result:
 
 
 def simulate(settings: Sequence[Setting], num_processes: int = 1) -> list[Result]:
-    """Run each setting, in ``num_processes`` fresh processes.
+    """Run each setting, in ``num_processes`` fresh processes (more if the settings differ in their number of ranks).
 
     Raises:
+        HiFTError: the engine refuses a setting.
         SimulationError: a process failed; the last line that it wrote is in the message.
     """
-    shares = [range(start, len(settings), num_processes) for start in range(min(num_processes, len(settings)))]
-    with ThreadPoolExecutor(max(len(shares), 1)) as pool:
+    shares = [
+        [i for i in range(process, len(settings), num_processes) if settings[i].world_size == world_size]
+        for world_size in {setting.world_size for setting in settings}
+        for process in range(num_processes)
+    ]
+    shares = [share for share in shares if share]
+    with ThreadPoolExecutor(num_processes) as pool:
         answers = list(pool.map(lambda share: _in_fresh_process([settings[i] for i in share]), shares))
-    results: dict[int, Result] = {}
-    for share, answer in zip(shares, answers, strict=True):
-        results.update(zip(share, answer, strict=True))
-    return [results[index] for index in range(len(settings))]
+    results = {i: result for share, answer in zip(shares, answers) for i, result in zip(share, answer, strict=True)}
+    return [results[i] for i in range(len(settings))]
 
 
 def _in_fresh_process(settings: Sequence[Setting]) -> list[Result]:
@@ -144,7 +149,10 @@ def _in_fresh_process(settings: Sequence[Setting]) -> list[Result]:
     if job.returncode != 0:
         lines = [line for line in job.stderr.splitlines() if line.strip()] or ["no message"]
         raise SimulationError(f"the step could not be simulated: {lines[-1]}")
-    return [Result.from_dict(data) for data in json.loads(job.stdout.splitlines()[-1])]
+    answer = json.loads(job.stdout.splitlines()[-1])
+    if isinstance(answer, dict):
+        raise getattr(errors, answer["kind"], errors.HiFTError)(answer["message"])
+    return [Result.from_dict(data) for data in answer]
 
 
 def _main() -> None:
@@ -152,8 +160,11 @@ def _main() -> None:
 
     settings = json.load(sys.stdin)
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print is not the answer
-    results = [asdict(run(Setting(**setting))) for setting in settings]
-    print(json.dumps(results), file=answers, flush=True)
+    try:
+        answer: Any = [asdict(run(Setting(**setting))) for setting in settings]
+    except errors.HiFTError as error:
+        answer = {"kind": type(error).__name__, "message": str(error)}
+    print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
