@@ -1,0 +1,62 @@
+"""Every run file in model_zoo/presets/ is complete: it parses, its configs exist, its model can be cut, its header is true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import model_zoo
+from hift_ds.grouping import partition_model
+from hift_ds.model_structure import build_on_meta
+from hift_ds.train.arguments import check_batch_sizes, hift_block, read_deepspeed, resolve_dtype, training_arguments
+from hift_ds.train.run_config import load_run_config
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted((ROOT / "model_zoo" / "presets").glob("*.yaml"))
+
+
+def size_of(file: Path) -> str:
+    return max((size for size in model_zoo.SIZES if f"{file.stem}_".startswith(f"{size}_")), key=len)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_preset_is_complete(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # its DeepSpeed JSON is found from anywhere
+    run = load_run_config(file)
+    ds = read_deepspeed(run)
+    assert ds["hift"] and (file.parent / run.deepspeed).resolve().parent == ROOT / "ds_configs"
+    dtype = resolve_dtype(run, "bf16" if "fp32" not in run.deepspeed else "fp32")
+    for world_size in (1, 2, 4, 8):
+        batch = check_batch_sizes(run, world_size)
+        assert batch.micro_batch_size * batch.gradient_accumulation_steps * world_size == run.train.global_batch_size
+        options = training_arguments(run, world_size=world_size, dtype=dtype, has_eval=True)
+        assert options["deepspeed"]["train_batch_size"] == run.train.global_batch_size
+        assert options["bf16"] == (dtype == "bf16") == ("bf16" in run.deepspeed)
+    assert run.data.max_length <= model_zoo.config(size_of(file)).max_position_embeddings
+    assert run.train.output_dir == f"runs/{file.stem}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_header_gives_the_command_and_true_numbers(file):
+    header = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    assert f"deepspeed launch model_zoo/presets/{file.stem}.yaml" in header[1]
+    assert f"hift-ds train model_zoo/presets/{file.stem}.yaml" in header[2]
+    model = build_on_meta(model_zoo.config(size_of(file)))
+    run = load_run_config(file)
+    block = hift_block(run)
+    partition = partition_model(model, group_size=block.group_size, patterns=block.groups, always_active=block.always_active)
+    numel = sum(group.numel for group in partition.groups) + (partition.always.numel if partition.always else 0)
+    assert numel == sum(param.numel() for param in model.parameters())
+    if block.always_active:
+        assert partition.always.numel >= model.get_input_embeddings().weight.numel()
+    is_fp32 = "fp32" in run.deepspeed
+    billions, weights_gb, host_gb = (float(n) for n in re.findall(r"(\d+\.\d+) (?:B|GB)", header[3]))
+    assert billions == pytest.approx(numel / 1e9, abs=0.005)
+    assert weights_gb == pytest.approx((4 if is_fp32 else 2) * numel / 1e9, abs=0.05)
+    assert host_gb == pytest.approx((8 if is_fp32 else 12) * numel / 1e9, abs=0.05)
+
+
+def test_the_common_models_have_one():
+    assert {"smollm2_135m", "llama2_7b", "llama3_8b", "qwen2.5_7b", "mistral_7b"} <= {file.stem for file in FILES}
