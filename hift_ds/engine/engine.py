@@ -91,6 +91,8 @@ class HiFTEngine(Checkpointing, SeamEngine):
                 broadcast_from_first_rank(whole)  # ranks may have initialised differently; DeepSpeed takes rank 0's
                 start, end = collectives.shard_bounds(whole.numel(), world_size, rank)
                 self._fp32_shards[name] = whole.view(-1)[start:end].to("cpu", copy=True)
+                # Cast here, one by one and on the device: DeepSpeed would cast on the host, all of them, on every rank.
+                param.data = whole.to(torch.bfloat16 if self.bfloat16_enabled() else torch.float16)
 
     def build_optimizers(self, client_optimizer: Any, model_parameters: list) -> tuple[torch.optim.Optimizer, HiFTOptimizer]:
         """Groups, base optimizer, and the group optimizer around it."""
