@@ -13,16 +13,15 @@ checkpoint of decoded values resumes exactly.
 
 from __future__ import annotations
 
-import functools
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hift_ds.errors import ConfigError
+from hift_ds.store import eight_bit
 from hift_ds.store.base import MASTER, Weights
 
 SPLIT_MASTER, BF16_MOMENTS, INT8_MOMENTS = "split_master", "bf16_moments", "int8_moments"
@@ -31,8 +30,17 @@ SPLIT_MASTER, BF16_MOMENTS, INT8_MOMENTS = "split_master", "bf16_moments", "int8
 FIRST_MOMENTS = frozenset(["exp_avg", "momentum_buffer", "grad_avg"])
 SECOND_MOMENTS = frozenset(["exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"])
 
-BLOCK_NUMEL = 256  # elements that share a scale in int8
-PASS_NUMEL = 1 << 22  # elements encoded at once: bounds the temporary memory
+# Elements encoded at once, which bounds the temporary memory: on a CPU what fits its cache, on an accelerator what
+# keeps it busy. Multiples of a block.
+PASS_NUMEL = {"cpu": 1 << 17}
+PASS_NUMEL_ELSEWHERE = 1 << 24
+
+
+def passes(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """(start, end) of each pass over a flat tensor."""
+    step = PASS_NUMEL.get(tensor.device.type, PASS_NUMEL_ELSEWHERE)
+    for start in range(0, tensor.numel(), step):
+        yield start, min(start + step, tensor.numel())
 
 
 @dataclass(frozen=True)
@@ -106,8 +114,7 @@ class SplitMaster(Codec):
         parts["low"].copy_(low)
         dtype = torch.int32 if values.numel() < 1 << 31 else torch.int64
         found = []
-        for start in range(0, values.numel(), PASS_NUMEL):
-            end = start + PASS_NUMEL
+        for start, end in passes(values):
             rounded_up = (low[start:end] == self.TIE) & high[start:end].bitwise_and(1).bool()
             found.append((rounded_up.nonzero().view(-1) + start).to("cpu", dtype))
         self._ties_up = torch.cat(found) if found else None
@@ -123,9 +130,9 @@ class SplitMaster(Codec):
             high[offset : offset + weight.numel()].copy_(weight.view(torch.int16))
             offset += weight.numel()
         assert offset == low.numel(), (offset, low.numel())
-        for start in range(0, low.numel(), PASS_NUMEL):
-            lows = low[start : start + PASS_NUMEL]
-            high[start : start + PASS_NUMEL].sub_(((lows < 0) & (lows != self.TIE)).to(torch.int16))
+        for start, end in passes(low):
+            lows = low[start:end]
+            high[start:end].sub_(((lows < 0) & (lows != self.TIE)).to(torch.int16))
         if self._ties_up is not None and self._ties_up.numel():
             high[self._ties_up.to(high.device)] -= 1
         return values
@@ -148,8 +155,8 @@ class Bfloat16Moment(Codec):
             return
         generator = torch.Generator(device=values.device)
         generator.manual_seed(seed)
-        for start in range(0, values.numel(), PASS_NUMEL):
-            kept[start : start + PASS_NUMEL].copy_(stochastic_bf16(values[start : start + PASS_NUMEL], generator))
+        for start, end in passes(values):
+            kept[start:end].copy_(stochastic_bf16(values[start:end], generator))
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         return parts["values"].float()
@@ -170,7 +177,7 @@ def stochastic_bf16(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Int8Moment(Codec):
-    """8 bits on a logarithmic-linear scale times the largest magnitude of 256 neighbours (arXiv 2110.02861).
+    """8 bits times the largest magnitude of 256 neighbours (:mod:`hift_ds.store.eight_bit`).
 
     A second moment is kept as its square root, which is what the update divides by: the square would leave the range
     of 8 bits where gradients differ by 10^3, become 0, and blow the update up.
@@ -178,65 +185,32 @@ class Int8Moment(Codec):
 
     def __init__(self, nonnegative: bool) -> None:
         self.nonnegative = nonnegative
-        self.kernels = _bitsandbytes()
 
     def parts(self, numel: int) -> tuple[Part, ...]:
-        return (Part("codes", torch.uint8, numel), Part("scales", torch.float32, -(-numel // BLOCK_NUMEL)))
+        return (Part("codes", torch.uint8, numel), Part("scales", torch.float32, eight_bit.num_blocks(numel)))
 
     def encode(self, values: Tensor, parts: Mapping[str, Tensor], seed: int) -> None:
-        levels = int8_levels(self.nonnegative, values.device)
         for codes, scales, start in self._passes(parts):
-            block = values[start : start + codes.numel()]
-            block = block.sqrt() if self.nonnegative else block
-            made, state = self.kernels.quantize_blockwise(block, code=levels, blocksize=BLOCK_NUMEL)
-            # A block of zeros has scale 0: whatever its codes, it decodes to 0.
-            codes.copy_(made.view(-1))
-            scales.copy_(state.absmax)
+            piece = values[start : start + codes.numel()]
+            eight_bit.encode(piece.sqrt() if self.nonnegative else piece, codes, scales, signed=not self.nonnegative)
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
-        levels = int8_levels(self.nonnegative, parts["codes"].device)
-        values = torch.empty(parts["codes"].numel(), dtype=torch.float32, device=levels.device)
+        values = torch.empty(parts["codes"].numel(), dtype=torch.float32, device=parts["codes"].device)
         for codes, scales, start in self._passes(parts):
-            made = self.kernels.dequantize_blockwise(codes, absmax=scales, code=levels, blocksize=BLOCK_NUMEL)
-            values[start : start + codes.numel()].copy_(made)
-        return values.square_() if self.nonnegative else values
+            piece = values[start : start + codes.numel()]
+            eight_bit.decode(codes, scales, piece, signed=not self.nonnegative)
+            if self.nonnegative:
+                piece.square_()
+        return values
 
     @staticmethod
-    def _passes(parts: Mapping[str, Tensor]):
-        for start in range(0, parts["codes"].numel(), PASS_NUMEL):
-            end = start + PASS_NUMEL
-            yield parts["codes"][start:end], parts["scales"][start // BLOCK_NUMEL : -(-end // BLOCK_NUMEL)], start
+    def _passes(parts: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, int]]:
+        for start, end in passes(parts["codes"]):
+            first, last = start // eight_bit.BLOCK_NUMEL, eight_bit.num_blocks(end)
+            yield parts["codes"][start:end], parts["scales"][first:last], start
 
 
-@functools.lru_cache(maxsize=None)
-def int8_levels(nonnegative: bool, device: torch.device) -> Tensor:
-    """The 256 levels in [-1, 1] or [0, 1], ascending (fp32): bitsandbytes' dynamic map, with -1 in it.
-
-    Its signed map ends at -0.993: a block whose largest magnitude is negative would shrink each time it is kept.
-    The level given up for -1 is the negative one nearest to 0.
-    """
-    levels = _bitsandbytes().create_dynamic_map(signed=not nonnegative)
-    if not nonnegative:
-        below_zero = int((levels < 0).sum())
-        levels = torch.cat([levels.new_tensor([-1.0]), levels[: below_zero - 1], levels[below_zero:]])
-    return levels.to(device)
-
-
-@functools.lru_cache(maxsize=None)
-def _bitsandbytes():
-    """bitsandbytes' block-wise kernels: CPU and GPU, nothing compiled here."""
-    try:
-        import bitsandbytes.functional as kernels
-    except ImportError:
-        raise ConfigError(
-            '"hift.state.codec": int8_moments needs the package bitsandbytes: pip install "hift_ds[int8]"'
-        ) from None
-    return kernels
-
-
-def codec_for(
-    names: Collection[str], key: str, dtype: torch.dtype, weights: Weights | None
-) -> Codec:
+def codec_for(names: Collection[str], key: str, dtype: torch.dtype, weights: Weights | None) -> Codec:
     """How ``key`` is kept under the codecs ``names``."""
     base = key.partition(":")[0]
     if dtype == torch.float32:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hift_ds.errors import ConfigError
+from tests.checkpoint.runs import Case, interrupted_and_whole
 from tests.helpers.engines import ds_config, largest_difference, make_engine, train_step
 from tests.helpers.toy import Toy, make_batches
 
@@ -127,8 +128,6 @@ def test_split_master_changes_no_bit(resident, tmp_path):
 
 @pytest.mark.parametrize("codec", ["bf16_moments", "split_master+int8_moments"])
 def test_a_codec_rounds_alike_wherever_states_rest(codec, resident, tmp_path):
-    if "int8" in codec:
-        pytest.importorskip("bitsandbytes")
     expected, _ = trajectory({"residency": "device", "codec": codec}, **BF16)
     assert not same(expected, resident["bf16"])
     moved = max((x.float() - y.float()).abs().max() for x, y in zip(expected[-1], resident["bf16"][-1], strict=True))
@@ -161,3 +160,24 @@ def test_the_report_counts_the_bytes_of_the_groups(tmp_path):
     assert any(report.transfer_s > 0 for report in reports[1:])
     _, still = trajectory({"residency": "device"}, **BF16)
     assert all(r.state_bytes_in == r.state_bytes_out == 0 for r in still)
+
+
+# -- resuming -------------------------------------------------------------------------------------------------
+
+
+def resumed(codec, residency, tmp_path, **hift):
+    state = {"codec": codec, "residency": residency, "slots": 2}
+    if residency == "disk":
+        state["path"] = str(tmp_path / "states")
+    interrupted_and_whole(Case(ds_config(hift={"state": state, **hift}, **BF16)), tmp_path)
+
+
+@pytest.mark.parametrize("codec", ["split_master", "bf16_moments", "split_master+int8_moments"])
+def test_a_resumed_run_rounds_alike(codec, tmp_path):
+    for residency in ("device", "host", "disk"):
+        resumed(codec, residency, tmp_path / residency)
+
+
+def test_a_resumed_run_rounds_alike_in_slices_and_turns_saved_beside_training(tmp_path):
+    more = {"steps_per_group": 2, "checkpoint": {"asynchronous": True}}
+    resumed("split_master+bf16_moments", "disk", tmp_path, order="random", reshuffle=True, **more)
