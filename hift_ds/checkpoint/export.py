@@ -48,21 +48,24 @@ def export_model(
 ) -> list[Path]:
     """Write ``model`` to ``out_dir``: safetensors (with an index if there are several), config, tokenizer.
 
-    Files appear under their final names only when all of them are complete and on disk; what else is in ``out_dir``
-    stays. Tensors get the names the checkpoint format has (see ``weight_names``), tied ones are written once.
+    Files appear under their final names only when all of them are complete and on disk; what else is in
+    ``out_dir`` stays. Tensors get the names the checkpoint format has (see ``weight_names``), tied ones are
+    written once.
 
     Args:
         model: gives names, ties, config and, unless ``tensors`` is given, values. May be on the meta device
             (``weight_names.skeleton``); must not be partitioned.
-        tensors: (name in memory, full tensor) for every weight, in any order; for weights that live elsewhere (a
-            training checkpoint, ZeRO-3 shards gathered one by one). Tensors are held until their shard is written, so
-            each must own its memory. When making them is a collective, every other rank must exhaust its own iterator.
+        tensors: (name in memory, full tensor) for every weight, in any order; for weights that live elsewhere
+            (a training checkpoint, ZeRO-3 shards gathered one by one). Tensors are held until their shard is
+            written, so each must own its memory. When making them is a collective, every other rank must
+            exhaust its own iterator.
         tokenizer: anything with ``save_pretrained``.
         generation_config: the model's own if None.
-        max_shard_size: bytes, or "500MB", "5GB" (powers of 1000), "5GiB" (1024). A larger tensor gets its own file.
+        max_shard_size: bytes, or "500MB", "5GB" (powers of 1000), "5GiB" (1024). A larger tensor gets its own
+            file.
         dtype: of the floating-point weights: one for all; or one for each name in the checkpoint
-            (``safetensors_io.tensor_dtypes(input_folder)``), where names it lacks take its commonest; or None to keep
-            each as it comes.
+            (``safetensors_io.tensor_dtypes(input_folder)``), where names it lacks take its commonest; or None
+            to keep each as it comes.
 
     Returns:
         The weight files, in order.
@@ -104,7 +107,8 @@ def parse_size(size: int | str) -> int:
 class ShardWriter:
     """Collects tensors and writes a safetensors file whenever the next one would exceed the limit.
 
-    How many files there will be is known only at the end, so they carry provisional names until :meth:`finish`.
+    How many files there will be is known only at the end, so they carry provisional names until
+    :meth:`finish`.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -145,7 +149,9 @@ class ShardWriter:
             os.rename(self._provisional(number), self._folder / names[-1])
             weight_map |= dict.fromkeys(members, names[-1])
         metadata = {"total_parameters": self._total_numel, "total_size": self._total_bytes}
-        _write_json(self._folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+        _write_json(
+            self._folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        )
         return names
 
     def commonest_dtype(self) -> torch.dtype | None:
@@ -202,8 +208,8 @@ def _staging_folder(out_dir: Path, num_bytes: int) -> Iterator[Path]:
 def _publish(staging: Path, out_dir: Path) -> None:
     """Give the finished files their place. Readers see the old weights, none, or all of the new ones.
 
-    "None" only while files move into a folder that is in use; a crash just then leaves the complete new weights in
-    the staging folder.
+    "None" only while files move into a folder that is in use; a crash just then leaves the complete new
+    weights in the staging folder.
     """
     for path in staging.iterdir():
         if path.suffix == ".safetensors":  # which safetensors makes readable by the owner alone
@@ -231,7 +237,10 @@ def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype | Non
     config.architectures = [type(model).__name__]
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
-        for part in [config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", None) or {})]:
+        for part in [
+            config,
+            *(getattr(config, key, None) for key in getattr(config, "sub_configs", None) or {}),
+        ]:
             if part is not None:
                 part.dtype = name
     if type(model).__module__.startswith("transformers_modules"):
@@ -253,7 +262,8 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
         return
     entries = json.loads(path.read_text(encoding="utf-8"))
     if entries.get("tokenizer_class") == "TokenizersBackend":
-        # The name that transformers 5 gave the class; both know it by the old one, transformers 4 only by that.
+        # The name that transformers 5 gave the class; both know it by the old one, transformers 4 only by
+        # that.
         _write_json(path, entries | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 

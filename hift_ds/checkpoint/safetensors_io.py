@@ -1,9 +1,10 @@
 """Hugging Face safetensors folders: check, read, load, compare. Writing them is in :mod:`export`.
 
-Loading a model is transformers' own work: ``from_pretrained`` maps the files (no copy at all when the dtype stays,
-one weight in flight when it changes), so :func:`load_pretrained` only adds what it lacks: damaged or missing files
-named before a model is built, and a weight that would silently be initialised at random turned into an error.
-:func:`stream_weights` gives the same weights to a model that exists already, one conversion set at a time.
+Loading a model is transformers' own work: ``from_pretrained`` maps the files (no copy at all when the dtype
+stays, one weight in flight when it changes), so :func:`load_pretrained` only adds what it lacks: damaged or
+missing files named before a model is built, and a weight that would silently be initialised at random turned
+into an error. :func:`stream_weights` gives the same weights to a model that exists already, one conversion
+set at a time.
 """
 
 from __future__ import annotations
@@ -56,13 +57,17 @@ class TensorHeader:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def on_meta(self) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
 
 def check_weights(folder: str | Path) -> dict[str, TensorHeader]:
     """Every tensor of a Hugging Face folder, from the files' headers alone: fast, whatever the size.
 
     Raises:
-        CheckpointError: no such folder, no safetensors in it (a pickled checkpoint is refused with the way to convert
-            it), a file of the index that is missing or truncated, or an index that does not match its files.
+        CheckpointError: no such folder, no safetensors in it (a pickled checkpoint is refused with the way to
+            convert it), a file of the index that is missing or truncated, or an index that does not match its
+            files.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -84,12 +89,14 @@ def check_weights(folder: str | Path) -> dict[str, TensorHeader]:
         headers |= _read_headers(folder / file_name)
     for name, file_name in weight_map.items():
         if name not in headers or headers[name].file.name != file_name:
-            raise CheckpointError(f"{folder / file_name} lacks tensor {name!r}, which {INDEX_FILE} places there")
+            raise CheckpointError(
+                f"{folder / file_name} lacks tensor {name!r}, which {INDEX_FILE} places there"
+            )
     return headers
 
 
 def tensor_dtypes(folder: str | Path) -> dict[str, torch.dtype]:
-    """Each tensor's dtype by its name in the checkpoint; what ``export_model(dtype=...)`` takes to restore them."""
+    """Each tensor's dtype by its name in the checkpoint; what ``export_model(dtype=...)`` takes."""
     return {name: header.dtype for name, header in check_weights(folder).items()}
 
 
@@ -111,15 +118,22 @@ class SafetensorsFolder:
         return self._open[file].get_tensor(name)
 
 
-def stream_weights(model: PreTrainedModel, folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name in memory, tensor) for every weight of ``model`` in ``folder``, converted as transformers does.
+def stream_weights(
+    model: PreTrainedModel, folder: str | Path, *, convert: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name in memory, tensor) for every weight of ``model`` in ``folder``, converted as transformers
+    does.
 
-    Only the tensors of one conversion (one weight, or the experts of one block) are materialised at a time, in
-    the checkpoint's dtype. A tied weight comes once, under the name the checkpoint has.
+    Only the tensors of one conversion (one weight, or the experts of one block) are materialised at a time,
+    in the checkpoint's dtype. A tied weight comes once, under the name the checkpoint has.
+
+    Args:
+        convert: False: a weight made of several tensors comes on the meta device, without values; for ranks
+            that get it from one that converts, so that not every rank holds the set.
 
     Raises:
-        CheckpointError: the checkpoint has a tensor the model does not know, lacks one that it needs, or has one of
-            another shape; names file and tensor.
+        CheckpointError: the checkpoint has a tensor the model does not know, lacks one that it needs, or has
+            one of another shape; names file and tensor.
     """
     source_folder = SafetensorsFolder(folder)
     headers = source_folder.headers
@@ -135,13 +149,16 @@ def stream_weights(model: PreTrainedModel, folder: str | Path) -> Iterator[tuple
                 f"{headers[source].file}: tensor {source!r} has no place in {type(model).__name__}; "
                 "is this the checkpoint of another model?"
             )
-        sources = {source: source_folder.tensor(source) for source in unit.sources}
+        if convert or unit.is_plain:
+            sources = {source: source_folder.tensor(source) for source in unit.sources}
+        else:
+            sources = {source: headers[source].on_meta() for source in unit.sources}
         try:
             converted = unit.convert(model, sources)
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"{headers[unit.sources[0]].file}: tensors {unit.sources[0]!r}, ... do not make {unit.first_name!r} "
-                f"({error})"
+                f"{headers[unit.sources[0]].file}: tensors {unit.sources[0]!r}, ... "
+                f"do not make {unit.first_name!r} ({error})"
             ) from error
         for name, tensor in converted.items():
             expected = tuple(getattr(tensors[name], "ds_shape", tensors[name].shape))
@@ -191,8 +208,8 @@ def load_pretrained(
     """``from_pretrained`` of a local safetensors folder that fails where it would go on with random weights.
 
     Args:
-        dtype: of the parameters in memory; "auto" keeps the checkpoint's, and then the weights stay mapped from disk
-            and cost no memory until they are changed.
+        dtype: of the parameters in memory; "auto" keeps the checkpoint's, and then the weights stay mapped
+            from disk and cost no memory until they are changed.
         model_class: ``AutoModelForCausalLM`` by default.
         device: put the weights there directly.
         allow_missing: patterns (``re.search``) of weights that may be absent and start at random: a new head.
@@ -220,7 +237,8 @@ def load_pretrained(
     for name, found, expected in sorted(info["mismatched_keys"]):
         if not _matches(name, allow_missing):
             raise CheckpointError(
-                f"{folder}: {name!r} has shape {tuple(found)}, {type(model).__name__} expects {tuple(expected)}"
+                f"{folder}: {name!r} has shape {tuple(found)}, "
+                f"{type(model).__name__} expects {tuple(expected)}"
             )
     _refuse(info["missing_keys"], allow_missing, f"{folder} lacks", f"of {type(model).__name__}")
     _refuse(info["unexpected_keys"], allow_unexpected, f"{folder} has", f"unknown to {type(model).__name__}")
@@ -230,7 +248,8 @@ def load_pretrained(
 def weight_distances(
     before_dir: str | Path, after_dir: str | Path, *, chunk_numel: int = 1 << 24
 ) -> dict[str, tuple[float, float]]:
-    """How far each tensor moved: ``{name: (L2 norm of after - before, L2 norm of before)}``, floating tensors only.
+    """How far each tensor moved: ``{name: (L2 norm of after - before, L2 norm of before)}``, floating tensors
+    only.
 
     Args:
         chunk_numel: values compared at once, in fp32 (norms are summed in fp64); bounds the memory.
@@ -247,7 +266,9 @@ def weight_distances(
         if not header.dtype.is_floating_point:
             continue
         if header.shape != after.headers[name].shape:
-            raise CheckpointError(f"tensor {name!r}: shape {header.shape} before, {after.headers[name].shape} after")
+            raise CheckpointError(
+                f"tensor {name!r}: shape {header.shape} before, {after.headers[name].shape} after"
+            )
         moved = norm = 0.0
         old = before.tensor(name).reshape(-1).split(chunk_numel)
         new = after.tensor(name).reshape(-1).split(chunk_numel)
@@ -263,11 +284,13 @@ def _read_headers(file: Path) -> dict[str, TensorHeader]:
     try:
         with safe_open(str(file), framework="pt") as reader:
             out = {}
-            for name in reader.keys():
+            for name in reader.keys():  # noqa: SIM118 (it is no mapping)
                 piece = reader.get_slice(name)
                 code = piece.get_dtype()
                 if code not in _DTYPES:
-                    raise CheckpointError(f"{file}: tensor {name!r} has dtype {code}, expected one of {list(_DTYPES)}")
+                    raise CheckpointError(
+                        f"{file}: tensor {name!r} has dtype {code}, expected one of {list(_DTYPES)}"
+                    )
                 out[name] = TensorHeader(file, tuple(piece.get_shape()), _DTYPES[code])
             return out
     except (SafetensorError, OSError) as error:
@@ -279,8 +302,9 @@ def _no_weights(folder: Path) -> CheckpointError:
     pickled = [name for name in pickled if name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
     if pickled:
         return CheckpointError(
-            f"{folder}: weights are pickled ({pickled[0]}), which can run code when loaded; if you trust them, "
-            f"convert once: AutoModel.from_pretrained({str(folder)!r}, use_safetensors=False)"
+            f"{folder}: weights are pickled ({pickled[0]}), which can run code when loaded; "
+            "if you trust them, convert once: "
+            f"AutoModel.from_pretrained({str(folder)!r}, use_safetensors=False)"
             ".save_pretrained(NEW_FOLDER), with the Auto class of your task"
         )
     return CheckpointError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}")
@@ -297,7 +321,9 @@ def _check_complete(
         if id(tensor) not in filled and not any(pattern.search(name) for pattern in ignored)
     ]
     if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]!r}, ...")
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]!r}, ..."
+        )
 
 
 def _refuse(names: Iterable[str], allowed: Sequence[str], has: str, of_what: str) -> None:

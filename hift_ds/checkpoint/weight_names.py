@@ -1,11 +1,11 @@
 """Parameter names in memory <-> tensor names in a Hugging Face checkpoint.
 
-transformers 5 does not keep every weight in the form in which checkpoints have it: Mixtral's experts, many files'
-worth of ``block_sparse_moe.experts.3.w1.weight``, are one fused ``mlp.experts.gate_up_proj`` in memory. Other
-programs (vLLM, llama.cpp's converter, older transformers) know only the checkpoint's names, so whatever is written
-has to be turned back. transformers owns that knowledge (``core_model_loading``); this module asks it, once and on
-meta tensors, *which* weights must be at hand together, so that loading and exporting can go on one such set at a
-time and never need the whole model in host memory.
+transformers 5 does not keep every weight in the form in which checkpoints have it: Mixtral's experts, many
+files' worth of ``block_sparse_moe.experts.3.w1.weight``, are one fused ``mlp.experts.gate_up_proj`` in
+memory. Other programs (vLLM, llama.cpp's converter, older transformers) know only the checkpoint's names, so
+whatever is written has to be turned back. transformers owns that knowledge (``core_model_loading``); this
+module asks it, once and on meta tensors, *which* weights must be at hand together, so that loading and
+exporting can go on one such set at a time and never need the whole model in host memory.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class NamePlan:
     """How a model's weights are named in a checkpoint.
 
     Attributes:
-        canonical: name in memory -> the names under which that tensor is saved, in memory's naming. Empty for a tied
-            alias that transformers restores by itself, and for weights it never saves.
+        canonical: name in memory -> the names under which that tensor is saved, in memory's naming. Empty for
+            a tied alias that transformers restores by itself, and for weights it never saves.
         renamed: name in memory -> name in the checkpoint, for weights that are saved as they are.
         units: sets of names in memory that have to be converted together.
         saved: name in the checkpoint -> shape.
@@ -61,8 +61,8 @@ def skeleton(config: PreTrainedConfig, like: PreTrainedModel | None = None) -> P
 
     Args:
         config: as read from the checkpoint; its ``architectures`` names the class.
-        like: take the class from this model and the conversions it was loaded with. Needed when the parameters of
-            the live model are partitioned (ZeRO-3), hence have no shape of their own.
+        like: take the class from this model and the conversions it was loaded with. Needed when the
+            parameters of the live model are partitioned (ZeRO-3), hence have no shape of their own.
 
     Raises:
         CheckpointError: the config names no class that transformers has.
@@ -117,11 +117,12 @@ def plan_names(model: PreTrainedModel) -> NamePlan:
 def to_saved(
     model: PreTrainedModel, tensors: Iterable[tuple[str, torch.Tensor]], plan: NamePlan | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Turn (name in memory, tensor) into (name in the checkpoint, tensor), holding back one conversion set at most.
+    """Turn (name in memory, tensor) into (name in the checkpoint, tensor), holding back one conversion set at
+    most.
 
     Args:
-        tensors: every weight of ``model`` once, in any order and under any of its tied names. A tensor must keep its
-            values until the sets it belongs to are complete.
+        tensors: every weight of ``model`` once, in any order and under any of its tied names. A tensor must
+            keep its values until the sets it belongs to are complete.
 
     Raises:
         CheckpointError: a name the model does not have, or (at the end) weights that never came.
@@ -153,11 +154,18 @@ def to_saved(
 class LoadUnit:
     """Checkpoint tensors that become one set of in-memory weights; see :func:`plan_load`."""
 
-    def __init__(self, first_name: str, sources: list[str], patterns: list[str], converter: object | None) -> None:
+    def __init__(
+        self, first_name: str, sources: list[str], patterns: list[str], converter: object | None
+    ) -> None:
         self.first_name = first_name
         self.sources = sources
         self._patterns = patterns
         self._converter = converter
+
+    @property
+    def is_plain(self) -> bool:
+        """One tensor of the checkpoint, as it is."""
+        return self._converter is None
 
     def convert(self, model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """``tensors``: the :attr:`sources`, by name in the checkpoint. Returns weights by name in memory."""
@@ -174,8 +182,8 @@ class LoadUnit:
 def plan_load(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> list[LoadUnit]:
     """Which checkpoint tensors make which weights of ``model``, from names alone.
 
-    The units come in the natural order of the checkpoint's names. Tensors the model has no place for come as units
-    whose ``first_name`` is not among the model's names.
+    The units come in the natural order of the checkpoint's names. Tensors the model has no place for come as
+    units whose ``first_name`` is not among the model's names.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -213,8 +221,8 @@ def _canonical_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
 
     canonical: dict[str, tuple[str, ...]] = {}
     for names in shared.values():
-        # What transformers ties by itself when loading is saved once. A tie it does not know about would be lost
-        # on reload, so each of those names is written.
+        # What transformers ties by itself when loading is saved once. A tie it does not know about would be
+        # lost on reload, so each of those names is written.
         kept = [name for name in names if name not in declared] or names[:1]
         kept = [name for name in kept if not any(pattern.search(name) for pattern in ignored)]
         canonical |= {name: tuple(kept) for name in names}
@@ -224,7 +232,8 @@ def _canonical_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
 def _conversion_units(
     model: PreTrainedModel, converted: dict[str, torch.Tensor], expected: dict[str, torch.Size]
 ) -> dict[tuple[str, ...], tuple[str, ...]]:
-    """Cut ``converted`` into the smallest sets that convert on their own: one weight, one block, or everything.
+    """Cut ``converted`` into the smallest sets that convert on their own: one weight, one block, or
+    everything.
 
     A set converts on its own when it gives, name by name, the shapes that the whole model gives.
     """

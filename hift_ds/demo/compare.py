@@ -1,4 +1,4 @@
-"""Is the fine-tuned model better? Loss on held-out answers before and after, and some answers side by side."""
+"""Is the fine-tuned model better? Loss on held-out answers before and after, some answers side by side."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Evaluation:
 
 
 def read_pairs(path: str | Path, limit: int | None = None) -> list[Pair]:
-    """The first ``limit`` pairs of a file that ``stdlib_qa.build`` wrote (it mixes modules, so any part is fair)."""
+    """The first ``limit`` pairs of a file of ``stdlib_qa.build`` (which mixes modules: any part is fair)."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"no such file: {str(path)!r}; `python -m hift_ds.demo` builds it")
@@ -69,8 +69,8 @@ def answer_loss(
 ) -> tuple[float, int]:
     """Mean loss over the tokens of the answers (their end token included), and how many there are.
 
-    Written without our own data code on purpose: an evaluation that shares a wrong mask with training would not
-    see it.
+    Written without our own data code on purpose: an evaluation that shares a wrong mask with training would
+    not see it.
     """
     import torch
 
@@ -114,7 +114,9 @@ def generate_answers(
     answers = []
     for question in questions:
         messages = [{"role": "user", "content": question}]
-        prompt = torch.tensor([_token_ids(tokenizer, messages, add_generation_prompt=True)], device=model.device)
+        prompt = torch.tensor(
+            [_token_ids(tokenizer, messages, add_generation_prompt=True)], device=model.device
+        )
         with torch.inference_mode():
             out = model.generate(
                 prompt,
@@ -138,7 +140,8 @@ def show_comparison(
     console = console or Console()
     console.print(
         f"held-out answers ({after.num_pairs} pairs, {after.num_tokens} tokens): "
-        f"loss {before.loss:.3f} -> {after.loss:.3f}, perplexity {before.perplexity:.1f} -> {after.perplexity:.1f}",
+        f"loss {before.loss:.3f} -> {after.loss:.3f}, "
+        f"perplexity {before.perplexity:.1f} -> {after.perplexity:.1f}",
         highlight=False,
     )
     for pair, old, new in zip(pairs, before.answers, after.answers, strict=False):
@@ -150,6 +153,10 @@ def show_comparison(
         console.print(table)
 
 
-def _token_ids(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+def _token_ids(
+    tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False
+) -> list[int]:
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
     return tokenizer(text, add_special_tokens=False)["input_ids"]

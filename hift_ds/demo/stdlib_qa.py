@@ -1,9 +1,10 @@
-"""Questions and answers about the Python standard library, made from the docstrings of the Python that runs this.
+"""Questions and answers about the Python standard library, made from the docstrings of the Python that runs
+this.
 
-Sources are parsed, not imported: importing every module of the library would open windows and print poems. Only
-types and functions written in C, which have no source, are asked for their docstring at run time, from a short list of
-modules that are harmless to import. Whole modules are held out, not single questions, so that evaluation asks about
-libraries the model was not trained on. The same Python gives the same files.
+Sources are parsed, not imported: importing every module of the library would open windows and print poems.
+Only types and functions written in C, which have no source, are asked for their docstring at run time, from a
+short list of modules that are harmless to import. Whole modules are held out, not single questions, so that
+evaluation asks about libraries the model was not trained on. The same Python gives the same files.
 """
 
 from __future__ import annotations
@@ -23,24 +24,28 @@ from pathlib import Path
 from hift_ds.errors import DataError
 
 # About a tenth of the pairs, and such as a reader can judge.
-HELDOUT = {"bisect", "calendar", "colorsys", "configparser", "csv", "difflib", "fileinput", "fnmatch", "fractions",
-           "heapq", "html", "ipaddress", "json", "pathlib", "queue", "random", "selectors", "shutil", "smtplib", "sqlite3",
-           "statistics", "string", "textwrap", "webbrowser", "zipfile"}  # fmt: skip
+HELDOUT = {"bisect", "calendar", "colorsys", "configparser", "csv", "difflib", "fileinput", "fnmatch",
+           "fractions", "heapq", "html", "ipaddress", "json", "pathlib", "queue", "random", "selectors",
+           "shutil", "smtplib", "sqlite3", "statistics", "string", "textwrap", "webbrowser",
+           "zipfile"}  # fmt: skip
 
 # Written in C, safe to import, and what people ask about most.
-C_MODULES = ("builtins", "math", "itertools", "functools", "operator", "collections", "time", "datetime", "zlib",
-             "binascii", "struct", "array", "io", "re", "sys", "gc", "cmath", "marshal", "errno")  # fmt: skip
+C_MODULES = ("builtins", "math", "itertools", "functools", "operator", "collections", "time", "datetime",
+             "zlib", "binascii", "struct", "array", "io", "re", "sys", "gc", "cmath", "marshal")  # fmt: skip
 
-# Not libraries (tests, programs, what is on its way out), or Windows' twin of a module that has the same docstrings.
-SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "distutils", "site-packages", "pydoc_data",
-           "__pycache__", "__phello__", "encodings", "antigravity", "this", "ntpath", "nturl2path", "macpath", "tkinter",
-           "turtle", "msilib", "pydoc"}  # fmt: skip
+# Not libraries (tests, programs, what is on its way out), or Windows' twin of a module that has the same
+# docstrings.
+SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "distutils", "site-packages",
+           "pydoc_data", "__pycache__", "__phello__", "encodings", "antigravity", "this", "ntpath",
+           "nturl2path", "macpath", "tkinter", "turtle", "msilib", "pydoc"}  # fmt: skip
 RENAMED = {"posixpath": "os.path", "genericpath": "os.path"}
 
 _JUNK = re.compile(
-    r">>>|->|\bTODO\b|\bXXX\b|\bFIXME\b|deprecat|for internal use|internal helper|not part of the public|private"
+    r">>>|->|\bTODO\b|\bXXX\b|\bFIXME\b|deprecat|for internal use|internal helper|not part of the public"
+    r"|private"
     r"|see the documentation|see base class|overrid|helper (function|method)|backward|compatib|\bdocstring\b"
-    r"|subclasses (should|must)|same as|like the|^see |^alias|^internal|^initiali[sz]e self|^create and return a new obj"
+    r"|subclasses (should|must)|same as|like the|^see |^alias|^internal|^initiali[sz]e self"
+    r"|^create and return a new obj"
     r"|__\w+__|https?://|\bI\b|\bI'|@param|:param|:return|\.\. ",
     re.IGNORECASE,
 )
@@ -50,7 +55,12 @@ _ROLE = re.compile(r":[\w:]+:`~?([^`]+)`")
 
 @dataclass(frozen=True)
 class Entry:
-    """One documented thing. ``kind``: module, class, function, method or property; ``call``: name with arguments."""
+    """One documented thing.
+
+    Attributes:
+        kind: module, class, function, method or property.
+        call: the name, with the arguments of what can be called.
+    """
 
     module: str
     name: str
@@ -60,14 +70,17 @@ class Entry:
 
 
 def build(out_dir: str | Path) -> dict[str, int]:
-    """Write ``train.jsonl`` and ``heldout.jsonl`` in the ``messages`` format. Returns how many pairs each has.
+    """Write ``train.jsonl`` and ``heldout.jsonl`` in the ``messages`` format. Returns how many pairs each
+    has.
 
     Raises:
         DataError: this Python has no docstrings to learn from (run with -OO, or its sources are stripped).
     """
     pairs = make_pairs(iter_entries())
     if len(pairs) < 500:
-        raise DataError(f"only {len(pairs)} documented functions found in the standard library; is it stripped?")
+        raise DataError(
+            f"only {len(pairs)} documented functions found in the standard library; is it stripped?"
+        )
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     counts = {}
@@ -120,9 +133,13 @@ def clean_answer(doc: str) -> str | None:
     text = _ROLE.sub(r"`\1`", text).replace("``", "`")
     text = re.sub(r"\s+", " ", text).strip()
     words = text.split()
-    if not (5 <= len(words) and 30 <= len(text) <= 320) or not text.isascii() or _JUNK.search(text):
+    if len(words) < 5 or not 30 <= len(text) <= 320 or not text.isascii() or _JUNK.search(text):
         return None
-    if text.endswith((":", ",", ";", "-", "e.g.", "(")) or text.count("`") % 2 or text.count("(") != text.count(")"):
+    if (
+        text.endswith((":", ",", ";", "-", "e.g.", "("))
+        or text.count("`") % 2
+        or text.count("(") != text.count(")")
+    ):
         return None
     if not text[0].isalpha() or sum(c.isalpha() or c == " " for c in text) < 0.8 * len(text):
         return None
@@ -152,9 +169,11 @@ def iter_entries() -> Iterator[Entry]:
 
 
 def _public_names(root: Path, parts: tuple[str, ...]) -> dict[str, str] | str | None:
-    """Where a module's names are public: under its own name (a string), under its package's (name by name), nowhere.
+    """Where a module's names are public: under its own name (a string), under its package's (name by name),
+    nowhere.
 
-    ``asyncio/tasks.py`` is where ``asyncio.wait_for`` is written, and nobody asks about ``asyncio.tasks.wait_for``.
+    ``asyncio/tasks.py`` is where ``asyncio.wait_for`` is written, and nobody asks about
+    ``asyncio.tasks.wait_for``.
     """
     module = RENAMED.get(".".join(parts), ".".join(parts))
     private = any(part.startswith("_") for part in parts)
@@ -201,7 +220,9 @@ def _entries_of_source(tree: ast.Module, module: str, public: dict[str, str] | s
             if doc := ast.get_docstring(node):
                 yield Entry(where, f"{where}.{name}", "class", f"{where}.{name}", doc)
             for member in node.body:
-                if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef) and not member.name.startswith(("_", "do_")):
+                if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef) and not member.name.startswith(
+                    ("_", "do_")
+                ):
                     yield from _entry_of_function(member, where, f"{where}.{name}.{member.name}", "method")
 
 
@@ -219,7 +240,13 @@ def _entry_of_function(
         yield Entry(module, name, "property", name, doc)
         return
     arguments = ast.parse(ast.unparse(node.args).join(["def f(", "): pass"])).body[0].args
-    for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]:
+    for argument in [
+        *arguments.posonlyargs,
+        *arguments.args,
+        *arguments.kwonlyargs,
+        arguments.vararg,
+        arguments.kwarg,
+    ]:
         if argument is not None:
             argument.annotation = None
     text = ast.unparse(arguments)
@@ -233,7 +260,9 @@ def _entries_of_c_module(module: str) -> Iterator[Entry]:
     prefix = "" if module == "builtins" else module + "."
     for name, value in sorted(vars(content).items()):
         home = getattr(value, "__module__", None) or module
-        if name.startswith("_") or home not in (module, "_" + module, "_io", "_operator", "builtins"):
+        if name.startswith("_") or name.endswith("hook"):
+            continue  # hooks are what a running program has put there
+        if home not in (module, "_" + module, "_io", "_operator", "builtins"):
             continue
         if home == "builtins" and module != "builtins":
             continue

@@ -26,17 +26,18 @@ _SAME_NAME = (
 
 
 class ReportCallback(TrainerCallback):
-    """Writes ``metrics.jsonl``, ``groups.json``, ``coverage.json`` and the plots; shows progress. Rank 0 only.
+    """Writes ``metrics.jsonl``, ``groups.json``, ``coverage.json`` and the plots; shows progress. Rank 0
+    only.
 
     With a Trainer whose engine is not ours it works too: the fields that only HiFT knows are then absent.
 
     Args:
         run_dir: where the files go.
-        get_engine: returns the ``HiFTEngine`` (``lambda: trainer.engine``); called at each event, as Trainer makes
-            the engine only when training begins.
-        tokens_seen: (state) -> input tokens of all ranks since the run began. By default what Trainer counts itself
-            when ``include_num_input_tokens_seen`` is set ("non_padding" is the honest choice); without either there
-            is no token rate.
+        get_engine: returns the ``HiFTEngine`` (``lambda: trainer.engine``); called at each event, as Trainer
+            makes the engine only when training begins.
+        tokens_seen: (state) -> input tokens of all ranks since the run began. By default what Trainer counts
+            itself when ``include_num_input_tokens_seen`` is set ("non_padding" is the honest choice); without
+            either there is no token rate.
         progress: a ``Progress``; chosen by what the terminal can do if None.
         plots: draw the pictures when training ends.
     """
@@ -60,7 +61,7 @@ class ReportCallback(TrainerCallback):
         self._mark = self._began = time.monotonic()
         self._tokens = 0
 
-    # --- the Trainer's events, in the order in which they come ----------------------------------------------------
+    # --- the Trainer's events, in the order in which they come -----------------------------------------
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -75,7 +76,9 @@ class ReportCallback(TrainerCallback):
         if groups:
             write_groups(self.run_dir, groups)
         turns = [group for group in groups if group.index >= 0]
-        cycle_steps = len(turns) * getattr(getattr(self._get_engine(), "schedule", None), "steps_per_group", 1)
+        cycle_steps = len(turns) * getattr(
+            getattr(self._get_engine(), "schedule", None), "steps_per_group", 1
+        )
         self._announce(state, groups, cycle_steps)
         self._progress.start(state.max_steps, state.global_step, window=cycle_steps or 20)
         self._mark = self._began = time.monotonic()
@@ -87,7 +90,8 @@ class ReportCallback(TrainerCallback):
             return
         self._flush()
         self._pending = self._make_record(state)
-        # When Trainer is about to log, the loss is still to come; DefaultFlowCallback, which decides, ran before us.
+        # When Trainer is about to log, the loss is still to come; DefaultFlowCallback, which decides, ran
+        # before us.
         if not control.should_log:
             self._flush()
 
@@ -128,7 +132,9 @@ class ReportCallback(TrainerCallback):
         if writer is not self._writer:
             writer.close()
         progress = self._progress or make_progress()
-        progress.note(f"evaluation at step {state.global_step}: loss {metrics['eval_loss']:.4f}", style="bold")
+        progress.note(
+            f"evaluation at step {state.global_step}: loss {metrics['eval_loss']:.4f}", style="bold"
+        )
         self._mark = time.monotonic()
 
     def on_save(
@@ -151,7 +157,7 @@ class ReportCallback(TrainerCallback):
             drawn = plot_run(self.run_dir)
             self._progress.note("drawn: " + ", ".join(str(path) for path in drawn))
 
-    # --- one record -------------------------------------------------------------------------------------------------
+    # --- one record ------------------------------------------------------------------------------------
 
     def _make_record(self, state: TrainerState) -> StepRecord:
         now = time.monotonic()
@@ -177,7 +183,7 @@ class ReportCallback(TrainerCallback):
             self._progress.update(self._pending)
         self._pending = None
 
-    # --- beginning and end --------------------------------------------------------------------------------------
+    # --- beginning and end -----------------------------------------------------------------------------
 
     def _groups(self) -> list[GroupSummary]:
         engine = self._get_engine()
@@ -186,7 +192,7 @@ class ReportCallback(TrainerCallback):
         return summarize([*([always] if always is not None else []), *groups])
 
     def _announce(self, state: TrainerState, groups: list[GroupSummary], cycle_steps: int) -> None:
-        """One line on what is about to happen, and a warning if the run is too short for what it is meant to do."""
+        """One line on what is about to happen, and a warning if the run is too short for its groups."""
         assert self._progress is not None
         line = f"{state.max_steps - state.global_step} steps"
         if state.global_step:
@@ -225,7 +231,7 @@ def report_instead_of_printing(trainer: Trainer, callback: ReportCallback) -> No
 
 
 def _count(number: int) -> str:
-    """"11.2K", "134.5M", "6.74B"."""
+    """ "11.2K", "134.5M", "6.74B"."""
     for factor, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= factor:
             return f"{number / factor:,.{2 if unit == 'B' else 1}f}{unit}"

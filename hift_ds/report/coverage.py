@@ -21,7 +21,7 @@ class Group(Protocol):
 
 @dataclass(frozen=True)
 class Coverage:
-    """``updates``: optimizer steps that changed each trainable parameter, by name; ``group_of`` may be empty."""
+    """``updates``: steps that changed each trainable parameter, by name; ``group_of`` may be empty."""
 
     updates: dict[str, int]
     num_steps: int
@@ -49,9 +49,9 @@ class Coverage:
         groups = list(dict.fromkeys(self.group_of[name] for name in missed if name in self.group_of))
         lines = [
             f"{len(missed)} OF {len(self.updates)} TRAINABLE PARAMETERS WERE NEVER UPDATED.",
-            f"The run made {self.num_steps} optimizer steps; a cycle over all groups was not completed, or every step "
-            "of these groups overflowed.",
-            "Train longer (max_steps), cut fewer groups (raise group_size), or freeze what you do not want to train.",
+            f"The run made {self.num_steps} optimizer steps; a cycle over all groups was not completed, "
+            "or every step of these groups overflowed.",
+            "Train longer (max_steps), raise group_size, or freeze what is not to be trained.",
         ]
         if groups:
             lines.append(f"Groups: {', '.join(groups[:max_names])}{_more(groups, max_names)}")

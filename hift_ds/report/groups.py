@@ -27,7 +27,7 @@ class Group(Protocol):
 
 @dataclass
 class GroupSummary:
-    """``moved``: L2 norm of (weights at the end - weights at the start); ``norm``: L2 norm of those at the start."""
+    """``moved``: L2 norm of (weights at the end - at the start); ``norm``: of those at the start."""
 
     index: int  # -1: active in every turn
     name: str
@@ -55,11 +55,13 @@ def add_distances(
     """Sum up per group what ``checkpoint.safetensors_io.weight_distances`` measured per tensor.
 
     Args:
-        saved_names: parameter name -> its names in the checkpoint (``weight_names.NamePlan.saved_names``), for models
-            whose checkpoints name weights otherwise than memory does.
+        saved_names: parameter name -> its names in the checkpoint (``weight_names.NamePlan.saved_names``),
+            for models whose checkpoints name weights otherwise than memory does.
     """
     for group in groups:
-        pairs = [distances[saved] for name in group.params for saved in saved_names(name) if saved in distances]
+        pairs = [
+            distances[saved] for name in group.params for saved in saved_names(name) if saved in distances
+        ]
         if pairs:
             group.moved = math.sqrt(sum(moved**2 for moved, _ in pairs))
             group.norm = math.sqrt(sum(norm**2 for _, norm in pairs))
@@ -71,8 +73,8 @@ def record_movement(
     """Measure how far each group of a finished run moved and add it to ``groups.json``.
 
     Args:
-        before_dir, after_dir: safetensors folders of the input and of the export. Changes below the resolution of
-            the export's dtype do not count: they are not in it.
+        before_dir, after_dir: safetensors folders of the input and of the export. Changes below the
+            resolution of the export's dtype do not count: they are not in it.
         model: to translate names, for architectures whose checkpoints name weights otherwise than memory does
             (Mixtral); any instance or skeleton of it.
 

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one JSON line for every optimizer step and one for every evaluation. Fields: docs/metrics.md."""
+"""``metrics.jsonl``: a JSON line for every optimizer step and every evaluation. Fields: docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILE_NAME = "metrics.jsonl"
 
 
 class StepRecord(TypedDict, total=False):
-    """What is known of one optimizer step; a key that is not known is absent, a value that is not finite is null."""
+    """What is known of one optimizer step. Unknown: the key is absent. Not finite: the value is null."""
 
     step: int  # optimizer steps done, this one included
     epoch: float
@@ -38,7 +38,7 @@ class StepRecord(TypedDict, total=False):
 
 
 class EvalRecord(TypedDict, total=False):
-    """One evaluation: the step it was made at and whatever the Trainer measured, under the Trainer's names."""
+    """One evaluation: the step it was made at and whatever the Trainer measured, under its names."""
 
     step: int
     epoch: float
@@ -74,15 +74,15 @@ class MetricsWriter:
 
     Args:
         run_dir: created if missing.
-        resume_step: the last step that counts. Lines of later steps, which a resumed run repeats, are dropped, and so
-            is a last line that a kill cut short. 0 starts over.
+        resume_step: the last step that counts. Lines of later steps, which a resumed run repeats, are
+            dropped, and so is a last line that a kill cut short. 0 starts over.
     """
 
     def __init__(self, run_dir: str | Path, resume_step: int = 0) -> None:
         self.path = Path(run_dir) / FILE_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._drop_after(resume_step)
-        self._file: IO[str] | None = open(self.path, "a", encoding="utf-8")
+        self._file: IO[str] | None = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (see close)
 
     def write(self, record: StepRecord | EvalRecord) -> None:
         assert self._file is not None, "writer is closed"

@@ -41,7 +41,7 @@ def plot_run(run_dir: str | Path) -> list[Path]:
 
 
 def loss_figure(metrics: Metrics) -> Figure:
-    """Loss per step, raw and smoothed, with evaluations and cycles; below it the learning rate of each step."""
+    """Loss per step, raw and smoothed, with evaluations and cycles; below it the learning rate."""
     from matplotlib.figure import Figure
 
     records = [r for r in metrics.steps if r.get("loss") is not None]
@@ -53,7 +53,9 @@ def loss_figure(metrics: Metrics) -> Figure:
     skipped = [r["step"] for r in metrics.steps if r.get("skipped")]
     if skipped:
         marks = top.get_xaxis_transform()
-        top.plot(skipped, [0.02] * len(skipped), "|", color=_SKIPPED, transform=marks, label="skipped (overflow)")
+        top.plot(
+            skipped, [0.02] * len(skipped), "|", color=_SKIPPED, transform=marks, label="skipped (overflow)"
+        )
     _mark_cycles(top, metrics.steps)
     top.set_ylabel("loss")
     if top.get_legend_handles_labels()[0]:
@@ -74,7 +76,7 @@ def loss_figure(metrics: Metrics) -> Figure:
 
 
 def groups_figure(steps: Sequence[StepRecord], groups: Sequence[GroupSummary] = ()) -> Figure:
-    """Which group moved when, coloured by gradient norm, and (if measured) how far each one moved in the end."""
+    """Which group moved when, coloured by gradient norm; if measured, how far each one moved in the end."""
     from matplotlib.figure import Figure
 
     steps = [r for r in steps if "group" in r]
@@ -83,7 +85,9 @@ def groups_figure(steps: Sequence[StepRecord], groups: Sequence[GroupSummary] = 
     has_bars = any(value is not None for value in moved)
     height = min(max(2.2 + 0.17 * len(rows), 3.6), 11)
     figure = Figure(figsize=(12 if has_bars else 9.5, height), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1)) if has_bars else (figure.subplots(), None)
+    left, right = (
+        figure.subplots(1, 2, sharey=True, width_ratios=(3, 1)) if has_bars else (figure.subplots(), None)
+    )
 
     _draw_raster(figure, left, steps, [index for index, _ in rows])
     _name_rows(left, rows, steps)
@@ -96,7 +100,15 @@ def _draw_loss(axes: Axes, records: list[StepRecord], span: int) -> None:
     steps = np.array([r["step"] for r in records])
     loss = np.array([r["loss"] for r in records], dtype=float)
     few = len(steps) <= 60
-    axes.plot(steps, loss, color=_RAW, linewidth=0.8 if len(steps) < 1500 else 0.4, marker="o" if few else None, markersize=3, label="loss")
+    axes.plot(
+        steps,
+        loss,
+        color=_RAW,
+        linewidth=0.8 if len(steps) < 1500 else 0.4,
+        marker="o" if few else None,
+        markersize=3,
+        label="loss",
+    )
     smooth = smoothed(loss, span)
     if span > 1 and len(loss) > span:
         axes.plot(steps, smooth, color=_SMOOTH, linewidth=2, label=f"smoothed over {span} steps")
@@ -116,7 +128,9 @@ def _draw_evaluations(axes: Axes, metrics: Metrics) -> None:
     values = [value for _, value in points]
     low, high = axes.get_ylim()
     if math.isfinite(max(values)):
-        axes.set_ylim(min(low, min(values) - 0.03 * (high - low)), max(high, max(values) + 0.15 * (high - low)))
+        axes.set_ylim(
+            min(low, min(values) - 0.03 * (high - low)), max(high, max(values) + 0.15 * (high - low))
+        )
 
 
 def smoothed(values: np.ndarray, span: int) -> np.ndarray:
@@ -164,7 +178,9 @@ def _mark_cycles(axes: Axes, steps: Sequence[StepRecord]) -> None:
     above.spines["top"].set_visible(False)
 
 
-def _rows(steps: Sequence[StepRecord], groups: Sequence[GroupSummary]) -> list[tuple[int, GroupSummary | None]]:
+def _rows(
+    steps: Sequence[StepRecord], groups: Sequence[GroupSummary]
+) -> list[tuple[int, GroupSummary | None]]:
     """(group index, what is known of it), bottom of the model first."""
     known = {group.index: group for group in groups}
     indices = set(known) | {record["group"] for record in steps}
@@ -174,8 +190,8 @@ def _rows(steps: Sequence[StepRecord], groups: Sequence[GroupSummary]) -> list[t
 def raster(steps: Sequence[StepRecord], rows: Sequence[int]) -> tuple[np.ndarray, int]:
     """Mean gradient norm of each group (row) in each bin of steps (column), NaN where it was not active.
 
-    One column is one step while there are few; a whole cycle or several once there are many cycles, since columns of
-    part of a cycle would make a pattern that is not there.
+    One column is one step while there are few; a whole cycle or several once there are many cycles, since
+    columns of part of a cycle would make a pattern that is not there.
 
     Returns:
         The image, shape (rows, columns) float64, and the number of steps a column stands for.
@@ -206,7 +222,7 @@ def _draw_raster(figure: Figure, axes: Axes, steps: list[StepRecord], rows: list
 
     image, width = raster(steps, rows)
     positive = image[np.isfinite(image) & (image > 0)]
-    low, high = (np.percentile(positive, (2, 98)) if positive.size else (1.0, 1.0))
+    low, high = np.percentile(positive, (2, 98)) if positive.size else (1.0, 1.0)
     norm = LogNorm(max(low, 1e-12), max(high, low * 1.05, 1e-12))
     first = steps[0]["step"]
     shown = axes.imshow(
@@ -220,7 +236,9 @@ def _draw_raster(figure: Figure, axes: Axes, steps: list[StepRecord], rows: list
     )
     axes.set_facecolor("#f5f7fa")
     axes.set_xlabel("optimizer step")
-    axes.set_title("which group moved when" + (f" (a column is {width} steps)" if width > 1 else ""), fontsize=11)
+    axes.set_title(
+        "which group moved when" + (f" (a column is {width} steps)" if width > 1 else ""), fontsize=11
+    )
     _whole_steps(axes, steps)
     bar = figure.colorbar(shown, ax=axes, pad=0.01, fraction=0.03, extend="both")
     ticks = np.geomspace(norm.vmin, norm.vmax, 5)

@@ -1,4 +1,4 @@
-"""Progress of a run on the terminal: one live line where there is a terminal, plain lines where there is a log file."""
+"""Progress of a run: one live line where there is a terminal, plain lines where there is a log file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Progress(Protocol):
 
 
 def make_progress(console: Console | None = None, interval_s: float = 10.0) -> Progress:
-    """A live line on a terminal; otherwise a plain line at the first and last step and every ``interval_s`` seconds."""
+    """A live line on a terminal; else plain lines, first and last step and every ``interval_s`` seconds."""
     console = console or Console()
     if console.is_terminal and not console.is_dumb_terminal:
         return LiveProgress(console)
@@ -53,7 +53,11 @@ class Pace:
 
     def add(self, record: StepRecord) -> None:
         self.step = record["step"]
-        for values, key in ((self._times, "step_time_s"), (self._rates, "tokens_per_s"), (self._losses, "loss")):
+        for values, key in (
+            (self._times, "step_time_s"),
+            (self._rates, "tokens_per_s"),
+            (self._losses, "loss"),
+        ):
             if record.get(key) is not None:
                 values.append(record[key])  # type: ignore[literal-required]
 
@@ -71,7 +75,9 @@ class Pace:
         if not self._rates or len(self._rates) != len(self._times):
             return None
         seconds = sum(self._times)
-        return sum(r * t for r, t in zip(self._rates, self._times, strict=True)) / seconds if seconds else None
+        return (
+            sum(r * t for r, t in zip(self._rates, self._times, strict=True)) / seconds if seconds else None
+        )
 
     @property
     def left_s(self) -> float | None:
@@ -188,7 +194,7 @@ class SilentProgress:
 
 
 def clock(seconds: float) -> str:
-    """"0:07", "12:34", "3:02:10", "2d 04:10"."""
+    """ "0:07", "12:34", "3:02:10", "2d 04:10"."""
     minutes, secs = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

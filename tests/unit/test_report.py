@@ -36,14 +36,14 @@ def steps_of_a_run(num_steps: int, num_groups: int, steps_per_group: int = 1, fi
         turn = i // steps_per_group
         group = turn % num_groups
         out.append({
-            "step": i + 1, "cycle": turn // num_groups, "position": group, "group": group, "group_name": f"layers.{group}",
-            "loss": 2.0 + 1.0 / (i + 1), "lr": 1e-4, "grad_norm": 1.0 + group, "step_time_s": 0.5, "tokens_per_s": 100.0,
-            "skipped": False,
+            "step": i + 1, "cycle": turn // num_groups, "position": group, "group": group,
+            "group_name": f"layers.{group}", "loss": 2 + 1 / (i + 1), "lr": 1e-4, "grad_norm": 1.0 + group,
+            "step_time_s": 0.5, "tokens_per_s": 100.0, "skipped": False,
         })  # fmt: skip
     return out
 
 
-# --- metrics -------------------------------------------------------------------------------------------------------
+# --- metrics ------------------------------------------------------------------------------------------
 
 
 def test_records_come_back_as_written_and_stay_valid_json(tmp_path):
@@ -83,12 +83,15 @@ def test_a_killed_run_is_readable_and_resumes_without_gap_or_repeat(tmp_path, da
         writer.write({"step": step, "loss": -1.0})
     writer.close()
     metrics = read_metrics(tmp_path)
-    assert [(r["step"], r["loss"]) for r in metrics.steps] == [(s, float(s)) for s in range(1, 6)] + [(6, -1.0), (7, -1.0)]
+    assert [(r["step"], r["loss"]) for r in metrics.steps] == [(s, float(s)) for s in range(1, 6)] + [
+        (6, -1.0),
+        (7, -1.0),
+    ]
     assert [r["step"] for r in metrics.evals] == [3]
     assert MetricsWriter(tmp_path, resume_step=0).path.read_bytes() == b""
 
 
-# --- coverage --------------------------------------------------------------------------------------------------------
+# --- coverage -----------------------------------------------------------------------------------------
 
 
 GROUPS = [
@@ -113,7 +116,7 @@ def test_a_parameter_never_updated_is_named_loudly_with_its_group(tmp_path):
     assert json.loads(write_coverage(tmp_path, coverage).read_text())["never_updated"] == ["a", "b"]
 
 
-# --- how far groups moved ----------------------------------------------------------------------------------------------
+# --- how far groups moved -----------------------------------------------------------------------------
 
 
 def test_distances_add_up_per_group():
@@ -142,7 +145,7 @@ def test_movement_is_measured_for_names_that_differ_on_disk(tmp_path):
     assert one.norm == pytest.approx(before, rel=1e-5) and one.relative == pytest.approx(0.25, rel=1e-5)
 
 
-# --- plots ---------------------------------------------------------------------------------------------------------
+# --- plots --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_groups, num_steps", [(3, 10), (80, 10), (80, 3000), (1, 1)])
@@ -198,7 +201,9 @@ def test_runs_without_loss_norms_or_groups_are_still_drawn(tmp_path):
         writer.write({"step": step, "loss": None if step == 2 else 1.0})
     writer.close()
     assert [p.name for p in plot_run(tmp_path)] == ["loss.png"]
-    overflowed = [dict(record, grad_norm=None, skipped=True, loss=math.nan) for record in steps_of_a_run(5, 2)]
+    overflowed = [
+        dict(record, grad_norm=None, skipped=True, loss=math.nan) for record in steps_of_a_run(5, 2)
+    ]
     writer = MetricsWriter(tmp_path)
     for record in overflowed:
         writer.write(record)
@@ -227,7 +232,7 @@ def test_plot_command_and_its_error(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / "loss.png")
 
 
-# --- progress ----------------------------------------------------------------------------------------------------------
+# --- progress -----------------------------------------------------------------------------------------
 
 
 def plain(interval_s: float) -> tuple[PlainProgress, io.StringIO]:
@@ -242,7 +247,9 @@ def test_plain_lines_say_what_matters_and_never_wrap():
         progress.update(record)
     progress.note("[not markup] " + "x" * 100)
     lines = out.getvalue().splitlines()
-    assert lines[0].startswith("step    1/1000  cycle 0  layers.0  loss 3.000  100 tok/s  8:20 left  lr 1.00e-04")
+    assert lines[0].startswith(
+        "step    1/1000  cycle 0  layers.0  loss 3.000  100 tok/s  8:20 left  lr 1.00e-04"
+    )
     assert lines[2] == "[not markup] " + "x" * 100
 
 
@@ -259,13 +266,17 @@ def test_time_left_and_rate_are_those_of_a_cycle_not_of_the_last_group():
     progress.start(100, window=2)
     for step in range(1, 21):  # one group takes 3 s for 30 tokens, the other 1 s
         slow = step % 2
-        progress.update({"step": step, "step_time_s": 3.0 if slow else 1.0, "tokens_per_s": 10.0 if slow else 30.0})
+        progress.update(
+            {"step": step, "step_time_s": 3.0 if slow else 1.0, "tokens_per_s": 10.0 if slow else 30.0}
+        )
     assert "15 tok/s  2:40 left" in out.getvalue().splitlines()[-1]
 
 
 def test_live_line_on_a_terminal_restores_it():
     out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=100, color_system=None, legacy_windows=False, _environ={})
+    console = Console(
+        file=out, force_terminal=True, width=100, color_system=None, legacy_windows=False, _environ={}
+    )
     progress = make_progress(console)
     assert isinstance(progress, LiveProgress)
     progress.start(7)
@@ -285,7 +296,13 @@ def replace_skipped(record: dict, skipped: bool) -> dict:
 
 
 def test_clock():
-    assert [clock(s) for s in (0, 7.4, 754, 10_930, 187_800)] == ["0:00", "0:07", "12:34", "3:02:10", "2d 04:10"]
+    assert [clock(s) for s in (0, 7.4, 754, 10_930, 187_800)] == [
+        "0:00",
+        "0:07",
+        "12:34",
+        "3:02:10",
+        "2d 04:10",
+    ]
 
 
 def test_libraries_are_quiet_even_if_imported_later():
@@ -296,19 +313,22 @@ quiet_libraries(is_main={main})
 logger = logging.getLogger("DeepSpeed")
 logger.addHandler(logging.StreamHandler())
 logger.setLevel(logging.DEBUG)  # as DeepSpeed's import does
-logger.info("chatter"); logger.warning("Setting accelerator to CPU."); logger.warning("worth it"); logger.error("bad")
+logger.info("chatter"); logger.warning("Setting accelerator to CPU."); logger.warning("worth it")
+logger.error("bad")
 import transformers
 print(transformers.logging.get_verbosity())
 """
     for main, shown in ((True, "worth it\nbad\n"), (False, "bad\n")):
         command = [sys.executable, "-c", code.format(main=main)]
-        env = {k: v for k, v in __import__("os").environ.items() if not k.startswith(("TRANSFORMERS_", "HF_"))}
+        env = {
+            k: v for k, v in __import__("os").environ.items() if not k.startswith(("TRANSFORMERS_", "HF_"))
+        }
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.stderr == shown, done.stderr
         assert int(done.stdout) == (logging.WARNING if main else logging.ERROR)
 
 
-# --- the callback in a real Trainer ---------------------------------------------------------------------------------
+# --- the callback in a real Trainer -------------------------------------------------------------------
 
 
 class Recorder:
@@ -336,7 +356,10 @@ def hift_trainer(folder: Path, **options):
 
     dataset = ragged_dataset(24)
     trainer = HiFTTrainer(
-        model=tiny.build("llama"), args=arguments(folder / "hf", **options), train_dataset=dataset, eval_dataset=dataset[:3]
+        model=tiny.build("llama"),
+        args=arguments(folder / "hf", **options),
+        train_dataset=dataset,
+        eval_dataset=dataset[:3],
     )
     progress = Recorder()
     callback = ReportCallback(folder, get_engine=lambda: trainer.engine, progress=progress)
@@ -346,7 +369,11 @@ def hift_trainer(folder: Path, **options):
 
 def test_a_run_leaves_everything_behind(tmp_path, capsys):
     trainer, progress = hift_trainer(
-        tmp_path, max_steps=7, eval_strategy="steps", eval_steps=3, include_num_input_tokens_seen="non_padding"
+        tmp_path,
+        max_steps=7,
+        eval_strategy="steps",
+        eval_steps=3,
+        include_num_input_tokens_seen="non_padding",
     )
     trainer.train()
     metrics = read_metrics(tmp_path)
@@ -357,7 +384,9 @@ def test_a_run_leaves_everything_behind(tmp_path, capsys):
     assert [r["loss"] for r in metrics.steps] == [entry["loss"] for entry in logged]
     assert [r["lr"] for r in metrics.steps] == [entry["learning_rate"] for entry in logged]
     assert metrics.steps[-1]["num_tokens"] == trainer.state.num_input_tokens_seen > 0
-    assert all(r["tokens_per_s"] > 0 and r["state_bytes_in"] > 0 and r["peak_memory_gib"] > 0 for r in metrics.steps)
+    assert all(
+        r["tokens_per_s"] > 0 and r["state_bytes_in"] > 0 and r["peak_memory_gib"] > 0 for r in metrics.steps
+    )
     assert [r["step"] for r in metrics.evals] == [3, 6, 7] or [r["step"] for r in metrics.evals] == [3, 6]
 
     assert [g.name for g in read_groups(tmp_path)] == [g.name for g in trainer.engine.groups]
@@ -386,8 +415,8 @@ def test_a_run_too_short_for_its_groups_says_so_before_and_after(tmp_path):
 def test_a_plain_trainer_is_reported_too_and_resumes(tmp_path, logging_steps):
     def train(max_steps: int, resume: str | None = None) -> Recorder:
         args = TrainingArguments(
-            str(tmp_path / "hf"), max_steps=max_steps, logging_steps=logging_steps, save_strategy="steps", save_steps=4,
-            per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True,
+            str(tmp_path / "hf"), max_steps=max_steps, logging_steps=logging_steps, save_strategy="steps",
+            save_steps=4, per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
         trainer = Trainer(model=tiny.build("llama"), args=args, train_dataset=ragged_dataset(24))
         progress = Recorder()
@@ -408,6 +437,12 @@ def test_a_plain_trainer_is_reported_too_and_resumes(tmp_path, logging_steps):
 def test_other_ranks_write_and_show_nothing(tmp_path):
     callback = ReportCallback(tmp_path / "run")
     state = SimpleNamespace(is_world_process_zero=False, global_step=0, max_steps=5)
-    for event in (callback.on_train_begin, callback.on_step_end, callback.on_log, callback.on_evaluate, callback.on_train_end):
+    for event in (
+        callback.on_train_begin,
+        callback.on_step_end,
+        callback.on_log,
+        callback.on_evaluate,
+        callback.on_train_end,
+    ):
         event(None, state, SimpleNamespace(should_log=False))
     assert not (tmp_path / "run").exists()

@@ -32,7 +32,11 @@ FAMILIES = ["llama", "mixtral", "gpt2", "opt", "t5", "gpt_neox", "bert", "robert
 
 
 def folder_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -48,9 +52,12 @@ def llama():
 def test_export_writes_what_transformers_would_and_reloads_without_a_missing_weight(family, tmp_path):
     model = tiny.build(family)
     model.save_pretrained(tmp_path / "theirs")
-    # Parameters in the wrong order and each tied one once, as an engine that gathers group by group gives them.
+    # Parameters in the wrong order and each tied one once, as an engine that gathers group by group gives
+    # them.
     weights = list(model.named_parameters())[::-1] + [
-        (name, value) for name, value in model.state_dict().items() if name not in dict(model.named_parameters())
+        (name, value)
+        for name, value in model.state_dict().items()
+        if name not in dict(model.named_parameters())
     ]
     export_model(model, tmp_path / "ours", tensors=weights, max_shard_size="10KB")
 
@@ -61,7 +68,9 @@ def test_export_writes_what_transformers_would_and_reloads_without_a_missing_wei
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_built_from_the_config_alone_gives_the_same_names_and_loads_the_same_weights(family, tmp_path):
+def test_a_model_built_from_the_config_alone_gives_the_same_names_and_loads_the_same_weights(
+    family, tmp_path
+):
     model = tiny.build(family, seed=3)
     model.save_pretrained(tmp_path)
     assert plan_names(skeleton(model.config)).saved == plan_names(model).saved
@@ -159,7 +168,9 @@ def test_dtypes_are_those_of_the_input_tensor_by_tensor(llama, tmp_path):
     (tmp_path / "in").mkdir()
     save_file(mixed, tmp_path / "in" / "model.safetensors")
     export_model(llama, tmp_path / "out", dtype=tensor_dtypes(tmp_path / "in"))
-    assert {n: t.dtype for n, t in folder_tensors(tmp_path / "out").items()} == {n: t.dtype for n, t in mixed.items()}
+    assert {n: t.dtype for n, t in folder_tensors(tmp_path / "out").items()} == {
+        n: t.dtype for n, t in mixed.items()
+    }
 
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
@@ -204,7 +215,9 @@ def test_exporting_again_removes_stale_shards_and_nothing_else(llama, tmp_path):
     export_model(llama, out)
     assert [p.name for p in out.glob("*.safetensors*")] == ["model.safetensors"]
     assert (out / "notes.txt").read_text() == "mine"
-    assert stat.S_IMODE((out / "model.safetensors").stat().st_mode) == stat.S_IMODE((out / "config.json").stat().st_mode)
+    assert stat.S_IMODE((out / "model.safetensors").stat().st_mode) == stat.S_IMODE(
+        (out / "config.json").stat().st_mode
+    )
 
 
 def test_a_model_can_be_exported_over_the_files_it_is_mapped_from(llama, tmp_path):
@@ -243,7 +256,10 @@ def test_generation_settings_transformers_refuses_to_save_go_through(llama, tmp_
 def test_the_tokenizer_goes_along_under_a_class_name_that_transformers_4_knows(llama, tmp_path):
     tokenizer = tiny_tokenizers.byte_level()
     export_model(llama, tmp_path / "out", tokenizer=tokenizer)
-    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (
+        json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["tokenizer_class"]
+        == "PreTrainedTokenizerFast"
+    )
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
     messages = [{"role": "user", "content": "naïve <|im_end|> 你好"}]
     assert again.apply_chat_template(messages) == tokenizer.apply_chat_template(messages)
@@ -259,7 +275,7 @@ def test_sizes():
             parse_size(bad)
 
 
-# --- bad input -------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -270,7 +286,9 @@ def sharded(llama, tmp_path):
 
 def test_headers_tell_shapes_and_dtypes(llama, sharded):
     headers = check_weights(sharded)
-    assert {n: h.shape for n, h in headers.items()} == {n: tuple(t.shape) for n, t in llama.state_dict().items()}
+    assert {n: h.shape for n, h in headers.items()} == {
+        n: tuple(t.shape) for n, t in llama.state_dict().items()
+    }
     assert sum(h.numel for h in headers.values()) == sum(p.numel() for p in llama.parameters())
 
 
@@ -316,7 +334,10 @@ def change(folder: Path, edit) -> None:
 WRONG = {
     "missing": (lambda t: t.pop("model.norm.weight"), "lacks.*model.norm.weight"),
     "unexpected": (lambda t: t.update(extra=torch.ones(2)), "tensor 'extra'"),
-    "misshapen": (lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"model.norm.weight.*shape \(3,\)"),
+    "misshapen": (
+        lambda t: t.update({"model.norm.weight": torch.ones(3)}),
+        r"model.norm.weight.*shape \(3,\)",
+    ),
 }
 
 
@@ -367,7 +388,9 @@ def test_distances_between_two_folders(llama, tmp_path):
         moved = weight_distances(tmp_path / "before", tmp_path / "after", chunk_numel=chunk)
         assert moved.keys() == before.keys()
         for name, (distance, norm) in moved.items():
-            expected = 0.5 * before[name].numel() ** 0.5 if name.endswith("layers.1.mlp.down_proj.weight") else 0.0
+            expected = (
+                0.5 * before[name].numel() ** 0.5 if name.endswith("layers.1.mlp.down_proj.weight") else 0.0
+            )
             assert distance == pytest.approx(expected, rel=1e-6)
             assert norm == pytest.approx(before[name].double().norm().item(), rel=1e-6)
 
