@@ -29,6 +29,10 @@ class CheckpointError(HiFTError):
     """A checkpoint or weight file is missing, damaged, or belongs to something else."""
 
 
+class TrainingError(HiFTError):
+    """A run cannot usefully go on: it diverges, or has lost a rank."""
+
+
 class StateStoreError(HiFTError):
     """Optimizer state cannot be kept or moved where it was asked to be."""
 

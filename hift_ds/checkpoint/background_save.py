@@ -14,6 +14,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 
 from torch import Tensor
 
@@ -48,9 +49,15 @@ class BackgroundSave:
         self._put_fixed()
         atexit.register(self.finish)  # a program that ends without asking for its last checkpoint gets it all the same
 
-    def raise_failure(self) -> None:
+    def result(self) -> Path:
+        """After ``finish``: the folder.
+
+        Raises:
+            CheckpointError: why there is none.
+        """
         if self.failure is not None:
             raise self.failure
+        return self._writer.staging.final
 
     def before_step(self, active: Collection[int]) -> None:
         """Copy the units that the coming step changes, and one more if the thread has nothing to do."""

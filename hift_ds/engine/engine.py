@@ -24,6 +24,7 @@ from hift_ds.engine.deepspeed_seam import (
     peak_bytes,
     world_rank_and_size,
 )
+from hift_ds.engine.exact_values import exact_values
 from hift_ds.engine.partitioned import PartitionedParameters
 from hift_ds.errors import ConfigError
 from hift_ds.grouping import LayerGroup, Partition, partition_model
@@ -47,10 +48,12 @@ class HiFTEngine(Checkpointing, SeamEngine):
         partition: the layer groups of the model.
         schedule: which group is active; ``schedule.cursor`` says where the run stands.
         last_report: what the last optimizer step did; ``None`` before the first.
+        step_loss: sum of the losses of this step's micro-batches so far, on this rank; ``None`` before the first.
         savings: the switches of ``"activations"`` at work.
     """
 
     optimizer: HiFTOptimizer
+    step_loss: Tensor | None = None
 
     def __init__(self, *args: Any, config: Any = None, **kwargs: Any) -> None:
         self.hift: HiFTConfig = parse_block(config[BLOCK])
@@ -110,6 +113,8 @@ class HiFTEngine(Checkpointing, SeamEngine):
         optimizer = self._build_group_optimizer(base)
         if self._fp32_shards:
             self._give_masters_their_bits(optimizer)
+        elif self.hift.master_weights and (exact := exact_values(self.module)) is not None:
+            optimizer.set_masters(exact)
         return base, optimizer
 
     def _give_masters_their_bits(self, optimizer: HiFTOptimizer) -> None:
@@ -253,6 +258,7 @@ class HiFTEngine(Checkpointing, SeamEngine):
         Returns:
             The loss divided by the accumulation steps (not multiplied by the fp16 loss scale).
         """
+        self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
         if not loss.requires_grad:  # the active group did not take part in this loss (an unused pooler, say)
             self.finish_backward_without_graph()
         else:
@@ -266,6 +272,7 @@ class HiFTEngine(Checkpointing, SeamEngine):
         before = self._report_before_step() if is_boundary else None
         super().step(lr_kwargs)
         if before is not None:
+            self.step_loss = None
             self.last_report = self._report_after_step(before)
 
     def _report_before_step(self) -> StepReport:

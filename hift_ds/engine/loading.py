@@ -85,6 +85,7 @@ class Loading:
             self._load_progress(saved, with_states, load_lr_scheduler_states)
         self.optimizer.activate()
         self.optimizer.store.prefetch(self.optimizer.units[self.schedule.active].chunks[0].id)
+        self.last_checkpoint = folder
         return str(folder), saved.client_state()
 
     def _choose_checkpoint(self, load_dir: Path, tag: str | None) -> Path | None:

@@ -32,6 +32,7 @@ SLOWEST_RANK_S = 3600.0  # an asynchronous save waits so long for the files of a
 class Saving:
     """The part of :class:`HiFTEngine` that saves."""
 
+    last_checkpoint: Path | None = None  # the last folder that this run has saved or loaded whole
     _background: BackgroundSave | None = None
     _checkpoint_s = 0.0  # that training waited for checkpoints since the last report
 
@@ -92,7 +93,7 @@ class Saving:
         background.finish()
         self._checkpoint_s += time.perf_counter() - started
         try:
-            on_all_ranks(background.raise_failure)
+            self.last_checkpoint = on_all_ranks(background.result)
         except CheckpointError as error:
             self._report_failure(error)
             return False
@@ -137,6 +138,7 @@ class Saving:
                 return
             on_all_ranks(writer.write_all)
             on_all_ranks(lambda: publish(VISIBLE_AFTER_S))
+            self.last_checkpoint = staging.final
         except CheckpointError:
             if staging.leads:
                 staging.discard()

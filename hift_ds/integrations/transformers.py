@@ -22,9 +22,10 @@ from hift_ds.config import BLOCK, check_against_deepspeed, parse_block
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.engine.initialize import ensure_process_group, hift_engines, join_as_single_process
 from hift_ds.errors import ConfigError
+from hift_ds.integrations.checkpoint_rotation import WholeCheckpointsStay
 
 
-class HiFTMixin:
+class HiFTMixin(WholeCheckpointsStay):
     """Put it before a Trainer class: ``class MyTrainer(HiFTMixin, Seq2SeqTrainer)``.
 
     The DeepSpeed config of the TrainingArguments (``deepspeed=`` a dict or a path) must have a ``"hift"`` block;
@@ -53,7 +54,9 @@ class HiFTMixin:
         self.model_wrapped = self.model  # else a second train() would go on with the engine of the first
         disable_input_require_grads(self.model)  # enabling again, as the Trainer does, forgets the hooks before
         with _block_set_aside(self.args.deepspeed_plugin) as block, hift_engines(block):
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+            self.finish_checkpoints()
+            return output
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, and possible before :meth:`train` too: the model is then evaluated as it was given."""

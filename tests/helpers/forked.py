@@ -53,6 +53,10 @@ class Launcher:
             cwd=Path(__file__).resolve().parents[2],
         )  # fmt: skip
 
+    def preload(self, module: str) -> None:
+        """Import it once, for all ranks started from now on."""
+        self._ask(("import", module))
+
     def start(self, fn: Callable[..., Any], world_size: int, *args: Any) -> Job:
         self._count += 1
         folder = Path(self._folder.name) / str(self._count)
@@ -96,7 +100,12 @@ def _serve() -> None:
             kind, *rest = pickle.load(sys.stdin.buffer)
         except EOFError:
             break
-        if kind == "start":
+        if kind == "import":
+            import importlib
+
+            importlib.import_module(rest[0])
+            answer = None
+        elif kind == "start":
             module, name, args, world_size, port, folder = rest
             answer = [_fork(module, name, args, rank, world_size, port, folder) for rank in range(world_size)]
             children |= set(answer)

@@ -1,0 +1,128 @@
+"""Ending a run early without losing a step: SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C.
+
+A signal may reach one rank only, or each at another moment. So it is only noted; after each optimizer step the ranks
+agree (one element all-reduced) whether any of them was asked, and all save at the same step. The exit code is 0: the
+job did what it was told.
+
+In a Trainer: ``trainer.add_callback(PreemptionCallback(lambda: trainer.engine))``, and after ``train()``
+``callback.exit_if_stopped("how to resume")``. In a loop of one's own::
+
+    with StopRequest(engine.device) as stop:
+        for batch in data:
+            engine.backward(engine(batch))
+            engine.step()
+            if stop.agreed():
+                engine.save_checkpoint(folder)
+                engine.wait_for_checkpoint()
+                stop.exit("python train.py --resume " + folder)
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """Notes signals while it is entered. In the main thread.
+
+    Args:
+        device: where a tensor for a collective must be.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._noted = 0  # signal number
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def agreed(self) -> str | None:
+        """The name of a signal that any rank has noted. All ranks call this at the same step and get the same."""
+        noted = self._noted
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            shared = torch.tensor([noted], dtype=torch.int32, device=self.device)
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+            noted = int(shared)
+        return signal.Signals(noted).name if noted else None
+
+    def exit(self, how_to_resume: str) -> NoReturn:
+        """Leave with code 0 and a line on the first rank, all ranks together."""
+        if not dist.is_initialized():
+            print(f"stopped and saved; to go on: {how_to_resume}", flush=True)
+            sys.exit(0)
+        if dist.get_rank() == 0:
+            print(f"stopped and saved; to go on: {how_to_resume}", flush=True)
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.exit(0)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._noted = number
+        if number == signal.SIGINT:
+            # The system's own handler from now on: a second Ctrl-C works even while torch waits in a collective.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if int(os.environ.get("RANK", "0")) == 0:
+            again = "; Ctrl-C again to leave at once" if number == signal.SIGINT else ""
+            os.write(2, f"\n{signal.Signals(number).name}: saving after this step{again}\n".encode())
+
+
+class PreemptionCallback(TrainerCallback):
+    """Makes a Trainer save and stop after the step in which a signal came.
+
+    Attributes:
+        stopped_by: the signal's name, once training was stopped by one; the same on all ranks.
+    """
+
+    def __init__(self, get_engine: Callable[[], Any]) -> None:
+        self._get_engine = get_engine
+        self._stop: StopRequest | None = None
+        self.stopped_by: str | None = None
+
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
+        self._restore()
+        self.stopped_by = None
+        self._stop = StopRequest(args.device).__enter__()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert self._stop is not None
+        self.stopped_by = self._stop.agreed()
+        if self.stopped_by is not None:
+            control.should_training_stop = True
+            control.should_save = True
+            control.should_evaluate = False  # whoever sent the signal will not wait for it
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        engine = self._get_engine()
+        if hasattr(engine, "wait_for_checkpoint"):
+            engine.wait_for_checkpoint()
+        self._restore()
+
+    def exit_if_stopped(self, how_to_resume: str) -> None:
+        """After ``train()``: leave the program with code 0 if a signal ended it, else do nothing."""
+        if self.stopped_by is not None:
+            StopRequest(torch.device("cpu")).exit(how_to_resume)
+
+    def _restore(self) -> None:
+        if self._stop is not None:
+            self._stop.__exit__()
+            self._stop = None

@@ -1,0 +1,171 @@
+"""HiFTTrainer: interrupted and resumed is the uninterrupted run, data order included; rotation; signals."""
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+import model_zoo
+from hift_ds.integrations.checkpoint_rotation import rotate_checkpoints
+from hift_ds.integrations.transformers import HiFTTrainer
+from hift_ds.train.preemption import PreemptionCallback
+from hift_ds.train.resume import find_checkpoints
+from tests.helpers.trainer import AUTO, arguments, ragged_dataset
+
+
+def make_trainer(folder, hift=None, **options):
+    ds = {**AUTO, "hift": hift or {}}
+    callbacks = options.pop("callbacks", None)
+    defaults = {"max_steps": 13, "save_strategy": "steps", "save_steps": 4, "learning_rate": 1e-2, "gradient_accumulation_steps": 2}
+    args = arguments(folder, ds, **{**defaults, **options})
+    model = model_zoo.tiny.build("llama")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda m, inputs: (torch.nn.functional.dropout(inputs[0], 0.1, m.training),))
+    return HiFTTrainer(model=model, args=args, train_dataset=ragged_dataset(10), callbacks=callbacks)
+
+
+def end_of(trainer):
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    weights = {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+    return weights, losses, trainer.engine.coverage(), trainer.engine.schedule.cursor, trainer.engine.get_lr()
+
+
+@pytest.mark.parametrize(
+    "hift",
+    [
+        {"order": "random", "reshuffle": True},
+        {"steps_per_group": 3, "checkpoint": {"asynchronous": True}},
+        {"always_active": ["embed"], "state": {"slice_numel": 100}},
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_exact(tmp_path, hift, precision):
+    """With dropout, shuffled data, accumulation, a warm-up and several epochs."""
+    options = {"bf16": precision == "bf16", "warmup_steps": 3}
+    trainer = make_trainer(tmp_path, hift, **options)
+    trainer.train()
+    weights, losses, *rest = end_of(trainer)
+    for step in (4, 8):
+        resumed = make_trainer(tmp_path / "again", hift, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        theirs, their_losses, *their_rest = end_of(resumed)
+        assert all(torch.equal(theirs[name], weight) for name, weight in weights.items())
+        assert their_losses == losses and their_rest == rest
+        shutil.rmtree(tmp_path / "again")
+
+
+# -- rotation -----------------------------------------------------------------------------------------------------
+
+
+def checkpoints(folder):
+    return sorted(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_limit_counts_whole_checkpoints(tmp_path, asynchronous):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            seen.append(find_checkpoints(tmp_path, "auto")[0])
+
+    trainer = make_trainer(
+        tmp_path, {"checkpoint": {"asynchronous": asynchronous}}, save_steps=2, save_total_limit=1, max_steps=8, callbacks=[Look()]
+    )
+    # What a killed run left: half of a later checkpoint.
+    (tmp_path / "checkpoint-99" / "global_step99").mkdir(parents=True)
+    trainer.train()
+    assert checkpoints(tmp_path) == [8, 99]
+    first = 2 if not asynchronous else next(i for i, found in enumerate(seen) if found)
+    assert first < 8 and all(seen[first:])  # from the first on there is always one to resume from
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_rotation_keeps_the_best_and_forgets_what_a_kill_left(tmp_path):
+    make_trainer(tmp_path, save_steps=2, max_steps=8, gradient_accumulation_steps=1).train()
+    assert checkpoints(tmp_path) == [2, 4, 6, 8]
+    (tmp_path / "checkpoint-8" / "global_step8" / "model.safetensors").unlink()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{")
+    assert rotate_checkpoints(tmp_path, None) == [] and rotate_checkpoints(tmp_path, 0) == []
+    assert rotate_checkpoints(tmp_path, 2) == [tmp_path / "checkpoint-4"]
+    assert checkpoints(tmp_path) == [2, 6, 8]
+    assert rotate_checkpoints(tmp_path, 1, best=str(tmp_path / "checkpoint-2")) == []
+    rotate_checkpoints(tmp_path, 1)
+    assert checkpoints(tmp_path) == [6, 8]
+    (tmp_path / "checkpoint-6" / "latest").unlink()
+    rotate_checkpoints(tmp_path, 1)  # nothing whole is left: nothing is deleted
+    assert checkpoints(tmp_path) == [6, 8]
+
+
+# -- signals ------------------------------------------------------------------------------------------------------
+
+
+def train_until_told(folder: str) -> None:
+    """A program: in step 6 waits for the signal, then goes on; saves and leaves when told to."""
+    trainer = make_trainer(folder, save_strategy="no")
+    stop = PreemptionCallback(lambda: trainer.engine)
+    trainer.add_callback(stop)
+
+    class Wait(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                Path(folder, "in step 6").touch()
+                while not Path(folder, "go on").exists():
+                    time.sleep(0.01)
+
+    trainer.add_callback(Wait())
+    trainer.train()
+    stop.exit_if_stopped("python train.py")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    trainer = make_trainer(tmp_path_factory.mktemp("whole"), save_strategy="no")
+    trainer.train()
+    return trainer.model.state_dict()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_saves_after_the_step_and_leaves_with_code_0(launcher, whole_run, tmp_path, name):
+    """And the run goes on exactly."""
+    launcher.preload(__name__)
+    job = launcher.start(train_until_told, 1, str(tmp_path))
+    wait_for(tmp_path / "in step 6", job)
+    os.kill(job.pids[0], getattr(signal, name))
+    (tmp_path / "go on").touch()
+    assert job.wait() == [0], job.output(0)
+    assert "stopped and saved; to go on: python train.py" in job.output(0)
+    assert f"{name}: saving after this step" in job.output(0)
+    assert checkpoints(tmp_path) == [6]
+    resumed = make_trainer(tmp_path / "resumed", save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    weights = resumed.model.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in whole_run.items())
+
+
+def test_a_second_ctrl_c_leaves_at_once(launcher, tmp_path):
+    launcher.preload(__name__)
+    job = launcher.start(train_until_told, 1, str(tmp_path))
+    wait_for(tmp_path / "in step 6", job)
+    os.kill(job.pids[0], signal.SIGINT)
+    wait_until(lambda: "Ctrl-C again" in job.output(0))
+    os.kill(job.pids[0], signal.SIGINT)
+    assert job.wait() == [-signal.SIGINT]
+    assert checkpoints(tmp_path) == []
+
+
+def wait_for(path, job):
+    wait_until(path.exists, lambda: job.output(0))
+
+
+def wait_until(condition, explain=lambda: "", timeout_s=120):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, explain()
+        time.sleep(0.01)
