@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from hift_ds.train.ranks import free_port
 from hift_ds.train.run_config import load_run_config
 
 WORKER = "hift_ds.train.worker"
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,16 +71,25 @@ def _launch(devices: Sequence[str], port: int, arguments: Sequence[str], *, on_c
         sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--master_addr=127.0.0.1",
         f"--master_port={port}", "--log_level=critical", "--no_local_rank", "--module", WORKER, *arguments,
     ]  # fmt: skip
-    process = subprocess.Popen(command, env=env)
-    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    # In a session of its own: signals, Ctrl-C too, reach the workers through us alone and once. The launcher would
+    # kill them for a signal that asks for an orderly end.
+    process = subprocess.Popen(command, env=env, start_new_session=True)
+    handlers = {number: signal.signal(number, lambda n, _: _pass_on(process.pid, n)) for number in FORWARDED}
     try:
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:  # the terminal has told the launcher and the workers, too
-                continue
+        code = process.wait()
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def _pass_on(launcher: int, number: int) -> None:
+    import psutil
+
+    number = signal.SIGTERM if number == signal.SIGHUP else number
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(launcher).children():
+            child.send_signal(number)
 
 
 def _visible_accelerators() -> list[str]:
