@@ -246,38 +246,67 @@ def load_pretrained(
 
 
 def weight_distances(
-    before_dir: str | Path, after_dir: str | Path, *, chunk_numel: int = 1 << 24
+    before_dir: str | Path,
+    after_dir: str | Path,
+    *,
+    model: PreTrainedModel | None = None,
+    chunk_numel: int = 1 << 24,
 ) -> dict[str, tuple[float, float]]:
-    """How far each tensor moved: ``{name: (L2 norm of after - before, L2 norm of before)}``, floating tensors
+    """How far each weight moved: ``{name: (L2 norm of after - before, L2 norm of before)}``, floating point
     only.
 
+    What only one folder has is left out: old checkpoints hold buffers and copies of tied weights that an
+    export does not.
+
     Args:
+        model: compare its parameters, by their names in memory, whatever the two checkpoints call them
+            (published GPT-2 and Mixtral name weights otherwise than memory does); on any device, meta
+            included, not partitioned. Without it tensors are compared under the names in the files.
         chunk_numel: values compared at once, in fp32 (norms are summed in fp64); bounds the memory.
 
     Raises:
-        CheckpointError: the two folders do not hold the same tensors, or shapes differ.
+        CheckpointError: a folder is damaged, or a weight has another shape in the other one.
     """
     before, after = SafetensorsFolder(before_dir), SafetensorsFolder(after_dir)
-    if before.headers.keys() != after.headers.keys():
-        name = min(before.headers.keys() ^ after.headers.keys())
-        raise CheckpointError(f"tensor {name!r} is in only one of {str(before_dir)!r} and {str(after_dir)!r}")
+    if model is None:
+        names = [name for name in before.headers if name in after.headers]
+        pairs = ((name, before.tensor(name), after.tensor(name)) for name in names)
+    else:
+        pairs = _pairs_of_weights(model, before, after)
     out: dict[str, tuple[float, float]] = {}
-    for name, header in before.headers.items():
-        if not header.dtype.is_floating_point:
+    for name, old, new in pairs:
+        if not old.is_floating_point():
             continue
-        if header.shape != after.headers[name].shape:
-            raise CheckpointError(
-                f"tensor {name!r}: shape {header.shape} before, {after.headers[name].shape} after"
-            )
+        if old.shape != new.shape:
+            raise CheckpointError(f"{name!r}: shape {tuple(old.shape)} before, {tuple(new.shape)} after")
         moved = norm = 0.0
-        old = before.tensor(name).reshape(-1).split(chunk_numel)
-        new = after.tensor(name).reshape(-1).split(chunk_numel)
-        for a, b in zip(old, new, strict=True):
+        chunks = zip(old.reshape(-1).split(chunk_numel), new.reshape(-1).split(chunk_numel), strict=True)
+        for a, b in chunks:
             a, b = a.float(), b.float()
             moved += (b - a).double().square().sum().item()
             norm += a.double().square().sum().item()
         out[name] = (math.sqrt(moved), math.sqrt(norm))
     return out
+
+
+def _pairs_of_weights(
+    model: PreTrainedModel, before: SafetensorsFolder, after: SafetensorsFolder
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(name in memory, tensor in one folder, tensor in the other), one conversion set at a time."""
+    tensors = model.state_dict(keep_vars=True)
+    # A tied weight may be saved under another of its names in the other folder.
+    units = {
+        id(tensors[u.first_name]): u for u in plan_load(model, before.headers) if u.first_name in tensors
+    }
+    for unit in plan_load(model, after.headers):
+        partner = units.get(id(tensors.get(unit.first_name)))
+        if partner is None:
+            continue
+        olds = partner.convert(model, {name: before.tensor(name) for name in partner.sources})
+        news = unit.convert(model, {name: after.tensor(name) for name in unit.sources})
+        if unit.first_name not in olds:
+            olds = {unit.first_name: olds[partner.first_name]}
+        yield from ((name, olds[name], new) for name, new in news.items() if name in olds)
 
 
 def _read_headers(file: Path) -> dict[str, TensorHeader]:

@@ -55,8 +55,7 @@ def add_distances(
     """Sum up per group what ``checkpoint.safetensors_io.weight_distances`` measured per tensor.
 
     Args:
-        saved_names: parameter name -> its names in the checkpoint (``weight_names.NamePlan.saved_names``),
-            for models whose checkpoints name weights otherwise than memory does.
+        saved_names: parameter name -> the names under which ``distances`` has it, where those differ.
     """
     for group in groups:
         pairs = [
@@ -68,31 +67,35 @@ def add_distances(
 
 
 def record_movement(
-    run_dir: str | Path, before_dir: str | Path, after_dir: str | Path, model: PreTrainedModel | None = None
+    run_dir: str | Path, before_dir: str | Path, after_dir: str | Path, model: PreTrainedModel
 ) -> None:
-    """Measure how far each group of a finished run moved and add it to ``groups.json``.
+    """Measure how far each group of a finished run moved and add it to ``groups.json``, if there is one.
 
     Args:
-        before_dir, after_dir: safetensors folders of the input and of the export. Changes below the
-            resolution of the export's dtype do not count: they are not in it.
-        model: to translate names, for architectures whose checkpoints name weights otherwise than memory does
-            (Mixtral); any instance or skeleton of it.
+        before_dir: safetensors folder of the input.
+        after_dir: of the export. Changes below the resolution of its dtype do not count: they are not in it.
+        model: names the parameters; its values are not looked at, and it may be partitioned.
 
     Raises:
-        CheckpointError: a folder is damaged, or the two are not of the same model.
+        CheckpointError: a folder is damaged, or the two are of different models.
     """
     from hift_ds.checkpoint.safetensors_io import weight_distances
-    from hift_ds.checkpoint.weight_names import plan_names
+    from hift_ds.checkpoint.weight_names import skeleton
 
     groups = read_groups(run_dir)
-    if not groups:
-        return
-    distances = weight_distances(before_dir, after_dir)
-    if model is None:
-        add_distances(groups, distances)
-    else:
-        add_distances(groups, distances, plan_names(model).saved_names)
-    write_groups(run_dir, groups)
+    if groups:
+        shapes = skeleton(model.config, like=model)
+        add_distances(groups, _under_all_names(weight_distances(before_dir, after_dir, model=shapes), shapes))
+        write_groups(run_dir, groups)
+
+
+def _under_all_names(
+    distances: dict[str, tuple[float, float]], model: PreTrainedModel
+) -> dict[str, tuple[float, float]]:
+    """A tied weight was measured under one of its names and may be listed in a group under another."""
+    tensors = model.state_dict(keep_vars=True)
+    measured = {id(tensors[name]): pair for name, pair in distances.items()}
+    return {name: measured[id(tensor)] for name, tensor in tensors.items() if id(tensor) in measured}
 
 
 def write_groups(run_dir: str | Path, groups: list[GroupSummary]) -> Path:

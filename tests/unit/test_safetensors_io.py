@@ -394,6 +394,36 @@ def test_distances_between_two_folders(llama, tmp_path):
             assert distance == pytest.approx(expected, rel=1e-6)
             assert norm == pytest.approx(before[name].double().norm().item(), rel=1e-6)
 
-    change(tmp_path / "after", lambda t: t.pop("model.norm.weight"))
-    with pytest.raises(CheckpointError, match="'model.norm.weight' is in only one"):
+    change(tmp_path / "after", lambda t: t.update(buffer=t.pop("model.norm.weight")))
+    assert weight_distances(tmp_path / "before", tmp_path / "after").keys() == before.keys() - {
+        "model.norm.weight"
+    }
+    change(tmp_path / "after", lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:5].clone()}))
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight': shape \(67, 16\) before, \(5, 16\) after"):
         weight_distances(tmp_path / "before", tmp_path / "after")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2", "t5", "gpt_neox"])
+def test_distances_by_parameter_whatever_the_files_call_it(family, tmp_path):
+    model = tiny.build(family)
+    export_model(model, tmp_path / "after")
+    # As published checkpoints are: no base-model prefix, a tied copy under another name, a buffer nobody wants.
+    prefix = model.base_model_prefix + "."
+    change_to = {n.removeprefix(prefix): t for n, t in folder_tensors(tmp_path / "after").items()}
+    if family == "gpt2":
+        change_to["lm_head.weight"] = change_to.pop("wte.weight")
+        change_to["h.0.attn.masked_bias"] = torch.ones(1)
+    (tmp_path / "before").mkdir()
+    save_file(change_to, tmp_path / "before" / "model.safetensors", metadata={"format": "pt"})
+    moved = list(model.parameters())[-2]
+    with torch.no_grad():
+        norm = moved.double().norm().item()
+        moved.mul_(1.5)
+    export_model(model, tmp_path / "after")
+
+    distances = weight_distances(tmp_path / "before", tmp_path / "after", model=skeleton(model.config))
+    measured = {id(model.get_parameter(name)): pair for name, pair in distances.items()}
+    assert measured.keys() == {id(p) for p in model.parameters()}
+    for parameter in model.parameters():
+        distance = measured[id(parameter)][0]
+        assert distance == pytest.approx(0.5 * norm if parameter is moved else 0.0, rel=1e-5)
