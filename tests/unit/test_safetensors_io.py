@@ -407,7 +407,7 @@ def test_distances_between_two_folders(llama, tmp_path):
 def test_distances_by_parameter_whatever_the_files_call_it(family, tmp_path):
     model = tiny.build(family)
     export_model(model, tmp_path / "after")
-    # As published checkpoints are: no base-model prefix, a tied copy under another name, a buffer nobody wants.
+    # As published checkpoints are: no base-model prefix, a tied weight's other name, a buffer nobody wants.
     prefix = model.base_model_prefix + "."
     change_to = {n.removeprefix(prefix): t for n, t in folder_tensors(tmp_path / "after").items()}
     if family == "gpt2":
