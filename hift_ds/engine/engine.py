@@ -25,6 +25,7 @@ from hift_ds.engine.deepspeed_seam import (
     world_rank_and_size,
 )
 from hift_ds.engine.partitioned import PartitionedParameters
+from hift_ds.engine.state_arithmetic import state_arithmetic
 from hift_ds.errors import ConfigError
 from hift_ds.grouping import LayerGroup, Partition, partition_model
 from hift_ds.lr import CycleLR
@@ -35,6 +36,7 @@ from hift_ds.optim.parameters import DEFAULT_BUCKET_NUMEL, ReplicatedParameters
 from hift_ds.precision import LossScaler, PrecisionPolicy
 from hift_ds.schedule import GroupSchedule
 from hift_ds.step_report import StepReport
+from hift_ds.store.arithmetic import StateArithmetic
 from hift_ds.store.choose import build_resident_store, build_store
 
 logger = logging.getLogger(__name__)
@@ -49,10 +51,13 @@ class HiFTEngine(Checkpointing, SeamEngine):
         last_report: what the last optimizer step did; ``None`` before the first.
         step_loss: sum of the losses of this step's micro-batches so far, on this rank; ``None`` before the first.
         savings: the switches of ``"activations"`` at work.
+        state_arithmetic: what a step moves and when computing hides it, as measured at the start on rank 0 if log
+            lines of level INFO are wanted; else ``None``.
     """
 
     optimizer: HiFTOptimizer
     step_loss: Tensor | None = None
+    state_arithmetic: StateArithmetic | None = None
 
     def __init__(self, *args: Any, config: Any = None, **kwargs: Any) -> None:
         self.hift: HiFTConfig = parse_block(config[BLOCK])
@@ -65,6 +70,7 @@ class HiFTEngine(Checkpointing, SeamEngine):
         if self.lr_scheduler is not None:
             self.watch_scheduler(self.lr_scheduler)
         names = {index: [member.name for member in unit.members] for index, unit in self.optimizer.units.items()}
+        self._announce_states()
         self.savings = ActivationSavings(self.module, self.hift.activations, names)
 
     @property
@@ -113,6 +119,12 @@ class HiFTEngine(Checkpointing, SeamEngine):
         if self._fp32_shards:
             self._give_masters_their_bits(optimizer)
         return base, optimizer
+
+    def _announce_states(self) -> None:
+        """One line: what a step moves and when that is hidden. Measuring takes a moment, so only if it is read."""
+        if self.global_rank == 0 and logger.isEnabledFor(logging.INFO):
+            self.state_arithmetic = state_arithmetic(self.optimizer, self.module, self.hift.state, self.device)
+            logger.info(self.state_arithmetic.line())
 
     def _give_masters_their_bits(self, optimizer: HiFTOptimizer) -> None:
         """The shards were cut for elementwise optimizers; whole-tensor owners need the other ranks' parts."""

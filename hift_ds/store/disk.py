@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hift_ds.store.arithmetic import Link
 from hift_ds.store.base import StateStore
 from hift_ds.store.file_io import DiskSpeed, measure, page_aligned, read_file, whole_pages, write_file
 from hift_ds.store.movers import IN, OUT, ThreadMover, streams_of
@@ -64,6 +65,10 @@ class DiskStateStore(ParkedStateStore):
         if self.speed is None:
             self.speed = measure(self._folder.file("probe"), min(PROBE_BYTES, max(self.largest_bytes(), 1)), self.io)
         return self.speed
+
+    def measured_link(self) -> Link:
+        speed = self._measure()
+        return Link(speed.read, speed.write)
 
     # -- ParkedStateStore -------------------------------------------------------------------------------------
 

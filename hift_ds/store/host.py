@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hift_ds.errors import StateStoreError
+from hift_ds.store.arithmetic import Link, measure_link
 from hift_ds.store.base import StateStore
 from hift_ds.store.movers import InlineMover, StreamMover, ThreadMover, streams_of
 from hift_ds.store.parked import ParkedStateStore
@@ -54,6 +55,9 @@ class HostStateStore(ParkedStateStore):
         for unit in self._layouts:
             self._reserve(unit)
         return super().start()
+
+    def measured_link(self) -> Link:
+        return measure_link(self.device, self.largest_bytes(), self.pin_memory)
 
     def _copy_in(self, unit: int, memory: Tensor) -> None:
         offset = 0

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hift_ds.store.arithmetic import Link
 from hift_ds.store.base import Residency
 from hift_ds.store.encoded import EncodedStateStore
 from hift_ds.store.layout import aligned
@@ -67,6 +68,10 @@ class ParkedStateStore(EncodedStateStore):
     @abstractmethod
     def _copy_out(self, unit: int, memory: Tensor) -> None:
         """Make ``memory`` the unit's bytes. Runs in the mover. If it fails the old bytes stay."""
+
+    @abstractmethod
+    def measured_link(self) -> Link:
+        """How fast units can come and go."""
 
     def _new_memory(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
