@@ -12,6 +12,7 @@ from hift_ds.version import __version__
 
 _LAZY = {
     "initialize": "hift_ds.engine.initialize",
+    "load_partitioned": "hift_ds.engine.partitioned_loading",
     "HiFTEngine": "hift_ds.engine.engine",
     "HiFTConfig": "hift_ds.config",
     "HiFTTrainer": "hift_ds.integrations.transformers",

@@ -1,4 +1,4 @@
-"""The file that touches names DeepSpeed does not document; ``deepspeed_zero3_seam`` does so for stage 3.
+"""The file that touches names DeepSpeed does not document; ``deepspeed_zero3_seam`` and ``_shards`` do so for stage 3.
 
 ``SeamEngine`` overrides the few engine methods at which HiFT differs from stock ZeRO; everything else (config,
 launcher, process groups, batch arithmetic, monitors, timers) stays DeepSpeed's. Stock ZeRO with toggled
@@ -25,7 +25,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
 from hift_ds.collectives import Ranks, all_gather_shards, plan_buckets, shard_bounds
-from hift_ds.engine.deepspeed_zero3_seam import WeightShards, as_if_parked_on_host, num_shards, weights_folder
+from hift_ds.engine.deepspeed_zero3_seam import WeightShards
+from hift_ds.engine.deepspeed_zero3_shards import as_if_parked_on_host, num_shards, weights_folder
 from hift_ds.errors import ConfigError
 from hift_ds.optim.group_optimizer import GroupOptimizer
 

@@ -1,4 +1,4 @@
-"""ZeRO-3 without its optimizer: the second file that touches names DeepSpeed does not document.
+"""ZeRO-3 without its optimizer, in names that DeepSpeed does not document: what is gathered when, and for how long.
 
 ``DeepSpeedZeRoOffload`` cuts the weights over the ranks and gathers each module's around its forward and backward.
 What its own optimizer adds to that (gradients, masters, writing shards) is ours; four things it does for training of
@@ -17,14 +17,11 @@ all weights are wrong or costly when backward stops at one layer group, and are 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed import comm as deepspeed_comm
-from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import (
     InsertPostInitMethodToModuleSubClasses,
@@ -34,43 +31,10 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
+from hift_ds.engine.deepspeed_zero3_shards import shard_of, weight_file_of, whole_of
 from hift_ds.engine.weight_file import WeightFile
 
 EVALUATION = -1  # the coordinator of forward passes without gradients
-
-
-def is_partitioned(param: nn.Parameter) -> bool:
-    """True for a weight that ZeRO-3 (or ``deepspeed.zero.Init``) has cut over the ranks."""
-    return hasattr(param, "ds_id")
-
-
-def whole_shape(param: nn.Parameter) -> tuple[int, ...]:
-    return tuple(param.ds_shape) if is_partitioned(param) else tuple(param.shape)
-
-
-def num_shards(param: nn.Parameter) -> int:
-    """Ranks over which the weight is cut."""
-    return param.ds_zero_partition_world_size
-
-
-def weights_folder(zero_config: Any) -> Path | None:
-    """Where ``"offload_param": {"device": "nvme", "nvme_path": ...}`` wants parked weights; ``None`` otherwise."""
-    offload = zero_config.offload_param
-    return Path(offload.nvme_path) if offload is not None and offload.device == OffloadDeviceEnum.nvme else None
-
-
-@contextlib.contextmanager
-def as_if_parked_on_host(engine: Any) -> Iterator[None]:
-    """Inside this block DeepSpeed's ``engine`` reads ``cpu`` for ``nvme``: its own swapper compiles an operator at run
-    time, and cannot hold a tensor larger than its buffers. We move the shards to the file afterwards."""
-    zero_config, written = engine._config.zero_config, engine.config
-    offload, zero = zero_config.offload_param, written["zero_optimization"]
-    zero_config.offload_param = type(offload)(device="cpu", pin_memory=False)
-    engine.config = {**written, "zero_optimization": {**zero, "offload_param": {"device": "cpu", "pin_memory": False}}}
-    try:
-        yield
-    finally:
-        zero_config.offload_param, engine.config = offload, written
 
 
 class _Coordinator(PartitionedParameterCoordinator):
@@ -188,18 +152,11 @@ class WeightShards:
 
     def shard(self, param: nn.Parameter) -> Tensor:
         """This rank's elements, flat, without padding: the weight itself, to be changed in place. May be on the host."""
-        per_rank = param.ds_tensor.ds_numel
-        start = min(per_rank * param.ds_zero_partition_rank, param.ds_numel)
-        return param.ds_tensor.detach()[: min(per_rank, param.ds_numel - start)]
+        return shard_of(param)
 
     def whole(self, param: nn.Parameter) -> Tensor:
-        """A new tensor with the whole weight, on the accelerator. All ranks call this together."""
-        shard = param.ds_tensor.detach().to(param.device)
-        if num_shards(param) == 1:
-            return shard.view(param.ds_shape) if shard.data_ptr() != param.ds_tensor.data_ptr() else shard.clone().view(param.ds_shape)
-        flat = torch.empty(shard.numel() * num_shards(param), dtype=shard.dtype, device=shard.device)
-        deepspeed_comm.all_gather_into_tensor(flat, shard.contiguous(), group=param.ds_process_group)
-        return flat[: param.ds_numel].view(param.ds_shape)
+        """As :func:`whole_of`."""
+        return whole_of(param)
 
     # -- weights in a file ------------------------------------------------------------------------------------
 
@@ -209,10 +166,16 @@ class WeightShards:
         Raises:
             StateStoreError: the folder cannot hold them.
         """
+        self._file = weight_file_of(self._module)
+        if self._file is not None:
+            return  # loaded into it
         parked = [p for p in self._module.parameters() if not p.ds_persist and p.ds_tensor.device.type == "cpu"]
-        self._file = WeightFile(folder, WeightFile.room(p.ds_tensor for p in parked))
+        self._file = WeightFile(folder, sum(WeightFile.room(p.ds_tensor.nbytes) for p in parked))
         for param in parked:
-            param.ds_tensor.data = self._file.place(param.ds_tensor)
+            placed = self._file.reserve(param.ds_tensor.numel(), param.dtype)
+            placed.copy_(param.ds_tensor)
+            self._file.let_go(placed)
+            param.ds_tensor.data = placed
 
     def _read_ahead(self) -> None:
         coordinator = self._offload.get_param_coordinator()
@@ -306,6 +269,3 @@ def restore_torch_linear() -> None:
     if original is not None:
         torch.nn.functional.linear = original
 
-
-def numel_of(param: nn.Parameter) -> int:
-    return math.prod(whole_shape(param))

@@ -24,6 +24,7 @@ from hift_ds.engine.deepspeed_seam import (
     peak_bytes,
     world_rank_and_size,
 )
+from hift_ds.engine.exact_values import exact_values
 from hift_ds.engine.partitioned import PartitionedParameters
 from hift_ds.engine.state_arithmetic import state_arithmetic
 from hift_ds.errors import ConfigError
@@ -118,6 +119,8 @@ class HiFTEngine(Checkpointing, SeamEngine):
         optimizer = self._build_group_optimizer(base)
         if self._fp32_shards:
             self._give_masters_their_bits(optimizer)
+        elif self.hift.master_weights and (exact := exact_values(self.module)) is not None:
+            optimizer.set_masters(exact)
         return base, optimizer
 
     def _announce_states(self) -> None:

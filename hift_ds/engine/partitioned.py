@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from hift_ds import collectives
 from hift_ds.collectives import Ranks
-from hift_ds.engine.deepspeed_zero3_seam import WeightShards, is_partitioned, whole_shape
+from hift_ds.engine.deepspeed_zero3_seam import WeightShards
+from hift_ds.engine.deepspeed_zero3_shards import is_partitioned, whole_shape
 from hift_ds.optim.parameters import Piece, ReplicatedParameters, Unit
 
 

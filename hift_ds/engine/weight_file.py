@@ -11,7 +11,6 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ PAGE = mmap.PAGESIZE
 
 
 class WeightFile:
-    """Room for ``num_bytes`` in a file in ``folder``, given out by :meth:`place`.
+    """Room for ``num_bytes`` in a file in ``folder``, given out by :meth:`reserve`.
 
     Raises:
         StateStoreError: the folder cannot be used, or its disk lacks the space.
@@ -32,35 +31,33 @@ class WeightFile:
     def __init__(self, folder: str | Path, num_bytes: int) -> None:
         self._length = max(PAGE, num_bytes)
         self._used = 0
-        self._bounds: dict[int, tuple[int, int]] = {}  # of placed tensors, by address: offset in the file, bytes
+        self._bounds: dict[int, tuple[int, int]] = {}  # of reserved tensors, by address: offset in the file, bytes
         self._map = _map_nameless_file(Path(folder), self._length)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
 
     @staticmethod
-    def room(tensors: Iterable[Tensor]) -> int:
-        """Bytes that these tensors take in a file: each starts on a page of its own."""
-        return sum(_whole_pages(t.numel() * t.element_size()) for t in tensors)
+    def room(num_bytes: int) -> int:
+        """Bytes that a tensor of ``num_bytes`` takes in a file: each starts on a page of its own."""
+        return -(-num_bytes // PAGE) * PAGE
 
-    def place(self, tensor: Tensor) -> Tensor:
-        """A copy of ``tensor`` in the file."""
-        num_bytes = tensor.numel() * tensor.element_size()
-        start, self._used = self._used, self._used + _whole_pages(num_bytes)
-        placed = self._bytes[start : start + num_bytes].view(tensor.dtype).view(tensor.shape)
-        placed.copy_(tensor)
-        self._bounds[placed.data_ptr()] = (start, num_bytes)
-        self.let_go(placed)
-        return placed
+    def reserve(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """A flat tensor in the file, with undefined contents."""
+        num_bytes = numel * dtype.itemsize
+        start, self._used = self._used, self._used + self.room(num_bytes)
+        reserved = self._bytes[start : start + num_bytes].view(dtype)
+        self._bounds[reserved.data_ptr()] = (start, num_bytes)
+        return reserved
 
-    def will_need(self, placed: Tensor) -> None:
-        """Start reading ``placed``; returns at once."""
-        self._advise(placed, mmap.MADV_WILLNEED)
+    def will_need(self, tensor: Tensor) -> None:
+        """Start reading ``tensor``, which is in the file (else nothing happens); returns at once."""
+        self._advise(tensor, mmap.MADV_WILLNEED)
 
-    def let_go(self, placed: Tensor) -> None:
-        """``placed`` is not needed for a while: its pages leave this process. What was written to them is kept."""
-        self._advise(placed, mmap.MADV_DONTNEED)
+    def let_go(self, tensor: Tensor) -> None:
+        """``tensor`` is not needed for a while: its pages leave this process. What was written to them is kept."""
+        self._advise(tensor, mmap.MADV_DONTNEED)
 
-    def _advise(self, placed: Tensor, advice: int) -> None:
-        bounds = self._bounds.get(placed.data_ptr())
+    def _advise(self, tensor: Tensor, advice: int) -> None:
+        bounds = self._bounds.get(tensor.data_ptr())
         if bounds is not None and bounds[1]:
             self._map.madvise(advice, bounds[0], bounds[1])
 
@@ -76,7 +73,3 @@ def _map_nameless_file(folder: Path, num_bytes: int) -> mmap.mmap:
             return mmap.mmap(file.fileno(), num_bytes)
     except OSError as error:
         raise StateStoreError(f"{folder}: cannot hold {num_bytes:,} bytes of parked weights: {error.strerror}") from None
-
-
-def _whole_pages(num_bytes: int) -> int:
-    return -(-num_bytes // PAGE) * PAGE

@@ -7,11 +7,11 @@ from hift_ds.engine.weight_file import PAGE, WeightFile
 from hift_ds.errors import StateStoreError
 
 
-def test_what_is_placed_is_kept_through_letting_go_and_reading_ahead(tmp_path):
+def test_what_is_written_is_kept_through_letting_go_and_reading_ahead(tmp_path):
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(n, generator=generator).to(dtype) for n, dtype in ((3, torch.float32), (5001, torch.bfloat16))]
-    file = WeightFile(tmp_path, WeightFile.room(tensors))
-    placed = [file.place(tensor) for tensor in tensors]
+    file = WeightFile(tmp_path, sum(WeightFile.room(tensor.nbytes) for tensor in tensors))
+    placed = [file.reserve(tensor.numel(), tensor.dtype).copy_(tensor) for tensor in tensors]
     for _ in range(3):
         for tensor, copy in zip(tensors, placed, strict=True):
             assert torch.equal(tensor, copy)
@@ -23,7 +23,7 @@ def test_what_is_placed_is_kept_through_letting_go_and_reading_ahead(tmp_path):
 
 def test_nothing_has_a_name_in_the_folder(tmp_path):
     file = WeightFile(tmp_path, 10 * PAGE)
-    file.place(torch.ones(PAGE))
+    file.reserve(PAGE, torch.float32).fill_(1)
     assert list(tmp_path.iterdir()) == []
 
 
