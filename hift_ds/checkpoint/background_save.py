@@ -25,6 +25,7 @@ from hift_ds.optim.parameters import Unit
 logger = logging.getLogger(__name__)
 
 UNITS_IN_MEMORY = 2  # one being written, one waiting: the main thread copies the next while the thread writes
+PATIENCE_AT_EXIT_S = 30.0  # for other ranks' files, when the program ends without having asked for its checkpoint
 _END = None
 
 
@@ -42,22 +43,14 @@ class BackgroundSave:
         self._publish = publish
         self._collective = collective
         self._remaining: deque[Unit] = deque(writer.snapshot.units)
-        self._copies: queue.Queue[list[tuple[str, Tensor]] | None] = queue.Queue(maxsize=UNITS_IN_MEMORY - 1)
+        self._copies: queue.Queue[list[tuple[str, Tensor]] | None] = queue.Queue()
+        self._room = threading.Semaphore(UNITS_IN_MEMORY)
+        self._written = threading.Event()  # this rank's files are complete, or have failed
         self.failure: CheckpointError | None = None
         self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
         self._thread.start()
         self._put_fixed()
-        atexit.register(self.finish)  # a program that ends without asking for its last checkpoint gets it all the same
-
-    def result(self) -> Path:
-        """After ``finish``: the folder.
-
-        Raises:
-            CheckpointError: why there is none.
-        """
-        if self.failure is not None:
-            raise self.failure
-        return self._writer.staging.final
+        atexit.register(self._finish_at_exit)
 
     def before_step(self, active: Collection[int]) -> None:
         """Copy the units that the coming step changes, and one more if the thread has nothing to do."""
@@ -66,16 +59,44 @@ class BackgroundSave:
         if self._remaining and (self._collective or self._copies.empty()):
             self._copy_next()
 
-    def finish(self) -> None:
-        """Copy what is left and wait until the checkpoint has its name, or has failed."""
+    def finish_files(self) -> None:
+        """Copy what is left and wait until this rank's files are complete.
+
+        Raises:
+            CheckpointError: they are not.
+        """
         while self._remaining:
             self._copy_next()
+        self._written.wait()
+        self._raise_failure()
+
+    def finish(self) -> Path:
+        """After every rank's :meth:`finish_files`: wait until the folder has its name, and return it.
+
+        Raises:
+            CheckpointError: it will not get it.
+        """
         self._thread.join()
-        atexit.unregister(self.finish)
+        self._raise_failure()
+        return self._writer.staging.final
+
+    def forget(self) -> None:
+        """Nothing more is wanted of it; the end of the program does not wait for it."""
+        atexit.unregister(self._finish_at_exit)
+
+    def _raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def _finish_at_exit(self) -> None:
+        """A program that ends without asking for its last checkpoint gets it all the same, if all ranks end well."""
+        while self._remaining:
+            self._copy_next()
+        self._thread.join(PATIENCE_AT_EXIT_S)
 
     def _copy_next(self) -> None:
         unit = self._remaining.popleft()
-        self._copies.put(_copied(self._writer.snapshot.of_unit(unit)))
+        self._put_copies(self._writer.snapshot.of_unit(unit))
         if not self._remaining:
             self._copies.put(_END)
 
@@ -84,23 +105,32 @@ class BackgroundSave:
         snapshot = self._writer.snapshot
         if self._collective:
             for item in snapshot.frozen():
-                self._copies.put(_copied([item]))
+                self._put_copies([item])
         else:
+            self._room.acquire()
             self._copies.put(list(snapshot.frozen()))
-        self._copies.put(_copied(snapshot.buffers()))
+        self._put_copies(snapshot.buffers())
+
+    def _put_copies(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self._room.acquire()
+        self._copies.put([(file, tensor.detach().to("cpu", copy=True)) for file, tensor in tensors])
 
     def _write(self) -> None:
         copies: list[tuple[str, Tensor]] | None = []
         try:
             while (copies := self._copies.get()) is not _END:
                 self._writer.add(copies)
-                copies = []  # let go of them before waiting for the next
+                copies = []  # let go of them before there is room for more
+                self._room.release()
             self._writer.close()
+            self._written.set()
             self._publish()
         except Exception as error:
             self._fail(error if isinstance(error, CheckpointError) else CheckpointError(f"{type(error).__name__}: {error}"))
-            while copies is not _END:  # the main thread must not wait for room in the queue
+            while copies is not _END:  # the main thread must not wait for room
+                self._room.release()
                 copies = self._copies.get()
+            self._written.set()
 
     def _fail(self, error: CheckpointError) -> None:
         self.failure = error
@@ -111,7 +141,3 @@ class BackgroundSave:
         else:
             staging.write_failure(str(error))
         logger.error("checkpoint %s failed while training went on: %s", staging.final, error)
-
-
-def _copied(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    return [(file, tensor.detach().to("cpu", copy=True)) for file, tensor in tensors]

@@ -90,13 +90,15 @@ class Saving:
             return True
         background, self._background = self._background, None
         started = time.perf_counter()
-        background.finish()
-        self._checkpoint_s += time.perf_counter() - started
         try:
-            self.last_checkpoint = on_all_ranks(background.result)
+            on_all_ranks(background.finish_files)  # a rank that has died is noticed here, and not waited for
+            self.last_checkpoint = on_all_ranks(background.finish)
         except CheckpointError as error:
             self._report_failure(error)
             return False
+        finally:
+            background.forget()
+            self._checkpoint_s += time.perf_counter() - started
         return True
 
     def _report_failure(self, error: CheckpointError) -> None:
