@@ -1,6 +1,11 @@
 """``deepspeed launch RUN.yaml [section.key=value ...]``: Python runs this folder, once per rank."""
 
-import finetune  # beside this file, which Python has put on its path
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent)  # where Python has looked for it anyway, unless it was `-m launch`
+
+import finetune  # noqa: E402
 
 if __name__ == "__main__":
     finetune.start()

@@ -63,6 +63,9 @@ def make_arguments(checked: CheckedRun, *, fresh: bool) -> TrainingArguments:
         options["deepspeed"]["optimizer"]["params"].setdefault("torch_adam", True)  # DeepSpeed would compile its own
     if options["save_strategy"] == "no":  # "null: only at the end"
         options |= {"save_strategy": "steps", "save_steps": 1_000_000_000}
+    if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:  # its name in the first releases of transformers 5
+        for suffix in ("", "_kwargs"):
+            options[f"gradient_checkpointing{suffix}"] = options.pop(f"activation_checkpointing{suffix}")
     return TrainingArguments(
         **options,
         eval_on_start=checked.has_eval and fresh,
