@@ -194,6 +194,7 @@ class HiFTEngine(Checkpointing, SeamEngine):
             update_device=device,
             max_grad_norm=float(self.gradient_clipping() or 0.0),
             seed=hift.seed,
+            pin_memory=hift.state.pin_memory,
         )
 
     def _build_parameters(self, base: torch.optim.Optimizer) -> ReplicatedParameters:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hift_ds.lr import CycleLR
 from hift_ds.optim.clip import agree_on_norm, grad_factor
+from hift_ds.optim.host_step import HostStep
 from hift_ds.optim.parameters import Chunk, Piece, ReplicatedParameters, Unit
 from hift_ds.optim.piecewise import PieceState, PieceUpdate, PiecewiseOptimizer
 from hift_ds.precision import LossScaler, PrecisionPolicy, write_weight_
@@ -67,6 +68,7 @@ class GroupOptimizer:
         update_device: where the arithmetic runs.
         max_grad_norm: 0 for no clipping.
         seed: of stochastic rounding.
+        pin_memory: page-lock what gradients and weights travel through when the host updates.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class GroupOptimizer:
         update_device: torch.device,
         max_grad_norm: float = 0.0,
         seed: int = 0,
+        pin_memory: bool = True,
     ) -> None:
         self.optimizer = base  # DeepSpeed's name for the wrapped optimizer; its schedulers look for it
         self.parameters = parameters
@@ -108,6 +111,7 @@ class GroupOptimizer:
         self._reduced: dict[int, tuple[list[Tensor | None], list[bool]]] = {}
         self._active: tuple[int, ...] = ()
         self._reserve_states()
+        self.host_step = self._build_host_step(pin_memory)
         self.activate()
 
     # -- what DeepSpeed and schedulers read -------------------------------------------------------------------
@@ -214,9 +218,17 @@ class GroupOptimizer:
                     self._keep_state(unit, chunk, i, run, update)
                     weight = self.parameters.weight(unit, run)
                     if update.target.data_ptr() != weight.data_ptr():
-                        write_weight_(weight, update.target, generator)
+                        self._write_weight(weight, update.target, generator)
             store.evict(chunk.id, self.num_applied)
+        if self.host_step is not None:
+            self.host_step.finish()
         self.extras[unit.index] = after
+
+    def _write_weight(self, weight: Tensor, value: Tensor, generator: torch.Generator | None) -> None:
+        if self.host_step is not None and weight.device != self.update_device:
+            self.host_step.send_weight(weight, value, generator)
+        else:
+            write_weight_(weight, value, generator)
 
     def _runs(self, piece: Piece) -> list[Piece]:
         """The piece in parts that are stepped one after the other, so that beside the chunk's buffers only one part's
@@ -242,7 +254,10 @@ class GroupOptimizer:
             target = _part(before.master.view(tensors), piece, run)
         else:  # an fp32 weight is its own master; a bf16 one without masters is fp32 only while it is updated
             target = self.parameters.weight(unit, run).to(self.update_device, torch.float32)
-        grad = self.parameters.grad(unit, run, shard).to(self.update_device, torch.float32)
+        grad = self.parameters.grad(unit, run, shard)
+        if self.host_step is not None and grad.device != self.update_device:
+            grad = self.host_step.gradient(grad)
+        grad = grad.to(self.update_device, torch.float32)
         if factor is not None:
             grad.mul_(factor.to(grad.device))
         state = None
@@ -288,6 +303,14 @@ class GroupOptimizer:
                     store.ensure(chunk.id, key, sum(piece.numel for piece in chunk.pieces), dtype)
         self.store = self.store.start()
         self.always_store = self.always_store.start()
+
+    def _build_host_step(self, pin_memory: bool) -> HostStep | None:
+        """If updates run on the host and weights are elsewhere."""
+        devices = {member.param.device for unit in self.units.values() for member in unit.members}
+        elsewhere = [device for device in devices if device.type != self.update_device.type]
+        if self.update_device.type != "cpu" or not elsewhere:
+            return None
+        return HostStep(self.store.traffic, elsewhere[0], pin_memory)
 
     def _weights_of_masters(self, unit: Unit, chunk: Chunk) -> Weights | None:
         """For stores that keep of a master only what its bf16 weight lacks."""
@@ -377,6 +400,8 @@ class GroupOptimizer:
         self.parameters.close()
         self.store.close()
         self.always_store.close()
+        if self.host_step is not None:
+            self.host_step.close()
 
 
 def _part(whole: Tensor, piece: Piece, run: Piece) -> Tensor:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from hift_ds.errors import StateStoreError
-from hift_ds.store import movers
 from hift_ds.store.base import Residency
 from hift_ds.store.disk import DiskStateStore
 from hift_ds.store.host import HostStateStore
 from hift_ds.store.movers import IN, OUT, Mover, StreamMover, ThreadMover
+from tests.helpers.fake_streams import use_fake_streams
 
 CPU = torch.device("cpu")
 SIZES = [700, 3, 1290, 41, 700, 1]  # elements per key of each unit: ragged, tiny, repeated
@@ -46,89 +46,8 @@ class Slow(ThreadMover):
     delays: list = []
 
 
-class FakeStreams:
-    """A device module whose streams run their work as late as possible: when the computation, which runs at once,
-    waits for it. Records the order that events ask for, as CUDA's do."""
-
-    def __init__(self):
-        self.current = None
-
-    def Stream(self, device=None):  # noqa: N802
-        return FakeStream()
-
-    def Event(self, enable_timing=False):  # noqa: N802
-        return FakeEvent()
-
-    def current_stream(self, device=None):
-        return COMPUTE
-
-    def stream(self, stream):
-        return stream
-
-    def device(self, device):
-        raise AssertionError("threads only")
-
-
-class FakeStream:
-    running = None
-
-    def __init__(self):
-        self.queue, self.seconds = [], 0.0
-
-    def __enter__(self):
-        FakeStream.running = self
-
-    def __exit__(self, *error):
-        FakeStream.running = None
-
-    def wait_stream(self, other):
-        assert other is COMPUTE
-
-    def wait_event(self, event):
-        if self is COMPUTE:
-            event.synchronize()
-        else:
-            self.queue.append(event.synchronize)
-
-    def run_until(self, event):
-        while not event.happened:
-            self.queue.pop(0)()
-
-    def synchronize(self):
-        while self.queue:
-            self.queue.pop(0)()
-
-
-class FakeEvent:
-    def __init__(self):
-        self.happened, self.on, self.at = False, None, 0.0
-
-    def record(self, stream):
-        self.on = stream
-        if stream is COMPUTE:
-            self._happen()
-        else:
-            stream.queue.append(self._happen)
-
-    def _happen(self):
-        self.happened, self.at = True, time.perf_counter()
-
-    def synchronize(self):
-        self.on.run_until(self)
-
-    def query(self):
-        return self.happened
-
-    def elapsed_time(self, end):
-        return (end.at - self.at) * 1e3
-
-
-COMPUTE = FakeStream()
-
-
 def on_fake_streams(monkeypatch, traffic):
-    monkeypatch.setattr(movers, "streams_of", lambda device: FakeStreams())
-    monkeypatch.setattr(movers, "_run", lambda copy: FakeStream.running.queue.append(copy))
+    use_fake_streams(monkeypatch)
     return StreamMover(traffic, CPU)
 
 
