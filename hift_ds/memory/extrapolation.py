@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from hift_ds.memory.simulation import BETWEEN, Bytes, GroupStep, Result
 
-EMBED, HEAD = "embed", "head"
 Flat = dict[str, float]  # everything about a step that is linear, by name
 
 
@@ -21,8 +20,9 @@ class BlockModel:
     """Steps of one model in two sizes.
 
     Attributes:
-        small, large: results for ``num_blocks`` blocks, all with the same switches, batch and length. The groups are
-            the embedding, one a block and the head.
+        small, large: results for two numbers of blocks, all with the same switches, batch and length. The groups are
+            the embedding, one a block and the head; of each size the embedding, the lowest block and the head have
+            been stepped, and for other blocks those that :func:`nodes` names.
     """
 
     small: Result
@@ -30,15 +30,12 @@ class BlockModel:
 
     def step(self, num_blocks: int, index: int) -> GroupStep:
         """The step of group ``index`` in a model with ``num_blocks`` blocks."""
-        where = _place_of(index, num_blocks)
-        if isinstance(where, str):
-            flat = _line(
-                self.small.num_blocks, _flat(self._ends(self.small, where)),
-                self.large.num_blocks, _flat(self._ends(self.large, where)), num_blocks,
-            )  # fmt: skip
-            return _unflat(flat, self._ends(self.large, where), index)
-        flat = self._block(num_blocks, where)
-        return _unflat(flat, self._nearest(where), index)
+        from_end = index - num_blocks - 2 if index == num_blocks + 1 else index
+        if from_end in (-1, 0, 1):  # there in every size, with all blocks above it, or none
+            small, large = _at(self.small, from_end), _at(self.large, from_end)
+            flat = _line(self.small.num_blocks, _flat(small), self.large.num_blocks, _flat(large), num_blocks)
+            return _unflat(flat, large, index)
+        return self._block(num_blocks, num_blocks - index)
 
     def weight_bytes(self, num_blocks: int) -> int:
         return self._of_result(num_blocks, self.small.weight_bytes, self.large.weight_bytes)
@@ -47,51 +44,34 @@ class BlockModel:
         return self._of_result(num_blocks, self.small.numel, self.large.numel)
 
     def error(self) -> float:
-        """The largest relative error in predicting the small model's lowest block from the other steps."""
-        above = self.small.num_blocks - 1
-        measured = next(s for s in self.small.steps if _above(s.index, self.small.num_blocks) == above)
-        predicted = _unflat(self._block(self.small.num_blocks, above), measured, measured.index)
+        """The relative error in predicting the small model's lowest block from the other steps."""
+        measured = _at(self.small, 1)
+        predicted = self._block(self.small.num_blocks, self.small.num_blocks - 1)
         return abs(predicted.peak_bytes / measured.peak_bytes - 1)
 
-    # -- groups of one block ------------------------------------------------------------------------------------
-
-    def _block(self, num_blocks: int, above: int) -> Flat:
+    def _block(self, num_blocks: int, above: int) -> GroupStep:
         """A block with ``above`` blocks above it."""
-        at_large = {_above(s.index, self.large.num_blocks): _flat(s) for s in self.large.steps}
-        at_large = {n: flat for n, flat in at_large.items() if n is not None}
-        flat = _interpolate(at_large, above)
-        if num_blocks == self.large.num_blocks:
-            return flat
-        shared = max(
-            n for s in self.small.steps
-            if (n := _above(s.index, self.small.num_blocks)) in at_large and n != self.small.num_blocks - 1
-        )  # fmt: skip
-        small = next(_flat(s) for s in self.small.steps if _above(s.index, self.small.num_blocks) == shared)
-        per_block = _scale(_minus(at_large[shared], small), 1 / (self.large.num_blocks - self.small.num_blocks))
-        return _plus(flat, _scale(per_block, num_blocks - self.large.num_blocks))
-
-    def _nearest(self, above: int) -> GroupStep:
-        blocks = [s for s in self.large.steps if _above(s.index, self.large.num_blocks) is not None]
-        return min(blocks, key=lambda s: abs(_above(s.index, self.large.num_blocks) - above))
-
-    def _ends(self, result: Result, where: str) -> GroupStep:
-        index = 0 if where == EMBED else result.num_groups - 1
-        return next(step for step in result.steps if step.index == index)
+        small, large = _by_blocks_above(self.small), _by_blocks_above(self.large)
+        flat = _interpolate({n: _flat(step) for n, step in large.items()}, above)
+        shared = max(n for n in small.keys() & large.keys() if n < self.small.num_blocks - 1)
+        per_block = _scale(
+            _minus(_flat(large[shared]), _flat(small[shared])), 1 / (self.large.num_blocks - self.small.num_blocks)
+        )
+        flat = _plus(flat, _scale(per_block, num_blocks - self.large.num_blocks))
+        return _unflat(flat, large[min(large, key=lambda n: abs(n - above))], num_blocks - above)
 
     def _of_result(self, num_blocks: int, small: int, large: int) -> int:
         return round(_line(self.small.num_blocks, {"": small}, self.large.num_blocks, {"": large}, num_blocks)[""])
 
 
-def _place_of(index: int, num_blocks: int) -> int | str:
-    """``EMBED``, ``HEAD``, or how many blocks are above the group's."""
-    if index == 0:
-        return EMBED
-    return HEAD if index == num_blocks + 1 else num_blocks - index
+def _at(result: Result, index: int) -> GroupStep:
+    return next(step for step in result.steps if step.index == index % result.num_groups)
 
 
-def _above(index: int, num_blocks: int) -> int | None:
-    where = _place_of(index, num_blocks)
-    return where if isinstance(where, int) else None
+def _by_blocks_above(result: Result) -> dict[int, GroupStep]:
+    """The steps of groups of one block, by the number of blocks above them."""
+    above = {result.num_blocks - step.index: step for step in result.steps}
+    return {n: step for n, step in above.items() if 0 <= n < result.num_blocks}
 
 
 def scale_batch(at_one: GroupStep, at_two: GroupStep, one: int, two: int, wanted: float) -> GroupStep:
