@@ -1,4 +1,4 @@
-"""``hift-ds plot RUN_DIR``: draw loss.png and groups.png of a run, finished or not."""
+"""``hift-ds plot RUN_DIR``: draw loss.png, groups.png and transfers.png of a run, finished or not."""
 
 from __future__ import annotations
 

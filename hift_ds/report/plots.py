@@ -1,4 +1,4 @@
-"""``loss.png`` and ``groups.png``, drawn from a run folder's files alone, during the run or years later."""
+"""``loss.png``, ``groups.png`` and ``transfers.png``, drawn from a run folder's files alone, during the run or years later."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from hift_ds.errors import DataError
 from hift_ds.report.groups import GroupSummary, read_groups
 from hift_ds.report.metrics import FILE_NAME, EvalRecord, Metrics, StepRecord, read_metrics
+from hift_ds.report.transfers import has_transfers, transfers_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +38,9 @@ def plot_run(run_dir: str | Path) -> list[Path]:
     if any("group" in record for record in metrics.steps):
         paths.append(run_dir / "groups.png")
         _save(groups_figure(metrics.steps, read_groups(run_dir)), paths[1])
+    if has_transfers(metrics.steps):
+        paths.append(run_dir / "transfers.png")
+        _save(transfers_figure(metrics.steps), paths[-1])
     return paths
 
 

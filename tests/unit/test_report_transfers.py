@@ -1,0 +1,48 @@
+"""transfers.png: hidden and waited-for seconds of state transfers, from a metrics file alone."""
+
+import json
+
+import numpy as np
+import pytest
+
+from hift_ds.report.plots import plot_run
+from hift_ds.report.transfers import has_transfers, stretch_means, summary, transfers_figure
+
+
+def records(num, **more):
+    return [
+        {"step": i + 1, "step_time_s": 2.0, "transfer_s": 1.0, "stalled_s": 0.25, "state_bytes_in": 5 << 20, "state_bytes_out": 3 << 20, **more}
+        for i in range(num)
+    ]  # fmt: skip
+
+
+def test_the_sentence():
+    assert summary(records(10)) == "10.0 s of state transfers, 75% of them hidden; steps waited 12.5% of their time"
+    assert summary(records(3, transfer_s=0.0, stalled_s=0.0)) == "no state transfers"
+    assert summary([{"step": 1, "transfer_s": 2.0}]) == "2.0 s of state transfers, 100% of them hidden"
+
+
+def test_bars_are_hidden_on_top_of_stalled():
+    figure = transfers_figure(records(4))
+    top, bottom = figure.axes
+    heights = sorted({round(bar.get_height(), 6) for bar in top.patches})
+    assert heights == [0.25, 0.75] and len(top.patches) == 8
+    assert [line.get_ydata()[0] for line in bottom.lines] == [5, 3]
+
+
+def test_long_runs_are_averaged_and_gaps_left_out():
+    means, width = stretch_means(np.arange(1000.0))
+    assert width == 5 and len(means) == 200 and means[1] == 7
+    means, width = stretch_means(np.array([1.0, np.nan, np.nan]))
+    assert width == 1 and means[0] == 1 and np.isnan(means[1:]).all()
+    figure = transfers_figure([{"step": i, "state_bytes_in": 1} for i in range(1001)])
+    assert len(figure.axes[0].patches) <= 400
+
+
+@pytest.mark.parametrize(("moved", "drawn"), [(5, True), (0, False)])
+def test_drawn_if_something_moved(moved, drawn, tmp_path):
+    steps = records(3, state_bytes_in=moved, state_bytes_out=0, loss=1.0)
+    assert has_transfers(steps) is drawn
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert (tmp_path / "transfers.png" in plot_run(tmp_path)) is drawn
+    assert (tmp_path / "transfers.png").is_file() is drawn
