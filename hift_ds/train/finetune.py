@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from hift_ds.checkpoint.export import export_model
 from hift_ds.checkpoint.manifest import latest_tag
 from hift_ds.checkpoint.safetensors_io import load_pretrained, tensor_dtypes, weight_distances
 from hift_ds.checkpoint.saved_checkpoint import SavedCheckpoint
-from hift_ds.checkpoint.weight_names import plan_names
+from hift_ds.checkpoint.weight_names import plan_names, skeleton
 from hift_ds.data.packing import packed_samples_are_isolated
 from hift_ds.data.prepare import PreparedData, prepare_data
 from hift_ds.data.tokenizers import load_tokenizer
@@ -37,7 +37,7 @@ from hift_ds.train.preflight import CheckedRun, check_run
 from hift_ds.train.ranks import gather, on_all_ranks, rank_and_world_size
 from hift_ds.train.resume import find_checkpoints
 from hift_ds.train.run_config import RunConfig
-from hift_ds.train.trainer import build_trainer, make_arguments
+from hift_ds.train.trainer import build_trainer, make_arguments, zero_stage
 from hift_ds.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -136,15 +136,16 @@ def _load_model(checked: CheckedRun, arguments: TrainingArguments) -> Any:
     block = hift_block(run)
     keeps_bits = stored == "fp32" and checked.dtype != "fp32" and block is not None and block.master_weights
     dtype = TORCH_DTYPES["fp32" if keeps_bits else checked.dtype]
+    is_partitioned = zero_stage(arguments) == 3  # while it loads, by transformers
     options = {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
     model = load_pretrained(
         checked.model.path,
         dtype=dtype,
-        device=None if keeps_bits or arguments.device.type == "cpu" else arguments.device,
+        device=None if keeps_bits or is_partitioned or arguments.device.type == "cpu" else arguments.device,
         trust_remote_code=run.model.trust_remote_code,
         **options,
     )
-    if run.data.packing and not packed_samples_are_isolated(model):
+    if run.data.packing and not is_partitioned and not packed_samples_are_isolated(model):
         raise ConfigError(
             f"data.packing: true, but in {type(model).__name__} with attention {model.config._attn_implementation!r} the "
             "samples of a row see each other; set data.packing: false, or another model.attn_implementation"
@@ -207,16 +208,19 @@ def _evaluate(trainer: Any, data: PreparedData) -> dict[str, Any]:
 
 def _export(checked: CheckedRun, trainer: Any, model: Any, tokenizer: Any) -> None:
     """On the first rank: the weights as safetensors, and how far each layer group has moved."""
-    run = checked.run
-    same_as_input = run.export.dtype == "auto"
-    wanted = checked.export_dtype
+    run, wanted = checked.run, checked.export_dtype
+    tensors = None
+    if zero_stage(trainer.args) == 3:  # no rank has whole weights
+        tensors, model = _saved_weights(trainer, best=wanted == "fp32"), skeleton(model.config, model)
+    elif wanted == "fp32" and checked.dtype != "fp32":
+        tensors = _saved_weights(trainer, best=True)
     export_model(
         model,
         run.export_dir,
-        tensors=_masters(trainer) if wanted == "fp32" and checked.dtype != "fp32" else None,
+        tensors=tensors,
         tokenizer=tokenizer,
         max_shard_size=run.export.max_shard_size,
-        dtype=tensor_dtypes(checked.model.path) if same_as_input else TORCH_DTYPES[wanted],
+        dtype=tensor_dtypes(checked.model.path) if run.export.dtype == "auto" else TORCH_DTYPES[wanted],
     )
     groups = read_groups(run.output_dir)
     if groups:
@@ -226,15 +230,18 @@ def _export(checked: CheckedRun, trainer: Any, model: Any, tokenizer: Any) -> No
         plot_run(run.output_dir)
 
 
-def _masters(trainer: Any) -> Any:
-    """The fp32 values behind 16-bit weights, from the checkpoint that the run ends with; None if it has none."""
-    folder = Path(trainer.state.best_model_checkpoint or "") if trainer.args.load_best_model_at_end else None
-    if folder is None:
-        folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+def _saved_weights(trainer: Any, best: bool) -> Iterator[tuple[str, torch.Tensor]] | None:
+    """From the checkpoint that the run ends with, one at a time; None if DeepSpeed alone has written it.
+
+    Args:
+        best: the fp32 masters of 16-bit weights.
+    """
+    last = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    folder = Path(trainer.state.best_model_checkpoint) if trainer.args.load_best_model_at_end else last
     tag = latest_tag(folder)
     if tag is None or getattr(trainer, "engine", None) is None:
         return None
-    return SavedCheckpoint(folder / tag).weights(best=True)
+    return SavedCheckpoint(folder / tag).weights(best=best)
 
 
 def _write_results(run: RunConfig, results: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from hift_ds.errors import ConfigError
 from hift_ds.integrations.transformers import HiFTMixin
 from hift_ds.report.callback import ReportCallback, report_instead_of_printing
 from hift_ds.train.evaluate import TokenMeanEvaluation
@@ -55,10 +56,16 @@ def build_trainer(
     return trainer
 
 
+def zero_stage(arguments: TrainingArguments) -> int:
+    return int(arguments.deepspeed_plugin.zero_stage)
+
+
 def make_arguments(checked: CheckedRun, *, fresh: bool) -> TrainingArguments:
     """Args: fresh: the run begins at step 0."""
     options = checked.training_arguments()
     options["deepspeed"].setdefault("zero_optimization", {"stage": 0})  # accelerate insists on it
+    if checked.run.hift is False and options["deepspeed"]["zero_optimization"].get("stage", 0) == 3:
+        raise ConfigError('hift: false with "zero_optimization.stage": 3 in the DeepSpeed config: use stage 0, 1 or 2')
     if checked.run.hift is False and options["deepspeed"]["optimizer"]["type"].lower() in ("adam", "adamw"):
         options["deepspeed"]["optimizer"]["params"].setdefault("torch_adam", True)  # DeepSpeed would compile its own
     if options["save_strategy"] == "no":  # "null: only at the end"

@@ -272,3 +272,19 @@ def test_config_by_path_and_fp16(tmp_path):
     trainer = make_trainer(tmp_path, ds=str(path), max_steps=NUM_GROUPS, fp16=True)
     trainer.train()
     assert trainer.engine.last_report.loss_scale == 16.0 and trainer.model.dtype == torch.float16
+
+
+def test_load_best_model_at_end(tmp_path):
+    """A rate that ruins the model after the first evaluation: the weights at the end are those of the first checkpoint."""
+    trainer = make_trainer(
+        tmp_path, max_steps=12, learning_rate=1.0, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant",
+        eval_strategy="steps", save_strategy="steps", eval_steps=3, save_steps=3, load_best_model_at_end=True,
+        metric_for_best_model="loss", save_total_limit=2,
+    )  # fmt: skip
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    best = losses.index(min(losses))
+    assert best < 3 and trainer.state.best_global_step == 3 * (best + 1)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+    assert trainer.engine.schedule.cursor.cycle == trainer.state.best_global_step // NUM_GROUPS
+    assert sum(p.requires_grad for p in trainer.model.parameters()) < len(list(trainer.model.parameters()))
