@@ -79,6 +79,12 @@ def scale_batch(at_one: GroupStep, at_two: GroupStep, one: int, two: int, wanted
     return _unflat(_line(one, _flat(at_one), two, _flat(at_two), wanted), at_two, at_one.index)
 
 
+def between(below: GroupStep, above: GroupStep, index: int) -> GroupStep:
+    """The step of a group between two others, on a line."""
+    flat = _line(below.index, _flat(below), above.index, _flat(above), index)
+    return _unflat(flat, below, index)
+
+
 # -- arithmetic on everything at once ---------------------------------------------------------------------------
 
 

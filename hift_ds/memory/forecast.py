@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from hift_ds.memory.extrapolation import BlockModel, nodes, scale_batch
+from hift_ds.memory.extrapolation import BlockModel, between, nodes, scale_batch
 from hift_ds.memory.simulation import GroupStep, Result, Setting, simulate
 
 GIB = 2**30
@@ -83,12 +83,14 @@ class Steps(Protocol):
 
 @dataclass(frozen=True)
 class WholeModel:
-    """Stepped as it is."""
+    """Stepped as it is; groups that were left out lie on a line between their neighbours."""
 
     result: Result
 
     def step(self, index: int) -> GroupStep:
-        return next(step for step in self.result.steps if step.index == index)
+        below = max((step for step in self.result.steps if step.index <= index), key=lambda step: step.index)
+        above = min((step for step in self.result.steps if step.index >= index), key=lambda step: step.index)
+        return below if below is above else replace(between(below, above, index), numel=0)
 
     def known(self) -> Sequence[int]:
         return [step.index for step in self.result.steps]
