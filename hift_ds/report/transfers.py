@@ -78,12 +78,12 @@ def _draw_seconds(axes: Axes, at: np.ndarray, means: dict[str, np.ndarray], widt
 
 def _draw_bytes(axes: Axes, at: np.ndarray, means: dict[str, np.ndarray]) -> None:
     axes.plot(at, means["state_bytes_in"] / 2**20, color=_IN, linewidth=1.2, label="in")
-    axes.plot(at, means["state_bytes_out"] / 2**20, color=_OUT, linewidth=1.2, label="out")
+    axes.plot(at, means["state_bytes_out"] / 2**20, color=_OUT, linewidth=1.2, linestyle=(0, (4, 3)), label="out")
     axes.set_ylabel("MiB a step")
     _finish(axes)
 
 
 def _finish(axes: Axes) -> None:
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.2 * axes.get_ylim()[1])  # room for the legend
     axes.legend(frameon=False, loc="upper right", ncols=3)
     axes.spines[["top", "right"]].set_visible(False)

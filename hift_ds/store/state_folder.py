@@ -86,9 +86,10 @@ class StateFolder:
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         """One process at a time looks at the folders of this path."""
-        handle = os.open(self.parent / ".hift-states.lock", os.O_CREAT | os.O_RDWR, 0o666)
+        handle = os.open(self.parent, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # some network file systems cannot lock a folder
+                fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
             os.close(handle)

@@ -118,7 +118,7 @@ def test_one_file_per_unit_removed_at_the_end(io, tmp_path):
     assert store.read(1)["master"].eq(1).all() and store.speed.direct == (io == "direct")
     store.close()
     store.close()
-    assert not folders_in(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_refused_with_bytes_needed_and_found(tmp_path, monkeypatch):
