@@ -1,6 +1,7 @@
 """An interrupted and resumed run equals the uninterrupted one bit for bit: weights, states, losses, counters."""
 
 import functools
+import tempfile
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ BF16, FP16 = {"enabled": True}, {"enabled": True, "initial_scale_power": 20, "lo
 
 
 ASYNC = {"asynchronous": True}
+ON_DISK = tempfile.gettempdir()  # every engine makes a folder of its own in it and removes that at its end
 
 
 class Noisy(Toy):
@@ -78,6 +80,23 @@ CASES = {
     "device": Case(ds_config(bf16=BF16, hift={"state": {"residency": "device"}})),
     "step on host": Case(hift(state={"step_on": "host"})),
     "slices": Case(ds_config(bf16=BF16, hift={"state": {"slice_numel": 17}})),
+    "no prefetch": Case(ds_config(bf16=BF16, hift={"state": {"prefetch": False}})),
+    "two slots": Case(ds_config(bf16=BF16, hift={"state": {"slots": 2, "slice_numel": 40}, "steps_per_group": 2})),
+    "disk": Case(ds_config(bf16=BF16, hift={"state": {"residency": "disk", "path": ON_DISK}})),
+    "disk, asynchronous": Case(
+        ds_config(hift={"state": {"residency": "disk", "path": ON_DISK, "slice_numel": 40}, "checkpoint": ASYNC}), at=(1, 5, 7)
+    ),
+    "split master": Case(ds_config(bf16=BF16, hift={"state": {"codec": "split_master"}})),
+    "bf16 moments": Case(ds_config(bf16=BF16, hift={"state": {"codec": "bf16_moments"}})),
+    "int8 moments": Case(ds_config(hift={"state": {"codec": "int8_moments", "slice_numel": 40}})),
+    "split master, int8 moments, disk, asynchronous": Case(
+        ds_config(
+            bf16=BF16,
+            hift={"state": {"residency": "disk", "path": ON_DISK, "codec": "split_master+int8_moments"}, "checkpoint": ASYNC},
+        ),
+        at=(1, 5, 7),
+    ),
+    "split master, stage 3": Case(ds_config(stage=3, bf16=BF16, hift={"state": {"codec": "split_master"}})),
     "stage 1": Case(ds_config(stage=1)),
     "stage 3": Case(ds_config(stage=3)),
     "stage 3, accumulation": Case(ds_config(stage=3, gas=3, bf16=BF16), num_micro_batches=27, at=(6, 16, 17)),

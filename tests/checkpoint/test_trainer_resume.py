@@ -60,6 +60,30 @@ def test_resume_is_exact(tmp_path, hift, precision):
         shutil.rmtree(tmp_path / "again")
 
 
+def train_and_resume(folder: str) -> bool:
+    """On this rank: whether the weights at the end are the same with and without an interruption."""
+    import torch.distributed as dist
+
+    hift = {"order": "random", "reshuffle": True}
+    folder = Path(folder)
+    whole = make_trainer(folder / "whole", hift, max_steps=9)
+    whole.train()
+    expected = end_of(whole)
+    dist.barrier()
+    resumed = make_trainer(folder / "again", hift, max_steps=9)
+    resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-4"))
+    theirs = end_of(resumed)
+    same = all(torch.equal(theirs[0][name], weight) for name, weight in expected[0].items())
+    return same and (dist.get_rank() > 0 or theirs[1] == expected[1]) and theirs[2:] == expected[2:]
+
+
+@pytest.mark.distributed
+def test_resume_is_exact_on_two_ranks(launcher, tmp_path):
+    """Dropout differs between the ranks, and so does their share of the data."""
+    launcher.preload(__name__)
+    assert launcher.run(train_and_resume, 2, str(tmp_path)) == [True, True]
+
+
 # -- rotation -----------------------------------------------------------------------------------------------------
 
 

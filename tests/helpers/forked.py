@@ -151,11 +151,12 @@ def _fork(module: str, name: str, args: tuple, rank: int, world_size: int, port:
 def _run(module: str, name: str, args: tuple, answer: Path) -> int:
     import importlib
 
-    import deepspeed
     import torch
 
+    from hift_ds.engine.initialize import ensure_process_group
+
     try:
-        deepspeed.init_distributed("gloo")
+        ensure_process_group()
         result = (True, getattr(importlib.import_module(module), name)(*args))
     except SystemExit as error:
         return int(error.code or 0)
