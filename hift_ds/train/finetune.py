@@ -20,9 +20,9 @@ from transformers import TrainerCallback, TrainingArguments
 
 from hift_ds.checkpoint.export import export_model
 from hift_ds.checkpoint.manifest import latest_tag
-from hift_ds.checkpoint.safetensors_io import load_pretrained, tensor_dtypes, weight_distances
+from hift_ds.checkpoint.safetensors_io import load_pretrained, tensor_dtypes
 from hift_ds.checkpoint.saved_checkpoint import SavedCheckpoint
-from hift_ds.checkpoint.weight_names import plan_names, skeleton
+from hift_ds.checkpoint.weight_names import skeleton
 from hift_ds.data.packing import packed_samples_are_isolated
 from hift_ds.data.prepare import PreparedData, prepare_data
 from hift_ds.data.tokenizers import load_tokenizer
@@ -30,7 +30,7 @@ from hift_ds.engine.initialize import ensure_process_group
 from hift_ds.errors import CheckpointError, ConfigError
 from hift_ds.grouping import partition_model
 from hift_ds.model_structure import build_on_meta, read_config
-from hift_ds.report.groups import add_distances, read_groups, write_groups
+from hift_ds.report.groups import record_movement
 from hift_ds.report.plots import plot_run
 from hift_ds.train.arguments import hift_block
 from hift_ds.train.preflight import CheckedRun, check_run
@@ -38,6 +38,7 @@ from hift_ds.train.ranks import gather, on_all_ranks, rank_and_world_size
 from hift_ds.train.resume import find_checkpoints
 from hift_ds.train.run_config import RunConfig
 from hift_ds.train.trainer import build_trainer, make_arguments, zero_stage
+from hift_ds.train.watchdog import lost_rank_error
 from hift_ds.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ def finetune(run: RunConfig) -> dict[str, Any]:
     """Check, load, train, evaluate, export, report.
 
     Returns:
-        The contents of ``all_results.json``, on every rank.
+        The contents of ``all_results.json``, on every rank. If a signal ended the training early there is no evaluation
+        and no export, and ``stopped_by`` names it.
 
     Raises:
         HiFTError: one line for the user, on every rank alike wherever the ranks could agree on it.
@@ -69,6 +71,10 @@ def finetune(run: RunConfig) -> dict[str, Any]:
     uses_cache, model.config.use_cache = model.config.use_cache, False  # of no use to training, and it takes memory
     trainer = build_trainer(checked, arguments, model, tokenizer, data)
     results = _train(trainer, checkpoints)
+    if trainer.preemption.stopped_by is not None:
+        results["stopped_by"] = trainer.preemption.stopped_by
+        say(f"saved after step {results['steps']}; the same command goes on from there")
+        return results
     results |= _evaluate(trainer, data)
     model.config.use_cache = uses_cache
     on_all_ranks(lambda: _export(checked, trainer, model, tokenizer) if arguments.process_index == 0 else None)
@@ -169,14 +175,21 @@ def _train(trainer: Any, checkpoints: list[Path]) -> dict[str, Any]:
     """From the newest checkpoint whose checksums are right, else from the start."""
     progress = _Began()
     trainer.add_callback(progress)
-    for position, folder in enumerate(checkpoints):
-        try:
-            return _summary(trainer, trainer.train(resume_from_checkpoint=str(folder)))
-        except CheckpointError as error:
-            if progress.began or position + 1 == len(checkpoints):
-                raise
-            logger.warning("%s; trying %s", error, checkpoints[position + 1])
-    return _summary(trainer, trainer.train())
+    try:
+        for position, folder in enumerate(checkpoints):
+            try:
+                return _summary(trainer, trainer.train(resume_from_checkpoint=str(folder)))
+            except CheckpointError as error:
+                if progress.began or position + 1 == len(checkpoints):
+                    raise
+                logger.warning("%s; trying %s", error, checkpoints[position + 1])
+        return _summary(trainer, trainer.train())
+    except RuntimeError as error:
+        engine = getattr(trainer, "engine", None)
+        lost = lost_rank_error(error, engine) if engine is not None else None
+        if lost is None:
+            raise
+        raise lost from error
 
 
 def _summary(trainer: Any, output: Any) -> dict[str, Any]:
@@ -222,12 +235,8 @@ def _export(checked: CheckedRun, trainer: Any, model: Any, tokenizer: Any) -> No
         max_shard_size=run.export.max_shard_size,
         dtype=tensor_dtypes(checked.model.path) if run.export.dtype == "auto" else TORCH_DTYPES[wanted],
     )
-    groups = read_groups(run.output_dir)
-    if groups:
-        distances = weight_distances(checked.model.path, run.export_dir)
-        add_distances(groups, distances, plan_names(model).saved_names)
-        write_groups(run.output_dir, groups)
-        plot_run(run.output_dir)
+    record_movement(run.output_dir, checked.model.path, run.export_dir, model)
+    plot_run(run.output_dir)
 
 
 def _saved_weights(trainer: Any, best: bool) -> Iterator[tuple[str, torch.Tensor]] | None:

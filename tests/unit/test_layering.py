@@ -14,8 +14,11 @@ LAYERS = [
     ["hift_ds.collectives", "hift_ds.schedule", "hift_ds.lr", "hift_ds.config", "hift_ds.store.base", "hift_ds.optim.lion", "hift_ds.optim.muon"],
     ["hift_ds.reference", "hift_ds.precision", "hift_ds.forward_order", "hift_ds.model_structure", "hift_ds.arch", "hift_ds.store."],
     ["hift_ds.grouping", "hift_ds.optim."],
-    ["hift_ds.checkpoint."],
+    ["hift_ds.checkpoint.", "hift_ds.memory.", "hift_ds.train.resume"],
     ["hift_ds.engine."],
+    ["hift_ds.data.", "hift_ds.integrations.", "hift_ds.report."],
+    ["hift_ds.train."],
+    ["hift_ds.demo.", "hift_ds.cli", "hift_ds.__main__"],
 ]
 
 
