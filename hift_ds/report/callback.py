@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _SAME_NAME = (
     "cycle", "position", "group", "group_name", "lr", "grad_norm", "loss_scale", "skipped",
     "state_bytes_in", "state_bytes_out", "grad_numel_sent", "transfer_s", "stalled_s",
+    "checkpoint_s",
 )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ class StepRecord(TypedDict, total=False):
     grad_numel_sent: int  # gradient elements this rank put into a reduction
     transfer_s: float  # state transfers, whether hidden or not
     stalled_s: float  # the part of transfer_s the step waited for
+    checkpoint_s: float  # training waited for checkpoints since the last step: copying, and writing unless asynchronous
     peak_memory_gib: float  # highest allocation on the device so far (host memory without one), this rank
 
 
