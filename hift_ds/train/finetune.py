@@ -27,6 +27,7 @@ from hift_ds.data.packing import packed_samples_are_isolated
 from hift_ds.data.prepare import PreparedData, prepare_data
 from hift_ds.data.tokenizers import load_tokenizer
 from hift_ds.engine.initialize import ensure_process_group
+from hift_ds.engine.partitioned_loading import load_partitioned
 from hift_ds.errors import CheckpointError, ConfigError
 from hift_ds.grouping import partition_model
 from hift_ds.model_structure import build_on_meta, read_config
@@ -140,10 +141,15 @@ def _load_model(checked: CheckedRun, arguments: TrainingArguments) -> Any:
     of its own until the engine casts: fp32 weights that train in 16 bits keep their bits in the masters."""
     run, stored = checked.run, checked.model.dtype
     block = hift_block(run)
+    options = {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
+    if zero_stage(arguments) == 3 and block is not None:
+        return load_partitioned(
+            checked.model.path, arguments.deepspeed, dtype=TORCH_DTYPES[checked.dtype],
+            trust_remote_code=run.model.trust_remote_code, **options,
+        )  # fmt: skip
     keeps_bits = stored == "fp32" and checked.dtype != "fp32" and block is not None and block.master_weights
     dtype = TORCH_DTYPES["fp32" if keeps_bits else checked.dtype]
     is_partitioned = zero_stage(arguments) == 3  # while it loads, by transformers
-    options = {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
     model = load_pretrained(
         checked.model.path,
         dtype=dtype,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from hift_ds.errors import HiFTError
+from hift_ds.errors import ConfigError, HiFTError
 
 Result = TypeVar("Result")
 
@@ -51,7 +53,12 @@ def gather(value: Any) -> list[Any]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of this machine that nobody listens on, below those that the system hands out by itself: seconds pass
+    until the ranks meet there, in which another program must not get it."""
+    choose = random.SystemRandom()
+    for _ in range(100):
+        port = choose.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ConfigError("no free port between 20000 and 32000; choose one with --master-port")

@@ -92,6 +92,11 @@ class TrainConfig(Section):
     resume: str = "auto"
     """auto: go on from the newest good checkpoint in output_dir. never: start anew. Or a checkpoint's
     folder."""
+    on_divergence: Literal["stop", "skip", "rollback"] = "stop"
+    """A loss or gradient that is not finite, or a gradient norm a thousand times its group's usual: end the run, leave
+    the step out, or leave it out and go back to the last checkpoint."""
+    hang_timeout_s: float = Field(7200.0, ge=0)
+    """End the run when nothing has happened for so long, a save included; 0: wait for ever."""
     seed: int = 42
     report_to: list[str] = []
     """Loggers of transformers: tensorboard, wandb, mlflow, ..."""

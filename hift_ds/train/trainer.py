@@ -10,7 +10,9 @@ from hift_ds.errors import ConfigError
 from hift_ds.integrations.transformers import HiFTMixin
 from hift_ds.report.callback import ReportCallback, report_instead_of_printing
 from hift_ds.train.evaluate import TokenMeanEvaluation
+from hift_ds.train.preemption import PreemptionCallback
 from hift_ds.train.preflight import CheckedRun
+from hift_ds.train.watchdog import WatchdogCallback
 
 
 class _DecayMatricesOnly:
@@ -41,7 +43,11 @@ class GroupTrainer(TokenMeanEvaluation, _DecayMatricesOnly, HiFTMixin, Trainer):
 def build_trainer(
     checked: CheckedRun, arguments: TrainingArguments, model: Any, tokenizer: Any, data: Any
 ) -> FullTrainer | GroupTrainer:
-    """Args: data: a :class:`~hift_ds.data.prepare.PreparedData`."""
+    """With an attribute ``preemption`` that knows whether a signal ended the training.
+
+    Args:
+        data: a :class:`~hift_ds.data.prepare.PreparedData`.
+    """
     cls = FullTrainer if checked.run.hift is False else GroupTrainer
     trainer = cls(
         model=model,
@@ -53,6 +59,12 @@ def build_trainer(
     )
     report = ReportCallback(checked.run.output_dir, get_engine=lambda: trainer.model_wrapped)
     report_instead_of_printing(trainer, report)
+    trainer.preemption = PreemptionCallback(lambda: trainer.model_wrapped)
+    trainer.add_callback(trainer.preemption)
+    if cls is GroupTrainer:
+        train = checked.run.train
+        watchdog = WatchdogCallback(lambda: trainer.engine, train.on_divergence, hang_timeout_s=train.hang_timeout_s)
+        trainer.add_callback(watchdog)
     return trainer
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +21,8 @@ from hift_ds.checkpoint.safetensors_io import tensor_dtypes
 from hift_ds.report.metrics import read_metrics
 from hift_ds.train import command, worker
 from hift_ds.train.finetune import finetune
+from hift_ds.train.ranks import free_port
 from hift_ds.train.run_config import load_run_config
-from tests.helpers.distributed import free_port
 from tests.helpers.tiny_tokenizers import byte_level
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,6 +124,37 @@ def test_deepspeed_launch_on_two_processes_and_resume_on_one(inputs, tmp_path):
     steps = read_metrics(out).steps
     assert [record["step"] for record in steps] == list(range(1, 18))
     assert steps[-1]["group"] == 16 % NUM_GROUPS
+
+
+@pytest.mark.distributed
+def test_signals_reach_the_workers_which_save_and_leave_none_behind(inputs, tmp_path):
+    psutil = pytest.importorskip("psutil")
+    out = tmp_path / "run"
+    file = write_run(inputs, out, train__max_steps=100_000, train__eval_steps=None, train__save_steps=None)
+    starter = subprocess.Popen(
+        [sys.executable, "-m", "hift_ds.cli", "train", str(file), "--num-procs", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+    )  # fmt: skip
+    workers: list[Any] = []
+    try:
+        lines = []
+        for line in starter.stdout:
+            lines.append(line)
+            if line.startswith("step "):
+                workers = psutil.Process(starter.pid).children(recursive=True)
+                starter.send_signal(signal.SIGTERM)
+                break
+        lines += starter.stdout.readlines()
+        assert starter.wait(timeout=60) == 0, "".join(lines)
+        assert len(workers) == 3 and not psutil.wait_procs(workers, timeout=10)[1]
+    finally:
+        for process in [*workers, starter]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    saved = next(out.glob("checkpoint-*"))
+    step = int(saved.name.removeprefix("checkpoint-"))
+    assert f"saved after step {step}; the same command goes on from there" in "".join(lines)
+    assert (saved / f"global_step{step}" / "manifest.json").exists() and not (out / "model").exists()
 
 
 # -- one process --------------------------------------------------------------------------------------------------
