@@ -36,6 +36,7 @@ COMMANDS = {
     "groups": Command(
         "hift_ds.report.groups_table", "print the layer groups of a model, from its config alone"
     ),
+    "export": Command("hift_ds.train.export_command", "write a training checkpoint as a Hugging Face folder"),
     "plot": Command("hift_ds.report.plot_command", "draw loss.png and groups.png of a run, finished or not"),
     "preview": Command(
         "hift_ds.train.preview", "print the first training samples of a run file, learned tokens marked"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -80,6 +81,7 @@ def _evaluate_before(model: Path, data: Path, short: bool):
 
 def _train(folder: Path, run_dir: Path, model: Path, data: Path, short: bool) -> int:
     _title("Fine-tuning")
+    shutil.rmtree(run_dir, ignore_errors=True)  # of an earlier demo
     overrides = [f"model.path={model}", f"data.train={data / 'train.jsonl'}", f"train.output_dir={run_dir}", "train.resume=never"]
     overrides += [f"data.eval.path={data / 'heldout.jsonl'}", f"deepspeed={HERE.parent.parent / 'ds_configs' / 'fp32_host.json'}"]
     overrides += SHORT if short else ()

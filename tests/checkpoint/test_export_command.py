@@ -1,0 +1,78 @@
+"""``hift-ds export`` from an engine's own checkpoint (no config in it) and from a folder that says more."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import model_zoo.tiny as tiny
+from hift_ds.cli import main
+from tests.helpers.engines import ds_config, make_engine
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(folder of the input, engine checkpoint, bf16 weights, fp32 masters) of a tied LLaMA after three steps."""
+    folder = tmp_path_factory.mktemp("export")
+    model = tiny.build("llama", tie_word_embeddings=True)
+    model.save_pretrained(folder / "input")
+    batch = tiny.batch(model, rows=2)
+    engine = make_engine(model, ds_config(rows=2, lr=1e-3, bf16={"enabled": True}))
+    for _ in range(3):
+        engine.backward(engine(**batch).loss)
+        engine.step()
+    engine.save_checkpoint(str(folder / "saved"))
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    masters = {}
+    for unit in engine.optimizer.units.values():
+        for chunk in unit.chunks:
+            tensors = engine.optimizer.store.read(chunk.id)
+            for piece, record in zip(chunk.pieces, engine.optimizer.records[chunk.id], strict=True):
+                masters[unit.members[piece.member].name] = record.master.view(tensors).clone()
+    engine.destroy()
+    return folder / "input", folder / "saved", weights, masters
+
+
+@pytest.mark.parametrize("inner", ["", "global_step3"])
+def test_weights_as_trained_reload_with_transformers(trained, tmp_path, inner):
+    source, saved, weights, _ = trained
+    shutil.copy(source / "config.json", saved / "config.json")
+    assert main(["export", str(saved / inner), str(tmp_path / "out"), "--max-shard-size", "4KB"]) == 0
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    (saved / "config.json").unlink()
+
+
+def test_auto_takes_the_inputs_dtype_and_fp32_the_masters(trained, tmp_path):
+    source, saved, _, masters = trained
+    arguments = ["export", str(saved), str(tmp_path / "out"), "--model", str(source)]
+    assert main(arguments) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.float32
+    assert main([*arguments, "--dtype", "fp32"]) == 0
+    exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").named_parameters())
+    assert all(torch.equal(exported[name].detach().flatten(), masters[name].flatten()) for name in masters)
+    assert main([*arguments, "--dtype", "bf16"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+
+def test_what_cannot_be_exported_is_one_line(trained, tmp_path, capsys):
+    source, saved, *_ = trained
+    out = str(tmp_path / "out")
+    for arguments, expected in (
+        ([str(tmp_path / "nowhere"), out], "no such folder"),
+        ([str(tmp_path), out], "no whole checkpoint"),
+        ([str(saved), out], "--model DIR"),
+    ):
+        assert main(["export", *arguments]) == 2
+        message = capsys.readouterr().err
+        assert expected in message and message.count("\n") == 1
+    damaged = tmp_path / "damaged"
+    shutil.copytree(saved, damaged)
+    weights = damaged / "global_step3" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert main(["export", str(damaged), out, "--model", str(source)]) == 2
+    assert "model.safetensors" in capsys.readouterr().err
