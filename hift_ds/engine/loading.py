@@ -78,6 +78,7 @@ class Loading:
             check_same_optimizer(saved, class_name(self.optimizer.optimizer))
         updated = {name for name, entry in saved.parameters.items() if entry["updates"]}
         on_all_ranks(lambda: check_reachable(self.optimizer, saved.states, updated, folder))
+        client_state = saved.client_state()
         self.optimizer.drop_gradients()
         self._load_weights(saved, custom_load_fn)
         restore_states(self.optimizer, saved.states, load_states=with_states)
@@ -86,7 +87,7 @@ class Loading:
         self.optimizer.activate()
         self.optimizer.store.prefetch(self.optimizer.units[self.schedule.active].chunks[0].id)
         self.last_checkpoint = folder
-        return str(folder), saved.client_state()
+        return str(folder), client_state
 
     def _choose_checkpoint(self, load_dir: Path, tag: str | None) -> Path | None:
         """The checkpoint to load, verified. All ranks choose the same."""

@@ -279,7 +279,7 @@ def test_the_folder_can_be_read_without_this_package(tmp_path):
     states = load_file(folder / "states-rank-00000.safetensors")
     name = "layers.0.up.weight"
     parts = {n: t for n, t in states.items() if n.startswith(f"{name}/master[")}
-    assert sorted(parts) == [f"{name}/master[0:50]", f"{name}/master[50:91]"] or len(parts) >= 2
+    assert len(parts) >= 2  # 91 elements in slices of at most 50
     whole = torch.cat([parts[n] for n in sorted(parts, key=lambda n: int(n.split("[")[1].split(":")[0]))])
     assert torch.equal(whole.view(common["tensors"][name]["shape"]).bfloat16(), weights[name])
     engine.destroy()
