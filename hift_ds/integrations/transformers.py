@@ -12,6 +12,7 @@ copied. The mixin only has the engine built, keeps input gradients off and corre
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,8 @@ from hift_ds.engine.engine import HiFTEngine
 from hift_ds.engine.initialize import ensure_process_group, hift_engines, join_as_single_process
 from hift_ds.errors import ConfigError
 from hift_ds.integrations.checkpoint_rotation import WholeCheckpointsStay
+
+logger = logging.getLogger(__name__)
 
 
 class HiFTMixin(WholeCheckpointsStay):
@@ -149,8 +152,22 @@ def _check_arguments(args: TrainingArguments | None) -> None:
             f'the DeepSpeed config has no "{BLOCK}" block: add "{BLOCK}": {{}} for the defaults, or use the plain Trainer'
         )
     check_against_deepspeed(parse_block(config[BLOCK]), config)
+    _check_agreement(args, config)
     _check_processes(args)
     _require_non_reentrant_checkpointing(args)
+
+
+def _check_agreement(args: TrainingArguments, config: Any) -> None:
+    """What transformers says only when training begins, or never."""
+    differences = getattr(getattr(args, "hf_deepspeed_config", None), "mismatches", [])
+    if differences:
+        listed = "; ".join(difference.removeprefix("- ") for difference in differences)
+        raise ConfigError(f'DeepSpeed config and TrainingArguments disagree: {listed}; change one, or write "auto" in the config')
+    if args.max_grad_norm and "gradient_clipping" not in config and args.process_index == 0:
+        logger.warning(
+            'max_grad_norm=%s has no effect: DeepSpeed clips, and its config has no "gradient_clipping"; add it as "auto"',
+            args.max_grad_norm,
+        )
 
 
 def _check_processes(args: TrainingArguments) -> None:

@@ -128,6 +128,8 @@ def test_reentrant_checkpointing_is_refused(tmp_path):
         ({key: value for key, value in AUTO.items() if key != "hift"}, '"hift": {}'),
         ({**AUTO, "hift": {"groupsize": 2}}, "group_size"),
         ({**AUTO, "torch_autocast": {"enabled": True}, "bf16": {"enabled": True}}, "torch_autocast"),
+        ({**AUTO, "bf16": {"enabled": True}}, "bf16.enabled=True vs hf bf16"),
+        ({**AUTO, "train_micro_batch_size_per_gpu": 3}, "per_device_train_batch_size=8"),
     ],
 )
 def test_bad_configs_are_refused_before_the_trainer_touches_the_model(tmp_path, monkeypatch, ds, message):
@@ -135,6 +137,15 @@ def test_bad_configs_are_refused_before_the_trainer_touches_the_model(tmp_path, 
     args = TrainingArguments(str(tmp_path), deepspeed=ds or None, use_cpu=True, bf16="torch_autocast" in ds, report_to=[])
     with pytest.raises(ConfigError, match=message):
         HiFTTrainer(model=None, args=args)
+
+
+def test_clipping_that_would_not_happen_is_said(tmp_path, caplog):
+    ds = {key: value for key, value in AUTO.items() if key != "gradient_clipping"}
+    make_trainer(tmp_path, ds=ds, max_grad_norm=0.0)
+    make_trainer(tmp_path)
+    assert "max_grad_norm" not in caplog.text
+    make_trainer(tmp_path, ds=ds)
+    assert "max_grad_norm=1.0 has no effect" in caplog.text
 
 
 def test_ranks_that_transformers_does_not_count_are_an_error(tmp_path, monkeypatch):
