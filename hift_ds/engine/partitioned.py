@@ -80,6 +80,10 @@ class PartitionedParameters(ReplicatedParameters):
     def abandon_update(self, unit: Unit) -> None:
         self._owned.clear()
 
+    @property
+    def weights_are_always_here(self) -> bool:
+        return not self.whole_tensors  # which are gathered for the update
+
     def weight(self, unit: Unit, piece: Piece) -> Tensor:
         """The piece of the weight: a view, in the weight's dtype, of ``piece.shape``; where the shard is (the host,
         with ``offload_param``), or on the accelerator for a whole tensor."""

@@ -319,7 +319,8 @@ class GroupOptimizer:
             for piece, record in zip(chunk.pieces, self.records[chunk.id], strict=True)
             if record.master is not None
         ]
-        if any(unit.members[piece.member].param.dtype != torch.bfloat16 for piece in mastered):
+        in_bf16 = all(unit.members[piece.member].param.dtype == torch.bfloat16 for piece in mastered)
+        if not (in_bf16 and self.parameters.weights_are_always_here):
             return None
         return lambda: [self.parameters.weight(unit, piece).reshape(-1) for piece in mastered]
 

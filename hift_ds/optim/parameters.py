@@ -157,6 +157,11 @@ class ReplicatedParameters:
     def abandon_update(self, unit: Unit) -> None:  # noqa: B027
         """After ``begin_update``: the weights were only read."""
 
+    @property
+    def weights_are_always_here(self) -> bool:
+        """``weight`` may be asked for outside of an update too."""
+        return True
+
     def weight(self, unit: Unit, piece: Piece) -> Tensor:
         """The piece of the weight: a view, in the weight's dtype, of ``piece.shape``."""
         weight = unit.members[piece.member].param.detach()

@@ -79,8 +79,8 @@ class EncodedStateStore(StateStore):
         kept = [entry.codec for layout in self._layouts.values() for entry in layout.entries.values()]
         if SPLIT_MASTER in self.codecs and kept and not any(isinstance(codec, SplitMaster) for codec in kept):
             raise ConfigError(
-                '"hift.state.codec": split_master needs bf16 weights with fp32 masters, and there are none; set '
-                '"bf16": {"enabled": true} or remove it'
+                '"hift.state.codec": split_master needs bf16 weights with fp32 masters (and with ZeRO stage 3 an optimizer '
+                'that does not look at shapes); there are none here: set "bf16": {"enabled": true}, or remove it'
             )
         if {BF16_MOMENTS, INT8_MOMENTS} & set(self.codecs) and kept and all(isinstance(c, Exact | SplitMaster) for c in kept):
             logger.warning("hift.state.codec: none of the states known so far is a moment that %s makes smaller", list(self.codecs))

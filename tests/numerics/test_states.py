@@ -181,3 +181,11 @@ def test_a_resumed_run_rounds_alike(codec, tmp_path):
 def test_a_resumed_run_rounds_alike_in_slices_and_turns_saved_beside_training(tmp_path):
     more = {"steps_per_group": 2, "checkpoint": {"asynchronous": True}}
     resumed("split_master+bf16_moments", "disk", tmp_path, order="random", reshuffle=True, **more)
+
+
+def test_split_master_with_partitioned_weights(tmp_path):
+    """Their shards are at hand between updates, but not the whole weights of an optimizer that looks at shapes."""
+    state = {"codec": "split_master", "residency": "host"}
+    interrupted_and_whole(Case(ds_config(stage=3, hift={"state": state}, **BF16), at=(7,)), tmp_path)
+    with pytest.raises(ConfigError, match="stage 3"):
+        make_engine(Toy(), ds_config(stage=3, optimizer="Muon", hift={"state": state}, **BF16))
