@@ -17,11 +17,15 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from hift_ds.config import BLOCK, check_against_deepspeed, parse_block
+from hift_ds.engine.deepspeed_zero3_shards import is_partitioned
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.engine.initialize import ensure_process_group, hift_engines, join_as_single_process
+from hift_ds.engine.partitioned_export import export_partitioned
 from hift_ds.errors import ConfigError
 from hift_ds.integrations.checkpoint_rotation import WholeCheckpointsStay
 
@@ -65,18 +69,36 @@ class HiFTMixin(WholeCheckpointsStay):
         """As the Trainer's, and possible before :meth:`train` too: the model is then evaluated as it was given."""
         if getattr(self, "deepspeed", None) is not None:
             return super().evaluation_loop(*args, **kwargs)
+        if any(is_partitioned(param) for param in self.model.parameters()):
+            raise ConfigError(
+                "evaluate() before train(): the weights are partitioned (ZeRO-3) and nothing gathers them yet; use "
+                "TrainingArguments(eval_on_start=True)"
+            )
         ensure_process_group()
         with self._deepspeed_set_aside():  # the Trainer would build a ZeRO-3 inference engine or refuse
             return super().evaluation_loop(*args, **kwargs)
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's: safetensors that ``from_pretrained`` loads. Rank 0 writes its replica of the weights; with
         DeepSpeed the Trainer would first copy the whole model to the host, on every rank."""
-        if self.engine is None or self.engine.zero_optimization_stage() < 3:
-            with self._deepspeed_set_aside():
-                super().save_model(*args, **kwargs)
-        else:
-            super().save_model(*args, **kwargs)
+        if self.engine is not None and self.engine.zero_optimization_stage() == 3:
+            self._save_partitioned(output_dir or self.args.output_dir, is_checkpoint=_internal_call)
+            return
+        with self._deepspeed_set_aside():
+            super().save_model(output_dir, _internal_call)
+
+    def _save_partitioned(self, output_dir: str, is_checkpoint: bool) -> None:
+        """All ranks gather, one weight at a time; rank 0 writes. The Trainer's checkpoints hold the weights in the engine's
+        own files already, so that they are gathered for those only if DeepSpeed's key says so."""
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if not is_checkpoint or self.engine.zero_gather_16bit_weights_on_model_save():
+            export_partitioned(self.model, output_dir, tokenizer=tokenizer)
+        elif self.args.should_save:
+            self.model.config.save_pretrained(output_dir)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(output_dir)
+        if self.args.should_save:
+            torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, with the learning rate that the step used instead of the scheduler's next value."""
