@@ -53,7 +53,7 @@ class BlockModel:
         """A block with ``above`` blocks above it."""
         small, large = _by_blocks_above(self.small), _by_blocks_above(self.large)
         flat = _interpolate({n: _flat(step) for n, step in large.items()}, above)
-        shared = max(n for n in small.keys() & large.keys() if n < self.small.num_blocks - 1)
+        shared = max(small.keys() & large.keys())
         per_block = _scale(
             _minus(_flat(large[shared]), _flat(small[shared])), 1 / (self.large.num_blocks - self.small.num_blocks)
         )
@@ -69,9 +69,10 @@ def _at(result: Result, index: int) -> GroupStep:
 
 
 def _by_blocks_above(result: Result) -> dict[int, GroupStep]:
-    """The steps of groups of one block, by the number of blocks above them."""
+    """The steps of groups of one block, by the number of blocks above them. Not the lowest two: the forward below a
+    group holds a tensor less where there are fewer than two blocks (one input is the embedding's output)."""
     above = {result.num_blocks - step.index: step for step in result.steps}
-    return {n: step for n, step in above.items() if 0 <= n < result.num_blocks}
+    return {n: step for n, step in above.items() if 0 <= n < result.num_blocks - 2}
 
 
 def scale_batch(at_one: GroupStep, at_two: GroupStep, one: int, two: int, wanted: float) -> GroupStep:
@@ -152,8 +153,8 @@ def nodes(num_blocks: int, blocks_kept: int, settled: int) -> Sequence[int]:
 
     Args:
         blocks_kept: of the checkpointing; there a line bends.
-        settled: blocks above a group from which on offloading holds as much as it ever does.
+        settled: blocks above a group from which on all lines are straight.
     """
-    wanted = {0, 1, 2, blocks_kept, blocks_kept + 1, blocks_kept + 2, settled, settled + 1, num_blocks - 1}
+    wanted = {0, 1, blocks_kept, blocks_kept + 1, settled, settled + 1, num_blocks - 1}
     above = {n for n in wanted if 0 <= n < num_blocks}
     return [0, *sorted(num_blocks - n for n in above), num_blocks + 1]

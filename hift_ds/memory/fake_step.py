@@ -39,8 +39,12 @@ def run(setting: Setting) -> Result:
             result = Result(
                 len(arch.blocks), len(engine.groups), weight_bytes, sum(param.numel() for param in model.parameters())
             )
-            for index in _indices(setting, len(engine.groups)):
-                result.steps.append(_train(engine, setting, index, device, host, flops))
+            order = _indices(setting, len(engine.groups))
+            since = len(device.marks)
+            _warm_up(engine, setting, order[0], device)
+            for index in order:
+                result.steps.append(_train(engine, setting, index, device, host, flops, since))
+                since = len(device.marks)
             engine.destroy()
     return result
 
@@ -220,18 +224,31 @@ def _indices(setting: Setting, num_groups: int) -> list[int]:
 
 
 def _train(
-    engine: Any, setting: Setting, index: int, device: MemoryTracker, host: MemoryTracker, flops: FlopCounter
+    engine: Any,
+    setting: Setting,
+    index: int,
+    device: MemoryTracker,
+    host: MemoryTracker,
+    flops: FlopCounter,
+    since: int,
 ) -> GroupStep:
-    """A step of one group, and a second update: the first makes its states, later ones find them."""
-    first_mark, host_start, host_bytes = len(device.marks), len(host.events), host.live_bytes
+    """A step of one group, and a second update: the first makes its states, later ones find them. Peaks are those
+    after mark ``since``."""
+    host_start, host_bytes = len(host.events), host.live_bytes
     activate(engine, index)
     with flops:
         _step(engine, setting, device, flops)
     activate(engine, index)
     _update_again(engine, setting, device)
     offloaded = Timeline(host).peak(host_start, len(host.events)).num_bytes - host_bytes
-    group, places = engine.groups[index], _places(engine, index, device, first_mark)
+    group, places = engine.groups[index], _places(engine, index, device, since)
     return GroupStep(index, group.name, group.numel, places, flops.take(), state_bytes(engine, index), offloaded)
+
+
+def _warm_up(engine: Any, setting: Setting, index: int, tracker: MemoryTracker) -> None:
+    """An update before the first step: what prefetching keeps on the device exists from then on."""
+    activate(engine, index)
+    _update_again(engine, setting, tracker)
 
 
 def activate(engine: Any, index: int) -> None:

@@ -15,7 +15,7 @@ from hift_ds.memory.simulation import GroupStep, Result, Setting, simulate
 
 GIB = 2**30
 ALL_GROUPS_UP_TO = 8  # groups of a model that is not extrapolated; of more, some are stepped
-STASHED = 6  # blocks above a group from which on offloading holds as much on the device as it ever does
+STASHED = 3  # blocks above a group from which on offloading holds as much on the device as it ever does
 
 
 @dataclass(frozen=True)
@@ -138,19 +138,22 @@ class Request:
     def _activations(self) -> dict[str, Any]:
         return self.setting.engine_config["hift"].get("activations") or {}
 
+    def _settled(self) -> int:
+        """Blocks above a group from which on every line is straight."""
+        kept = self._activations().get("blocks_kept", 0)
+        return max(kept + 2, STASHED if self._activations().get("offload") else 0)
+
     def _sizes(self) -> tuple[int, int] | None:
-        """Numbers of blocks in which every line has straightened; ``None``: too many to be worth it."""
-        settled = STASHED if self._activations().get("offload") else 0
-        small = max(4, self._activations().get("blocks_kept", 0) + 4, settled + 3)
-        if not self.structure.is_regular or small + 2 >= self.structure.num_blocks:
+        """Numbers of blocks to build; ``None``: so many that extrapolating is not worth it."""
+        small = self._settled() + (2 if self.ends_only else 3)
+        if not self.structure.is_regular or small + 1 >= self.structure.num_blocks:
             return None
-        return small, small + 2
+        return small, small + 1
 
     def _groups(self, size: int) -> tuple[int, ...]:
         if self.ends_only:
             return (0, 1, size + 1)
-        settled = STASHED if self._activations().get("offload") else 0
-        return tuple(nodes(size, self._activations().get("blocks_kept", 0), settled))
+        return tuple(nodes(size, self._activations().get("blocks_kept", 0), self._settled()))
 
     def _whole_groups(self) -> tuple[int, ...]:
         count = self.structure.num_groups

@@ -21,6 +21,8 @@ from hift_ds.errors import ConfigError
 from hift_ds.memory import chunked_loss
 from hift_ds.memory.block_checkpointing import BlockCheckpointing, take_over_from_transformers
 
+IN_FLIGHT = 2  # tensors of checkpointed blocks that are on the device while they are moved; each is a block's input
+
 
 class ActivationSavings:
     """Installed on ``model`` until ``close``.
@@ -42,7 +44,7 @@ class ActivationSavings:
         self._lowest = lowest_blocks(model, find_arch(model), groups)
         self._checkpointing = self._build_checkpointing(config)
         self._head = chunked_loss.defer_logits(model, self._defers) if config.chunked_loss else None
-        self._offload = build_offload(model) if config.offload else None
+        self._offload = build_offload(model, self._checkpointing is not None) if config.offload else None
         self._cache_hook = model.register_forward_pre_hook(_without_cache, with_kwargs=True)
 
     def _build_checkpointing(self, config: ActivationsConfig) -> BlockCheckpointing | None:
@@ -96,8 +98,11 @@ def lowest_blocks(model: nn.Module, arch: ArchSpec, groups: dict[int, Sequence[s
     }
 
 
-def build_offload(model: nn.Module) -> Any:
+def build_offload(model: nn.Module, recomputes: bool) -> Any:
     """TRL's offloading of saved tensors, with its side stream and without the weights; ``None`` on the CPU.
+
+    Args:
+        recomputes: blocks are checkpointed, so that each saves one tensor and there is a block's time to move it.
 
     Raises:
         ConfigError: TRL is not installed.
@@ -112,7 +117,8 @@ def build_offload(model: nn.Module) -> Any:
             '"hift.activations.offload": true uses TRL\'s activation offloading, which is not installed; '
             "pip install trl, or set it to false"
         ) from None
-    return get_act_offloading_ctx_manager(model, warn_if_no_head=False)
+    in_flight = {"max_fwd_stash_size": IN_FLIGHT} if recomputes else {}
+    return get_act_offloading_ctx_manager(model, warn_if_no_head=False, **in_flight)
 
 
 def _without_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
