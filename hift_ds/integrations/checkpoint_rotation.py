@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hift_ds.checkpoint.durable_files import is_temporary, remove_folder
+from hift_ds.checkpoint.sealed_folder import seal_folder
 from hift_ds.train.resume import why_unusable
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -49,14 +50,18 @@ def rotate_checkpoints(output_dir: str | Path, limit: int | None, best: str | Pa
 
 
 class WholeCheckpointsStay:
-    """Mixin before a Trainer class: its rotation is ours."""
+    """Mixin before a Trainer class: checkpoints are sealed when complete, and rotated by what is whole."""
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(*args, **kwargs)
+            super()._save_checkpoint(model, trial, *args, **kwargs)
         finally:
             self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # each rank has written its random state
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.is_dir():
+            seal_folder(folder)
         self._rotate()
 
     def finish_checkpoints(self) -> None:

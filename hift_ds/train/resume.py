@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from hift_ds.checkpoint.manifest import latest_tag, read_manifest, tags_by_age
+from hift_ds.checkpoint.sealed_folder import broken_seal
 from hift_ds.errors import CheckpointError, ConfigError
 
 STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
@@ -14,13 +15,15 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def find_checkpoints(output_dir: Path, resume: str) -> tuple[list[Path], list[str]]:
-    """The checkpoints to try, best first, and what is wrong with the others. Checksums are left to the loading.
+    """The checkpoints to try, best first, and what is wrong with the others. Checksums are left to the
+    loading.
 
     Args:
         resume: ``auto``, ``never`` or the folder of one checkpoint.
 
     Raises:
-        ConfigError: ``never`` although the run folder has checkpoints, which the next ``auto`` would take for this run's.
+        ConfigError: ``never`` although the run folder has checkpoints, which the next ``auto`` would take for
+            this run's.
         CheckpointError: the folder asked for holds no whole checkpoint.
     """
     if resume not in ("auto", "never"):
@@ -32,16 +35,17 @@ def find_checkpoints(output_dir: Path, resume: str) -> tuple[list[Path], list[st
     if resume == "never":
         if found:
             raise ConfigError(
-                f"train.resume: never, but {str(output_dir)!r} holds {found[0][1].name} of an earlier run; choose another "
-                "train.output_dir or remove it"
+                f"train.resume: never, but {str(output_dir)!r} holds {found[0][1].name} of an earlier run; "
+                "choose another train.output_dir or remove it"
             )
         return [], []
     reasons = {folder: why_unusable(folder) for _, folder in found}
-    return [f for f, reason in reasons.items() if reason is None], [reason for reason in reasons.values() if reason]
+    usable = [folder for folder, reason in reasons.items() if reason is None]
+    return usable, [reason for reason in reasons.values() if reason is not None]
 
 
 def why_unusable(folder: Path) -> str | None:
-    """Why a run cannot go on from ``folder``, judged by names and sizes; None if it can."""
+    """Why a run cannot go on from ``folder``, judged by names, sizes, and the checksums of small files; None if it can."""
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         int(state["global_step"])
@@ -49,20 +53,22 @@ def why_unusable(folder: Path) -> str | None:
         return f"{folder} was never completed: it has no {STATE_FILE}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{folder / STATE_FILE} is damaged ({type(error).__name__})"
+    if reason := broken_seal(folder):
+        return reason
     tag = latest_tag(folder)
     if tag is None:
         return f"{folder} holds no DeepSpeed checkpoint: it has no 'latest' file"
     if any((folder / tag).glob("mp_rank_*_model_states.pt")):
         return None  # of a run with `hift: false`: DeepSpeed's own, which has no list of its files
-    return None if any(_has_its_files(folder / name) for name in dict.fromkeys([tag, *tags_by_age(folder)])) else (
-        f"{folder / tag} is not whole"
-    )
+    if any(_has_its_files(folder / name) for name in dict.fromkeys([tag, *tags_by_age(folder)])):
+        return None
+    return f"{folder / tag} is not whole"
 
 
 def _has_its_files(folder: Path) -> bool:
     try:
         manifest = read_manifest(folder)
-        return all((folder / name).stat().st_size == record.num_bytes for name, record in manifest.files.items())
+        return all((folder / n).stat().st_size == file.num_bytes for n, file in manifest.files.items())
     except (CheckpointError, OSError):
         return False
 
@@ -70,4 +76,5 @@ def _has_its_files(folder: Path) -> bool:
 def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
     if not output_dir.is_dir():
         return []
-    return [(int(m[1]), path) for path in output_dir.iterdir() if path.is_dir() and (m := _NAME.fullmatch(path.name))]
+    folders = [path for path in output_dir.iterdir() if path.is_dir()]
+    return [(int(match[1]), path) for path in folders if (match := _NAME.fullmatch(path.name))]

@@ -127,6 +127,25 @@ def test_rotation_keeps_the_best_and_forgets_what_a_kill_left(tmp_path):
     assert checkpoints(tmp_path) == [6, 8]
 
 
+def test_every_small_file_of_a_checkpoint_is_sealed(tmp_path):
+    """A flipped bit in any of them makes the run go on from the checkpoint before."""
+    make_trainer(tmp_path, save_steps=2, max_steps=4, gradient_accumulation_steps=1).train()
+    newest = tmp_path / "checkpoint-4"
+    assert find_checkpoints(tmp_path, "auto") == ([newest, tmp_path / "checkpoint-2"], [])
+    files = [p for p in newest.iterdir() if p.is_file() and p.suffix != ".safetensors" and p.name != "latest"]
+    assert {"trainer_state.json", "scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_files.json"} <= {p.name for p in files}
+    for path in files:
+        good = path.read_bytes()
+        path.write_bytes(good[:50] + bytes([good[50] ^ 4]) + good[51:])
+        whole, reasons = find_checkpoints(tmp_path, "auto")
+        assert whole == [tmp_path / "checkpoint-2"], path
+        assert len(reasons) == 1 and str(newest) in reasons[0]
+        path.unlink()
+        if path.name != "trainer_files.json":
+            assert find_checkpoints(tmp_path, "auto")[0] == [tmp_path / "checkpoint-2"], path
+        path.write_bytes(good)
+
+
 # -- signals ------------------------------------------------------------------------------------------------------
 
 
