@@ -1,12 +1,14 @@
 """Full-parameter steps of a 7B model on a machine with 24 GiB of memory and no GPU.
 
     python benchmarks/seven_b_on_a_small_box.py --path /scratch                   LLaMA-2-7B's shape
-    python benchmarks/seven_b_on_a_small_box.py --path /scratch --model 135m      minutes, to see that it works
+    python benchmarks/seven_b_on_a_small_box.py --path /scratch --model 135m      minutes, to see that it
+    works
 
-The model has LLaMA's shape and random weights. They are written as safetensors, tensor by tensor, and mapped from there,
-so that only what an update has changed is in anonymous memory. Masters and moments of all layer groups are on disk. The
-steps visit groups at the bottom, in the middle and at the top, each twice: the first visit makes its states, the second
-reads them back. Then one checkpoint: all weights, and the states of the visited groups.
+The model has LLaMA's shape and random weights. They are written as safetensors, tensor by tensor, and mapped
+from there, so that only what an update has changed is in anonymous memory. Masters and moments of all layer
+groups are on disk. The steps visit groups at the bottom, in the middle and at the top, each twice: the first
+visit makes its states, the second reads them back. Then one checkpoint: all weights, and the states of the
+visited groups.
 
 Looks first whether memory and disk suffice, and says what is missing. Writes
 benchmarks/results/seven_b_on_a_small_box.md (``--out``) and removes what it put under ``--path``.
@@ -36,8 +38,12 @@ GB, GIB = 1e9, 2**30
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", type=Path, required=True, help="folder on a local disk, for weights, states, checkpoint")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--path", type=Path, required=True, help="folder on a local disk, for weights, states, checkpoint"
+    )
     parser.add_argument("--model", choices=MODELS, default="7b")
     parser.add_argument("--tokens", type=int, default=128, help="of one step, one sequence")
     parser.add_argument("--codec", choices=BYTES_A_PARAMETER, default="split_master+int8_moments")
@@ -54,7 +60,10 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(missing), file=sys.stderr)
         return 1
     args.path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="hift-small-box-", dir=args.path) as scratch, MemoryWatch() as memory:
+    with (
+        tempfile.TemporaryDirectory(prefix="hift-small-box-", dir=args.path) as scratch,
+        MemoryWatch() as memory,
+    ):
         started = time.perf_counter()
         write_random_weights(Path(scratch) / "model", config, shapes)
         print(f"weights written: {time.perf_counter() - started:.0f} s", flush=True)
@@ -65,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-# -- before ---------------------------------------------------------------------------------------------------
+# -- before ------------------------------------------------------------------------------------------------
 
 
 def model_config(name: str) -> Any:
@@ -90,19 +99,20 @@ def what_is_missing(args: argparse.Namespace, shapes: dict[str, tuple[int, ...]]
 
     numel = sum(numel_of(shape) for shape in shapes.values())
     largest = max(group_numels(shapes))
-    # Anonymous memory: slots in compact form, the decoded states of one group, its fp32 gradient in parts and in bf16, the
-    # changed weights of the visited groups, and 2 GiB for Python, torch and activations.
+    # Anonymous memory: slots in compact form, the decoded states of one group, its fp32 gradient in parts and
+    # in bf16, the changed weights of the visited groups, and 2 GiB for Python, torch and activations.
     memory = largest * (args.slots * BYTES_A_PARAMETER[args.codec] + 12 + 2) + 4 * largest * 2 + 2 * GIB
     disk = numel * (2 + BYTES_A_PARAMETER[args.codec] + 2) + 4 * largest * 12
     missing = []
     if (found := host_bytes().available) < memory:
         missing.append(
-            f"memory: {memory / GIB:.1f} GiB needed, {found / GIB:.1f} GiB available; end other programs, or take a smaller --model"
+            f"memory: {memory / GIB:.1f} GiB needed, {found / GIB:.1f} GiB available; end other programs, or "
+            "take a smaller --model"
         )
     if (found := disk_bytes_free(args.path)) < disk:
         missing.append(
-            f"disk: {disk / GB:.1f} GB needed at {args.path} (weights, states, one checkpoint), {found / GB:.1f} GB free; "
-            "give another --path or a more compact --codec"
+            f"disk: {disk / GB:.1f} GB needed at {args.path} (weights, states, one checkpoint), "
+            f"{found / GB:.1f} GB free; give another --path or a more compact --codec"
         )
     return missing
 
@@ -139,7 +149,9 @@ def write_random_weights(folder: Path, config: Any, shapes: dict[str, tuple[int,
     generator, weight_map = torch.Generator().manual_seed(0), {}
     for number, names in enumerate(files.values(), start=1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        save_file({name: random_weight(shapes[name], generator) for name in names}, folder / file, {"format": "pt"})
+        save_file(
+            {name: random_weight(shapes[name], generator) for name in names}, folder / file, {"format": "pt"}
+        )
         weight_map |= dict.fromkeys(names, file)
     size = 2 * sum(numel_of(shape) for shape in shapes.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
@@ -155,7 +167,7 @@ def random_weight(shape: tuple[int, ...], generator: Any) -> Any:
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
 
 
-# -- training -------------------------------------------------------------------------------------------------
+# -- training ----------------------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace, scratch: Path, memory: MemoryWatch) -> dict[str, Any]:
@@ -175,7 +187,9 @@ def train(args: argparse.Namespace, scratch: Path, memory: MemoryWatch) -> dict[
     }
     engine = hift_ds.initialize(model=model, config=config)[0]
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, model.config.vocab_size, (1, args.tokens), generator=generator).to(engine.device)
+    tokens = torch.randint(0, model.config.vocab_size, (1, args.tokens), generator=generator).to(
+        engine.device
+    )
     steps = []
     for index in visits(len(engine.groups)):
         go_to(engine, index)
@@ -184,8 +198,9 @@ def train(args: argparse.Namespace, scratch: Path, memory: MemoryWatch) -> dict[
         engine.backward(loss)
         engine.step()
         seconds, done = time.perf_counter() - started, engine.last_report
-        steps.append({"group": done.group_name, "loss": float(loss.detach()), "seconds": seconds, "stalled": done.stalled_s,
-                      "moved": done.state_bytes_in + done.state_bytes_out, "grad_norm": done.grad_norm})  # fmt: skip
+        moved = done.state_bytes_in + done.state_bytes_out
+        step = {"group": done.group_name, "loss": float(loss.detach()), "grad_norm": done.grad_norm}
+        steps.append({**step, "seconds": seconds, "stalled": done.stalled_s, "moved": moved})
         print(f"{done.group_name}: loss {steps[-1]['loss']:.4f}, {seconds:.1f} s, "
               f"{memory.anonymous_now() / GIB:.1f} GiB anonymous", flush=True)  # fmt: skip
     memory.mark("steps")
@@ -197,7 +212,9 @@ def train(args: argparse.Namespace, scratch: Path, memory: MemoryWatch) -> dict[
         "state_bytes": engine.optimizer.store.total_bytes(),
         "steps": steps,
         "save_s": time.perf_counter() - started,
-        "checkpoint_bytes": sum(file.stat().st_size for file in (scratch / "checkpoint").rglob("*") if file.is_file()),
+        "checkpoint_bytes": sum(
+            file.stat().st_size for file in (scratch / "checkpoint").rglob("*") if file.is_file()
+        ),
     }
     memory.mark("checkpoint")
     engine.destroy()
@@ -221,8 +238,8 @@ def go_to(engine: Any, index: int) -> None:
 
 
 class MemoryWatch:
-    """This process's peaks of resident memory, sampled: anonymous, and with the mapped weights that the kernel may
-    drop at any time."""
+    """This process's peaks of resident memory, sampled: anonymous, and with the mapped weights that the
+    kernel may drop at any time."""
 
     def __init__(self) -> None:
         self.peak = {"RssAnon": 0, "VmRSS": 0}
@@ -260,7 +277,7 @@ class MemoryWatch:
         return {key: int(fields[key].split()[0]) * 1024 for key in self.peak}
 
 
-# -- the page -------------------------------------------------------------------------------------------------
+# -- the page ----------------------------------------------------------------------------------------------
 
 
 def report(args: argparse.Namespace, result: dict[str, Any], memory: MemoryWatch) -> str:
@@ -269,33 +286,38 @@ def report(args: argparse.Namespace, result: dict[str, Any], memory: MemoryWatch
     from hift_ds.store.room import host_bytes
 
     lines = [
-        "# Full-parameter steps of a 7B model on a small machine" if args.model == "7b" else f"# Steps of {args.model}",
+        "# Full-parameter steps of a 7B model on a small machine"
+        if args.model == "7b"
+        else f"# Steps of {args.model}",
         "",
-        f"`python benchmarks/seven_b_on_a_small_box.py --path PATH --model {args.model} --tokens {args.tokens} "
-        f"--codec {args.codec} --slots {args.slots}`",
+        f"`python benchmarks/seven_b_on_a_small_box.py --path PATH --model {args.model} "
+        f"--tokens {args.tokens} --codec {args.codec} --slots {args.slots}`",
         "",
-        f"LLaMA shape `{MODELS[args.model]}`: {result['numel'] / 1e6:,.0f}M random parameters in bf16, mapped from "
-        f"safetensors; {result['groups']} layer groups, AdamW with fp32 masters, {result['state_bytes'] / GB:.1f} GB of states "
+        f"LLaMA shape `{MODELS[args.model]}`: {result['numel'] / 1e6:,.0f}M random parameters in bf16, "
+        f"mapped from safetensors; {result['groups']} layer groups, AdamW with fp32 masters, "
+        f"{result['state_bytes'] / GB:.1f} GB of states "
         f"on disk if all groups were visited ({args.codec}).",
-        f"{os.cpu_count()} cores, {host_bytes().total / GIB:.0f} GiB, no GPU, {torch.get_num_threads()} compute threads, "
-        f"torch {torch.__version__}; load average at the end {os.getloadavg()[0]:.1f}.",
+        f"{os.cpu_count()} cores, {host_bytes().total / GIB:.0f} GiB, no GPU, "
+        f"{torch.get_num_threads()} compute threads, torch {torch.__version__}; load average at the end {os.getloadavg()[0]:.1f}.",
         "",
         "| group | loss | gradient norm | s | of which waited for states | states moved |",
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {s['group']} | {s['loss']:.4f} | {s['grad_norm']:.3f} | {s['seconds']:.1f} | {s['stalled']:.2f} | {s['moved'] / GB:.2f} GB |"
+        f"| {s['group']} | {s['loss']:.4f} | {s['grad_norm']:.3f} | {s['seconds']:.1f} | "
+        f"{s['stalled']:.2f} | {s['moved'] / GB:.2f} GB |"
         for s in result["steps"]
     ]
     peaks = memory.marks
     lines += [
         "",
         f"Peak resident memory of the steps: {peaks['steps']['RssAnon'] / GIB:.1f} GiB anonymous, "
-        f"{peaks['steps']['VmRSS'] / GIB:.1f} GiB with the pages of the mapped weights, which the kernel drops when it needs "
-        f"room. With the checkpoint: {peaks['checkpoint']['RssAnon'] / GIB:.1f} and {peaks['checkpoint']['VmRSS'] / GIB:.1f} GiB.",
+        f"{peaks['steps']['VmRSS'] / GIB:.1f} GiB with the pages of the mapped weights, which the kernel drops "
+        f"when it needs room. With the checkpoint: {peaks['checkpoint']['RssAnon'] / GIB:.1f} and "
+        f"{peaks['checkpoint']['VmRSS'] / GIB:.1f} GiB.",
         "",
-        f"Checkpoint (all weights, states of the visited groups): {result['checkpoint_bytes'] / GB:.1f} GB in "
-        f"{result['save_s']:.0f} s.",
+        f"Checkpoint (all weights, states of the visited groups): {result['checkpoint_bytes'] / GB:.1f} GB "
+        f"in {result['save_s']:.0f} s.",
     ]
     return "\n".join(lines) + "\n"
 

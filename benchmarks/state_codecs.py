@@ -1,9 +1,10 @@
-"""What compact optimizer states change: a real model trained with each codec on the same data in the same order.
+"""What compact optimizer states change: a real model trained with each codec on the same data in the same
+order.
 
     python benchmarks/state_codecs.py --model-dir SMOLLM2       a folder with safetensors and a tokenizer
 
-The text is the source of Python's standard library, which every machine has: some modules to train on, others held out.
-Every codec starts from the same weights. Compared with states kept in fp32 after the last step:
+The text is the source of Python's standard library, which every machine has: some modules to train on, others
+held out. Every codec starts from the same weights. Compared with states kept in fp32 after the last step:
 
 * moved apart: distance of the fp32 masters from those of the fp32 run, over the distance that run moved;
 * same direction: cosine of the two runs' movements;
@@ -28,12 +29,24 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results" / "state_codecs.md"
 CODECS = ("fp32", "split_master", "bf16_moments", "int8_moments", "split_master+int8_moments")
-TRAIN = ("argparse", "collections", "email.message", "http.client", "json.decoder", "logging", "random", "tarfile", "typing")
+TRAIN = (
+    "argparse",
+    "collections",
+    "email.message",
+    "http.client",
+    "json.decoder",
+    "logging",
+    "random",
+    "tarfile",
+    "typing",
+)
 HELD_OUT = ("csv", "difflib", "zipfile")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model-dir", required=True)
     parser.add_argument("--cycles", type=int, default=8)
     parser.add_argument("--group-size", type=int, default=8)
@@ -148,13 +161,15 @@ def report(args: argparse.Namespace, rows: list[tuple[str, dict[str, Any], float
     lines = [
         "# Compact optimizer states against fp32",
         "",
-        f"`python benchmarks/state_codecs.py --model-dir {Path(args.model_dir).name} --cycles {args.cycles} --group-size "
-        f"{args.group_size} --tokens {args.tokens} --lr {args.lr:g}`",
+        f"`python benchmarks/state_codecs.py --model-dir {Path(args.model_dir).name} --cycles {args.cycles} "
+        f"--group-size {args.group_size} --tokens {args.tokens} --lr {args.lr:g}`",
         "",
-        f"{len(first['losses'])} AdamW steps ({args.cycles} cycles of {first['groups']} layer groups) of 1 x {args.tokens} tokens of "
-        f"Python's standard library, bf16 weights with fp32 masters, torch {torch.__version__}. {args.note}".rstrip(),
+        f"{len(first['losses'])} AdamW steps ({args.cycles} cycles of {first['groups']} layer groups) of "
+        f"1 x {args.tokens} tokens of Python's standard library, bf16 weights with fp32 masters, "
+        f"torch {torch.__version__}. {args.note}".rstrip(),
         "",
-        "| codec | bytes a parameter | moved apart | same direction | loss, last cycle | loss, held out | against fp32 |",
+        "| codec | bytes a parameter | moved apart | same direction | loss, last cycle | loss, held out "
+        "| against fp32 |",
         "|---|---|---|---|---|---|---|",
     ]
     for codec, run, apart, cosine in rows:

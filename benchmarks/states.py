@@ -1,12 +1,12 @@
 """What moving optimizer states costs: step times with states on the device, in host memory and on disk.
 
-    python benchmarks/states.py --path /scratch                  a 1.1B LLaMA, random weights in bf16, 512 tokens a step
-    python benchmarks/states.py --path /scratch --model tiny     seconds, to see that it works
+    python benchmarks/states.py --path /scratch                  a 1.1B LLaMA, random weights in bf16, 512
+    tokens a step python benchmarks/states.py --path /scratch --model tiny     seconds, to see that it works
 
-Every setting runs in a process of its own, and the settings take turns, so that a machine that gets slower or faster
-meanwhile does so for all. Of the model's layer groups a few are trained, from bottom to top, the others are frozen: a
-step does the same work, and what is kept is small enough for the memory of the machine. The first cycle makes the
-states and is not counted.
+Every setting runs in a process of its own, and the settings take turns, so that a machine that gets slower or
+faster meanwhile does so for all. Of the model's layer groups a few are trained, from bottom to top, the
+others are frozen: a step does the same work, and what is kept is small enough for the memory of the machine.
+The first cycle makes the states and is not counted.
 
 Writes benchmarks/results/states.md (``--out``).
 """
@@ -40,16 +40,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "disk, 1 slot": {"residency": "disk", "slots": 1},
     "disk, 2 slots": {"residency": "disk", "slots": 2},
     "device, split_master": {"residency": "device", "codec": "split_master"},
-    "disk, split_master": {"residency": "disk", "slots": 2, "codec": "split_master"},
-    "disk, bf16_moments": {"residency": "disk", "slots": 2, "codec": "bf16_moments"},
-    "disk, split_master + bf16_moments": {"residency": "disk", "slots": 2, "codec": "split_master+bf16_moments"},
-    "disk, int8_moments": {"residency": "disk", "slots": 2, "codec": "int8_moments"},
-    "disk, split_master + int8_moments": {"residency": "disk", "slots": 2, "codec": "split_master+int8_moments"},
 }  # fmt: skip
+CODECS = (
+    "split_master", "bf16_moments", "split_master+bf16_moments", "int8_moments", "split_master+int8_moments",
+)  # fmt: skip
+SETTINGS |= {f"disk, 2 slots, {codec}": {"residency": "disk", "slots": 2, "codec": codec} for codec in CODECS}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--path", required=True, help="folder on the disk to measure")
     parser.add_argument("--model", choices=MODELS, default="1b")
     parser.add_argument("--tokens", type=int, default=512, help="of one step, one sequence")
@@ -74,7 +75,10 @@ def main(argv: list[str] | None = None) -> None:
         for name in names:
             results[name].append(in_process(args, SETTINGS[name]))
             loads.append(os.getloadavg()[0])
-            print(f"{name}: {statistics.median(step['seconds'] for step in results[name][-1]['steps']):.2f} s", flush=True)
+            print(
+                f"{name}: {statistics.median(step['seconds'] for step in results[name][-1]['steps']):.2f} s",
+                flush=True,
+            )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(report(args, results, loads))
     print(args.out)
@@ -84,14 +88,17 @@ def in_process(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any
     command = [sys.executable, __file__, "--setting", json.dumps(state)]
     for option in ("path", "model", "tokens", "cycles"):
         command += [f"--{option}", str(getattr(args, option))]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env)
     if done.returncode:
         raise SystemExit(f"{state}: failed with exit code {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# -- one setting ----------------------------------------------------------------------------------------------
+# -- one setting -------------------------------------------------------------------------------------------
 
 
 def measure(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +115,7 @@ def measure(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "fused": True}},
         "hift": {"state": state},
     }
     engine = hift_ds.initialize(model=model, config=config)[0]
@@ -116,7 +123,9 @@ def measure(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     steps = []
     for step in range(trained * (args.cycles + 1)):
-        tokens = torch.randint(0, model.config.vocab_size, (1, args.tokens), generator=generator).to(engine.device)
+        tokens = torch.randint(0, model.config.vocab_size, (1, args.tokens), generator=generator).to(
+            engine.device
+        )
         started = time.perf_counter()
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)
         engine.step()
@@ -125,7 +134,9 @@ def measure(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
         seconds, done = time.perf_counter() - started, engine.last_report
         if step >= trained:
             moved = done.state_bytes_in + done.state_bytes_out
-            steps.append({"seconds": seconds, "moved": moved, "transfer": done.transfer_s, "stalled": done.stalled_s})
+            steps.append(
+                {"seconds": seconds, "moved": moved, "transfer": done.transfer_s, "stalled": done.stalled_s}
+            )
     result = {
         "device": str(engine.device),
         "numel": sum(p.numel() for p in model.parameters()),
@@ -164,7 +175,7 @@ def freeze_all_but(model: Any, num_groups: int) -> int:
     return len(kept)
 
 
-# -- the table ------------------------------------------------------------------------------------------------
+# -- the table ---------------------------------------------------------------------------------------------
 
 
 def report(args: argparse.Namespace, results: dict[str, list[dict[str, Any]]], loads: list[float]) -> str:
@@ -176,15 +187,17 @@ def report(args: argparse.Namespace, results: dict[str, list[dict[str, Any]]], l
         "",
         f"`python {' '.join(['benchmarks/states.py', *shown_arguments(args)])}`",
         "",
-        f"LLaMA shape `{MODELS[args.model]}`, {first['numel'] / 1e6:,.0f}M random parameters in bf16 with fp32 masters, AdamW, "
-        f"1 x {args.tokens} tokens a step, {first['group_numel'] / 1e6:,.1f}M parameters a layer group, on `{first['device']}`.",
+        f"LLaMA shape `{MODELS[args.model]}`, {first['numel'] / 1e6:,.0f}M random parameters in bf16 with "
+        f"fp32 masters, fused AdamW, 1 x {args.tokens} tokens a step, "
+        f"{first['group_numel'] / 1e6:,.1f}M parameters a layer group, on `{first['device']}`.",
         f"{describe_machine()}. Load average while it ran: {min(loads):.1f} to {max(loads):.1f}."
         + (f" {args.note}" if args.note else ""),
         "",
-        f"Median (and fastest) of {len(steps['device'])} steps. Exposed: the share of a step that waited for transfers. "
-        "Beside waiting, a codec costs its encoding and decoding in the step.",
+        f"Median (and fastest) of {len(steps['device'])} steps. Exposed: the share of a step that waited for "
+        "transfers. Beside waiting, a codec costs its encoding and decoding in the step.",
         "",
-        "| states | s a step | fastest | against device | moved a step | transfer s | waited s | exposed | peak memory |",
+        "| states | s a step | fastest | against device | moved a step | transfer s | waited s | exposed "
+        "| peak memory |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [row(name, runs, steps[name], baseline) for name, runs in results.items()]
@@ -211,7 +224,16 @@ def row(name: str, runs: list[dict[str, Any]], steps: list[dict[str, float]], ba
 
 
 def shown_arguments(args: argparse.Namespace) -> list[str]:
-    shown = ["--path", "PATH", "--model", args.model, "--tokens", str(args.tokens), "--cycles", str(args.cycles)]
+    shown = [
+        "--path",
+        "PATH",
+        "--model",
+        args.model,
+        "--tokens",
+        str(args.tokens),
+        "--cycles",
+        str(args.cycles),
+    ]
     return shown + ["--rounds", str(args.rounds)] + (["--only", repr(args.only)] if args.only else [])
 
 
@@ -220,7 +242,8 @@ def describe_machine() -> str:
 
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     threads = os.environ.get("OMP_NUM_THREADS", "all")
-    return f"{os.cpu_count()} cores, {pages / 2**30:.0f} GiB, {threads} compute threads, torch {torch.__version__}, {platform.system()}"
+    machine = f"{os.cpu_count()} cores, {pages / 2**30:.0f} GiB, {platform.system()}"
+    return f"{machine}, {threads} compute threads, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -20,29 +20,30 @@ CODECS = ("fp32", "split_master", "bf16_moments", "int8_moments")
 
 
 class StateConfig(BaseModel):
-    """Where masters and optimizer states live, in which form, and where the update runs. See docs/states.md."""
+    """Where masters and optimizer states live, in which form, where the update runs. See docs/states.md."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     residency: Literal["host", "device", "disk", "auto"] = "host"
-    """``host``: off the accelerator, fetched for the update. ``device``: never moved; the fast baseline. ``disk``: in
-    files under ``path``. ``auto``: the first of device, host and disk that has the room; the log says why."""
+    """``host``: off the accelerator, fetched for the update. ``device``: never moved; the fast baseline.
+    ``disk``: in files under ``path``. ``auto``: the first of device, host and disk that has the room; the log
+    says why."""
     path: str | None = None
-    """Folder for ``disk``, on a local disk; every process makes its own folder in it and removes it at the end."""
+    """Folder for ``disk``, on a local disk; every process makes its own in it and removes it at the end."""
     io: Literal["auto", "direct", "buffered"] = "auto"
     """``disk``: past the page cache (``direct``) or through it; ``auto`` measures."""
     step_on: Literal["device", "host"] = "device"
     """``device``: states come up, the accelerator updates. ``host``: gradients go down, weights come up."""
     prefetch: bool = True
-    """Move states while the model computes: needs ``slots`` times the largest group's states on the update device all
-    the time. ``false``: they are there for the update only, and every move is waited for."""
+    """Move states while the model computes: needs ``slots`` times the largest group's states on the update
+    device all the time. ``false``: they are there for the update only, and every move is waited for."""
     slots: Literal[1, 2] = 1
     """Groups that have room on the update device: with 2, one leaves while the next arrives."""
     codec: tuple[str, ...] = ()
-    """Compact forms, one or several of ``split_master`` (lossless), ``bf16_moments`` or ``int8_moments``; none, or
-    ``fp32``: everything as it is. A string may name several: ``"split_master+int8_moments"``."""
+    """Compact forms, one or several of ``split_master`` (lossless), ``bf16_moments`` or ``int8_moments``; none,
+    or ``fp32``: everything as it is. A string may name several: ``"split_master+int8_moments"``."""
     pin_memory: bool = True
-    """Page-locked host buffers: needed for copies that overlap with compute. No effect without an accelerator."""
+    """Page-locked host buffers: needed for copies that overlap with compute. Nothing without an accelerator."""
     slice_numel: int | None = Field(None, ge=1)
     """Update at most this many elements at once, so that a large group's master and states need not be on the device
     together. ``null``: the whole group."""
@@ -52,7 +53,7 @@ class StateConfig(BaseModel):
     def _several(cls, value: Any) -> Any:
         names = value.replace("+", ",").split(",") if isinstance(value, str) else value
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"state.codec: a name or a list of names expected ({', '.join(CODECS)}), got {value!r}")
+            raise ValueError(f"state.codec: a name or names expected ({', '.join(CODECS)}), got {value!r}")
         for name in names:
             if name not in CODECS:
                 raise ValueError(str(unknown_key(name, CODECS, "state.codec")))
@@ -65,7 +66,8 @@ class StateConfig(BaseModel):
         if self.residency == "disk" and not self.path:
             raise ValueError('state.path: residency "disk" needs a folder for its files, none given')
         if self.path and self.residency not in ("disk", "auto"):
-            raise ValueError(f'state.path: {self.path!r} has no effect with residency "{self.residency}"; use "disk" or "auto"')
+            given = f'state.path: {self.path!r} has no effect with residency "{self.residency}"'
+            raise ValueError(f'{given}; use "disk" or "auto"')
         return self
 
 

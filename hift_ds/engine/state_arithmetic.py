@@ -1,4 +1,5 @@
-"""Gathers what :class:`StateArithmetic` is computed from: counts of this run, measurements of this machine."""
+"""Gathers what :class:`StateArithmetic` is computed from: counts of this run, measurements of this
+machine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Updates on the host for weights on an accelerator: gradients come down, new weights go up.
 
-Both travel in their own 16 bits through page-locked buffers. A part of the group is on its way up while the host
-updates the next one, and the next forward's kernels are queued behind the last: the host does not wait for them.
+Both travel in their own 16 bits through page-locked buffers. A part of the group is on its way up while the
+host updates the next one, and the next forward's kernels are queued behind the last: the host does not wait
+for them.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import torch
 
 from hift_ds.store.movers import streams_of
 
-# A token costs 6 operations a parameter in full training: 2 forward, 4 backward. A layer group's turn has the whole
-# forward and, averaged over the groups, half of the backward for inputs and one group's part for weights.
+# A token costs 6 operations a parameter in full training: 2 forward, 4 backward. A layer group's turn has all
+# of the forward and, averaged over the groups, half of the backward for inputs and its own part of the other.
 FLOPS_PER_TOKEN_AND_PARAMETER = 3.1
 
 _UPDATE_NUMEL = 1 << 20
@@ -86,7 +86,9 @@ class StateArithmetic:
         return moved / self.host_link.out + self.update_numel * self.host_s + moved / self.host_link.into
 
     def line(self) -> str:
-        return f"states: {_bytes(self.total_bytes)} {self.residency}; {self._moves()}; {self._where_to_step()}"
+        return (
+            f"states: {_bytes(self.total_bytes)} {self.residency}; {self._moves()}; {self._where_to_step()}"
+        )
 
     def _moves(self) -> str:
         if self.link is None:
@@ -98,15 +100,15 @@ class StateArithmetic:
         if not self.prefetch:
             return text + ", all of it waited for (prefetch: false)"
         return (
-            f"{text}, hidden from {self.hiding_tokens:,.0f} tokens a step on ({self.model_numel / 1e6:,.0f}M parameters "
-            f"at {self.flops_s / 1e12:.3g} TFLOP/s)"
+            f"{text}, hidden from {self.hiding_tokens:,.0f} tokens a step on "
+            f"({self.model_numel / 1e6:,.0f}M parameters at {self.flops_s / 1e12:.3g} TFLOP/s)"
         )
 
     def _where_to_step(self) -> str:
         if self.host_link is None:
             return f"an update takes {self.update_numel * self.host_s:.3g} s, here device and host are one"
         device, host = self.update_numel * self.device_s, self.host_step_s
-        text = f"an update takes {device:.3g} s on the device, {host:.3g} s on the host with its gradients and weights"
+        text = f"an update takes {device:.3g} s on the device, {host:.3g} s on the host with its transfers"
         # step_on device costs max(computing, transfer) + device, step_on host costs computing + host.
         equal_tokens = (self.transfer_s + device - host) / self.token_s
         if self.step_on == "host" or self.link is None or equal_tokens <= 0:

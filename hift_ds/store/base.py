@@ -1,15 +1,15 @@
 """Where the fp32 masters and optimizer states of the layer groups are, and how they move.
 
-A store keeps, for every unit (a chunk of a layer group: its id) and every key (``master``, ``exp_avg`` ...), one
-flat 1-D tensor holding this rank's shard of all the chunk's parameters. It knows nothing of parameters or
+A store keeps, for every unit (a chunk of a layer group: its id) and every key (``master``, ``exp_avg`` ...),
+one flat 1-D tensor holding this rank's shard of all the chunk's parameters. It knows nothing of parameters or
 optimizers; :mod:`hift_ds.optim.group_optimizer` cuts the tensors into views.
 
 Life of a unit: PARKED --prefetch--> ARRIVING --fetch--> RESIDENT --evict--> PARKED. Each transition may be
 called again in the state it leads to.
 
-Who does what below this interface: ``encoded`` turns tensors into the bytes that are kept (``codecs``, ``layout``);
-``device`` keeps the bytes where updates run; ``parked`` moves them through slots, with ``movers`` in the background;
-``host`` and ``disk`` are the places they are moved to.
+Who does what below this interface: ``encoded`` turns tensors into the bytes that are kept (``codecs``,
+``layout``); ``device`` keeps the bytes where updates run; ``parked`` moves them through slots, with
+``movers`` in the background; ``host`` and ``disk`` are the places they are moved to.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Residency(enum.Enum):
 
 
 class Traffic:
-    """State traffic since the last ``take``. Bytes cross the host-device (or disk) boundary; seconds are wall time.
+    """State traffic since the last ``take``: bytes to and from where states rest, and wall seconds.
 
-    Of ``transfer_s`` seconds that transfers took, the training step waited ``stalled_s``; the rest was hidden behind
-    compute. Bytes count when a transfer starts, seconds when it has ended: one that is under way at ``take`` has its
-    seconds in the next report.
+    Of ``transfer_s`` seconds that transfers took, the training step waited ``stalled_s``; the rest was hidden
+    behind compute. Bytes count when a transfer starts, seconds when it has ended: one that is under way at
+    ``take`` has its seconds in the next report.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,9 @@ class Traffic:
         self.collect: Callable[[], None] | None = None  # asks for times that a device still keeps
         self._lock = threading.Lock()
 
-    def add(self, bytes_in: int = 0, bytes_out: int = 0, transfer_s: float = 0.0, stalled_s: float = 0.0) -> None:
+    def add(
+        self, bytes_in: int = 0, bytes_out: int = 0, transfer_s: float = 0.0, stalled_s: float = 0.0
+    ) -> None:
         """Callable from any thread."""
         with self._lock:
             self.bytes_in += bytes_in
@@ -79,7 +81,9 @@ class StateStore(ABC):
     traffic: Traffic = field(default_factory=Traffic, init=False)
 
     @abstractmethod
-    def ensure(self, unit: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None) -> None:
+    def ensure(
+        self, unit: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None
+    ) -> None:
         """Reserve ``numel`` elements under ``key``, if that has not been done. Contents are undefined.
 
         Args:
@@ -110,7 +114,8 @@ class StateStore(ABC):
         """Send the changed tensors of ``unit`` back to their resting place.
 
         Args:
-            step: optimizer steps applied so far; seeds stochastic rounding, so that a resumed run rounds alike.
+            step: optimizer steps applied so far; seeds stochastic rounding, so that a resumed run rounds
+                alike.
         """
 
     def prefetch(self, unit: int) -> None:  # noqa: B027  (a hint: stores that cannot use it ignore it)
@@ -121,14 +126,14 @@ class StateStore(ABC):
 
     @abstractmethod
     def read(self, unit: int) -> Mapping[str, Tensor]:
-        """The current values by key, flat, for a checkpoint. Not to be changed. Call ``synchronize`` first."""
+        """The current values by key, flat, for a checkpoint; not to be changed. ``synchronize`` first."""
 
     @abstractmethod
     def write(self, unit: int, key: str, values: Tensor, start: int = 0) -> None:
         """Set elements [start, start + len(values)) of ``key``. Call ``synchronize`` first.
 
-        A compact form is made when the next unit is written, or at ``synchronize``: so write a unit's pieces one
-        after the other, in any order of keys.
+        A compact form is made when the next unit is written, or at ``synchronize``: so write a unit's pieces
+        one after the other, in any order of keys.
         """
 
     def close(self) -> None:  # noqa: B027

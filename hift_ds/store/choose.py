@@ -27,7 +27,8 @@ def build_store(state: StateConfig, device: torch.device, *, seed: int = 0) -> S
     """The store of the rotating groups.
 
     Args:
-        device: where updates run. With ``step_on: host`` that is the CPU, and host memory is where states rest.
+        device: where updates run. With ``step_on: host`` that is the CPU, and host memory is where states
+            rest.
         seed: of stochastic rounding; different on every rank.
 
     Raises:
@@ -47,13 +48,17 @@ def _build(state: StateConfig, residency: str, device: torch.device, seed: int) 
     num_slots = state.slots if state.prefetch else 0
     if residency == "disk":
         assert state.path is not None
-        return DiskStateStore(device, state.codec, seed, num_slots, path=state.path, io=state.io, pin_memory=state.pin_memory)
+        return DiskStateStore(
+            device, state.codec, seed, num_slots, path=state.path, io=state.io, pin_memory=state.pin_memory
+        )
     if residency == "host" and state.step_on == "device":
         return HostStateStore(device, state.codec, seed, num_slots, pin_memory=state.pin_memory)
     return DeviceStateStore(device, state.codec, seed)  # states rest where updates run: nothing to move
 
 
-def pick_residency(needed: int, processes: int, free_on_device: int | None, host: HostBytes, free_on_disk: int | None):
+def pick_residency(
+    needed: int, processes: int, free_on_device: int | None, host: HostBytes, free_on_disk: int | None
+):
     """The fastest place with room for ``needed`` bytes of each of ``processes``.
 
     Args:
@@ -69,7 +74,9 @@ def pick_residency(needed: int, processes: int, free_on_device: int | None, host
     wanted = needed * processes
     tried = [f"states need {_gib(needed)} a process, {processes} on this node"]
     if free_on_device is not None:
-        tried.append(f"{_gib(free_on_device)} free on the device, of which states may take {DEVICE_SHARE:.0%}")
+        tried.append(
+            f"{_gib(free_on_device)} free on the device, of which states may take {DEVICE_SHARE:.0%}"
+        )
         if needed <= DEVICE_SHARE * free_on_device:
             return "device", "; ".join(tried)
     tried.append(f"{_gib(host.available)} of host memory available, of which they may take {HOST_SHARE:.0%}")
@@ -81,7 +88,9 @@ def pick_residency(needed: int, processes: int, free_on_device: int | None, host
             return "disk", "; ".join(tried)
     else:
         tried.append('no "hift.state.path" for a disk')
-    raise StateStoreError(f'"hift.state.residency": auto found no room: {"; ".join(tried)}; try "hift.state.codec"')
+    raise StateStoreError(
+        f'"hift.state.residency": auto found no room: {"; ".join(tried)}; try "hift.state.codec"'
+    )
 
 
 def _gib(num_bytes: float) -> str:
@@ -90,13 +99,16 @@ def _gib(num_bytes: float) -> str:
 
 @dataclass
 class AutoStateStore(StateStore):
-    """Collects what is to be kept until ``start``, when its size is known, and then makes way for a store with room."""
+    """Collects what is to be kept until ``start``, when its size is known, and then makes way for a store
+    with room."""
 
     state: StateConfig
     seed: int
     _wanted: list[tuple] = field(default_factory=list, init=False)
 
-    def ensure(self, unit: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None) -> None:
+    def ensure(
+        self, unit: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None
+    ) -> None:
         self._wanted.append((unit, key, numel, dtype, weights))
 
     def start(self) -> StateStore:

@@ -26,12 +26,12 @@ from hift_ds.store.base import MASTER, Weights
 
 SPLIT_MASTER, BF16_MOMENTS, INT8_MOMENTS = "split_master", "bf16_moments", "int8_moments"
 
-# Running means of gradients, and of their squares (or magnitudes: never negative). Anything else is kept as it is.
+# Running means of gradients, and of their squares (or magnitudes: never negative). All else is kept as it is.
 FIRST_MOMENTS = frozenset(["exp_avg", "momentum_buffer", "grad_avg"])
 SECOND_MOMENTS = frozenset(["exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"])
 
-# Elements encoded at once, which bounds the temporary memory: on a CPU what fits its cache, on an accelerator what
-# keeps it busy. Multiples of a block.
+# Elements encoded at once, which bounds the temporary memory: on a CPU what fits its cache, on an accelerator
+# what keeps it busy. Multiples of a block.
 PASS_NUMEL = {"cpu": 1 << 17}
 PASS_NUMEL_ELSEWHERE = 1 << 24
 
@@ -53,7 +53,7 @@ class Part:
 
 
 class Codec(ABC):
-    """One key of one unit, in and out of its compact form. All-zero bytes decode to zeros (a master: to its weight)."""
+    """One key of one unit, in and out of its compact form. Zero bytes are zeros (of a master: its weight)."""
 
     in_place = False  # the form is the tensor itself: decoding gives a view, and encoding does nothing
 
@@ -91,11 +91,11 @@ class Exact(Codec):
 class SplitMaster(Codec):
     """An fp32 master without its high half, which the bf16 weight has. Lossless.
 
-    A weight is its master rounded to nearest even. With the master's bits as integers, high half H and low half L,
-    the weight's bits are H if L < 0x8000 and H + 1 if L > 0x8000. At the tie L == 0x8000 they are whichever of the
-    two is even, so the weight does not tell: the ties that were rounded up are kept as a list of positions. One
-    element in 2^17 of trained masters is on it; up to one in 16 of masters that came from fp16, until their first
-    update. The list is in host memory, as its length changes.
+    A weight is its master rounded to nearest even. With the master's bits as integers, high half H and low
+    half L, the weight's bits are H if L < 0x8000 and H + 1 if L > 0x8000. At the tie L == 0x8000 they are
+    whichever of the two is even, so the weight does not tell: the ties that were rounded up are kept as a
+    list of positions. One element in 2^17 of trained masters is on it; up to one in 16 of masters that came
+    from fp16, until their first update. The list is in host memory, as its length changes.
     """
 
     TIE = -(1 << 15)  # 0x8000 as int16
@@ -139,8 +139,8 @@ class SplitMaster(Codec):
 
 
 class Bfloat16Moment(Codec):
-    """Half the bytes. A second moment moves by a thousandth a step, less than half a bf16 step: rounded to nearest
-    it would stand still, so it is rounded stochastically (arXiv 2010.06192)."""
+    """Half the bytes. A second moment moves by a thousandth a step, less than half a bf16 step: rounded to
+    nearest it would stand still, so it is rounded stochastically (arXiv 2010.06192)."""
 
     def __init__(self, stochastic: bool) -> None:
         self.stochastic = stochastic
@@ -165,8 +165,8 @@ class Bfloat16Moment(Codec):
 def stochastic_bf16(values: Tensor, generator: torch.Generator) -> Tensor:
     """fp32 rounded to a neighbouring bf16 at random, with ``values`` as its mean; bf16 values stay.
 
-    As :func:`hift_ds.precision.round_to_bf16_stochastic`, with a quarter of its random numbers: one 64-bit draw
-    serves four elements, which is what counts on a CPU.
+    As :func:`hift_ds.precision.round_to_bf16_stochastic`, with a quarter of its random numbers: one 64-bit
+    draw serves four elements, which is what counts on a CPU.
     """
     num_draws = -(-values.numel() // 4)
     draws = torch.empty(num_draws, dtype=torch.int64, device=values.device)
@@ -179,8 +179,8 @@ def stochastic_bf16(values: Tensor, generator: torch.Generator) -> Tensor:
 class Int8Moment(Codec):
     """8 bits times the largest magnitude of 256 neighbours (:mod:`hift_ds.store.eight_bit`).
 
-    A second moment is kept as its square root, which is what the update divides by: the square would leave the range
-    of 8 bits where gradients differ by 10^3, become 0, and blow the update up.
+    A second moment is kept as its square root, which is what the update divides by: the square would leave
+    the range of 8 bits where gradients differ by 10^3, become 0, and blow the update up.
     """
 
     def __init__(self, nonnegative: bool) -> None:
@@ -192,7 +192,9 @@ class Int8Moment(Codec):
     def encode(self, values: Tensor, parts: Mapping[str, Tensor], seed: int) -> None:
         for codes, scales, start in self._passes(parts):
             piece = values[start : start + codes.numel()]
-            eight_bit.encode(piece.sqrt() if self.nonnegative else piece, codes, scales, signed=not self.nonnegative)
+            eight_bit.encode(
+                piece.sqrt() if self.nonnegative else piece, codes, scales, signed=not self.nonnegative
+            )
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         values = torch.empty(parts["codes"].numel(), dtype=torch.float32, device=parts["codes"].device)

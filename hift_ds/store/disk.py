@@ -1,8 +1,8 @@
 """States in files, one per unit and rank, for models whose states no host memory holds.
 
-A unit is written to a new file that then takes the old one's name, so the only good copy is never overwritten. Host
-memory holds the slots on a CPU (one or two units, and what the update decodes), and with an accelerator one page-locked
-buffer per direction.
+A unit is written to a new file that then takes the old one's name, so the only good copy is never
+overwritten. Host memory holds the slots on a CPU (one or two units, and what the update decodes), and with an
+accelerator one page-locked buffer per direction.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hift_ds.store.arithmetic import Link
@@ -36,8 +35,10 @@ class DiskStateStore(ParkedStateStore):
     pin_memory: bool = True
     speed: DiskSpeed | None = field(default=None, init=False)  # as measured at the start
     _folder: StateFolder = field(default=None, init=False)  # type: ignore[assignment]
-    _buffers: dict[str, Tensor] = field(default_factory=dict, init=False)  # per direction, with an accelerator
-    _written: dict[int, int] = field(default_factory=dict, init=False)  # bytes in the file of each unit that has one
+    # Per direction, with an accelerator.
+    _buffers: dict[str, Tensor] = field(default_factory=dict, init=False)
+    # Bytes in the file of each unit that has one.
+    _written: dict[int, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,14 +64,16 @@ class DiskStateStore(ParkedStateStore):
 
     def _measure(self) -> DiskSpeed:
         if self.speed is None:
-            self.speed = measure(self._folder.file("probe"), min(PROBE_BYTES, max(self.largest_bytes(), 1)), self.io)
+            self.speed = measure(
+                self._folder.file("probe"), min(PROBE_BYTES, max(self.largest_bytes(), 1)), self.io
+            )
         return self.speed
 
     def measured_link(self) -> Link:
         speed = self._measure()
         return Link(speed.read, speed.write)
 
-    # -- ParkedStateStore -------------------------------------------------------------------------------------
+    # -- ParkedStateStore ----------------------------------------------------------------------------------
 
     def _new_memory(self, num_bytes: int) -> Tensor:
         return page_aligned(num_bytes) if self._on_cpu else super()._new_memory(num_bytes)
@@ -99,7 +102,7 @@ class DiskStateStore(ParkedStateStore):
     def _put(self, unit: int, memory: Tensor) -> None:
         self._write(unit, self._whole_pages(unit, memory))
 
-    # -- files ------------------------------------------------------------------------------------------------
+    # -- files ---------------------------------------------------------------------------------------------
 
     def _file_bytes(self, unit: int) -> int:
         return whole_pages(self.num_bytes(unit))

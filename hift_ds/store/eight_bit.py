@@ -1,16 +1,17 @@
-"""Eight bits a number: block-wise scales (arXiv 2110.02861) and levels that are spaced as floating point spaces them.
+"""Eight bits a number: block-wise scales (arXiv 2110.02861) and levels that are spaced as floating point
+spaces them.
 
-A number is its block's largest magnitude times a level. Levels are the fp32 numbers up to 1 with few mantissa bits, so
-a code is a range of bits of the fp32 number, rounded to nearest, and the error is the same share of a number over 16
-powers of two:
+A number is its block's largest magnitude times a level. Levels are the fp32 numbers up to 1 with few mantissa
+bits, so a code is a range of bits of the fp32 number, rounded to nearest, and the error is the same share of
+a number over 16 powers of two:
 
 | numbers     | code                          | relative error | smallest level over the largest |
 |-------------|-------------------------------|----------------|---------------------------------|
 | signed      | sign, 7 bits with 3 mantissa  | at most 1/16   | 2^-15.9                         |
 | nonnegative | 8 bits with 4 mantissa        | at most 1/32   | 2^-15.9                         |
 
-Code 0 is 0. Encoding what was decoded gives the same codes and scales: the largest magnitude of a block has a level of
-its own, 1. Libraries: docs/decisions.md says which were tried and why none is used.
+Code 0 is 0. Encoding what was decoded gives the same codes and scales: the largest magnitude of a block has a
+level of its own, 1. Libraries: docs/decisions.md says which were tried and why none is used.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 BLOCK_NUMEL = 256  # elements that share a scale
-SMALLEST_SCALE = 2.0**-60  # blocks below are kept as zeros: fp32 would lose precision where a scale is squared
+SMALLEST_SCALE = 2.0**-60  # smaller blocks are kept as zeros: squared scales would lose precision in fp32
 
 _SIGN = 128
 _MANTISSA_BITS = {True: 3, False: 4}  # signed or not
@@ -31,7 +32,7 @@ def num_blocks(numel: int) -> int:
 
 
 def encode(values: Tensor, codes: Tensor, scales: Tensor, *, signed: bool) -> None:
-    """Round ``values`` to the nearest levels; of nonnegative ones, those above 0 to the nearest level above 0.
+    """Round ``values`` to the nearest levels; nonnegative ones above 0 to the nearest level above 0.
 
     Args:
         values: fp32, flat.
@@ -47,8 +48,8 @@ def encode(values: Tensor, codes: Tensor, scales: Tensor, *, signed: bool) -> No
     scales.copy_(torch.where(largest < SMALLEST_SCALE, 0, largest))
     sizes.div_(torch.where(scales > 0, scales, torch.inf).unsqueeze(1))
     shift, zero = _geometry(signed)
-    rounded = sizes.view(torch.int32).add_(1 << (shift - 1)).bitwise_right_shift_(shift).sub_(zero).view(-1)[:numel]
-    codes.copy_(rounded.clamp_(0, _LARGEST[signed]))
+    rounded = sizes.view(torch.int32).add_(1 << (shift - 1)).bitwise_right_shift_(shift).sub_(zero)
+    codes.copy_(rounded.view(-1)[:numel].clamp_(0, _LARGEST[signed]))
     if signed:
         codes.add_((values < 0).to(torch.uint8), alpha=_SIGN)
     else:
@@ -73,7 +74,8 @@ def decode(codes: Tensor, scales: Tensor, values: Tensor, *, signed: bool) -> No
 
 
 def _geometry(signed: bool) -> tuple[int, int]:
-    """Bits of an fp32 number below a code, and what is subtracted from the bits above so that 1.0 is the last code."""
+    """Bits of an fp32 number below a code, and what is subtracted from the bits above so that 1.0 is the last
+    code."""
     shift = 23 - _MANTISSA_BITS[signed]
     one = torch.tensor(1.0).view(torch.int32).item() >> shift
     return shift, one - _LARGEST[signed]

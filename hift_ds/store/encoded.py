@@ -41,9 +41,10 @@ class EncodedStateStore(StateStore):
     seed: int = 0
     _layouts: dict[int, UnitLayout] = field(default_factory=dict, init=False)
     _working: dict[int, Working] = field(default_factory=dict, init=False)
-    _staged: tuple[int, dict[str, Tensor]] | None = field(default=None, init=False)  # written, not yet encoded
+    # Written, not yet encoded: a unit and its decoded tensors.
+    _staged: tuple[int, dict[str, Tensor]] | None = field(default=None, init=False)
 
-    # -- where the bytes rest -----------------------------------------------------------------------------------
+    # -- where the bytes rest ------------------------------------------------------------------------------
 
     @abstractmethod
     def _bring(self, unit: int) -> Tensor:
@@ -51,7 +52,7 @@ class EncodedStateStore(StateStore):
 
     @abstractmethod
     def _grow(self, unit: int, memory: Tensor) -> Tensor:
-        """What ``_bring`` gave, or larger memory that starts with its bytes, if the layout has outgrown it."""
+        """What ``_bring`` gave; if the layout has outgrown it, larger memory that starts with its bytes."""
 
     @abstractmethod
     def _send(self, unit: int) -> None:
@@ -59,15 +60,18 @@ class EncodedStateStore(StateStore):
 
     @abstractmethod
     def _at_rest(self, unit: int) -> Tensor:
-        """The unit's bytes (uint8) in its resting place. Who changes them gives them to ``_replace_at_rest``."""
+        """The unit's bytes (uint8) in its resting place. Who changes them gives them to
+        ``_replace_at_rest``."""
 
     @abstractmethod
     def _replace_at_rest(self, unit: int, memory: Tensor) -> None:
         """New bytes for the resting place."""
 
-    # -- StateStore ---------------------------------------------------------------------------------------------
+    # -- StateStore ----------------------------------------------------------------------------------------
 
-    def ensure(self, unit: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None) -> None:
+    def ensure(
+        self, unit: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None
+    ) -> None:
         layout = self._layouts.setdefault(unit, UnitLayout())
         if key in layout.entries:
             return
@@ -79,11 +83,13 @@ class EncodedStateStore(StateStore):
         kept = [entry.codec for layout in self._layouts.values() for entry in layout.entries.values()]
         if SPLIT_MASTER in self.codecs and kept and not any(isinstance(codec, SplitMaster) for codec in kept):
             raise ConfigError(
-                '"hift.state.codec": split_master needs bf16 weights with fp32 masters (and with ZeRO stage 3 an optimizer '
-                'that does not look at shapes); there are none here: set "bf16": {"enabled": true}, or remove it'
+                '"hift.state.codec": split_master needs bf16 weights with fp32 masters (and with ZeRO stage '
+                "3 an optimizer that does not look at shapes); there are none here: set "
+                '"bf16": {"enabled": true}, or remove it'
             )
-        if {BF16_MOMENTS, INT8_MOMENTS} & set(self.codecs) and kept and all(isinstance(c, Exact | SplitMaster) for c in kept):
-            logger.warning("hift.state.codec: none of the states known so far is a moment that %s makes smaller", list(self.codecs))
+        no_moments = kept and all(isinstance(codec, Exact | SplitMaster) for codec in kept)
+        if no_moments and {BF16_MOMENTS, INT8_MOMENTS} & set(self.codecs):
+            logger.warning("hift.state.codec: no moment among the states so far for %s", list(self.codecs))
         return self
 
     def keys(self, unit: int) -> list[str]:
@@ -142,7 +148,7 @@ class EncodedStateStore(StateStore):
             staged.update({k: v.clone() for k, v in self._decode(unit, self._at_rest(unit), [key]).items()})
         staged[key][start : start + values.numel()].copy_(values)
 
-    # -- bytes --------------------------------------------------------------------------------------------------
+    # -- bytes ---------------------------------------------------------------------------------------------
 
     def _decode(self, unit: int, memory: Tensor, keys: list[str] | None = None) -> dict[str, Tensor]:
         layout = self._layouts[unit]

@@ -1,7 +1,7 @@
 """Whole files to and from memory, past the page cache or through it, whichever is faster here.
 
-Only the standard library: ``os.preadv`` and ``os.pwrite`` with O_DIRECT reach the disk's rate (DeepSpeed's own
-asynchronous I/O would have to be compiled).
+Only the standard library: ``os.preadv`` and ``os.pwrite`` with O_DIRECT reach the disk's rate (DeepSpeed's
+own asynchronous I/O would have to be compiled).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hift_ds.errors import StateStoreError
 
-PAGE_BYTES = 4096  # O_DIRECT wants memory, offsets and lengths in multiples of the device's block, at most this
+PAGE_BYTES = 4096  # O_DIRECT wants memory, offsets and lengths in multiples of the disk's block: at most this
 _CALL_BYTES = 1 << 26  # in one system call; Linux moves at most 2 GiB
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
@@ -59,7 +59,9 @@ def write_file(path: Path, memory: Tensor, direct: bool) -> None:
         os.replace(new, path)
     except OSError as error:
         new.unlink(missing_ok=True)
-        raise StateStoreError(f"writing {num_bytes:,} bytes of optimizer states to {path} failed: {error.strerror}") from None
+        raise StateStoreError(
+            f"writing {num_bytes:,} bytes of optimizer states to {path} failed: {error.strerror}"
+        ) from None
 
 
 def read_file(path: Path, memory: Tensor, direct: bool) -> None:
@@ -76,14 +78,18 @@ def read_file(path: Path, memory: Tensor, direct: bool) -> None:
             while done < num_bytes:
                 got = os.preadv(handle, [view[done : done + _CALL_BYTES]], done)
                 if got == 0:
-                    raise StateStoreError(f"{path}: {num_bytes:,} bytes of optimizer states expected, {done:,} found")
+                    raise StateStoreError(
+                        f"{path}: {num_bytes:,} bytes of optimizer states expected, {done:,} found"
+                    )
                 done += got
             if not direct:
                 os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(handle)
     except OSError as error:
-        raise StateStoreError(f"reading {num_bytes:,} bytes of optimizer states from {path} failed: {error.strerror}") from None
+        raise StateStoreError(
+            f"reading {num_bytes:,} bytes of optimizer states from {path} failed: {error.strerror}"
+        ) from None
 
 
 class DiskSpeed(NamedTuple):
@@ -95,7 +101,7 @@ class DiskSpeed(NamedTuple):
 
 
 def measure(path: Path, num_bytes: int, io: str = "auto") -> DiskSpeed:
-    """The faster way to write and read ``num_bytes`` at ``path``; past the page cache if it is nearly as fast.
+    """The faster way to write and read ``num_bytes`` at ``path``; direct if it is nearly as fast.
 
     Args:
         io: ``direct`` or ``buffered`` to measure that one only.
@@ -114,7 +120,9 @@ def measure(path: Path, num_bytes: int, io: str = "auto") -> DiskSpeed:
         finally:
             path.unlink(missing_ok=True)
     if not speeds:
-        raise StateStoreError(f'"hift.state.io": direct is not possible at {path.parent}; use "auto" or "buffered"')
+        raise StateStoreError(
+            f'"hift.state.io": direct is not possible at {path.parent}; use "auto" or "buffered"'
+        )
     return max(speeds, key=lambda s: (1.1 if s.direct else 1.0) / (1 / s.read + 1 / s.write))
 
 

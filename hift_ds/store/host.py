@@ -1,7 +1,7 @@
 """States in host memory, copied to the update device for the update of their group and back after it.
 
-The copies are real on a CPU-only machine as well (host buffer to slot): the same code runs in the tests and on an
-accelerator, and a CPU run reports the traffic it would have.
+The copies are real on a CPU-only machine as well (host buffer to slot): the same code runs in the tests and
+on an accelerator, and a CPU run reports the traffic it would have.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class HostStateStore(ParkedStateStore):
     """One run of host memory per unit, all reserved when training starts.
 
     Args:
-        pin_memory: page-lock it: needed for copies that overlap with compute. No effect without an accelerator.
+        pin_memory: page-lock it: needed for copies that overlap with compute. No effect without an
+            accelerator.
     """
 
     pin_memory: bool = True
@@ -48,8 +49,9 @@ class HostStateStore(ParkedStateStore):
         processes, total = processes_on_node(), host_bytes().total
         if self.total_bytes() * processes > total:
             raise StateStoreError(
-                f"the optimizer states need {self.total_bytes() * processes / 1e9:.1f} GB of host memory on this node "
-                f"({processes} processes), it has {total / 1e9:.1f} GB; set \"hift.state.codec\" to a compact form or "
+                f"the optimizer states need {self.total_bytes() * processes / 1e9:.1f} GB of host memory on "
+                f"this node ({processes} processes), it has {total / 1e9:.1f} GB; set "
+                '"hift.state.codec" to a compact form or '
                 f'"hift.state.residency" to "disk"'
             )
         for unit in self._layouts:
@@ -66,7 +68,7 @@ class HostStateStore(ParkedStateStore):
             offset += segment.numel()
 
     def _copy_out(self, unit: int, memory: Tensor) -> None:
-        # Growing is the one case in which the old bytes could be lost half way; both are memory, so it cannot fail.
+        # The old bytes are overwritten: from memory to memory nothing fails half way.
         offset = 0
         for segment in self._reserve(unit):
             copy_bytes(segment[: memory.numel() - offset], memory[offset : offset + segment.numel()])

@@ -1,4 +1,4 @@
-"""How the tensors of one unit lie in one flat run of bytes, so that a unit moves in one copy and is one file."""
+"""How the tensors of one unit lie in one run of bytes, so that a unit moves in one copy and is one file."""
 
 from __future__ import annotations
 

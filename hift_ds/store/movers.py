@@ -1,13 +1,13 @@
 """How copies of states run beside the computation.
 
-| mover        | where                                               | a copy runs                                |
-|--------------|-----------------------------------------------------|--------------------------------------------|
-| InlineMover  | anywhere; prefetch off                              | at once, while the caller waits            |
-| ThreadMover  | on the CPU, which has no streams; disks everywhere  | on one thread per direction                |
-| StreamMover  | between host memory and an accelerator with streams | on one side stream per direction           |
+| mover       | where                                               | a copy runs                      |
+|-------------|-----------------------------------------------------|----------------------------------|
+| InlineMover | anywhere; prefetch off                              | at once, while the caller waits  |
+| ThreadMover | on the CPU, which has no streams; disks everywhere  | on one thread per direction      |
+| StreamMover | between host memory and an accelerator with streams | on one side stream per direction |
 
-Two directions, so that a group can leave while the next arrives. A copy starts when all computation submitted so far
-and the copies it names have ended.
+Two directions, so that a group can leave while the next arrives. A copy starts when all computation submitted
+so far and the copies it names have ended.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Mover(ABC):
 
     @abstractmethod
     def submit(self, direction: str, copy: Callable[[], None], after: Iterable[Any] = ()) -> Any:
-        """Start ``copy`` once the computation so far and the tickets ``after`` are done. Returns its ticket."""
+        """Start ``copy`` once the computation so far and the tickets ``after`` are done; its ticket."""
 
     @abstractmethod
     def wait(self, ticket: Any) -> None:
@@ -79,7 +79,8 @@ class ThreadMover(Mover):
     """Copies on two threads. A copy blocks its thread until it has ended, so a ticket is a future.
 
     Args:
-        device: where the computation runs; if it has streams, a copy first waits for what they were given so far.
+        device: where the computation runs; if it has streams, a copy first waits for what they were given so
+            far.
     """
 
     def __init__(self, traffic: Traffic, device: torch.device) -> None:
@@ -194,7 +195,7 @@ class StreamMover(Mover):
 
 
 def streams_of(device: torch.device) -> Any:
-    """The torch module of ``device`` (``torch.cuda``, ``torch.xpu`` ...) if it has streams and events, else None."""
+    """The torch module of ``device`` (``torch.cuda`` ...) if it has streams and events, else None."""
     if device.type == "cpu":
         return None
     module = getattr(torch, device.type, None)

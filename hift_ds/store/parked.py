@@ -1,12 +1,13 @@
 """States that rest somewhere else than where updates run, and come and go through slots.
 
-A slot is a run of bytes on the update device that holds one unit at a time. With prefetch the slots are allocated
-once; while one group computes, its predecessor leaves its slot and its successor arrives. One slot serves: states are
-needed in the update only, so the old group leaves and the new one arrives between two updates. With two, both
-directions run at once. Without prefetch a slot exists from ``fetch`` to ``evict`` and every copy is waited for.
+A slot is a run of bytes on the update device that holds one unit at a time. With prefetch the slots are
+allocated once; while one group computes, its predecessor leaves its slot and its successor arrives. One slot
+serves: states are needed in the update only, so the old group leaves and the new one arrives between two
+updates. With two, both directions run at once. Without prefetch a slot exists from ``fetch`` to ``evict`` and
+every copy is waited for.
 
-A slot is written back when another unit is announced, not before: a group that is updated several times in a row
-(a turn of several steps, a model of one group) stays where it is.
+A slot is written back when another unit is announced, not before: a group that is updated several times in a
+row (a turn of several steps, a model of one group) stays where it is.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from hift_ds.store.movers import IN, OUT, InlineMover, Mover
 class Slot:
     """Memory on the update device, and whose bytes are in it.
 
-    A unit is in one slot at a time and a slot is loaded after its write-back, so no unit arrives before it has left.
+    A unit is in one slot at a time and a slot is loaded after its write-back, so no unit arrives before it
+    has left.
     """
 
     memory: Tensor  # uint8
@@ -59,7 +61,7 @@ class ParkedStateStore(EncodedStateStore):
         if self.num_slots == 0:
             self.mover = InlineMover(self.traffic, self.device)
 
-    # -- the resting place --------------------------------------------------------------------------------------
+    # -- the resting place ---------------------------------------------------------------------------------
 
     @abstractmethod
     def _copy_in(self, unit: int, memory: Tensor) -> None:
@@ -76,7 +78,7 @@ class ParkedStateStore(EncodedStateStore):
     def _new_memory(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
-    # -- StateStore ---------------------------------------------------------------------------------------------
+    # -- StateStore ----------------------------------------------------------------------------------------
 
     def residency(self, unit: int) -> Residency:
         slot = self._slot_of(unit)
@@ -106,7 +108,7 @@ class ParkedStateStore(EncodedStateStore):
         self.mover.close()
         self._slots.clear()
 
-    # -- EncodedStateStore --------------------------------------------------------------------------------------
+    # -- EncodedStateStore ---------------------------------------------------------------------------------
 
     def _bring(self, unit: int) -> Tensor:
         slot = self._slot_of(unit)
@@ -114,10 +116,10 @@ class ParkedStateStore(EncodedStateStore):
             slot = self._vacant() or self._passing_slot()
             self._load(unit, slot)
         self.mover.wait(slot.arrival)
-        self.mover.wait(slot.departure)  # a write-back may still be reading what the update is going to change
+        self.mover.wait(slot.departure)  # a write-back may still read what the update is going to change
         self._fetches += 1
         slot.fetched, slot.last_fetch = True, self._fetches
-        assert slot.memory.numel() >= self.num_bytes(unit), "a state was reserved between updates and not written"
+        assert slot.memory.numel() >= self.num_bytes(unit), "a state was reserved and not written"
         return slot.memory[: self.num_bytes(unit)]
 
     def _grow(self, unit: int, memory: Tensor) -> Tensor:
@@ -137,8 +139,8 @@ class ParkedStateStore(EncodedStateStore):
             self._slots.remove(slot)
 
     def _replace_at_rest(self, unit: int, memory: Tensor) -> None:
-        """Between steps only: nothing is fetched. A slot with the old bytes, or one that they are on their way to, is
-        free for others."""
+        """Between steps only: nothing is fetched. A slot with the old bytes, or one that they are on their
+        way to, is free for others."""
         slot = self._slot_of(unit)
         if slot is not None:
             slot.unit, slot.dirty = None, False
@@ -148,13 +150,13 @@ class ParkedStateStore(EncodedStateStore):
     def _put(self, unit: int, memory: Tensor) -> None:
         """Make ``memory`` (on the host) the unit's bytes."""
 
-    # -- slots --------------------------------------------------------------------------------------------------
+    # -- slots ---------------------------------------------------------------------------------------------
 
     def _slot_of(self, unit: int) -> Slot | None:
         return next((slot for slot in self._slots if slot.unit == unit), None)
 
     def _vacant(self) -> Slot | None:
-        """A slot to load into: an empty one, else the one fetched longest ago, whose write-back ends first."""
+        """A slot to load into: an empty one, else the one fetched longest ago: its write-back ends first."""
         if len([slot for slot in self._slots if slot.lasting]) < self.num_slots:
             self._slots.append(Slot(self._new_memory(0)))
         free = [slot for slot in self._slots if slot.lasting and not slot.fetched]

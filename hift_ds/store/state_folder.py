@@ -1,7 +1,8 @@
 """The folder of one process for state files: made, watched and removed.
 
-State files are swap, not a checkpoint: nothing reads them after their process has ended. A living process holds a lock
-on its folder, so a folder without one is stale, whatever ended its process, and the next run removes it.
+State files are swap, not a checkpoint: nothing reads them after their process has ended. A living process
+holds a lock on its folder, so a folder without one is stale, whatever ended its process, and the next run
+removes it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _LOCK, _PROMISED = "lock", "promised_bytes"
 
 
 class StateFolder:
-    """``<path>/hift-states-<host>-<pid>-<random>/``, removed by ``close`` or when the process ends in any orderly way.
+    """``<path>/hift-states-<host>-<pid>-<random>/``, removed by ``close`` or when the process ends in any
+    orderly way.
 
     Raises:
         StateStoreError: ``path`` cannot be made or written.
@@ -45,7 +47,8 @@ class StateFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             raise StateStoreError(
-                f'"hift.state.path": {str(self.parent)!r} is not a folder that this process can write: {error.strerror}'
+                f'"hift.state.path": {str(self.parent)!r} is not a folder that this process can write: '
+                f"{error.strerror}"
             ) from None
         self._remove = weakref.finalize(self, _remove, self.folder, lock, os.getpid())
 
@@ -64,9 +67,9 @@ class StateFolder:
             if num_bytes > free:
                 others = f" ({promised:,} more are promised to other running processes)" if promised else ""
                 raise StateStoreError(
-                    f'"hift.state.path": {str(self.parent)!r} cannot hold the optimizer states of this process: '
-                    f"{num_bytes:,} bytes needed, {max(free, 0):,} found{others}; give another path or a more compact "
-                    f'"hift.state.codec"'
+                    f'"hift.state.path": {str(self.parent)!r} cannot hold the optimizer states of this '
+                    f"process: {num_bytes:,} bytes needed, {max(free, 0):,} found{others}; give another path "
+                    'or a more compact "hift.state.codec"'
                 )
             (self.folder / _PROMISED).write_text(str(num_bytes))
 
@@ -80,7 +83,11 @@ class StateFolder:
         for folder in self._folders():
             if not folder.name.startswith(f"{PREFIX}{socket.gethostname()}-") or _is_locked(folder):
                 continue  # another machine's, on a shared file system: its locks may not be seen here
-            logger.warning("removing the state files of a run that has ended: %s (%s bytes)", folder, f"{_bytes_in(folder):,}")
+            logger.warning(
+                "removing the state files of a run that has ended: %s (%s bytes)",
+                folder,
+                f"{_bytes_in(folder):,}",
+            )
             shutil.rmtree(folder, ignore_errors=True)
 
     @contextlib.contextmanager

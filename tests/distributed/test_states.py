@@ -1,4 +1,5 @@
-"""Sharded states on two ranks: where they rest changes no bit, and each rank has its own files and random numbers."""
+"""Sharded states on two ranks: where they rest changes no bit, and each rank has its own files and random
+numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ CODEC = "split_master+bf16_moments"
 
 def train(rank, world_size, state, **config):
     model = Toy()
-    engine = make_engine(model, ds_config(world_size=world_size, hift={"state": state}, bf16={"enabled": True}, **config))
+    engine = make_engine(
+        model, ds_config(world_size=world_size, hift={"state": state}, bf16={"enabled": True}, **config)
+    )
     try:
         for batch in make_batches(11):
             train_step(engine, [batch], rank, world_size)
@@ -38,7 +41,12 @@ def on_rank(folder):
         "whole tensors": {"optimizer": "Muon"},
     }.items():
         resident, num_bytes = train(rank, world_size, {"residency": "device"}, **config)
-        for state in (disk, {**disk, "slots": 1, "slice_numel": 50}, {"codec": "split_master"}, {**disk, "codec": "split_master"}):
+        for state in (
+            disk,
+            {**disk, "slots": 1, "slice_numel": 50},
+            {"codec": "split_master"},
+            {**disk, "codec": "split_master"},
+        ):
             moved, _ = train(rank, world_size, state, **config)
             assert all(torch.equal(a, b) for a, b in zip(moved, resident, strict=True)), (name, state)
         compact, compact_bytes = train(rank, world_size, {**disk, "codec": CODEC}, **config)

@@ -1,4 +1,5 @@
-"""Where states rest and how they move changes no bit of the weights; compact forms change what they are said to."""
+"""Where states rest and how they move changes no bit of the weights; compact forms change what they are said
+to."""
 
 import copy
 
@@ -7,7 +8,7 @@ import torch
 
 from hift_ds.errors import ConfigError
 from tests.checkpoint.runs import Case, interrupted_and_whole
-from tests.helpers.engines import ds_config, largest_difference, make_engine, train_step
+from tests.helpers.engines import ds_config, make_engine, train_step
 from tests.helpers.toy import Toy, make_batches
 
 BF16 = {"bf16": {"enabled": True}}
@@ -37,7 +38,10 @@ def same(a, b):
 @pytest.fixture(scope="module")
 def resident():
     """What states that never move give, in fp32 and in bf16 with masters."""
-    return {name: trajectory({"residency": "device"}, **more)[0] for name, more in {"fp32": {}, "bf16": BF16}.items()}
+    return {
+        name: trajectory({"residency": "device"}, **more)[0]
+        for name, more in {"fp32": {}, "bf16": BF16}.items()
+    }
 
 
 def ways(tmp_path):
@@ -84,7 +88,8 @@ def test_prefetch_with_states_of_other_shapes_or_none(name, tmp_path):
 
 
 def test_a_skipped_step_keeps_what_was_fetched_for_it(tmp_path):
-    """fp16 with a scale that overflows: the group is retried, over and over, and nothing of its state has moved on."""
+    """fp16 with a scale that overflows: the group is retried, over and over, and nothing of its state has
+    moved on."""
     fp16 = {"fp16": {"enabled": True, "initial_scale_power": 24, "hysteresis": 1}}
     expected, reports = trajectory({"residency": "device"}, model=Toy().half(), steps=40, **fp16)
     assert sum(report.skipped for report in reports) >= 5
@@ -111,17 +116,20 @@ def test_evaluation_and_reading_all_states_between_steps(resident, tmp_path):
         assert same(trajectory(state, between=between, **BF16)[0], resident["bf16"]), state
 
 
-# -- compact forms --------------------------------------------------------------------------------------------
+# -- compact forms -----------------------------------------------------------------------------------------
 
 
 def test_split_master_changes_no_bit(resident, tmp_path):
-    """In slices, from an fp32 checkpoint (masters with all their bits) and with one weight that gets no gradient."""
+    """In slices, from an fp32 checkpoint (masters with all their bits) and with one weight that gets no
+    gradient."""
     for state in [{"residency": "device"}, *ways(tmp_path)]:
         weights, reports = trajectory({**state, "codec": "split_master"}, **BF16)
         assert same(weights, resident["bf16"]), state
     sliced, _ = trajectory({"residency": "device", "slice_numel": 17}, **BF16)
     assert same(trajectory({"codec": "split_master", "slice_numel": 17}, **BF16)[0], sliced)
-    exact, compact = (trajectory({"residency": "host", "codec": c}, **BF16)[1] for c in ("fp32", "split_master"))
+    exact, compact = (
+        trajectory({"residency": "host", "codec": c}, **BF16)[1] for c in ("fp32", "split_master")
+    )
     for before, after in zip(exact, compact, strict=True):
         assert after.state_bytes_out < before.state_bytes_out
 
@@ -130,7 +138,9 @@ def test_split_master_changes_no_bit(resident, tmp_path):
 def test_a_codec_rounds_alike_wherever_states_rest(codec, resident, tmp_path):
     expected, _ = trajectory({"residency": "device", "codec": codec}, **BF16)
     assert not same(expected, resident["bf16"])
-    moved = max((x.float() - y.float()).abs().max() for x, y in zip(expected[-1], resident["bf16"][-1], strict=True))
+    moved = max(
+        (x.float() - y.float()).abs().max() for x, y in zip(expected[-1], resident["bf16"][-1], strict=True)
+    )
     assert moved < 0.02  # of weights around 0.3 that moved by 0.04
     for state in ways(tmp_path):
         assert same(trajectory({**state, "codec": codec}, **BF16)[0], expected), state
@@ -143,11 +153,12 @@ def test_split_master_needs_bf16_weights_and_masters():
         make_engine(Toy(), ds_config(hift={"state": {"codec": "split_master"}}, fp16={"enabled": True}))
 
 
-# -- accounting -----------------------------------------------------------------------------------------------
+# -- accounting --------------------------------------------------------------------------------------------
 
 
 def test_the_report_counts_the_bytes_of_the_groups(tmp_path):
-    """AdamW with masters: 12 bytes a parameter, out those of the group that was updated, in those of the next."""
+    """AdamW with masters: 12 bytes a parameter, out those of the group that was updated, in those of the
+    next."""
     _, reports = trajectory({"residency": "host"}, **BF16)
     engine = make_engine(Toy(), ds_config(**BF16))
     numels = [group.numel for group in engine.groups]
@@ -162,7 +173,7 @@ def test_the_report_counts_the_bytes_of_the_groups(tmp_path):
     assert all(r.state_bytes_in == r.state_bytes_out == 0 for r in still)
 
 
-# -- resuming -------------------------------------------------------------------------------------------------
+# -- resuming ----------------------------------------------------------------------------------------------
 
 
 def resumed(codec, residency, tmp_path, **hift):
@@ -184,7 +195,8 @@ def test_a_resumed_run_rounds_alike_in_slices_and_turns_saved_beside_training(tm
 
 
 def test_split_master_with_partitioned_weights(tmp_path):
-    """Their shards are at hand between updates, but not the whole weights of an optimizer that looks at shapes."""
+    """Their shards are at hand between updates, but not the whole weights of an optimizer that looks at
+    shapes."""
     state = {"codec": "split_master", "residency": "host"}
     interrupted_and_whole(Case(ds_config(stage=3, hift={"state": state}, **BF16), at=(7,)), tmp_path)
     with pytest.raises(ConfigError, match="stage 3"):

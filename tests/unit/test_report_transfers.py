@@ -11,13 +11,17 @@ from hift_ds.report.transfers import has_transfers, stretch_means, summary, tran
 
 def records(num, **more):
     return [
-        {"step": i + 1, "step_time_s": 2.0, "transfer_s": 1.0, "stalled_s": 0.25, "state_bytes_in": 5 << 20, "state_bytes_out": 3 << 20, **more}
+        {"step": i + 1, "step_time_s": 2.0, "transfer_s": 1.0, "stalled_s": 0.25,
+         "state_bytes_in": 5 << 20, "state_bytes_out": 3 << 20, **more}
         for i in range(num)
     ]  # fmt: skip
 
 
 def test_the_sentence():
-    assert summary(records(10)) == "10.0 s of state transfers, 75% of them hidden; steps waited 12.5% of their time"
+    assert (
+        summary(records(10))
+        == "10.0 s of state transfers, 75% of them hidden; steps waited 12.5% of their time"
+    )
     assert summary(records(3, transfer_s=0.0, stalled_s=0.0)) == "no state transfers"
     assert summary([{"step": 1, "transfer_s": 2.0}]) == "2.0 s of state transfers, 100% of them hidden"
 

@@ -12,8 +12,9 @@ from tests.helpers.engines import ds_config, make_engine
 from tests.helpers.toy import Toy
 
 LLAMA = StateArithmetic(
-    residency="in host memory", total_bytes=80_900_000_000, step_bytes=2.43e9, link=Link(25e9, 25e9), prefetch=True, slots=1,
-    model_numel=6_740_000_000, flops_s=150e12, update_numel=202.4e6, device_s=2e-11, host_s=0.76e-9,
+    residency="in host memory", total_bytes=80_900_000_000, step_bytes=2.43e9, link=Link(25e9, 25e9),
+    prefetch=True, slots=1, model_numel=6_740_000_000, flops_s=150e12, update_numel=202.4e6,
+    device_s=2e-11, host_s=0.76e-9,
     host_link=Link(25e9, 25e9), weight_bytes=2, step_on="device",
 )  # fmt: skip
 
@@ -30,8 +31,9 @@ def test_when_computing_hides_the_transfers():
 
 
 def test_which_step_is_faster():
-    """Host: 0.032 s of moving 0.405 GB down and up, 0.154 s of update. Device: 0.194 s of transfer that few tokens do not
-    hide, 0.004 s of update. Equal where computing takes (0.194 + 0.004 - 0.186) s, at 0.139 ms a token."""
+    """Host: 0.032 s of moving 0.405 GB down and up, 0.154 s of update. Device: 0.194 s of transfer that few
+    tokens do not hide, 0.004 s of update. Equal where computing takes (0.194 + 0.004 - 0.186) s, at 0.139 ms
+    a token."""
     assert LLAMA.host_step_s == pytest.approx(2 * 0.4048 / 25 + 202.4e6 * 0.76e-9)
     assert "step_on host is faster here below 88 tokens a step, device above" in LLAMA.line()
     slow_host = dataclasses.replace(LLAMA, host_s=2e-9)
@@ -52,7 +54,9 @@ def test_one_line_at_the_start_if_anybody_reads_it(caplog, tmp_path):
     state = {"residency": "disk", "path": str(tmp_path)}
     engine = make_engine(Toy(), ds_config(hift={"state": state}, bf16={"enabled": True}))
     (line,) = [message for message in caplog.messages if message.startswith("states: ")]
-    assert re.search(r"on disk \((direct|buffered) I/O\); a step moves .* hidden from [\d,]+ tokens a step", line)
+    assert re.search(
+        r"on disk \((direct|buffered) I/O\); a step moves .* hidden from [\d,]+ tokens a step", line
+    )
     assert engine.state_arithmetic.step_bytes == engine.optimizer.store.total_bytes() / len(engine.groups)
     engine.destroy()
     caplog.set_level(logging.WARNING, logger="hift_ds.engine.engine")

@@ -36,7 +36,7 @@ def test_the_fastest_place_with_room(needed, processes, device, host, disk, expe
 
 
 def test_no_room_anywhere_says_what_was_found():
-    with pytest.raises(StateStoreError, match="81.00 GiB.*64.00 GiB of host memory.*no \"hift.state.path\""):
+    with pytest.raises(StateStoreError, match='81.00 GiB.*64.00 GiB of host memory.*no "hift.state.path"'):
         pick_residency(81 * GIB, 1, 24 * GIB, HostBytes(64 * GIB, 64 * GIB), None)
     with pytest.raises(StateStoreError, match="70.00 GiB free on the disk"):
         pick_residency(81 * GIB, 1, 24 * GIB, HostBytes(64 * GIB, 64 * GIB), 70 * GIB)
@@ -51,7 +51,11 @@ def test_auto_makes_way_for_the_store_it_chose(available, kind, tmp_path, monkey
         store.ensure(unit, "exp_avg", 1000, torch.float32)
         store.ensure(unit, "exp_avg_sq", 1000, torch.float32)
     chosen = store.start()
-    assert isinstance(chosen, kind) and chosen.keys(1) == ["exp_avg", "exp_avg_sq"] and chosen.total_bytes() == 8192
+    assert (
+        isinstance(chosen, kind)
+        and chosen.keys(1) == ["exp_avg", "exp_avg_sq"]
+        and chosen.total_bytes() == 8192
+    )
     assert sum("hift.state.residency: auto takes" in line for line in caplog.messages) == 1
     chosen.close()
 

@@ -1,4 +1,5 @@
-"""Compact forms of states: lossless where they say so, unbiased where they round, and stable when kept again."""
+"""Compact forms of states: lossless where they say so, unbiased where they round, and stable when kept
+again."""
 
 import itertools
 
@@ -11,11 +12,14 @@ from hift_ds.store.codecs import Bfloat16Moment, Exact, Int8Moment, SplitMaster,
 from hift_ds.store.eight_bit import BLOCK_NUMEL
 from hift_ds.store.layout import UnitLayout
 
+
 def kept(codec, values, seed=0):
     """The parts after encoding, as the memory of a slot."""
     layout = UnitLayout()
     layout.add("key", values.numel(), values.dtype, codec)
-    memory = torch.randint(0, 256, (layout.num_bytes,), dtype=torch.uint8)  # what was there before must not matter
+    memory = torch.randint(
+        0, 256, (layout.num_bytes,), dtype=torch.uint8
+    )  # what was there before must not matter
     parts = layout.parts("key", memory)
     codec.encode(values, parts, seed)
     return parts
@@ -71,7 +75,8 @@ def test_bf16_second_moments_are_right_on_average():
 
 
 def test_bf16_second_moments_do_not_stand_still():
-    """exp_avg_sq of a gradient that has become 0 must decay by 0.999 a step: nearest rounding would keep it for ever."""
+    """exp_avg_sq of a gradient that has become 0 must decay by 0.999 a step: nearest rounding would keep it
+    for ever."""
     moments = {stochastic: torch.full((4096,), 1e-3) for stochastic in (True, False)}
     for step, stochastic in itertools.product(range(700), moments):
         moments[stochastic] = round_trip(Bfloat16Moment(stochastic), moments[stochastic] * 0.999, seed=step)
@@ -90,7 +95,8 @@ def test_the_same_seed_rounds_alike_and_bf16_values_stay():
 
 
 def moments(numel=BLOCK_NUMEL * 9 + 13):
-    """Gradient-like: magnitudes over many orders, a block of zeros, one whose largest magnitude is negative."""
+    """Gradient-like: magnitudes over many orders, a block of zeros, one whose largest magnitude is
+    negative."""
     generator = torch.Generator().manual_seed(2)
     values = torch.randn(numel, generator=generator) * torch.logspace(-12, 2, numel)
     values[BLOCK_NUMEL : 2 * BLOCK_NUMEL] = 0
@@ -105,7 +111,11 @@ def test_int8_moments_are_close_and_stay_when_kept_again(nonnegative):
     once = round_trip(codec, values)
     for block, before in zip(once.split(BLOCK_NUMEL), values.split(BLOCK_NUMEL), strict=True):
         relevant = before.abs() > before.abs().max() * (2.0**-30 if nonnegative else 2.0**-15)
-        error = (block.abs().sqrt() - before.abs().sqrt()) / before.abs().sqrt() if nonnegative else (block - before) / before
+        error = (
+            (block.abs().sqrt() - before.abs().sqrt()) / before.abs().sqrt()
+            if nonnegative
+            else (block - before) / before
+        )
         assert not relevant.any() or error[relevant].abs().max() <= (1 / 32 if nonnegative else 1 / 16)
         assert (block[~relevant] - before[~relevant]).abs().sum() <= before.abs().max() * 2.0**-15
     again = once
@@ -142,11 +152,14 @@ def test_eight_bit_rounds_to_the_nearest_level():
         got = torch.empty(1 << 14)
         eight_bit.decode(codes, torch.ones(64), got, signed=signed)
         above_zero = wanted[..., 0].abs() > 2.0**-15
-        assert torch.allclose((got.view(64, 256) - wanted[..., 0]).abs()[above_zero], best[above_zero], rtol=1e-4, atol=1e-8)
+        assert torch.allclose(
+            (got.view(64, 256) - wanted[..., 0]).abs()[above_zero], best[above_zero], rtol=1e-4, atol=1e-8
+        )
 
 
 def test_int8_keeps_small_second_moments_above_zero():
-    """An element whose gradients are 10^7 smaller than its neighbours': at 0 its step would be 10^8 too large."""
+    """An element whose gradients are 10^7 smaller than its neighbours': at 0 its step would be 10^8 too
+    large."""
     grads = torch.ones(BLOCK_NUMEL) * 1e-7
     grads[0], grads[1] = 1.0, 0.0
     decoded = round_trip(Int8Moment(nonnegative=True), grads.square())
@@ -161,7 +174,9 @@ def test_int8_in_passes_is_int8_at_once(monkeypatch):
     assert torch.equal(round_trip(Int8Moment(False), values), whole)
 
 
-@pytest.mark.parametrize("codec", [Exact(torch.float32), Bfloat16Moment(True), Int8Moment(True), Int8Moment(False)])
+@pytest.mark.parametrize(
+    "codec", [Exact(torch.float32), Bfloat16Moment(True), Int8Moment(True), Int8Moment(False)]
+)
 def test_zero_bytes_are_zeros(codec):
     parts = {part.name: torch.zeros(part.numel, dtype=part.dtype) for part in codec.parts(300)}
     assert (codec.decode(parts) == 0).all()

@@ -1,4 +1,5 @@
-"""The disk tier: the only good copy survives a failed write, and nothing is left behind by any way of ending."""
+"""The disk tier: the only good copy survives a failed write, and nothing is left behind by any way of
+ending."""
 
 import errno
 import os
@@ -64,7 +65,8 @@ def test_files_come_back_as_they_were(folder, num_bytes, monkeypatch):
 
 
 def test_direct_io_that_the_file_system_refuses(tmp_path, monkeypatch):
-    """O_DIRECT gives EINVAL on some file systems: found out by measuring, an error only if it was asked for."""
+    """O_DIRECT gives EINVAL on some file systems: found out by measuring, an error only if it was asked
+    for."""
     real = os.open
 
     def no_direct(path, flags, *args):
@@ -114,7 +116,9 @@ def test_one_file_per_unit_removed_at_the_end(io, tmp_path):
         store.prefetch((unit + 1) % 3)
     store.synchronize()
     (folder,) = folders_in(tmp_path)
-    assert sorted(p.name for p in folder.iterdir() if p.name.startswith("unit")) == [f"unit-0000{i}" for i in range(3)]
+    assert sorted(p.name for p in folder.iterdir() if p.name.startswith("unit")) == [
+        f"unit-0000{i}" for i in range(3)
+    ]
     assert store.read(1)["master"].eq(1).all() and store.speed.direct == (io == "direct")
     store.close()
     store.close()
@@ -122,11 +126,14 @@ def test_one_file_per_unit_removed_at_the_end(io, tmp_path):
 
 
 def test_refused_with_bytes_needed_and_found(tmp_path, monkeypatch):
-    """Two processes share the path: what one has been promised and not yet written is not there for the other."""
+    """Two processes share the path: what one has been promised and not yet written is not there for the
+    other."""
     free = shutil_free(monkeypatch, tmp_path, 60_000)
     first = small_store(tmp_path)  # 3 files of 4096, 12288 and 4096 bytes, and the largest once more
     assert first.needed_bytes() == 4096 + 12288 + 4096 + 12288
-    with pytest.raises(StateStoreError, match=re.escape("32,768 bytes needed, 27,232 found (32,768 more are promised")):
+    with pytest.raises(
+        StateStoreError, match=re.escape("32,768 bytes needed, 27,232 found (32,768 more are promised")
+    ):
         small_store(tmp_path)
     first.fetch(1)
     first.evict(1)
@@ -175,7 +182,10 @@ if sys.argv[2] == "wait":
 
 def start_run(path, ending):
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN, str(path), ending], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", RUN, str(path), ending],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     assert process.stdout.readline() == "ready\n"
     return process

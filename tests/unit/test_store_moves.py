@@ -1,6 +1,6 @@
-"""Prefetch against a plain dictionary: whatever order, size, number of slots and speed of transfers, fetch gives what
-was last evicted. The movers here run copies as late or as early as the rules allow, so a missing wait gives wrong
-numbers and not a lucky pass."""
+"""Prefetch against a plain dictionary: whatever order, size, number of slots and speed of transfers, fetch
+gives what was last evicted. The movers here run copies as late or as early as the rules allow, so a missing
+wait gives wrong numbers and not a lucky pass."""
 
 import random
 import time
@@ -101,7 +101,9 @@ def test_fetch_gives_what_was_evicted(place, mover, slots, tmp_path, monkeypatch
         store.mover = MOVERS[mover](monkeypatch, store.traffic)
     expected = filled(store)
     order = []
-    for _ in range(12):  # cycles in one order, in changing orders, over few units, and one unit again and again
+    for _ in range(
+        12
+    ):  # cycles in one order, in changing orders, over few units, and one unit again and again
         order += rng.choice([range(6), rng.sample(range(6), 6), [0, 2] * 3, [2] * 4, [5, 4, 3, 2, 1, 0]])
     for position, unit in enumerate(order):
         visit(store, expected, unit)
@@ -134,7 +136,8 @@ def test_fetch_gives_what_was_evicted(place, mover, slots, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("place", PLACES)
 def test_keys_that_appear_during_an_update(place, tmp_path):
-    """Adafactor's states have shapes that are known after its first step only; tensors given out must stay valid."""
+    """Adafactor's states have shapes that are known after its first step only; tensors given out must stay
+    valid."""
     store = PLACES[place](tmp_path, 1)
     filled(store, [100, 30])
     tensors = store.fetch(1)
