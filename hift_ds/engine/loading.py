@@ -68,6 +68,9 @@ class Loading:
         """
         self.wait_for_checkpoint()
         folder = self._choose_checkpoint(Path(load_dir), tag)
+        if folder is None and (Path(load_dir) / manifests.MANIFEST).exists():
+            parent, name = Path(load_dir).parent, Path(load_dir).name
+            raise CheckpointError(f'{load_dir} is itself a checkpoint: load_checkpoint("{parent}", tag="{name}") loads it')
         if folder is None:
             logger.warning("no checkpoint in %s (no 'latest' file, no complete folder); nothing was loaded", load_dir)
             return None, None

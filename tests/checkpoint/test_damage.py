@@ -121,6 +121,11 @@ def test_no_checkpoint_at_all_is_deepspeeds_answer(engine, memory_path):
         engine.load_checkpoint(memory_path, tag="nowhere")
 
 
+def test_the_checkpoint_in_place_of_its_folder(engine, two_saves):
+    with pytest.raises(CheckpointError, match=r"is itself a checkpoint: load_checkpoint\(.*, tag=.global_step3.\) loads it"):
+        engine.load_checkpoint(two_saves / "global_step3")
+
+
 def test_latest_that_is_missing_or_names_nothing(engine, two_saves):
     for text in (None, "", "global_step99", "../../etc"):
         (two_saves / "latest").unlink(missing_ok=True)
