@@ -1,7 +1,7 @@
 """``deepspeed launch/finetune.py RUN.yaml [section.key=value ...]``: fine-tune a model as a run file says.
 
-DeepSpeed's launcher starts this once per rank. Read on in hift_ds/train/worker.py (one process and its errors), then
-hift_ds/train/finetune.py (the phases of a run).
+DeepSpeed's launcher starts this once per rank. Read on in hift_ds/train/worker.py (one process and its
+errors), then hift_ds/train/finetune.py (the phases of a run).
 """
 
 import sys

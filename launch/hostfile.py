@@ -1,7 +1,8 @@
-"""``python launch/hostfile.py HOSTFILE [--ssh]``: find what is wrong with a hostfile before anything is started.
+"""``python launch/hostfile.py HOSTFILE [--ssh]``: find what is wrong with a hostfile before anything is
+started.
 
-DeepSpeed's own check names the line but not the remedy, looks at the first host only, and finds a missing Python or too few
-accelerators when the other nodes are already waiting.
+DeepSpeed's own check names the line but not the remedy, looks at the first host only, and finds a missing
+Python or too few accelerators when the other nodes are already waiting.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from pathlib import Path
 
 LINE = re.compile(r"(?P<host>[A-Za-z0-9][\w.:@-]*)\s+slots=(?P<slots>\d+)")
 SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
-PROBE = "import torch, deepspeed, hift_ds; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)"
+PROBE = (
+    "import torch, deepspeed, hift_ds; found = torch.accelerator.is_available(); "
+    "print(torch.accelerator.device_count() if found else 0)"
+)
 
 
 class HostfileError(Exception):
@@ -47,7 +51,9 @@ def read_hostfile(path: Path) -> dict[str, int]:
             raise HostfileError(f"{path}, line {number}: {host} has slots=0; remove the line to leave it out")
         hosts[host] = slots
     if not hosts:
-        raise HostfileError(f"{path}: names no host; expected lines 'NAME slots=N' (see launch/hostfile.example)")
+        raise HostfileError(
+            f"{path}: names no host; expected lines 'NAME slots=N' (see launch/hostfile.example)"
+        )
     return hosts
 
 
@@ -73,8 +79,12 @@ def probe(host: str, slots: int, python: str) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("hostfile", type=Path)
-    parser.add_argument("--ssh", action="store_true", help="also ask every host for its Python and its accelerators")
-    parser.add_argument("--python", default=sys.executable, help="the Python to look for there (default: this one)")
+    parser.add_argument(
+        "--ssh", action="store_true", help="also ask every host for its Python and its accelerators"
+    )
+    parser.add_argument(
+        "--python", default=sys.executable, help="the Python to look for there (default: this one)"
+    )
     args = parser.parse_args(argv)
     try:
         hosts = read_hostfile(args.hostfile)
@@ -89,7 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     for problem in problems:
         print(f"hostfile: {problem}", file=sys.stderr)
     if not problems:
-        print(f"{len(hosts)} nodes, {sum(hosts.values())} slots: {', '.join(f'{h} x {n}' for h, n in hosts.items())}")
+        listed = ", ".join(f"{host} x {slots}" for host, slots in hosts.items())
+        print(f"{len(hosts)} nodes, {sum(hosts.values())} slots: {listed}")
     return 2 if problems else 0
 
 

@@ -1,8 +1,9 @@
 """``hift-ds train RUN.yaml [section.key=value ...]``: fine-tune with the accelerators of this machine.
 
-One process runs right here; several are started by DeepSpeed's launcher, as ``deepspeed launch RUN.yaml`` would start
-them. Without an accelerator the default is one process, which computes with all cores: more processes on one CPU
-need a copy of the weights each and are not faster. ``--num-procs`` asks for them all the same.
+One process runs right here; several are started by DeepSpeed's launcher, as ``deepspeed launch RUN.yaml``
+would start them. Without an accelerator the default is one process, which computes with all cores: more
+processes on one CPU need a copy of the weights each and are not faster. ``--num-procs`` asks for them all the
+same.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes (default: one for each accelerator found; one if there is none)",
     )  # fmt: skip
     parser.add_argument(
-        "--master-port", "--master_port", type=int, metavar="PORT", help="for the processes to meet (default: a free one)"
+        "--master-port",
+        "--master_port",
+        type=int,
+        metavar="PORT",
+        help="for the processes to meet (default: a free one)",
     )
 
 
@@ -68,11 +73,12 @@ def _launch(devices: Sequence[str], port: int, arguments: Sequence[str], *, on_c
         env.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // len(devices), 1)))
     world = base64.urlsafe_b64encode(json.dumps({"localhost": list(devices)}).encode()).decode()
     command = [
-        sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--master_addr=127.0.0.1",
-        f"--master_port={port}", "--log_level=critical", "--no_local_rank", "--module", WORKER, *arguments,
+        sys.executable, "-u", "-m", "deepspeed.launcher.launch",
+        f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={port}", "--log_level=critical",
+        "--no_local_rank", "--module", WORKER, *arguments,
     ]  # fmt: skip
-    # In a session of its own: signals, Ctrl-C too, reach the workers through us alone and once. The launcher would
-    # kill them for a signal that asks for an orderly end.
+    # In a session of its own: signals, Ctrl-C too, reach the workers through us alone and once. The launcher
+    # would kill them for a signal that asks for an orderly end.
     process = subprocess.Popen(command, env=env, start_new_session=True)
     handlers = {number: signal.signal(number, lambda n, _: _pass_on(process.pid, n)) for number in FORWARDED}
     try:
@@ -93,7 +99,8 @@ def _pass_on(launcher: int, number: int) -> None:
 
 
 def _visible_accelerators() -> list[str]:
-    """Their names for CUDA_VISIBLE_DEVICES (or what this accelerator has in its place); empty on a CPU-only machine."""
+    """Their names for CUDA_VISIBLE_DEVICES (or what this accelerator has in its place); empty on a CPU-only
+    machine."""
     import torch
 
     if not torch.accelerator.is_available():
@@ -102,4 +109,3 @@ def _visible_accelerators() -> list[str]:
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = [name.strip() for name in shown.split(",") if name.strip()]
     return names[:count] if len(names) >= count else [str(i) for i in range(count)]
-

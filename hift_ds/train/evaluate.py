@@ -1,7 +1,7 @@
 """The held-out loss as a mean over tokens: the same number for every batch size and any number of ranks.
 
-transformers averages the losses of batches, each weighted by its rows, so that a batch of short answers counts as much
-as one of long ones.
+transformers averages the losses of batches, each weighted by its rows, so that a batch of short answers
+counts as much as one of long ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def sums_per_row(
     for row, target in enumerate(labels[:, 1:]):
         learned = target != IGNORED
         if learned.any():
-            losses = torch.nn.functional.cross_entropy(logits[row, :-1][learned].float(), target[learned], reduction="none")
+            losses = torch.nn.functional.cross_entropy(
+                logits[row, :-1][learned].float(), target[learned], reduction="none"
+            )
             out[row, 0], out[row, 1] = losses.double().sum(), learned.sum()
     return out
 

@@ -1,7 +1,8 @@
-"""Fine-tuning as a run file says, from a safetensors folder to a safetensors folder. Every rank of the job runs this.
+"""Fine-tuning as a run file says, from a safetensors folder to a safetensors folder. Every rank of the job
+runs this.
 
-:func:`finetune` reads as its phases. What can be wrong with the input is found in the first one, before any weight is
-read; the loop is transformers' (:mod:`hift_ds.train.trainer`), the step the engine's.
+:func:`finetune` reads as its phases. What can be wrong with the input is found in the first one, before any
+weight is read; the loop is transformers' (:mod:`hift_ds.train.trainer`), the step the engine's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 from transformers import TrainerCallback, TrainingArguments
 
@@ -35,7 +35,7 @@ from hift_ds.report.groups import record_movement
 from hift_ds.report.plots import plot_run
 from hift_ds.train.arguments import hift_block
 from hift_ds.train.preflight import CheckedRun, check_run
-from hift_ds.train.ranks import gather, on_all_ranks, rank_and_world_size
+from hift_ds.train.ranks import on_all_ranks, rank_and_world_size
 from hift_ds.train.resume import find_checkpoints
 from hift_ds.train.run_config import RunConfig
 from hift_ds.train.trainer import build_trainer, make_arguments, zero_stage
@@ -52,8 +52,8 @@ def finetune(run: RunConfig) -> dict[str, Any]:
     """Check, load, train, evaluate, export, report.
 
     Returns:
-        The contents of ``all_results.json``, on every rank. If a signal ended the training early there is no evaluation
-        and no export, and ``stopped_by`` names it.
+        The contents of ``all_results.json``, on every rank. If a signal ended the training early there is no
+        evaluation and no export, and ``stopped_by`` names it.
 
     Raises:
         HiFTError: one line for the user, on every rank alike wherever the ranks could agree on it.
@@ -69,7 +69,8 @@ def finetune(run: RunConfig) -> dict[str, Any]:
         say(str(report))
     model = on_all_ranks(lambda: _load_model(checked, arguments))
 
-    uses_cache, model.config.use_cache = model.config.use_cache, False  # of no use to training, and it takes memory
+    uses_cache = model.config.use_cache
+    model.config.use_cache = False  # of no use to training, and it takes memory
     trainer = build_trainer(checked, arguments, model, tokenizer, data)
     results = _train(trainer, checkpoints)
     if trainer.preemption.stopped_by is not None:
@@ -78,14 +79,16 @@ def finetune(run: RunConfig) -> dict[str, Any]:
         return results
     results |= _evaluate(trainer, data)
     model.config.use_cache = uses_cache
-    on_all_ranks(lambda: _export(checked, trainer, model, tokenizer) if arguments.process_index == 0 else None)
+    on_all_ranks(
+        lambda: _export(checked, trainer, model, tokenizer) if arguments.process_index == 0 else None
+    )
     say(f"exported to {run.export_dir}")
     if arguments.process_index == 0:
         _write_results(run, results)
     return results
 
 
-# -- before any weight is read ------------------------------------------------------------------------------------
+# -- before any weight is read -------------------------------------------------------------------------------
 
 
 def _check(run: RunConfig) -> tuple[CheckedRun, list[Path]]:
@@ -94,13 +97,17 @@ def _check(run: RunConfig) -> tuple[CheckedRun, list[Path]]:
     block = hift_block(run)
     if block is not None:
         trust = run.model.trust_remote_code
-        structure = build_on_meta(read_config(str(checked.model.path), trust_remote_code=trust), trust_remote_code=trust)
+        structure = build_on_meta(
+            read_config(str(checked.model.path), trust_remote_code=trust), trust_remote_code=trust
+        )
         partition_model(
             structure, group_size=block.group_size, patterns=block.groups, always_active=block.always_active
         )
     checkpoints, damage = find_checkpoints(run.output_dir, run.train.resume)
     if damage and rank == 0:
-        logger.warning("%s; going on from %s", "; ".join(damage), checkpoints[0] if checkpoints else "the beginning")
+        logger.warning(
+            "%s; going on from %s", "; ".join(damage), checkpoints[0] if checkpoints else "the beginning"
+        )
     return checked, checkpoints
 
 
@@ -114,18 +121,21 @@ def _introduce(checked: CheckedRun, arguments: TrainingArguments, say: Callable[
     say(f"hift_ds {__version__}, {processes} on {device}")
     say(f"{model.path}: {model.numel:,} weights in {model.dtype}, trained in {checked.dtype}")
     say(
-        f"{batch.global_batch_size} rows a step: {batch.micro_batch_size} x {batch.gradient_accumulation_steps} accumulated x "
-        f"{processes}, up to {checked.max_length:,} tokens each"
+        f"{batch.global_batch_size} rows a step: {batch.micro_batch_size} x "
+        f"{batch.gradient_accumulation_steps} accumulated x {processes}, "
+        f"up to {checked.max_length:,} tokens each"
     )
     if arguments.process_index == 0:
         run.output_dir.mkdir(parents=True, exist_ok=True)
         origin = f"# {run.file} {' '.join(run.overrides)}".rstrip()
         content = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        (run.output_dir / "run.yaml").write_text(f"{origin}\n# every key, defaults included\n{content}", encoding="utf-8")
+        (run.output_dir / "run.yaml").write_text(
+            f"{origin}\n# every key, defaults included\n{content}", encoding="utf-8"
+        )
         _write_json(run.output_dir / "deepspeed.json", arguments.deepspeed)
 
 
-# -- loading ----------------------------------------------------------------------------------------------------
+# -- loading -------------------------------------------------------------------------------------------------
 
 
 def _load_data(checked: CheckedRun, arguments: TrainingArguments) -> tuple[Any, PreparedData]:
@@ -137,8 +147,9 @@ def _load_data(checked: CheckedRun, arguments: TrainingArguments) -> tuple[Any, 
 
 
 def _load_model(checked: CheckedRun, arguments: TrainingArguments) -> Any:
-    """Straight to the accelerator where the dtype is final; else mapped from the files, which costs a rank no memory
-    of its own until the engine casts: fp32 weights that train in 16 bits keep their bits in the masters."""
+    """Straight to the accelerator where the dtype is final; else mapped from the files, which costs a rank no
+    memory of its own until the engine casts: fp32 weights that train in 16 bits keep their bits in the
+    masters."""
     run, stored = checked.run, checked.model.dtype
     block = hift_block(run)
     options = {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
@@ -159,13 +170,14 @@ def _load_model(checked: CheckedRun, arguments: TrainingArguments) -> Any:
     )
     if run.data.packing and not is_partitioned and not packed_samples_are_isolated(model):
         raise ConfigError(
-            f"data.packing: true, but in {type(model).__name__} with attention {model.config._attn_implementation!r} the "
-            "samples of a row see each other; set data.packing: false, or another model.attn_implementation"
+            f"data.packing: true, but in {type(model).__name__} with attention "
+            f"{model.config._attn_implementation!r} the samples of a row see each other; "
+            "set data.packing: false, or another model.attn_implementation"
         )
     return model
 
 
-# -- training and after -----------------------------------------------------------------------------------------
+# -- training and after --------------------------------------------------------------------------------------
 
 
 class _Began(TrainerCallback):
@@ -204,7 +216,8 @@ def _summary(trainer: Any, output: Any) -> dict[str, Any]:
     results.pop("total_flos", None)  # transformers' estimate is of full fine-tuning
     first = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), None)
     if first is not None:
-        results["eval_loss_before"], results["eval_perplexity_before"] = first["eval_loss"], first["eval_perplexity"]
+        results["eval_loss_before"] = first["eval_loss"]
+        results["eval_perplexity_before"] = first["eval_perplexity"]
     engine = getattr(trainer, "engine", None)
     if engine is not None:
         coverage = engine.coverage()

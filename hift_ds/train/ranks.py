@@ -20,8 +20,8 @@ def rank_and_world_size(env: Mapping[str, str] = os.environ) -> tuple[int, int]:
 
 
 def on_all_ranks(action: Callable[[], Result]) -> Result:
-    """This rank's result, once every rank has one. If any fails with an error of the user's, all raise that error, so
-    that none waits for another in vain and the first rank can report it.
+    """This rank's result, once every rank has one. If any fails with an error of the user's, all raise that
+    error, so that none waits for another in vain and the first rank can report it.
 
     Needs the process group.
     """
@@ -53,8 +53,8 @@ def gather(value: Any) -> list[Any]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on, below those that the system hands out by itself: seconds pass
-    until the ranks meet there, in which another program must not get it."""
+    """A port of this machine that nobody listens on, below those that the system hands out by itself: seconds
+    pass until the ranks meet there, in which another program must not get it."""
     choose = random.SystemRandom()
     for _ in range(100):
         port = choose.randrange(20_000, 32_000)

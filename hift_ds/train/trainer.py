@@ -1,4 +1,5 @@
-"""The Trainer of a run file: transformers' loop, our engine (or DeepSpeed's own with ``hift: false``), our reports."""
+"""The Trainer of a run file: transformers' loop, our engine (or DeepSpeed's own with ``hift: false``), our
+reports."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from hift_ds.train.watchdog import WatchdogCallback
 
 
 class _DecayMatricesOnly:
-    """Mixin: with an optimizer in the DeepSpeed config too, biases and norms are not decayed, as without one."""
+    """Mixin: with an optimizer in the DeepSpeed config too, biases and norms are not decayed, as without
+    one."""
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         from accelerate.utils import DummyOptim
@@ -63,7 +65,9 @@ def build_trainer(
     trainer.add_callback(trainer.preemption)
     if cls is GroupTrainer:
         train = checked.run.train
-        watchdog = WatchdogCallback(lambda: trainer.engine, train.on_divergence, hang_timeout_s=train.hang_timeout_s)
+        watchdog = WatchdogCallback(
+            lambda: trainer.engine, train.on_divergence, hang_timeout_s=train.hang_timeout_s
+        )
         trainer.add_callback(watchdog)
     return trainer
 
@@ -77,12 +81,18 @@ def make_arguments(checked: CheckedRun, *, fresh: bool) -> TrainingArguments:
     options = checked.training_arguments()
     options["deepspeed"].setdefault("zero_optimization", {"stage": 0})  # accelerate insists on it
     if checked.run.hift is False and options["deepspeed"]["zero_optimization"].get("stage", 0) == 3:
-        raise ConfigError('hift: false with "zero_optimization.stage": 3 in the DeepSpeed config: use stage 0, 1 or 2')
+        raise ConfigError(
+            'hift: false with "zero_optimization.stage": 3 in the DeepSpeed config: use stage 0, 1 or 2'
+        )
     if checked.run.hift is False and options["deepspeed"]["optimizer"]["type"].lower() in ("adam", "adamw"):
-        options["deepspeed"]["optimizer"]["params"].setdefault("torch_adam", True)  # DeepSpeed would compile its own
+        options["deepspeed"]["optimizer"]["params"].setdefault(
+            "torch_adam", True
+        )  # DeepSpeed would compile its own
     if options["save_strategy"] == "no":  # "null: only at the end"
         options |= {"save_strategy": "steps", "save_steps": 1_000_000_000}
-    if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:  # its name in the first releases of transformers 5
+    if (
+        "activation_checkpointing" not in TrainingArguments.__dataclass_fields__
+    ):  # its name in the first releases of transformers 5
         for suffix in ("", "_kwargs"):
             options[f"gradient_checkpointing{suffix}"] = options.pop(f"activation_checkpointing{suffix}")
     return TrainingArguments(

@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(sys.argv[1:] if argv is None else argv)
         _join_job(args.local_rank)
         quiet_libraries(is_main=rank_and_world_size()[0] == 0)
-        # It compares the accumulation that the Trainer does itself with DeepSpeed's, and warns at every start.
+        # It compares the accumulation that the Trainer does itself with DeepSpeed's, and warns at every
+        # start.
         logging.getLogger("accelerate").setLevel(logging.ERROR)
 
         from hift_ds.train.run_config import load_run_config
@@ -56,17 +57,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog=PROG, description="Fine-tune as a run file says; started once per rank.")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help="given by some launchers")
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=None, help="given by some launchers"
+    )
     parser.add_argument("run_file", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_args(argv)
 
 
 def _join_job(local_rank: int | None) -> None:
-    """The variables that torch and DeepSpeed read, before either is loaded. Without a launcher: a job of one rank."""
+    """The variables that torch and DeepSpeed read, before either is loaded. Without a launcher: a job of one
+    rank."""
     env = os.environ
     if "RANK" not in env:
-        env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        env.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        )
     elif "LOCAL_RANK" not in env and local_rank is not None:
         env["LOCAL_RANK"] = str(local_rank)
 
@@ -80,8 +86,8 @@ def _leave_job() -> None:
 
 
 def _report(error: HiFTError) -> None:
-    """By the first rank. Another one speaks only if the first has nothing to say: it is still alive a while later,
-    and so are we, since launchers stop all ranks when one fails."""
+    """By the first rank. Another one speaks only if the first has nothing to say: it is still alive a while
+    later, and so are we, since launchers stop all ranks when one fails."""
     rank, _ = rank_and_world_size()
     if rank > 0:
         if getattr(error, "seen_by_all_ranks", False):

@@ -1,4 +1,5 @@
-"""The Trainer on two ranks: the same run as one rank on the merged batch, label tokens ragged, accumulation uneven."""
+"""The Trainer on two ranks: the same run as one rank on the merged batch, label tokens ragged, accumulation
+uneven."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def train(folder: str, micro_batch_size: int, accumulation: int, **options: Any)
     trainer = HiFTTrainer(
         model=model_zoo.tiny.build("llama", seed=5),
         args=arguments(
-            Path(folder), max_steps=NUM_STEPS, learning_rate=1e-2, optim="adamw_torch", warmup_steps=3, max_grad_norm=0.5,
+            Path(folder), max_steps=NUM_STEPS, learning_rate=1e-2, optim="adamw_torch", warmup_steps=3,
+            max_grad_norm=0.5,
             per_device_train_batch_size=micro_batch_size, gradient_accumulation_steps=accumulation,
             per_device_eval_batch_size=micro_batch_size, eval_strategy="steps", eval_steps=5, **options,
         ),
@@ -53,10 +55,14 @@ def test_two_ranks_with_accumulation_are_one_rank_with_the_merged_batch(tmp_path
         assert found["norms"] == pytest.approx(alone["norms"], rel=1e-4)
         assert found["rates"] == alone["rates"] and found["coverage"] == alone["coverage"]
         for name, value in alone["weights"].items():
-            torch.testing.assert_close(found["weights"][name], value, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                found["weights"][name], value, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+            )
         assert found["predictions"] == pytest.approx(alone["predictions"], abs=1e-4)
     assert ranks[0]["eval_after"] != ranks[0]["eval_before"]
-    assert ranks[0]["eval_before"] == pytest.approx(alone["eval_before"], abs=0.02)  # a mean of means over other batches
+    assert ranks[0]["eval_before"] == pytest.approx(
+        alone["eval_before"], abs=0.02
+    )  # a mean of means over other batches
     for name in ("eval_before", "eval_after"):
         assert ranks[0][name] == ranks[1][name]
 

@@ -22,7 +22,10 @@ AUTO: dict[str, Any] = {
 
 
 def arguments(
-    folder: Path, ds: dict | str | None = None, cls: type[TrainingArguments] = TrainingArguments, **options: Any
+    folder: Path,
+    ds: dict | str | None = None,
+    cls: type[TrainingArguments] = TrainingArguments,
+    **options: Any,
 ) -> TrainingArguments:
     defaults = {
         "per_device_train_batch_size": 2,
@@ -34,7 +37,11 @@ def arguments(
         "disable_tqdm": True,
         "seed": 3,
     }
-    return cls(str(folder), deepspeed=copy.deepcopy(ds) if ds is not None else copy.deepcopy(AUTO), **{**defaults, **options})
+    return cls(
+        str(folder),
+        deepspeed=copy.deepcopy(ds) if ds is not None else copy.deepcopy(AUTO),
+        **{**defaults, **options},
+    )
 
 
 def ragged_dataset(num_rows: int, seed: int = 0, padded: bool = True) -> list[dict[str, Tensor]]:
@@ -50,6 +57,9 @@ def ragged_dataset(num_rows: int, seed: int = 0, padded: bool = True) -> list[di
         row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
         if padded:
             fill = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
-            row = {key: torch.nn.functional.pad(v, (0, LENGTH - length), value=fill[key]) for key, v in row.items()}
+            row = {
+                key: torch.nn.functional.pad(v, (0, LENGTH - length), value=fill[key])
+                for key, v in row.items()
+            }
         rows.append(row)
     return rows

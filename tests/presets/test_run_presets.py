@@ -1,4 +1,5 @@
-"""Every run file in model_zoo/presets/ is complete: it parses, its configs exist, its model can be cut, its header is true."""
+"""Every run file in model_zoo/presets/ is complete: it parses, its configs exist, its model can be cut, its
+header is true."""
 
 from __future__ import annotations
 
@@ -10,7 +11,13 @@ import pytest
 import model_zoo
 from hift_ds.grouping import partition_model
 from hift_ds.model_structure import build_on_meta
-from hift_ds.train.arguments import check_batch_sizes, hift_block, read_deepspeed, resolve_dtype, training_arguments
+from hift_ds.train.arguments import (
+    check_batch_sizes,
+    hift_block,
+    read_deepspeed,
+    resolve_dtype,
+    training_arguments,
+)
 from hift_ds.train.run_config import load_run_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +37,10 @@ def test_preset_is_complete(file, tmp_path, monkeypatch):
     dtype = resolve_dtype(run, "bf16" if "fp32" not in run.deepspeed else "fp32")
     for world_size in (1, 2, 4, 8):
         batch = check_batch_sizes(run, world_size)
-        assert batch.micro_batch_size * batch.gradient_accumulation_steps * world_size == run.train.global_batch_size
+        assert (
+            batch.micro_batch_size * batch.gradient_accumulation_steps * world_size
+            == run.train.global_batch_size
+        )
         options = training_arguments(run, world_size=world_size, dtype=dtype, has_eval=True)
         assert options["deepspeed"]["train_batch_size"] == run.train.global_batch_size
         assert options["bf16"] == (dtype == "bf16") == ("bf16" in run.deepspeed)
@@ -46,8 +56,12 @@ def test_header_gives_the_command_and_true_numbers(file):
     model = build_on_meta(model_zoo.config(size_of(file)))
     run = load_run_config(file)
     block = hift_block(run)
-    partition = partition_model(model, group_size=block.group_size, patterns=block.groups, always_active=block.always_active)
-    numel = sum(group.numel for group in partition.groups) + (partition.always.numel if partition.always else 0)
+    partition = partition_model(
+        model, group_size=block.group_size, patterns=block.groups, always_active=block.always_active
+    )
+    numel = sum(group.numel for group in partition.groups) + (
+        partition.always.numel if partition.always else 0
+    )
     assert numel == sum(param.numel() for param in model.parameters())
     if block.always_active:
         assert partition.always.numel >= model.get_input_embeddings().weight.numel()
@@ -59,4 +73,6 @@ def test_header_gives_the_command_and_true_numbers(file):
 
 
 def test_the_common_models_have_one():
-    assert {"smollm2_135m", "llama2_7b", "llama3_8b", "qwen2.5_7b", "mistral_7b"} <= {file.stem for file in FILES}
+    assert {"smollm2_135m", "llama2_7b", "llama3_8b", "qwen2.5_7b", "mistral_7b"} <= {
+        file.stem for file in FILES
+    }

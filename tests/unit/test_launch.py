@@ -1,4 +1,5 @@
-"""From a run file to a fine-tuned model: through DeepSpeed's launcher on two processes, and phase by phase on one."""
+"""From a run file to a fine-tuned model: through DeepSpeed's launcher on two processes, and phase by phase on
+one."""
 
 from __future__ import annotations
 
@@ -37,7 +38,10 @@ def inputs(tmp_path_factory) -> Path:
     model.save_pretrained(folder / "model")
     byte_level().save_pretrained(folder / "model")
     rows = [
-        {"messages": [{"role": "user", "content": f"{i} + 1?"}, {"role": "assistant", "content": f"It is {i + 1}." + " ok" * (i % 4)}]}
+        {"messages": [
+            {"role": "user", "content": f"{i} + 1?"},
+            {"role": "assistant", "content": f"It is {i + 1}." + " ok" * (i % 4)},
+        ]}
         for i in range(44)
     ]  # fmt: skip
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -81,16 +85,28 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype="auto").state_dict()
 
 
-# -- two processes ------------------------------------------------------------------------------------------------
+# -- two processes -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.distributed
 def test_deepspeed_launch_on_two_processes_and_resume_on_one(inputs, tmp_path):
     out = tmp_path / "run"
     file = write_run(inputs, out)
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     done = subprocess.run(
-        [*launcher, str(ROOT / "launch"), str(file), "train.seed=7"], cwd=tmp_path, capture_output=True, text=True, timeout=280
+        [*launcher, str(ROOT / "launch"), str(file), "train.seed=7"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("2 processes on CPU") == 1 and "Traceback" not in done.stderr  # one rank speaks
@@ -104,7 +120,13 @@ def test_deepspeed_launch_on_two_processes_and_resume_on_one(inputs, tmp_path):
     assert [record["step"] for record in metrics.evals] == [0, 6, 12]
     assert set(json.loads((out / "coverage.json").read_text())["updates"].values()) == {2, 3}
     assert all(group["moved"] > 0 for group in json.loads((out / "groups.json").read_text()))
-    for name in ("loss.png", "groups.png", "run.yaml", "deepspeed.json", "checkpoint-12/global_step12/manifest.json"):
+    for name in (
+        "loss.png",
+        "groups.png",
+        "run.yaml",
+        "deepspeed.json",
+        "checkpoint-12/global_step12/manifest.json",
+    ):
         assert (out / name).stat().st_size > 0
     assert yaml.safe_load((out / "run.yaml").read_text())["train"]["seed"] == 7
 
@@ -157,12 +179,14 @@ def test_signals_reach_the_workers_which_save_and_leave_none_behind(inputs, tmp_
     assert (saved / f"global_step{step}" / "manifest.json").exists() and not (out / "model").exists()
 
 
-# -- one process --------------------------------------------------------------------------------------------------
+# -- one process ---------------------------------------------------------------------------------------------
 
 
 def test_interrupted_run_ends_like_an_uninterrupted_one(inputs, tmp_path, caplog):
     out = tmp_path / "run"
-    run = load_run_config(write_run(inputs, out, train__save_total_limit=None, hift={"order": "random", "reshuffle": True}))
+    run = load_run_config(
+        write_run(inputs, out, train__save_total_limit=None, hift={"order": "random", "reshuffle": True})
+    )
     whole = finetune(run)
     expected = weights_in(out / "model")
 
@@ -193,8 +217,14 @@ def test_never_resume_refuses_a_folder_with_checkpoints(inputs, tmp_path, capsys
 @pytest.mark.parametrize(
     ("changes", "dtype"),
     [
-        ({"deepspeed": None, "train__optimizer": "Adafactor", "train__gradient_checkpointing": True}, torch.float32),
-        ({"export__dtype": "bf16", "train__save_steps": None, "export__max_shard_size": "20KB"}, torch.bfloat16),
+        (
+            {"deepspeed": None, "train__optimizer": "Adafactor", "train__gradient_checkpointing": True},
+            torch.float32,
+        ),
+        (
+            {"export__dtype": "bf16", "train__save_steps": None, "export__max_shard_size": "20KB"},
+            torch.bfloat16,
+        ),
         ({"hift": False, "deepspeed": None}, torch.float32),
     ],
     ids=["fp32_adafactor", "sharded_bf16_export", "full_fine_tuning"],
@@ -216,12 +246,17 @@ def test_eval_loss_is_the_mean_over_tokens(inputs, tmp_path):
     losses = []
     for rows in (1, 4):
         out = tmp_path / f"run{rows}"
-        options = {"train__max_steps": 1, "train__eval_batch_size": rows, "train__eval_steps": 1, "deepspeed": None}
+        options = {
+            "train__max_steps": 1,
+            "train__eval_batch_size": rows,
+            "train__eval_steps": 1,
+            "deepspeed": None,
+        }
         losses.append(finetune(load_run_config(write_run(inputs, out, **options)))["eval_loss_before"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-# -- bad input ----------------------------------------------------------------------------------------------------
+# -- bad input -----------------------------------------------------------------------------------------------
 
 
 def truncate_weights(folder: Path) -> None:
@@ -251,12 +286,16 @@ def pickle_weights(folder: Path) -> None:
         ({}, pickle_weights, "safetensors"),
     ],
 )
-def test_bad_input_is_one_line_before_any_weight_is_read(inputs, tmp_path, monkeypatch, capsys, changes, spoil, message):
+def test_bad_input_is_one_line_before_any_weight_is_read(
+    inputs, tmp_path, monkeypatch, capsys, changes, spoil, message
+):
     model = tmp_path / "model"
     shutil.copytree(inputs / "model", model)
     if spoil is not None:
         spoil(model)
-    monkeypatch.setattr("hift_ds.train.finetune.load_pretrained", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "hift_ds.train.finetune.load_pretrained", lambda *a, **k: pytest.fail("weights were read")
+    )
     file = write_run(inputs, tmp_path / "run", **{"model__path": str(model), **changes})
     assert worker.main([str(file)]) == 2
     printed = capsys.readouterr()
@@ -267,7 +306,22 @@ def test_bad_input_is_one_line_before_any_weight_is_read(inputs, tmp_path, monke
 def test_all_labels_masked_and_empty_data(inputs, tmp_path, capsys):
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    assert worker.main([str(write_run(inputs, tmp_path / "a", data__train=str(empty), data__val_size=0, train__eval_steps=None))]) == 2
+    assert (
+        worker.main(
+            [
+                str(
+                    write_run(
+                        inputs,
+                        tmp_path / "a",
+                        data__train=str(empty),
+                        data__val_size=0,
+                        train__eval_steps=None,
+                    )
+                )
+            ]
+        )
+        == 2
+    )
     assert "empty.jsonl" in capsys.readouterr().err
     nothing = tmp_path / "nothing.jsonl"
     nothing.write_text("\n".join(json.dumps({"prompt": "x" * 300, "completion": "y"}) for _ in range(8)))
@@ -275,7 +329,7 @@ def test_all_labels_masked_and_empty_data(inputs, tmp_path, capsys):
     assert "nothing to learn" in capsys.readouterr().err
 
 
-# -- hift-ds train and the scripts ----------------------------------------------------------------------------------
+# -- hift-ds train and the scripts ---------------------------------------------------------------------------
 
 
 def test_train_command_counts_and_refuses(inputs, tmp_path, monkeypatch):
@@ -284,7 +338,9 @@ def test_train_command_counts_and_refuses(inputs, tmp_path, monkeypatch):
 
     started: list[Any] = []
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(command, "_launch", lambda devices, port, arguments, on_cpu: started.append((devices, arguments)) or 0)
+    monkeypatch.setattr(
+        command, "_launch", lambda devices, port, arguments, on_cpu: started.append((devices, arguments)) or 0
+    )
     monkeypatch.setattr(command, "_run_here", lambda arguments: started.append(arguments) or 0)
     file = str(write_run(inputs, tmp_path / "run"))
     for accelerators, options, expected in (
@@ -303,7 +359,10 @@ def test_train_command_counts_and_refuses(inputs, tmp_path, monkeypatch):
 
 
 def test_worker_takes_local_rank_wherever_the_launcher_puts_it():
-    for argv in (["--local_rank=1", "run.yaml", "train.seed=2"], ["run.yaml", "train.seed=2", "--local-rank", "1"]):
+    for argv in (
+        ["--local_rank=1", "run.yaml", "train.seed=2"],
+        ["run.yaml", "train.seed=2", "--local-rank", "1"],
+    ):
         args = worker._parse(argv)
         assert (args.local_rank, args.run_file, args.overrides) == (1, "run.yaml", ["train.seed=2"])
 
@@ -321,7 +380,9 @@ def test_multi_node_checks_the_hostfile_first(tmp_path, lines, message):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text(lines)
     env = {**os.environ, "PYTHON": sys.executable}
-    done = subprocess.run([ROOT / "launch" / "multi_node.sh", hostfile, "run.yaml"], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [ROOT / "launch" / "multi_node.sh", hostfile, "run.yaml"], capture_output=True, text=True, env=env
+    )
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
@@ -330,7 +391,9 @@ def test_scripts_parse_and_the_example_is_a_hostfile(tmp_path):
         subprocess.run(["bash", "-n", ROOT / "launch" / script], check=True)
         assert os.access(ROOT / "launch" / script, os.X_OK)
     done = subprocess.run(
-        [sys.executable, ROOT / "launch" / "hostfile.py", ROOT / "launch" / "hostfile.example"], capture_output=True, text=True
+        [sys.executable, ROOT / "launch" / "hostfile.py", ROOT / "launch" / "hostfile.example"],
+        capture_output=True,
+        text=True,
     )
     assert done.stdout == "2 nodes, 16 slots: node-1 x 8, node-2 x 8\n"
     no_arguments = subprocess.run([ROOT / "launch" / "single_node.sh"], capture_output=True, text=True)

@@ -1,4 +1,5 @@
-"""HiFTTrainer on one process: what the Hugging Face loop does around the engine, and what must not leak into it."""
+"""HiFTTrainer on one process: what the Hugging Face loop does around the engine, and what must not leak into
+it."""
 
 from __future__ import annotations
 
@@ -18,12 +19,22 @@ from tests.helpers.trainer import AUTO, arguments, ragged_dataset
 NUM_GROUPS = 5  # of the tiny llama: embedding, three blocks, norm and head
 
 
-def make_trainer(tmp_path: Path, cls: type[Trainer] = HiFTTrainer, model: Any = None, ds: dict | None = None, **options: Any):
+def make_trainer(
+    tmp_path: Path,
+    cls: type[Trainer] = HiFTTrainer,
+    model: Any = None,
+    ds: dict | None = None,
+    **options: Any,
+):
     model = model if model is not None else model_zoo.tiny.build("llama")
     dataset = ragged_dataset(24)
     trainer_options = {key: options.pop(key) for key in ("callbacks", "data_collator") if key in options}
     return cls(
-        model=model, args=arguments(tmp_path, ds, **options), train_dataset=dataset, eval_dataset=dataset[:3], **trainer_options
+        model=model,
+        args=arguments(tmp_path, ds, **options),
+        train_dataset=dataset,
+        eval_dataset=dataset[:3],
+        **trainer_options,
     )
 
 
@@ -36,7 +47,9 @@ def train_logs(trainer: Trainer) -> list[dict[str, float]]:
 
 
 def test_trains_every_group_and_logs_the_rate_that_was_used(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=2 * NUM_GROUPS, learning_rate=1e-2, lr_scheduler_type="linear", warmup_steps=2)
+    trainer = make_trainer(
+        tmp_path, max_steps=2 * NUM_GROUPS, learning_rate=1e-2, lr_scheduler_type="linear", warmup_steps=2
+    )
     before = weights(trainer.model)
     trainer.train()
     assert set(trainer.engine.coverage().values()) == {2}
@@ -44,28 +57,45 @@ def test_trains_every_group_and_logs_the_rate_that_was_used(tmp_path):
     logs = train_logs(trainer)
     assert [entry["group"] for entry in logs] == 2 * list(range(NUM_GROUPS))
     assert [entry["cycle"] for entry in logs] == NUM_GROUPS * [0] + NUM_GROUPS * [1]
-    # Linear decay over all 10 steps; the second cycle is held at its first value, the first (which holds the warm-up)
-    # at its last.
+    # Linear decay over all 10 steps; the second cycle is held at its first value, the first (which holds the
+    # warm-up) at its last.
     first, second = 1e-2 * (10 - 4) / 8, 1e-2 * (10 - 5) / 8
-    assert [entry["learning_rate"] for entry in logs] == pytest.approx(NUM_GROUPS * [first] + NUM_GROUPS * [second])
+    assert [entry["learning_rate"] for entry in logs] == pytest.approx(
+        NUM_GROUPS * [first] + NUM_GROUPS * [second]
+    )
 
 
 @pytest.mark.parametrize("scheduler", ["trainer", "deepspeed"])
 def test_optimizer_and_scheduler_of_the_json(tmp_path, scheduler):
-    ds = {**AUTO, "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "betas": "auto", "eps": "auto"}}}
+    ds = {
+        **AUTO,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": "auto", "weight_decay": "auto", "betas": "auto", "eps": "auto"},
+        },
+    }
     if scheduler == "deepspeed":
-        params = {"total_num_steps": "auto", "warmup_num_steps": "auto", "warmup_min_lr": 0, "warmup_max_lr": "auto"}
+        params = {
+            "total_num_steps": "auto",
+            "warmup_num_steps": "auto",
+            "warmup_min_lr": 0,
+            "warmup_max_lr": "auto",
+        }
         ds["scheduler"] = {"type": "WarmupDecayLR", "params": {**params, "warmup_type": "linear"}}
     trainer = make_trainer(tmp_path, ds=ds, max_steps=2 * NUM_GROUPS, learning_rate=1e-2, warmup_steps=2)
     trainer.train()
     rates = [entry["learning_rate"] for entry in train_logs(trainer)]
-    assert len(set(rates[:NUM_GROUPS])) == len(set(rates[NUM_GROUPS:])) == 1 and 0 < rates[-1] < rates[0] < 1e-2
+    assert (
+        len(set(rates[:NUM_GROUPS])) == len(set(rates[NUM_GROUPS:])) == 1 and 0 < rates[-1] < rates[0] < 1e-2
+    )
     assert trainer.engine.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
 def test_auto_in_the_hift_block_is_ours(tmp_path):
     """accelerate fills in every "auto" of a DeepSpeed config, and refuses those it does not know."""
-    trainer = make_trainer(tmp_path, ds={**AUTO, "hift": {"state": {"io": "auto", "residency": "auto"}}}, max_steps=2)
+    trainer = make_trainer(
+        tmp_path, ds={**AUTO, "hift": {"state": {"io": "auto", "residency": "auto"}}}, max_steps=2
+    )
     for _ in range(2):
         trainer.train()
         assert trainer.engine.hift.state.io == "auto" and trainer.engine.last_report.group == 1
@@ -80,7 +110,8 @@ def test_decay_and_no_decay_groups_are_kept(tmp_path):
 
 
 class _WatchGradients(TrainerCallback):
-    """Notes, at each step, whether the embedding's output carries a gradient and whether backward reached it."""
+    """Notes, at each step, whether the embedding's output carries a gradient and whether backward reached
+    it."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.embedding_output_requires_grad: list[bool] = []
@@ -98,7 +129,8 @@ class _WatchGradients(TrainerCallback):
 
 
 def test_checkpointing_stops_at_the_active_group_and_changes_nothing(tmp_path):
-    """transformers turns input gradients on with checkpointing: every layer would then be differentiated again."""
+    """transformers turns input gradients on with checkpointing: every layer would then be differentiated
+    again."""
     results = {}
     for checkpointing in (False, True):
         model = model_zoo.tiny.build("llama")
@@ -106,7 +138,9 @@ def test_checkpointing_stops_at_the_active_group_and_changes_nothing(tmp_path):
         watch = _WatchGradients(model)
         if not checkpointing:
             model.gradient_checkpointing_disable()
-        trainer = make_trainer(tmp_path, model=model, max_steps=NUM_GROUPS, gradient_checkpointing=checkpointing)
+        trainer = make_trainer(
+            tmp_path, model=model, max_steps=NUM_GROUPS, gradient_checkpointing=checkpointing
+        )
         trainer.train()
         assert watch.embedding_output_requires_grad == [True, False, False, False, False]
         assert watch.lowest_block_ran_backward == [True, True, False, False, False]
@@ -118,7 +152,9 @@ def test_checkpointing_stops_at_the_active_group_and_changes_nothing(tmp_path):
 
 def test_reentrant_checkpointing_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="use_reentrant"):
-        make_trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+        make_trainer(
+            tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
+        )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +170,9 @@ def test_reentrant_checkpointing_is_refused(tmp_path):
 )
 def test_bad_configs_are_refused_before_the_trainer_touches_the_model(tmp_path, monkeypatch, ds, message):
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)  # accelerate leaves it behind
-    args = TrainingArguments(str(tmp_path), deepspeed=ds or None, use_cpu=True, bf16="torch_autocast" in ds, report_to=[])
+    args = TrainingArguments(
+        str(tmp_path), deepspeed=ds or None, use_cpu=True, bf16="torch_autocast" in ds, report_to=[]
+    )
     with pytest.raises(ConfigError, match=message):
         HiFTTrainer(model=None, args=args)
 
@@ -158,7 +196,9 @@ def test_ranks_that_transformers_does_not_count_are_an_error(tmp_path, monkeypat
 
 
 def test_evaluates_before_between_and_after(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=2 * NUM_GROUPS, eval_strategy="steps", eval_steps=3, learning_rate=1e-2)
+    trainer = make_trainer(
+        tmp_path, max_steps=2 * NUM_GROUPS, eval_strategy="steps", eval_steps=3, learning_rate=1e-2
+    )
     plain = make_trainer(tmp_path / "b", max_steps=2 * NUM_GROUPS, learning_rate=1e-2)
     first = trainer.evaluate()["eval_loss"]
     with torch.no_grad():
@@ -204,7 +244,11 @@ def test_auto_find_batch_size(tmp_path):
             return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
     trainer = make_trainer(
-        tmp_path, max_steps=NUM_GROUPS, auto_find_batch_size=True, per_device_train_batch_size=4, data_collator=Collator()
+        tmp_path,
+        max_steps=NUM_GROUPS,
+        auto_find_batch_size=True,
+        per_device_train_batch_size=4,
+        data_collator=Collator(),
     )
     trainer.train()
     assert tried[0] == 4 and tried[-1] < 4
@@ -216,7 +260,9 @@ def test_save_model_is_what_from_pretrained_loads(tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = model_zoo.tiny.build("llama", tie_word_embeddings=True)
-    trainer = make_trainer(tmp_path, model=model, max_steps=NUM_GROUPS - 1, bf16=True)  # tied: head is in the embedding
+    trainer = make_trainer(
+        tmp_path, model=model, max_steps=NUM_GROUPS - 1, bf16=True
+    )  # tied: head is in the embedding
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     assert not list((tmp_path / "saved").glob("pytorch_model*"))
@@ -235,8 +281,8 @@ def test_seq2seq_trainer_with_generation(tmp_path):
     model = model_zoo.tiny.build("t5")
     rows = [{k: v[0] for k, v in model_zoo.tiny.batch(model, rows=1, seed=seed).items()} for seed in range(6)]
     args = arguments(
-        tmp_path, cls=Seq2SeqTrainingArguments, max_steps=9, predict_with_generate=True, generation_max_length=5,
-        eval_strategy="steps", eval_steps=4,
+        tmp_path, cls=Seq2SeqTrainingArguments, max_steps=9, predict_with_generate=True,
+        generation_max_length=5, eval_strategy="steps", eval_steps=4,
     )  # fmt: skip
     trainer = HiFTSeq2SeqTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:3])
     trainer.train()
@@ -250,15 +296,21 @@ def test_trl_sft_trainer(tmp_path):
     class HiFTSFTTrainer(HiFTMixin, trl.SFTTrainer):
         pass
 
-    rows = [{key: row[key].tolist() for key in ("input_ids", "labels")} for row in ragged_dataset(12, padded=False)]
+    rows = [
+        {key: row[key].tolist() for key in ("input_ids", "labels")}
+        for row in ragged_dataset(12, padded=False)
+    ]
     from datasets import Dataset
 
     args = arguments(
-        tmp_path, cls=trl.SFTConfig, max_steps=NUM_GROUPS + 1, gradient_checkpointing=True, gradient_accumulation_steps=2,
-        max_length=None,
+        tmp_path, cls=trl.SFTConfig, max_steps=NUM_GROUPS + 1, gradient_checkpointing=True,
+        gradient_accumulation_steps=2, max_length=None,
     )  # fmt: skip
     trainer = HiFTSFTTrainer(
-        model=model_zoo.tiny.build("llama"), args=args, train_dataset=Dataset.from_list(rows), processing_class=tiny_tokenizer()
+        model=model_zoo.tiny.build("llama"),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny_tokenizer(),
     )
     trainer.train()
     assert set(trainer.engine.coverage().values()) == {1, 2}
@@ -273,7 +325,10 @@ def tiny_tokenizer():
 
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 67)}}
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocab, unk_token="<pad>")), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=Tokenizer(WordLevel(vocab, unk_token="<pad>")),
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
     )
 
 
@@ -286,10 +341,12 @@ def test_config_by_path_and_fp16(tmp_path):
 
 
 def test_load_best_model_at_end(tmp_path):
-    """A rate that ruins the model after the first evaluation: the weights at the end are those of the first checkpoint."""
+    """A rate that ruins the model after the first evaluation: the weights at the end are those of the first
+    checkpoint."""
     trainer = make_trainer(
-        tmp_path, max_steps=12, learning_rate=1.0, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant",
-        eval_strategy="steps", save_strategy="steps", eval_steps=3, save_steps=3, load_best_model_at_end=True,
+        tmp_path, max_steps=12, learning_rate=1.0, optim="sgd", max_grad_norm=0.0,
+        lr_scheduler_type="constant", eval_strategy="steps", save_strategy="steps",
+        eval_steps=3, save_steps=3, load_best_model_at_end=True,
         metric_for_best_model="loss", save_total_limit=2,
     )  # fmt: skip
     trainer.train()
