@@ -16,7 +16,7 @@ from hift_ds.arch import ArchSpec, find_arch
 from hift_ds.memory import fake_device
 from hift_ds.memory.flops import FlopCounter
 from hift_ds.memory.simulation import BETWEEN, Bytes, GroupStep, Result, Setting
-from hift_ds.memory.tracker import GRADIENTS, STATES, WEIGHTS, MemoryTracker, Timeline
+from hift_ds.memory.tracker import GRADIENTS, STATES, WEIGHTS, MemoryTracker, Timeline, Watch
 
 PHASES = ("forward", "backward", "update")
 
@@ -26,7 +26,7 @@ def run(setting: Setting) -> Result:
     with fake_device.fake_device():
         _join(setting.world_size)
         device, host, flops = MemoryTracker(fake_device.NAME), MemoryTracker("cpu", block_bytes=1), FlopCounter()
-        with device, host:
+        with Watch(device, host, flops=flops):
             device.mark("build")
             model = build_model(setting)
             device.see_all([*model.parameters(), *model.buffers()], WEIGHTS)
@@ -236,8 +236,8 @@ def _train(
     after mark ``since``."""
     host_start, host_bytes = len(host.events), host.live_bytes
     activate(engine, index)
-    with flops:
-        _step(engine, setting, device, flops)
+    _step(engine, setting, device, flops)
+    flops.phase = None
     activate(engine, index)
     _update_again(engine, setting, device)
     offloaded = Timeline(host).peak(host_start, len(host.events)).num_bytes - host_bytes

@@ -5,27 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 
-class FlopCounter(TorchDispatchMode):
-    """Sums up by ``phase``, which the caller sets."""
+class FlopCounter:
+    """Sums up by ``phase``, which the caller sets; nothing while that is ``None``."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.phase = ""
-        self.by_phase: Counter[str] = Counter()
+        self.phase: str | None = None
+        self._by_phase: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.by_phase[self.phase] += formula(*args, **kwargs, out_val=out)
-        return out
+    def count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """One operation, as a dispatch mode sees it."""
+        if self.phase is not None and (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self._by_phase[self.phase] += formula(*args, **kwargs, out_val=out)
 
     def take(self) -> dict[str, int]:
         """The counts since the last call."""
-        taken, self.by_phase = dict(self.by_phase), Counter()
+        taken, self._by_phase = dict(self._by_phase), Counter()
         return taken

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hift_ds.memory.flops import FlopCounter
+
 CUDA_BLOCK_BYTES = 512  # the caching allocator's granularity: max_memory_allocated counts rounded sizes
 
 WEIGHTS = "weights"
@@ -55,8 +57,8 @@ class Peak:
     num_bytes: int
 
 
-class MemoryTracker(TorchDispatchMode):
-    """Logs the storages on one type of device.
+class MemoryTracker:
+    """Logs the storages on one type of device that it is shown; :class:`Watch` shows it all that are made.
 
     Args:
         device_type: "cuda", "cpu" or a fake device's.
@@ -64,7 +66,6 @@ class MemoryTracker(TorchDispatchMode):
     """
 
     def __init__(self, device_type: str, block_bytes: int = CUDA_BLOCK_BYTES) -> None:
-        super().__init__()
         self.device_type = device_type
         self.block_bytes = block_bytes
         self.blocks: list[Block] = []
@@ -72,15 +73,6 @@ class MemoryTracker(TorchDispatchMode):
         self.marks: list[Mark] = []
         self.live_bytes = 0
         self._block_of: dict[int, int] = {}  # live blocks by the address of the storage
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(leaf, Tensor):
-                self.see(leaf)
-            elif isinstance(leaf, list | tuple | dict):
-                self.see_all(tree_leaves(leaf))
-        return out
 
     # -- what is alive ----------------------------------------------------------------------------------------
 
@@ -121,6 +113,28 @@ class MemoryTracker(TorchDispatchMode):
     def _log(self, index: int, change: int) -> None:
         self.live_bytes += change
         self.events.append((index, change))
+
+
+class Watch(TorchDispatchMode):
+    """Inside, every operation's results are shown to the trackers, and its floating-point operations are counted.
+
+    One mode for all of them: on fake tensors a second one would cost as much as the operation.
+    """
+
+    def __init__(self, *trackers: MemoryTracker, flops: FlopCounter | None = None) -> None:
+        super().__init__()
+        self._trackers = {tracker.device_type: tracker for tracker in trackers}
+        self._flops = flops
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(leaf, Tensor) and (tracker := self._trackers.get(leaf.device.type)) is not None:
+                tracker.see(leaf)
+        if self._flops is not None:
+            self._flops.count(func, args, kwargs, out)
+        return out
 
 
 @dataclass
