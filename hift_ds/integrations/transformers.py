@@ -61,7 +61,7 @@ class HiFTMixin(WholeCheckpointsStay):
         """As the Trainer's. May be called again; the earlier engine is destroyed then."""
         join_as_single_process()
         self.model_wrapped = self.model  # else a second train() would go on with the engine of the first
-        disable_input_require_grads(self.model)  # the Trainer enables them again and forgets the earlier hooks
+        disable_input_require_grads(self.model)  # enabling again forgets the earlier hooks
         with _block_set_aside(self.args.deepspeed_plugin) as block, hift_engines(block):
             output = super().train(*args, **kwargs)
             self.finish_checkpoints()

@@ -95,12 +95,28 @@ def make_arguments(checked: CheckedRun, *, fresh: bool) -> TrainingArguments:
     ):  # its name in the first releases of transformers 5
         for suffix in ("", "_kwargs"):
             options[f"gradient_checkpointing{suffix}"] = options.pop(f"activation_checkpointing{suffix}")
-    return TrainingArguments(
-        **options,
-        eval_on_start=checked.has_eval and fresh,
-        include_num_input_tokens_seen="non_padding",
-        label_names=["labels"],
-        log_level="error",  # also of DeepSpeed; what a run has to say is said by our own callback
-        log_level_replica="error",
-        disable_tqdm=True,
-    )
+    _check_loggers(checked.run.train.report_to)
+    try:
+        return TrainingArguments(
+            **options,
+            eval_on_start=checked.has_eval and fresh,
+            include_num_input_tokens_seen="non_padding",
+            label_names=["labels"],
+            log_level="error",  # also of DeepSpeed; what a run has to say is said by our own callback
+            log_level_replica="error",
+            disable_tqdm=True,
+        )
+    except ValueError as error:  # an accelerator without bf16, say
+        raise ConfigError(f"transformers does not accept this run's settings: {error}") from error
+
+
+def _check_loggers(names: list[str]) -> None:
+    """Unknown ones, and those whose package is not installed."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    for name in names:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (ValueError, RuntimeError, ImportError, AssertionError) as error:
+            raise ConfigError(f"train.report_to: {name}: {error}") from error

@@ -282,6 +282,7 @@ def pickle_weights(folder: Path) -> None:
         ({"hift": {"always_active": ["nonesuch"]}}, None, "nonesuch"),
         ({"hift": {"state": {"residenz": "host"}}}, None, "residency"),
         ({"train__optimizer": "AdamX"}, None, "'AdamX'"),
+        ({"train__report_to": "paper"}, None, "train.report_to: paper"),
         ({}, truncate_weights, "model.safetensors"),
         ({}, pickle_weights, "safetensors"),
     ],
