@@ -5,6 +5,7 @@ The calls are DeepSpeed's: ``loss = engine(batch)``, ``engine.backward(loss)``, 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterable
@@ -26,7 +27,7 @@ from hift_ds.engine.deepspeed_seam import (
 )
 from hift_ds.engine.exact_values import exact_values
 from hift_ds.engine.partitioned import PartitionedParameters
-from hift_ds.engine.state_arithmetic import state_arithmetic
+from hift_ds.engine.state_arithmetic import gather_state_arithmetic
 from hift_ds.errors import ConfigError
 from hift_ds.grouping import LayerGroup, Partition, partition_model
 from hift_ds.lr import CycleLR
@@ -52,13 +53,10 @@ class HiFTEngine(Checkpointing, SeamEngine):
         last_report: what the last optimizer step did; ``None`` before the first.
         step_loss: sum of the losses of this step's micro-batches so far, on this rank; ``None`` before the first.
         savings: the switches of ``"activations"`` at work.
-        state_arithmetic: what a step moves and when computing hides it, as measured at the start on rank 0 if log
-            lines of level INFO are wanted; else ``None``.
     """
 
     optimizer: HiFTOptimizer
     step_loss: Tensor | None = None
-    state_arithmetic: StateArithmetic | None = None
 
     def __init__(self, *args: Any, config: Any = None, **kwargs: Any) -> None:
         self.hift: HiFTConfig = parse_block(config[BLOCK])
@@ -71,7 +69,8 @@ class HiFTEngine(Checkpointing, SeamEngine):
         if self.lr_scheduler is not None:
             self.watch_scheduler(self.lr_scheduler)
         names = {index: [member.name for member in unit.members] for index, unit in self.optimizer.units.items()}
-        self._announce_states()
+        if self.global_rank == 0 and logger.isEnabledFor(logging.INFO):
+            logger.info(self.state_arithmetic.line())
         self.savings = ActivationSavings(self.module, self.hift.activations, names)
 
     @property
@@ -123,11 +122,10 @@ class HiFTEngine(Checkpointing, SeamEngine):
             optimizer.set_masters(exact)
         return base, optimizer
 
-    def _announce_states(self) -> None:
-        """One line: what a step moves and when that is hidden. Measuring takes a moment, so only if it is read."""
-        if self.global_rank == 0 and logger.isEnabledFor(logging.INFO):
-            self.state_arithmetic = state_arithmetic(self.optimizer, self.module, self.hift.state, self.device)
-            logger.info(self.state_arithmetic.line())
+    @functools.cached_property
+    def state_arithmetic(self) -> StateArithmetic:
+        """What a step moves and when computing hides it, on this rank; measured when first asked for."""
+        return gather_state_arithmetic(self.optimizer, self.module, self.hift.state, self.device)
 
     def _give_masters_their_bits(self, optimizer: HiFTOptimizer) -> None:
         """The shards were cut for elementwise optimizers; whole-tensor owners need the other ranks' parts."""

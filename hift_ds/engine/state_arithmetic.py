@@ -19,7 +19,7 @@ from hift_ds.store.parked import ParkedStateStore
 _CPU = torch.device("cpu")
 
 
-def state_arithmetic(
+def gather_state_arithmetic(
     optimizer: GroupOptimizer, module: nn.Module, state: StateConfig, device: torch.device
 ) -> StateArithmetic:
     """For this process. Takes some tens of milliseconds of measuring, once.

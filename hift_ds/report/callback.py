@@ -210,6 +210,8 @@ class ReportCallback(TrainerCallback):
                 "some groups will not be trained. Raise max_steps or group_size.",
                 style="bold yellow",
             )
+        if (arithmetic := getattr(self._get_engine(), "state_arithmetic", None)) is not None:
+            self._progress.note(arithmetic.line())
 
     def _report_coverage(self, state: TrainerState) -> None:
         assert self._progress is not None

@@ -50,6 +50,7 @@ class Pace:
         self._times: deque[float] = deque(maxlen=kept)
         self._rates: deque[float] = deque(maxlen=kept)
         self._losses: deque[float] = deque(maxlen=kept)
+        self._stalls: deque[float] = deque(maxlen=kept)
 
     def add(self, record: StepRecord) -> None:
         self.step = record["step"]
@@ -57,6 +58,7 @@ class Pace:
             (self._times, "step_time_s"),
             (self._rates, "tokens_per_s"),
             (self._losses, "loss"),
+            (self._stalls, "stalled_s"),
         ):
             if record.get(key) is not None:
                 values.append(record[key])  # type: ignore[literal-required]
@@ -80,6 +82,11 @@ class Pace:
         )
 
     @property
+    def waited(self) -> float:
+        """The share of the steps' time that they waited for optimizer states."""
+        return sum(self._stalls) / sum(self._times) if self._stalls and sum(self._times) else 0.0
+
+    @property
     def left_s(self) -> float | None:
         return None if self.step_time_s is None else self.step_time_s * max(self.total_steps - self.step, 0)
 
@@ -94,6 +101,8 @@ class Pace:
             out.append(f"loss {self.loss:.3f}")
         if self.tokens_per_s is not None:
             out.append(f"{self.tokens_per_s:,.0f} tok/s")
+        if self.waited >= 0.01:
+            out.append(f"{self.waited:.0%} waiting for states")
         if self.left_s is not None:
             out.append(f"{clock(self.left_s)} left")
         return out

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hift_ds.report.plots import plot_run
+from hift_ds.report.progress import Pace
 from hift_ds.report.transfers import has_transfers, stretch_means, summary, transfers_figure
 
 
@@ -50,3 +51,13 @@ def test_drawn_if_something_moved(moved, drawn, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     assert (tmp_path / "transfers.png" in plot_run(tmp_path)) is drawn
     assert (tmp_path / "transfers.png").is_file() is drawn
+
+
+def test_the_progress_line_says_how_much_was_waited():
+    pace = Pace(10, 0, 5)
+    for record in records(4, loss=1.0):
+        pace.add(record)
+    assert "12% waiting for states" in pace.parts(record)
+    pace = Pace(10, 0, 5)
+    pace.add(records(1, stalled_s=0.001)[0])
+    assert not [part for part in pace.parts({}) if "waiting" in part]
