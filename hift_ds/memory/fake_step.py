@@ -34,7 +34,7 @@ def run(setting: Setting) -> Result:
             arch = find_arch(model)
             engine = _engine(setting, model)
             _mark_blocks(model, arch, device)
-            _mark_gradients(model, device)
+            _mark_gradients(engine, device)
             _mark_states(engine, device)
             result = Result(
                 len(arch.blocks), len(engine.groups), weight_bytes, sum(param.numel() for param in model.parameters())
@@ -125,16 +125,21 @@ def _join(world_size: int) -> None:
     assert dist.get_world_size() == world_size, "one process simulates one number of ranks"
 
 
-def _engine(setting: Setting, model: nn.Module) -> Any:
-    import hift_ds
-
-    config = {
+def engine_config(setting: Setting) -> dict[str, Any]:
+    """The DeepSpeed config with the setting's batch, and the optimizer's kernel that is the default on a GPU."""
+    return {
         **{k: v for k, v in setting.engine_config.items() if k != "train_batch_size"},
         "train_micro_batch_size_per_gpu": setting.batch,
         "gradient_accumulation_steps": setting.micro_batches,
-        "hift": _parked_in_host_memory(setting.engine_config["hift"]),
         "optimizer": _with_fused_kernel(setting.engine_config["optimizer"]),
     }
+
+
+def _engine(setting: Setting, model: nn.Module) -> Any:
+    import hift_ds
+
+    config = engine_config(setting)
+    config["hift"] = _parked_in_host_memory(config["hift"])
     with _roomy_host():
         engine, *_ = hift_ds.initialize(model=model, model_parameters=list(model.parameters()), config=config)
     return engine
@@ -151,7 +156,7 @@ def _parked_in_host_memory(block: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_fused_kernel(block: dict[str, Any]) -> dict[str, Any]:
-    """The kernel that is the default on a GPU; on an unknown device torch would take one that copies."""
+    """On an unknown device torch would take a kernel that copies."""
     params = dict(block.get("params") or {})
     plain = block["type"].lower() in ("adam", "adamw", "sgd")
     if plain and not params.keys() & {"fused", "foreach", "differentiable"}:
@@ -193,11 +198,17 @@ def _mark_blocks(model: nn.Module, arch: ArchSpec, tracker: MemoryTracker) -> No
         block.register_forward_hook(lambda module, args, out, place=str(index): after(out, place))
 
 
-def _mark_gradients(model: nn.Module, tracker: MemoryTracker) -> None:
+def _mark_gradients(engine: Any, tracker: MemoryTracker) -> None:
+    def mark(param: nn.Parameter) -> None:
+        grad = param.grad if param.grad is not None else engine.optimizer.parameters.pending(param)
+        if grad is not None:
+            tracker.see(grad, GRADIENTS)
+
+    model = engine.module
     for param in model.parameters():
         flag = param.requires_grad
         param.requires_grad_(True)  # a hook can be put on no other
-        param.register_post_accumulate_grad_hook(lambda p: p.grad is not None and tracker.see(p.grad, GRADIENTS))
+        param.register_post_accumulate_grad_hook(mark)
         param.requires_grad_(flag)
 
 

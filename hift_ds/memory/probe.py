@@ -1,0 +1,158 @@
+"""One real step of one layer group on this machine's device, to hold against the simulated one.
+
+    python -m hift_ds.memory.probe < job.json
+
+in a process of its own (:func:`probe` starts it). On an accelerator the measure is ``max_memory_allocated``; on the CPU
+the allocator's own events as torch's profiler records them, and there the parked states count as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+from hift_ds.memory.simulation import Setting, SimulationError, simulate
+
+GIB = 2**30
+STEP = "hift_ds_probed_step"
+
+
+def probe(setting: Setting, index: int | None = None) -> dict[str, Any]:
+    """Step group ``index`` (default: the one with the highest simulated peak) on the fake device and on the real one.
+
+    The model has random weights and is built whole: it must fit this machine.
+
+    Returns:
+        ``device``, ``group``, ``predicted_gib``, ``measured_gib``.
+    """
+    if index is None:
+        from hift_ds.memory.forecast import Request, read_structure, run_requests, worst_step
+
+        index = worst_step(run_requests([Request(setting, read_structure(setting))])[0]).index
+    setting = replace(setting, groups=(index,))
+    measured = measure(setting)
+    step = simulate([setting])[0].steps[0]
+    predicted = step.peak_bytes + (measured["parked_bytes"] if measured["device"] == "cpu" else 0)
+    return {
+        "device": measured["device"],
+        "group": f"{step.index} ({step.name})",
+        "predicted_gib": predicted / GIB,
+        "measured_gib": measured["peak_bytes"] / GIB,
+    }
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    """Two steps of the setting's one group in a fresh process: ``device``, ``peak_bytes``, ``parked_bytes`` (states at
+    rest in host memory)."""
+    job = subprocess.run(
+        [sys.executable, "-m", "hift_ds.memory.probe"],
+        input=json.dumps(asdict(setting)),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(_free_port())},
+    )  # fmt: skip
+    if job.returncode != 0:
+        lines = [line for line in job.stderr.splitlines() if line.strip()] or ["no message"]
+        raise SimulationError(f"the real step failed: {lines[-1]}")
+    return json.loads(job.stdout.splitlines()[-1])
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _run(setting: Setting) -> dict[str, Any]:
+    import torch
+
+    on_accelerator = torch.accelerator.is_available()
+    device = torch.accelerator.current_accelerator() if on_accelerator else torch.device("cpu")
+    with _allocations(device) as peak_bytes:
+        engine = _build(setting, device)
+        for _ in range(2):  # the first makes the states, the second finds them
+            _step(engine, setting, device)
+    store = engine.optimizer.store
+    parked = store.total_bytes() if getattr(store, "num_slots", None) is not None else 0
+    return {"device": device.type, "peak_bytes": peak_bytes(), "parked_bytes": parked}
+
+
+def _build(setting: Setting, device: Any) -> Any:
+    import torch
+
+    import hift_ds
+    from hift_ds.memory.fake_step import engine_config
+    from hift_ds.model_structure import build_on_meta, read_config
+
+    config = read_config(setting.model, trust_remote_code=setting.trust_remote_code)
+    if setting.eager_attention:
+        config._attn_implementation = "eager"
+    model_class = type(build_on_meta(config, trust_remote_code=setting.trust_remote_code))
+    torch.set_default_dtype(getattr(torch, setting.weight_dtype))
+    with torch.device(device):
+        model = model_class(config).train()
+    torch.set_default_dtype(torch.float32)
+    engine, *_ = hift_ds.initialize(
+        model=model, model_parameters=list(model.parameters()), config=engine_config(setting)
+    )
+    return engine
+
+
+def _step(engine: Any, setting: Setting, device: Any) -> None:
+    import torch
+
+    from hift_ds.memory.fake_step import activate, make_batch
+
+    activate(engine, setting.groups[0])
+    batch = make_batch(engine.module, setting.batch, setting.length, device)
+    with torch.profiler.record_function(STEP):
+        for _ in range(setting.micro_batches):
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            del loss
+            engine.step()
+
+
+@contextmanager
+def _allocations(device: Any) -> Iterator[Any]:
+    """Gives a function that says, afterwards, the most bytes that were allocated during the marked steps."""
+    import torch
+
+    if device.type != "cpu":
+        torch.accelerator.memory.reset_peak_memory_stats()
+        yield lambda: torch.accelerator.memory.max_memory_allocated()
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        yield lambda: _peak_in_steps(profile)
+
+
+def _peak_in_steps(profile: Any) -> int:
+    events = profile.profiler.kineto_results.events()
+    steps = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == STEP]
+    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    live, peak = 0, 0
+    for at, change in memory:
+        live += change
+        if any(start <= at <= end for start, end in steps):
+            peak = max(peak, live)
+    return peak
+
+
+def _main() -> None:
+    setting = Setting(**json.load(sys.stdin))
+    answers, sys.stdout = sys.stdout, sys.stderr
+    print(json.dumps(_run(setting)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    _main()
