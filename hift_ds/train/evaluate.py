@@ -45,10 +45,22 @@ class TokenMeanEvaluation:
     """Mixin for a Trainer of a causal language model: ``eval_loss`` is the mean over learned tokens.
 
     Logits never leave the step that made them, so evaluation needs no more memory than one batch.
+
+    Args:
+        eval_collator: makes one row of each sample, so that what is gathered over ranks can be counted; the
+            rows that fill up the last batch are dropped. (In training several samples may share a row.)
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, eval_collator: Any, **kwargs: Any) -> None:
         super().__init__(*args, compute_metrics=token_mean, **kwargs)
+        self.eval_collator = eval_collator
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        train_collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = train_collator
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None

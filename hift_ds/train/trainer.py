@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from hift_ds.data.packing import collator
 from hift_ds.errors import ConfigError
 from hift_ds.integrations.transformers import HiFTMixin
 from hift_ds.report.callback import ReportCallback, report_instead_of_printing
@@ -57,6 +58,7 @@ def build_trainer(
         train_dataset=data.train,
         eval_dataset=data.eval,
         data_collator=data.collator,
+        eval_collator=collator(tokenizer, packing=False),
         processing_class=tokenizer,
     )
     report = ReportCallback(checked.run.output_dir, get_engine=lambda: trainer.model_wrapped)

@@ -91,7 +91,7 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.distributed
 def test_deepspeed_launch_on_two_processes_and_resume_on_one(inputs, tmp_path):
     out = tmp_path / "run"
-    file = write_run(inputs, out)
+    file = write_run(inputs, out, data__packing=True, data__val_size=5)  # odd: one row is filled in
     launcher = [
         sys.executable,
         "-m",
@@ -143,6 +143,7 @@ def test_deepspeed_launch_on_two_processes_and_resume_on_one(inputs, tmp_path):
     resumed = finetune(load_run_config(file, ["train.seed=7", "train.max_steps=17"]))
     assert resumed["steps"] == 17 and resumed["cycles"] == 3
     assert resumed["eval_loss_before"] == results["eval_loss_before"]
+    assert resumed["eval_tokens"] == results["eval_tokens"]
     steps = read_metrics(out).steps
     assert [record["step"] for record in steps] == list(range(1, 18))
     assert steps[-1]["group"] == 16 % NUM_GROUPS
