@@ -48,6 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="of one step, one sequence")
     parser.add_argument("--codec", choices=BYTES_A_PARAMETER, default="split_master+int8_moments")
     parser.add_argument("--slots", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(argv)
 
@@ -298,7 +299,9 @@ def report(args: argparse.Namespace, result: dict[str, Any], memory: MemoryWatch
         f"{result['state_bytes'] / GB:.1f} GB of states "
         f"on disk if all groups were visited ({args.codec}).",
         f"{os.cpu_count()} cores, {host_bytes().total / GIB:.0f} GiB, no GPU, "
-        f"{torch.get_num_threads()} compute threads, torch {torch.__version__}; load average at the end {os.getloadavg()[0]:.1f}.",
+        f"{torch.get_num_threads()} compute threads, torch {torch.__version__}; "
+        f"load average at the end {os.getloadavg()[0]:.1f}."
+        + (f" {args.note}" if args.note else ""),
         "",
         "| group | loss | gradient norm | s | of which waited for states | states moved |",
         "|---|---|---|---|---|---|",
@@ -312,8 +315,8 @@ def report(args: argparse.Namespace, result: dict[str, Any], memory: MemoryWatch
     lines += [
         "",
         f"Peak resident memory of the steps: {peaks['steps']['RssAnon'] / GIB:.1f} GiB anonymous, "
-        f"{peaks['steps']['VmRSS'] / GIB:.1f} GiB with the pages of the mapped weights, which the kernel drops "
-        f"when it needs room. With the checkpoint: {peaks['checkpoint']['RssAnon'] / GIB:.1f} and "
+        f"{peaks['steps']['VmRSS'] / GIB:.1f} GiB with the pages of the mapped weights, which the "
+        f"kernel drops when it needs room. With the checkpoint: {peaks['checkpoint']['RssAnon'] / GIB:.1f} and "
         f"{peaks['checkpoint']['VmRSS'] / GIB:.1f} GiB.",
         "",
         f"Checkpoint (all weights, states of the visited groups): {result['checkpoint_bytes'] / GB:.1f} GB "

@@ -7,6 +7,7 @@ accelerator one page-locked buffer per direction.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,12 +15,22 @@ from torch import Tensor
 
 from hift_ds.store.arithmetic import Link
 from hift_ds.store.base import StateStore
-from hift_ds.store.file_io import DiskSpeed, measure, page_aligned, read_file, whole_pages, write_file
+from hift_ds.store.file_io import (
+    PAGE_BYTES,
+    DiskSpeed,
+    measure,
+    page_aligned,
+    read_file,
+    whole_pages,
+    write_file,
+)
 from hift_ds.store.movers import IN, OUT, ThreadMover, streams_of
 from hift_ds.store.parked import ParkedStateStore
 from hift_ds.store.state_folder import StateFolder
 
 PROBE_BYTES = 1 << 25
+# Between disk and accelerator. With the page that aligns it a power of two: torch rounds page-locked memory up.
+BUFFER_BYTES = (1 << 28) - PAGE_BYTES
 
 
 @dataclass
@@ -35,7 +46,7 @@ class DiskStateStore(ParkedStateStore):
     pin_memory: bool = True
     speed: DiskSpeed | None = field(default=None, init=False)  # as measured at the start
     _folder: StateFolder = field(default=None, init=False)  # type: ignore[assignment]
-    # Per direction, with an accelerator.
+    # Per direction; with an accelerator only.
     _buffers: dict[str, Tensor] = field(default_factory=dict, init=False)
     # Bytes in the file of each unit that has one.
     _written: dict[int, int] = field(default_factory=dict, init=False)
@@ -80,27 +91,23 @@ class DiskStateStore(ParkedStateStore):
 
     def _copy_in(self, unit: int, memory: Tensor) -> None:
         if self._on_cpu:
-            self._read(unit, self._whole_pages(unit, memory))
-            return
-        buffer = self._buffer(IN, self._file_bytes(unit))
-        self._read(unit, buffer)
-        self._through_buffer(memory, buffer[: memory.numel()])
+            self._read(unit, [self._whole_pages(unit, memory)])
+        else:
+            self._read(unit, self._through_buffer(IN, memory))
 
     def _copy_out(self, unit: int, memory: Tensor) -> None:
         if self._on_cpu:
-            self._write(unit, self._whole_pages(unit, memory))
-            return
-        buffer = self._buffer(OUT, self._file_bytes(unit))
-        self._through_buffer(buffer[: memory.numel()], memory)
-        self._write(unit, buffer)
+            self._write(unit, [self._whole_pages(unit, memory)])
+        else:
+            self._write(unit, self._through_buffer(OUT, memory))
 
     def _at_rest(self, unit: int) -> Tensor:
         memory = page_aligned(self.num_bytes(unit))
-        self._read(unit, memory)
+        self._read(unit, [memory])
         return memory[: self.num_bytes(unit)]
 
     def _put(self, unit: int, memory: Tensor) -> None:
-        self._write(unit, self._whole_pages(unit, memory))
+        self._write(unit, [self._whole_pages(unit, memory)])
 
     # -- files ---------------------------------------------------------------------------------------------
 
@@ -110,27 +117,46 @@ class DiskStateStore(ParkedStateStore):
     def _file(self, unit: int) -> Path:
         return self._folder.file(f"unit-{unit:05d}")
 
-    def _read(self, unit: int, memory: Tensor) -> None:
-        num_bytes = self._written.get(unit, 0)
-        if num_bytes:
-            read_file(self._file(unit), memory[: whole_pages(num_bytes)], self._measure().direct)
-        memory[num_bytes:].zero_()  # never updated, or grown since
+    def _read(self, unit: int, pieces: Iterable[Tensor]) -> None:
+        known = self._written.get(unit, 0)
+        if known and known == self.num_bytes(unit):
+            read_file(self._file(unit), pieces, self._measure().direct)
+            return
+        # Zeros before the first update, and for what has grown since the last.
+        whole, done = page_aligned(known), 0
+        if known:
+            read_file(self._file(unit), [whole], self._measure().direct)
+        for piece in pieces:
+            there = whole[done:known][: piece.numel()]
+            piece[: there.numel()].copy_(there)
+            piece[there.numel() :].zero_()
+            done += piece.numel()
 
-    def _write(self, unit: int, memory: Tensor) -> None:
-        write_file(self._file(unit), memory, self._measure().direct)
+    def _write(self, unit: int, pieces: Iterable[Tensor]) -> None:
+        write_file(self._file(unit), pieces, self._measure().direct)
         self._written[unit] = self.num_bytes(unit)
 
     def _whole_pages(self, unit: int, memory: Tensor) -> Tensor:
         """``memory`` up to the end of its last page, which belongs to it (``page_aligned``)."""
         return memory.as_strided((self._file_bytes(unit),), (1,), memory.storage_offset())
 
-    def _buffer(self, direction: str, num_bytes: int) -> Tensor:
-        if direction not in self._buffers or self._buffers[direction].numel() < num_bytes:
-            self._buffers[direction] = page_aligned(max(num_bytes, self.largest_bytes()), self.pin_memory)
-        return self._buffers[direction][:num_bytes]
+    def _through_buffer(self, direction: str, memory: Tensor) -> Iterator[Tensor]:
+        """One page-locked buffer, again and again: handed out to be written with the next bytes of ``memory`` (on
+        an accelerator) in it, or handed out to be filled with them."""
+        if direction not in self._buffers:
+            self._buffers[direction] = page_aligned(BUFFER_BYTES, self.pin_memory)
+        buffer = self._buffers[direction]
+        for start in range(0, memory.numel(), buffer.numel()):
+            part = memory[start : start + buffer.numel()]
+            here = buffer[: part.numel()]
+            if direction == OUT:
+                self._across(here, part)
+            yield buffer[: whole_pages(part.numel())]
+            if direction == IN:
+                self._across(part, here)
 
-    def _through_buffer(self, target: Tensor, source: Tensor) -> None:
-        """One copy on the device's copy stream of this thread; returns when it has ended."""
+    def _across(self, target: Tensor, source: Tensor) -> None:
+        """One copy on a stream of its own; returns when it has ended."""
         streams = streams_of(self.device)
         if streams is None:
             target.copy_(source)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,23 +35,24 @@ def page_aligned(num_bytes: int, pin_memory: bool = False) -> Tensor:
     return memory[skip : skip + rounded]
 
 
-def write_file(path: Path, memory: Tensor, direct: bool) -> None:
-    """``memory`` becomes the file. A failure leaves the file that was there.
+def write_file(path: Path, pieces: Iterable[Tensor], direct: bool) -> None:
+    """``pieces``, one after the other, become the file. A failure leaves the file that was there.
 
     Args:
-        memory: from ``page_aligned``, whole.
+        pieces: each from ``page_aligned``, in whole pages; taken when the one before has been written, so that
+            one buffer can serve all.
 
     Raises:
         StateStoreError: the disk is full or fails.
     """
-    new = path.with_name(path.name + ".new")
-    view, num_bytes = memoryview(memory.numpy()), memory.numel()
+    new, done = path.with_name(path.name + ".new"), 0
     try:
         handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | (_DIRECT if direct else 0), 0o600)
         try:
-            done = 0
-            while done < num_bytes:
-                done += os.pwrite(handle, view[done : done + _CALL_BYTES], done)
+            for piece in pieces:
+                view, start, end = memoryview(piece.numpy()), done, done + piece.numel()
+                while done < end:
+                    done += os.pwrite(handle, view[done - start :][:_CALL_BYTES], done)
             if not direct:  # or the page cache would grow until the kernel stops everybody
                 os.fdatasync(handle)
                 os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -60,35 +62,36 @@ def write_file(path: Path, memory: Tensor, direct: bool) -> None:
     except OSError as error:
         new.unlink(missing_ok=True)
         raise StateStoreError(
-            f"writing {num_bytes:,} bytes of optimizer states to {path} failed: {error.strerror}"
+            f"writing optimizer states to {path} failed after {done:,} bytes: {error.strerror}"
         ) from None
 
 
-def read_file(path: Path, memory: Tensor, direct: bool) -> None:
-    """The file into ``memory`` (from ``page_aligned``), which it must fill.
+def read_file(path: Path, pieces: Iterable[Tensor], direct: bool) -> None:
+    """The file into ``pieces``, one after the other, as in :func:`write_file`; it must fill them.
 
     Raises:
         StateStoreError: the file is shorter or cannot be read.
     """
-    view, num_bytes = memoryview(memory.numpy()), memory.numel()
+    done = 0
     try:
         handle = os.open(path, os.O_RDONLY | (_DIRECT if direct else 0))
         try:
-            done = 0
-            while done < num_bytes:
-                got = os.preadv(handle, [view[done : done + _CALL_BYTES]], done)
-                if got == 0:
-                    raise StateStoreError(
-                        f"{path}: {num_bytes:,} bytes of optimizer states expected, {done:,} found"
-                    )
-                done += got
+            for piece in pieces:
+                view, start, end = memoryview(piece.numpy()), done, done + piece.numel()
+                while done < end:
+                    got = os.preadv(handle, [view[done - start :][:_CALL_BYTES]], done)
+                    if got == 0:
+                        raise StateStoreError(
+                            f"{path}: {end:,} bytes of optimizer states expected, {done:,} found"
+                        )
+                    done += got
             if not direct:
                 os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(handle)
     except OSError as error:
         raise StateStoreError(
-            f"reading {num_bytes:,} bytes of optimizer states from {path} failed: {error.strerror}"
+            f"reading optimizer states from {path} failed after {done:,} bytes: {error.strerror}"
         ) from None
 
 
@@ -128,8 +131,8 @@ def measure(path: Path, num_bytes: int, io: str = "auto") -> DiskSpeed:
 
 def _times(path: Path, memory: Tensor, direct: bool) -> tuple[float, float]:
     started = time.perf_counter()
-    write_file(path, memory, direct)
+    write_file(path, [memory], direct)
     written = time.perf_counter()
-    read_file(path, memory, direct)
+    read_file(path, [memory], direct)
     ended = time.perf_counter()
     return memory.numel() / max(ended - written, 1e-9), memory.numel() / max(written - started, 1e-9)

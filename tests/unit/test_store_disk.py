@@ -55,13 +55,13 @@ def test_files_come_back_as_they_were(folder, num_bytes, monkeypatch):
     for way in {False, direct}:
         memory, back = random_pages(num_bytes), page_aligned(num_bytes)
         assert memory.data_ptr() % PAGE_BYTES == 0 and memory.numel() % PAGE_BYTES == 0
-        write_file(folder / "file", memory, way)
-        read_file(folder / "file", back, way)
+        write_file(folder / "file", [memory], way)
+        read_file(folder / "file", [back], way)
         assert torch.equal(memory, back)
     with pytest.raises(StateStoreError, match="bytes of optimizer states expected"):
-        read_file(folder / "file", page_aligned(num_bytes + PAGE_BYTES), False)
+        read_file(folder / "file", [page_aligned(num_bytes + PAGE_BYTES)], False)
     with pytest.raises(StateStoreError, match="No such file"):
-        read_file(folder / "none", back, False)
+        read_file(folder / "none", [back], False)
 
 
 def test_direct_io_that_the_file_system_refuses(tmp_path, monkeypatch):
@@ -83,7 +83,7 @@ def test_direct_io_that_the_file_system_refuses(tmp_path, monkeypatch):
 def test_a_write_that_fails_half_way_leaves_the_old_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(file_io, "_CALL_BYTES", PAGE_BYTES)
     old, new = random_pages(3 * PAGE_BYTES), random_pages(3 * PAGE_BYTES)
-    write_file(tmp_path / "file", old, False)
+    write_file(tmp_path / "file", [old], False)
     real, calls = os.pwrite, []
 
     def full(handle, data, offset):
@@ -94,9 +94,9 @@ def test_a_write_that_fails_half_way_leaves_the_old_bytes(tmp_path, monkeypatch)
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(StateStoreError, match="No space left"):
-        write_file(tmp_path / "file", new, False)
+        write_file(tmp_path / "file", [new], False)
     back = page_aligned(3 * PAGE_BYTES)
-    read_file(tmp_path / "file", back, False)
+    read_file(tmp_path / "file", [back], False)
     assert torch.equal(back, old) and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

@@ -11,6 +11,7 @@ import torch
 from hift_ds.errors import StateStoreError
 from hift_ds.store.base import Residency
 from hift_ds.store.disk import DiskStateStore
+from hift_ds.store.file_io import page_aligned
 from hift_ds.store.host import HostStateStore
 from hift_ds.store.movers import IN, OUT, Mover, StreamMover, ThreadMover
 from tests.helpers.fake_streams import use_fake_streams
@@ -57,9 +58,18 @@ MOVERS = {
     "streams": on_fake_streams,
     "default": None,
 }
+def behind_a_buffer(path, slots):
+    """As between disk and accelerator, through a buffer smaller than most units."""
+    store = DiskStateStore(CPU, (), 0, slots, path=path)
+    store._on_cpu = False
+    store._buffers = {direction: page_aligned(4096) for direction in (IN, OUT)}
+    return store
+
+
 PLACES = {
     "host": lambda path, slots: HostStateStore(CPU, (), 0, slots),
     "disk": lambda path, slots: DiskStateStore(CPU, (), 0, slots, path=path),
+    "disk, through a buffer": behind_a_buffer,
 }
 
 
