@@ -316,8 +316,8 @@ def report(args: argparse.Namespace, result: dict[str, Any], memory: MemoryWatch
         "",
         f"Peak resident memory of the steps: {peaks['steps']['RssAnon'] / GIB:.1f} GiB anonymous, "
         f"{peaks['steps']['VmRSS'] / GIB:.1f} GiB with the pages of the mapped weights, which the "
-        f"kernel drops when it needs room. With the checkpoint: {peaks['checkpoint']['RssAnon'] / GIB:.1f} and "
-        f"{peaks['checkpoint']['VmRSS'] / GIB:.1f} GiB.",
+        f"kernel drops when it needs room. With the checkpoint: "
+        f"{peaks['checkpoint']['RssAnon'] / GIB:.1f} and {peaks['checkpoint']['VmRSS'] / GIB:.1f} GiB.",
         "",
         f"Checkpoint (all weights, states of the visited groups): {result['checkpoint_bytes'] / GB:.1f} GB "
         f"in {result['save_s']:.0f} s.",

@@ -93,6 +93,12 @@ def pick_residency(
     )
 
 
+def device_bytes_free(device: torch.device) -> int:
+    """0 if this kind of accelerator does not tell, so that nothing is put there on trust."""
+    tell = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return tell(device)[0] if tell is not None else 0
+
+
 def _gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
@@ -116,7 +122,7 @@ class AutoStateStore(StateStore):
         residency, reason = pick_residency(
             self._laid_out(DeviceStateStore(self.device, self.state.codec, self.seed)).total_bytes(),
             processes_on_node(),
-            None if on_cpu else torch.get_device_module(self.device).mem_get_info(self.device)[0],
+            None if on_cpu else device_bytes_free(self.device),
             host_bytes(),
             disk_bytes_free(self.state.path) if self.state.path else None,
         )

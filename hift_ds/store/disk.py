@@ -29,7 +29,7 @@ from hift_ds.store.parked import ParkedStateStore
 from hift_ds.store.state_folder import StateFolder
 
 PROBE_BYTES = 1 << 25
-# Between disk and accelerator. With the page that aligns it a power of two: torch rounds page-locked memory up.
+# Between disk and accelerator. With the page that aligns it a power of two, as torch would make it anyway.
 BUFFER_BYTES = (1 << 28) - PAGE_BYTES
 
 
@@ -141,8 +141,8 @@ class DiskStateStore(ParkedStateStore):
         return memory.as_strided((self._file_bytes(unit),), (1,), memory.storage_offset())
 
     def _through_buffer(self, direction: str, memory: Tensor) -> Iterator[Tensor]:
-        """One page-locked buffer, again and again: handed out to be written with the next bytes of ``memory`` (on
-        an accelerator) in it, or handed out to be filled with them."""
+        """One page-locked buffer, again and again: handed out with the next bytes of ``memory`` (which is on
+        an accelerator) in it, to be written, or to be filled with them."""
         if direction not in self._buffers:
             self._buffers[direction] = page_aligned(BUFFER_BYTES, self.pin_memory)
         buffer = self._buffers[direction]

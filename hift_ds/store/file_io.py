@@ -39,8 +39,8 @@ def write_file(path: Path, pieces: Iterable[Tensor], direct: bool) -> None:
     """``pieces``, one after the other, become the file. A failure leaves the file that was there.
 
     Args:
-        pieces: each from ``page_aligned``, in whole pages; taken when the one before has been written, so that
-            one buffer can serve all.
+        pieces: each from ``page_aligned``, in whole pages; taken when the one before has been written, so one
+            buffer can serve all.
 
     Raises:
         StateStoreError: the disk is full or fails.

@@ -1,0 +1,72 @@
+"""The benchmark scripts run, on a model of ten thousand parameters."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script, *arguments):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
+    return subprocess.run(command, env=env, text=True, capture_output=True, cwd=ROOT)
+
+
+def test_the_small_machine(tmp_path):
+    out = tmp_path / "page.md"
+    done = run(
+        "seven_b_on_a_small_box.py",
+        "--path",
+        tmp_path / "scratch",
+        "--model",
+        "tiny",
+        "--tokens",
+        16,
+        "--out",
+        out,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert out.read_text().count("| layers.1 |") == 2 and "GiB anonymous" in out.read_text()
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_the_small_machine_says_what_it_lacks(tmp_path):
+    code = (
+        "import sys; sys.argv[0] = ''; from benchmarks import seven_b_on_a_small_box as box;"
+        "from hift_ds.store import room; room.host_bytes = lambda: room.HostBytes(1 << 30, 1 << 30);"
+        "room.disk_bytes_free = lambda path: 10**9; sys.exit(box.main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--path", str(tmp_path)], text=True, capture_output=True, cwd=ROOT
+    )
+    assert done.returncode == 1 and not list(tmp_path.iterdir())
+    assert "memory: " in done.stderr and "1.0 GiB available" in done.stderr
+    assert "disk: " in done.stderr and "1.0 GB free" in done.stderr
+
+
+@pytest.mark.slow
+def test_states(tmp_path):
+    out = tmp_path / "page.md"
+    done = run(
+        "states.py",
+        "--path",
+        tmp_path,
+        "--model",
+        "tiny",
+        "--tokens",
+        16,
+        "--rounds",
+        1,
+        "--only",
+        "disk",
+        "--out",
+        out,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert out.read_text().count("\n| disk") == 8
