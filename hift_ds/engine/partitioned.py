@@ -96,6 +96,9 @@ class PartitionedParameters(ReplicatedParameters):
     def whole_weight(self, weight: Tensor) -> Tensor:
         return self.shards.whole(weight) if is_partitioned(weight) else weight.detach()
 
+    def held(self, weights: Iterable[Tensor]) -> list[Tensor]:
+        return [self.shards.shard(weight) if is_partitioned(weight) else weight for weight in weights]
+
     def begin_loading(self, weights: Iterable[Tensor]) -> None:
         self.shards.release(weights)  # whole copies would be used in place of the new shards
 

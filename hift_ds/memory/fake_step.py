@@ -33,6 +33,7 @@ def run(setting: Setting) -> Result:
             weight_bytes = device.live_bytes
             arch = find_arch(model)
             engine = _engine(setting, model)
+            device.see_all(engine.optimizer.parameters.held(model.parameters()), WEIGHTS)
             _mark_blocks(model, arch, device)
             _mark_gradients(engine, device)
             _mark_states(engine, device)
@@ -43,8 +44,10 @@ def run(setting: Setting) -> Result:
             since = len(device.marks)
             _warm_up(engine, setting, order[0], device)
             for index in order:
-                result.steps.append(_train(engine, setting, index, device, host, flops, since))
-                since = len(device.marks)
+                for _ in range(setting.visits):
+                    step = _train(engine, setting, index, device, host, flops, since)
+                    since = len(device.marks)
+                result.steps.append(step)
             engine.destroy()
     return result
 

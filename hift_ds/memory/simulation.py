@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ class Setting:
         micro_batches: accumulated before an update.
         eager_attention: hold the scores, as without a fused kernel.
         trust_remote_code: run the code that the checkpoint brings along.
+        visits: step each group so often and report the last time. ZeRO-3 needs 3: it notes in the first what it prefetches
+            from the second on, and holds that over to the next.
     """
 
     model: str
@@ -55,6 +58,7 @@ class Setting:
     micro_batches: int = 1
     eager_attention: bool = False
     trust_remote_code: bool = False
+    visits: int = 1
 
 
 @dataclass
@@ -147,12 +151,19 @@ def _in_fresh_process(settings: Sequence[Setting]) -> list[Result]:
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     if job.returncode != 0:
-        lines = [line for line in job.stderr.splitlines() if line.strip()] or ["no message"]
-        raise SimulationError(f"the step could not be simulated: {lines[-1]}")
+        raise SimulationError(f"the step could not be simulated: {last_error(job.stderr)}")
     answer = json.loads(job.stdout.splitlines()[-1])
     if isinstance(answer, dict):
         raise getattr(errors, answer["kind"], errors.HiFTError)(answer["message"])
     return [Result.from_dict(data) for data in answer]
+
+
+def last_error(stderr: str) -> str:
+    """The last line of a traceback that names an error, without the rank before it and what follows its first
+    sentence (torch lists every backend there)."""
+    lines = [line.partition("]: ")[2] or line for line in stderr.splitlines()]
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return (named or [line for line in lines if line.strip()] or ["no message"])[-1].split(". ")[0][:300]
 
 
 def _main() -> None:

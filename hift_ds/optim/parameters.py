@@ -174,6 +174,10 @@ class ReplicatedParameters:
     def begin_loading(self, weights: Iterable[Tensor]) -> None:  # noqa: B027
         """These are about to be changed by ``set_weight``."""
 
+    def held(self, weights: Iterable[Tensor]) -> list[Tensor]:
+        """What this rank keeps of parameters or buffers from step to step; may be in host memory."""
+        return list(weights)
+
     def set_weight(self, weight: Tensor, value: Tensor) -> None:
         """Take over ``value`` (whole, any float dtype, on the host); the same on every rank."""
         weight.detach().copy_(value)
