@@ -35,10 +35,12 @@ BUFFER_BYTES = (1 << 28) - PAGE_BYTES
 
 @dataclass
 class DiskStateStore(ParkedStateStore):
-    """Args:
-    path: folder for the files; the run makes its own in it and removes it.
-    io: ``direct``, ``buffered``, or ``auto`` for whichever is faster there.
-    pin_memory: page-lock the buffers between disk and accelerator.
+    """One file per unit, in a folder of this process.
+
+    Args:
+        path: where that folder is made, and removed at the end.
+        io: ``direct``, ``buffered``, or ``auto`` for whichever is faster there.
+        pin_memory: page-lock the buffers between disk and accelerator.
     """
 
     path: str | Path = ""

@@ -13,7 +13,6 @@ so far and the copies it names have ended.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -144,7 +143,6 @@ class StreamMover(Mover):
         assert self._streams is not None
         self._sides = {d: self._streams.Stream(device) for d in (IN, OUT)}
         self._timed: list[tuple[str, Any, Any]] = []  # (counter of the traffic, start, end), not yet read
-        self._lock = threading.Lock()
         traffic.collect = self._collect
 
     def submit(self, direction: str, copy: Callable[[], None], after: Iterable[Any] = ()) -> StreamTicket:
@@ -184,14 +182,13 @@ class StreamMover(Mover):
 
     def _collect(self) -> None:
         """Read the times of what has ended; nothing waits for what has not."""
-        with self._lock:
-            pending = []
-            for counter, start, end in self._timed:
-                if end.query():
-                    self.traffic.add(**{counter: start.elapsed_time(end) / 1e3})
-                else:
-                    pending.append((counter, start, end))
-            self._timed = pending
+        pending = []
+        for counter, start, end in self._timed:
+            if end.query():
+                self.traffic.add(**{counter: start.elapsed_time(end) / 1e3})
+            else:
+                pending.append((counter, start, end))
+        self._timed = pending
 
 
 def streams_of(device: torch.device) -> Any:
