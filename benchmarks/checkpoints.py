@@ -3,10 +3,10 @@
     python benchmarks/checkpoints.py                       30M parameters, 2 CPU processes, a few minutes
     python benchmarks/checkpoints.py --layers 24 --width 1024 --folder /scratch
 
-Each engine trains until every parameter has its optimizer states (AdamW), saves and loads ``--repeats`` times into a
-folder of its own, alternating with the other engine; medians are reported. Loading is into an engine that exists.
-Ours writes with fsync and checksums and verifies when it loads; DeepSpeed does neither. "held" is the time that training
-stood still for an asynchronous save, copies before the following steps included.
+Each engine trains until every parameter has its optimizer states (AdamW), saves and loads ``--repeats`` times
+into a folder of its own, alternating with the other engine; medians are reported. Loading is into an engine
+that exists. Ours writes with fsync and checksums and verifies when it loads; DeepSpeed does neither. "held"
+is the time that training stood still for an asynchronous save, copies before the following steps included.
 
 Writes benchmarks/results/checkpoints.md (``--out``).
 """
@@ -41,12 +41,16 @@ VARIANTS = {  # name: (engine, precision, asynchronous)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where checkpoints go meanwhile; a temporary folder by default")
+    parser.add_argument(
+        "--folder", type=Path, help="where checkpoints go meanwhile; a temporary folder by default"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(argv)
 
@@ -74,7 +78,8 @@ def start_ranks(num_ranks: int, folder: Path) -> None:
         subprocess.Popen(
             [sys.executable, *sys.argv],
             env={
-                "OMP_NUM_THREADS": "1", **os.environ, "BENCHMARK_FOLDER": str(folder), "RANK": str(rank), "LOCAL_RANK": str(rank),
+                "OMP_NUM_THREADS": "1", **os.environ, "BENCHMARK_FOLDER": str(folder),
+                "RANK": str(rank), "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             },
         )
@@ -89,7 +94,7 @@ def start_ranks(num_ranks: int, folder: Path) -> None:
         raise SystemExit(f"ranks ended with {codes}")
 
 
-# -- on each rank ---------------------------------------------------------------------------------------------------
+# -- on each rank ----------------------------------------------------------------------------------
 
 
 def measure(args: argparse.Namespace, folder: Path) -> None:
@@ -102,7 +107,9 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     engines = {name: build(args, *variant) for name, variant in VARIANTS.items()}
     for engine in engines.values():
         train_all_groups(engine)
-    times: dict[str, dict[str, list[float]]] = {name: {"save": [], "held": [], "load": []} for name in VARIANTS}
+    times: dict[str, dict[str, list[float]]] = {
+        name: {"save": [], "held": [], "load": []} for name in VARIANTS
+    }
     for _ in range(args.repeats):
         for name, engine in engines.items():
             shutil.rmtree(folder / name, ignore_errors=True) if dist.get_rank() == 0 else None
@@ -117,7 +124,9 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
             }
             for name in VARIANTS
         }
-        (folder / "measured.json").write_text(json.dumps({"numel": numel, "torch": torch.__version__, "variants": result}))
+        (folder / "measured.json").write_text(
+            json.dumps({"numel": numel, "torch": torch.__version__, "variants": result})
+        )
     dist.barrier()
     dist.destroy_process_group()
 
@@ -205,7 +214,9 @@ def decoder(layers: int, width: int):
             h = self.embed(tokens)
             for layer in self.layers:
                 h = layer(h)
-            return nn.functional.cross_entropy(self.head(self.norm(h)).flatten(0, 1).float(), tokens.flatten())
+            return nn.functional.cross_entropy(
+                self.head(self.norm(h)).flatten(0, 1).float(), tokens.flatten()
+            )
 
     return Decoder()
 
@@ -222,7 +233,7 @@ def train_all_groups(engine) -> None:
             engine.held_s += engine.last_report.checkpoint_s
 
 
-# -- the table ------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 
 def report(args: argparse.Namespace, measured: dict) -> str:
@@ -231,7 +242,8 @@ def report(args: argparse.Namespace, measured: dict) -> str:
     lines = [
         "# Checkpoints: size and time",
         "",
-        f"`{command}` on {time.strftime('%Y-%m-%d')}: {numel / 1e6:.1f}M parameters, AdamW, {args.ranks} CPU processes, "
+        f"`{command}` on {time.strftime('%Y-%m-%d')}: {numel / 1e6:.1f}M parameters, AdamW, {args.ranks} "
+        "CPU processes, "
         f"median of {args.repeats}; torch {measured['torch']}, {os.cpu_count()} cores, {platform.machine()}.",
         "",
         "| | bytes a parameter | files | save, s | training held, s | load, s |",
@@ -246,9 +258,12 @@ def report(args: argparse.Namespace, measured: dict) -> str:
 
 
 NOTES = [
-    "Ours: every file is checksummed and fsynced before the folder gets its name, and verified before anything is loaded.",
-    "DeepSpeed's ZeRO-1 does none of that, so part of what it writes is still on its way to the disk when `save` returns.",
-    "Asynchronous: `save` is the call alone; `training held` adds the copies made before the steps of the following cycle",
+    "Ours: every file is checksummed and fsynced before the folder gets its name, and verified before "
+    "anything is loaded.",
+    "DeepSpeed's ZeRO-1 does none of that, so part of what it writes is still on its way to the disk "
+    "when `save` returns.",
+    "Asynchronous: `save` is the call alone; `training held` adds the copies made before the steps of "
+    "the following cycle",
     "(on this machine the writing thread also takes its share of the cores; on an accelerator it does not).",
 ]
 

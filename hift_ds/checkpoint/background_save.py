@@ -1,9 +1,9 @@
 """An asynchronous save: training goes on while a snapshot is copied unit by unit and written by a thread.
 
-Only the active group changes in a step. So the main thread copies each unit to host memory before its next update,
-in the order in which the schedule comes to them, and the thread writes the copies: a snapshot of one moment, with at
-most ``UNITS_IN_MEMORY`` copies at a time. State stores and collectives stay in the main thread; the thread only
-touches files.
+Only the active group changes in a step. So the main thread copies each unit to host memory before its next
+update, in the order in which the schedule comes to them, and the thread writes the copies: a snapshot of one
+moment, with at most ``UNITS_IN_MEMORY`` copies at a time. State stores and collectives stay in the main
+thread; the thread only touches files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hift_ds.optim.parameters import Unit
 logger = logging.getLogger(__name__)
 
 UNITS_IN_MEMORY = 2  # one being written, one waiting: the main thread copies the next while the thread writes
-PATIENCE_AT_EXIT_S = 30.0  # for other ranks' files, when the program ends without having asked for its checkpoint
+PATIENCE_AT_EXIT_S = 30.0  # for other ranks' files, when a program ends without asking for its checkpoint
 _END = None
 
 
@@ -34,17 +34,21 @@ class BackgroundSave:
 
     Args:
         writer: open.
-        publish: called by the thread when this rank's files are complete.
+        publish: called by the thread when this rank's files are complete; with a function that becomes true
+            when it should give up.
         collective: copying takes part in a collective (partitioned weights), so all ranks must copy alike.
     """
 
-    def __init__(self, writer: CheckpointWriter, publish: Callable[[], None], collective: bool) -> None:
+    def __init__(
+        self, writer: CheckpointWriter, publish: Callable[[Callable[[], bool]], None], collective: bool
+    ) -> None:
         self._writer = writer
         self._publish = publish
         self._collective = collective
         self._remaining: deque[Unit] = deque(writer.snapshot.units)
         self._copies: queue.Queue[list[tuple[str, Tensor]] | None] = queue.Queue()
         self._room = threading.Semaphore(UNITS_IN_MEMORY)
+        self._given_up = threading.Event()
         self._written = threading.Event()  # this rank's files are complete, or have failed
         self.failure: CheckpointError | None = None
         self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
@@ -81,7 +85,11 @@ class BackgroundSave:
         return self._writer.staging.final
 
     def forget(self) -> None:
-        """Nothing more is wanted of it; the end of the program does not wait for it."""
+        """Nothing more is wanted of it. If it still waits for other ranks' files, or for copies, it gives up."""
+        self._given_up.set()
+        self._remaining.clear()
+        self._copies.put(_END)
+        self._thread.join()
         atexit.unregister(self._finish_at_exit)
 
     def _raise_failure(self) -> None:
@@ -89,7 +97,7 @@ class BackgroundSave:
             raise self.failure
 
     def _finish_at_exit(self) -> None:
-        """A program that ends without asking for its last checkpoint gets it all the same, if all ranks end well."""
+        """A program that ends without asking for its last checkpoint gets it, if all ranks end well."""
         while self._remaining:
             self._copy_next()
         self._thread.join(PATIENCE_AT_EXIT_S)
@@ -124,9 +132,10 @@ class BackgroundSave:
                 self._room.release()
             self._writer.close()
             self._written.set()
-            self._publish()
+            self._publish(self._given_up.is_set)
         except Exception as error:
-            self._fail(error if isinstance(error, CheckpointError) else CheckpointError(f"{type(error).__name__}: {error}"))
+            known = isinstance(error, CheckpointError)
+            self._fail(error if known else CheckpointError(f"{type(error).__name__}: {error}"))
             while copies is not _END:  # the main thread must not wait for room
                 self._room.release()
                 copies = self._copies.get()

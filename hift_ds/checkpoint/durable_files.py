@@ -1,8 +1,9 @@
 """Files that are either whole or not there: written, checksummed and fsynced, then renamed.
 
-The checksum is ``zlib.crc32``: in Python's standard library everywhere, about 4 GB/s on one core (blake2b 0.7, sha256
-1.2), computed on the way to disk so that nothing is read twice. It finds every burst of up to 32 bits and misses
-other damage once in 4e9. It is against damage, not against an attacker: nothing in a checkpoint is executed.
+The checksum is ``zlib.crc32``: in Python's standard library everywhere, about 4 GB/s on one core (blake2b
+0.7, sha256 1.2), computed on the way to disk so that nothing is read twice. It finds every burst of up to 32
+bits and misses other damage once in 4e9. It is against damage, not against an attacker: nothing in a
+checkpoint is executed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ PADDING = "$padding."  # names of the tensors that fill the gaps
 _CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
 
@@ -66,7 +68,7 @@ class DurableFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = open(path, "xb", buffering=0)
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115  (open until close)
         self._crc32 = 0
         self._num_bytes = 0
 
@@ -102,10 +104,18 @@ class SafetensorsWriter:
         for spec in specs:
             assert spec.name not in header, spec.name
             end = offset + spec.num_bytes
-            header[spec.name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+            header[spec.name] = {
+                "dtype": _CODES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [offset, end],
+            }
             padding = -end % ALIGNMENT
             if padding:
-                header[f"{PADDING}{end}"] = {"dtype": "U8", "shape": [padding], "data_offsets": [end, end + padding]}
+                header[f"{PADDING}{end}"] = {
+                    "dtype": "U8",
+                    "shape": [padding],
+                    "data_offsets": [end, end + padding],
+                }
             self._plan.append((spec, padding))
             offset = end + padding
         encoded = json.dumps(header, separators=(",", ":")).encode()
@@ -117,7 +127,7 @@ class SafetensorsWriter:
     def write(self, tensor: Tensor) -> None:
         """The next tensor, from any device."""
         spec, padding = self._plan[self._next]
-        assert tensor.dtype == spec.dtype and tuple(tensor.shape) == spec.shape, (spec, tensor.dtype, tensor.shape)
+        assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), (spec, tensor.dtype)
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
             self._file.write(memoryview(flat.view(torch.uint8).numpy()))
@@ -175,14 +185,15 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems cannot, or need not
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
+        # Some network file systems cannot do this, or need not.
     finally:
         os.close(handle)
 
 
 def publish_folder(staging: Path, final: Path) -> None:
-    """Rename a complete folder to its name. A whole one that has the name already stays until the new one is there."""
+    """Rename a complete folder to its name. A whole one of that name stays until the new one is there."""
     sync_folder(staging)
     replaced = final.with_name(final.name + ".replaced")
     if final.exists():
@@ -224,7 +235,12 @@ def _explain(error: OSError, folder: Path) -> str:
     where = error.filename or folder
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free_gib = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 2**30
-        return f"no space left for a checkpoint in {folder} ({free_gib:.2f} GiB free); free some or save elsewhere"
+        return (
+            f"no space left for a checkpoint in {folder} ({free_gib:.2f} GiB free); "
+            "free some or save elsewhere"
+        )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return f"cannot write a checkpoint to {where}: {error.strerror}; choose a folder this user may write to"
+        return (
+            f"cannot write a checkpoint to {where}: {error.strerror}; choose a folder this user may write to"
+        )
     return f"cannot write a checkpoint to {where}: {error.strerror or error}"

@@ -1,7 +1,7 @@
-"""Small Python values as strict JSON and back, exactly: what schedulers, optimizers and callers keep beside tensors.
+"""Small Python values as strict JSON and back, exactly: what optimizers and callers keep beside tensors.
 
-JSON alone loses tuples, non-string keys, infinities and the dtype of a 0-dim tensor ("step"), so those are written
-as one-entry objects whose key starts with ``$``. Nothing here can run code when it is read.
+JSON alone loses tuples, non-string keys, infinities and the dtype of a 0-dim tensor ("step"), so those are
+written as one-entry objects whose key starts with ``$``. Nothing here can run code when it is read.
 """
 
 from __future__ import annotations

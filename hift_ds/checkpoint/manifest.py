@@ -72,11 +72,13 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError("its checksum does not match")
         if content["format"] > FORMAT:
             raise NewerCheckpoint(
-                f"{folder}: written by hift_ds {content['hift_ds']} in format {content['format']}; this version "
-                f"({__version__}) reads formats up to {FORMAT}: upgrade hift_ds"
+                f"{folder}: written by hift_ds {content['hift_ds']} in format {content['format']}; "
+                f"this version ({__version__}) reads formats up to {FORMAT}: upgrade hift_ds"
             )
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
-        return Manifest(content["tag"], content["global_steps"], files, content["written_s"], content["node_local"])
+        return Manifest(
+            content["tag"], content["global_steps"], files, content["written_s"], content["node_local"]
+        )
     except NewerCheckpoint:
         raise
     except FileNotFoundError:
@@ -96,9 +98,13 @@ def verify_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None
         try:
             num_bytes = (folder / name).stat().st_size
             if num_bytes != expected.num_bytes:
-                raise DamagedCheckpoint(f"{folder / name} has {num_bytes} bytes, expected {expected.num_bytes}")
+                raise DamagedCheckpoint(
+                    f"{folder / name} has {num_bytes} bytes, expected {expected.num_bytes}"
+                )
             if record_of(folder / name) != expected:
-                raise DamagedCheckpoint(f"{folder / name} is damaged: its checksum does not match the manifest")
+                raise DamagedCheckpoint(
+                    f"{folder / name} is damaged: its checksum does not match the manifest"
+                )
         except FileNotFoundError:
             raise DamagedCheckpoint(f"{folder / name} is missing") from None
         except OSError as error:
@@ -117,7 +123,7 @@ def verify(folder: Path) -> Manifest:
 
 
 def share_of_files(manifest: Manifest, rank: int, world_size: int) -> list[str]:
-    """The files that ``rank`` verifies, so that the ranks together read each file once: largest first, in turn."""
+    """The files that ``rank`` verifies, so that together the ranks read each file once: largest first."""
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].num_bytes, name))
     return by_size[rank::world_size]
 

@@ -1,4 +1,4 @@
-"""The random generators of one process as JSON: Python's, numpy's, torch's on the host and on the accelerator."""
+"""The random generators of one process as JSON: Python's, numpy's, torch's on host and accelerator."""
 
 from __future__ import annotations
 

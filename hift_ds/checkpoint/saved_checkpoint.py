@@ -1,4 +1,4 @@
-"""Reading a checkpoint folder, and how it differs from the run that wants to load it. The folder was verified."""
+"""Reading a checkpoint folder that was verified, and how it differs from the run that wants to load it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SavedCheckpoint:
         self.folder = folder
         self.common: dict[str, Any] = json.loads((folder / CHECKPOINT_FILE).read_text(encoding="utf-8"))
         self._weights = safe_open(str(folder / WEIGHTS_FILE), framework="pt")
-        self.weight_names = [name for name in self._weights.keys() if not name.startswith(PADDING)]
+        self.weight_names = [name for name in self._weights.keys() if not name.startswith(PADDING)]  # noqa: SIM118
 
     @property
     def world_size(self) -> int:
@@ -47,7 +47,7 @@ class SavedCheckpoint:
 
     @property
     def parameters(self) -> dict[str, dict[str, Any]]:
-        """Every parameter and buffer of the model by name: shape, dtype, whether and how often it was trained."""
+        """Parameters and buffers by name: shape, dtype, whether and how often it was trained."""
         return self.common["tensors"]
 
     def of_rank(self, rank: int) -> dict[str, Any] | None:
@@ -69,7 +69,7 @@ class SavedCheckpoint:
         return SavedStates([file for file in files if file.exists()], scalars, fp32)
 
     def weight(self, name: str, best: bool = False) -> Tensor:
-        """A weight as it was saved, or (``best``) the fp32 master that it is rounded from, if there is one."""
+        """A weight as it was saved, or (``best``) the fp32 master that it is rounded from, if any."""
         if best and MASTER in self.states.keys(name):
             shape = self.parameters[name]["shape"]
             numel = torch.Size(shape).numel()
@@ -82,8 +82,8 @@ class SavedCheckpoint:
             yield name, self.weight(name, best)
 
     def gradients(self, rank: int, world_size: int) -> dict[str, Tensor]:
-        """What ``rank`` had summed up since the last step. On another number of ranks each gets the mean over all
-        ranks, which has the same mean over ranks."""
+        """What ``rank`` had summed up since the last step. On another number of ranks each gets the mean over
+        all ranks, which has the same mean over ranks."""
         if world_size == self.world_size:
             return self._gradients_of(rank)
         total: dict[str, Tensor] = {}
@@ -98,7 +98,7 @@ class SavedCheckpoint:
         if not path.exists():
             return {}
         with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if not name.startswith(PADDING)}
+            return {name: file.get_tensor(name) for name in file.keys() if not name.startswith(PADDING)}  # noqa: SIM118
 
     def client_state(self) -> dict[str, Any]:
         state = decode(self.common["client_state"])
@@ -122,8 +122,8 @@ def check_same_model(saved: SavedCheckpoint, shapes: Mapping[str, tuple[int, ...
     wrong = [name for name in theirs if name in shapes and theirs[name] != shapes[name]]
     if wrong:
         raise CheckpointError(
-            f"{saved.folder} is the checkpoint of another model: {wrong[0]!r} has shape {theirs[wrong[0]]} there and "
-            f"{shapes[wrong[0]]} here{_and_more(wrong)}"
+            f"{saved.folder} is the checkpoint of another model: {wrong[0]!r} has shape "
+            f"{theirs[wrong[0]]} there and {shapes[wrong[0]]} here{_and_more(wrong)}"
         )
     excluded = set(saved.common["excluded"])
     missing = [name for name in shapes if name not in theirs and name not in excluded]
@@ -140,19 +140,27 @@ def check_same_optimizer(saved: SavedCheckpoint, name: str) -> None:
     theirs = saved.common["optimizer"]["class"]
     if theirs != name:
         raise CheckpointError(
-            f"{saved.folder} has the states of {theirs}, the run uses {name}: set the optimizer back, or start its states "
-            "anew with load_optimizer_states=False"
+            f"{saved.folder} has the states of {theirs}, the run uses {name}: set the optimizer back, or "
+            "start its states anew with load_optimizer_states=False"
         )
 
 
-def grouping_differences(saved: SavedCheckpoint, groups: Sequence[LayerGroup], schedule_differences: Sequence[str]) -> list[str]:
+def grouping_differences(
+    saved: SavedCheckpoint, groups: Sequence[LayerGroup], schedule_differences: Sequence[str]
+) -> list[str]:
     """What makes the saved place in the cycle meaningless here; empty if nothing does."""
     differences = list(schedule_differences)
     theirs = [tuple(group["parameters"]) for group in saved.common["groups"]]
     ours = [group.param_names for group in groups]
     if theirs != ours:
-        changed = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if set(a) != set(b)), None)
-        where = f"first in group {changed} ({groups[changed].name})" if changed is not None else "in number or order"
+        changed = next(
+            (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if set(a) != set(b)), None
+        )
+        where = (
+            f"first in group {changed} ({groups[changed].name})"
+            if changed is not None
+            else "in number or order"
+        )
         differences.append(f"groups: {len(theirs)} -> {len(ours)}, different {where}")
     return differences
 

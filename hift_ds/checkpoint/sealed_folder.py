@@ -1,7 +1,7 @@
 """A list with sizes and checksums of the small files that a Trainer writes beside the engine's checkpoint.
 
-``trainer_state.json``, the scheduler's state and the random states are written one by one under their final names. The
-seal, written last, says that they are complete, and finds damage before a run is resumed with them.
+``trainer_state.json``, the scheduler's state and the random states are written one by one under their final
+names. The seal, written last, says that they are complete, and finds damage before a run resumes with them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ _NOT_SEALED = (SEAL, LATEST)  # "latest" comes later if the engine saves asynchr
 
 
 def seal_folder(folder: Path) -> None:
-    """By one process, when all have written their files. Weights are left out: resuming reads the engine's own."""
-    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in _NOT_SEALED and p.suffix != ".safetensors"]
+    """By one process, when all have written their files. Weights are left out: resuming reads the engine's
+    own."""
+    files = [
+        p
+        for p in sorted(folder.iterdir())
+        if p.is_file() and p.name not in _NOT_SEALED and p.suffix != ".safetensors"
+    ]
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())

@@ -1,7 +1,8 @@
 """What one rank writes of a training state, tensor by tensor, in the order in which training will change it.
 
-Only the active group changes in a step, so a snapshot that is always ahead of the schedule stays one of a single
-moment even while training goes on. Memory: one tensor when it is written at once, one unit when it is copied first.
+Only the active group changes in a step, so a snapshot that is always ahead of the schedule stays one of a
+single moment even while training goes on. Memory: one tensor when it is written at once, one unit when it is
+copied first.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ class Snapshot:
     """
 
     def __init__(
-        self, optimizer: GroupOptimizer, tensors: Mapping[str, Tensor], writes_weights: bool,
+        self,
+        optimizer: GroupOptimizer,
+        tensors: Mapping[str, Tensor],
+        writes_weights: bool,
         whole: Callable[[Tensor], Tensor],
     ) -> None:
         self._optimizer = optimizer
@@ -61,7 +65,7 @@ class Snapshot:
             for chunk in unit.chunks:
                 self._stored[chunk.id] = states_of_chunk(optimizer, unit, chunk)
         self.specs = {
-            WEIGHTS: [TensorSpec(name, t.dtype, shape_of(t)) for name, t in ordered.items()] if writes_weights else [],
+            WEIGHTS: [TensorSpec(n, t.dtype, shape_of(t)) for n, t in ordered.items() if writes_weights],
             STATES: [
                 item.spec for unit in self.units for chunk in unit.chunks for item in self._stored[chunk.id]
             ],
@@ -78,7 +82,9 @@ class Snapshot:
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """(file, tensor); live. They come after the frozen parameters."""
-        return self._weights(tensor for tensor in self._fixed.values() if not isinstance(tensor, nn.Parameter))
+        return self._weights(
+            tensor for tensor in self._fixed.values() if not isinstance(tensor, nn.Parameter)
+        )
 
     def of_unit(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
         """(file, tensor): the weights of a unit and this rank's states. Views of live tensors."""

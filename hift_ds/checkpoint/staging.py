@@ -1,14 +1,15 @@
 """A checkpoint folder on its way: written by all ranks under a temporary name, then published by one.
 
-Several ranks that see the same folder form a storage group; its lowest rank leads: it writes what is common and
-publishes. With a shared file system there is one group; with node-local storage one per node. Which ranks share a
-folder is found by looking, not by configuration.
+Several ranks that see the same folder form a storage group; its lowest rank leads: it writes what is common
+and publishes. With a shared file system there is one group; with node-local storage one per node. Which ranks
+share a folder is found by looking, not by configuration.
 
-Ranks meet through files alone, so that a background thread can publish: collectives belong to the main thread.
+Ranks meet through files alone, so that a thread can publish: collectives belong to the main thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -89,22 +90,34 @@ class Staging:
 
     def write_part(self, records: Mapping[str, FileRecord]) -> None:
         """This rank's files are complete and on disk."""
-        replace_text(self._part(self.rank), json.dumps({name: asdict(record) for name, record in records.items()}))
+        replace_text(
+            self._part(self.rank), json.dumps({name: asdict(record) for name, record in records.items()})
+        )
 
     def write_failure(self, reason: str) -> None:
-        """This rank's files will not come. Tells the leader not to wait; if even that cannot be written, it times out."""
-        try:
+        """This rank's files will not come. The leader need not wait; if even this cannot be written, it times
+        out."""
+        with contextlib.suppress(OSError):
             replace_text(self.path / f"failed-{self.rank:05d}", reason)
-        except OSError:
-            pass
 
-    def publish(self, global_steps: int, save_latest: bool, node_local: bool, timeout_s: float) -> None:
-        """By the leader: when all members' parts are there, the manifest; then the final name; then ``latest``.
+    def publish(
+        self,
+        global_steps: int,
+        save_latest: bool,
+        node_local: bool,
+        timeout_s: float,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """By the leader: when all members' parts are there, the manifest; then the final name; then
+        ``latest``.
+
+        Args:
+            given_up: true as soon as the parts need not be waited for any more.
 
         Raises:
             CheckpointError: a member failed, or its part did not come in time.
         """
-        files = self._collect_parts(timeout_s)
+        files = self._collect_parts(timeout_s, given_up)
         for path in [*self.path.glob("leader-*"), *self.path.glob("part-*")]:
             path.unlink()
         write_manifest(self.path, self.tag, global_steps, files, node_local)
@@ -118,8 +131,10 @@ class Staging:
     def _part(self, rank: int) -> Path:
         return self.path / f"part-{rank:05d}"
 
-    def _collect_parts(self, timeout_s: float) -> dict[str, FileRecord]:
+    def _collect_parts(self, timeout_s: float, given_up: Callable[[], bool]) -> dict[str, FileRecord]:
         def arrived() -> bool:
+            if given_up():
+                raise CheckpointError("given up: another rank failed")
             if failed := sorted(self.path.glob("failed-*")):
                 rank = int(failed[0].name.removeprefix("failed-"))
                 raise CheckpointError(f"rank {rank}: {failed[0].read_text(encoding='utf-8')}")
@@ -127,7 +142,9 @@ class Staging:
 
         if not _poll(arrived, timeout_s):
             missing = next(rank for rank in self.members if not self._part(rank).exists())
-            raise CheckpointError(f"rank {missing} did not finish its files in {self.path} within {timeout_s:.0f} s")
+            raise CheckpointError(
+                f"rank {missing} did not finish its files in {self.path} within {timeout_s:.0f} s"
+            )
         files: dict[str, FileRecord] = {}
         for rank in self.members:
             part = json.loads(self._part(rank).read_text(encoding="utf-8"))

@@ -1,9 +1,9 @@
 """What a :class:`GroupOptimizer` knows, as named tensors and JSON, and back again on any number of ranks.
 
-A state is named by its parameter, never by a group or a rank, so another number of ranks, another grouping or another
-slicing reads the same files: concatenate the pieces, cut to what is wanted. Names in a rank's file:
+A state is named by its parameter, never by a group or a rank, so another number of ranks, another grouping or
+another slicing reads the same files: concatenate the pieces, cut to what is wanted. Names in a rank's file:
 
-``layers.0.up.weight/exp_avg[0:46]``   elements 0 to 45 of the flattened parameter (``master`` is the fp32 weight)
+``layers.0.up.weight/exp_avg[0:46]``   elements 0 to 45 of the flattened parameter (``master``: fp32 weight)
 ``layers.0.up.weight/row_var``         a state with a shape of its own; belongs to one rank, whole
 """
 
@@ -57,7 +57,7 @@ def class_name(optimizer: torch.optim.Optimizer) -> str:
     return f"{'torch.optim' if module.startswith('torch.optim.') else module}.{type(optimizer).__qualname__}"
 
 
-# -- out ------------------------------------------------------------------------------------------------------
+# -- out -------------------------------------------------------------------------------------------
 
 
 def states_of_chunk(optimizer: GroupOptimizer, unit: Unit, chunk: Chunk) -> list[StoredTensor]:
@@ -76,7 +76,9 @@ def states_of_chunk(optimizer: GroupOptimizer, unit: Unit, chunk: Chunk) -> list
     return stored
 
 
-def read_chunk(optimizer: GroupOptimizer, unit: Unit, chunk: Chunk, stored: Iterable[StoredTensor]) -> Iterator[Tensor]:
+def read_chunk(
+    optimizer: GroupOptimizer, unit: Unit, chunk: Chunk, stored: Iterable[StoredTensor]
+) -> Iterator[Tensor]:
     """The current values, one tensor at a time. The store is synchronized."""
     tensors = optimizer.store_of(unit.index).read(chunk.id)
     for item in stored:
@@ -84,7 +86,7 @@ def read_chunk(optimizer: GroupOptimizer, unit: Unit, chunk: Chunk, stored: Iter
 
 
 def scalars_by_parameter(optimizer: GroupOptimizer) -> dict[str, Any]:
-    """``{parameter: {key: value}}``, JSON-able: "step" and its like, of the parameters that have a piece here."""
+    """``{parameter: {key: value}}``, JSON-able: "step" and its like, of parameters with a piece here."""
     scalars: dict[str, Any] = {}
     for unit in optimizer.units.values():
         for chunk in unit.chunks:
@@ -100,7 +102,9 @@ def _encode_scalars(name: str, scalars: Mapping[str, Any]) -> Any:
         try:
             encode(value)
         except TypeError as error:
-            raise CheckpointError(f"the optimizer's state {key!r} of {name!r} cannot be saved: {error}") from None
+            raise CheckpointError(
+                f"the optimizer's state {key!r} of {name!r} cannot be saved: {error}"
+            ) from None
     return encode(dict(scalars))
 
 
@@ -113,7 +117,7 @@ def extras_by_unit(optimizer: GroupOptimizer) -> list[dict[str, Any]]:
     ]
 
 
-# -- in -------------------------------------------------------------------------------------------------------
+# -- in --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class _Shard:
 
 
 class SavedStates:
-    """The states of all ranks in a checkpoint folder, read by parameter and range; nothing is read until asked for.
+    """The states of all ranks in a checkpoint folder, by parameter and range, read when asked for.
 
     Args:
         files: the ranks' safetensors files.
@@ -149,7 +153,7 @@ class SavedStates:
             self._open[file] = safe_open(str(file), framework="pt")
         for file in files:
             self._open[file] = safe_open(str(file), framework="pt")
-            for name in self._open[file].keys():
+            for name in self._open[file].keys():  # noqa: SIM118
                 self._index(file, name)
 
     def _index(self, file: Path, name: str) -> None:
@@ -205,7 +209,7 @@ class SavedStates:
         return self._open[shard.file].get_tensor(shard.name)
 
     def elements(self, param: str, key: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a state with an entry per weight, which ``covers`` has found; flat."""
+        """Elements [start, start + numel) of a flat state; ``covers`` has found them."""
         shards = sorted(self._flat[param, key], key=lambda shard: shard.start)
         parts, at, end = [], start, start + numel
         for shard in shards:
@@ -218,11 +222,14 @@ class SavedStates:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def check_reachable(optimizer: GroupOptimizer, saved: SavedStates, updated: Collection[str], where: Path) -> None:
+def check_reachable(
+    optimizer: GroupOptimizer, saved: SavedStates, updated: Collection[str], where: Path
+) -> None:
     """Before anything is changed: the files in this folder hold all that this rank will ask for.
 
     Args:
-        updated: parameters that had been updated when the checkpoint was saved, so that a state is to be expected.
+        updated: parameters that had been updated when the checkpoint was saved, so that a state is to be
+            expected.
 
     Raises:
         CheckpointError: they do not; with node-local storage the rest is on other nodes.
@@ -235,8 +242,8 @@ def check_reachable(optimizer: GroupOptimizer, saved: SavedStates, updated: Coll
             if lost is None and (keys or not saved.has_states or name not in updated):
                 continue
             raise CheckpointError(
-                f"{where}: {lost or 'the state'} of {name!r} is in none of the files here; to resume on other ranks bring the "
-                "files of all nodes together in one folder"
+                f"{where}: {lost or 'the state'} of {name!r} is in none of the files here; to resume on "
+                "other ranks bring the files of all nodes together in one folder"
             )
 
 
@@ -244,8 +251,8 @@ def check_reachable(optimizer: GroupOptimizer, saved: SavedStates, updated: Coll
 def restore_states(optimizer: GroupOptimizer, saved: SavedStates, *, load_states: bool = True) -> None:
     """Give every chunk of this rank the saved masters and states of its pieces; forget what it had.
 
-    The weights have been loaded. The host holds one state of one chunk at a time. A whole key is written at once,
-    so that a store which encodes values in blocks encodes each block once.
+    The weights have been loaded. The host holds one state of one chunk at a time. A whole key is written at
+    once, so that a store which encodes values in blocks encodes each block once.
 
     Args:
         load_states: ``False``: masters only; optimizer states stay as they are.
@@ -262,7 +269,7 @@ def restore_states(optimizer: GroupOptimizer, saved: SavedStates, *, load_states
 
 
 def _restore_masters(optimizer: GroupOptimizer, unit: Unit, chunk: Chunk, saved: SavedStates) -> None:
-    """All masters of a chunk, or none: those that were not saved are what the first visit would make of the weight."""
+    """All masters of a chunk, or none. One not saved is made from the weight, as a first visit would."""
     records = optimizer.records[chunk.id]
     names = [unit.members[piece.member].name for piece in chunk.pieces]
     optimizer.masters_filled.discard(chunk.id)
@@ -301,7 +308,11 @@ def _restore_key(optimizer: GroupOptimizer, unit: Unit, chunk: Chunk, saved: Sav
         if key not in saved.keys(name):
             continue
         flat = saved.is_flat(name, key)
-        value = saved.elements(name, key, piece.start, piece.numel).view(piece.shape) if flat else saved.shaped(name, key)
+        value = (
+            saved.elements(name, key, piece.start, piece.numel).view(piece.shape)
+            if flat
+            else saved.shaped(name, key)
+        )
         slot = optimizer.new_slot(unit, chunk, i, key, value)
         if slot.key not in buffers:
             numel = sum(p.numel for p in chunk.pieces) if slot.key == key else value.numel()
@@ -314,14 +325,16 @@ def _restore_key(optimizer: GroupOptimizer, unit: Unit, chunk: Chunk, saved: Sav
 
 
 def _placed(key: str, value: Any, group: Mapping[str, Any], update_device: torch.device) -> Any:
-    """Torch's rule: the step count is on the device only for kernels that read it there, other tensors always are."""
+    """Torch's rule: tensors are on the device, the step count only for kernels that read it there."""
     if not isinstance(value, Tensor):
         return value
     on_device = key != "step" or group.get("fused") or group.get("capturable")
     return value.to(update_device) if on_device else value
 
 
-def restore_extras(optimizer: GroupOptimizer, saved: Iterable[Mapping[str, Any]], group_of_saved: Mapping[int, int | None]) -> None:
+def restore_extras(
+    optimizer: GroupOptimizer, saved: Iterable[Mapping[str, Any]], group_of_saved: Mapping[int, int | None]
+) -> None:
     """Args: group_of_saved: where each saved group's parameters are now; ``None`` for nowhere."""
     optimizer.extras = {index: {} for index in optimizer.units}
     for entry in saved:

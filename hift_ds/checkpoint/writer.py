@@ -100,8 +100,8 @@ class CheckpointWriter:
             raise
 
     def add(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """(file, tensor) pairs, in the snapshot's order. An error is kept for :meth:`close` and the rest still taken:
-        making partitioned weights whole is a collective, which the other ranks go on with."""
+        """(file, tensor) pairs, in the snapshot's order. An error is kept for :meth:`close` and the rest
+        still taken: making partitioned weights whole is a collective, which the other ranks go on with."""
         for file, tensor in tensors:
             if self._failure is None:
                 try:
@@ -148,8 +148,8 @@ def pickled_safely(values: Mapping[str, Any]) -> bytes:
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"client_state: {', '.join(sorted(values))}: only JSON values, tensors and containers of them can be saved "
-            f"(what needs pickle could run code when loaded): {reason}"
+            f"client_state: {', '.join(sorted(values))}: only JSON values, tensors and containers of "
+            f"them can be saved (what needs pickle could run code when loaded): {reason}"
         ) from None
     return buffer.getvalue()
 

@@ -1,8 +1,9 @@
-"""``save_checkpoint`` and ``load_checkpoint`` with DeepSpeed's calls and folder habits, and our own files in the folder.
+"""``save_checkpoint`` and ``load_checkpoint``: DeepSpeed's calls and folder habits, our own files.
 
-docs/checkpoints.md describes the format and the promises. Reading order: ``engine/saving.py`` and ``engine/loading.py``
-(who does what, and that all ranks agree), ``checkpoint/snapshot.py`` (what is written), ``checkpoint/training_state.py``
-(states by parameter name), ``checkpoint/staging.py`` and ``checkpoint/manifest.py`` (whole or not there).
+docs/checkpoints.md describes the format and the promises. Reading order: ``engine/saving.py`` and
+``engine/loading.py`` (who does what, and that all ranks agree), ``checkpoint/snapshot.py`` (what is written),
+``checkpoint/training_state.py`` (states by parameter name), ``checkpoint/staging.py`` and
+``checkpoint/manifest.py`` (whole or not there).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from hift_ds.engine.saving import Saving
 
 
 class Checkpointing(Saving, Loading):
-    """What :class:`HiFTEngine` inherits to save and resume; before DeepSpeed's engine, whose calls it wraps."""
+    """What the engine inherits to save and resume; before DeepSpeed's engine, whose calls it wraps."""
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         self._copy_before_step()

@@ -1,4 +1,7 @@
-"""The engine's ``load_checkpoint``: which folder, whether it fits, what goes where. See :mod:`hift_ds.engine.checkpointing`."""
+"""The engine's ``load_checkpoint``: which folder, whether it fits, what goes where.
+
+Begin with :mod:`hift_ds.engine.checkpointing`.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +54,8 @@ class Loading:
     ) -> tuple[str | None, dict[str, Any] | None]:
         """As DeepSpeed's, on any number of ranks, whatever the number that saved.
 
-        Every file is compared with its checksum before anything is changed. Without ``tag`` a damaged newest checkpoint
-        is reported and the newest whole one is loaded instead.
+        Every file is compared with its checksum before anything is changed. Without ``tag`` a damaged newest
+        checkpoint is reported and the newest whole one is loaded instead.
 
         Args:
             load_module_strict: the names of weights must agree with the model's.
@@ -63,20 +66,24 @@ class Loading:
             (folder, client_state), or (None, None) if there is no checkpoint at all.
 
         Raises:
-            CheckpointError: a damaged checkpoint asked for by tag, no whole one, one of another model or optimizer, or one
-                of a newer version. The run is as it was.
+            CheckpointError: a damaged checkpoint asked for by tag, no whole one, one of another model or
+                optimizer, or one of a newer version. The run is as it was.
         """
         self.wait_for_checkpoint()
         folder = self._choose_checkpoint(Path(load_dir), tag)
         if folder is None and (Path(load_dir) / manifests.MANIFEST).exists():
             parent, name = Path(load_dir).parent, Path(load_dir).name
-            raise CheckpointError(f'{load_dir} is itself a checkpoint: load_checkpoint("{parent}", tag="{name}") loads it')
+            raise CheckpointError(
+                f'{load_dir} is itself a checkpoint: load_checkpoint("{parent}", tag="{name}") loads it'
+            )
         if folder is None:
-            logger.warning("no checkpoint in %s (no 'latest' file, no complete folder); nothing was loaded", load_dir)
+            self._say(f"none in {load_dir} (no 'latest' file, no complete folder); nothing was loaded")
             return None, None
         saved = SavedCheckpoint(folder)
         with_states = load_optimizer_states and not load_module_only
-        check_same_model(saved, {n: shape_of(t) for n, t in saved_tensors(self.module).items()}, load_module_strict)
+        check_same_model(
+            saved, {n: shape_of(t) for n, t in saved_tensors(self.module).items()}, load_module_strict
+        )
         if with_states:
             check_same_optimizer(saved, class_name(self.optimizer.optimizer))
         updated = {name for name, entry in saved.parameters.items() if entry["updates"]}
@@ -99,8 +106,10 @@ class Loading:
         damage: list[str] = []
         for candidate in seen[0]:
             lacking = next((rank for rank, theirs in enumerate(seen) if candidate not in theirs), None)
-            reason = self._verify(load_dir / candidate) if lacking is None else (
-                f"{load_dir / candidate} is not there for rank {lacking}"
+            reason = (
+                self._verify(load_dir / candidate)
+                if lacking is None
+                else (f"{load_dir / candidate} is not there for rank {lacking}")
             )
             if reason is None:
                 if damage:
@@ -108,7 +117,9 @@ class Loading:
                 return load_dir / candidate
             damage.append(reason)
         if damage:
-            raise CheckpointError("; ".join(damage) + ("" if tag is not None else f"; no whole checkpoint in {load_dir}"))
+            raise CheckpointError(
+                "; ".join(damage) + ("" if tag is not None else f"; no whole checkpoint in {load_dir}")
+            )
         return None
 
     def _verify(self, folder: Path) -> str | None:
@@ -116,7 +127,9 @@ class Loading:
 
         def check() -> None:
             if any(folder.glob("mp_rank_*_model_states.pt")):
-                raise CheckpointError(f'{folder} was saved by DeepSpeed without a "hift" block: only such an engine loads it')
+                raise CheckpointError(
+                    f'{folder} was saved by DeepSpeed without a "hift" block: only such an engine loads it'
+                )
             manifest = manifests.read_manifest(folder)
             if not manifest.node_local:
                 names = manifests.share_of_files(manifest, self.global_rank, self.world_size)
@@ -165,12 +178,20 @@ class Loading:
         now = [options_of(group) for group in self.optimizer.param_groups]
         then = [decode(options) for options in saved_groups]
         if len(then) != len(now):
-            self._say(f"param_groups: {len(then)} -> {len(now)}; their options are the run's, not the checkpoint's")
+            self._say(
+                f"param_groups: {len(then)} -> {len(now)}; their options are the run's, not the checkpoint's"
+            )
             return
         if differences := option_differences(then, now):
             self._say(f"{'; '.join(differences)}: going on with the checkpoint's values")
         for group, options in zip(self.optimizer.param_groups, then, strict=True):
-            group.update({key: value for key, value in options.items() if with_scheduler or key not in ("lr", "initial_lr")})
+            group.update(
+                {
+                    key: value
+                    for key, value in options.items()
+                    if with_scheduler or key not in ("lr", "initial_lr")
+                }
+            )
 
     def _load_cursor(self, saved: SavedCheckpoint) -> None:
         schedule = self.schedule
@@ -179,8 +200,8 @@ class Loading:
         if differences:
             schedule.cursor = Cursor(schedule.cursor.cycle)
             self._say(
-                f"{'; '.join(differences)}: masters and states go with their parameters, the schedule starts cycle "
-                f"{schedule.cursor.cycle} from its first group"
+                f"{'; '.join(differences)}: masters and states go with their parameters, the schedule "
+                f"starts cycle {schedule.cursor.cycle} from its first group"
             )
 
     def _load_pending_gradients(self, saved: SavedCheckpoint) -> None:
@@ -194,7 +215,9 @@ class Loading:
             return
         self.micro_steps = self.global_steps * steps
         if gradients:
-            self._say("saved in the middle of an accumulation that this run does not have: that step starts over")
+            self._say(
+                "saved in the middle of an accumulation that this run does not have: that step starts over"
+            )
 
     def _units_about_to_train(self) -> list:
         self.optimizer.activate()

@@ -35,7 +35,7 @@ def on_all_ranks(action: Callable[[], Result]) -> Result:
         result = action()
     except CheckpointError as error:
         failure = error
-    except Exception as error:  # a bug of ours, or something the system said: other ranks must still learn of it
+    except Exception as error:  # a bug, or something the system said: other ranks must still learn of it
         logger.exception("checkpoint")
         failure = CheckpointError(f"{type(error).__name__}: {error}")
     failures = gather(None if failure is None else (type(failure), str(failure)))

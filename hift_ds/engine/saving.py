@@ -1,11 +1,15 @@
-"""The engine's ``save_checkpoint``: who writes what, and that all ranks agree. See :mod:`hift_ds.engine.checkpointing`."""
+"""The engine's ``save_checkpoint``: who writes what, and that all ranks agree.
+
+Begin with :mod:`hift_ds.engine.checkpointing`.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +50,37 @@ class Saving:
     ) -> bool:
         """As DeepSpeed's: every rank calls it, ``<save_dir>/<tag>`` appears, ``<save_dir>/latest`` names it.
 
-        Nothing has its final name before all of it is on disk: whatever happens, the previous checkpoint is whole. With
-        ``"hift": {"checkpoint": {"asynchronous": true}}`` it returns when training may go on; the names appear within
-        a cycle, or at the next save, :meth:`wait_for_checkpoint`, ``destroy`` or the end of the program.
+        Nothing has its final name before all of it is on disk: whatever happens, the previous checkpoint is
+        whole. With ``"hift": {"checkpoint": {"asynchronous": true}}`` it returns when training may go on; the
+        names appear within a cycle, or at the next save, :meth:`wait_for_checkpoint`, ``destroy`` or the end
+        of the program.
 
         Args:
             tag: ``global_step<N>`` by default. The same on all ranks.
-            client_state: of the caller's; given back by ``load_checkpoint``. JSON values (tuples, infinities and
-                0-dim tensors too) or what ``torch.load(weights_only=True)`` reads. The first rank's is kept.
-            exclude_frozen_parameters: leave out the weights that the user froze. (Inactive groups are not frozen.)
+            client_state: of the caller's; given back by ``load_checkpoint``. JSON values (tuples, infinities
+                and 0-dim tensors too) or what ``torch.load(weights_only=True)`` reads. The first rank's is
+                kept.
+            exclude_frozen_parameters: leave out the weights that the user froze. (Inactive groups are not
+                frozen.)
 
         Returns:
             True; False after an error that ``"checkpoint": {"on_error": "continue"}`` only reports.
 
         Raises:
-            CheckpointError: on all ranks, naming the rank and the reason; nothing of the new checkpoint stays.
+            CheckpointError: on all ranks, naming the rank and the reason; nothing of the new checkpoint
+                stays.
         """
         if not save_dir:
             raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
         if self.optimizer.is_mid_step:
-            raise CheckpointError("save_checkpoint between backward() and step(): call it after engine.step()")
+            raise CheckpointError(
+                "save_checkpoint between backward() and step(): call it after engine.step()"
+            )
         good = self.wait_for_checkpoint()
         started = time.perf_counter()
         try:
-            self._save(Path(save_dir), str(tag or f"global_step{self.global_steps}"), client_state, save_latest,
-                       exclude_frozen_parameters)  # fmt: skip
+            tag = str(tag or f"global_step{self.global_steps}")
+            self._save(Path(save_dir), tag, client_state, save_latest, exclude_frozen_parameters)
         except CheckpointError as error:
             self._report_failure(error)
             good = False
@@ -119,24 +129,28 @@ class Saving:
         taken, self._checkpoint_s = self._checkpoint_s, 0.0
         return taken
 
-    # -- one save ---------------------------------------------------------------------------------------------
+    # -- one save ----------------------------------------------------------------------------------
 
-    def _save(self, save_dir: Path, tag: str, client_state: Mapping[str, Any], save_latest: bool, exclude: bool) -> None:
-        """1. agree on a folder;  2. capture what is small;  3. write;  4. publish: now or in the background."""
+    def _save(
+        self, save_dir: Path, tag: str, client_state: Mapping[str, Any], save_latest: bool, exclude: bool
+    ) -> None:
+        """1. agree on a folder; 2. capture what is small; 3. write; 4. publish: now or in the background."""
         staging = self._stage(save_dir, tag)
         steps, node_local = self.global_steps, self.use_node_local_storage()
 
-        def publish(timeout_s: float) -> None:
+        def publish(timeout_s: float, given_up: Callable[[], bool] = lambda: False) -> None:
             if staging.leads:
                 with write_errors(save_dir):
-                    staging.publish(steps, save_latest, node_local, timeout_s)
+                    staging.publish(steps, save_latest, node_local, timeout_s, given_up)
                 logger.info("saved %s (%.2f GiB by this rank)", staging.final, writer.num_bytes / 2**30)
 
         try:
             writer = on_all_ranks(lambda: self._open_writer(staging, client_state, exclude))
             if self.hift.checkpoint.asynchronous:
                 collective = self.zero_optimization_partition_weights()
-                self._background = BackgroundSave(writer, lambda: publish(SLOWEST_RANK_S), collective)
+                self._background = BackgroundSave(
+                    writer, functools.partial(publish, SLOWEST_RANK_S), collective
+                )
                 return
             on_all_ranks(writer.write_all)
             on_all_ranks(lambda: publish(VISIBLE_AFTER_S))
@@ -173,13 +187,17 @@ class Saving:
             staging.remove_leftovers()
         return staging
 
-    def _open_writer(self, staging: Staging, client_state: Mapping[str, Any], exclude_frozen: bool) -> CheckpointWriter:
+    def _open_writer(
+        self, staging: Staging, client_state: Mapping[str, Any], exclude_frozen: bool
+    ) -> CheckpointWriter:
         """Everything small is captured here; the tensors are read when they are written or copied."""
         tensors = saved_tensors(self.module)
         excluded: list[str] = []
         if exclude_frozen:
             trained = self.optimizer.coverage()
-            excluded = [name for name, t in tensors.items() if isinstance(t, nn.Parameter) and name not in trained]
+            excluded = [
+                name for name, t in tensors.items() if isinstance(t, nn.Parameter) and name not in trained
+            ]
             tensors = {name: tensor for name, tensor in tensors.items() if name not in excluded}
         snapshot = Snapshot(self.optimizer, tensors, staging.leads, self.optimizer.parameters.whole_weight)
         encoded, rest = split_encodable(client_state)
@@ -212,7 +230,9 @@ class Saving:
                 }
                 for name, tensor in tensors.items()
             },
-            "groups": [{"index": g.index, "name": g.name, "parameters": list(g.param_names)} for g in self.groups],
+            "groups": [
+                {"index": g.index, "name": g.name, "parameters": list(g.param_names)} for g in self.groups
+            ],
             "always_active": list(self.partition.always.param_names) if self.partition.always else [],
             "schedule": self.schedule.state_dict(),
             "learning_rate": encode(optimizer.lr.state_dict()),

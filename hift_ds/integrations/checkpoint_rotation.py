@@ -1,7 +1,7 @@
 """``save_total_limit`` that counts whole checkpoints only.
 
-The Trainer keeps the newest folders by name. After a kill the newest may be half a checkpoint, and an asynchronous save
-may still be writing it: the only one to resume from would be deleted.
+The Trainer keeps the newest folders by name. After a kill the newest may be half a checkpoint, and an
+asynchronous save may still be writing it: the only one to resume from would be deleted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from hift_ds.train.resume import why_unusable
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def rotate_checkpoints(output_dir: str | Path, limit: int | None, best: str | Path | None = None) -> list[Path]:
+def rotate_checkpoints(
+    output_dir: str | Path, limit: int | None, best: str | Path | None = None
+) -> list[Path]:
     """Delete ``checkpoint-N`` folders older than the ``limit`` newest whole ones. Each goes in one step.
 
     Args:
@@ -34,7 +36,9 @@ def rotate_checkpoints(output_dir: str | Path, limit: int | None, best: str | Pa
     for path in output_dir.iterdir():
         if is_temporary(path) and path.name.startswith(".checkpoint-"):  # a deletion that was killed
             shutil.rmtree(path, ignore_errors=True)
-    folders = sorted((int(m[1]), p) for p in output_dir.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name)))
+    folders = sorted(
+        (int(m[1]), p) for p in output_dir.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name))
+    )
     whole = [path for _, path in folders if why_unusable(path) is None]
     if not whole:
         return []
@@ -71,4 +75,6 @@ class WholeCheckpointsStay:
 
     def _rotate(self) -> None:
         if self.args.should_save and Path(self.args.output_dir).is_dir():
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+            rotate_checkpoints(
+                self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint
+            )

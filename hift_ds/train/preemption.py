@@ -1,8 +1,8 @@
 """Ending a run early without losing a step: SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C.
 
-A signal may reach one rank only, or each at another moment. So it is only noted; after each optimizer step the ranks
-agree (one element all-reduced) whether any of them was asked, and all save at the same step. The exit code is 0: the
-job did what it was told.
+A signal may reach one rank only, or each at another moment. So it is only noted; after each optimizer step
+the ranks agree (one element all-reduced) whether any of them was asked, and all save at the same step. The
+exit code is 0: the job did what it was told.
 
 In a Trainer: ``trainer.add_callback(PreemptionCallback(lambda: trainer.engine))``, and after ``train()``
 ``callback.exit_if_stopped("how to resume")``. In a loop of one's own::
@@ -59,7 +59,7 @@ class StopRequest:
         self._before = {}
 
     def agreed(self) -> str | None:
-        """The name of a signal that any rank has noted. All ranks call this at the same step and get the same."""
+        """The name of a signal that any rank has noted. All ranks call this at the same step."""
         noted = self._noted
         if dist.is_initialized() and dist.get_world_size() > 1:
             shared = torch.tensor([noted], dtype=torch.int32, device=self.device)
@@ -81,7 +81,8 @@ class StopRequest:
     def _note(self, number: int, frame: Any) -> None:
         self._noted = number
         if number == signal.SIGINT:
-            # The system's own handler from now on: a second Ctrl-C works even while torch waits in a collective.
+            # The system's own handler from now on: a second Ctrl-C works even while torch waits in a
+            # collective.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if int(os.environ.get("RANK", "0")) == 0:
             again = "; Ctrl-C again to leave at once" if number == signal.SIGINT else ""
@@ -105,7 +106,9 @@ class PreemptionCallback(TrainerCallback):
         self.stopped_by = None
         self._stop = StopRequest(args.device).__enter__()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         assert self._stop is not None
         self.stopped_by = self._stop.agreed()
         if self.stopped_by is not None:

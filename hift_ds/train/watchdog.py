@@ -1,15 +1,15 @@
-"""Stopping a run that is no longer worth its power: it diverges, or it hangs. The error names the step, the layer
-group and the last good checkpoint.
+"""Stopping a run that is no longer worth its power: it diverges, or it hangs. The error names the step, the
+layer group and the last good checkpoint.
 
-``DivergenceGuard`` is asked before each update, with the gradient norm that all ranks agree on and this step's losses,
-so a bad step changes nothing, whatever happens then:
+``DivergenceGuard`` is asked before each update, with the gradient norm that all ranks agree on and this
+step's losses, so a bad step changes nothing, whatever happens then:
 
 ``stop``      raise :class:`TrainingError` (the default)
 ``skip``      leave the update out and retry the group with the next batch, as after an fp16 overflow
 ``rollback``  the same, and go back to the last checkpoint; the data goes on, so the batch is not met again
 
-``HangWatchdog`` is a thread that ends the process when nothing has happened for a while; a rank waiting for another
-one in a collective cannot help itself.
+``HangWatchdog`` is a thread that ends the process when nothing has happened for a while; a rank waiting for
+another one in a collective cannot help itself.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class DivergenceGuard:
     Args:
         engine: a ``HiFTEngine``.
         policy: what happens to a bad step.
-        max_norm_ratio: a gradient norm that many times the median of the group's last ones is an explosion; 0: any
-            finite norm is fine.
+        max_norm_ratio: a gradient norm that many times the median of the group's last ones is an explosion;
+            0: any finite norm is fine.
         max_in_a_row: so many steps left out one after another end the run under every policy.
         max_rollbacks: so many rollbacks end the run: what comes back each time is not the batch's fault.
     """
@@ -115,24 +115,33 @@ class DivergenceGuard:
         if self.max_norm_ratio and len(earlier) >= _NORMS_NEEDED:
             usual = statistics.median(earlier)
             if norm > self.max_norm_ratio * usual > 0:
-                return f"the gradient norm is {norm:.3g}, {norm / usual:.0f} times this group's usual {usual:.3g}"
+                return (
+                    f"the gradient norm is {norm:.3g}, {norm / usual:.0f} times this group's usual "
+                    f"{usual:.3g}"
+                )
         return None
 
     def _saw_overflow(self) -> None:
         """The loss scale's own skip: nothing wrong, unless it never ends."""
-        self.lines.append(f"step {self.engine.global_steps}: overflow at loss scale {self.engine.optimizer.scaler.scale:g}")
+        self.lines.append(
+            f"step {self.engine.global_steps}: overflow at loss scale {self.engine.optimizer.scaler.scale:g}"
+        )
         self._count_skip()
 
     def _count_skip(self) -> None:
         self._in_a_row += 1
         if self._in_a_row >= self.max_in_a_row:
-            raise TrainingError(f"{self._in_a_row} steps in a row were left out; {self.lines[-1]}; {_last_good(self.engine)}")
+            raise TrainingError(
+                f"{self._in_a_row} steps in a row were left out; {self.lines[-1]}; {_last_good(self.engine)}"
+            )
 
 
 class _GuardedScaler:
     """The loss scaler, asked as ever whether to leave a step out, with one more reason to do so."""
 
-    def __init__(self, scaler: LossScaler, refuses: Callable[[float], bool], saw_overflow: Callable[[], None]) -> None:
+    def __init__(
+        self, scaler: LossScaler, refuses: Callable[[float], bool], saw_overflow: Callable[[], None]
+    ) -> None:
         self._scaler = scaler
         self._refuses = refuses
         self._saw_overflow = saw_overflow
@@ -154,7 +163,8 @@ class _GuardedScaler:
 
 
 class HangWatchdog:
-    """Ends this process if :meth:`beat` is not called for ``timeout_s``; between ``__enter__`` and ``__exit__``.
+    """Ends this process if :meth:`beat` is not called for ``timeout_s``; between ``__enter__`` and
+    ``__exit__``.
 
     Set the timeout above the longest thing between two beats (an evaluation batch, a save).
     """
@@ -189,9 +199,9 @@ class HangWatchdog:
         where = _innermost_line(self._main)
         rank = dist.get_rank() if dist.is_initialized() else 0
         sys.stderr.write(
-            f"rank {rank}: nothing has happened for {self.timeout_s:.0f} s in step {engine.global_steps} (group "
-            f"{engine.groups[engine.schedule.active].name}), at {where}: it hangs, or waits for a rank that does; "
-            f"{_last_good(engine)}\n"
+            f"rank {rank}: nothing has happened for {self.timeout_s:.0f} s in step {engine.global_steps} "
+            f"(group {engine.groups[engine.schedule.active].name}), at {where}: it hangs, or waits for a "
+            f"rank that does; {_last_good(engine)}\n"
         )
         faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
@@ -235,7 +245,9 @@ class WatchdogCallback(TrainerCallback):
         if self._hang is not None:
             self._hang.beat()
 
-    on_step_begin = on_substep_end = on_prediction_step = on_evaluate = on_save = on_log = on_epoch_begin = _beat
+    on_step_begin = on_substep_end = on_prediction_step = on_evaluate = on_save = on_log = on_epoch_begin = (
+        _beat
+    )
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._end()
@@ -247,8 +259,8 @@ class WatchdogCallback(TrainerCallback):
 
 
 def lost_rank_error(error: BaseException, engine: Any) -> TrainingError | None:
-    """The one line for an error that says that another rank is gone (its process died, its node went away, it hung
-    until the collective's timeout); ``None`` for any other error."""
+    """The one line for an error that says that another rank is gone (its process died, its node went away, it
+    hung until the collective's timeout); ``None`` for any other error."""
     text = str(error)
     lost = isinstance(error, dist.DistError) or any(word in text for word in _LOST_WORDS)
     if not isinstance(error, RuntimeError) or not lost:
@@ -259,7 +271,13 @@ def lost_rank_error(error: BaseException, engine: Any) -> TrainingError | None:
     )
 
 
-_LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL", "Broken pipe")
+_LOST_WORDS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "NCCL",
+    "Broken pipe",
+)
 
 
 def _any_rank(flag: bool, device: torch.device) -> bool:
@@ -271,7 +289,11 @@ def _any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def _last_good(engine: Any) -> str:
-    return f"last good checkpoint: {engine.last_checkpoint}" if engine.last_checkpoint else "no checkpoint has been saved yet"
+    return (
+        f"last good checkpoint: {engine.last_checkpoint}"
+        if engine.last_checkpoint
+        else "no checkpoint has been saved yet"
+    )
 
 
 def _innermost_line(thread: int) -> str:
@@ -283,4 +305,8 @@ def _innermost_line(thread: int) -> str:
         if f"{os.sep}torch{os.sep}" not in name and not name.endswith(("contextlib.py", "threading.py")):
             return f"{os.path.basename(name)}:{frame.f_lineno} ({frame.f_code.co_name})"
         frame = frame.f_back
-    return "the end of the program" if innermost is None else f"{innermost.f_code.co_filename}:{innermost.f_lineno}"
+    return (
+        "the end of the program"
+        if innermost is None
+        else f"{innermost.f_code.co_filename}:{innermost.f_lineno}"
+    )

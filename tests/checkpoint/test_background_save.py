@@ -1,4 +1,5 @@
-"""The asynchronous save's promises that equality at the end does not show: bounded memory, and who waits how long."""
+"""The asynchronous save's promises that equality at the end does not show: bounded memory, and who waits
+how long."""
 
 import os
 import subprocess
@@ -25,7 +26,8 @@ def engine():
 
 
 def test_training_waits_for_a_slow_disk_before_it_holds_more_copies(engine, tmp_path, monkeypatch):
-    """The thread is stopped at its first tensors; the main thread may then copy two units' worth and no more."""
+    """The thread is stopped at its first tensors; the main thread may then copy two units' worth and no
+    more."""
     disk_works, alive, most = threading.Event(), 0, 0
     lock = threading.Lock()
     put, add = BackgroundSave._put_copies, CheckpointWriter.add
@@ -124,6 +126,6 @@ def end_without_asking(folder: str) -> None:
 def test_a_program_that_just_ends_gets_its_checkpoint(tmp_path):
     job = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in job}
-    call = f"from tests.checkpoint.test_background_save import end_without_asking; end_without_asking({str(tmp_path)!r})"
+    call = f"from {__name__} import end_without_asking; end_without_asking({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", call], check=True, timeout=120, env=env)
     assert (tmp_path / "latest").read_text() == "global_step3"

@@ -1,5 +1,5 @@
-"""Whatever happens to the files, a load is whole or refused by name; whatever refuses to be written, the previous
-checkpoint stays and says why."""
+"""Whatever happens to the files, a load is whole or refused by name; whatever refuses to be written, the
+previous checkpoint stays and says why."""
 
 import json
 import logging
@@ -20,6 +20,10 @@ from tests.checkpoint.runs import Case, advance, states_of, whole_weights
 from tests.helpers.engines import ds_config
 
 CASE = Case(ds_config())
+FILES = [
+    "model.safetensors", "states-rank-00000.safetensors", "rank-00000.json", "checkpoint.json",
+    "client_state.pt", MANIFEST,
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -48,8 +52,8 @@ def same(a, b) -> bool:
 
 
 def test_a_thousand_flipped_bits_are_each_found_or_harmless(engine, two_saves):
-    """Each bit of each file of the newest checkpoint is as likely. Loading by tag refuses; loading the latest falls
-    back to the checkpoint before."""
+    """Each bit of each file of the newest checkpoint is as likely. Loading by tag refuses; loading the latest
+    falls back to the checkpoint before."""
     seed = 20240131
     print("seed", seed)
     draw = random.Random(seed)
@@ -85,8 +89,7 @@ def test_a_thousand_flipped_bits_are_each_found_or_harmless(engine, two_saves):
 
 
 @pytest.mark.parametrize("where", ["first byte", "half", "last byte", "gone"])
-@pytest.mark.parametrize("name", ["model.safetensors", "states-rank-00000.safetensors", "rank-00000.json", "checkpoint.json",
-                                  "client_state.pt", MANIFEST])  # fmt: skip
+@pytest.mark.parametrize("name", FILES)
 def test_a_truncated_or_missing_file_is_named_and_the_run_falls_back(engine, two_saves, caplog, name, where):
     path = two_saves / "global_step5" / name
     size = path.stat().st_size
@@ -122,7 +125,9 @@ def test_no_checkpoint_at_all_is_deepspeeds_answer(engine, memory_path):
 
 
 def test_the_checkpoint_in_place_of_its_folder(engine, two_saves):
-    with pytest.raises(CheckpointError, match=r"is itself a checkpoint: load_checkpoint\(.*, tag=.global_step3.\) loads it"):
+    with pytest.raises(
+        CheckpointError, match=r"is itself a checkpoint: load_checkpoint\(.*, tag=.global_step3.\) loads it"
+    ):
         engine.load_checkpoint(two_saves / "global_step3")
 
 
@@ -155,7 +160,7 @@ def test_a_checkpoint_of_plain_deepspeed(engine, memory_path):
         engine.load_checkpoint(memory_path)
 
 
-# -- what cannot be written -------------------------------------------------------------------------------------
+# -- what cannot be written ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -192,7 +197,9 @@ def test_a_full_disk_says_so_and_keeps_the_previous_checkpoint(small_disk, async
 
 def test_a_full_disk_is_an_error_by_default(engine, small_disk):
     (small_disk / "other people's data").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 20_000))
-    with pytest.raises(CheckpointError, match=r"no space left for a checkpoint in .*small .*GiB free.*free some"):
+    with pytest.raises(
+        CheckpointError, match=r"no space left for a checkpoint in .*small .*GiB free.*free some"
+    ):
         engine.save_checkpoint(small_disk)
     assert [p.name for p in small_disk.iterdir()] == ["other people's data"]
 
@@ -231,7 +238,8 @@ def test_bad_tags_and_client_states(engine, tmp_path):
 
 def test_client_states_come_back_as_they_were(engine, tmp_path):
     state = {
-        "tuple": (1, (2.5, None)), "infinite": float("inf"), "by_int": {3: "x", 4: [True]}, "scalar": torch.tensor(2, dtype=torch.int8),
+        "tuple": (1, (2.5, None)), "infinite": float("inf"), "by_int": {3: "x", 4: [True]},
+        "scalar": torch.tensor(2, dtype=torch.int8),
         "tensor": torch.arange(6).view(2, 3), "nested": {"t": [torch.ones(2), "s"]}, "": {"$tuple": 1},
     }  # fmt: skip
     engine.save_checkpoint(tmp_path, client_state=state)
@@ -240,7 +248,9 @@ def test_client_states_come_back_as_they_were(engine, tmp_path):
     for key in ("tuple", "infinite", "by_int", ""):
         assert loaded[key] == state[key] and type(loaded[key]) is type(state[key])
     assert loaded["scalar"].dtype == torch.int8 and loaded["scalar"] == 2
-    assert torch.equal(loaded["tensor"], state["tensor"]) and torch.equal(loaded["nested"]["t"][0], torch.ones(2))
+    assert torch.equal(loaded["tensor"], state["tensor"]) and torch.equal(
+        loaded["nested"]["t"][0], torch.ones(2)
+    )
 
 
 def test_saving_between_backward_and_step_is_refused(engine, tmp_path):
@@ -251,7 +261,7 @@ def test_saving_between_backward_and_step_is_refused(engine, tmp_path):
         engine.save_checkpoint(tmp_path)
 
 
-# -- several ranks ------------------------------------------------------------------------------------------------
+# -- several ranks ---------------------------------------------------------------------------------
 
 
 def save_with_a_failing_rank(folder: str, asynchronous: bool) -> None:
@@ -268,7 +278,9 @@ def save_with_a_failing_rank(folder: str, asynchronous: bool) -> None:
         if rank == failing:
             real = durable_files.DurableFile.close
             durable_files.DurableFile.close = _fails_on_states
-        with pytest.raises(CheckpointError, match=rf"rank {failing}: .*no space left|rank 0: rank 1: .*no space left"):
+        with pytest.raises(
+            CheckpointError, match=rf"rank {failing}: .*no space left|rank 0: rank 1: .*no space left"
+        ):
             engine.save_checkpoint(folder)
             engine.wait_for_checkpoint()
         if rank == failing:
@@ -310,7 +322,9 @@ def save_on_two_nodes(folder: str) -> None:
     shared = Case(ds_config()).engine(seed=0)
     advance(shared, 0, 2, rank, 2)
     staging.VISIBLE_AFTER_S = 0.3
-    with pytest.raises(CheckpointError, match=r"rank 1: .*not the same folder on all nodes.*use_node_local_storage"):
+    with pytest.raises(
+        CheckpointError, match=r"rank 1: .*not the same folder on all nodes.*use_node_local_storage"
+    ):
         shared.save_checkpoint(here)
     assert not here.exists() or not list(here.iterdir())
 
@@ -321,10 +335,18 @@ def save_on_two_nodes(folder: str) -> None:
         advance(engine, engine.global_steps, stop, rank, 2)
         engine.save_checkpoint(here)
     names = {p.name for p in (here / "global_step5").iterdir()}
-    assert names == {"model.safetensors", "checkpoint.json", MANIFEST, f"rank-0000{rank}.json", f"states-rank-0000{rank}.safetensors"}
+    assert names == {
+        "model.safetensors",
+        "checkpoint.json",
+        MANIFEST,
+        f"rank-0000{rank}.json",
+        f"states-rank-0000{rank}.safetensors",
+    }
     expected = everything(engine)
     advance(engine, 5, 7, rank, 2)
-    assert Path(engine.load_checkpoint(here)[0]) == here / "global_step5" and same(everything(engine), expected)
+    assert Path(engine.load_checkpoint(here)[0]) == here / "global_step5" and same(
+        everything(engine), expected
+    )
 
     if rank == 1:  # this node was killed between the other's rename and its own
         shutil.rmtree(here / "global_step5")

@@ -1,4 +1,5 @@
-"""A checkpoint that meets another model, another config or another precision: what fits is kept, what does not is said."""
+"""A checkpoint that meets another model, another config or another precision: what fits is kept, what
+does not is said."""
 
 import functools
 import logging
@@ -56,10 +57,12 @@ def whole_states(engine):
         key, _, bounds = rest.partition("[")
         start = int(bounds.split(":")[0]) if bounds else 0
         joined.setdefault((param, key), []).append((start, tensor.reshape(-1)))
-    return {key: torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])]) for key, parts in joined.items()}
+    return {
+        key: torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])]) for key, parts in joined.items()
+    }
 
 
-# -- another model ------------------------------------------------------------------------------------------------
+# -- another model ---------------------------------------------------------------------------------
 
 
 class Wider(Toy):
@@ -72,7 +75,11 @@ class Wider(Toy):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Wider, r"another model: 'layers.1.up.weight' has shape \(13, 7\) there and \(14, 7\) here \(and 2 more\)"),
+        (
+            Wider,
+            r"another model: 'layers.1.up.weight' has shape \(13, 7\) there and \(14, 7\) here \(and 2 "
+            r"more\)",
+        ),
         (functools.partial(Toy, num_layers=4), r"another model: it lacks 'layers.3.gain' \(and 3 more\)"),
         (functools.partial(Toy, num_layers=2), r"another model: it has 'layers.2.gain' \(and 3 more\)"),
         (functools.partial(Toy, tied=True), r"another model: it has 'head.weight' \(and 1 more\)"),
@@ -102,14 +109,18 @@ def test_what_fits_is_loaded_if_asked(tmp_path):
         one.destroy()
 
 
-# -- another config -----------------------------------------------------------------------------------------------
+# -- another config --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("block", "said", "cursor"),
     [
         ({"order": "top2down"}, "order: bottom2up -> top2down", Cursor(1, 0, 0)),
-        ({"group_size": 2}, r"num_groups: 5 -> 3; groups: 5 -> 3, different first in group 0 (embed..layers.0)", Cursor(1, 0, 0)),
+        (
+            {"group_size": 2},
+            r"num_groups: 5 -> 3; groups: 5 -> 3, different first in group 0 (embed..layers.0)",
+            Cursor(1, 0, 0),
+        ),
         ({"steps_per_group": 2}, "steps_per_group: 1 -> 2", Cursor(1, 0, 0)),
         ({"always_active": ["embed"]}, "num_groups: 5 -> 4", Cursor(1, 0, 0)),
         ({"seed": 5}, None, Cursor(1, 3, 0)),  # no random order, so no difference
@@ -126,14 +137,19 @@ def test_another_grouping_keeps_states_by_name_and_says_so(tmp_path, caplog, blo
     if said is None:
         assert lines == []
     else:
-        assert len(lines) == 1 and said in lines[0] and "states go with their parameters, the schedule starts cycle 1" in lines[0]
+        assert (
+            len(lines) == 1
+            and said in lines[0]
+            and "states go with their parameters, the schedule starts cycle 1" in lines[0]
+        )
     advance(engine, 8, 20)
     for one in (engine, saved):
         one.destroy()
 
 
 @pytest.mark.parametrize(
-    "block", [{"state": {"slice_numel": 17}}, {"state": {"residency": "device"}}, {"state": {"prefetch": False}}]
+    "block",
+    [{"state": {"slice_numel": 17}}, {"state": {"residency": "device"}}, {"state": {"prefetch": False}}],
 )
 def test_another_place_for_states_is_exact(tmp_path, block):
     engine = save(Case(ds_config(bf16=BF16)), tmp_path)
@@ -147,7 +163,9 @@ def test_another_place_for_states_is_exact(tmp_path, block):
 def test_another_optimizer(tmp_path):
     saved = save(Case(ds_config(bf16=BF16)), tmp_path)
     case = Case(ds_config(optimizer="Adafactor", bf16=BF16))
-    with pytest.raises(CheckpointError, match=r"states of torch.optim.AdamW, the run uses torch.optim.Adafactor"):
+    with pytest.raises(
+        CheckpointError, match=r"states of torch.optim.AdamW, the run uses torch.optim.Adafactor"
+    ):
         load(case, tmp_path)
     engine = load(case, tmp_path, load_optimizer_states=False)
     same_tensors(whole_weights(engine), whole_weights(saved))
@@ -162,8 +180,12 @@ def test_another_optimizer(tmp_path):
 def test_other_options_are_the_checkpoints_and_said(tmp_path, caplog):
     save(Case(ds_config(params={"weight_decay": 0.25, "betas": [0.8, 0.9]})), tmp_path).destroy()
     engine, lines = load(Case(ds_config(params={"weight_decay": 0.5})), tmp_path, caplog)
-    assert lines == ["checkpoint: param_groups[0].weight_decay: 0.25 -> 0.5: going on with the checkpoint's values"]
-    assert engine.optimizer.param_groups[0]["weight_decay"] == 0.25 and engine.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    assert lines == [
+        "checkpoint: param_groups[0].weight_decay: 0.25 -> 0.5: going on with the checkpoint's values"
+    ]
+    assert engine.optimizer.param_groups[0]["weight_decay"] == 0.25 and engine.optimizer.param_groups[0][
+        "betas"
+    ] == (0.8, 0.9)
     engine.destroy()
 
 
@@ -172,13 +194,16 @@ def test_a_fresh_learning_rate_schedule(tmp_path):
     save(Case(ds_config(scheduler=warmup)), tmp_path).destroy()
     engine = load(Case(ds_config(scheduler=warmup)), tmp_path, load_lr_scheduler_states=False)
     fresh = Case(ds_config(scheduler=warmup)).engine(seed=7)
-    assert engine.lr_scheduler.state_dict() == fresh.lr_scheduler.state_dict() and engine.get_lr() == fresh.get_lr()
+    assert (
+        engine.lr_scheduler.state_dict() == fresh.lr_scheduler.state_dict()
+        and engine.get_lr() == fresh.get_lr()
+    )
     assert engine.global_steps == 8
     for one in (engine, fresh):
         one.destroy()
 
 
-# -- another precision ----------------------------------------------------------------------------------------------
+# -- another precision -----------------------------------------------------------------------------
 
 
 def test_from_bf16_to_fp32_the_masters_become_the_weights(tmp_path):
@@ -202,21 +227,26 @@ def test_from_fp32_to_bf16_the_weights_become_the_masters(tmp_path):
         one.destroy()
 
 
-# -- DeepSpeed's switches -------------------------------------------------------------------------------------------
+# -- DeepSpeed's switches --------------------------------------------------------------------------
 
 
 def test_module_only(tmp_path):
     saved = save(Case(ds_config(bf16=BF16)), tmp_path)
     engine = load(Case(ds_config(bf16=BF16)), tmp_path, load_module_only=True)
     same_tensors(whole_weights(engine), whole_weights(saved))
-    assert engine.global_steps == 0 and engine.schedule.cursor == Cursor() and set(engine.coverage().values()) == {0}
+    assert (
+        engine.global_steps == 0
+        and engine.schedule.cursor == Cursor()
+        and set(engine.coverage().values()) == {0}
+    )
     assert {key for _, key in whole_states(engine)} == {"master"}
     for one in (engine, saved):
         one.destroy()
 
 
 def test_a_running_engine_goes_back(tmp_path):
-    """What a rollback does: nothing of the later state may survive, moments and step counts of other groups included."""
+    """What a rollback does: nothing of the later state may survive, moments and step counts of other groups
+    included."""
     engine = save(Case(ds_config(gas=2)), tmp_path, steps=4)
     expected = end_of(engine, advance(engine, 4, 30))
     advance(engine, 30, 39)  # ends in the middle of an accumulation
@@ -261,7 +291,10 @@ def test_another_accumulation_drops_what_it_cannot_use(tmp_path, caplog):
     engine.destroy()
     engine, lines = load(Case(ds_config(gas=2)), tmp_path, caplog)
     assert engine.global_steps == 2 and engine.micro_steps == 4
-    assert lines == ["checkpoint: saved in the middle of an accumulation that this run does not have: that step starts over"]
+    assert lines == [
+        "checkpoint: saved in the middle of an accumulation that this run does not have: that step "
+        "starts over"
+    ]
     engine.destroy()
 
 

@@ -1,9 +1,9 @@
 """Training on two ranks, killed again and again at random moments, ends as if nothing had happened.
 
-Each round starts both ranks from the newest checkpoint; after a random time one of them, or both, get SIGKILL, in
-the middle of whatever they do: starting, loading, stepping, saving (after every step, or in the background after
-every third). The rank that is left must notice and end by itself. Every round must find a whole checkpoint. The end is
-compared bit for bit with a run that was never stopped.
+Each round starts both ranks from the newest checkpoint; after a random time one of them, or both, get
+SIGKILL, in the middle of whatever they do: starting, loading, stepping, saving (after every step, or in the
+background after every third). The rank that is left must notice and end by itself. Every round must find a
+whole checkpoint. The end is compared bit for bit with a run that was never stopped.
 """
 
 import os
@@ -29,7 +29,12 @@ SURVIVOR_ENDS_WITHIN_S = 60
 def train(folder: str | None, last: int, asynchronous: bool = False):
     """This rank's weights, states and cursor after optimizer step ``last``."""
     rank = dist.get_rank()
-    hift = {"order": "random", "reshuffle": True, "steps_per_group": 2, "checkpoint": {"asynchronous": asynchronous}}
+    hift = {
+        "order": "random",
+        "reshuffle": True,
+        "steps_per_group": 2,
+        "checkpoint": {"asynchronous": asynchronous},
+    }
     engine = make_engine(Toy(), ds_config(world_size=2, gas=2, clip=1.0, bf16={"enabled": True}, hift=hift))
     if folder is not None:
         engine.load_checkpoint(folder)
@@ -95,7 +100,8 @@ def wait_until(condition, job) -> None:
 
 
 def check_and_prune(folder: Path) -> int:
-    """The step of the newest checkpoint, which is whole (or 0 if there is none yet); older ones but two go."""
+    """The step of the newest checkpoint, which is whole (or 0 if there is none yet); older ones but two
+    go."""
     tags = tags_by_age(folder)
     tag = latest_tag(folder)
     if tag is None:
@@ -122,7 +128,9 @@ def kill_and_compare(launcher, folder: Path, num_kills: int) -> None:
     last = step + 5
     survivors = launcher.run(train, 2, str(folder), last)
     whole = launcher.run(train, 2, None, last)
-    for (weights, states, cursor), (expected_weights, expected_states, expected_cursor) in zip(survivors, whole, strict=True):
+    for (weights, states, cursor), (expected_weights, expected_states, expected_cursor) in zip(
+        survivors, whole, strict=True
+    ):
         assert cursor == expected_cursor
         for theirs, expected in ((weights, expected_weights), (states, expected_states)):
             assert theirs.keys() == expected.keys()

@@ -1,4 +1,5 @@
-"""A save that dies at any file operation, or in the middle of any write, leaves a whole checkpoint: the old or the new."""
+"""A save that dies at any file operation, or in the middle of any write, leaves a whole checkpoint: the
+old or the new."""
 
 import io
 import os
@@ -14,12 +15,22 @@ from tests.checkpoint.runs import Case, advance, states_of, whole_weights
 from tests.helpers.engines import ds_config
 
 KILLED = 77
-_WATCHED = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "os.listdir", "os.scandir"}
+_WATCHED = {
+    "open",
+    "os.rename",
+    "os.mkdir",
+    "os.remove",
+    "os.rmdir",
+    "os.truncate",
+    "shutil.rmtree",
+    "os.listdir",
+    "os.scandir",
+}
 
 
 def die_at(operation: int, folder: Path) -> None:
-    """From now on: end this process at its ``operation``-th file operation in ``folder``, before it is done; a write is
-    done by half."""
+    """From now on: end this process at its ``operation``-th file operation in ``folder``, before it is done;
+    a write is done by half."""
     count = 0
 
     def tick() -> bool:
@@ -47,7 +58,10 @@ def state_of(engine):
 
 
 def same(a, b) -> bool:
-    tensors = all(x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) for x, y in zip(a[:2], b[:2], strict=True))
+    tensors = all(
+        x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x)
+        for x, y in zip(a[:2], b[:2], strict=True)
+    )
     return tensors and a[2:] == b[2:]
 
 

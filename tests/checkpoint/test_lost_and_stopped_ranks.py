@@ -55,7 +55,11 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(launcher, tmp_path, ran
     assert job.output(0).count("stopped and saved; to go on: the same command") == 1
     assert "stopped and saved" not in job.output(1)
     stopped_at = int((tmp_path / "cut" / "latest").read_text().removeprefix("global_step"))
-    assert (tmp_path / "cut" / "step.0").read_text() == (tmp_path / "cut" / "step.1").read_text() == str(stopped_at)
+    assert (
+        (tmp_path / "cut" / "step.0").read_text()
+        == (tmp_path / "cut" / "step.1").read_text()
+        == str(stopped_at)
+    )
     resumed = launcher.run(loop, 2, str(tmp_path / "cut"), stopped_at + 4)[0]
     whole = launcher.run(loop, 2, str(tmp_path / "whole"), stopped_at + 4)[0]
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())

@@ -1,4 +1,5 @@
-"""Resuming on the same ranks (bit for bit) and on another number of ranks (within 1e-6 a step, no conversion)."""
+"""Resuming on the same ranks (bit for bit) and on another number of ranks (within 1e-6 a step, no
+conversion)."""
 
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from tests.helpers.engines import ds_config
 
 BF16 = {"enabled": True}
 EXACT = [
-    "accumulation", "bf16", "bf16, stochastic rounding", "turns", "slices", "stage 1", "stage 3, accumulation",
-    "Adafactor", "Muon", "client optimizer", "dropout and buffers", "asynchronous", "asynchronous, stage 3",
+    "accumulation", "bf16", "bf16, stochastic rounding", "turns", "slices", "stage 1",
+    "stage 3, accumulation", "Adafactor", "Muon", "client optimizer", "dropout and buffers", "asynchronous",
+    "asynchronous, stage 3",
 ]  # fmt: skip
 MOVES = [(1, 2), (2, 3), (3, 1), (4, 2)]
 
@@ -29,7 +31,9 @@ def elastic_cases(world_size):
         "bf16": Case(config(bf16=BF16, hift={"state": {"slice_numel": 17}}), at=(7,), num_micro_batches=9),
         "Adafactor": Case(config(optimizer="Adafactor"), at=(7,), num_micro_batches=11),
         "Muon": Case(config(optimizer="Muon"), at=(7,), num_micro_batches=11),
-        "stage 3, Muon": Case(config(stage=3, optimizer="Muon", hift={"order": "random"}), at=(6,), num_micro_batches=10),
+        "stage 3, Muon": Case(
+            config(stage=3, optimizer="Muon", hift={"order": "random"}), at=(6,), num_micro_batches=10
+        ),
         "stage 3, buffers": Case(config(stage=3), model=Quiet, at=(7,), num_micro_batches=10),
     }
 
@@ -43,11 +47,14 @@ class Quiet(Noisy):
 
 
 def run_elastic(folder: str) -> list[str]:
-    """Everything that is to move to this number of ranks moves here; then leave checkpoints for the next one."""
+    """Everything that is to move to this number of ranks moves here; then leave checkpoints for the next
+    one."""
     folder, rank, world_size = Path(folder), dist.get_rank(), dist.get_world_size()
     moved = []
     for name, case in elastic_cases(world_size).items():
-        moved += [f"{name}: {source} to {world_size}" for source in move_here(case, name, folder, rank, world_size)]
+        moved += [
+            f"{name}: {source} to {world_size}" for source in move_here(case, name, folder, rank, world_size)
+        ]
         if not (folder / name / str(world_size)).exists():
             uninterrupted(case, folder / name / str(world_size), rank, world_size)
     return moved
@@ -79,7 +86,11 @@ def uninterrupted(case, folder, rank, world_size):
 def move_here(case, name, folder, rank, world_size):
     """Resume every checkpoint of a world size that is to move to this one."""
     for source, target in MOVES:
-        if target == world_size and (folder / name / str(source)).exists() and not (folder / name / f"{source}-{target}").exists():
+        if (
+            target == world_size
+            and (folder / name / str(source)).exists()
+            and not (folder / name / f"{source}-{target}").exists()
+        ):
             resume_elsewhere(case, folder / name / str(source), rank, world_size)
             yield source
 
@@ -111,7 +122,9 @@ def same_elements(a: SavedCheckpoint, b: SavedCheckpoint):
         assert torch.equal(a.weight(name), b.weight(name)), name
     compared = 0
     for name, entry in a.parameters.items():
-        assert a.states.keys(name) == b.states.keys(name) and a.states.scalars(name) == b.states.scalars(name), name
+        assert a.states.keys(name) == b.states.keys(name) and a.states.scalars(name) == b.states.scalars(
+            name
+        ), name
         assert entry == b.parameters[name]
         for key in a.states.keys(name):
             numel = torch.Size(entry["shape"]).numel()
@@ -131,5 +144,9 @@ def test_resume_on_the_same_ranks(launcher, tmp_path):
 
 @pytest.mark.distributed
 def test_resume_on_another_number_of_ranks(launcher, tmp_path):
-    moved = [line for world_size in (1, 2, 3, 4, 2, 1) for line in launcher.run(run_elastic, world_size, str(tmp_path))[0]]
+    moved = [
+        line
+        for world_size in (1, 2, 3, 4, 2, 1)
+        for line in launcher.run(run_elastic, world_size, str(tmp_path))[0]
+    ]
     assert set(moved) == {f"{name}: {a} to {b}" for name in elastic_cases(1) for a, b in MOVES}

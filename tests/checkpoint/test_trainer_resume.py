@@ -21,12 +21,20 @@ from tests.helpers.trainer import AUTO, arguments, ragged_dataset
 def make_trainer(folder, hift=None, **options):
     ds = {**AUTO, "hift": hift or {}}
     callbacks = options.pop("callbacks", None)
-    defaults = {"max_steps": 13, "save_strategy": "steps", "save_steps": 4, "learning_rate": 1e-2, "gradient_accumulation_steps": 2}
+    defaults = {
+        "max_steps": 13,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "learning_rate": 1e-2,
+        "gradient_accumulation_steps": 2,
+    }
     args = arguments(folder, ds, **{**defaults, **options})
     model = model_zoo.tiny.build("llama")
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(lambda m, inputs: (torch.nn.functional.dropout(inputs[0], 0.1, m.training),))
+            module.register_forward_pre_hook(
+                lambda m, inputs: (torch.nn.functional.dropout(inputs[0], 0.1, m.training),)
+            )
     return HiFTTrainer(model=model, args=args, train_dataset=ragged_dataset(10), callbacks=callbacks)
 
 
@@ -84,7 +92,7 @@ def test_resume_is_exact_on_two_ranks(launcher, tmp_path):
     assert launcher.run(train_and_resume, 2, str(tmp_path)) == [True, True]
 
 
-# -- rotation -----------------------------------------------------------------------------------------------------
+# -- rotation --------------------------------------------------------------------------------------
 
 
 def checkpoints(folder):
@@ -100,7 +108,12 @@ def test_the_limit_counts_whole_checkpoints(tmp_path, asynchronous):
             seen.append(find_checkpoints(tmp_path, "auto")[0])
 
     trainer = make_trainer(
-        tmp_path, {"checkpoint": {"asynchronous": asynchronous}}, save_steps=2, save_total_limit=1, max_steps=8, callbacks=[Look()]
+        tmp_path,
+        {"checkpoint": {"asynchronous": asynchronous}},
+        save_steps=2,
+        save_total_limit=1,
+        max_steps=8,
+        callbacks=[Look()],
     )
     # What a killed run left: half of a later checkpoint.
     (tmp_path / "checkpoint-99" / "global_step99").mkdir(parents=True)
@@ -133,7 +146,13 @@ def test_every_small_file_of_a_checkpoint_is_sealed(tmp_path):
     newest = tmp_path / "checkpoint-4"
     assert find_checkpoints(tmp_path, "auto") == ([newest, tmp_path / "checkpoint-2"], [])
     files = [p for p in newest.iterdir() if p.is_file() and p.suffix != ".safetensors" and p.name != "latest"]
-    assert {"trainer_state.json", "scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_files.json"} <= {p.name for p in files}
+    assert {
+        "trainer_state.json",
+        "scheduler.pt",
+        "rng_state.pth",
+        "training_args.bin",
+        "trainer_files.json",
+    } <= {p.name for p in files}
     for path in files:
         good = path.read_bytes()
         path.write_bytes(good[:50] + bytes([good[50] ^ 4]) + good[51:])
@@ -146,7 +165,7 @@ def test_every_small_file_of_a_checkpoint_is_sealed(tmp_path):
         path.write_bytes(good)
 
 
-# -- signals ------------------------------------------------------------------------------------------------------
+# -- signals ---------------------------------------------------------------------------------------
 
 
 def train_until_told(folder: str) -> None:

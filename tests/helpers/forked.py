@@ -1,7 +1,8 @@
 """Ranks that start in milliseconds: forked from a process that has already imported torch and DeepSpeed.
 
-``with Launcher() as launcher: launcher.run(fn, world_size, *args)`` is ``run_distributed`` for many short jobs;
-``launcher.start(...)`` gives a :class:`Job` whose ranks can be killed. ``fn`` is a module-level function.
+``with Launcher() as launcher: launcher.run(fn, world_size, *args)`` is ``run_distributed`` for many short
+jobs; ``launcher.start(...)`` gives a :class:`Job` whose ranks can be killed. ``fn`` is a module-level
+function.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Launcher:
         self._count = 0
         env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.forked"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env,
+            [sys.executable, "-m", "tests.helpers.forked"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env,
             cwd=Path(__file__).resolve().parents[2],
         )  # fmt: skip
 
@@ -68,8 +70,12 @@ class Launcher:
         """``[fn(*args) on rank 0, on rank 1, ...]``; fails with the traceback of a rank that raised."""
         job = self.start(fn, world_size, *args)
         job.wait()
-        results = [job.result(rank) or (False, "died:\n" + job.output(rank)[-3000:]) for rank in range(world_size)]
-        failures = [f"rank {rank} of {world_size}: {value}" for rank, (ok, value) in enumerate(results) if not ok]
+        results = [
+            job.result(rank) or (False, "died:\n" + job.output(rank)[-3000:]) for rank in range(world_size)
+        ]
+        failures = [
+            f"rank {rank} of {world_size}: {value}" for rank, (ok, value) in enumerate(results) if not ok
+        ]
         assert not failures, "\n".join(failures)
         return [value for _, value in results]
 
@@ -141,7 +147,11 @@ def _fork(module: str, name: str, args: tuple, rank: int, world_size: int, port:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
         )
         code = _run(module, name, args, folder / f"{rank}.pkl")
     finally:
