@@ -85,7 +85,7 @@ class BackgroundSave:
         return self._writer.staging.final
 
     def forget(self) -> None:
-        """Nothing more is wanted of it. If it still waits for other ranks' files, or for copies, it gives up."""
+        """Nothing more is wanted of it: it gives up waiting for copies or for other ranks' files."""
         self._given_up.set()
         self._remaining.clear()
         self._copies.put(_END)
