@@ -59,45 +59,6 @@ class CycleLR:
             self.latched = [max(a, b) for a, b in zip(now, last, strict=True)]
         return self.latched
 
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class CycleLR:
-    """Latches the learning rate of each param_group.
-
-    Args:
-        mode: one of ``MODES``.
-        param_groups: the optimizer's, whose ``lr`` the scheduler writes. Read, and restored after a look ahead.
-    """
-
-    def __init__(self, mode: str, param_groups: list[dict[str, Any]]) -> None:
-        assert mode in MODES
-        self.mode = mode
-        self.param_groups = param_groups
-        self.scheduler: Scheduler | None = None  # only to look ahead during warm-up; its owner steps it
-        self.latched: list[float] = self._current()
-        self._history: list[list[float]] = []  # "reference": the scheduler's values by optimizer step
-
-    def before_step(self, starts_cycle: bool, cycle: int, steps_per_cycle: int) -> list[float]:
-        """The rates, one per param_group, that the coming update uses."""
-        now = self._current()
-        if self.mode == "step":
-            self.latched = now
-        elif self.mode == "reference":
-            self._history.append(now)
-            if starts_cycle:
-                self.latched = self._history[cycle] if cycle < len(self._history) else now
-        elif starts_cycle:
-            last = self._after(steps_per_cycle - 1)
-            self.latched = [max(a, b) for a, b in zip(now, last, strict=True)]
-        return self.latched
-
-    def undo(self) -> None:
-        """The step that ``before_step`` prepared was skipped: forget that it was asked."""
-        if self.mode == "reference" and self._history:
-            self._history.pop()
-
     def state_dict(self) -> dict[str, Any]:
         return {"mode": self.mode, "latched": self.latched, "history": self._history}
 
