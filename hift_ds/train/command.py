@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from hift_ds.errors import ConfigError
-from hift_ds.train.ranks import free_port
+from hift_ds.train.ranks import free_port, rank_and_world_size
 from hift_ds.train.run_config import load_run_config
 
 WORKER = "hift_ds.train.worker"
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     load_run_config(args.run_file, args.overrides)  # a mistake in it is said once, before anything is started
     arguments = [args.run_file, *args.overrides]
-    if "RANK" in os.environ:  # torchrun or a batch system started this very command on every rank
+    if rank_and_world_size()[1] > 1:  # torchrun or a batch system started this very command on every rank
         return _run_here(arguments)
     accelerators = _visible_accelerators()
     if not accelerators:

@@ -339,7 +339,9 @@ def test_train_command_counts_and_refuses(inputs, tmp_path, monkeypatch):
     from hift_ds.errors import ConfigError
 
     started: list[Any] = []
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("RANK", "0")  # left behind by an engine of this process, of which nothing follows
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # the command sets it; monkeypatch takes it back
     monkeypatch.setattr(
         command, "_launch", lambda devices, port, arguments, on_cpu: started.append((devices, arguments)) or 0
     )
@@ -355,6 +357,8 @@ def test_train_command_counts_and_refuses(inputs, tmp_path, monkeypatch):
         assert main(["train", file, *options]) == 0
         assert started.pop() == expected
     assert main(["train", file, "--num-procs", "3"]) == 2
+    monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun hift-ds train ...
+    assert main(["train", file]) == 0 and started.pop() == [file]
     assert main(["train", file, "train.sed=3"]) == 2 and not started
     with pytest.raises(ConfigError, match="RUN.yaml"):
         worker._parse([])
