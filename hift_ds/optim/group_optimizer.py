@@ -263,7 +263,7 @@ class GroupOptimizer:
         state = None
         if before.slots or before.scalars:
             state = {key: _part(slot.view(tensors), piece, run) for key, slot in before.slots.items()}
-            state |= before.scalars if run is piece else copy.deepcopy(before.scalars)  # each run counts its own step
+            state |= before.scalars if run is piece else _copied(before.scalars)  # each run counts its own step
         return PieceUpdate(target, grad, unit.members[piece.member].param_group, state)
 
     def _keep_state(self, unit: Unit, chunk: Chunk, i: int, run: Piece, update: PieceUpdate) -> None:
@@ -403,6 +403,10 @@ class GroupOptimizer:
         self.always_store.close()
         if self.host_step is not None:
             self.host_step.close()
+
+
+def _copied(scalars: PieceState) -> PieceState:
+    return {key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in scalars.items()}
 
 
 def _part(whole: Tensor, piece: Piece, run: Piece) -> Tensor:
