@@ -8,7 +8,8 @@ What is replaced while :func:`fake_device` is active, because fake tensors canno
 
 * ``Module._apply`` (``.to()``, ``.cuda()``): swaps tensors in place, which fake ones refuse;
 * ``torch.tensor`` on the device: builds its data below the dispatcher;
-* reading a scalar (``.item()``, ``float(t)``): there is no value, so the answer is 1;
+* reading values: there are none; ``.item()`` and ``float(t)`` give 1, ``nonzero`` finds nothing;
+* ``torch.Generator`` on the device: is one on the CPU;
 * ``Tensor.data_ptr``: zero for all; here the address of the storage, so that views are told from copies;
 * ``Tensor.record_stream``: no streams, and nothing to be freed early;
 * ``scaled_dot_product_attention``: the CPU's way would hold the scores (:mod:`hift_ds.memory.flash_attention`).
@@ -29,6 +30,7 @@ from hift_ds.errors import ConfigError
 
 NAME = "fakegpu"
 _SCALAR = torch.ops.aten._local_scalar_dense.default
+_NONZERO = torch.ops.aten.nonzero.default
 _registered: list[Any] = []  # what must outlive registration: torch keeps no reference
 
 
@@ -57,7 +59,19 @@ def register() -> None:
     _register_backend()(NAME, backend_module=module)
     from hift_ds.memory import fake_autocast
 
-    _registered.extend([module, *fake_autocast.register(NAME)])
+    _registered.extend([module, _in_place_kernels(), *fake_autocast.register(NAME)])
+
+
+def _in_place_kernels() -> torch.library.Library:
+    """Fused optimizer kernels that torch has no sizes for: they change what they are given and make nothing."""
+    library = torch.library.Library("aten", "IMPL", "Meta")
+    for name in ("_fused_sgd_", "_fused_adagrad_"):
+        packet = getattr(torch.ops.aten, name, None)
+        for overload in packet.overloads() if packet is not None else ():
+            op = getattr(packet, overload)
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "Meta"):
+                library.impl(op.name().removeprefix("aten::"), lambda *args, **kwargs: None)
+    return library
 
 
 @contextlib.contextmanager
@@ -73,13 +87,14 @@ def fake_device() -> Iterator[None]:
     replaced = [
         (nn.Module, "_apply", _apply),
         (torch, "tensor", _tensor_maker(torch.tensor)),
+        (torch, "Generator", _Generator),
         (torch.Tensor, "data_ptr", _address),
         (torch.Tensor, "record_stream", lambda self, stream: None),
         (torch.UntypedStorage, "data_ptr", lambda self: self._cdata),
         (nn.functional, "scaled_dot_product_attention", flash_attention.scaled_dot_product_attention),
     ]
     saved = [(owner, name, owner.__dict__.get(name)) for owner, name, _ in replaced]
-    with FakeTensorMode(allow_non_fake_inputs=True), _ScalarsAreOne():
+    with FakeTensorMode(allow_non_fake_inputs=True), _NoValues():
         for owner, name, function in replaced:
             setattr(owner, name, function)
         try:
@@ -92,14 +107,23 @@ def fake_device() -> Iterator[None]:
                     setattr(owner, name, function)
 
 
-class _ScalarsAreOne(TorchDispatchMode):
-    """Answers the one question that a fake tensor cannot."""
+class _NoValues(TorchDispatchMode):
+    """Answers questions that a fake tensor cannot."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _SCALAR:
             dtype = args[0].dtype
             return False if dtype == torch.bool else (1.0 if dtype.is_floating_point else 1)
+        if func is _NONZERO:
+            return args[0].new_empty((0, args[0].dim()), dtype=torch.int64)
         return func(*args, **(kwargs or {}))
+
+
+class _Generator(torch.Generator):
+    """Randomness has no size."""
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        return super().__new__(cls, device="cpu" if torch.device(device).type == NAME else device)
 
 
 def _address(tensor: Tensor) -> int:

@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -143,7 +143,7 @@ def _engine(setting: Setting, model: nn.Module) -> Any:
 
     config = engine_config(setting)
     config["hift"] = _parked_in_host_memory(config["hift"])
-    with _roomy_host():
+    with _replaced():
         engine, *_ = hift_ds.initialize(model=model, model_parameters=list(model.parameters()), config=config)
     return engine
 
@@ -168,16 +168,25 @@ def _with_fused_kernel(block: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _roomy_host() -> Iterator[None]:
-    """This machine's memory says nothing about the one that is asked about."""
+def _replaced() -> Iterator[None]:
+    """While the engine is built: this machine's memory says nothing about the one that is asked about, and weights
+    without elements, which keep some optimizers' constructors from making states, cannot be had of fake tensors."""
+    from hift_ds.optim import build
     from hift_ds.store import room
 
-    saved = room._physical, room._number
-    room._physical, room._number = lambda proc: room.HostBytes(1 << 60, 1 << 60), lambda path: None
+    replacements = [
+        (room, "_physical", lambda proc: room.HostBytes(1 << 60, 1 << 60)),
+        (room, "_number", lambda path: None),
+        (build, "_hollow", lambda params: nullcontext()),
+    ]
+    saved = [(module, name, getattr(module, name)) for module, name, _ in replacements]
+    for module, name, function in replacements:
+        setattr(module, name, function)
     try:
         yield
     finally:
-        room._physical, room._number = saved
+        for module, name, function in saved:
+            setattr(module, name, function)
 
 
 # -- watching -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from hift_ds.memory.simulation import Setting, SimulationError, simulate
+from hift_ds.memory.simulation import Setting, SimulationError, last_error, simulate
 
 GIB = 2**30
 STEP = "hift_ds_probed_step"
@@ -59,8 +59,7 @@ def measure(setting: Setting) -> dict[str, Any]:
              "MASTER_PORT": str(_free_port())},
     )  # fmt: skip
     if job.returncode != 0:
-        lines = [line for line in job.stderr.splitlines() if line.strip()] or ["no message"]
-        raise SimulationError(f"the real step failed: {lines[-1]}")
+        raise SimulationError(f"the real step failed: {last_error(job.stderr)}")
     return json.loads(job.stdout.splitlines()[-1])
 
 
