@@ -244,7 +244,9 @@ def report(args: argparse.Namespace, measured: dict) -> str:
         "",
         f"`{command}` on {time.strftime('%Y-%m-%d')}: {numel / 1e6:.1f}M parameters, AdamW, {args.ranks} "
         "CPU processes, "
-        f"median of {args.repeats}; torch {measured['torch']}, {os.cpu_count()} cores, {platform.machine()}.",
+        f"median of {args.repeats}; torch {measured['torch']}, {os.cpu_count()} cores, {platform.machine()}. "
+        f"Load average at the end: {os.getloadavg()[0]:.1f}"
+        " (above the number of cores other programs ran as well; the two engines took turns).",
         "",
         "| | bytes a parameter | files | save, s | training held, s | load, s |",
         "|---|---|---|---|---|---|",

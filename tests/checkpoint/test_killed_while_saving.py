@@ -108,8 +108,15 @@ def die_everywhere(folder: str, tag: str | None, asynchronous: bool) -> dict[str
     return outcome
 
 
-@pytest.mark.parametrize("tag", [None, "best"])
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    ("asynchronous", "tag"),
+    [
+        (False, None),
+        (True, "best"),
+        pytest.param(False, "best", marks=pytest.mark.slow),
+        pytest.param(True, None, marks=pytest.mark.slow),
+    ],
+)
 def test_a_save_killed_at_every_file_operation(launcher, memory_path, tag, asynchronous):
     """``best``: the new checkpoint takes the old one's name."""
     outcome = launcher.run(die_everywhere, 1, str(memory_path), tag, asynchronous)[0]

@@ -41,7 +41,7 @@ def loop(folder: str, last: int) -> dict:
     return weights
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1])  # the one that does not speak
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(launcher, tmp_path, rank):
     for folder in ("whole", "cut"):
         (tmp_path / folder).mkdir()

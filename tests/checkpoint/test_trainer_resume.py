@@ -45,14 +45,13 @@ def end_of(trainer):
 
 
 @pytest.mark.parametrize(
-    "hift",
+    ("precision", "hift"),
     [
-        {"order": "random", "reshuffle": True},
-        {"steps_per_group": 3, "checkpoint": {"asynchronous": True}},
-        {"always_active": ["embed"], "state": {"slice_numel": 100}},
+        ("fp32", {"order": "random", "reshuffle": True}),
+        ("bf16", {"steps_per_group": 3, "checkpoint": {"asynchronous": True}}),
+        ("bf16", {"always_active": ["embed"], "state": {"slice_numel": 100}}),
     ],
 )
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resume_is_exact(tmp_path, hift, precision):
     """With dropout, shuffled data, accumulation, a warm-up and several epochs."""
     options = {"bf16": precision == "bf16", "warmup_steps": 3}
