@@ -31,7 +31,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Loss of each row: ``cross_entropy(transform(hidden @ weight.T + bias), targets, reduction="none")``.
 
     hidden (N, H) and weight (V, H) of one dtype, bias (V,) or None, targets (N,) int64, ``ignore_index`` where there is
-    none. Returns (N,) in the dtype of the transformed logits, 0 where ignored.
+    none. Returns (N,) in fp32, in which losses are computed whatever the logits' dtype; 0 where ignored.
     """
 
     @staticmethod
@@ -41,7 +41,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         losses, lses = [], []
         for rows in _tiles(len(hidden), weight.shape[0]):
-            logits = transform(F.linear(hidden[rows], weight, bias))
+            logits = transform(F.linear(hidden[rows], weight, bias)).float()
             lse = torch.logsumexp(logits, -1)
             kept = targets[rows] != ignore_index
             at_target = logits.gather(-1, targets[rows].where(kept, 0).unsqueeze(-1)).squeeze(-1)
@@ -94,10 +94,11 @@ def _grad_of_logits(
     with torch.enable_grad():
         leaf = raw.detach().requires_grad_()
         logits = transform(leaf)
-    grad = (logits.detach() - lse.unsqueeze(-1)).exp_().mul_(grad_losses.unsqueeze(-1))
+    grad = (logits.detach().float() - lse.unsqueeze(-1)).exp_().mul_(grad_losses.unsqueeze(-1))
     inside = (targets >= 0) & (targets < weight.shape[0])
     one_hot = grad_losses.where(inside, 0).neg().unsqueeze(-1)
     grad.scatter_add_(-1, targets.where(inside, 0).unsqueeze(-1), one_hot)
+    grad = grad.to(logits.dtype)
     return grad if logits is leaf else torch.autograd.grad(logits, leaf, grad)[0]
 
 
@@ -233,10 +234,11 @@ def _cross_entropy(
     if target.dtype != torch.int64 or reduction not in ("mean", "sum", "none"):
         return None
     losses = input.losses(target, ignore_index)
-    if reduction == "none":
-        return losses
-    total = losses.sum()
-    return total if reduction == "sum" else total / (target != ignore_index).sum()
+    if reduction != "none":
+        losses = losses.sum()
+    if reduction == "mean":
+        losses = losses / (target != ignore_index).sum()
+    return losses.to(input.dtype)
 
 
 # -- the head -------------------------------------------------------------------------------------------------------
