@@ -21,8 +21,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
+# Three workers on two cores: many tests wait for disks and other processes.
 test: setup
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 3 --dist loadfile
 
 test-slow: setup
 	$(PY) -m pytest -q -m slow
