@@ -4,6 +4,8 @@ import os
 import pathlib
 import sys
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on two busy cores are ten times slower
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".venv" / "torch_extensions"))  # a shared cache breaks
@@ -11,3 +13,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 sys.path.insert(0, str(ROOT))
+
+
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def _no_launch_variables_left_behind():
+    """An engine in this process makes it a job of one rank; programs that a later test starts must not inherit that."""
+    yield
+    for name in LAUNCH_VARIABLES:
+        os.environ.pop(name, None)

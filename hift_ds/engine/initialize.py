@@ -36,7 +36,8 @@ def initialize(
     """The signature and result of ``deepspeed.initialize``.
 
     With a top-level ``"hift"`` block in the config (dict, path or ``args.deepspeed_config``) the engine is a
-    :class:`HiFTEngine`; without one the call goes to DeepSpeed unchanged.
+    :class:`HiFTEngine`; without one the call goes to DeepSpeed unchanged. Either way a process that no launcher
+    started is a job of one rank.
 
     Returns:
         (engine, optimizer, training dataloader or None, learning-rate scheduler or None).
@@ -48,6 +49,7 @@ def initialize(
     arguments = {key: value for key, value in locals().items() if key not in ("config", "config_params")}
     config = config_dict(config, args, config_params)
     if BLOCK not in config:
+        join_as_single_process()
         return deepspeed.initialize(**arguments, **_where_stock_looks(args, config))
     check_against_deepspeed(parse_block(config[BLOCK]), config)
     if model is None:
@@ -67,7 +69,7 @@ def join_as_single_process() -> None:
     Sets the variables a launcher would have set, with a free port, if none of them is there.
     """
     launched = any(name in os.environ for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"))
-    if launched or deepspeed.comm.is_initialized():
+    if launched or (deepspeed.comm.is_initialized() and deepspeed.comm.get_world_size() > 1):
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
