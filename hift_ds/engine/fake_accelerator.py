@@ -75,19 +75,23 @@ class FakeAccelerator(CPU_Accelerator):
         return tensor.device.type == fake_device.NAME
 
 
-def use_fake_accelerator(world_size: int) -> None:
-    """From here on DeepSpeed runs on the fake device, as rank 0 of ``world_size``; collectives allocate what they
-    are given and move nothing."""
+def use_fake_accelerator() -> None:
+    """From here on DeepSpeed runs on the fake device."""
+    set_accelerator(FakeAccelerator())
+
+
+def join_fake_ranks(world_size: int) -> None:
+    """Be rank 0 of ``world_size``; collectives allocate what they are given and move nothing."""
     import torch.distributed as dist
     from torch._C._distributed_c10d import FakeProcessGroup
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    set_accelerator(FakeAccelerator())
+    devices = ["cpu"] + [fake_device.NAME] * hasattr(torch, fake_device.NAME)
     dist.Backend.register_backend(
         BACKEND,
         lambda common, options: FakeProcessGroup._create_internal(common.group_rank, common.group_size, options),
         extended_api=True,
-        devices=["cpu", fake_device.NAME],
+        devices=devices,
     )
     dist.init_process_group(BACKEND, store=FakeStore(), rank=0, world_size=world_size)
     # ZeRO-3 compares what the ranks are about to gather: there is one rank, and fake numbers compare as nothing.

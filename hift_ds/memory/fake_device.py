@@ -36,7 +36,7 @@ _registered: list[Any] = []  # what must outlive registration: torch keeps no re
 
 def is_available() -> bool:
     """Does this torch let Python be a backend (2.8 and later)?"""
-    return _register_backend() is not None and hasattr(torch._C, "_acc")
+    return _register_backend() is not None and hasattr(torch._C, "_acc")  # what it needs in C++
 
 
 def _register_backend() -> Any:
@@ -75,13 +75,18 @@ def _in_place_kernels() -> torch.library.Library:
 
 
 @contextlib.contextmanager
-def fake_device() -> Iterator[None]:
-    """Inside, tensors are fake, and the device can be allocated on."""
+def fake_device(on_host: bool = False) -> Iterator[str]:
+    """Inside, tensors are fake, and the device whose name it gives can be allocated on.
+
+    Args:
+        on_host: take the CPU for it, if this torch has no fake devices.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from hift_ds.memory import flash_attention
 
-    register()
+    if not on_host:
+        register()
     flash_attention.register_flops()
     flash_attention.register_unpadded_masks()
     replaced = [
@@ -98,7 +103,7 @@ def fake_device() -> Iterator[None]:
         for owner, name, function in replaced:
             setattr(owner, name, function)
         try:
-            yield
+            yield "cpu" if on_host else NAME
         finally:
             for owner, name, function in saved:
                 if function is None:

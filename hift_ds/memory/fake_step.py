@@ -17,18 +17,20 @@ from hift_ds.memory import fake_device
 from hift_ds.memory.flops import FlopCounter
 from hift_ds.memory.simulation import BETWEEN, Bytes, GroupStep, Result, Setting
 from hift_ds.memory.tracker import GRADIENTS, STATES, WEIGHTS, MemoryTracker, Timeline, Watch
+from hift_ds.store.movers import InlineMover, ThreadMover
 
 PHASES = ("forward", "backward", "update")
+PARKED = "parked"  # a category that is not reported
 
 
 def run(setting: Setting) -> Result:
     """Step the layer groups of ``setting`` and report what was alive when."""
-    with fake_device.fake_device():
-        _join(setting.world_size)
-        device, host, flops = MemoryTracker(fake_device.NAME), MemoryTracker("cpu", block_bytes=1), FlopCounter()
-        with Watch(device, host, flops=flops):
+    with fake_device.fake_device(setting.on_host) as name:
+        _join(setting)
+        device, host, flops = MemoryTracker(name), MemoryTracker("cpu", block_bytes=1), FlopCounter()
+        with Watch(host, device, flops=flops):
             device.mark("build")
-            model = build_model(setting)
+            model = build_model(setting, name)
             device.see_all([*model.parameters(), *model.buffers()], WEIGHTS)
             weight_bytes = device.live_bytes
             arch = find_arch(model)
@@ -37,6 +39,7 @@ def run(setting: Setting) -> Result:
             _mark_blocks(model, arch, device)
             _mark_gradients(engine, device)
             _mark_states(engine, device)
+            _mark_parked(engine, device)
             result = Result(
                 len(arch.blocks), len(engine.groups), weight_bytes, sum(param.numel() for param in model.parameters())
             )
@@ -55,8 +58,8 @@ def run(setting: Setting) -> Result:
 # -- the model ------------------------------------------------------------------------------------------------
 
 
-def build_model(setting: Setting) -> nn.Module:
-    """The model that the setting names, on the fake device, in training mode."""
+def build_model(setting: Setting, device: str) -> nn.Module:
+    """The model that the setting names, on ``device``, in training mode."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     from hift_ds.model_structure import build_on_meta, read_config
@@ -68,7 +71,7 @@ def build_model(setting: Setting) -> nn.Module:
         model = build_on_meta(config, trust_remote_code=setting.trust_remote_code)
     if setting.num_blocks is not None:
         cut_blocks(model, find_arch(model), setting.num_blocks)
-    move_to_fake_device(model, getattr(torch, setting.weight_dtype))
+    make_real(model, getattr(torch, setting.weight_dtype), device)
     return model.train()
 
 
@@ -80,15 +83,15 @@ def cut_blocks(model: nn.Module, arch: ArchSpec, num_blocks: int) -> None:
             del stack._modules[child]
 
 
-def move_to_fake_device(model: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters in ``dtype``, buffers in their own; tied ones stay tied."""
+def make_real(model: nn.Module, dtype: torch.dtype, device: str) -> None:
+    """From meta to ``device``: parameters in ``dtype``, buffers in their own; tied ones stay tied."""
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
             is_weight = isinstance(tensor, nn.Parameter)
             dtype_of_new = dtype if is_weight and tensor.is_floating_point() else tensor.dtype
-            new = torch.empty(tensor.shape, dtype=dtype_of_new, device=fake_device.NAME)
+            new = torch.empty(tensor.shape, dtype=dtype_of_new, device=device)
             made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_weight else new
         return made[id(tensor)]
 
@@ -114,18 +117,21 @@ def make_batch(model: nn.Module, batch: int, length: int, device: str) -> dict[s
 # -- the engine -----------------------------------------------------------------------------------------------
 
 
-def _join(world_size: int) -> None:
-    """Be rank 0 of ``world_size`` in a process group that moves nothing."""
+def _join(setting: Setting) -> None:
+    """Be rank 0 in a process group that moves nothing."""
     import torch.distributed as dist
 
-    from hift_ds.engine.fake_accelerator import use_fake_accelerator
+    from hift_ds.engine.fake_accelerator import join_fake_ranks, use_fake_accelerator
 
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(setting.world_size)}
+    os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     if not dist.is_initialized():
-        use_fake_accelerator(world_size)
-    assert dist.get_world_size() == world_size, "one process simulates one number of ranks"
+        join_fake_ranks(setting.world_size)
+        if not setting.on_host:
+            use_fake_accelerator()
+    assert dist.get_world_size() == setting.world_size, "one process simulates one number of ranks"
 
 
 def engine_config(setting: Setting) -> dict[str, Any]:
@@ -145,6 +151,9 @@ def _engine(setting: Setting, model: nn.Module) -> Any:
     config["hift"] = _parked_in_host_memory(config["hift"])
     with _replaced():
         engine, *_ = hift_ds.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    store = engine.optimizer.store
+    if isinstance(getattr(store, "mover", None), ThreadMover):  # fake tensors are for one thread
+        store.mover = InlineMover(store.traffic, store.device)
     return engine
 
 
@@ -237,6 +246,12 @@ def _mark_states(engine: Any, tracker: MemoryTracker) -> None:
         store.fetch = watched
 
 
+def _mark_parked(engine: Any, tracker: MemoryTracker) -> None:
+    """States at rest in host memory are not on the device, even where the host stands in for it."""
+    for segments in getattr(engine.optimizer.store, "_host", {}).values():
+        tracker.see_all(segments, PARKED)
+
+
 # -- stepping -------------------------------------------------------------------------------------------------
 
 
@@ -292,7 +307,7 @@ def state_bytes(engine: Any, index: int) -> int:
 
 def _step(engine: Any, setting: Setting, tracker: MemoryTracker, flops: FlopCounter) -> None:
     for _ in range(setting.micro_batches):
-        batch = make_batch(engine.module, setting.batch, setting.length, fake_device.NAME)
+        batch = make_batch(engine.module, setting.batch, setting.length, tracker.device_type)
         tracker.mark("forward", "-1")
         flops.phase = "forward"
         loss = engine(**batch).loss
@@ -314,7 +329,7 @@ def _update_again(engine: Any, setting: Setting, tracker: MemoryTracker) -> None
         for member in unit.members:
             sums = setting.micro_batches > 1 and member.param.is_floating_point()
             dtype = torch.float32 if sums else member.param.dtype
-            grad = torch.empty(member.shape, dtype=dtype, device=fake_device.NAME)
+            grad = torch.empty(member.shape, dtype=dtype, device=tracker.device_type)
             tracker.see(grad, GRADIENTS)
             optimizer.parameters.set_pending(member.param, grad)
             del grad
@@ -337,7 +352,8 @@ def _places(engine: Any, index: int, tracker: MemoryTracker, first_mark: int) ->
         peak = timeline.peak(begin, end)
         place = f"{mark.phase}:{_seen_from(blocks, kept, mark.place)}"
         peaks[place] = max(peaks.get(place, peak), peak, key=lambda p: p.num_bytes)
-    return {place: timeline.categories_at(peak.event) for place, peak in peaks.items()}
+    found = {place: timeline.categories_at(peak.event) for place, peak in peaks.items()}
+    return {place: {name: n for name, n in sums.items() if name != PARKED} for place, sums in found.items()}
 
 
 def _seen_from(blocks: range, kept: int, place: str) -> str:

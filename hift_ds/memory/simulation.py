@@ -42,6 +42,7 @@ class Setting:
         world_size: data-parallel ranks; rank 0 is counted.
         micro_batches: accumulated before an update.
         eager_attention: hold the scores, as without a fused kernel.
+        on_host: count on fake host tensors, for a torch without fake devices; states at rest are then told apart.
         trust_remote_code: run the code that the checkpoint brings along.
         visits: step each group so often and report the last time. ZeRO-3 needs 3: it notes in the first what it prefetches
             from the second on, and holds that over to the next.
@@ -57,6 +58,7 @@ class Setting:
     world_size: int = 1
     micro_batches: int = 1
     eager_attention: bool = False
+    on_host: bool = False
     trust_remote_code: bool = False
     visits: int = 1
 

@@ -1,0 +1,140 @@
+"""hift-ds estimate: from a config alone, whole figures or one clear line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+
+import pytest
+
+import model_zoo
+from hift_ds.cli import main
+from hift_ds.memory import estimate as estimate_module
+from hift_ds.memory.estimate_input import is_on, with_switch
+from hift_ds.memory.simulation import Setting
+
+KEYS = {"peak_gib", "phases", "categories", "worst_group", "host_gib", "disk_gib", "flops_ratio_full", "fits"}
+SMALL = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 1000, "max_position_embeddings": 512}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    model_zoo.config("llama2_7b", **SMALL).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory, folder):
+    tmp_path = tmp_path_factory.mktemp("run")
+    (tmp_path / "ds.json").write_text(json.dumps({"bf16": {"enabled": True}, "hift": {"state": {"residency": "host"}}}))
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {{path: {folder}}}\n"
+        "data: {train: nowhere.jsonl, max_length: 64}\n"
+        f"train: {{output_dir: {tmp_path / 'out'}, micro_batch_size: 3, gradient_checkpointing: true}}\n"
+        f"deepspeed: {tmp_path / 'ds.json'}\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def figures(run_file):
+    """Of the run file, through the command line."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main(["estimate", str(run_file), "--json"]) == 0
+    return json.loads(out.getvalue())
+
+
+def test_figures_of_a_run_file_without_weights_or_data(figures):
+    assert figures.keys() >= KEYS
+    assert (figures["batch"], figures["length"], figures["num_groups"]) == (3, 64, 5)
+    assert figures["switches"] == {"slice_numel": False, "checkpointing": True, "chunked_loss": False, "offload": False}
+    assert figures["peak_gib"] == pytest.approx(max(figures["phases"].values()))
+    assert figures["peak_gib"] == pytest.approx(sum(figures["categories"].values()))
+    assert figures["peak_gib"] == pytest.approx(max(group["peak_gib"] for group in figures["groups"]))
+    assert figures["weights_gib"] == pytest.approx(2 * figures["numel"] / 2**30, rel=0.01)
+    states = 12 * figures["numel"] / 2**30  # master and two moments in fp32
+    assert figures["host_gib"] == pytest.approx(states, rel=0.01)
+    assert figures["checkpoint_gib"] == pytest.approx(states + figures["weights_gib"], rel=0.01)
+    assert figures["disk_gib"] == 0
+    assert 0.3 < figures["flops_ratio_full"] < 1 and figures["flops_ratio_lora"] < 1
+    assert figures["switched"]["checkpointing"] > figures["peak_gib"]  # off
+    assert all(row["fits"] for row in figures["fits"])
+    batches = [row["largest_batch"] for row in figures["fits"]]
+    assert batches == sorted(batches) and batches[0] > 100
+    assert {row["largest_length"] for row in figures["fits"]} == {512}  # as long as the positions go
+
+
+def test_flags_and_tables(folder, figures, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(estimate_module, "estimate", lambda setting: (asked.append(setting), figures)[1])
+    argv = ["estimate", "--model", str(folder), "--batch", "2", "--length", "128", "--precision", "mixed", "--gpus", "2"]
+    assert main([*argv, "--no-offload", "--blocks-kept", "1", "--accumulation", "8"]) == 0
+    out = capsys.readouterr().out
+    for words in ("Peak on the GPU", "update in slices", "24 GiB", "page-locked", "Assumed:"):
+        assert words in out
+    (setting,) = asked
+    assert (setting.batch, setting.length, setting.world_size, setting.micro_batches) == (2, 128, 2, 2)
+    assert setting.weight_dtype == "float32" and setting.engine_config["torch_autocast"]["enabled"]
+    assert setting.engine_config["hift"]["activations"] == {
+        "checkpointing": True, "blocks_kept": 1, "chunked_loss": True, "offload": False,
+    }  # fmt: skip
+    assert setting.engine_config["hift"]["state"]["slice_numel"] == 1 << 24
+
+
+def test_the_largest_batch_really_fits_and_the_next_does_not():
+    """Arithmetic of cards, on steps that are made up."""
+    from hift_ds.memory.forecast import Slope
+    from hift_ds.memory.simulation import GroupStep
+
+    class Line:
+        def __init__(self, batch):
+            self.batch = batch
+
+        def known(self):
+            return [0]
+
+        def step(self, index):
+            places = {"forward:": {"weights": 1000, "activations": 30 * self.batch}, "update:": {"weights": 1200}}
+            return GroupStep(0, "embed", 1, places, {}, 0, 0)
+
+    slope = Slope(4, Line(4), Line(8))
+    assert slope.peak_bytes(4) == 1200 and slope.peak_bytes(10) == 1300
+    assert slope.largest(1300) == 10 and slope.largest(1329) == 10
+    assert slope.largest(1199) == 0
+    assert slope.largest(10_000, unit=16, limit=100) == 96
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "give a run file, or --model"),
+        (["train.epochs=1", "--model", "llama2_7b"], "changes a run file, and none is given"),
+        (["--model", "llama2_7"], "no such folder"),
+        (["--model", "llama2_7b", "--length", "5000"], "--length: 5000 is longer than the 4096 positions"),
+        (["--model", "llama2_7b", "--batch", "0"], "--batch: expected a whole number of at least 1, got 0"),
+        (["--model", "llama2_7b", "--precision", "fp8"], "invalid choice: 'fp8'"),
+        (["missing.yaml"], "missing.yaml"),
+        (["{run}", "--batch", "2"], "--batch: the run file decides; write train.micro_batch_size=..."),
+        (["{run}", "hift=false"], "hift: false is ordinary full fine-tuning"),
+        (["{run}", "hift.group_sizes=3"], "did you mean 'group_size'"),
+    ],
+)
+def test_one_line_and_exit_code_two(argv, message, run_file, capsys, monkeypatch):
+    monkeypatch.setattr(estimate_module, "run_requests", lambda *args: pytest.fail("stepped before the input was checked"))
+    assert main(["estimate", *(part.format(run=run_file) for part in argv)]) == 2
+    err = capsys.readouterr().err.strip()
+    assert message in err and "\n" not in err
+
+
+def test_switches_on_and_off():
+    setting = Setting("llama2_7b", {"hift": {"activations": {"checkpointing": True, "blocks_kept": 3}}})
+    off = with_switch(setting, "checkpointing", on=False)
+    assert not is_on(off, "checkpointing") and off.engine_config["hift"]["activations"]["blocks_kept"] == 0
+    sliced = with_switch(off, "slice_numel", on=True)
+    assert is_on(sliced, "slice_numel") and not is_on(off, "slice_numel")
+    assert is_on(setting, "checkpointing")  # unchanged
