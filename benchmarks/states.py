@@ -29,8 +29,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "states.md"
 MODELS = {"tiny": "tiny", "135m": "smollm2_135m", "1b": "tinyllama_1_1b", "7b": "llama2_7b"}
-TRAINED = 5  # layer groups
-
 SETTINGS: dict[str, dict[str, Any]] = {
     "device": {"residency": "device"},
     "host, waited for": {"residency": "host", "prefetch": False},
@@ -54,6 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--path", required=True, help="folder on the disk to measure")
     parser.add_argument("--model", choices=MODELS, default="1b")
     parser.add_argument("--tokens", type=int, default=512, help="of one step, one sequence")
+    parser.add_argument("--groups", type=int, default=3, help="layer groups that are trained, bottom to top")
     parser.add_argument("--cycles", type=int, default=2, help="counted, after one that is not")
     parser.add_argument("--rounds", type=int, default=2, help="turns of every setting")
     parser.add_argument("--only", help="settings whose names contain this, and device")
@@ -86,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def in_process(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, __file__, "--setting", json.dumps(state)]
-    for option in ("path", "model", "tokens", "cycles"):
+    for option in ("path", "model", "tokens", "groups", "cycles"):
         command += [f"--{option}", str(getattr(args, option))]
     env = {
         **os.environ,
@@ -111,7 +110,7 @@ def measure(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
     if state["residency"] == "disk":
         state = {**state, "path": args.path}
     model = build_model(MODELS[args.model])
-    trained = freeze_all_but(model, TRAINED)
+    trained = freeze_all_but(model, args.groups)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},
@@ -224,17 +223,11 @@ def row(name: str, runs: list[dict[str, Any]], steps: list[dict[str, float]], ba
 
 
 def shown_arguments(args: argparse.Namespace) -> list[str]:
-    shown = [
-        "--path",
-        "PATH",
-        "--model",
-        args.model,
-        "--tokens",
-        str(args.tokens),
-        "--cycles",
-        str(args.cycles),
-    ]
-    return shown + ["--rounds", str(args.rounds)] + (["--only", repr(args.only)] if args.only else [])
+    shown = ["--path", "PATH"]
+    for option in ("model", "tokens", "groups", "cycles", "rounds", "only"):
+        if getattr(args, option) is not None:
+            shown += [f"--{option}", str(getattr(args, option))]
+    return shown
 
 
 def describe_machine() -> str:
