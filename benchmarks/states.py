@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(measure(args, json.loads(args.setting))))
         return
     names = [name for name in SETTINGS if name == "device" or not args.only or args.only in name]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     loads = []
     for _ in range(args.rounds):
@@ -78,8 +79,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{name}: {statistics.median(step['seconds'] for step in results[name][-1]['steps']):.2f} s",
                 flush=True,
             )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(report(args, results, loads))
+            args.out.write_text(report(args, results, loads))
     print(args.out)
 
 
@@ -199,7 +199,7 @@ def report(args: argparse.Namespace, results: dict[str, list[dict[str, Any]]], l
         "| peak memory |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [row(name, runs, steps[name], baseline) for name, runs in results.items()]
+    lines += [row(name, runs, steps[name], baseline) for name, runs in results.items() if runs]
     return "\n".join(lines) + "\n"
 
 
