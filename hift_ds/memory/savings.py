@@ -53,6 +53,11 @@ class ActivationSavings:
             return None
         return BlockCheckpointing(self._model, find_arch(self._model).blocks, config.blocks_kept)
 
+    @property
+    def recomputes(self) -> bool:
+        """Are blocks checkpointed, by the switch or because the model was told to?"""
+        return self._checkpointing is not None
+
     def lowest_block(self, index: int) -> int:
         """The lowest block that gradients of group ``index`` pass; the number of blocks for the head alone."""
         return self._lowest[index]

@@ -1,0 +1,73 @@
+"""What the engine knows of its own memory: measured peaks, and the forecast beside them."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+from hift_ds.engine.deepspeed_seam import device_bytes
+from hift_ds.memory.background_forecast import BackgroundForecast
+from hift_ds.memory.out_of_memory import Advice
+from hift_ds.memory.simulation import Setting
+
+# Keys of the DeepSpeed config that decide what is allocated.
+CONFIG_KEYS = ("optimizer", "bf16", "fp16", "torch_autocast", "gradient_clipping", "zero_optimization", "communication_data_type")
+
+
+class MemoryReports:
+    """The part of :class:`HiFTEngine` that forecasts.
+
+    Attributes:
+        last_shape: (sequences, tokens) of the last forward on this rank, if its inputs were token ids.
+        memory_advice: made when the run first ran out of memory.
+    """
+
+    last_shape: tuple[int, int] | None = None
+    memory_advice: Advice | None = None
+    _forecast: BackgroundForecast | None = None
+    _folder: tempfile.TemporaryDirectory | None = None  # the model's config, for the process that forecasts
+
+    def start_forecast(self, batch: int, length: int) -> None:
+        """From here on, ``last_report.forecast_bytes`` says what the step's peak was expected to be, once that is known
+        (a process of low priority works it out). Only transformers models have a config to work from; for others
+        nothing happens.
+
+        Args:
+            batch, length: of the largest micro-batch on one rank.
+        """
+        if not hasattr(self.module, "config") or self._forecast is not None:
+            return
+        self._folder = tempfile.TemporaryDirectory()
+        self._forecast = BackgroundForecast(self.memory_setting(self._folder.name, batch, length))
+
+    def forecast_bytes(self, group: int) -> int | None:
+        """The expected peak while ``group`` trains, if it is known."""
+        return None if self._forecast is None else self._forecast.peak_bytes(group)
+
+    def stop_forecast(self) -> None:
+        if self._forecast is not None:
+            self._forecast.close()
+            self._forecast = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def device_bytes(self) -> int:
+        """Memory of this rank's device."""
+        return device_bytes()
+
+    def memory_setting(self, folder: str, batch: int, length: int) -> Setting:
+        """What this engine does, for the simulation. The model's config goes to ``folder``."""
+        self.module.config.save_pretrained(folder)
+        block = self.hift.model_dump(mode="json")
+        if self.savings.recomputes:
+            block["activations"]["checkpointing"] = True
+        config: dict[str, Any] = {key: self.config[key] for key in CONFIG_KEYS if key in self.config}
+        if "optimizer" not in config:
+            cls = type(self.optimizer.optimizer)
+            config["optimizer"] = {"type": f"{cls.__module__}.{cls.__qualname__}", "params": {"lr": 1e-5}}
+        dtype = next(param.dtype for param in self.module.parameters())
+        return Setting(
+            folder, {**config, "hift": block}, str(dtype).removeprefix("torch."), batch, length,
+            world_size=self.world_size, micro_batches=min(self.gradient_accumulation_steps(), 2),
+        )  # fmt: skip

@@ -1,0 +1,179 @@
+"""At run time: measured peaks beside forecasts, and out of memory answered with what would fit."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+import model_zoo
+from hift_ds.engine import memory_reports
+from hift_ds.errors import CheckpointError, HiFTError
+from hift_ds.memory import out_of_memory
+from hift_ds.memory.out_of_memory import Advice, OutOfMemory
+from tests.helpers.engines import ds_config, make_engine
+
+ALLOCATOR_SAYS = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 23.6 GiB. Of the allocated"
+
+
+@pytest.fixture
+def engine():
+    engine = make_engine(model_zoo.tiny.build("llama"), ds_config(rows=2, bf16={"enabled": True}))
+    yield engine
+    engine.destroy()
+
+
+def full(*_, **__):
+    raise torch.OutOfMemoryError(ALLOCATOR_SAYS)
+
+
+class NoAdvice:
+    """In place of a forecast, which takes seconds."""
+
+    def __init__(self, setting):
+        self.setting = setting
+
+    made = 0
+
+    @classmethod
+    def make(cls, setting):
+        cls.made += 1
+        return cls(setting)
+
+    def text(self, batch, budget_bytes):
+        return f"forecast for {batch}"
+
+
+def message_of(call) -> str:
+    with pytest.raises(OutOfMemory) as caught:
+        call()
+    assert isinstance(caught.value, HiFTError) and should_reduce_batch_size(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_message_names_what_ran_and_one_forecast_serves_several_batches(engine, monkeypatch):
+    monkeypatch.setattr(out_of_memory, "Advice", NoAdvice)
+    handle = engine.module.model.norm.register_forward_hook(full)
+    texts = [message_of(lambda rows=rows: engine(**model_zoo.tiny.batch(engine.module, rows=rows, tokens=6))) for rows in (4, 2)]
+    assert texts[0].startswith("CUDA out of memory. HiFT: in forward at 4 x 6 tokens while group 0 (embed) trains; forecast for 4")
+    assert texts[1].endswith("forecast for 2") and NoAdvice.made == 1
+    handle.remove()
+    loss = engine(**model_zoo.tiny.batch(engine.module, rows=2, tokens=6)).loss
+    monkeypatch.setattr(engine.optimizer, "step", full)
+    engine.backward(loss)
+    assert "in the update at 2 x 6 tokens" in message_of(engine.step)
+
+
+def test_evaluation_and_saving_have_their_own_answers(engine, monkeypatch, tmp_path):
+    handle = engine.module.model.norm.register_forward_hook(full)
+    engine.eval()
+    text = message_of(lambda: engine(**model_zoo.tiny.batch(engine.module)))
+    assert "in evaluation at 2 x 12 tokens" in text and "evaluation batch" in text
+    handle.remove()
+    monkeypatch.setattr("hift_ds.engine.saving.random_state", full)
+    with pytest.raises(CheckpointError, match="CUDA out of memory"):
+        engine.save_checkpoint(tmp_path)
+
+
+def test_a_forecast_that_cannot_be_made_hides_nothing(engine, monkeypatch):
+    monkeypatch.setattr(Advice, "make", lambda setting: 1 / 0)
+    engine.module.model.norm.register_forward_hook(full)
+    text = message_of(lambda: engine(**model_zoo.tiny.batch(engine.module)))
+    assert text.startswith("CUDA out of memory.") and "ZeroDivisionError" in text
+
+
+def test_other_errors_pass_through(engine):
+    def broken(*_):
+        raise RuntimeError("shapes do not match")
+
+    engine.module.model.norm.register_forward_hook(broken)
+    with pytest.raises(RuntimeError, match="^shapes do not match$") as caught:
+        engine(**model_zoo.tiny.batch(engine.module))
+    assert not isinstance(caught.value, OutOfMemory)
+
+
+def test_auto_find_batch_size_goes_on_with_a_smaller_batch(monkeypatch, tmp_path):
+    """A model that has room for two rows."""
+    from datasets import Dataset
+    from transformers import TrainingArguments
+
+    from hift_ds import HiFTTrainer
+
+    monkeypatch.setattr(out_of_memory, "Advice", NoAdvice)
+    model = model_zoo.tiny.build("llama")
+    rows = []
+
+    def two_rows_fit(module, args, kwargs):
+        rows.append(len(kwargs["input_ids"]))
+        if rows[-1] > 2:
+            full()
+
+    model.register_forward_pre_hook(two_rows_fit, with_kwargs=True)
+    tokens = torch.randint(3, 60, (8, 6)).tolist()
+    config = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 0}, "hift": {},
+              "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}  # fmt: skip
+    arguments = TrainingArguments(
+        str(tmp_path), deepspeed=config, per_device_train_batch_size=8, auto_find_batch_size=True, max_steps=3, report_to=[],
+        save_strategy="no", use_cpu=True, learning_rate=1e-3,
+    )  # fmt: skip
+    HiFTTrainer(model, arguments, train_dataset=Dataset.from_dict({"input_ids": tokens, "labels": tokens})).train()
+    assert rows[0] == 8 and set(rows[-3:]) <= {1, 2}
+
+
+# -- real forecasts -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Large enough for activations to count: 3 blocks, 2 x 128 tokens."""
+    config = {"hidden_size": 64, "intermediate_size": 176, "vocab_size": 4000, "max_position_embeddings": 256}
+    engine = make_engine(model_zoo.tiny.build("llama", **config), ds_config(rows=2, bf16={"enabled": True}, clip=1.0))
+    yield engine
+    engine.destroy()
+
+
+def test_advice_says_which_batch_and_which_switches_fit(small, monkeypatch, tmp_path):
+    advice = Advice.make(small.memory_setting(str(tmp_path), 8, 128))
+    peak = advice.slope.peak_bytes(8)
+    assert set(advice.switched) == {"slice_numel", "checkpointing", "chunked_loss", "offload", "everything"}
+    text = advice.text(8, 0.9 * peak)
+    assert "would fit: micro-batches of" in text and "hift.activations.checkpointing" in text
+    largest = int(text.split("micro-batches of ")[1].split(";")[0])
+    assert advice.slope.peak_bytes(largest) <= 0.9 * peak < advice.slope.peak_bytes(largest + 1)
+    assert "no switch makes it fit" in advice.text(8, 1000)
+
+
+def test_peaks_are_per_step_and_the_forecast_comes_beside_them(small):
+    small.start_forecast(2, 128)
+    deadline = time.monotonic() + 240
+    while small.forecast_bytes(0) is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    forecasts = [small.forecast_bytes(group.index) for group in small.groups]
+    assert all(forecasts) and forecasts[1] != forecasts[-1]
+    batch = model_zoo.tiny.batch(small.module, rows=2, tokens=128)
+    small.backward(small(**batch).loss)
+    small.step()
+    assert small.last_report.forecast_bytes == forecasts[small.last_report.group]
+    assert small.last_report.peak_bytes > 0  # host memory of this process
+    small.stop_forecast()
+    assert small.forecast_bytes(0) is None
+
+
+def test_measured_peaks_start_anew_after_each_report(monkeypatch):
+    calls = []
+
+    class Accelerator:
+        def max_memory_allocated(self):
+            return 7
+
+        def reset_peak_memory_stats(self):
+            calls.append("reset")
+
+    monkeypatch.setattr("hift_ds.engine.deepspeed_seam.get_accelerator", Accelerator)
+    from hift_ds.engine.deepspeed_seam import take_peak_bytes
+
+    assert take_peak_bytes() == 7 and calls == ["reset"]
+    assert memory_reports.MemoryReports.forecast_bytes(memory_reports.MemoryReports(), 0) is None
