@@ -156,9 +156,16 @@ def gather_whole(shard: torch.Tensor, numel: int, device: torch.device) -> torch
     return whole.cpu()
 
 
-def peak_bytes() -> int:
-    """Highest allocation on the accelerator so far; of host memory on a CPU-only machine."""
-    return int(get_accelerator().max_memory_allocated() or 0)
+def take_peak_bytes() -> int:
+    """Highest allocation on the accelerator since the last call; of host memory on a CPU-only machine."""
+    peak = int(get_accelerator().max_memory_allocated() or 0)
+    get_accelerator().reset_peak_memory_stats()
+    return peak
+
+
+def device_bytes() -> int:
+    """Memory of the accelerator; of the host on a CPU-only machine."""
+    return int(get_accelerator().total_memory())
 
 
 def config_dict(config: Any, args: Any, config_params: Any) -> dict[str, Any]:

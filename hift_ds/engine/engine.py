@@ -22,15 +22,17 @@ from hift_ds.engine.deepspeed_seam import (
     SeamEngine,
     broadcast_from_first_rank,
     gather_whole,
-    peak_bytes,
+    take_peak_bytes,
     world_rank_and_size,
 )
 from hift_ds.engine.exact_values import exact_values
 from hift_ds.engine.partitioned import PartitionedParameters
 from hift_ds.engine.state_arithmetic import gather_state_arithmetic
+from hift_ds.engine.memory_reports import MemoryReports
 from hift_ds.errors import ConfigError
 from hift_ds.grouping import LayerGroup, Partition, partition_model
 from hift_ds.lr import CycleLR
+from hift_ds.memory.out_of_memory import explains_out_of_memory
 from hift_ds.memory.savings import ActivationSavings
 from hift_ds.optim.build import build_optimizer, is_elementwise
 from hift_ds.optim.group_optimizer import ALWAYS
@@ -44,7 +46,7 @@ from hift_ds.store.choose import build_resident_store, build_store
 logger = logging.getLogger(__name__)
 
 
-class HiFTEngine(Checkpointing, SeamEngine):
+class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
     """Made by :func:`hift_ds.initialize`.
 
     Attributes:
@@ -257,12 +259,14 @@ class HiFTEngine(Checkpointing, SeamEngine):
         a loop that steps a scheduler by itself (the Trainer's) calls it once."""
         self.optimizer.lr.scheduler = scheduler
 
+    @explains_out_of_memory("forward")
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's."""
         active = [unit.index for unit in self.optimizer.active_units]
         with self.savings.during_forward(active), self.optimizer.parameters.saved_by_reference():
             return super().forward(*inputs, **kwargs)
 
+    @explains_out_of_memory("backward")
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """As DeepSpeed's. Only the active group gets gradients.
 
@@ -277,6 +281,7 @@ class HiFTEngine(Checkpointing, SeamEngine):
                              retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         return loss / self.gradient_accumulation_steps() if scale_wrt_gas else loss
 
+    @explains_out_of_memory("the update")
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """As DeepSpeed's: at the accumulation boundary updates the active group and rotates; else does nothing."""
         is_boundary = self.is_gradient_accumulation_boundary()
@@ -304,7 +309,7 @@ class HiFTEngine(Checkpointing, SeamEngine):
         report.state_bytes_in, report.state_bytes_out = traffic.bytes_in, traffic.bytes_out
         report.transfer_s, report.stalled_s = traffic.transfer_s, traffic.stalled_s
         report.grad_numel_sent, ranks.grad_numel_sent = ranks.grad_numel_sent, 0
-        report.peak_bytes = peak_bytes()
+        report.peak_bytes, report.forecast_bytes = take_peak_bytes(), self.forecast_bytes(report.group)
         report.checkpoint_s = self.take_checkpoint_s()
         return report
 
@@ -320,6 +325,7 @@ class HiFTEngine(Checkpointing, SeamEngine):
         """Release everything and give the model its ``requires_grad`` flags back."""
         super().destroy()
         self.savings.close()
+        self.stop_forecast()
         for param, flag in self._flags_before.items():
             param.requires_grad_(flag)
         self._flags_before = {}
