@@ -39,6 +39,8 @@ class ReportCallback(TrainerCallback):
         tokens_seen: (state) -> input tokens of all ranks since the run began. By default what Trainer counts
             itself when ``include_num_input_tokens_seen`` is set ("non_padding" is the honest choice); without
             either there is no token rate.
+        largest_batch: (rows, tokens) of the largest micro-batch. With it and on an accelerator the engine works out,
+            beside the first steps, what each group's peak memory should be.
         progress: a ``Progress``; chosen by what the terminal can do if None.
         plots: draw the pictures when training ends.
     """
@@ -49,12 +51,14 @@ class ReportCallback(TrainerCallback):
         *,
         get_engine: Callable[[], Any] | None = None,
         tokens_seen: Callable[[TrainerState], int] | None = None,
+        largest_batch: tuple[int, int] | None = None,
         progress: Progress | None = None,
         plots: bool = True,
     ) -> None:
         self.run_dir = Path(run_dir)
         self._get_engine = get_engine or (lambda: None)
         self._tokens_seen = tokens_seen or (lambda state: state.num_input_tokens_seen)
+        self._largest_batch = largest_batch
         self._progress = progress
         self._plots = plots
         self._writer: MetricsWriter | None = None
@@ -73,6 +77,8 @@ class ReportCallback(TrainerCallback):
         self._writer = MetricsWriter(self.run_dir, resume_step=state.global_step)
         self._progress = self._progress or make_progress()
         self._tokens = self._tokens_seen(state)
+        if self._largest_batch is not None and args.device.type != "cpu" and hasattr(self._get_engine(), "start_forecast"):
+            self._get_engine().start_forecast(*self._largest_batch)
         groups = self._groups()
         if groups:
             write_groups(self.run_dir, groups)
@@ -171,6 +177,8 @@ class ReportCallback(TrainerCallback):
             record |= {name: getattr(report, name) for name in _SAME_NAME if hasattr(report, name)}  # type: ignore[typeddict-item]
             if hasattr(report, "peak_bytes"):
                 record["peak_memory_gib"] = report.peak_bytes / 2**30
+            if getattr(report, "forecast_bytes", None) is not None:
+                record["forecast_memory_gib"] = report.forecast_bytes / 2**30
         tokens = self._tokens_seen(state)
         if tokens:
             record["num_tokens"] = tokens

@@ -61,7 +61,11 @@ def build_trainer(
         eval_collator=collator(tokenizer, packing=False),
         processing_class=tokenizer,
     )
-    report = ReportCallback(checked.run.output_dir, get_engine=lambda: trainer.model_wrapped)
+    report = ReportCallback(
+        checked.run.output_dir,
+        get_engine=lambda: trainer.model_wrapped,
+        largest_batch=(checked.batch.micro_batch_size, checked.max_length),
+    )
     report_instead_of_printing(trainer, report)
     trainer.preemption = PreemptionCallback(lambda: trainer.model_wrapped)
     trainer.add_callback(trainer.preemption)
