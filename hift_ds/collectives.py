@@ -27,13 +27,15 @@ class Ranks:
     Args:
         comm: ``torch.distributed`` or ``deepspeed.comm`` (then DeepSpeed's communication logger counts us too).
         process_group: the ranks that hold replicas; ``None`` for a single process.
+        sequence_ranks: so many of them share each sequence (Ulysses): their gradients are parts of one and add up.
     """
 
-    def __init__(self, comm: Any = None, process_group: Any = None) -> None:
+    def __init__(self, comm: Any = None, process_group: Any = None, sequence_ranks: int = 1) -> None:
         self.comm = comm
         self.process_group = process_group
         self.world_size = 1 if comm is None else comm.get_world_size(group=process_group)
         self.rank = 0 if comm is None else comm.get_rank(group=process_group)
+        self.num_batches = self.world_size // sequence_ranks  # over which gradients are averaged
         self._global_ranks = None
         self.grad_numel_sent = 0  # gradient elements handed to reduce collectives by this rank, padding excluded
 
@@ -129,7 +131,7 @@ def reduce_scatter_shards(
                 shard[column.start : column.start + length].copy_(received[offset : offset + length])
             offset += column.length
     for shard in shards:
-        shard.div_(world_size)
+        shard.div_(ranks.num_batches)
     return shards
 
 
@@ -174,7 +176,7 @@ def reduce_to_owner(
     buffer = torch.zeros(tuple(shape), dtype=dtype, device=device) if grad is None else grad.to(dtype)
     ranks.grad_numel_sent += 0 if grad is None else grad.numel()
     ranks.comm.reduce(buffer, dst=ranks.global_rank(owner), group=ranks.process_group)
-    return buffer.float().div_(ranks.world_size) if ranks.rank == owner else None
+    return buffer.float().div_(ranks.num_batches) if ranks.rank == owner else None
 
 
 def broadcast_from_owner(ranks: Ranks, weight: Tensor, owner: int) -> None:

@@ -123,7 +123,7 @@ class SeamEngine(DeepSpeedEngine):
 
     def replica_ranks(self) -> Ranks:
         """The ranks that hold replicas of the weights."""
-        return Ranks(deepspeed_comm, self.seq_data_parallel_group)
+        return Ranks(deepspeed_comm, self.seq_data_parallel_group, self.sequence_parallel_size)
 
     def requested_comm_dtype(self) -> torch.dtype:
         """``communication_data_type`` if the user set one, else fp32."""
