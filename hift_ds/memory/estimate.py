@@ -64,7 +64,6 @@ def measure(setting: Setting) -> Measured:
     requests = {
         "steps": Request(setting, structure),
         "batch": ends(replace(setting, batch=2 * setting.batch)),
-        "length": ends(replace(setting, length=2 * setting.length)),
         "full": ends(full),
         **{switch: ends(with_switch(setting, switch, not is_on(setting, switch))) for switch in SWITCHES},
     }
@@ -73,16 +72,26 @@ def measure(setting: Setting) -> Measured:
         for switch in SWITCHES:
             everything = with_switch(everything, switch, on=True)
         requests["everything"] = ends(everything)
+    if _scores_matter(setting, structure):  # otherwise memory depends on the number of tokens alone
+        requests |= {f"length x {n}": ends(replace(setting, length=n * setting.length)) for n in (2, 3)}
     found = dict(zip(requests, run_requests(list(requests.values()), NUM_PROCESSES), strict=True))
+    here, batch, length = found["steps"], setting.batch, setting.length
+    lengths = [(n * length, found[f"length x {n}"]) for n in (2, 3) if f"length x {n}" in found]
     return Measured(
         setting,
         structure,
-        found["steps"],
-        Slope(setting.batch, found["steps"], found["batch"]),
-        Slope(setting.length, found["steps"], found["length"]),
+        here,
+        Slope(((batch, here), (2 * batch, found["batch"]))),
+        Slope(((length, here), *(lengths or [(2 * length, found["batch"])]))),
         {name: steps for name, steps in found.items() if name in SWITCHES or name == "everything"},
         found["full"],
     )
+
+
+def _scores_matter(setting: Setting, structure: Structure) -> bool:
+    """Does anything as large as length times length exist?"""
+    masked = structure.window is not None and structure.window <= 2 * setting.length
+    return setting.eager_attention or not structure.has_fused_attention or masked
 
 
 def estimate(setting: Setting) -> dict[str, Any]:

@@ -75,9 +75,15 @@ def _by_blocks_above(result: Result) -> dict[int, GroupStep]:
     return {n: step for n, step in above.items() if 0 <= n < result.num_blocks - 2}
 
 
-def scale_batch(at_one: GroupStep, at_two: GroupStep, one: int, two: int, wanted: float) -> GroupStep:
-    """The step at ``wanted`` sequences (or tokens), from steps at ``one`` and ``two``."""
-    return _unflat(_line(one, _flat(at_one), two, _flat(at_two), wanted), at_two, at_one.index)
+def through(points: Sequence[tuple[float, GroupStep]], x: float) -> GroupStep:
+    """The step at ``x`` on the line through two steps at different batches or lengths, or the parabola through three."""
+    flat: Flat = {}
+    for i, (xi, step) in enumerate(points):
+        weight = 1.0
+        for j, (xj, _) in enumerate(points):
+            weight *= (x - xj) / (xi - xj) if i != j else 1.0
+        flat = _plus(flat, _scale(_flat(step), weight))
+    return _unflat(flat, points[-1][1], points[0][1].index)
 
 
 def between(below: GroupStep, above: GroupStep, index: int) -> GroupStep:

@@ -43,13 +43,10 @@ def run(setting: Setting) -> Result:
             result = Result(
                 len(arch.blocks), len(engine.groups), weight_bytes, sum(param.numel() for param in model.parameters())
             )
-            order = _indices(setting, len(engine.groups))
-            since = len(device.marks)
-            _warm_up(engine, setting, order[0], device)
-            for index in order:
+            _warm_up(engine)
+            for index in _indices(setting, len(engine.groups)):
                 for _ in range(setting.visits):
-                    step = _train(engine, setting, index, device, host, flops, since)
-                    since = len(device.marks)
+                    step = _train(engine, setting, index, device, host, flops)
                 result.steps.append(step)
             engine.destroy()
     return result
@@ -262,31 +259,26 @@ def _indices(setting: Setting, num_groups: int) -> list[int]:
 
 
 def _train(
-    engine: Any,
-    setting: Setting,
-    index: int,
-    device: MemoryTracker,
-    host: MemoryTracker,
-    flops: FlopCounter,
-    since: int,
+    engine: Any, setting: Setting, index: int, device: MemoryTracker, host: MemoryTracker, flops: FlopCounter
 ) -> GroupStep:
-    """A step of one group, and a second update: the first makes its states, later ones find them. Peaks are those
-    after mark ``since``."""
-    host_start, host_bytes = len(host.events), host.live_bytes
+    """A step of one group."""
+    first_mark, host_start, host_bytes = len(device.marks), len(host.events), host.live_bytes
     activate(engine, index)
     _step(engine, setting, device, flops)
     flops.phase = None
-    activate(engine, index)
-    _update_again(engine, setting, device)
+    if setting.second_update:
+        activate(engine, index)
+        _update_again(engine, setting, device)
     offloaded = Timeline(host).peak(host_start, len(host.events)).num_bytes - host_bytes
-    group, places = engine.groups[index], _places(engine, index, device, since)
+    group, places = engine.groups[index], _places(engine, index, device, first_mark)
     return GroupStep(index, group.name, group.numel, places, flops.take(), state_bytes(engine, index), offloaded)
 
 
-def _warm_up(engine: Any, setting: Setting, index: int, tracker: MemoryTracker) -> None:
-    """An update before the first step: what prefetching keeps on the device exists from then on."""
-    activate(engine, index)
-    _update_again(engine, setting, tracker)
+def _warm_up(engine: Any) -> None:
+    """What prefetching keeps on the device exists from the first update on; let it exist now."""
+    optimizer = engine.optimizer
+    for unit in list(optimizer.units.values())[:2]:  # two slots at most
+        optimizer.store.prefetch(unit.chunks[0].id)
 
 
 def activate(engine: Any, index: int) -> None:

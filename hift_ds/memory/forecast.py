@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from hift_ds.memory.extrapolation import BlockModel, between, nodes, scale_batch
+from hift_ds.memory.extrapolation import BlockModel, between, nodes, through
 from hift_ds.memory.simulation import GroupStep, Result, Setting, simulate
 
 GIB = 2**30
@@ -28,6 +28,8 @@ class Structure:
         is_regular: one group each for the embedding, every block and the head, all blocks alike.
         max_length: tokens that its positions allow; ``None`` if it does not say.
         matrix_sides: sum of rows and columns over all matrices in blocks, for the size of LoRA's adapters.
+        window: tokens that some layer's attention is limited to, below which no mask is needed.
+        has_fused_attention: the model can use a kernel that does not hold the scores.
     """
 
     group_names: tuple[str, ...]
@@ -36,6 +38,8 @@ class Structure:
     is_regular: bool
     max_length: int | None
     matrix_sides: int
+    window: int | None = None
+    has_fused_attention: bool = True
 
     @property
     def num_groups(self) -> int:
@@ -68,6 +72,8 @@ def read_structure(setting: Setting) -> Structure:
         alike and plain and one_stack and len(partition.groups) == len(blocks) + 2,
         getattr(config.get_text_config(), "max_position_embeddings", None),
         sum(sum(weights[name].shape) for name in partition.matrices),
+        getattr(config.get_text_config(), "sliding_window", None),
+        bool(getattr(model, "_supports_sdpa", False)),
     )
 
 
@@ -124,10 +130,10 @@ class Request:
 
     def settings(self) -> list[Setting]:
         """What has to be simulated for it."""
-        sizes = self._sizes()
+        sizes, setting = self._sizes(), replace(self.setting, second_update=not self.ends_only)
         if sizes is None:
-            return [replace(self.setting, groups=self._whole_groups())]
-        return [replace(self.setting, num_blocks=size, groups=self._groups(size)) for size in sizes]
+            return [replace(setting, groups=self._whole_groups())]
+        return [replace(setting, num_blocks=size, groups=self._groups(size)) for size in sizes]
 
     def steps(self, results: Sequence[Result]) -> Steps:
         """From the results of ``settings()``."""
@@ -145,7 +151,7 @@ class Request:
 
     def _sizes(self) -> tuple[int, int] | None:
         """Numbers of blocks to build; ``None``: so many that extrapolating is not worth it."""
-        small = self._settled() + (2 if self.ends_only else 3)
+        small = self._settled() + (1 if self.ends_only else 3)
         if not self.structure.is_regular or small + 1 >= self.structure.num_blocks:
             return None
         return small, small + 1
@@ -183,21 +189,20 @@ def worst_step(steps: Steps) -> GroupStep:
 
 @dataclass(frozen=True)
 class Slope:
-    """Peaks over a range of batches (or lengths), linear in it place by place.
+    """Peaks over a range of batches or lengths, place by place.
 
     Attributes:
-        at: the batch (length) of ``here``; ``there`` is at twice that.
+        points: (batch or length, steps there): two where everything is linear in it, three where scores or masks of
+            length times length exist.
     """
 
-    at: int
-    here: Steps
-    there: Steps
+    points: tuple[tuple[int, Steps], ...]
 
     def peak_bytes(self, value: float) -> int:
         """The highest peak at ``value``."""
         return max(
-            scale_batch(self.here.step(i), self.there.step(i), self.at, 2 * self.at, value).peak_bytes
-            for i in self.there.known()
+            through([(at, steps.step(index)) for at, steps in self.points], value).peak_bytes
+            for index in self.points[-1][1].known()
         )
 
     def largest(self, budget_bytes: float, unit: int = 1, limit: int = 1 << 20) -> int:

@@ -64,7 +64,8 @@ class Advice:
             changed["everything"] = everything
         settings = [setting, replace(setting, batch=2 * setting.batch), *changed.values()]
         here, there, *others = run_requests([Request(s, structure, ends_only=True) for s in settings], num_processes=2)
-        return cls(setting, Slope(setting.batch, here, there), dict(zip(changed, others, strict=True)))
+        slope = Slope(((setting.batch, here), (2 * setting.batch, there)))
+        return cls(setting, slope, dict(zip(changed, others, strict=True)))
 
     def text(self, batch: int, budget_bytes: float) -> str:
         """The forecast at ``batch``, and what would stay within the budget."""

@@ -41,6 +41,7 @@ class Setting:
         groups: indices of the layer groups to train; negative ones count from the top; ``None`` for all.
         world_size: data-parallel ranks; rank 0 is counted.
         micro_batches: accumulated before an update.
+        second_update: update each group again: the first time makes its states, later ones find them.
         eager_attention: hold the scores, as without a fused kernel.
         on_host: count on fake host tensors, for a torch without fake devices; states at rest are then told apart.
         trust_remote_code: run the code that the checkpoint brings along.
@@ -57,6 +58,7 @@ class Setting:
     groups: tuple[int, ...] | None = None
     world_size: int = 1
     micro_batches: int = 1
+    second_update: bool = True
     eager_attention: bool = False
     on_host: bool = False
     trust_remote_code: bool = False

@@ -100,13 +100,17 @@ def test_the_largest_batch_really_fits_and_the_next_does_not():
 
         def step(self, index):
             places = {"forward:": {"weights": 1000, "activations": 30 * self.batch}, "update:": {"weights": 1200}}
+            places["backward:"] = {"temporaries": self.batch**2}
             return GroupStep(0, "embed", 1, places, {}, 0, 0)
 
-    slope = Slope(4, Line(4), Line(8))
+    slope = Slope(((4, Line(4)), (8, Line(8))))
     assert slope.peak_bytes(4) == 1200 and slope.peak_bytes(10) == 1300
     assert slope.largest(1300) == 10 and slope.largest(1329) == 10
     assert slope.largest(1199) == 0
     assert slope.largest(10_000, unit=16, limit=100) == 96
+    square = Slope(((4, Line(4)), (8, Line(8)), (12, Line(12))))
+    assert square.peak_bytes(100) == 10_000 and slope.peak_bytes(100) < 5_000
+    assert square.largest(1_000_000) == 1000
 
 
 @pytest.mark.parametrize(
