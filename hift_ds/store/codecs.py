@@ -92,9 +92,10 @@ class SplitMaster(Codec):
     """An fp32 master without its high half, which the bf16 weight has. Lossless.
 
     A weight is its master rounded to nearest even. With the master's bits as integers, high half H and low
-    half L, the weight's bits are H if L < 0x8000 and H + 1 if L > 0x8000. At the tie L == 0x8000 they are
-    whichever of the two is even, so the weight does not tell: the ties that were rounded up are kept as a
-    list of positions. One element in 2^17 of trained masters is on it; up to one in 16 of masters that came
+    half L, the weight's bits are H if L < 0x8000 and H + 1 if L > 0x8000: so the master is the weight's bits
+    as its high half, plus L with its top bit as a sign. At the tie L == 0x8000 the weight's bits are
+    whichever of H and H + 1 is even, so the weight does not tell: the ties that were rounded down are kept as
+    a list of positions. One element in 2^17 of trained masters is on it; up to one in 16 of masters that came
     from fp16, until their first update. The list is in host memory, as its length changes.
     """
 
@@ -103,38 +104,35 @@ class SplitMaster(Codec):
     def __init__(self, weights: Weights) -> None:
         assert sys.byteorder == "little"
         self.weights = weights
-        self._ties_up: Tensor | None = None  # positions, int32 or int64, on the host
+        self._ties_down: Tensor | None = None  # positions, int32 or int64, on the host
 
     def parts(self, numel: int) -> tuple[Part, ...]:
         return (Part("low", torch.int16, numel),)
 
     def encode(self, values: Tensor, parts: Mapping[str, Tensor], seed: int) -> None:
-        halves = values.contiguous().view(torch.int16)  # low, high, low, high, ...
-        low, high = halves[0::2], halves[1::2]
-        parts["low"].copy_(low)
+        bits = values.contiguous().view(torch.int32)
         dtype = torch.int32 if values.numel() < 1 << 31 else torch.int64
         found = []
         for start, end in passes(values):
-            rounded_up = (low[start:end] == self.TIE) & high[start:end].bitwise_and(1).bool()
-            found.append((rounded_up.nonzero().view(-1) + start).to("cpu", dtype))
-        self._ties_up = torch.cat(found) if found else None
+            low = parts["low"][start:end].copy_(bits[start:end])  # an int32's low half
+            ties = (low == self.TIE).nonzero().view(-1)
+            rounded_down = bits[start:end][ties].bitwise_and(1 << 16) == 0
+            found.append((ties[rounded_down] + start).to("cpu", dtype))
+        self._ties_down = torch.cat(found) if found else None
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         low = parts["low"]
         values = torch.empty(low.numel(), dtype=torch.float32, device=low.device)
-        halves = values.view(torch.int16)
-        halves[0::2].copy_(low)
-        high = halves[1::2]
-        offset = 0
+        bits, offset = values.view(torch.int32), 0
         for weight in self.weights():
-            high[offset : offset + weight.numel()].copy_(weight.view(torch.int16))
+            high, here = weight.view(torch.int16), slice(offset, offset + weight.numel())
+            for start, end in passes(weight):
+                part = bits[here][start:end].copy_(high[start:end])
+                part.bitwise_left_shift_(16).add_(low[here][start:end].int())
             offset += weight.numel()
         assert offset == low.numel(), (offset, low.numel())
-        for start, end in passes(low):
-            lows = low[start:end]
-            high[start:end].sub_(((lows < 0) & (lows != self.TIE)).to(torch.int16))
-        if self._ties_up is not None and self._ties_up.numel():
-            high[self._ties_up.to(high.device)] -= 1
+        if self._ties_down is not None and self._ties_down.numel():
+            bits[self._ties_down.to(bits.device)] += 1 << 16
         return values
 
 

@@ -129,9 +129,11 @@ class DiskStateStore(ParkedStateStore):
         if known:
             read_file(self._file(unit), [whole], self._measure().direct)
         for piece in pieces:
-            there = whole[done:known][: piece.numel()]
-            piece[: there.numel()].copy_(there)
-            piece[there.numel() :].zero_()
+            # NumPy: an operation of torch would leave this thread with a pool of its own, and more threads
+            # than cores make OpenMP put them all to sleep after each operation of the computation.
+            there, target = whole[done:known][: piece.numel()].numpy(), piece.numpy()
+            target[: there.size] = there
+            target[there.size :] = 0
             done += piece.numel()
 
     def _write(self, unit: int, pieces: Iterable[Tensor]) -> None:

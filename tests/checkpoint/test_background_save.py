@@ -37,10 +37,12 @@ def test_training_waits_for_a_slow_disk_before_it_holds_more_copies(engine, tmp_
 
     def counted(tensors):
         nonlocal alive, most
-        with lock:
-            alive += 1
-            most = max(most, alive)
-        yield from tensors
+        for i, item in enumerate(tensors):  # the copies of a model without buffers are none
+            if i == 0:
+                with lock:
+                    alive += 1
+                    most = max(most, alive)
+            yield item
 
     def slow_add(self, tensors):
         nonlocal alive
