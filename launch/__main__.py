@@ -3,9 +3,8 @@
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parent
-)  # where Python has looked for it anyway, unless it was `-m launch`
+# Where Python has looked for it anyway, unless it was `-m launch`.
+sys.path[0] = str(Path(__file__).resolve().parent)
 
 import finetune  # noqa: E402
 

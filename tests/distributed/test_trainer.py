@@ -60,9 +60,8 @@ def test_two_ranks_with_accumulation_are_one_rank_with_the_merged_batch(tmp_path
             )
         assert found["predictions"] == pytest.approx(alone["predictions"], abs=1e-4)
     assert ranks[0]["eval_after"] != ranks[0]["eval_before"]
-    assert ranks[0]["eval_before"] == pytest.approx(
-        alone["eval_before"], abs=0.02
-    )  # a mean of means over other batches
+    # A mean of means over other batches.
+    assert ranks[0]["eval_before"] == pytest.approx(alone["eval_before"], abs=0.02)
     for name in ("eval_before", "eval_after"):
         assert ranks[0][name] == ranks[1][name]
 

@@ -17,9 +17,7 @@ def kept(codec, values, seed=0):
     """The parts after encoding, as the memory of a slot."""
     layout = UnitLayout()
     layout.add("key", values.numel(), values.dtype, codec)
-    memory = torch.randint(
-        0, 256, (layout.num_bytes,), dtype=torch.uint8
-    )  # what was there before must not matter
+    memory = torch.randint(0, 256, (layout.num_bytes,), dtype=torch.uint8)  # what was there must not matter
     parts = layout.parts("key", memory)
     codec.encode(values, parts, seed)
     return parts

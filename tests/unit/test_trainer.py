@@ -260,9 +260,8 @@ def test_save_model_is_what_from_pretrained_loads(tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = model_zoo.tiny.build("llama", tie_word_embeddings=True)
-    trainer = make_trainer(
-        tmp_path, model=model, max_steps=NUM_GROUPS - 1, bf16=True
-    )  # tied: head is in the embedding
+    # One group less: the tied head is in the embedding.
+    trainer = make_trainer(tmp_path, model=model, max_steps=NUM_GROUPS - 1, bf16=True)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     assert not list((tmp_path / "saved").glob("pytorch_model*"))
