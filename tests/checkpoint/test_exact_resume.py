@@ -113,6 +113,7 @@ CASES = {
     ),
     "split master, stage 3": Case(ds_config(stage=3, bf16=BF16, hift={"state": {"codec": "split_master"}})),
     "stage 1": Case(ds_config(stage=1)),
+    "stage 2": Case(ds_config(stage=2)),
     "stage 3": Case(ds_config(stage=3)),
     "stage 3, accumulation": Case(ds_config(stage=3, gas=3, bf16=BF16), num_micro_batches=27, at=(6, 16, 17)),
     "asynchronous": Case(hift(checkpoint=ASYNC), at=(1, 5, 7, 15)),

@@ -14,7 +14,7 @@ from tests.helpers.engines import ds_config
 
 BF16 = {"enabled": True}
 EXACT = [
-    "accumulation", "bf16", "bf16, stochastic rounding", "turns", "slices", "stage 1",
+    "accumulation", "bf16", "bf16, stochastic rounding", "turns", "slices", "stage 1", "stage 2",
     "stage 3, accumulation", "Adafactor", "Muon", "client optimizer", "dropout and buffers", "asynchronous",
     "asynchronous, stage 3",
 ]  # fmt: skip
