@@ -44,6 +44,9 @@ COMMANDS = {
     "preview": Command(
         "hift_ds.train.preview", "print the first training samples of a run file, learned tokens marked"
     ),
+    "env": Command(
+        "hift_ds.report.environment", "print versions, accelerators, memory and disk, for a report of a problem"
+    ),
 }
 
 
