@@ -1,7 +1,7 @@
 """What moving optimizer states costs: step times with states on the device, in host memory and on disk.
 
-    python benchmarks/states.py --path /scratch                  a 1.1B LLaMA, random weights in bf16, 512
-    tokens a step python benchmarks/states.py --path /scratch --model tiny     seconds, to see that it works
+    python benchmarks/states.py --path /scratch                 a 1.1B LLaMA, random bf16 weights, 512 tokens a step
+    python benchmarks/states.py --path /scratch --model tiny    seconds, to see that it works
 
 Every setting runs in a process of its own, and the settings take turns, so that a machine that gets slower or
 faster meanwhile does so for all. Of the model's layer groups a few are trained, from bottom to top, the
