@@ -1,8 +1,7 @@
 """Full-parameter steps of a 7B model on a machine with 24 GiB of memory and no GPU.
 
-    python benchmarks/seven_b_on_a_small_box.py --path /scratch                   LLaMA-2-7B's shape
-    python benchmarks/seven_b_on_a_small_box.py --path /scratch --model 135m      minutes, to see that it
-    works
+    python benchmarks/seven_b_on_a_small_box.py --path /scratch                 LLaMA-2-7B's shape
+    python benchmarks/seven_b_on_a_small_box.py --path /scratch --model 135m    minutes, to see that it works
 
 The model has LLaMA's shape and random weights. They are written as safetensors, tensor by tensor, and mapped
 from there, so that only what an update has changed is in anonymous memory. Masters and moments of all layer
