@@ -73,8 +73,17 @@ class SavedCheckpoint:
         if best and MASTER in self.states.keys(name):
             shape = self.parameters[name]["shape"]
             numel = torch.Size(shape).numel()
+            if not self.states.covers(name, MASTER, 0, numel):
+                raise CheckpointError(
+                    f"{self.folder}: the fp32 master of {name!r} is in none of the files here; bring the files of "
+                    "all nodes together in one folder, or take the 16-bit weights"
+                )
             return self.states.elements(name, MASTER, 0, numel).view(shape)
         return self._weights.get_tensor(name)
+
+    def states_of(self, rank: int) -> SavedStates:
+        """Of one rank's file alone."""
+        return SavedStates([self.folder / states_file(rank)], {}, {})
 
     def weights(self, best: bool = False) -> Iterator[tuple[str, Tensor]]:
         """(name in the model, tensor), one at a time, tied weights once; for an export."""

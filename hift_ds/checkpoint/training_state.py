@@ -208,6 +208,10 @@ class SavedStates:
         shard = self._shaped[param, key]
         return self._open[shard.file].get_tensor(shard.name)
 
+    def pieces(self, param: str, key: str) -> list[tuple[int, Tensor]]:
+        """(first element, values) of each part of a flat state that the files here hold."""
+        return [(shard.start, self._open[shard.file].get_tensor(shard.name)) for shard in self._flat.get((param, key), ())]
+
     def elements(self, param: str, key: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a flat state; ``covers`` has found them."""
         shards = sorted(self._flat[param, key], key=lambda shard: shard.start)

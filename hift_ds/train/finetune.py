@@ -30,14 +30,16 @@ from hift_ds.engine.initialize import ensure_process_group
 from hift_ds.engine.partitioned_loading import load_partitioned
 from hift_ds.errors import CheckpointError, ConfigError
 from hift_ds.grouping import partition_model
+from hift_ds.memory.out_of_memory import no_traceback_when_full
 from hift_ds.model_structure import build_on_meta, read_config
 from hift_ds.report.groups import record_movement
 from hift_ds.report.plots import plot_run
 from hift_ds.train.arguments import hift_block
 from hift_ds.train.preflight import CheckedRun, check_run
-from hift_ds.train.ranks import on_all_ranks, rank_and_world_size
+from hift_ds.train.ranks import gather, on_all_ranks, rank_and_world_size
 from hift_ds.train.resume import find_checkpoints
 from hift_ds.train.run_config import RunConfig
+from hift_ds.train.spread_masters import gathered_weights
 from hift_ds.train.trainer import build_trainer, make_arguments, zero_stage
 from hift_ds.train.watchdog import lost_rank_error
 from hift_ds.version import __version__
@@ -59,7 +61,9 @@ def finetune(run: RunConfig) -> dict[str, Any]:
         HiFTError: one line for the user, on every rank alike wherever the ranks could agree on it.
     """
     ensure_process_group()
-    checked, checkpoints = on_all_ranks(lambda: _check(run))
+    checked, checkpoints, damage = on_all_ranks(lambda: _check(run))
+    if run.train.resume == "auto":
+        checkpoints = _agree_on_checkpoints(checkpoints, damage)
     arguments = on_all_ranks(lambda: make_arguments(checked, fresh=not checkpoints))
     say = print if arguments.process_index == 0 else _silent
     _introduce(checked, arguments, say)
@@ -79,9 +83,7 @@ def finetune(run: RunConfig) -> dict[str, Any]:
         return results
     results |= _evaluate(trainer, data)
     model.config.use_cache = uses_cache
-    on_all_ranks(
-        lambda: _export(checked, trainer, model, tokenizer) if arguments.process_index == 0 else None
-    )
+    on_all_ranks(lambda: _export(checked, trainer, model, tokenizer))
     say(f"exported to {run.export_dir}")
     if arguments.process_index == 0:
         _write_results(run, results)
@@ -91,9 +93,9 @@ def finetune(run: RunConfig) -> dict[str, Any]:
 # -- before any weight is read -------------------------------------------------------------------------------
 
 
-def _check(run: RunConfig) -> tuple[CheckedRun, list[Path]]:
-    rank, world_size = rank_and_world_size()
-    checked = check_run(run, world_size)
+def _check(run: RunConfig) -> tuple[CheckedRun, list[Path], list[str]]:
+    """The run, the checkpoints that it may go on from here, and what is wrong with others."""
+    checked = check_run(run, rank_and_world_size()[1])
     block = hift_block(run)
     if block is not None:
         trust = run.model.trust_remote_code
@@ -103,12 +105,17 @@ def _check(run: RunConfig) -> tuple[CheckedRun, list[Path]]:
         partition_model(
             structure, group_size=block.group_size, patterns=block.groups, always_active=block.always_active
         )
-    checkpoints, damage = find_checkpoints(run.output_dir, run.train.resume)
-    if damage and rank == 0:
-        logger.warning(
-            "%s; going on from %s", "; ".join(damage), checkpoints[0] if checkpoints else "the beginning"
-        )
-    return checked, checkpoints
+    return checked, *find_checkpoints(run.output_dir, run.train.resume)
+
+
+def _agree_on_checkpoints(checkpoints: list[Path], damage: list[str]) -> list[Path]:
+    """Nodes that keep checkpoints to themselves may not have the same ones: what one lacks none resumes from."""
+    seen = gather([folder.name for folder in checkpoints])
+    everywhere = [folder for folder in checkpoints if all(folder.name in theirs for theirs in seen)]
+    damage = [*damage, *(f"{folder} is not on every node" for folder in checkpoints if folder not in everywhere)]
+    if damage and rank_and_world_size()[0] == 0:
+        logger.warning("%s; going on from %s", "; ".join(damage), everywhere[0] if everywhere else "the beginning")
+    return everywhere
 
 
 def _introduce(checked: CheckedRun, arguments: TrainingArguments, say: Callable[[str], None]) -> None:
@@ -146,6 +153,7 @@ def _load_data(checked: CheckedRun, arguments: TrainingArguments) -> tuple[Any, 
         return tokenizer, prepare_data(run.data, tokenizer, checked.max_length, checked.model.vocab_size)
 
 
+@no_traceback_when_full("while the model is loaded")
 def _load_model(checked: CheckedRun, arguments: TrainingArguments) -> Any:
     """Straight to the accelerator where the dtype is final; else mapped from the files, which costs a rank no
     memory of its own until the engine casts: fp32 weights that train in 16 bits keep their bits in the
@@ -189,6 +197,7 @@ class _Began(TrainerCallback):
         self.began = True
 
 
+@no_traceback_when_full("in training")
 def _train(trainer: Any, checkpoints: list[Path]) -> dict[str, Any]:
     """From the newest checkpoint whose checksums are right, else from the start."""
     progress = _Began()
@@ -218,6 +227,8 @@ def _summary(trainer: Any, output: Any) -> dict[str, Any]:
     if first is not None:
         results["eval_loss_before"] = first["eval_loss"]
         results["eval_perplexity_before"] = first["eval_perplexity"]
+    if trainer.args.auto_find_batch_size:
+        results["micro_batch_size"] = state.train_batch_size
     engine = getattr(trainer, "engine", None)
     if engine is not None:
         coverage = engine.coverage()
@@ -228,6 +239,7 @@ def _summary(trainer: Any, output: Any) -> dict[str, Any]:
     return results
 
 
+@no_traceback_when_full("in evaluation")
 def _evaluate(trainer: Any, data: PreparedData) -> dict[str, Any]:
     """At the end, unless the last evaluation was of these very weights."""
     if data.eval is None:
@@ -238,21 +250,36 @@ def _evaluate(trainer: Any, data: PreparedData) -> dict[str, Any]:
     return {key: value for key, value in last.items() if key.startswith("eval_")}
 
 
+@no_traceback_when_full("while the model is exported")
 def _export(checked: CheckedRun, trainer: Any, model: Any, tokenizer: Any) -> None:
-    """On the first rank: the weights as safetensors, and how far each layer group has moved."""
-    run, wanted = checked.run, checked.export_dtype
-    tensors = None
+    """By the first rank: the weights as safetensors, and how far each layer group has moved. The others send it their
+    masters where each node keeps its own checkpoints."""
+    wanted, tensors = checked.export_dtype, None
+    first, spread = trainer.args.process_index == 0, trainer.args.save_on_each_node and wanted == "fp32"
+    if not (first or spread):
+        return
     if zero_stage(trainer.args) == 3:  # no rank has whole weights
         tensors, model = _saved_weights(trainer, best=wanted == "fp32"), skeleton(model.config, model)
     elif wanted == "fp32" and checked.dtype != "fp32":
         tensors = _saved_weights(trainer, best=True)
+    try:
+        if first:
+            _write_export(checked, model, tensors, tokenizer)
+    finally:
+        if spread:
+            for _ in tensors or ():  # what is left to send, also when the first rank could not write
+                pass
+
+
+def _write_export(checked: CheckedRun, model: Any, tensors: Any, tokenizer: Any) -> None:
+    run = checked.run
     export_model(
         model,
         run.export_dir,
         tensors=tensors,
         tokenizer=tokenizer,
         max_shard_size=run.export.max_shard_size,
-        dtype=tensor_dtypes(checked.model.path) if run.export.dtype == "auto" else TORCH_DTYPES[wanted],
+        dtype=tensor_dtypes(checked.model.path) if run.export.dtype == "auto" else TORCH_DTYPES[checked.export_dtype],
     )
     record_movement(run.output_dir, checked.model.path, run.export_dir, model)
     plot_run(run.output_dir)
@@ -269,7 +296,8 @@ def _saved_weights(trainer: Any, best: bool) -> Iterator[tuple[str, torch.Tensor
     tag = latest_tag(folder)
     if tag is None or getattr(trainer, "engine", None) is None:
         return None
-    return SavedCheckpoint(folder / tag).weights(best=best)
+    saved = SavedCheckpoint(folder / tag)
+    return gathered_weights(saved) if best and trainer.args.save_on_each_node else saved.weights(best=best)
 
 
 def _write_results(run: RunConfig, results: dict[str, Any]) -> None:

@@ -91,9 +91,11 @@ def make_arguments(checked: CheckedRun, *, fresh: bool) -> TrainingArguments:
             'hift: false with "zero_optimization.stage": 3 in the DeepSpeed config: use stage 0, 1 or 2'
         )
     if checked.run.hift is False and options["deepspeed"]["optimizer"]["type"].lower() in ("adam", "adamw"):
-        options["deepspeed"]["optimizer"]["params"].setdefault(
-            "torch_adam", True
-        )  # DeepSpeed would compile its own
+        # DeepSpeed would compile its own.
+        options["deepspeed"]["optimizer"]["params"].setdefault("torch_adam", True)
+    # Nodes that keep their checkpoints to themselves need the Trainer's own files too, to resume.
+    saving = options["deepspeed"].get("checkpoint") or {}
+    options["save_on_each_node"] = bool(saving.get("use_node_local_storage"))
     if options["save_strategy"] == "no":  # "null: only at the end"
         options |= {"save_strategy": "steps", "save_steps": 1_000_000_000}
     if (
