@@ -32,7 +32,7 @@ def run(setting: Setting) -> Result:
             device.mark("build")
             model = build_model(setting, name)
             device.see_all([*model.parameters(), *model.buffers()], WEIGHTS)
-            weight_bytes = device.live_bytes
+            weight_bytes, numel = device.live_bytes, sum(param.numel() for param in model.parameters())
             arch = find_arch(model)
             engine = _engine(setting, model)
             device.see_all(engine.optimizer.parameters.held(model.parameters()), WEIGHTS)
@@ -40,9 +40,7 @@ def run(setting: Setting) -> Result:
             _mark_gradients(engine, device)
             _mark_states(engine, device)
             _mark_parked(engine, device)
-            result = Result(
-                len(arch.blocks), len(engine.groups), weight_bytes, sum(param.numel() for param in model.parameters())
-            )
+            result = Result(len(arch.blocks), len(engine.groups), weight_bytes, numel)
             _warm_up(engine)
             for index in _indices(setting, len(engine.groups)):
                 for _ in range(setting.visits):
@@ -263,15 +261,23 @@ def _train(
 ) -> GroupStep:
     """A step of one group."""
     first_mark, host_start, host_bytes = len(device.marks), len(host.events), host.live_bytes
+    gathered = -_numel_gathered(engine)
     activate(engine, index)
     _step(engine, setting, device, flops)
+    gathered += _numel_gathered(engine)
     flops.phase = None
     if setting.second_update:
         activate(engine, index)
         _update_again(engine, setting, device)
     offloaded = Timeline(host).peak(host_start, len(host.events)).num_bytes - host_bytes
     group, places = engine.groups[index], _places(engine, index, device, first_mark)
-    return GroupStep(index, group.name, group.numel, places, flops.take(), state_bytes(engine, index), offloaded)
+    states = state_bytes(engine, index)
+    return GroupStep(index, group.name, group.numel, places, flops.take(), states, offloaded, gathered)
+
+
+def _numel_gathered(engine: Any) -> int:
+    """So far, of partitioned weights."""
+    return getattr(getattr(engine.optimizer.parameters, "shards", None), "numel_gathered", 0)
 
 
 def _warm_up(engine: Any) -> None:

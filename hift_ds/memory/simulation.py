@@ -75,6 +75,7 @@ class GroupStep:
         flops: of matrix products, by phase.
         state_bytes: master and optimizer states of the group, at rest.
         offloaded_bytes: host memory that the step took for a while.
+        numel_gathered: elements of partitioned weights that forward and backward gathered (ZeRO-3).
     """
 
     index: int
@@ -84,6 +85,7 @@ class GroupStep:
     flops: dict[str, int]
     state_bytes: int
     offloaded_bytes: int
+    numel_gathered: int = 0
 
     @property
     def phases(self) -> dict[str, int]:
