@@ -1,7 +1,7 @@
 """ZeRO-3 without its optimizer, in names that DeepSpeed does not document: what is gathered when, and for how long.
 
 ``DeepSpeedZeRoOffload`` cuts the weights over the ranks and gathers each module's around its forward and backward.
-What its own optimizer adds to that (gradients, masters, writing shards) is ours; four things it does for training of
+What its own optimizer adds to that (gradients, masters, writing shards) is ours; five things it does for training of
 all weights are wrong or costly when backward stops at one layer group, and are put right here:
 
 * It prefetches by a trace of the modules as they ran, one trace for all steps. Backward stops elsewhere for each
@@ -11,12 +11,14 @@ all weights are wrong or costly when backward stops at one layer group, and are 
   :meth:`WeightShards.release` ends that after each backward.
 * Its linear function keeps every input for the weight's gradient, which frozen weights never get. torch's own
   function is put back, and saved weights become references (:meth:`WeightShards.saved_by_reference`).
+* A recomputed block loses its frozen weights after the first module of its backward (:meth:`_Coordinator._keep_recomputed`).
 * Its module hooks close over the first engine that a model had, and outlive it. ``close`` removes them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from deepspeed.runtime.zero.partition_parameters import (
     InsertPostInitMethodToModuleSubClasses,
     ZeroParamStatus,
 )
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, iter_params
 from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
@@ -48,8 +50,35 @@ class _Coordinator(PartitionedParameterCoordinator):
         self.shards.arrived(current_submodule)
 
     def release_sub_module(self, submodule: nn.Module, forward: bool = False) -> None:
+        if not forward and self.is_complete_trace():
+            self._keep_recomputed(submodule)
         super().release_sub_module(submodule, forward)
         self.shards.left(submodule)
+
+    def _keep_recomputed(self, submodule: nn.Module) -> None:
+        """When a block is recomputed, DeepSpeed has all its frozen weights wait for the module whose backward asked for
+        that, the last of the block, and releases them with it: before the rest of the block's backward, which would
+        gather them again. Here those that the trace finds within ``stage3_max_reuse_distance`` wait for their own
+        modules."""
+        waiting: set[nn.Parameter] = getattr(submodule, "ds_recompute_parameters", set())
+        if waiting:
+            own = set(iter_params(submodule, recurse=z3_leaf_module(submodule)))
+            for param in (waiting & self._used_soon()) - own:
+                waiting.discard(param)
+                param.ds_active_sub_modules.discard(submodule.ds_id)
+
+    def _used_soon(self) -> set[nn.Parameter]:
+        """By the modules that the trace names next, up to ``stage3_max_reuse_distance`` elements of them."""
+        left = self._PartitionedParameterCoordinator__max_reuse_dist_in_numel
+        soon: set[nn.Parameter] = set()
+        order = self._PartitionedParameterCoordinator__submodule_order
+        for module in itertools.islice(order, self._PartitionedParameterCoordinator__step_id, None):
+            if left <= 0:
+                break
+            for param in iter_params(module, recurse=z3_leaf_module(module)):
+                soon.add(param)
+                left -= param.ds_numel
+        return soon
 
     def upcoming(self, numel: int) -> Iterator[nn.Parameter]:
         """The next weights of the trace that have not been asked for, about ``numel`` elements of them."""

@@ -1,0 +1,159 @@
+"""Peak accelerator memory with replicated, partitioned and streamed weights, counted on a fake device.
+
+    python benchmarks/zero3_memory.py [--quick]
+
+The real engine takes real steps of each model with few blocks; a place of a step (the peak of the last block's backward, say)
+is linear in the number of blocks from there on. One cell of each model is counted on the whole model as well. Groups
+with partitioned weights are visited twice, since ZeRO-3 prefetches from the second time on. Stepped are the embedding, the
+lowest block, which of all blocks has the most above it, and the head. Writes docs/zero3_memory.md; --quick does the 7B
+model only and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from hift_ds.memory.simulation import Result, Setting, simulate  # noqa: E402
+
+OUT = ROOT / "docs" / "zero3_memory.md"
+GIB = 1 << 30
+RANKS = (1, 2, 4, 8)
+LENGTH = 2048
+NOTHING_KEPT = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    title: str
+    num_blocks: int
+    few: tuple[int, int]  # blocks that are stepped: more than ZeRO-3 keeps gathered at a time (stage3_max_live_parameters)
+    checked: tuple[str, int]  # the cell that is counted on the whole model too: mode, ranks
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Of the worst group."""
+
+    num_bytes: float
+    group: str
+    place: str
+
+    @property
+    def gib(self) -> float:
+        return self.num_bytes / GIB
+
+
+def preset(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "ds_configs" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def zero_block(name: str, **changes: Any) -> dict[str, Any]:
+    """Of a preset, without page-locked memory."""
+    zero = {**preset(name)["zero_optimization"], **changes}
+    if "offload_param" in zero:
+        zero["offload_param"] = {**zero["offload_param"], "pin_memory": False}
+    return zero
+
+
+REPLICATED, PARTITIONED, STREAMED, LEAST = "replicated", "partitioned", "streamed", "streamed, nothing kept"
+MODES = {
+    REPLICATED: zero_block("bf16_host"),
+    PARTITIONED: zero_block("bf16_zero3"),
+    STREAMED: zero_block("bf16_zero3_param_cpu"),
+    LEAST: zero_block("bf16_zero3_param_cpu", **NOTHING_KEPT),
+}
+MODELS = (
+    Model("llama2_7b", "LLaMA-2-7B", 32, (8, 11), (STREAMED, 1)),
+    Model("llama3_8b", "Llama-3-8B", 32, (8, 11), (PARTITIONED, 2)),
+    Model("llama2_13b", "LLaMA-2-13B", 40, (7, 9), (STREAMED, 4)),
+    Model("llama3_70b", "Llama-3-70B", 80, (5, 7), (PARTITIONED, 8)),
+)
+Cell = tuple[Model, str, int]
+
+
+def setting(model: Model, mode: str, ranks: int, num_blocks: int | None) -> Setting:
+    """bf16 weights, fp32 masters and AdamW states in host memory; the savings of the streamed presets for all modes."""
+    config = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "zero_optimization": MODES[mode],
+        "hift": preset("bf16_zero3_param_cpu")["hift"],
+    }
+    return Setting(
+        model.name, config, length=LENGTH, num_blocks=num_blocks, groups=(0, 1, -1), world_size=ranks,
+        visits=1 if mode == REPLICATED else 2,
+    )  # fmt: skip
+
+
+def extended(small: Result, large: Result, num_blocks: int) -> Peak:
+    """Of a model with ``num_blocks`` blocks: each place on a line, then the highest."""
+    found = []
+    for a, b in zip(small.steps, large.steps, strict=True):
+        for place in a.places.keys() & b.places.keys():
+            low, high = (sum(step.places[place].values()) for step in (a, b))
+            slope = (high - low) / (large.num_blocks - small.num_blocks)
+            found.append(Peak(high + slope * (num_blocks - large.num_blocks), b.name, place))
+    return max(found, key=lambda peak: peak.num_bytes)
+
+
+def measure(models: tuple[Model, ...]) -> dict[Cell, Peak]:
+    found: dict[Cell, Peak] = {}
+    for model in models:
+        cells = [(model, mode, ranks) for mode in MODES for ranks in RANKS]
+        started = time.perf_counter()
+        results = simulate([setting(*cell, n) for cell in cells for n in model.few])
+        for i, cell in enumerate(cells):
+            found[cell] = extended(results[2 * i], results[2 * i + 1], model.num_blocks)
+        print(f"# {model.title}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    return found
+
+
+def counted_whole(models: tuple[Model, ...]) -> dict[Model, Result]:
+    """Each model's checked cell, with all its blocks."""
+    results = simulate([setting(model, *model.checked, None) for model in models])
+    return dict(zip(models, results, strict=True))
+
+
+def table(models: tuple[Model, ...], found: dict[Cell, Peak]) -> str:
+    lines = ["| model | weights | " + " | ".join(f"{n} rank{'s' if n > 1 else ''}" for n in RANKS) + " | worst group |"]
+    lines.append("|---|---|" + "---|" * (len(RANKS) + 1))
+    for model in models:
+        for mode in MODES:
+            peaks = [found[model, mode, ranks] for ranks in RANKS]
+            worst = ", ".join(dict.fromkeys(peak.group for peak in peaks))
+            lines.append(f"| {model.title} | {mode} | " + " | ".join(f"{p.gib:.2f}" for p in peaks) + f" | {worst} |")
+    return "\n".join(lines)
+
+
+def where(models: tuple[Model, ...], found: dict[Cell, Peak]) -> str:
+    """For reading on the terminal."""
+    return "\n".join(
+        f"# {model.title}, {mode}, {ranks}: {peak.gib:.2f} in {peak.group}, {peak.place}"
+        for (model, mode, ranks), peak in found.items()
+        if model in models
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the smallest model only, nothing written")
+    models = MODELS[:1] if parser.parse_args().quick else MODELS
+    found = measure(models)
+    print(where(models, found), file=sys.stderr)
+    whole = counted_whole(models)
+    print(table(models, found))
+
+
+if __name__ == "__main__":
+    main()
