@@ -33,6 +33,14 @@ class TrainingError(HiFTError):
     """A run cannot usefully go on: it diverges, or has lost a rank."""
 
 
+class OutOfMemory(HiFTError, RuntimeError):
+    """The device has no room. The message says what would fit; it contains accelerate's " out of memory."."""
+
+
+class NoRoomForModel(HiFTError):
+    """The device has no room for what is there whatever the batch; no loop need try a smaller one."""
+
+
 class StateStoreError(HiFTError):
     """Optimizer state cannot be kept or moved where it was asked to be."""
 

@@ -32,7 +32,7 @@ from hift_ds.engine.memory_reports import MemoryReports
 from hift_ds.errors import ConfigError
 from hift_ds.grouping import LayerGroup, Partition, partition_model
 from hift_ds.lr import CycleLR
-from hift_ds.memory.out_of_memory import explains_out_of_memory
+from hift_ds.memory.out_of_memory import explains_out_of_memory, says_when_no_room
 from hift_ds.memory.savings import ActivationSavings
 from hift_ds.optim.build import build_optimizer, is_elementwise
 from hift_ds.optim.group_optimizer import ALWAYS
@@ -67,7 +67,8 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         self.last_report: StepReport | None = None
         self._flags_before: dict[nn.Parameter, bool] = {}
         self._fp32_shards: dict[str, Tensor] = {}  # bits that casting the weights would lose
-        super().__init__(*args, config=config, **kwargs)
+        with says_when_no_room(kwargs.get("model")):
+            super().__init__(*args, config=config, **kwargs)
         if self.lr_scheduler is not None:
             self.watch_scheduler(self.lr_scheduler)
         names = {index: [member.name for member in unit.members] for index, unit in self.optimizer.units.items()}

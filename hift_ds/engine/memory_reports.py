@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from typing import Any
 
 from hift_ds.engine.deepspeed_seam import device_bytes
 from hift_ds.memory.background_forecast import BackgroundForecast
-from hift_ds.memory.out_of_memory import Advice
+from hift_ds.memory.out_of_memory import Adviser
 from hift_ds.memory.simulation import Setting
 
 # Keys of the DeepSpeed config that decide what is allocated.
@@ -19,13 +20,17 @@ class MemoryReports:
 
     Attributes:
         last_shape: (sequences, tokens) of the last forward on this rank, if its inputs were token ids.
-        memory_advice: made when the run first ran out of memory.
+        adviser: answers when there is no memory left. A loop that builds another engine for a smaller batch hands
+            it on, so that the forecast is made once.
     """
 
     last_shape: tuple[int, int] | None = None
-    memory_advice: Advice | None = None
     _forecast: BackgroundForecast | None = None
     _folder: tempfile.TemporaryDirectory | None = None  # the model's config, for the process that forecasts
+
+    @functools.cached_property
+    def adviser(self) -> Adviser:
+        return Adviser()
 
     def start_forecast(self, batch: int, length: int) -> None:
         """From here on, ``last_report.forecast_bytes`` says what the step's peak was expected to be, once that is known

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from hift_ds.errors import CheckpointError
+from hift_ds.memory.out_of_memory import full_device
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -36,8 +37,11 @@ def on_all_ranks(action: Callable[[], Result]) -> Result:
     except CheckpointError as error:
         failure = error
     except Exception as error:  # a bug, or something the system said: other ranks must still learn of it
-        logger.exception("checkpoint")
-        failure = CheckpointError(f"{type(error).__name__}: {error}")
+        if full_device(error) is None:
+            logger.exception("checkpoint")
+            failure = CheckpointError(f"{type(error).__name__}: {error}")
+        else:
+            failure = CheckpointError(". ".join(str(error).split(". ")[:2]))  # the rest lists what is allocated
     failures = gather(None if failure is None else (type(failure), str(failure)))
     first = next((rank for rank, found in enumerate(failures) if found is not None), None)
     if first is None:

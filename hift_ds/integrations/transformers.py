@@ -27,10 +27,13 @@ from hift_ds.engine.deepspeed_zero3_shards import is_partitioned
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.engine.initialize import ensure_process_group, hift_engines, join_as_single_process
 from hift_ds.engine.partitioned_export import export_partitioned
-from hift_ds.errors import ConfigError
+from hift_ds.errors import ConfigError, OutOfMemory
 from hift_ds.integrations.checkpoint_rotation import WholeCheckpointsStay
+from hift_ds.memory.out_of_memory import Adviser, explains_evaluation
 
 logger = logging.getLogger(__name__)
+
+NO_BATCH_FITS = "No executable batch size found"  # accelerate's words
 
 
 class HiFTMixin(WholeCheckpointsStay):
@@ -63,12 +66,21 @@ class HiFTMixin(WholeCheckpointsStay):
         self.model_wrapped = self.model  # else a second train() would go on with the engine of the first
         disable_input_require_grads(self.model)  # enabling again forgets the earlier hooks
         with _block_set_aside(self.args.deepspeed_plugin) as block, hift_engines(block):
-            output = super().train(*args, **kwargs)
+            try:
+                output = super().train(*args, **kwargs)
+            except RuntimeError as error:
+                if NO_BATCH_FITS not in str(error) or self.engine is None:
+                    raise
+                raise OutOfMemory(f"not even one row at a time fits: {self.engine.adviser.last}") from error
             self.finish_checkpoints()
             return output
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, and possible before :meth:`train` too, with the model as it was given."""
+        with explains_evaluation(self.args.per_device_eval_batch_size):
+            return self._evaluation_loop(*args, **kwargs)
+
+    def _evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "deepspeed", None) is not None:
             return super().evaluation_loop(*args, **kwargs)
         if any(is_partitioned(param) for param in self.model.parameters()):
@@ -133,11 +145,16 @@ class _AtTrainBegin(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        self.adviser = Adviser()
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         engine = trainer.engine
         assert engine is not None, "the Trainer did not build its engine with deepspeed.initialize"
+        engine.adviser = self.adviser
+        self.adviser.announces = args.auto_find_batch_size and state.is_world_process_zero
+        if args.auto_find_batch_size:  # the config still has the number that was tried first
+            engine.set_train_micro_batch_size(state.train_batch_size)
         if engine.lr_scheduler is None:  # the Trainer steps one of its own
             engine.watch_scheduler(trainer.lr_scheduler)
         disable_input_require_grads(trainer.model)

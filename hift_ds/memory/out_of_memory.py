@@ -7,17 +7,18 @@ the Trainer's ``auto_find_batch_size``) go on as before.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hift_ds.errors import HiFTError
+from hift_ds.errors import NoRoomForModel, OutOfMemory
 from hift_ds.memory.estimate_input import SWITCHES, is_on, with_switch
 from hift_ds.memory.forecast import GIB, Request, Slope, Steps, read_structure, run_requests, worst_step
 from hift_ds.memory.simulation import Setting
@@ -32,10 +33,81 @@ RUN_FILE_KEYS = {
     "offload": '"hift.activations.offload": true',
     "everything": "all switches of docs/memory.md",
 }
+LESS_IN_EVALUATION = (
+    'would need less: a smaller evaluation batch, or prediction_loss_only with "hift.activations.chunked_loss": true'
+)
+OTHER_WORDS = {  # of errors that torch gives no type of its own, and where they say that there is no room
+    "CUDA error: out of memory": "CUDA",
+    "CUBLAS_STATUS_ALLOC_FAILED": "CUDA",
+    "DefaultCPUAllocator: can't allocate memory": "CPU",
+}
 
 
-class OutOfMemory(HiFTError, RuntimeError):
-    """The device has no room. The message says what would fit."""
+def full_device(error: BaseException | None) -> str | None:
+    """The kind of device that ``error`` says has no memory left ("CUDA", "XPU", "CPU"); ``None`` for any other error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return str(error).partition(" out of memory")[0].split("\n")[-1] or "device"
+    if isinstance(error, RuntimeError):
+        return next((device for words, device in OTHER_WORDS.items() if words in str(error)), None)
+    return None
+
+
+@contextlib.contextmanager
+def no_traceback_when_full(doing: str) -> Iterator[None]:
+    """For work outside of the engine's calls: an out-of-memory error in it becomes an :class:`OutOfMemory` in a line.
+
+    One that the engine has explained comes through as it was, also from beneath an error of a library's.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OutOfMemory):
+            cause = cause.__cause__
+        if cause is error:
+            raise
+        if cause is not None:
+            raise cause from error
+        if (device := full_device(error)) is None:
+            raise
+        hint = "hift-ds estimate RUN.yaml says what needs less"
+        raise OutOfMemory(f"{device} out of memory. HiFT: {doing}; {hint}") from error
+
+
+@contextlib.contextmanager
+def explains_evaluation(rows: int) -> Iterator[None]:
+    """Around an evaluation in batches of ``rows``, which need not go through the engine.
+
+    Raises:
+        OutOfMemory: in place of an out-of-memory error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, OutOfMemory) or (device := full_device(error)) is None:
+            raise
+        raise OutOfMemory(
+            f"{device} out of memory. HiFT: in evaluation, at most {rows} rows at once; {LESS_IN_EVALUATION}"
+        ) from error
+
+
+@contextlib.contextmanager
+def says_when_no_room(model: nn.Module | None) -> Iterator[None]:
+    """Around the building of an engine for ``model``.
+
+    Raises:
+        NoRoomForModel: in place of an out-of-memory error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if (device := full_device(error)) is None:
+            raise
+        num_bytes = sum(param.numel() * param.element_size() for param in model.parameters()) if model is not None else 0
+        raise NoRoomForModel(
+            f"the {device} device has no room for the weights ({num_bytes / GIB:.1f} GiB) and the states that stay on it, "
+            'whatever the batch; "hift.state.residency": "host", 16-bit weights, or "zero_optimization.stage": 3 need less'
+        ) from error
 
 
 @dataclass
@@ -81,6 +153,45 @@ class Advice:
         return f"forecast {peak:.1f} GiB of {budget_bytes / GIB:.1f} usable; {answer}"
 
 
+class Adviser:
+    """Answers the out-of-memory errors of one run. It outlives an engine that a smaller batch replaces.
+
+    Attributes:
+        announces: log each answer, since the loop around the engine catches the error and goes on.
+        last: the last answer.
+    """
+
+    def __init__(self) -> None:
+        self.announces = False
+        self.last: str | None = None
+        self._advice: Advice | None = None
+
+    def answer(self, engine: Any, doing: str, device: str) -> str:
+        """One line that begins as the allocator's: "CUDA out of memory."."""
+        batch, length = engine.last_shape or (0, 0)
+        if doing == "forward" and not engine.module.training:
+            where, advice = f"in evaluation at {batch} x {length} tokens", LESS_IN_EVALUATION
+        else:
+            group = engine.groups[engine.schedule.active]
+            where = f"in {doing} at {batch} x {length} tokens while group {group.index} ({group.name}) trains"
+            advice = self._forecast(engine, batch, length)
+        self.last = f"{device} out of memory. HiFT: {where}; {advice}"
+        if self.announces:
+            logger.warning("%s", self.last)
+        return self.last
+
+    def _forecast(self, engine: Any, batch: int, length: int) -> str:
+        """Made once for a length; never an error of its own."""
+        try:
+            if self._advice is None or self._advice.setting.length != length:
+                with tempfile.TemporaryDirectory() as folder:
+                    self._advice = Advice.make(engine.memory_setting(folder, batch, length))
+            return self._advice.text(batch, MAY_ALLOCATE * engine.device_bytes())
+        except Exception as error:  # whatever keeps a forecast from being made must not hide the error that asked for it
+            logger.debug("no forecast", exc_info=error)
+            return f"no forecast could be made ({type(error).__name__}: {error}); docs/memory.md lists what needs less"
+
+
 def explains_out_of_memory(doing: str) -> Callable[[Callable], Callable]:
     """For a method of the engine: an out-of-memory error in it says what would fit."""
 
@@ -91,39 +202,14 @@ def explains_out_of_memory(doing: str) -> Callable[[Callable], Callable]:
                 engine.last_shape = _token_shape([*args, *kwargs.values()]) or engine.last_shape
             try:
                 return method(engine, *args, **kwargs)
-            except torch.OutOfMemoryError as error:
-                raise OutOfMemory(explanation(engine, doing, str(error))) from error
+            except RuntimeError as error:
+                if isinstance(error, OutOfMemory) or (device := full_device(error)) is None:
+                    raise
+                raise OutOfMemory(engine.adviser.answer(engine, doing, device)) from error
 
         return wrapped
 
     return decorate
-
-
-def explanation(engine: Any, doing: str, message: str) -> str:
-    """One line that begins as the allocator's: "CUDA out of memory."."""
-    batch, length = engine.last_shape or (0, 0)
-    group = engine.groups[engine.schedule.active]
-    where = f"in {doing} at {batch} x {length} tokens while group {group.index} ({group.name}) trains"
-    if doing == "forward" and not engine.module.training:
-        where = f"in evaluation at {batch} x {length} tokens"
-        advice = (
-            'would need less: a smaller evaluation batch, or prediction_loss_only with "hift.activations.chunked_loss": true'
-        )
-    else:
-        advice = _advice(engine, batch, length)
-    return f"{message.partition(' out of memory')[0]} out of memory. HiFT: {where}; {advice}"
-
-
-def _advice(engine: Any, batch: int, length: int) -> str:
-    """From the engine's cache of forecasts; never an error of its own."""
-    try:
-        if engine.memory_advice is None or engine.memory_advice.setting.length != length:
-            with tempfile.TemporaryDirectory() as folder:
-                engine.memory_advice = Advice.make(engine.memory_setting(folder, batch, length))
-        return engine.memory_advice.text(batch, MAY_ALLOCATE * engine.device_bytes())
-    except Exception as error:  # whatever keeps a forecast from being made must not hide the error that asked for it
-        logger.debug("no forecast", exc_info=error)
-        return f"no forecast could be made ({type(error).__name__}: {error}); docs/memory.md lists what needs less"
 
 
 def _token_shape(values: list[Any]) -> tuple[int, int] | None:

@@ -35,7 +35,7 @@ class StepRecord(TypedDict, total=False):
     transfer_s: float  # state transfers, whether hidden or not
     stalled_s: float  # the part of transfer_s the step waited for
     checkpoint_s: float  # training waited for checkpoints since the last step: copying, and writing unless asynchronous
-    peak_memory_gib: float  # highest allocation on the device in this step (host memory without one), this rank
+    peak_memory_gib: float  # highest allocation on the device in this step, this rank; without one resident memory at its end
     forecast_memory_gib: float  # what peak_memory_gib was expected to be at most, once that is known; on accelerators
 
 

@@ -203,6 +203,8 @@ def training_arguments(run: RunConfig, *, world_size: int, dtype: Dtype, has_eva
         name = "eval_steps" if train.eval_steps else "load_best_model_at_end"
         raise ConfigError(f"train.{name}: {getattr(train, name)} needs data.eval or data.val_size")
     ds = deepspeed_config(run, world_size=world_size, dtype=dtype)
+    if train.auto_find_batch_size:
+        _check_finding_a_batch(ds, world_size)
     options = ds["optimizer"]["params"]
     betas = options.get("betas", (0.9, 0.999))
     return {
@@ -212,6 +214,7 @@ def training_arguments(run: RunConfig, *, world_size: int, dtype: Dtype, has_eva
         "per_device_train_batch_size": ds["train_micro_batch_size_per_gpu"],
         "per_device_eval_batch_size": train.eval_batch_size or ds["train_micro_batch_size_per_gpu"],
         "gradient_accumulation_steps": ds["gradient_accumulation_steps"],
+        "auto_find_batch_size": train.auto_find_batch_size,
         # transformers compares these with the DeepSpeed config
         "learning_rate": options["lr"],
         "weight_decay": options.get("weight_decay", 0.0),
@@ -243,6 +246,20 @@ def training_arguments(run: RunConfig, *, world_size: int, dtype: Dtype, has_eva
         "use_cpu": not torch.accelerator.is_available(),
         "deepspeed": ds,
     }
+
+
+def _check_finding_a_batch(ds: Mapping[str, Any], world_size: int) -> None:
+    """Where a smaller batch can be tried."""
+    if world_size > 1:
+        raise ConfigError(
+            f"train.auto_find_batch_size: true on {world_size} ranks: one that runs out of memory would leave the others "
+            "waiting; find the size on one rank, or with hift-ds estimate"
+        )
+    if ds["zero_optimization"].get("stage", 0) == 3:
+        raise ConfigError(
+            'train.auto_find_batch_size: true with "zero_optimization.stage": 3, for which transformers does not '
+            "have it; use stage 0, 1 or 2, or hift-ds estimate"
+        )
 
 
 def _optimizer_block(run: RunConfig, block: Mapping[str, Any] | None) -> dict[str, Any]:

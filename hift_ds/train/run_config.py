@@ -62,6 +62,8 @@ class TrainConfig(Section):
     """Rows in one optimizer step: micro_batch_size x gradient_accumulation_steps x accelerators."""
     eval_batch_size: int | None = Field(None, ge=1)
     """Rows in one forward pass of evaluation; null: as in training."""
+    auto_find_batch_size: bool = False
+    """Out of memory in training: begin again with a tenth fewer rows in a forward pass, until they fit. On one rank."""
     optimizer: str | None = None
     """AdamW, Adam, SGD, Adagrad, Adafactor, RMSprop, Lion, Muon, any torch.optim class, or a dotted path.
     null: as in the DeepSpeed JSON, else AdamW."""
@@ -124,6 +126,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"warmup_ratio: {self.warmup_ratio} and warmup_steps: {self.warmup_steps} both given; "
                 "remove one"
+            )
+        if self.auto_find_batch_size and self.global_batch_size is not None:
+            raise ValueError(
+                "auto_find_batch_size: true changes the rows of a step, which global_batch_size: "
+                f"{self.global_batch_size} fixes; remove one"
             )
         if self.load_best_model_at_end:
             if self.save_steps is None or self.eval_steps is None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from hift_ds.errors import ConfigError, HiFTError
+from hift_ds.errors import ConfigError, HiFTError, OutOfMemory
 from hift_ds.report.quiet import quiet_libraries
 from hift_ds.train.ranks import free_port, rank_and_world_size
 
@@ -94,7 +94,10 @@ def _report(error: HiFTError) -> None:
             return
         time.sleep(PATIENCE_S)
     where = f"rank {rank}: " if rank > 0 else ""
-    print(f"{PROG}: error: {where}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    text = " ".join(str(error).split())
+    if isinstance(error, OutOfMemory):
+        text = text.replace("; ", "\n    ")  # what ran, the forecast, and each thing that would fit
+    print(f"{PROG}: error: {where}{text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

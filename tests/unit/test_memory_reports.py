@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from transformers import TrainerControl, TrainerState
 
 import model_zoo
 from hift_ds.engine import memory_reports
-from hift_ds.errors import CheckpointError, HiFTError
+from hift_ds.errors import CheckpointError, HiFTError, OutOfMemory
 from hift_ds.memory import out_of_memory
-from hift_ds.memory.out_of_memory import Advice, OutOfMemory
+from hift_ds.memory.out_of_memory import Advice
+from hift_ds.report.callback import ReportCallback
+from hift_ds.report.metrics import read_metrics
+from hift_ds.report.progress import SilentProgress
 from tests.helpers.engines import ds_config, make_engine
 
 ALLOCATOR_SAYS = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 23.6 GiB. Of the allocated"
@@ -160,6 +165,37 @@ def test_peaks_are_per_step_and_the_forecast_comes_beside_them(small):
     assert small.last_report.peak_bytes > 0  # host memory of this process
     small.stop_forecast()
     assert small.forecast_bytes(0) is None
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_metrics_show_the_peak_and_on_accelerators_the_forecast(tmp_path, device):
+    """Of a device with a peak counter, faked."""
+    asked = []
+
+    class Engine:
+        last_report = None
+
+        def start_forecast(self, rows, tokens):
+            asked.append((rows, tokens))
+
+    engine = Engine()
+    report = ReportCallback(
+        tmp_path, get_engine=lambda: engine, largest_batch=(4, 512), progress=SilentProgress(), plots=False
+    )
+    arguments = SimpleNamespace(device=torch.device(device))
+    state, control = TrainerState(max_steps=3, is_world_process_zero=True), TrainerControl()
+    report.on_train_begin(arguments, state, control)
+    for step, forecast in enumerate((None, 6 << 30, 5 << 30), start=1):
+        state.global_step = step
+        engine.last_report = SimpleNamespace(group=step - 1, group_name=f"g{step}", peak_bytes=step << 30,
+                                             forecast_bytes=forecast if asked else None)  # fmt: skip
+        report.on_step_end(arguments, state, control)
+    report.on_train_end(arguments, state, control)
+    steps = read_metrics(tmp_path).steps
+    assert [(r["group"], r["peak_memory_gib"]) for r in steps] == [(0, 1.0), (1, 2.0), (2, 3.0)]
+    on_device = device != "cpu"
+    assert asked == ([(4, 512)] if on_device else [])
+    assert [r.get("forecast_memory_gib") for r in steps] == ([None, 6.0, 5.0] if on_device else [None] * 3)
 
 
 def test_measured_peaks_start_anew_after_each_report(monkeypatch):
