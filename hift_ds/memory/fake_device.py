@@ -8,7 +8,7 @@ What is replaced while :func:`fake_device` is active, because fake tensors canno
 
 * ``Module._apply`` (``.to()``, ``.cuda()``): swaps tensors in place, which fake ones refuse;
 * ``torch.tensor`` on the device: builds its data below the dispatcher;
-* reading values: there are none; ``.item()`` and ``float(t)`` give 1, ``nonzero`` finds nothing;
+* reading values: there are none (:mod:`hift_ds.memory.fake_tensors`);
 * ``torch.Generator`` on the device: is one on the CPU;
 * ``Tensor.data_ptr``: zero for all; here the address of the storage, so that views are told from copies;
 * ``Tensor.record_stream``: no streams, and nothing to be freed early;
@@ -24,13 +24,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hift_ds.errors import ConfigError
 
 NAME = "fakegpu"
-_SCALAR = torch.ops.aten._local_scalar_dense.default
-_NONZERO = torch.ops.aten.nonzero.default
 _registered: list[Any] = []  # what must outlive registration: torch keeps no reference
 
 
@@ -81,9 +78,8 @@ def fake_device(on_host: bool = False) -> Iterator[str]:
     Args:
         on_host: take the CPU for it, if this torch has no fake devices.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     from hift_ds.memory import flash_attention
+    from hift_ds.memory.fake_tensors import FakeTensors
 
     if not on_host:
         register()
@@ -99,7 +95,7 @@ def fake_device(on_host: bool = False) -> Iterator[str]:
         (nn.functional, "scaled_dot_product_attention", flash_attention.scaled_dot_product_attention),
     ]
     saved = [(owner, name, owner.__dict__.get(name)) for owner, name, _ in replaced]
-    with FakeTensorMode(allow_non_fake_inputs=True), _NoValues():
+    with FakeTensors():
         for owner, name, function in replaced:
             setattr(owner, name, function)
         try:
@@ -110,18 +106,6 @@ def fake_device(on_host: bool = False) -> Iterator[str]:
                     delattr(owner, name)  # inherited before
                 else:
                     setattr(owner, name, function)
-
-
-class _NoValues(TorchDispatchMode):
-    """Answers questions that a fake tensor cannot."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _SCALAR:
-            dtype = args[0].dtype
-            return False if dtype == torch.bool else (1.0 if dtype.is_floating_point else 1)
-        if func is _NONZERO:
-            return args[0].new_empty((0, args[0].dim()), dtype=torch.int64)
-        return func(*args, **(kwargs or {}))
 
 
 class _Generator(torch.Generator):

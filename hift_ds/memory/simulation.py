@@ -1,6 +1,6 @@
 """One training step of the real engine on a device that has no memory, every allocation counted.
 
-    python -m hift_ds.memory.simulation < settings.json > results.json
+    python -m hift_ds.memory.simulation [PROCESSES] < settings.json > results.json
 
 runs in a process of its own (:func:`simulate` starts it), since a fake device changes the whole process.
 """
@@ -8,12 +8,13 @@ runs in a process of its own (:func:`simulate` starts it), since a fake device c
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -130,27 +131,14 @@ class Result:
 
 
 def simulate(settings: Sequence[Setting], num_processes: int = 1) -> list[Result]:
-    """Run each setting, in ``num_processes`` fresh processes (more if the settings differ in their number of ranks).
+    """Run each setting in a fresh process, or in ``num_processes`` that it forks once it has imported what they need.
 
     Raises:
         HiFTError: the engine refuses a setting.
         SimulationError: a process failed; the last line that it wrote is in the message.
     """
-    shares = [
-        [i for i in range(process, len(settings), num_processes) if settings[i].world_size == world_size]
-        for world_size in {setting.world_size for setting in settings}
-        for process in range(num_processes)
-    ]
-    shares = [share for share in shares if share]
-    with ThreadPoolExecutor(num_processes) as pool:
-        answers = list(pool.map(lambda share: _in_fresh_process([settings[i] for i in share]), shares))
-    results = {i: result for share, answer in zip(shares, answers) for i, result in zip(share, answer, strict=True)}
-    return [results[i] for i in range(len(settings))]
-
-
-def _in_fresh_process(settings: Sequence[Setting]) -> list[Result]:
     job = subprocess.run(
-        [sys.executable, "-m", "hift_ds.memory.simulation"],
+        [sys.executable, "-m", "hift_ds.memory.simulation", str(num_processes)],
         input=json.dumps([asdict(setting) for setting in settings]),
         capture_output=True,
         text=True,
@@ -172,13 +160,39 @@ def last_error(stderr: str) -> str:
     return (named or [line for line in lines if line.strip()] or ["no message"])[-1].split(". ")[0][:300]
 
 
-def _main() -> None:
+def _run_all(settings: Sequence[Setting], num_processes: int) -> list[Result]:
+    """In this process, or in forks of it: one process is a rank of one number of ranks only."""
     from hift_ds.memory.fake_step import run
 
-    settings = json.load(sys.stdin)
+    indices_of: dict[int, list[int]] = {}
+    for i, setting in enumerate(settings):
+        indices_of.setdefault(setting.world_size, []).append(i)
+    if num_processes == 1 and len(indices_of) == 1:
+        return [run(setting) for setting in settings]
+    results: dict[int, Result] = {}
+    for indices in indices_of.values():
+        with ProcessPoolExecutor(min(num_processes, len(indices)), multiprocessing.get_context("fork")) as pool:
+            results |= dict(zip(indices, pool.map(run, [settings[i] for i in indices]), strict=True))
+    return [results[i] for i in range(len(settings))]
+
+
+def _import_everything() -> None:
+    """What steps need. It takes as long as dozens of them, so it is done once, before the forks."""
+    import trl.models.activation_offloading  # noqa: F401
+
+    import hift_ds.engine.fake_accelerator
+    import hift_ds.engine.initialize
+    import hift_ds.memory.fake_step
+    import hift_ds.model_structure  # noqa: F401
+
+
+def _main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print is not the answer
+    _import_everything()
+    settings = [Setting(**setting) for setting in json.load(sys.stdin)]
     try:
-        answer: Any = [asdict(run(Setting(**setting))) for setting in settings]
+        results = _run_all(settings, num_processes=int((sys.argv[1:] or ["1"])[0]))
+        answer: Any = [asdict(result) for result in results]
     except errors.HiFTError as error:
         answer = {"kind": type(error).__name__, "message": str(error)}
     print(json.dumps(answer), file=answers, flush=True)

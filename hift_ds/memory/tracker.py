@@ -22,6 +22,8 @@ from hift_ds.memory.flops import FlopCounter
 
 CUDA_BLOCK_BYTES = 512  # the caching allocator's granularity: max_memory_allocated counts rounded sizes
 
+DEVICE = torch.ops.prim.device.default
+
 WEIGHTS = "weights"
 GRADIENTS = "gradients"
 STATES = "states"
@@ -127,6 +129,8 @@ class Watch(TorchDispatchMode):
         self._flops = flops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE:  # C++ asks a subclass where it is: no operation, and more often called than all of them
+            return args[0].device
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-import model_zoo
+from benchmarks.memory_against_allocator import CASES, M106, compare, model_folder
 from hift_ds.errors import ConfigError
 from hift_ds.memory.extrapolation import BlockModel
 from hift_ds.memory.forecast import Request, read_structure
@@ -55,7 +55,7 @@ ENDS = {("mixed_hi", False): (0, 1, -1)}  # what is stepped besides the lowest b
 def simulated():
     """Everything that is stepped on one rank, in two processes: LLaMA-2-7B in four and five blocks (with offloading five
     and six), and a small model in few blocks and whole."""
-    with tiny_folder(num_hidden_layers=12, **SMALL) as folder:
+    with model_folder(num_hidden_layers=12, **SMALL) as folder:
         settings = {}
         for precision, saving in PEAKS:
             one = setting(precision, saving)
@@ -65,6 +65,9 @@ def simulated():
         small = replace(setting("mixed_hi", True, batch=2, length=256), model=folder)
         request = Request(small, read_structure(small))
         settings |= {("few", s.num_blocks): s for s in request.settings()}
+        compact = {"state": {"codec": "split_master+int8_moments"}}
+        config = {**small.engine_config, "hift": compact}
+        settings["compact"] = replace(small, engine_config=config, num_blocks=3, groups=(1,))
         settings["whole"] = replace(small, groups=(0, 1, 2, 6, 11, 12, 13))
         yield dict(zip(settings, simulate(list(settings.values()), num_processes=2), strict=True)), request
 
@@ -108,6 +111,12 @@ def test_few_blocks_tell_of_many(simulated):
         assert predicted.peak_bytes == pytest.approx(counted.peak_bytes, rel=1e-3), counted.name
         assert predicted.name == counted.name
         assert sum(predicted.flops.values()) == sum(counted.flops.values())
+
+
+def test_compact_states(simulated):
+    """The low halves of masters, and moments of a byte with a scale to 256."""
+    (block,) = simulated[0]["compact"].steps
+    assert block.state_bytes == pytest.approx((4 + 2 * 4 / 256) * block.numel, rel=1e-3)
 
 
 OPTIMIZER_BYTES = {"SGD": 4, "Lion": 8, "Adagrad": 8, "Adafactor": 4, "Muon": 8}  # a parameter, masters included
@@ -159,65 +168,30 @@ def test_errors_of_the_other_process(monkeypatch):
 # -- against reality ----------------------------------------------------------------------------------------------
 
 
-class tiny_folder:  # noqa: N801  (used as a function)
-    """A folder with the config of a small LLaMA."""
-
-    def __init__(self, **overrides) -> None:
-        self.overrides = overrides
-
-    def __enter__(self) -> str:
-        import tempfile
-
-        self.folder = tempfile.TemporaryDirectory()
-        model_zoo.config("llama2_7b", **self.overrides).save_pretrained(self.folder.name)
-        return self.folder.name
-
-    def __exit__(self, *error) -> None:
-        self.folder.cleanup()
-
-
-M106 = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12,
-        "num_key_value_heads": 12}  # fmt: skip
 M5 = {**M106, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3,
       "num_key_value_heads": 3, "vocab_size": 4096}  # fmt: skip
-
-
-def real(precision="fp32", index=1, optimizer=("AdamW", {"lr": 1e-4}), hift=None, **options) -> tuple[Setting, int]:
-    one = setting(precision, batch=2, length=256, **options)
-    block = {**one.engine_config["hift"], **(hift or {})}
-    config = {**one.engine_config, "optimizer": {"type": optimizer[0], "params": optimizer[1]}, "hift": block}
-    return replace(one, engine_config=config), index
-
-
-REAL = {
-    "fp32 embedding": real(index=0),
-    "fp32 block 3": real(index=4),
-    "fp32 head": real(index=9),
-    "fp32 checkpointed": real(hift={"activations": {"checkpointing": True}}),
-    "fp32 chunked loss": real(index=0, hift={"activations": {"chunked_loss": True}}),
-    "fp32 eager attention": real(index=0, eager_attention=True),
-    "fp32 Adafactor": real(optimizer=("Adafactor", {"lr": 1e-3})),
-    "bf16 masters": real("mixed_hi"),
-    "bf16 everything": real("mixed_hi", 0, hift={"activations": {**ALL, "offload": False}, "state": {"slice_numel": 1 << 21}}),
-    "bf16 resident, two micro-batches": real("mixed_hi", 4, hift={"state": {"residency": "device"}}, micro_batches=2),
-    "bf16 no masters, SGD, three blocks": real(
-        "bf16", optimizer=("SGD", {"lr": 1e-3, "momentum": 0.9}), hift={"group_size": 3}
-    ),
+SMALL_CASES = {  # few, since each is a process with its imports
+    "fp32, chunked loss": CASES["fp32, chunked loss"],
+    "bf16 with masters, all": CASES["bf16 with masters, checkpointing, chunked loss, slices"],
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", CASES)
 def test_predictions_against_the_allocator_at_106m(name):
-    one, index = REAL[name]
-    with tiny_folder(**M106) as folder:
-        found = probe(replace(one, model=folder), index)
-    assert found["predicted_gib"] == pytest.approx(found["measured_gib"], rel=0.01), found
+    """All of them at once: ``benchmarks/memory_against_allocator.py``."""
+    (row,) = compare({name: CASES[name]}, M106)
+    assert row.predicted_bytes == pytest.approx(row.measured_bytes, rel=0.01)
 
 
-def test_prediction_against_the_allocator_at_5m():
-    one, index = REAL["bf16 everything"]
-    with tiny_folder(**M5) as folder:
-        found = probe(replace(one, model=folder), index)
-    assert found["device"] == "cpu"
+def test_predictions_against_the_allocator_at_5m():
+    for row in compare(SMALL_CASES, M5):
+        assert row.predicted_bytes == pytest.approx(row.measured_bytes, rel=0.01), row.name
+
+
+def test_the_probe_counts_and_measures_one_step():
+    case = SMALL_CASES["bf16 with masters, all"]
+    with model_folder(**M5) as folder:
+        found = probe(replace(case.setting, model=folder), case.group)
+    assert found["device"] == "cpu" and found["group"] == "0 (embed)"
     assert found["predicted_gib"] == pytest.approx(found["measured_gib"], rel=0.01), found

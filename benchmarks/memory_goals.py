@@ -1,0 +1,208 @@
+"""Peaks that were aimed at, and what each switch saves, counted on a fake device.
+
+    python benchmarks/memory_goals.py                 a few minutes on one core, no GPU, no weights
+
+The real engine takes real steps of AdamW on the embedding, the lowest block and the head (one of them is the worst group),
+with few blocks, extrapolated to all of them and checked (docs/memory.md). For each goal the sets of switches are tried
+in the order of what they cost in time, until one meets it. Allocated bytes: the driver's context (about 0.6 GiB) and
+fragmentation come on top.
+
+Writes benchmarks/results/memory_goals.md (``--out``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from hift_ds.memory.estimate_input import with_switch  # noqa: E402
+from hift_ds.memory.estimate_table import SWITCH_NAMES  # noqa: E402
+from hift_ds.memory.forecast import GIB, Request, Steps, read_structure, run_requests, worst_step  # noqa: E402
+from hift_ds.memory.simulation import GroupStep, Setting  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "memory_goals.md"
+TITLES = {"llama2_7b": "LLaMA-2-7B", "llama3_8b": "Llama-3-8B"}
+PRECISIONS = {"mixed_hi": "bf16, fp32 masters", "fp32": "fp32"}
+BY_COST = ("slice_numel", "chunked_loss", "checkpointing", "offload")  # in time: the first costs none that was measured
+NOT_SLOTTED = "no prefetch"
+
+
+@dataclass(frozen=True)
+class Goal:
+    model: str
+    precision: str
+    batch: int
+    length: int
+    below_gib: float
+    why: str = ""
+
+    @property
+    def setting(self) -> Setting:
+        """No switch on."""
+        config: dict[str, Any] = {
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
+            "gradient_clipping": 1.0,
+            "hift": {},
+        }
+        if self.precision == "mixed_hi":
+            config["bf16"] = {"enabled": True}
+        dtype = "bfloat16" if self.precision == "mixed_hi" else "float32"
+        return Setting(self.model, config, dtype, self.batch, self.length)
+
+
+GOALS = (
+    Goal("llama2_7b", "mixed_hi", 1, 1024, 13.4, "weights alone are 12.55"),
+    Goal("llama2_7b", "mixed_hi", 8, 512, 14.2, "weights alone are 12.55"),
+    Goal("llama2_7b", "mixed_hi", 8, 2048, 18),
+    Goal("llama2_7b", "fp32", 8, 512, 42, "a card of 48 GB"),
+    Goal("llama2_7b", "fp32", 8, 512, 29),
+    Goal("llama2_7b", "fp32", 1, 2800, 42, "a card of 48 GB"),
+    Goal("llama2_7b", "fp32", 8, 2048, 42, "a card of 48 GB"),
+    Goal("llama2_7b", "mixed_hi", 3, 512, 14, "the authors' limit on 24 GB"),
+    Goal("llama2_7b", "mixed_hi", 1, 1400, 14, "the authors' limit on 24 GB"),
+    Goal("llama3_8b", "mixed_hi", 1, 2048, 17.5),
+    Goal("llama3_8b", "mixed_hi", 1, 8192, 22),
+)
+SAVINGS = (GOALS[1], GOALS[2], GOALS[6], Goal("llama3_8b", "mixed_hi", 8, 2048, 0))
+
+
+def with_switches(setting: Setting, switches: tuple[str, ...]) -> Setting:
+    for switch in switches:
+        if switch == NOT_SLOTTED:
+            block = setting.engine_config["hift"]
+            block = {**block, "state": {**block.get("state", {}), "prefetch": False}}
+            setting = replace(setting, engine_config={**setting.engine_config, "hift": block})
+        else:
+            setting = with_switch(setting, switch, on=True)
+    return setting
+
+
+def levels() -> list[tuple[str, ...]]:
+    """Sets of switches, each with one more than the one before, the cheapest first."""
+    return [BY_COST[:count] for count in range(len(BY_COST) + 1)]
+
+
+def step_all(settings: list[Setting], num_processes: int) -> list[Steps]:
+    """The steps of the groups among which the worst is."""
+    structures = {model: read_structure(next(s for s in settings if s.model == model)) for model in {s.model for s in settings}}
+    return run_requests([Request(s, structures[s.model], ends_only=True) for s in settings], num_processes)
+
+
+# -- goals --------------------------------------------------------------------------------------------------------
+
+
+def goal_table(goals: tuple[Goal, ...], num_processes: int) -> tuple[list[str], int]:
+    """Lines of markdown, and how many goals are missed."""
+    tried = levels()
+    found = step_all([with_switches(goal.setting, switches) for goal in goals for switches in tried], num_processes)
+    lines = [
+        "| model | precision | batch x length | goal, GiB | no switch | all switches | switches that meet it | peak with them | worst group | where | met |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    missed = 0
+    for number, goal in enumerate(goals):
+        steps = [worst_step(found[number * len(tried) + level]) for level in range(len(tried))]
+        met = next((level for level, step in enumerate(steps) if step.peak_bytes / GIB < goal.below_gib), None)
+        missed += met is None
+        step = steps[-1 if met is None else met]
+        switches = "; ".join(SWITCH_NAMES[name] for name in tried[-1 if met is None else met]) or "none"
+        why = f" ({goal.why})" if goal.why else ""
+        lines.append(
+            f"| {TITLES[goal.model]} | {PRECISIONS[goal.precision]} | {goal.batch} x {goal.length} | < {goal.below_gib:g}{why} "
+            f"| {gib(steps[0])} | {gib(steps[-1])} | {switches} | {gib(step)} | {step.index} ({step.name}) | {where(step)} "
+            f"| {'yes' if met is not None else 'no'} |"
+        )
+    return lines, missed
+
+
+def gib(step: GroupStep) -> str:
+    return f"{step.peak_bytes / GIB:.2f}"
+
+
+def where(step: GroupStep) -> str:
+    """Phase and place of the highest peak."""
+    place = max(step.places, key=lambda place: sum(step.places[place].values()))
+    phase, _, rest = place.partition(":")
+    return phase if not rest or rest.lstrip("-").isdigit() else f"{phase}, {rest}"
+
+
+# -- what each switch saves ---------------------------------------------------------------------------------------
+
+
+def savings_table(cases: tuple[Goal, ...], num_processes: int) -> list[str]:
+    """Peak with each switch alone, and with all but it."""
+    names = (*BY_COST, NOT_SLOTTED)
+    everything = tuple(BY_COST)
+    sets = [(), *((name,) for name in names), everything]
+    sets += [tuple(n for n in everything if n != name) for name in BY_COST] + [(*everything, NOT_SLOTTED)]
+    settings = [with_switches(case.setting, switches) for case in cases for switches in sets]
+    settings += [replace(case.setting, micro_batches=2) for case in cases]
+    settings += [replace(with_switches(case.setting, everything), micro_batches=2) for case in cases]
+    peaks = [worst_step(steps).peak_bytes / GIB for steps in step_all(settings, num_processes)]
+
+    def row(title: str, number: int) -> str:
+        return f"| {title} | " + " | ".join(f"{peaks[i * len(sets) + number]:.2f}" for i in range(len(cases))) + " |"
+
+    heads = [f"{TITLES[c.model]}, {PRECISIONS[c.precision]}, {c.batch} x {c.length}" for c in cases]
+    lines = ["| peak, GiB | " + " | ".join(heads) + " |", "|---|" + "---|" * len(cases)]
+    lines.append(row("no switch", 0))
+    lines += [row(f"{SWITCH_NAMES.get(name, name)} alone", 1 + i) for i, name in enumerate(names)]
+    lines.append(row("all four", 1 + len(names)))
+    lines += [row(f"all but {SWITCH_NAMES[name]}", 2 + len(names) + i) for i, name in enumerate(BY_COST)]
+    lines.append(row("all four and no prefetch", len(sets) - 1))
+    accumulated = peaks[len(cases) * len(sets) :]
+    for title, start in (("no switch, two micro-batches a step", 0), ("all four, two micro-batches a step", len(cases))):
+        values = " | ".join(f"{value:.2f}" for value in accumulated[start : start + len(cases)])
+        lines.append(f"| {title} | {values} |")
+    return lines
+
+
+def report(goals: list[str], missed: int, savings: list[str]) -> str:
+    return "\n".join(
+        [
+            "# Memory: goals, and what each switch saves",
+            "",
+            "Written by `python benchmarks/memory_goals.py`. GiB allocated on the GPU at the peak of the worst layer group, AdamW,",
+            "every weight trained, one block a group, attention in a fused kernel, states in host memory. Counted on a fake device",
+            "([docs/memory.md](../../docs/memory.md)), not measured on a GPU. The driver's context and fragmentation come on top.",
+            "",
+            "## Goals",
+            "",
+            "The fewest switches that meet the goal, in the order slices, chunked loss, checkpointing, offload.",
+            "",
+            *goals,
+            "",
+            f"{'All goals are met.' if not missed else f'{missed} missed.'}",
+            "",
+            "## What each switch saves",
+            "",
+            "Update in slices is `state.slice_numel: 16777216`, no prefetch is `state.prefetch: false`, the others are",
+            "`activations.checkpointing`, `chunked_loss`, `offload`. Two micro-batches a step: gradients are summed in fp32 and",
+            "stay while the second one runs; with one they are in the weights' dtype.",
+            "",
+            *savings,
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    goals, missed = goal_table(GOALS, args.processes)
+    print("\n".join(goals), flush=True)
+    text = report(goals, missed, savings_table(SAVINGS, args.processes))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
