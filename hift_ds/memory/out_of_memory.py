@@ -146,9 +146,10 @@ class Advice:
         fits = []
         if 0 < largest < batch:
             fits.append(f"micro-batches of {largest}")
+        at = "" if batch == self.setting.batch else f" at {self.setting.batch}"
         for name, steps in self.switched.items():
             if worst_step(steps).peak_bytes <= budget_bytes:
-                fits.append(f"{RUN_FILE_KEYS[name]} ({worst_step(steps).peak_bytes / GIB:.1f} GiB)")
+                fits.append(f"{RUN_FILE_KEYS[name]} ({worst_step(steps).peak_bytes / GIB:.1f} GiB{at})")
         answer = f"would fit: {'; '.join(fits)}" if fits else "no switch makes it fit: shorter sequences, or more GPUs with ZeRO-3"
         return f"forecast {peak:.1f} GiB of {budget_bytes / GIB:.1f} usable; {answer}"
 

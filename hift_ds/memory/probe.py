@@ -17,34 +17,79 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from hift_ds.memory.simulation import Setting, SimulationError, last_error, simulate
+from hift_ds.errors import ConfigError
+from hift_ds.memory import fake_device
+from hift_ds.memory.estimate_input import with_switch
+from hift_ds.memory.forecast import GIB, Request, read_structure, run_requests, worst_step
+from hift_ds.memory.simulation import Result, Setting, SimulationError, last_error, simulate
+from hift_ds.store import room
 
-GIB = 2**30
 STEP = "hift_ds_probed_step"
 
 
 def probe(setting: Setting, index: int | None = None) -> dict[str, Any]:
     """Step group ``index`` (default: the one with the highest simulated peak) on the fake device and on the real one.
 
-    The model has random weights and is built whole: it must fit this machine.
+    The model has random weights and is built whole: it must fit this machine. Without an accelerator activations
+    are not offloaded, since the host is the device then; both steps go without.
 
     Returns:
         ``device``, ``group``, ``predicted_gib``, ``measured_gib``.
-    """
-    if index is None:
-        from hift_ds.memory.forecast import Request, read_structure, run_requests, worst_step
 
+    Raises:
+        ConfigError: the setting is for several ranks, or this machine has no room for the step.
+        SimulationError: one of the steps failed.
+    """
+    if setting.world_size > 1:
+        raise ConfigError(f"--probe: takes a step on one rank, and the estimate is for {setting.world_size}; leave --gpus out")
+    on_cpu = _accelerator() is None
+    setting = replace(setting, on_host=not fake_device.is_available())
+    if on_cpu:
+        setting = with_switch(setting, "offload", on=False)
+    if index is None:
         index = worst_step(run_requests([Request(setting, read_structure(setting))])[0]).index
     setting = replace(setting, groups=(index,))
+    result = simulate([setting])[0]
+    step = result.steps[0]
+    _check_room(result, on_cpu)
     measured = measure(setting)
-    step = simulate([setting])[0].steps[0]
-    predicted = step.peak_bytes + (measured["parked_bytes"] if measured["device"] == "cpu" else 0)
+    predicted = step.peak_bytes + (measured["parked_bytes"] if on_cpu else 0)
     return {
         "device": measured["device"],
         "group": f"{step.index} ({step.name})",
         "predicted_gib": predicted / GIB,
         "measured_gib": measured["peak_bytes"] / GIB,
     }
+
+
+def _accelerator() -> Any:
+    """This machine's, or ``None``."""
+    import torch
+
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def _check_room(result: Result, on_cpu: bool) -> None:
+    """States of groups that were not stepped are taken to be as large, parameter for parameter."""
+    (step,) = result.steps
+    states = step.state_bytes * result.numel // max(step.numel, 1)
+    needed, there = states + (step.peak_bytes if on_cpu else 0), room.host_bytes().available
+    if needed > there:
+        raise ConfigError(
+            f"--probe: builds the whole model, with {needed / GIB:.1f} GiB of host memory (states {states / GIB:.1f}), "
+            f"and {there / GIB:.1f} GiB are free here; probe a smaller model or drop --probe"
+        )
+    if not on_cpu and step.peak_bytes > (there := _device_bytes()):
+        raise ConfigError(
+            f"--probe: the step is predicted to need {step.peak_bytes / GIB:.1f} GiB on the device, which has "
+            f"{there / GIB:.1f}; take a smaller batch, more switches, or drop --probe"
+        )
+
+
+def _device_bytes() -> int:
+    from deepspeed.accelerator import get_accelerator
+
+    return int(get_accelerator().total_memory())
 
 
 def measure(setting: Setting) -> dict[str, Any]:
@@ -74,8 +119,7 @@ def _free_port() -> int:
 def _run(setting: Setting) -> dict[str, Any]:
     import torch
 
-    on_accelerator = torch.accelerator.is_available()
-    device = torch.accelerator.current_accelerator() if on_accelerator else torch.device("cpu")
+    device = _accelerator() or torch.device("cpu")
     with _allocations(device) as peak_bytes:
         engine = _build(setting, device)
         for _ in range(2):  # the first makes the states, the second finds them
