@@ -4,8 +4,9 @@
 
 The real engine takes real steps of each model with few blocks; a place of a step (the peak of the last block's backward, say)
 is linear in the number of blocks from there on. One cell of each model is counted on the whole model as well. Groups
-with partitioned weights are visited twice, since ZeRO-3 prefetches from the second time on. Stepped are the embedding, the
-lowest block, which of all blocks has the most above it, and the head. Writes docs/zero3_memory.md; --quick does the 7B
+with partitioned weights are visited twice, since ZeRO-3 prefetches from the second time on. Stepped are the groups that can
+be the worst: the embedding, the head, and the lowest block, which of all blocks has the most above it (not where the
+embedding is larger than a block, which has even more above it). Writes docs/zero3_memory.md; --quick does the 7B
 model only and writes nothing.
 """
 
@@ -37,6 +38,7 @@ class Model:
     title: str
     num_blocks: int
     few: tuple[int, int]  # blocks that are stepped: more than ZeRO-3 keeps gathered at a time (stage3_max_live_parameters)
+    groups: tuple[int, ...]  # that are stepped
     checked: tuple[str, int]  # the cell that is counted on the whole model too: mode, ranks
 
 
@@ -73,10 +75,10 @@ MODES = {
     LEAST: zero_block("bf16_zero3_param_cpu", **NOTHING_KEPT),
 }
 MODELS = (
-    Model("llama2_7b", "LLaMA-2-7B", 32, (8, 11), (STREAMED, 1)),
-    Model("llama3_8b", "Llama-3-8B", 32, (8, 11), (PARTITIONED, 2)),
-    Model("llama2_13b", "LLaMA-2-13B", 40, (7, 9), (STREAMED, 4)),
-    Model("llama3_70b", "Llama-3-70B", 80, (5, 7), (PARTITIONED, 8)),
+    Model("llama2_7b", "LLaMA-2-7B", 32, (8, 11), (0, 1, -1), (STREAMED, 1)),
+    Model("llama3_8b", "Llama-3-8B", 32, (8, 11), (0, -1), (PARTITIONED, 2)),
+    Model("llama2_13b", "LLaMA-2-13B", 40, (7, 9), (0, 1, -1), (STREAMED, 4)),
+    Model("llama3_70b", "Llama-3-70B", 80, (5, 7), (0, -1), (PARTITIONED, 8)),
 )
 Cell = tuple[Model, str, int]
 
@@ -91,7 +93,7 @@ def setting(model: Model, mode: str, ranks: int, num_blocks: int | None) -> Sett
         "hift": preset("bf16_zero3_param_cpu")["hift"],
     }
     return Setting(
-        model.name, config, length=LENGTH, num_blocks=num_blocks, groups=(0, 1, -1), world_size=ranks,
+        model.name, config, length=LENGTH, num_blocks=num_blocks, groups=model.groups, world_size=ranks,
         visits=1 if mode == REPLICATED else 2,
     )  # fmt: skip
 
@@ -136,6 +138,79 @@ def table(models: tuple[Model, ...], found: dict[Cell, Peak]) -> str:
     return "\n".join(lines)
 
 
+GOALS = ((MODELS[0], STREAMED, 1, 4.0), (MODELS[3], PARTITIONED, 8, 24.0))
+
+
+def goals(found: dict[Cell, Peak]) -> str:
+    lines = []
+    for model, mode, ranks, limit in GOALS:
+        peak = found[model, mode, ranks]
+        verdict = "met" if peak.gib < limit else "missed"
+        on = f"{ranks} rank{'s' if ranks > 1 else ''}"
+        lines.append(f"- {model.title}, {mode}, {on}: {peak.gib:.2f} GiB, goal below {limit:.0f}: {verdict}.")
+    return "\n".join(lines)
+
+
+def checks(found: dict[Cell, Peak], whole: dict[Model, Result]) -> str:
+    lines = ["| model | cell | extended | counted whole |", "|---|---|---|---|"]
+    for model, result in whole.items():
+        mode, ranks = model.checked
+        counted = max(step.peak_bytes for step in result.steps) / GIB
+        lines.append(f"| {model.title} | {mode}, {ranks} | {found[model, mode, ranks].gib:.3f} | {counted:.3f} |")
+    return "\n".join(lines)
+
+
+PAGE = """# Peak memory with partitioned and streamed weights
+
+    python benchmarks/zero3_memory.py
+
+wrote this page; [zero3.md](zero3.md) says what the modes are, [memory.md](memory.md) how bytes are counted without a
+device. GiB allocated on each accelerator at the peak of the worst layer group: a batch of 1 x {length} tokens on each
+rank, one layer a group, bf16 weights, fp32 masters and AdamW states in host memory; in all modes blocks are recomputed, the
+loss is made in chunks and the update in slices of 2^24 elements, as in `bf16_zero3_param_cpu`. The driver's context and
+fragmentation come on top ([memory.md](memory.md)). No accelerator has confirmed these numbers yet.
+
+{table}
+
+- replicated: `bf16_host`. Each rank holds all weights; more ranks make only the update smaller.
+- partitioned: `bf16_zero3`. On one rank nothing is cut.
+- streamed: `bf16_zero3_param_cpu`; `bf16_zero3_param_disk` looks the same from the accelerator. Up to half a billion
+  elements are gathered ahead or kept.
+- streamed, nothing kept: the same with `stage3_max_live_parameters`, `stage3_max_reuse_distance` and
+  `stage3_prefetch_bucket_size` 0: least memory, no prefetch, and a recomputed block is gathered three times.
+
+## Goals
+
+{goals}
+
+## Limits
+
+A module's weights are gathered whole, so the largest tensor is the floor of the streamed modes: in Llama-3-70B the
+embedding and the head, {tensor:.2f} GiB each in bf16. While one of them trains its gradient is as large. More ranks do
+not help there. `slice_numel` bounds what the update adds, `chunked_loss` what the logits add.
+
+## How it was counted
+
+The real engine took real steps of each model with few blocks ({few}), and
+each place of a step (such as "backward, last block") was put on a line through the two: from more blocks on than ZeRO-3 keeps
+gathered at a time, one block adds the same to every place. Groups with partitioned weights were stepped twice and counted the
+second time, when ZeRO-3 prefetches; a third time the peaks were the same within 10 KiB. Whole models for comparison:
+
+{checks}
+"""
+
+
+def page(found: dict[Cell, Peak], whole: dict[Model, Result]) -> str:
+    return PAGE.format(
+        length=LENGTH,
+        table=table(MODELS, found),
+        goals=goals(found),
+        tensor=128256 * 8192 * 2 / GIB,
+        few=", ".join(f"{model.title} {model.few[0]} and {model.few[1]}" for model in MODELS),
+        checks=checks(found, whole),
+    )
+
+
 def where(models: tuple[Model, ...], found: dict[Cell, Peak]) -> str:
     """For reading on the terminal."""
     return "\n".join(
@@ -151,8 +226,10 @@ def main() -> None:
     models = MODELS[:1] if parser.parse_args().quick else MODELS
     found = measure(models)
     print(where(models, found), file=sys.stderr)
-    whole = counted_whole(models)
-    print(table(models, found))
+    if len(models) < len(MODELS):
+        print(table(models, found))
+        return
+    OUT.write_text(page(found, counted_whole(models)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ KEEP_NOTHING = {
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": 0,
 }
+MOST_GATHERED = 1.58  # x the parameters a step, on average over a cycle of eight groups or more; full fine-tuning: 2
 DISK = {"device": "nvme", "nvme_path": tempfile.gettempdir()}
 STEPS = 11  # two cycles and one step: every group is visited with a recorded trace
 
@@ -262,7 +263,7 @@ def volume_of_gathers(rank: int, world_size: int) -> list[str]:
     """Forward gathers every weight once; backward only the modules above the lowest one that is trained."""
     config = ds_config(lr=1e-3, world_size=world_size)
     config["zero_optimization"] = {"stage": 3, **KEEP_NOTHING}
-    engine = make_engine(Toy(), config)
+    engine = make_engine(Toy(num_layers=8), config)
     groups = engine.groups
     total = sum(group.numel for group in groups)
     sent, original = [], deepspeed_comm.allgather_fn
@@ -272,21 +273,42 @@ def volume_of_gathers(rank: int, world_size: int) -> list[str]:
         return original(output, *args, **kwargs)
 
     deepspeed_comm.allgather_fn = counted
-    errors = []
+    errors, by_engine = [], []
     for step, batch in enumerate(make_batches(2 * len(groups))):
         sent.clear()
         active = engine.schedule.active
         before = engine.optimizer.parameters.shards.numel_gathered
         train_step(engine, [batch], rank, world_size)
         expected = total + sum(group.numel for group in groups[active:])
-        counted_by_engine = engine.optimizer.parameters.shards.numel_gathered - before
-        if counted_by_engine != expected:
-            errors.append(f"volume, step {step}: {counted_by_engine} elements gathered, expected {expected}")
+        by_engine.append(engine.optimizer.parameters.shards.numel_gathered - before)
+        if by_engine[-1] != expected:
+            errors.append(f"volume, step {step}: {by_engine[-1]} elements gathered, expected {expected}")
         if not expected <= sum(sent) < expected + 2 * world_size * len(list(engine.module.parameters())):
             errors.append(f"volume, step {step}: {sum(sent)} elements sent for {expected}")
     deepspeed_comm.allgather_fn = original
     engine.destroy()
-    return errors
+    average = sum(by_engine) / len(by_engine) / total
+    return errors + ([f"volume: {average:.3f} x the parameters"] if average > MOST_GATHERED else [])
+
+
+def volume_of_gathers_with_recomputation(rank: int, world_size: int) -> list[str]:
+    """Recomputing a block gathers its weights for backward too, which keeps them (stage3_max_reuse_distance)."""
+    model = tiny.build("llama", seed=0, num_hidden_layers=6)
+    block, total = (sum(p.numel() for p in m.parameters()) for m in (model.model.layers[0], model))
+    config = ds_config(lr=1e-3, world_size=world_size, rows=world_size, hift={"activations": {"checkpointing": True}})
+    config["zero_optimization"] = {"stage": 3, **KEEP_NOTHING, "stage3_max_reuse_distance": block}
+    engine = make_engine(model, config)
+    shards, gathered = engine.optimizer.parameters.shards, []
+    for _ in range(3 * len(engine.groups)):
+        before = shards.numel_gathered
+        ids = torch.randint(3, 67, (1, 9), generator=torch.Generator().manual_seed(rank))
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+        gathered.append(shards.numel_gathered - before)
+    last_cycle = gathered[-len(engine.groups) :]
+    engine.destroy()
+    average = sum(last_cycle) / len(last_cycle) / total
+    return [f"volume, recomputed: {average:.3f} x the parameters"] if not 1.3 < average <= MOST_GATHERED else []
 
 
 # -- experts --------------------------------------------------------------------------------------------------
@@ -352,6 +374,7 @@ def all_cases() -> list[str]:
         errors += saved_weights_do_not_stay(rank, world_size)
     if world_size > 1:
         errors += volume_of_gathers(rank, world_size)
+        errors += volume_of_gathers_with_recomputation(rank, world_size)
     errors += init_under_zero(rank, world_size)
     errors += experts_as_modules(rank, world_size)
     if torch.nn.functional.linear is not linear:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import model_zoo
 from hift_ds.engine.deepspeed_zero3_shards import is_partitioned, whole_of
 from hift_ds.errors import ConfigError
-from hift_ds.integrations.transformers import HiFTTrainer
+from hift_ds.integrations.transformers import HiFTMixin, HiFTTrainer
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_tokenizers import byte_level
 from tests.helpers.trainer import AUTO, arguments, ragged_dataset
@@ -26,6 +26,10 @@ pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 20}
+
+
+class HiFTSeq2SeqTrainer(HiFTMixin, transformers.Seq2SeqTrainer):
+    pass
 
 
 def trainer_for(folder: Path, zero: dict[str, Any], load_from: Path | None = None) -> HiFTTrainer:
@@ -48,11 +52,13 @@ def run_trainer(folder: Path, zero: dict[str, Any], load_from: Path | None = Non
             trainer.evaluate()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     ids = torch.arange(3, 7).view(1, 4)
+    num_new = 4 + 3 * dist.get_rank()  # the rank that is done first must go on gathering for the other
     found = {
         "losses": [entry.get("loss", entry.get("eval_loss")) for entry in trainer.state.log_history],
         "predictions": torch.as_tensor(trainer.predict(ragged_dataset(5, seed=9)).predictions),
         "text": trainer.model.generate(
-            ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(ids)
+            ids, max_new_tokens=num_new, min_new_tokens=num_new, do_sample=False, pad_token_id=0,
+            attention_mask=torch.ones_like(ids),
         ).tolist(),
         "weights": {
             name: (whole_of(param) if is_partitioned(param) else param.detach()).clone()
@@ -95,6 +101,27 @@ def trainer_cases(folder: Path) -> list[str]:
     resumed = run_trainer(folder / "resumed", ZERO3, resume=folder / "partitioned" / "checkpoint-5")
     same = {name: torch.equal(value, resumed["weights"][name]) for name, value in runs["partitioned"]["weights"].items()}
     return errors + [f"resumed: {name}" for name, equal in same.items() if not equal]
+
+
+def evaluate_by_generating(folder: Path) -> list[str]:
+    """Seq2SeqTrainer with predict_with_generate, which runs the encoder alone, between steps of any layer group."""
+    results = []
+    for zero in ({"stage": 0}, ZERO3):
+        model = model_zoo.tiny.build("t5", seed=3)
+        rows = [{k: v[0] for k, v in model_zoo.tiny.batch(model, rows=1, seed=seed).items()} for seed in range(8)]
+        args = arguments(
+            folder / str(zero["stage"]), {**AUTO, "zero_optimization": zero}, cls=transformers.Seq2SeqTrainingArguments,
+            max_steps=15, learning_rate=1e-2, predict_with_generate=True, generation_max_length=6, eval_strategy="steps",
+            eval_steps=1,
+        )  # fmt: skip
+        trainer = HiFTSeq2SeqTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:3])
+        trainer.train()
+        losses = [entry.get("loss", entry.get("eval_loss")) for entry in trainer.state.log_history]
+        results.append((losses, trainer.predict(rows[:3]).predictions.tolist()))
+        trainer.engine.destroy()
+    (losses, texts), (losses3, texts3) = results
+    errors = [] if losses3 == pytest.approx(losses, abs=2e-6) else [f"seq2seq: losses {losses3}, expected {losses}"]
+    return errors + ([] if texts == texts3 else [f"seq2seq: generated {texts3}, expected {texts}"])
 
 
 # -- the run file ---------------------------------------------------------------------------------------------------
@@ -154,7 +181,8 @@ def all_cases(folder: str) -> list[str]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     (Path(folder) / "trainer").mkdir(exist_ok=True)
-    return trainer_cases(Path(folder) / "trainer") + run_file_cases(Path(folder))
+    here = Path(folder)
+    return trainer_cases(here / "trainer") + evaluate_by_generating(here / "seq2seq") + run_file_cases(here)
 
 
 def test_partitioned_runs_are_replicated_runs(tmp_path, monkeypatch):
