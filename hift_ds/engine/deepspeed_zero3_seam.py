@@ -1,7 +1,7 @@
 """ZeRO-3 without its optimizer, in names that DeepSpeed does not document: what is gathered when, and for how long.
 
 ``DeepSpeedZeRoOffload`` cuts the weights over the ranks and gathers each module's around its forward and backward.
-What its own optimizer adds to that (gradients, masters, writing shards) is ours; five things it does for training of
+What its own optimizer adds to that (gradients, masters, writing shards) is ours; six things it does for training of
 all weights are wrong or costly when backward stops at one layer group, and are put right here:
 
 * It prefetches by a trace of the modules as they ran, one trace for all steps. Backward stops elsewhere for each
@@ -12,6 +12,7 @@ all weights are wrong or costly when backward stops at one layer group, and are 
 * Its linear function keeps every input for the weight's gradient, which frozen weights never get. torch's own
   function is put back, and saved weights become references (:meth:`WeightShards.saved_by_reference`).
 * A recomputed block loses its frozen weights after the first module of its backward (:meth:`_Coordinator._keep_recomputed`).
+* What it prefetches together is on the device twice for a while; large weights are gathered alone (``ALONE_NUMEL``).
 * Its module hooks close over the first engine that a model had, and outlive it. ``close`` removes them.
 """
 
@@ -37,6 +38,7 @@ from hift_ds.engine.deepspeed_zero3_shards import shard_of, weight_file_of, whol
 from hift_ds.engine.weight_file import WeightFile
 
 EVALUATION = -1  # the coordinator of forward passes without gradients
+ALONE_NUMEL = 1 << 22  # a weight with more elements is gathered by a collective of its own
 
 
 class _Coordinator(PartitionedParameterCoordinator):
@@ -93,8 +95,12 @@ class _Coordinator(PartitionedParameterCoordinator):
         self.had_trace = self.had_trace or self.is_complete_trace()
 
     def _PartitionedParameterCoordinator__all_gather_params(self, params: Any, forward: bool) -> None:  # noqa: N802
-        self.shards.numel_gathered += sum(p.ds_numel for p in params if p.ds_status is ZeroParamStatus.NOT_AVAILABLE)
-        super()._PartitionedParameterCoordinator__all_gather_params(params, forward)
+        missing = [param for param in params if param.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        self.shards.numel_gathered += sum(param.ds_numel for param in missing)
+        # DeepSpeed gathers several into one buffer and copies them out of it. A large one gains nothing by company.
+        large = sorted((p for p in missing if p.ds_numel > ALONE_NUMEL), key=lambda p: p.ds_id)
+        for part in [*([param] for param in large), [p for p in missing if p.ds_numel <= ALONE_NUMEL]]:
+            super()._PartitionedParameterCoordinator__all_gather_params(part, forward)
 
 
 class WeightShards:
