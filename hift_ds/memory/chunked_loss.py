@@ -14,6 +14,7 @@ bf16 model's loss in bf16; Liger's kernel needs Triton; TRL's is its trainers' o
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -102,6 +103,12 @@ def _grad_of_logits(
     return grad if logits is leaf else torch.autograd.grad(logits, leaf, grad)[0]
 
 
+def _apply(transforms: tuple[Transform, ...], logits: Tensor) -> Tensor:
+    for transform in transforms:
+        logits = transform(logits)
+    return logits
+
+
 class DeferredLogits:
     """Logits of ``head`` over ``hidden`` that have not been computed.
 
@@ -119,17 +126,13 @@ class DeferredLogits:
     def compute(self) -> Tensor:
         """The logits, whole."""
         with _computing(self._head):
-            return self._transform(self._head(self.hidden))
+            return _apply(self.transforms, self._head(self.hidden))
 
     def losses(self, targets: Tensor, ignore_index: int) -> Tensor:
         """(N,) for (N, V) logits. Through the head's own call, so that hooks which bring its weight run."""
-        with _computing(self._head, (targets, ignore_index, self._transform)):
+        transform = functools.partial(_apply, self.transforms)  # not self: the graph would keep ``hidden`` to its end
+        with _computing(self._head, (targets, ignore_index, transform)):
             return self._head(self.hidden)
-
-    def _transform(self, logits: Tensor) -> Tensor:
-        for transform in self.transforms:
-            logits = transform(logits)
-        return logits
 
     # -- what models do with logits before the loss ---------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -129,6 +131,18 @@ def test_whole_logits_never_exist(ragged_tiles):
     chunked_loss.restore(handle)
     assert largest[0] == 5 * 60 * 997 * 4
     assert largest[1] == 997 * 16 * 4
+
+
+def test_backward_lets_go_of_the_hidden_states_though_the_loss_is_still_there():
+    """A loss keeps its graph until it is dropped, after backward through all blocks; the graph must not keep them."""
+    model, freed = tiny("llama", "causal_lm"), []
+    chunked_loss.defer_logits(model, lambda: True)
+    watch = weakref.finalize
+    model.model.norm.register_forward_hook(lambda module, args, out: watch(out.untyped_storage(), freed.append, True) and None)
+    loss = model(**batch_with_prompt(model)).loss
+    assert not freed
+    loss.backward()
+    assert freed and loss.grad_fn is not None
 
 
 def test_anything_else_done_with_the_logits_computes_them():
