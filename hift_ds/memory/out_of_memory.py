@@ -33,6 +33,7 @@ RUN_FILE_KEYS = {
     "offload": '"hift.activations.offload": true',
     "everything": "all switches of docs/memory.md",
 }
+TOKENS = 64  # a row's length is advised in multiples of this
 LESS_IN_EVALUATION = (
     'would need less: a smaller evaluation batch, or prediction_loss_only with "hift.activations.chunked_loss": true'
 )
@@ -139,19 +140,25 @@ class Advice:
         slope = Slope(((setting.batch, here), (2 * setting.batch, there)))
         return cls(setting, slope, dict(zip(changed, others, strict=True)))
 
-    def text(self, batch: int, budget_bytes: float) -> str:
-        """The forecast at ``batch``, and what would stay within the budget."""
-        peak = self.slope.peak_bytes(batch) / GIB
-        largest = self.slope.largest(budget_bytes)
+    def answers(self, batch: int, length: int) -> bool:
+        """Was it made for such a batch? One row, which packing makes of many, may be shorter."""
+        return length == self.setting.length or (batch == self.setting.batch == 1 and length < self.setting.length)
+
+    def text(self, batch: int, length: int, budget_bytes: float) -> str:
+        """The forecast at ``batch`` x ``length``, and what would stay within the budget."""
+        by_tokens = Slope(tuple((rows * self.setting.length, steps) for rows, steps in self.slope.points))
         fits = []
-        if 0 < largest < batch:
-            fits.append(f"micro-batches of {largest}")
-        at = "" if batch == self.setting.batch else f" at {self.setting.batch}"
+        if 0 < (rows := self.slope.largest(budget_bytes)) < batch:
+            fits.append(f"micro-batches of {rows}")
+        elif batch == 1 and 0 < (tokens := by_tokens.largest(budget_bytes, TOKENS, length)) < length:
+            fits.append(f"{tokens} tokens at once")
+        here = (batch, length) == (self.setting.batch, self.setting.length)
+        at = "" if here else f" at {self.setting.batch} x {self.setting.length}"
         for name, steps in self.switched.items():
             if worst_step(steps).peak_bytes <= budget_bytes:
                 fits.append(f"{RUN_FILE_KEYS[name]} ({worst_step(steps).peak_bytes / GIB:.1f} GiB{at})")
         answer = f"would fit: {'; '.join(fits)}" if fits else "no switch makes it fit: shorter sequences, or more GPUs with ZeRO-3"
-        return f"forecast {peak:.1f} GiB of {budget_bytes / GIB:.1f} usable; {answer}"
+        return f"forecast {by_tokens.peak_bytes(batch * length) / GIB:.1f} GiB of {budget_bytes / GIB:.1f} usable; {answer}"
 
 
 class Adviser:
@@ -184,10 +191,10 @@ class Adviser:
     def _forecast(self, engine: Any, batch: int, length: int) -> str:
         """Made once for a length; never an error of its own."""
         try:
-            if self._advice is None or self._advice.setting.length != length:
+            if self._advice is None or not self._advice.answers(batch, length):
                 with tempfile.TemporaryDirectory() as folder:
                     self._advice = Advice.make(engine.memory_setting(folder, batch, length))
-            return self._advice.text(batch, MAY_ALLOCATE * engine.device_bytes())
+            return self._advice.text(batch, length, MAY_ALLOCATE * engine.device_bytes())
         except Exception as error:  # whatever keeps a forecast from being made must not hide the error that asked for it
             logger.debug("no forecast", exc_info=error)
             return f"no forecast could be made ({type(error).__name__}: {error}); docs/memory.md lists what needs less"

@@ -14,7 +14,9 @@ import model_zoo
 from hift_ds.engine import memory_reports
 from hift_ds.errors import CheckpointError, HiFTError, OutOfMemory
 from hift_ds.memory import out_of_memory
+from hift_ds.memory.forecast import Slope
 from hift_ds.memory.out_of_memory import Advice
+from hift_ds.memory.simulation import GroupStep, Setting
 from hift_ds.report.callback import ReportCallback
 from hift_ds.report.metrics import read_metrics
 from hift_ds.report.progress import SilentProgress
@@ -47,7 +49,10 @@ class NoAdvice:
         cls.made += 1
         return cls(setting)
 
-    def text(self, batch, budget_bytes):
+    def answers(self, batch, length):
+        return length == self.setting.length
+
+    def text(self, batch, length, budget_bytes):
         return f"forecast for {batch}"
 
 
@@ -144,11 +149,35 @@ def test_advice_says_which_batch_and_which_switches_fit(small, monkeypatch, tmp_
     advice = Advice.make(small.memory_setting(str(tmp_path), 8, 128))
     peak = advice.slope.peak_bytes(8)
     assert set(advice.switched) == {"slice_numel", "checkpointing", "chunked_loss", "offload", "everything"}
-    text = advice.text(8, 0.9 * peak)
+    text = advice.text(8, 128, 0.9 * peak)
     assert "would fit: micro-batches of" in text and "hift.activations.checkpointing" in text
     largest = int(text.split("micro-batches of ")[1].split(";")[0])
     assert advice.slope.peak_bytes(largest) <= 0.9 * peak < advice.slope.peak_bytes(largest + 1)
-    assert "no switch makes it fit" in advice.text(8, 1000)
+    assert "no switch makes it fit" in advice.text(8, 128, 1000)
+    switched = next(part for part in advice.text(4, 128, peak).split("; ") if "checkpointing" in part)
+    assert switched.endswith("GiB at 8 x 128)")  # for the batch that it was made for
+
+
+class Line:
+    """Steps of one group that take 1000 bytes and 300 for each row."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def known(self):
+        return [0]
+
+    def step(self, index):
+        return GroupStep(0, "embed", 1, {"forward:": {"weights": 1000, "activations": 300 * self.rows}}, {}, 0, 0)
+
+
+def test_advice_for_a_packed_row_counts_tokens():
+    advice = Advice(Setting("m", {}, batch=1, length=6400), Slope(((1, Line(1)), (2, Line(2)))), {})
+    assert advice.answers(1, 6400) and advice.answers(1, 200) and not advice.answers(1, 6464) and not advice.answers(2, 200)
+    assert advice.text(1, 6400, 1150).endswith("would fit: 3200 tokens at once")
+    assert advice.text(1, 3264, 1150).endswith("would fit: 3200 tokens at once")
+    assert advice.text(3, 6400, 1700).endswith("would fit: micro-batches of 2")
+    assert "no switch makes it fit" in advice.text(1, 6400, 1000)
 
 
 def test_peaks_are_per_step_and_the_forecast_comes_beside_them(small):

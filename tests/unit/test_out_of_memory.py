@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -38,7 +39,10 @@ class NoAdvice:
         cls.made += 1
         return cls(setting)
 
-    def text(self, batch, budget_bytes):
+    def answers(self, batch, length):
+        return length == self.setting.length
+
+    def text(self, batch, length, budget_bytes):
         return f"forecast 30.0 GiB of 22.0 usable; would fit: micro-batches of {batch // 2}; a switch (21.0 GiB)"
 
 
@@ -153,20 +157,26 @@ def test_saving_leaves_the_checkpoints_that_are_there(inputs, tmp_path, monkeypa
 
 
 def test_a_smaller_batch_is_found_and_trains_the_same_groups(inputs, tmp_path, hook, caplog):  # noqa: F811
-    """Room for 5 rows. 7 and 6 do not fit, the third step of a batch of 5 does."""
+    """Room for 5 rows: 7 and 6 are tried before."""
     out = tmp_path / "run"
     file = write_run(
         inputs, out, train__micro_batch_size=7, train__global_batch_size=None, train__eval_batch_size=4,
         train__auto_find_batch_size=True, train__max_steps=2 * NUM_GROUPS, train__eval_steps=None,
     )  # fmt: skip
-    tried = []
+    tried, activations = [], []
 
-    def five_rows_fit(model, rows):
-        tried.append(rows) if model.training else None
-        if model.training and rows > 5:
+    def five_rows_fit(norm, args, out):
+        if norm.training and len(args[0]) > 5:
+            activations.append(weakref.ref(args[0]))
             full()
 
-    hook(five_rows_fit)
+    def before_forward(model, rows):
+        assert all(ref() is None for ref in activations), "the attempt before holds on to its activations"
+        tried.append(rows) if model.training else None
+        if len(tried) + len(activations) == 0:
+            model.model.norm.register_forward_hook(five_rows_fit)
+
+    hook(before_forward)
     with caplog.at_level(logging.WARNING):
         results = finetune.finetune(load_run_config(file))
     assert tried[:2] == [7, 6] and set(tried[2:]) <= set(range(1, 6))
