@@ -1,12 +1,12 @@
 """Peak accelerator memory with replicated, partitioned and streamed weights, counted on a fake device.
 
-    python benchmarks/zero3_memory.py [--quick]
+    python benchmarks/zero3_memory.py [--quick | --volume]
 
 The real engine takes real steps of each model with few blocks; a place of a step (the peak of the last block's backward, say)
 is linear in the number of blocks from there on. One cell of each model is counted on the whole model as well. Groups
 with partitioned weights are visited twice, since ZeRO-3 prefetches from the second time on. Stepped are the embedding, the
 lowest block, which of all blocks has the most above it, and the head. Writes docs/zero3_memory.md, in 20 minutes on half a
-core; --quick does the 7B model only and writes nothing.
+core; --quick does the 7B model only and writes nothing; --volume counts what ZeRO-3 gathers, over all groups of the 7B model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,13 @@ def counted_whole(models: tuple[Model, ...]) -> dict[Model, Result]:
     return dict(zip(models, results, strict=True))
 
 
+def volume() -> list[float]:
+    """Elements that each group of the whole 7B model gathers in a micro-batch, over its parameters; partitioned, on 2 ranks."""
+    one = setting(MODELS[0], PARTITIONED, 2, None)
+    (result,) = simulate([replace(one, groups=None, second_update=False)])
+    return [step.numel_gathered / result.numel for step in result.steps]
+
+
 def table(models: tuple[Model, ...], found: dict[Cell, Peak]) -> str:
     lines = ["| model | weights | " + " | ".join(f"{n} rank{'s' if n > 1 else ''}" for n in RANKS) + " | worst group |"]
     lines.append("|---|---|" + "---|" * (len(RANKS) + 1))
@@ -220,14 +227,21 @@ def where(models: tuple[Model, ...], found: dict[Cell, Peak]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the smallest model only, nothing written")
-    models = MODELS[:1] if parser.parse_args().quick else MODELS
-    found = measure(models)
-    print(where(models, found), file=sys.stderr)
-    if len(models) < len(MODELS):
-        print(table(models, found))
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--quick", action="store_true", help="the smallest model only, nothing written")
+    only.add_argument("--volume", action="store_true", help="what is gathered, nothing written")
+    args = parser.parse_args()
+    if args.volume:
+        found = volume()
+        print(f"{sum(found) / len(found):.3f} x the parameters on average; by group:", *(f"{x:.2f}" for x in found))
         return
-    OUT.write_text(page(found, counted_whole(models)), encoding="utf-8")
+    models = MODELS[:1] if args.quick else MODELS
+    peaks = measure(models)
+    print(where(models, peaks), file=sys.stderr)
+    if args.quick:
+        print(table(models, peaks))
+    else:
+        OUT.write_text(page(peaks, counted_whole(models)), encoding="utf-8")
 
 
 if __name__ == "__main__":
