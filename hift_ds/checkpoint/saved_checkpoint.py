@@ -69,17 +69,31 @@ class SavedCheckpoint:
         return SavedStates([file for file in files if file.exists()], scalars, fp32)
 
     def weight(self, name: str, best: bool = False) -> Tensor:
-        """A weight as it was saved, or (``best``) the fp32 master that it is rounded from, if any."""
-        if best and MASTER in self.states.keys(name):
+        """A weight as it was saved, or (``best``) the fp32 master that it is rounded from, if any.
+
+        Raises:
+            CheckpointError: the master, or a part of it, is in no file here.
+        """
+        if best and (MASTER in self.states.keys(name) or self._master_may_be_elsewhere(name)):
             shape = self.parameters[name]["shape"]
             numel = torch.Size(shape).numel()
             if not self.states.covers(name, MASTER, 0, numel):
                 raise CheckpointError(
-                    f"{self.folder}: the fp32 master of {name!r} is in none of the files here; bring the files of "
-                    "all nodes together in one folder, or take the 16-bit weights"
+                    f"{self.folder}: the fp32 master of {name!r} is not, or not whole, in the files here; bring the files "
+                    "of all nodes together in one folder, or take the 16-bit weights"
                 )
             return self.states.elements(name, MASTER, 0, numel).view(shape)
         return self._weights.get_tensor(name)
+
+    def _master_may_be_elsewhere(self, name: str) -> bool:
+        """Some rank's states are not here, and the weight has been updated."""
+        entry = self.parameters[name]
+        return (
+            entry["updates"] > 0
+            and entry["dtype"] in ("bfloat16", "float16")
+            and self.common["precision"] == "mixed_hi"
+            and not all((self.folder / states_file(rank)).exists() for rank in range(self.world_size))
+        )
 
     def states_of(self, rank: int) -> SavedStates:
         """Of one rank's file alone."""

@@ -20,7 +20,9 @@ import yaml
 from safetensors.torch import load_file
 
 import model_zoo
+from hift_ds.errors import CheckpointError
 from hift_ds.grouping import partition_model
+from hift_ds.train.export_command import export_checkpoint
 from tests.helpers.distributed import free_port
 from tests.helpers.tiny_tokenizers import byte_level
 
@@ -157,6 +159,18 @@ def bytes_of_a_cycle(model: Any, stage: int) -> float:
     return gradients + MICRO_BATCHES * half * gathered
 
 
+def check_export_of_one_node(job: Job, exported: dict[str, torch.Tensor]) -> None:
+    """It has half of the masters: refused, unless the other half is brought along."""
+    ours, theirs = (output / "checkpoint-40" for output in job.outputs)
+    with pytest.raises(CheckpointError, match="bring the files of all nodes together"):
+        export_checkpoint(ours, job.folder / "alone", dtype="fp32")
+    for file in (theirs / "global_step40").glob("*rank-00001*"):
+        shutil.copy(file, ours / "global_step40")
+    export_checkpoint(ours, job.folder / "together", dtype="fp32")
+    for name, weight in load_file(job.folder / "together" / "model.safetensors").items():
+        assert torch.equal(weight, exported[name]), name
+
+
 def check_run_on(nodes: list[Node], folder: Path, stage: int) -> tuple[Any, list[list[int]]]:
     """Train, lose a checkpoint on one node, go on, export. The bytes that each node sent in the two runs."""
     job = Job(nodes, folder)
@@ -183,6 +197,7 @@ def check_run_on(nodes: list[Node], folder: Path, stage: int) -> tuple[Any, list
         for half in zip(weight.view(-1).chunk(2), initial[name].detach().view(-1).chunk(2), strict=True):
             assert not torch.equal(half[0], half[0].bfloat16().float()) and not torch.equal(*half), name
     assert not (job.outputs[1] / "model").exists()
+    check_export_of_one_node(job, exported)
     return model, [first, second]
 
 
