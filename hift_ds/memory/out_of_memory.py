@@ -68,7 +68,7 @@ def no_traceback_when_full(doing: str) -> Iterator[None]:
         if cause is error:
             raise
         if cause is not None:
-            raise cause from error
+            raise cause from cause.__cause__  # not from the library's error, which it is the cause of
         if (device := full_device(error)) is None:
             raise
         hint = "hift-ds estimate RUN.yaml says what needs less"
