@@ -169,18 +169,20 @@ PAGE = """# Peak memory with partitioned and streamed weights
 
     python benchmarks/zero3_memory.py
 
-wrote this page; [zero3.md](zero3.md) says what the modes are, [memory.md](memory.md) how bytes are counted without a
-device. GiB allocated on each accelerator at the peak of the worst layer group: a batch of 1 x {length} tokens on each
-rank, one layer a group, bf16 weights, fp32 masters and AdamW states in host memory; in all modes blocks are recomputed, the
-loss is made in chunks and the update in slices of 2^24 elements, as in `bf16_zero3_param_cpu`. The driver's context and
-fragmentation come on top ([memory.md](memory.md)). No accelerator has confirmed these numbers yet.
+wrote this page; [zero3.md](zero3.md) says what the modes are, [memory.md](memory.md) how bytes are counted
+without a device. GiB allocated on each accelerator at the peak of the worst layer group: a batch of 1 x
+{length} tokens on each rank, one layer a group, bf16 weights, fp32 masters and AdamW states in host memory;
+in all modes blocks are recomputed, the loss is made in chunks and the update in slices of 2^24 elements, as
+in `bf16_zero3_param_cpu`. The driver's context and fragmentation come on top ([memory.md](memory.md)). No
+accelerator has confirmed these numbers yet.
 
 {table}
 
-- replicated: `bf16_host`. Each rank holds all weights; more ranks make only the update smaller.
+- replicated: `bf16_host`. Each rank holds all weights. Several ranks also hold the fp32 shard of the group's
+  gradient, which is largest on two; so do the other modes.
 - partitioned: `bf16_zero3`. On one rank nothing is cut.
-- streamed: `bf16_zero3_param_cpu`; `bf16_zero3_param_disk` looks the same from the accelerator. Up to half a billion
-  elements are gathered ahead or kept.
+- streamed: `bf16_zero3_param_cpu`; `bf16_zero3_param_disk` looks the same from the accelerator. Up to half a
+  billion elements are gathered ahead or kept.
 - streamed, nothing kept: the same with `stage3_max_live_parameters`, `stage3_max_reuse_distance` and
   `stage3_prefetch_bucket_size` 0: least memory, no prefetch, and a recomputed block is gathered three times.
 
@@ -190,16 +192,19 @@ fragmentation come on top ([memory.md](memory.md)). No accelerator has confirmed
 
 ## Limits
 
-A module's weights are gathered whole, so the largest tensor is the floor of the streamed modes: in Llama-3-70B the
-embedding and the head, {tensor:.2f} GiB each in bf16. While one of them trains its gradient is as large. More ranks do
-not help there. `slice_numel` bounds what the update adds, `chunked_loss` what the logits add.
+A module's weights are gathered whole, so the largest tensor is the floor of the streamed modes: in
+Llama-3-70B the embedding and the head, {tensor:.2f} GiB each in bf16. While one of them trains its gradient
+is as large. More ranks do not help there. `slice_numel` bounds what the update adds, `chunked_loss` what the
+logits add.
 
 ## How it was counted
 
-The real engine took real steps of each model with few blocks ({few}), and
-each place of a step (such as "backward, last block") was put on a line through the two: from more blocks on than ZeRO-3 keeps
-gathered at a time, one block adds the same to every place. Groups with partitioned weights were stepped twice and counted the
-second time, when ZeRO-3 prefetches; a third time the peaks were the same within 10 KiB. Whole models for comparison:
+The real engine took real steps of each model with two small numbers of blocks:
+{few}.
+Each place of a step (such as "backward, last block") was put on a line through the two: from more blocks on
+than ZeRO-3 keeps gathered at a time, one block adds the same to every place. Groups with partitioned weights
+were stepped twice and counted the second time, when ZeRO-3 prefetches; a third time the peaks were the same
+within 10 KiB. Whole models for comparison, GiB:
 
 {checks}
 """
