@@ -28,7 +28,11 @@ OUT = ROOT / "docs" / "zero3_memory.md"
 GIB = 1 << 30
 RANKS = (1, 2, 4, 8)
 LENGTH = 2048
-NOTHING_KEPT = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+NOTHING_KEPT = {
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Model:
     name: str
     title: str
     num_blocks: int
-    few: tuple[int, int]  # blocks that are stepped: more than ZeRO-3 keeps gathered at a time (stage3_max_live_parameters)
+    few: tuple[int, int]  # blocks that are stepped: more than ZeRO-3 keeps gathered at a time
     checked: tuple[str, int]  # the cell that is counted on the whole model too: mode, ranks
 
 
@@ -133,13 +137,19 @@ def volume() -> list[float]:
 
 
 def table(models: tuple[Model, ...], found: dict[Cell, Peak]) -> str:
-    lines = ["| model | weights | " + " | ".join(f"{n} rank{'s' if n > 1 else ''}" for n in RANKS) + " | worst group |"]
+    lines = [
+        "| model | weights | "
+        + " | ".join(f"{n} rank{'s' if n > 1 else ''}" for n in RANKS)
+        + " | worst group |"
+    ]
     lines.append("|---|---|" + "---|" * (len(RANKS) + 1))
     for model in models:
         for mode in MODES:
             peaks = [found[model, mode, ranks] for ranks in RANKS]
             worst = ", ".join(dict.fromkeys(peak.group for peak in peaks))
-            lines.append(f"| {model.title} | {mode} | " + " | ".join(f"{p.gib:.2f}" for p in peaks) + f" | {worst} |")
+            lines.append(
+                f"| {model.title} | {mode} | " + " | ".join(f"{p.gib:.2f}" for p in peaks) + f" | {worst} |"
+            )
     return "\n".join(lines)
 
 
@@ -161,7 +171,9 @@ def checks(found: dict[Cell, Peak], whole: dict[Model, Result]) -> str:
     for model, result in whole.items():
         mode, ranks = model.checked
         counted = max(step.peak_bytes for step in result.steps) / GIB
-        lines.append(f"| {model.title} | {mode}, {ranks} | {found[model, mode, ranks].gib:.3f} | {counted:.3f} |")
+        lines.append(
+            f"| {model.title} | {mode}, {ranks} | {found[model, mode, ranks].gib:.3f} | {counted:.3f} |"
+        )
     return "\n".join(lines)
 
 
@@ -238,7 +250,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.volume:
         found = volume()
-        print(f"{sum(found) / len(found):.3f} x the parameters on average; by group:", *(f"{x:.2f}" for x in found))
+        print(
+            f"{sum(found) / len(found):.3f} x the parameters on average; by group:",
+            *(f"{x:.2f}" for x in found),
+        )
         return
     models = MODELS[:1] if args.quick else MODELS
     peaks = measure(models)

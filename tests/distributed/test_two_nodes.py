@@ -50,7 +50,9 @@ class Node:
 
     def bytes_sent(self) -> int:
         counter = f"/sys/class/net/{self.interface}/statistics/tx_bytes"
-        return int(subprocess.run(self.command("cat", counter), capture_output=True, text=True, check=True).stdout)
+        return int(
+            subprocess.run(self.command("cat", counter), capture_output=True, text=True, check=True).stdout
+        )
 
 
 LOOPBACK = [Node("127.0.0.1", "lo"), Node("127.0.0.2", "lo")]
@@ -59,7 +61,9 @@ LOOPBACK = [Node("127.0.0.1", "lo"), Node("127.0.0.2", "lo")]
 @contextlib.contextmanager
 def namespaces() -> Iterator[list[Node] | None]:
     """None if this system has none to give."""
-    nodes = [Node(a, f"hc{os.getpid()}{x}", f"hift{os.getpid()}{x}") for a, x in zip(ADDRESSES, "ab", strict=True)]
+    nodes = [
+        Node(a, f"hc{os.getpid()}{x}", f"hift{os.getpid()}{x}") for a, x in zip(ADDRESSES, "ab", strict=True)
+    ]
     one, other = nodes
     try:
         made = nodes
@@ -134,7 +138,9 @@ class Job:
             script = [ROOT / "launch" / "multi_node.sh", self.folder / "hostfile", self.folder / "run.yaml"]
             command = node.command(*script, f"train.output_dir={output}", *overrides)
             processes.append(
-                subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
+                subprocess.Popen(
+                    command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT
+                )
             )
         try:
             texts = [process.communicate(timeout=280)[0] for process in processes]
