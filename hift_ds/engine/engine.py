@@ -26,10 +26,9 @@ from hift_ds.engine.deepspeed_seam import (
     world_rank_and_size,
 )
 from hift_ds.engine.exact_values import exact_values
+from hift_ds.engine.memory_reports import MemoryReports
 from hift_ds.engine.partitioned import PartitionedParameters
 from hift_ds.engine.state_arithmetic import gather_state_arithmetic
-from hift_ds.engine.memory_reports import MemoryReports
-from hift_ds.errors import ConfigError
 from hift_ds.grouping import LayerGroup, Partition, partition_model
 from hift_ds.lr import CycleLR
 from hift_ds.memory.out_of_memory import explains_out_of_memory, says_when_no_room
