@@ -10,7 +10,17 @@ from typing import Any
 
 from hift_ds.memory import fake_device
 from hift_ds.memory.estimate_input import SWITCHES, add_input_arguments, is_on, setting_from, with_switch
-from hift_ds.memory.forecast import GIB, FewBlocks, Request, Slope, Steps, Structure, read_structure, run_requests, worst_step
+from hift_ds.memory.forecast import (
+    GIB,
+    FewBlocks,
+    Request,
+    Slope,
+    Steps,
+    Structure,
+    read_structure,
+    run_requests,
+    worst_step,
+)
 from hift_ds.memory.simulation import GroupStep, Setting
 
 CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80)
@@ -56,7 +66,7 @@ def measure(setting: Setting) -> Measured:
     structure = read_structure(setting)
 
     def ends(changed: Setting) -> Request:
-        return Request(changed, structure, ends_only=True)
+        return Request(changed, structure, ends_only=True, updates_as=setting if _same_updates(setting, changed) else None)
 
     full_block = {**setting.engine_config["hift"], "group_size": 1 << 30, "groups": None, "always_active": []}
     full_block["state"] = {**(full_block.get("state") or {}), "residency": "device", "slice_numel": None, "path": None}
@@ -86,6 +96,18 @@ def measure(setting: Setting) -> Measured:
         {name: steps for name, steps in found.items() if name in SWITCHES or name == "everything"},
         found["full"],
     )
+
+
+def _same_updates(a: Setting, b: Setting) -> bool:
+    """Do they differ in batch, length or what is kept for backward alone? An update knows nothing of these. (With stage 3
+    it comes upon the weights that backward has left gathered.)"""
+    a, b = (_without_activations(replace(setting, batch=1, length=1)) for setting in (a, b))
+    return a == b and (a.engine_config.get("zero_optimization") or {}).get("stage", 0) < 3
+
+
+def _without_activations(setting: Setting) -> Setting:
+    block = {key: value for key, value in setting.engine_config["hift"].items() if key != "activations"}
+    return replace(setting, engine_config={**setting.engine_config, "hift": block})
 
 
 def _scores_matter(setting: Setting, structure: Structure) -> bool:

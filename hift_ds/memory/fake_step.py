@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -41,7 +41,9 @@ def run(setting: Setting) -> Result:
             _mark_states(engine, device)
             _mark_parked(engine, device)
             result = Result(len(arch.blocks), len(engine.groups), weight_bytes, numel)
-            _warm_up(engine)
+            _warm_up(engine, device)
+            if not setting.updates:
+                engine.optimizer.step = engine.optimizer.drop_gradients
             for index in _indices(setting, len(engine.groups)):
                 for _ in range(setting.visits):
                     step = _train(engine, setting, index, device, host, flops)
@@ -266,11 +268,11 @@ def _train(
     _step(engine, setting, device, flops)
     gathered += _numel_gathered(engine)
     flops.phase = None
-    if setting.second_update:
+    if setting.updates and setting.second_update:
         activate(engine, index)
         _update_again(engine, setting, device)
     offloaded = Timeline(host).peak(host_start, len(host.events)).num_bytes - host_bytes
-    group, places = engine.groups[index], _places(engine, index, device, first_mark)
+    group, places = engine.groups[index], _places(engine, setting, index, device, first_mark)
     states = state_bytes(engine, index)
     return GroupStep(index, group.name, group.numel, places, flops.take(), states, offloaded, gathered)
 
@@ -280,11 +282,12 @@ def _numel_gathered(engine: Any) -> int:
     return getattr(getattr(engine.optimizer.parameters, "shards", None), "numel_gathered", 0)
 
 
-def _warm_up(engine: Any) -> None:
-    """What prefetching keeps on the device exists from the first update on; let it exist now."""
+def _warm_up(engine: Any, tracker: MemoryTracker) -> None:
+    """What prefetching keeps on the device exists from the first update on; let it exist now, as state."""
     optimizer = engine.optimizer
     for unit in list(optimizer.units.values())[:2]:  # two slots at most
         optimizer.store.prefetch(unit.chunks[0].id)
+    tracker.see_all((slot.memory for slot in getattr(optimizer.store, "_slots", ())), STATES)
 
 
 def activate(engine: Any, index: int) -> None:
@@ -337,15 +340,16 @@ def _update_again(engine: Any, setting: Setting, tracker: MemoryTracker) -> None
     tracker.mark("between steps")
 
 
-def _places(engine: Any, index: int, tracker: MemoryTracker, first_mark: int) -> dict[str, Bytes]:
+def _places(engine: Any, setting: Setting, index: int, tracker: MemoryTracker, first_mark: int) -> dict[str, Bytes]:
     """What was alive at the peak of each place, the places named as seen from the active group."""
     timeline = Timeline(tracker)
     num_blocks = len(find_arch(engine.module).blocks)
     blocks = range(engine.savings.lowest_block(index), num_blocks)
     kept = engine.hift.activations.blocks_kept
+    phases = PHASES if setting.updates else PHASES[:-1]
     peaks: dict[str, Any] = {}
     for mark, begin, end in timeline.stretches()[first_mark:]:
-        if mark.phase not in PHASES:
+        if mark.phase not in phases:
             continue
         peak = timeline.peak(begin, end)
         place = f"{mark.phase}:{_seen_from(blocks, kept, mark.place)}"

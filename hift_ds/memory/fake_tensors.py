@@ -29,7 +29,7 @@ class _Result:
     Attributes:
         argument: the tensor argument whose storage it shares; ``None``: a new one.
         is_argument: it is that argument.
-        offset: in elements, from where the argument starts.
+        offset: in bytes, from where the argument starts.
     """
 
     argument: int | None = None
@@ -39,6 +39,9 @@ class _Result:
     stride: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
     device: torch.device | None = None
+
+
+_Nothing = type(None)  # the kind of an operation that only changes its arguments
 
 
 class _CannotTell(Exception):
@@ -61,6 +64,8 @@ class FakeTensors(FakeTensorMode):
         if func is _NONZERO:
             return args[0].new_empty((0, args[0].dim()), dtype=torch.int64)
         kwargs = kwargs or {}
+        if func.namespace == "profiler":  # no tensors in it
+            return func(*args, **kwargs)
         tensors: list[FakeTensor] = []
         try:
             key = (func, torch.get_default_dtype(), *_describe(args, tensors), *_describe(kwargs.items(), tensors))
@@ -80,6 +85,8 @@ class FakeTensors(FakeTensorMode):
 
     def _made(self, recipe: tuple[type, tuple[_Result | None, ...]], tensors: list[FakeTensor]) -> Any:
         kind, results = recipe
+        if kind is _Nothing:
+            return None
         made = [None if result is None else self._make(result, tensors) for result in results]
         return made[0] if kind is Tensor else kind(made)
 
@@ -90,7 +97,9 @@ class FakeTensors(FakeTensorMode):
             new = torch.empty_strided(result.shape, result.stride, dtype=result.dtype, device="meta")
             if result.argument is not None:
                 shared = tensors[result.argument]
-                new.set_(shared.untyped_storage(), shared.storage_offset() + result.offset, result.shape, result.stride)
+                offset = _byte_offset(shared) + result.offset
+                assert offset % new.element_size() == 0
+                new.set_(shared.untyped_storage(), offset // new.element_size(), result.shape, result.stride)
         return FakeTensor(self, new, result.device)
 
 
@@ -114,6 +123,8 @@ def _recipe(func: Any, out: Any, tensors: list[FakeTensor]) -> tuple[type, tuple
     """How ``out`` follows from ``tensors``."""
     if _UNPREDICTABLE & set(func.tags):
         raise _CannotTell
+    if out is None:
+        return _Nothing, ()
     if isinstance(out, list | tuple):
         return (list if isinstance(out, list) else tuple), tuple(None if one is None else _result(one, tensors) for one in out)
     return Tensor, (_result(out, tensors),)
@@ -128,11 +139,13 @@ def _result(out: Any, tensors: list[FakeTensor]) -> _Result:
     as_it_is = {"shape": tuple(out.shape), "stride": out.stride(), "dtype": out.dtype, "device": out.fake_device}
     for index, tensor in enumerate(tensors):
         if out.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
-            if out.dtype != tensor.dtype:
-                raise _CannotTell
-            return _Result(index, offset=out.storage_offset() - tensor.storage_offset(), **as_it_is)
+            return _Result(index, offset=_byte_offset(out) - _byte_offset(tensor), **as_it_is)
     spans = sum((length - 1) * stride for length, stride in zip(out.shape, out.stride(), strict=True)) + 1
     num_bytes = spans * out.element_size() if out.numel() else 0
     if out.storage_offset() != 0 or out.untyped_storage().nbytes() != num_bytes:
         raise _CannotTell
     return _Result(**as_it_is)
+
+
+def _byte_offset(tensor: FakeTensor) -> int:
+    return tensor.storage_offset() * tensor.element_size()

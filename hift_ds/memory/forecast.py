@@ -121,16 +121,39 @@ class FewBlocks:
 
 
 @dataclass(frozen=True)
+class WithUpdates:
+    """Forward and backward of ``steps``, the update of ``others``."""
+
+    steps: Steps
+    others: Steps
+
+    def step(self, index: int) -> GroupStep:
+        step, other = self.steps.step(index), self.others.step(index)
+        updates = {place: sums for place, sums in other.places.items() if place.startswith("update:")}
+        return replace(step, places={**step.places, **updates})
+
+    def known(self) -> Sequence[int]:
+        return self.steps.known()
+
+
+@dataclass(frozen=True)
 class Request:
-    """A setting whose steps are wanted; ``ends_only``: of the embedding, the lowest block and the head."""
+    """A setting whose steps are wanted.
+
+    Attributes:
+        ends_only: of the embedding, the lowest block and the head.
+        updates_as: take the update from the steps of this setting, which differ in forward and backward only.
+    """
 
     setting: Setting
     structure: Structure
     ends_only: bool = False
+    updates_as: Setting | None = None
 
     def settings(self) -> list[Setting]:
         """What has to be simulated for it."""
-        sizes, setting = self._sizes(), replace(self.setting, second_update=not self.ends_only)
+        sizes = self._sizes()
+        setting = replace(self.setting, second_update=not self.ends_only, updates=self.updates_as is None)
         if sizes is None:
             return [replace(setting, groups=self._whole_groups())]
         return [replace(setting, num_blocks=size, groups=self._groups(size)) for size in sizes]
@@ -169,7 +192,7 @@ class Request:
 
 
 def run_requests(requests: Sequence[Request], num_processes: int = 2) -> list[Steps]:
-    """The steps of each request."""
+    """The steps of each request. Those that ``updates_as`` names are among the requests."""
     settings = [request.settings() for request in requests]
     flat = [setting for several in settings for setting in several]
     # The longest first, so that the processes end together.
@@ -179,7 +202,11 @@ def run_requests(requests: Sequence[Request], num_processes: int = 2) -> list[St
     for request, several in zip(requests, settings, strict=True):
         steps.append(request.steps([results[i] for i in range(start, start + len(several))]))
         start += len(several)
-    return steps
+    whole = {id(request.setting): found for request, found in zip(requests, steps, strict=True)}
+    return [
+        found if request.updates_as is None else WithUpdates(found, whole[id(request.updates_as)])
+        for request, found in zip(requests, steps, strict=True)
+    ]
 
 
 def worst_step(steps: Steps) -> GroupStep:

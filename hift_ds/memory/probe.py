@@ -25,6 +25,9 @@ from hift_ds.memory.simulation import Result, Setting, SimulationError, last_err
 from hift_ds.store import room
 
 STEP = "hift_ds_probed_step"
+LAUNCHED = (  # what says that this process is one of several
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID",
+)  # fmt: skip
 
 
 def probe(setting: Setting, index: int | None = None) -> dict[str, Any]:
@@ -100,20 +103,11 @@ def measure(setting: Setting) -> dict[str, Any]:
         input=json.dumps(asdict(setting)),
         capture_output=True,
         text=True,
-        env={**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": str(_free_port())},
-    )  # fmt: skip
+        env={name: value for name, value in os.environ.items() if name not in LAUNCHED},  # one rank, on a port of its own
+    )
     if job.returncode != 0:
         raise SimulationError(f"the real step failed: {last_error(job.stderr)}")
     return json.loads(job.stdout.splitlines()[-1])
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _run(setting: Setting) -> dict[str, Any]:

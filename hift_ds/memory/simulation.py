@@ -42,6 +42,7 @@ class Setting:
         groups: indices of the layer groups to train; negative ones count from the top; ``None`` for all.
         world_size: data-parallel ranks; rank 0 is counted.
         micro_batches: accumulated before an update.
+        updates: with ``False`` gradients are dropped instead of used: forward and backward alone are reported.
         second_update: update each group again: the first time makes its states, later ones find them.
         eager_attention: hold the scores, as without a fused kernel.
         on_host: count on fake host tensors, for a torch without fake devices; states at rest are then told apart.
@@ -59,6 +60,7 @@ class Setting:
     groups: tuple[int, ...] | None = None
     world_size: int = 1
     micro_batches: int = 1
+    updates: bool = True
     second_update: bool = True
     eager_attention: bool = False
     on_host: bool = False
