@@ -214,7 +214,7 @@ def test_two_nodes_train_save_resume_and_export_without_a_shared_folder(tmp_path
     if nodes is None:
         pytest.skip("ran on loopback; without network namespaces the traffic cannot be counted")
     # Steps 6 to 40 against steps 1 to 10: the second run does five cycles more, and else the same. What comes on top are
-    # headers, acknowledgements, the norm and the flags; partitioned, for each of the 500 small gathers of a cycle too.
+    # headers, acknowledgements, the norm and the flags; partitioned, for each of the 484 gathers of a cycle too.
     for rank in range(2):
         sent, least = (second[rank] - first[rank]) / 5, bytes_of_a_cycle(model, stage)
         print(f"stage {stage}, node {rank}: {sent:,.0f} bytes a cycle, counted {least:,.0f}")
