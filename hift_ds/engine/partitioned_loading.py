@@ -18,7 +18,12 @@ from hift_ds.checkpoint.safetensors_io import SafetensorsFolder, check_weights, 
 from hift_ds.checkpoint.weight_names import plan_load
 from hift_ds.collectives import shard_bounds
 from hift_ds.engine.deepspeed_seam import broadcast_from_first_rank, world_rank_and_size
-from hift_ds.engine.deepspeed_zero3_shards import accelerator_device, allocate_shards, is_partitioned, shard_of
+from hift_ds.engine.deepspeed_zero3_shards import (
+    accelerator_device,
+    allocate_shards,
+    is_partitioned,
+    shard_of,
+)
 from hift_ds.engine.exact_values import ExactValues, remember_exact_values
 from hift_ds.engine.initialize import ensure_process_group
 from hift_ds.errors import CheckpointError, ConfigError
