@@ -68,6 +68,7 @@ def simulated():
         compact = {"state": {"codec": "split_master+int8_moments"}}
         config = {**small.engine_config, "hift": compact}
         settings["compact"] = replace(small, engine_config=config, num_blocks=3, groups=(1,))
+        settings |= {f"updates {on}": replace(small, num_blocks=3, groups=(1,), updates=on) for on in (True, False)}
         settings["whole"] = replace(small, groups=(0, 1, 2, 6, 11, 12, 13))
         yield dict(zip(settings, simulate(list(settings.values()), num_processes=2), strict=True)), request
 
@@ -111,6 +112,12 @@ def test_few_blocks_tell_of_many(simulated):
         assert predicted.peak_bytes == pytest.approx(counted.peak_bytes, rel=1e-3), counted.name
         assert predicted.name == counted.name
         assert sum(predicted.flops.values()) == sum(counted.flops.values())
+
+
+def test_forward_and_backward_are_the_same_without_updates(simulated):
+    (with_updates,), (without,) = (simulated[0][f"updates {on}"].steps for on in (True, False))
+    assert with_updates.phases["update"] > 0 and "update" not in without.phases
+    assert without.places == {place: sums for place, sums in with_updates.places.items() if place != "update:"}
 
 
 def test_compact_states(simulated):
