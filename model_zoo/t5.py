@@ -19,7 +19,7 @@ T5 = Family(
         "relative_attention_num_buckets": 8,
     },
     sizes={
-        "t5_small": {},
-        "t5_large": {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16},
+        "t5_small": {"decoder_start_token_id": 0},
+        "t5_large": {"decoder_start_token_id": 0, "d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16},
     },
 )
