@@ -95,12 +95,15 @@ def fake_device(on_host: bool = False) -> Iterator[str]:
         (nn.functional, "scaled_dot_product_attention", flash_attention.scaled_dot_product_attention),
     ]
     saved = [(owner, name, owner.__dict__.get(name)) for owner, name, _ in replaced]
-    with FakeTensors():
+    lifted = torch._C._only_lift_cpu_tensors()
+    with FakeTensors(), torch.autograd.set_multithreading_enabled(False):  # the next line is for one thread
+        torch._C._set_only_lift_cpu_tensors(True)  # lists as indices: made on the host, then moved by the dispatcher
         for owner, name, function in replaced:
             setattr(owner, name, function)
         try:
             yield "cpu" if on_host else NAME
         finally:
+            torch._C._set_only_lift_cpu_tensors(lifted)
             for owner, name, function in saved:
                 if function is None:
                     delattr(owner, name)  # inherited before

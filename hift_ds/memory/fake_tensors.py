@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 _DEVICE = torch.ops.prim.device.default
 _SCALAR = torch.ops.aten._local_scalar_dense.default
 _NONZERO = torch.ops.aten.nonzero.default
+_TO_COPY = torch.ops.aten._to_copy.default
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _UNPREDICTABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view}
 
@@ -64,6 +65,9 @@ class FakeTensors(FakeTensorMode):
         if func is _NONZERO:
             return args[0].new_empty((0, args[0].dim()), dtype=torch.int64)
         kwargs = kwargs or {}
+        if func is _TO_COPY and _has_values(args[0]) and kwargs.get("device", args[0].device).type != "cpu":
+            with self:
+                return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=kwargs["device"])
         if func.namespace == "profiler":  # no tensors in it
             return func(*args, **kwargs)
         tensors: list[FakeTensor] = []
@@ -101,6 +105,11 @@ class FakeTensors(FakeTensorMode):
                 assert offset % new.element_size() == 0
                 new.set_(shared.untyped_storage(), offset // new.element_size(), result.shape, result.stride)
         return FakeTensor(self, new, result.device)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """A tensor of the host that PyTorch's mode would compute with, such as the list in ``x[:, [3]]``."""
+    return not isinstance(tensor, FakeTensor) or tensor.constant is not None
 
 
 def _describe(values: Any, tensors: list[FakeTensor]) -> Iterator[Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -70,3 +73,18 @@ def test_values_that_nobody_has():
         assert bool(torch.empty((), dtype=torch.bool)) is False
         assert torch.empty(4, 5).nonzero().shape == (0, 2)
         assert torch.empty(7)[torch.empty(7, dtype=torch.bool)].shape == (0,)
+
+
+def test_values_from_the_host_go_to_the_device_without_being_computed_with():
+    """The device has no kernels. In a process of its own, since it changes the process."""
+    code = """
+import torch
+from hift_ds.memory.fake_device import fake_device
+with fake_device() as device:
+    x = torch.empty(3, 4, 5, device=device)
+    assert x[:, [2]].shape == (3, 1, 5) and x[..., torch.tensor([0, 1])].shape == (3, 4, 2)
+    copy = torch.tensor([1.0, 2.0]).to(device, torch.bfloat16)
+    assert copy.device.type == device and copy.dtype == torch.bfloat16
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

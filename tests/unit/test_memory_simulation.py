@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+import model_zoo
 from benchmarks.memory_against_allocator import CASES, M106, compare, model_folder
 from hift_ds.errors import ConfigError
 from hift_ds.memory.extrapolation import BlockModel
@@ -124,6 +125,16 @@ def test_compact_states(simulated):
     """The low halves of masters, and moments of a byte with a scale to 256."""
     (block,) = simulated[0]["compact"].steps
     assert block.state_bytes == pytest.approx((4 + 2 * 4 / 256) * block.numel, rel=1e-3)
+
+
+def test_every_family_can_be_counted():
+    """Two blocks of a published size, every switch on."""
+    sizes = [next(iter(family.sizes)) for family in model_zoo.FAMILIES.values() if family.sizes]
+    options = {"num_blocks": 2, "groups": (0, 1, -1), "length": 64, "second_update": False}
+    results = simulate([setting("mixed_hi", True, model=size, **options) for size in sizes], num_processes=2)
+    for size, result in zip(sizes, results, strict=True):
+        assert {phase for step in result.steps for phase in step.phases} == {"forward", "backward", "update"}, size
+        assert all(step.peak_bytes > result.weight_bytes >= 2 * result.numel for step in result.steps), size
 
 
 OPTIMIZER_BYTES = {"SGD": 4, "Lion": 8, "Adagrad": 8, "Adafactor": 4, "Muon": 8}  # a parameter, masters included
