@@ -29,7 +29,8 @@ from hift_ds.memory.simulation import GroupStep, Setting  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results" / "memory_goals.md"
 TITLES = {"llama2_7b": "LLaMA-2-7B", "llama3_8b": "Llama-3-8B"}
 PRECISIONS = {"mixed_hi": "bf16, fp32 masters", "fp32": "fp32"}
-BY_COST = ("slice_numel", "chunked_loss", "checkpointing", "offload")  # in time: the first costs none that was measured
+# In time. The first costs none that was measured.
+BY_COST = ("slice_numel", "chunked_loss", "checkpointing", "offload")
 NOT_SLOTTED = "no prefetch"
 
 

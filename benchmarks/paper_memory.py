@@ -136,7 +136,8 @@ class Cell:
         dtype = "bfloat16" if self.precision == MIXED_HI else "float32"
         return Setting(
             folder, config, dtype, self.batch, self.length, micro_batches=self.micro_batches, eager_attention=self.eager,
-            visits=2 if self.optimizer == "Adafactor" else 1,  # makes its states in the first update, beside the masters
+            # Makes its states in the first update, beside the masters.
+            visits=2 if self.optimizer == "Adafactor" else 1,
         )  # fmt: skip
 
 
@@ -160,7 +161,8 @@ CHECKED = tuple(
 )
 CHECKED_BLOCKS = 6
 
-TOTALS = tuple((batch, eager) for eager in (False, True) for batch in (6, 8))  # LLaMA-2-7B beside the paper's totals
+# LLaMA-2-7B beside the paper's totals.
+TOTALS = tuple((batch, eager) for eager in (False, True) for batch in (6, 8))
 TOTAL_CELLS = {
     ("FPFT", FP32): ("FPFT", FP32, 2),
     ("HiFT", FP32): ("HiFT", FP32, 1),

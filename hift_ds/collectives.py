@@ -37,7 +37,8 @@ class Ranks:
         self.rank = 0 if comm is None else comm.get_rank(group=process_group)
         self.num_batches = self.world_size // sequence_ranks  # over which gradients are averaged
         self._global_ranks = None
-        self.grad_numel_sent = 0  # gradient elements handed to reduce collectives by this rank, padding excluded
+        # Gradient elements handed to reduce collectives by this rank, padding excluded.
+        self.grad_numel_sent = 0
 
     def global_rank(self, rank: int) -> int:
         """The rank in the default process group of group member ``rank``, as broadcast and reduce want it."""

@@ -34,7 +34,8 @@ class PrecisionPolicy:
 
 def write_weight_(
     weight: Tensor,  # any dtype, changed in place
-    value: Tensor,  # fp32, same shape; may be on another device, and is rounded there so that fewer bytes travel
+    # fp32, same shape; may be on another device, and is rounded there so that fewer bytes travel.
+    value: Tensor,
     generator: torch.Generator | None,  # not None: round stochastically (bf16 only); of value's device
 ) -> None:
     """Round ``value`` into ``weight``."""
@@ -42,7 +43,8 @@ def write_weight_(
         value = round_to_bf16_stochastic(value, generator)
     elif weight.device != value.device:
         value = value.to(weight.dtype)
-    weight.copy_(value, non_blocking=weight.device.type != "cpu")  # towards the host a copy must end before it is read
+    # Towards the host a copy must end before it is read.
+    weight.copy_(value, non_blocking=weight.device.type != "cpu")
 
 
 def round_to_bf16_stochastic(value: Tensor, generator: torch.Generator) -> Tensor:

@@ -23,6 +23,8 @@ class StepReport:
     grad_numel_sent: int  # gradient elements this rank handed to collectives
     transfer_s: float  # seconds that state transfers took
     stalled_s: float  # of which the step waited
-    peak_bytes: int  # highest allocation on the accelerator since the last report (host memory on a CPU-only machine)
+    # Highest allocation on the accelerator since the last report (host memory on a CPU-only machine).
+    peak_bytes: int
     checkpoint_s: float = 0.0  # seconds that training waited for checkpoints since the last step
-    forecast_bytes: int | None = None  # what peak_bytes was expected to be at most, if that has been worked out
+    # What peak_bytes was expected to be at most, if that has been worked out.
+    forecast_bytes: int | None = None

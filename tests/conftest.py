@@ -8,7 +8,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on two busy cores are ten times slower
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".venv" / "torch_extensions"))  # a shared cache breaks
+# A shared cache breaks.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".venv" / "torch_extensions"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -285,7 +285,8 @@ def _first_character(file: Path) -> str:
 
 
 def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[Any, str]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # documents are longer than the 128 KiB that csv expects
+    # Documents are longer than the 128 KiB that csv expects.
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:

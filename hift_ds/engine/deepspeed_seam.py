@@ -71,7 +71,8 @@ class SeamEngine(DeepSpeedEngine):
 
     def _do_sanity_check(self) -> None:
         accelerator = get_accelerator()
-        on_cpu = accelerator.device_name() == "cpu"  # computes in fp16 too, slowly; DeepSpeed says it does not
+        # Computes in fp16 too, slowly; DeepSpeed says it does not.
+        on_cpu = accelerator.device_name() == "cpu"
         if self.fp16_enabled() and not (on_cpu or accelerator.is_fp16_supported()):
             raise ConfigError('"fp16.enabled": this accelerator does not compute in fp16; use "bf16" or neither')
         if self.bfloat16_enabled() and not (on_cpu or accelerator.is_bf16_supported()):
@@ -107,7 +108,8 @@ class SeamEngine(DeepSpeedEngine):
         """Cut the weights over the ranks (stage 3), those that ``deepspeed.zero.Init`` has not cut already."""
         folder = weights_folder(self._config.zero_config)
         with as_if_parked_on_host(self) if folder else contextlib.nullcontext():
-            offload = self._configure_zero_optimizer(optimizer=None)  # without one it only gathers and releases
+            # Without one it only gathers and releases.
+            offload = self._configure_zero_optimizer(optimizer=None)
         ranks = self.replica_ranks().world_size
         if any(num_shards(param) != ranks for param in self.module.parameters()):
             raise ConfigError(

@@ -232,7 +232,8 @@ class WeightShards:
         self._read_ahead()
         for param in module.parameters(recurse=z3_leaf_module(module)):
             if param.ds_status is not ZeroParamStatus.AVAILABLE or param.data_ptr() == param.ds_tensor.data_ptr():
-                continue  # on one rank without offload the shard is the weight: nothing is ever copied or released
+                # On one rank without offload the shard is the weight: nothing is ever copied or released.
+                continue
             address = param.untyped_storage().data_ptr()
             before = self._storage_of.get(param)
             if before != address and self._param_in.get(before) is param:

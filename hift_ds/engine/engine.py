@@ -98,7 +98,8 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         for name, param in model.named_parameters():
             if param.requires_grad and param.dtype == torch.float32:
                 whole = param.detach().to(self.device)
-                broadcast_from_first_rank(whole)  # ranks may have initialised differently; DeepSpeed takes rank 0's
+                # Ranks may have initialised differently; DeepSpeed takes rank 0's.
+                broadcast_from_first_rank(whole)
                 start, end = collectives.shard_bounds(whole.numel(), world_size, rank)
                 self._fp32_shards[name] = whole.view(-1)[start:end].to("cpu", copy=True)
                 # Cast here, one by one and on the device: DeepSpeed would cast on the host, all of them, on every rank.

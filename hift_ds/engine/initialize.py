@@ -56,7 +56,8 @@ def initialize(
         raise ConfigError("initialize: model= is missing")
     if isinstance(model, deepspeed.PipelineModule):
         raise ConfigError('initialize: a PipelineModule (pipeline engine) is not supported with a "hift" block')
-    shares_sequences = hasattr(mpu, "initialize_sequence_parallel")  # DeepSpeed's: calls those ranks model-parallel
+    # DeepSpeed's: calls those ranks model-parallel.
+    shares_sequences = hasattr(mpu, "initialize_sequence_parallel")
     if mpu is not None and not shares_sequences and getattr(mpu, "get_model_parallel_world_size", lambda: 1)() > 1:
         raise ConfigError('initialize: mpu= with model parallelism is not supported with a "hift" block')
     join_as_single_process()

@@ -41,7 +41,8 @@ def on_all_ranks(action: Callable[[], Result]) -> Result:
             logger.exception("checkpoint")
             failure = CheckpointError(f"{type(error).__name__}: {error}")
         else:
-            failure = CheckpointError(". ".join(str(error).split(". ")[:2]))  # the rest lists what is allocated
+            # The rest lists what is allocated.
+            failure = CheckpointError(". ".join(str(error).split(". ")[:2]))
     failures = gather(None if failure is None else (type(failure), str(failure)))
     first = next((rank for rank, found in enumerate(failures) if found is not None), None)
     if first is None:

@@ -31,7 +31,8 @@ class WeightFile:
     def __init__(self, folder: str | Path, num_bytes: int) -> None:
         self._length = max(PAGE, num_bytes)
         self._used = 0
-        self._bounds: dict[int, tuple[int, int]] = {}  # of reserved tensors, by address: offset in the file, bytes
+        # Of reserved tensors, by address: offset in the file, bytes.
+        self._bounds: dict[int, tuple[int, int]] = {}
         self._map = _map_nameless_file(Path(folder), self._length)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
 

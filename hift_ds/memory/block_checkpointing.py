@@ -49,7 +49,8 @@ class BlockCheckpointing:
 
 def _switch(block: nn.Module) -> Callable[[bool], None]:
     """A function that turns the block's recomputation on or off."""
-    if hasattr(block, "gradient_checkpointing"):  # transformers' layers know how, and drop their caches for it
+    # transformers' layers know how, and drop their caches for it.
+    if hasattr(block, "gradient_checkpointing"):
         block._gradient_checkpointing_func = _checkpoint
 
         def switch(on: bool) -> None:

@@ -67,7 +67,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if sums is not None:
                     sums += grad.sum(0, dtype=torch.float32)
             grad_bias = None if sums is None else sums.to(bias.dtype)
-        if ctx.needs_input_grad[1]:  # by columns, so that each entry is one product over all rows, as without tiles
+        # By columns, so that each entry is one product over all rows, as without tiles.
+        if ctx.needs_input_grad[1]:
             grad_weight = torch.empty_like(weight)
             for cols in _tiles(weight.shape[0], len(hidden)):
                 part = None if bias is None else bias[cols]
@@ -130,7 +131,8 @@ class DeferredLogits:
 
     def losses(self, targets: Tensor, ignore_index: int) -> Tensor:
         """(N,) for (N, V) logits. Through the head's own call, so that hooks which bring its weight run."""
-        transform = functools.partial(_apply, self.transforms)  # not self: the graph would keep ``hidden`` to its end
+        # Not self: the graph would keep ``hidden`` to its end.
+        transform = functools.partial(_apply, self.transforms)
         with _computing(self._head, (targets, ignore_index, transform)):
             return self._head(self.hidden)
 

@@ -176,7 +176,8 @@ def _flops(measured: Measured, steps: list[GroupStep]) -> dict[str, float]:
     """Matrix products of one micro-batch, averaged over a cycle, against full fine-tuning and LoRA."""
     mean = sum(sum(step.flops.values()) for step in steps) / len(steps)
     full = sum(measured.full.step(0).flops.values())
-    lowest = sum(steps[0].flops.values())  # forward, and backward through every block without its weights' gradients
+    # Forward, and backward through every block without its weights' gradients.
+    lowest = sum(steps[0].flops.values())
     tokens = measured.setting.batch * measured.setting.length
     adapters = 6 * LORA_RANK * measured.structure.matrix_sides * tokens
     return {

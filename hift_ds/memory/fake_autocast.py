@@ -25,7 +25,8 @@ WIDER = (
     "l1_loss", "kl_div", "binary_cross_entropy_with_logits", "dist", "cdist", "logsumexp", "renorm", "cumprod", "cumsum",
     "prod", "softmax.int", "log_softmax.int", "norm.Scalar", "linalg_vector_norm",
 )  # fmt: skip
-WIDER_UNLESS_GIVEN = ("softmax.int", "log_softmax.int", "cumprod", "cumsum", "prod", "linalg_vector_norm")  # a dtype=
+# Unless ``dtype=`` is given.
+WIDER_UNLESS_GIVEN = ("softmax.int", "log_softmax.int", "cumprod", "cumsum", "prod", "linalg_vector_norm")
 
 
 def register(device: str) -> list[Any]:

@@ -97,7 +97,8 @@ def fake_device(on_host: bool = False) -> Iterator[str]:
     saved = [(owner, name, owner.__dict__.get(name)) for owner, name, _ in replaced]
     lifted = torch._C._only_lift_cpu_tensors()
     with FakeTensors(), torch.autograd.set_multithreading_enabled(False):  # the next line is for one thread
-        torch._C._set_only_lift_cpu_tensors(True)  # lists as indices: made on the host, then moved by the dispatcher
+        # Lists as indices: made on the host, then moved by the dispatcher.
+        torch._C._set_only_lift_cpu_tensors(True)
         for owner, name, function in replaced:
             setattr(owner, name, function)
         try:

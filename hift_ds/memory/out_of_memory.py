@@ -195,7 +195,8 @@ class Adviser:
                 with tempfile.TemporaryDirectory() as folder:
                     self._advice = Advice.make(engine.memory_setting(folder, batch, length))
             return self._advice.text(batch, length, MAY_ALLOCATE * engine.device_bytes())
-        except Exception as error:  # whatever keeps a forecast from being made must not hide the error that asked for it
+        # Whatever keeps a forecast from being made must not hide the error that asked for it.
+        except Exception as error:
             logger.debug("no forecast", exc_info=error)
             return f"no forecast could be made ({type(error).__name__}: {error}); docs/memory.md lists what needs less"
 

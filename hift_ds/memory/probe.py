@@ -103,7 +103,8 @@ def measure(setting: Setting) -> dict[str, Any]:
         input=json.dumps(asdict(setting)),
         capture_output=True,
         text=True,
-        env={name: value for name, value in os.environ.items() if name not in LAUNCHED},  # one rank, on a port of its own
+        # One rank, on a port of its own.
+        env={name: value for name, value in os.environ.items() if name not in LAUNCHED},
     )
     if job.returncode != 0:
         raise SimulationError(f"the real step failed: {last_error(job.stderr)}")

@@ -21,7 +21,8 @@ from hift_ds.errors import ConfigError
 from hift_ds.memory import chunked_loss
 from hift_ds.memory.block_checkpointing import BlockCheckpointing, take_over_from_transformers
 
-IN_FLIGHT = 2  # tensors of checkpointed blocks that are on the device while they are moved; each is a block's input
+# Tensors of checkpointed blocks that are on the device while they are moved; each is a block's input.
+IN_FLIGHT = 2
 
 
 class ActivationSavings:

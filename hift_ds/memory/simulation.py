@@ -21,7 +21,8 @@ from typing import Any
 from hift_ds import errors
 
 Bytes = dict[str, int]  # by category
-BETWEEN = "blocks between"  # a place that cannot hold the peak: memory is linear from one of its ends to the other
+# A place that cannot hold the peak: memory is linear from one of its ends to the other.
+BETWEEN = "blocks between"
 
 
 class SimulationError(errors.HiFTError):

@@ -129,7 +129,8 @@ class Watch(TorchDispatchMode):
         self._flops = flops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is DEVICE:  # C++ asks a subclass where it is: no operation, and more often called than all of them
+        # C++ asks a subclass where it is: no operation, and more often called than all of them.
+        if func is DEVICE:
             return args[0].device
         kwargs = kwargs or {}
         out = func(*args, **kwargs)

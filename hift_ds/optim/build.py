@@ -136,7 +136,8 @@ def _hollow(params: Sequence[torch.nn.Parameter]):
     full = [param.data for param in params]
     try:
         for param in params:
-            dim = len(getattr(param, "ds_shape", param.shape))  # ZeRO-3 leaves a partitioned weight without its shape
+            # ZeRO-3 leaves a partitioned weight without its shape.
+            dim = len(getattr(param, "ds_shape", param.shape))
             param.data = param.data.new_empty((0,) * dim) if dim else param.data
         yield
     finally:

@@ -188,7 +188,8 @@ class GroupOptimizer:
         return True
 
     def _take_reduced(self) -> list[tuple[list[Tensor | None], list[bool]]]:
-        if not self._reduced:  # step() without a backward: nothing to do, but every rank does the same nothing
+        # ``step()`` without a backward: nothing to do, but every rank does the same nothing.
+        if not self._reduced:
             self.reduce_gradients()
         reduced, self._reduced = self._reduced, {}
         return [reduced[unit.index] for unit in self.active_units]
@@ -263,7 +264,8 @@ class GroupOptimizer:
         state = None
         if before.slots or before.scalars:
             state = {key: _part(slot.view(tensors), piece, run) for key, slot in before.slots.items()}
-            state |= before.scalars if run is piece else _copied(before.scalars)  # each run counts its own step
+            # Each run counts its own step.
+            state |= before.scalars if run is piece else _copied(before.scalars)
         return PieceUpdate(target, grad, unit.members[piece.member].param_group, state)
 
     def _keep_state(self, unit: Unit, chunk: Chunk, i: int, run: Piece, update: PieceUpdate) -> None:
@@ -275,7 +277,8 @@ class GroupOptimizer:
                 record.scalars[key] = value
                 continue
             if key not in record.slots:
-                whole = value if run is piece else value[:1].expand(piece.shape)  # the shape is all that is asked for
+                # The shape is all that is asked for.
+                whole = value if run is piece else value[:1].expand(piece.shape)
                 record.slots[key] = self.new_slot(unit, chunk, i, key, whole)
             view = _part(record.slots[key].view(store.fetch(chunk.id)), piece, run)
             if view.data_ptr() != value.data_ptr():

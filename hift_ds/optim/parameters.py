@@ -46,7 +46,8 @@ class Piece:
     member: int  # position in Unit.members
     start: int
     numel: int
-    shape: tuple[int, ...]  # of the tensor handed to the optimizer: flat, or the parameter's own for a whole tensor
+    # Of the tensor handed to the optimizer: flat, or the parameter's own for a whole tensor.
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Unit:
     name: str
     members: tuple[Member, ...]
     chunks: tuple[Chunk, ...]
-    buckets: dict[torch.dtype, list[list[Column]]] = field(repr=False)  # by weight dtype: columns of its parameters
+    # By weight dtype: columns of its parameters.
+    buckets: dict[torch.dtype, list[list[Column]]] = field(repr=False)
 
     def of_dtype(self, dtype: torch.dtype) -> list[int]:
         """Positions of the members whose weights have ``dtype``."""

@@ -72,7 +72,8 @@ class PiecewiseOptimizer:
         before = [dict(group) for group in groups]
         with self._substituted([g for g in groups if g["params"]], state):
             type(self.base).step(self.base)
-        self.base._opt_called = True  # what torch's schedulers look for; they wrap ``base.step``, which is not called
+        # What torch's schedulers look for; they wrap ``base.step``, which is not called.
+        self.base._opt_called = True
         for piece, param in zip(pieces, params, strict=True):
             piece.state = state[param]
         return {i: changed for i, g in enumerate(groups) if (changed := _changed(before[i], g, type(self.base).__name__))}

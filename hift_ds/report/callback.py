@@ -79,7 +79,8 @@ class ReportCallback(TrainerCallback):
         self._tokens = self._tokens_seen(state)
         if self._largest_batch is not None and args.device.type != "cpu" and hasattr(self._get_engine(), "start_forecast"):
             rows, tokens = self._largest_batch
-            self._get_engine().start_forecast(state.train_batch_size or rows, tokens)  # fewer if others did not fit
+            # Fewer if others did not fit.
+            self._get_engine().start_forecast(state.train_batch_size or rows, tokens)
         groups = self._groups()
         if groups:
             write_groups(self.run_dir, groups)

@@ -34,9 +34,12 @@ class StepRecord(TypedDict, total=False):
     grad_numel_sent: int  # gradient elements this rank put into a reduction
     transfer_s: float  # state transfers, whether hidden or not
     stalled_s: float  # the part of transfer_s the step waited for
-    checkpoint_s: float  # training waited for checkpoints since the last step: copying, and writing unless asynchronous
-    peak_memory_gib: float  # highest allocation on the device in this step, this rank; without one resident memory at its end
-    forecast_memory_gib: float  # what peak_memory_gib was expected to be at most, once that is known; on accelerators
+    # Training waited for checkpoints since the last step: copying, and writing unless asynchronous.
+    checkpoint_s: float
+    # Highest allocation on the device in this step, this rank; without one resident memory at its end.
+    peak_memory_gib: float
+    # What peak_memory_gib was expected to be at most, once that is known; on accelerators.
+    forecast_memory_gib: float
 
 
 class EvalRecord(TypedDict, total=False):

@@ -32,7 +32,8 @@ KEEP_NOTHING = {
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": 0,
 }
-MOST_GATHERED = 1.58  # x the parameters a step, on average over a cycle of eight groups or more; full fine-tuning: 2
+# Times the parameters a step, on average over a cycle of eight groups or more; full fine-tuning: 2.
+MOST_GATHERED = 1.58
 DISK = {"device": "nvme", "nvme_path": tempfile.gettempdir()}
 STEPS = 11  # two cycles and one step: every group is visited with a recorded trace
 
@@ -78,7 +79,8 @@ FEWER_CASES = (  # on one and three ranks
     "DeepSpeed's defaults", "nothing kept, accumulation, clipping", "some persistent, tied, top down", "bf16, Muon",
     "weights on the host", "weights on disk",
 )  # fmt: skip
-HF_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # name -> family, ZeRO block, "hift" block
+# Name -> family, ZeRO block, "hift" block.
+HF_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", KEEP_NOTHING, {}),
     "llama, recomputed, chunked loss": ("llama", {}, {"activations": {"checkpointing": True, "chunked_loss": True}}),
     "llama, recomputed, nothing kept, on disk": (
@@ -367,7 +369,8 @@ def all_cases() -> list[str]:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     linear = torch.nn.functional.linear
     if world_size == 3:
-        deepspeed_zero3_seam.ALONE_NUMEL = 50  # the larger of the toy's weights travel alone, the others together
+        # The larger of the toy's weights travel alone, the others together.
+        deepspeed_zero3_seam.ALONE_NUMEL = 50
     errors = []
     for name in CASES if world_size == 2 else FEWER_CASES:
         errors += differences_from_replicated(name, rank, world_size)

@@ -64,7 +64,8 @@ def train(engines: list[Any], rank: int, world_size: int, steps: int = 6) -> lis
 def loads_like_from_pretrained(folder: Path, family: str, where: str, low: bool, optimizer: str = "AdamW") -> list[str]:
     """Weights, buffers and masters equal those of a replicated engine over ``from_pretrained``; so do six steps."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    more = {"experts_implementation": "eager"} if family == "mixtral" else {}  # torch's grouped product wants even sizes
+    # torch's grouped product wants even sizes.
+    more = {"experts_implementation": "eager"} if family == "mixtral" else {}
     config = ds_config(lr=1e-3, world_size=world_size, rows=2 * world_size, optimizer=optimizer, **(BF16 if low else {}))
     partitioned = {**config, "zero_optimization": zero(folder, where)}
     model = hift_ds.load_partitioned(folder / family, partitioned, **more)
@@ -76,7 +77,8 @@ def loads_like_from_pretrained(folder: Path, family: str, where: str, low: bool,
     name = f"{family}, {where}, {'bf16' if low else 'fp32'}"
     errors = [f"{name}: {key}" for key, value in twin.named_buffers() if not torch.equal(value, model.get_buffer(key))]
     masters, expected = map(masters_of, engines)
-    fused = [key for key in masters if "experts" in key[0]]  # made of several tensors: rounded before they are masters
+    # Made of several tensors: rounded before they are masters.
+    fused = [key for key in masters if "experts" in key[0]]
     for key in masters.keys() - set(fused):
         if not torch.equal(masters[key], expected.get(key, masters[key])):
             errors.append(f"{name}: master of {key}")

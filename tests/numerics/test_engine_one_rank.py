@@ -334,7 +334,8 @@ def test_only_the_active_group_has_gradients_and_backward_stops_at_it():
         active = set(engine.groups[engine.schedule.active].param_names)
         loss = loss_of(engine, batch)
         engine.backward(loss)
-        assert {n for n, p in model.named_parameters() if p.grad is not None} == set()  # taken at the boundary
+        # Taken at the boundary.
+        assert {n for n, p in model.named_parameters() if p.grad is not None} == set()
         assert {n for n, p in model.named_parameters() if p.requires_grad} == active
         engine.step()
     assert hidden == [False, False, True, True, True]  # head and top layer do not reach down to layer 1

@@ -91,7 +91,8 @@ def test_chunked_loss_of_every_family(name, head, dtype, tolerance, ragged_tiles
     assert chunked_loss.defer_logits(model, lambda: True) is not None
     chunked, chunked_gradients = loss_and_gradients(model, batch)
     assert len(chunked_calls) == 1 and chunked_calls[0][0] == 33
-    last_bits = 2e-6 if loss.dtype == torch.float32 else 1e-2  # some families take the loss of bf16 logits in bf16
+    # Some families take the loss of bf16 logits in bf16.
+    last_bits = 2e-6 if loss.dtype == torch.float32 else 1e-2
     assert chunked.dtype == loss.dtype and float(chunked) == pytest.approx(float(loss), rel=last_bits)
     assert relative_difference(gradients, chunked_gradients) < tolerance
 
@@ -274,7 +275,7 @@ def test_below_the_active_group_no_graph_is_built_and_nothing_is_kept(name, head
         loss = model(**batch).loss
     assert loss.requires_grad
     assert not any(needs_gradient[block] for block in range(lowest + 1))
-    below = [(mark.event, following.event) for mark, following in zip(tracker.marks, tracker.marks[1:])
+    below = [(mark.event, following.event) for mark, following in zip(tracker.marks, tracker.marks[1:], strict=False)
              if mark.place.isdigit() and int(mark.place) < lowest - 1]  # fmt: skip
     kept = [block for block in tracker.blocks if block.died is None and any(a <= block.born < b for a, b in below)]
     assert not kept, f"{sum(block.num_bytes for block in kept)} bytes of blocks below {lowest} are kept"
@@ -335,7 +336,7 @@ def test_a_model_that_is_not_transformers_is_recomputed_too():
 
     model = Toy(num_layers=4)
     calls = Calls(model)
-    engine = compare(ds_config(hift={"activations": {"checkpointing": True}}), adamw(), model=model, cycles=1)
+    compare(ds_config(hift={"activations": {"checkpointing": True}}), adamw(), model=model, cycles=1)
     counts = calls.take()
     # Once for the engine and once for the reference in each of six steps; the lowest block again for the embedding's
     # and its own, the topmost for all but the head's.

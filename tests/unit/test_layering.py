@@ -83,7 +83,7 @@ def test_imports_point_downwards():
         for name, path in MODULES.items()
         if layer_of(name) is not None
         for target in ours(path)
-        if target != "hift_ds" and not MODULES[target].name == "__init__.py" and (layer_of(target) is None or layer_of(target) > layer_of(name))
+        if target != "hift_ds" and MODULES[target].name != "__init__.py" and (layer_of(target) is None or layer_of(target) > layer_of(name))
     ]
     assert not wrong, "\n".join(wrong)
 

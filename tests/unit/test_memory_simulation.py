@@ -137,7 +137,8 @@ def test_every_family_can_be_counted():
         assert all(step.peak_bytes > result.weight_bytes >= 2 * result.numel for step in result.steps), size
 
 
-OPTIMIZER_BYTES = {"SGD": 4, "Lion": 8, "Adagrad": 8, "Adafactor": 4, "Muon": 8}  # a parameter, masters included
+# Bytes a parameter, masters included.
+OPTIMIZER_BYTES = {"SGD": 4, "Lion": 8, "Adagrad": 8, "Adafactor": 4, "Muon": 8}
 
 
 def test_states_of_other_optimizers_on_two_ranks():

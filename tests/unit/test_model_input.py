@@ -217,6 +217,7 @@ def test_what_is_wrong_is_said_before_a_weight_is_read(run_file, override, error
 
 
 def test_a_folder_without_permission(run_file, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root, who may run the tests, is never refused
+    # Root, who may run the tests, is never refused.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ConfigError, match="train.output_dir: no permission to write"):
         check_run(load_run_config(run_file), world_size=1)

@@ -107,7 +107,8 @@ def test_training_ends_with_an_answer_and_goes_on_from_the_checkpoint(inputs, tm
     assert finetune.finetune(load_run_config(file))["steps"] == 4  # there is room now
     steps = read_metrics(out).steps
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
-    assert all(record["peak_memory_gib"] > 0 and "forecast_memory_gib" not in record for record in steps)  # on the CPU
+    # On the CPU.
+    assert all(record["peak_memory_gib"] > 0 and "forecast_memory_gib" not in record for record in steps)
 
 
 @pytest.mark.parametrize("finds_a_batch", [False, True])

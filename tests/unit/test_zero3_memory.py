@@ -9,7 +9,8 @@ import pytest
 from benchmarks.zero3_memory import GOALS, extended, setting
 from hift_ds.memory.simulation import simulate
 
-GIB = {"llama2_7b": 2.144, "llama3_70b": 22.794}  # lower is welcome: write the new number here and make the page anew
+# Lower is welcome: write the new number here and make the page anew.
+GIB = {"llama2_7b": 2.144, "llama3_70b": 22.794}
 
 
 @pytest.mark.parametrize(("model", "mode", "ranks", "limit"), GOALS, ids=lambda value: getattr(value, "name", str(value)))
