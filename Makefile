@@ -39,6 +39,7 @@ demo-short: setup
 
 lint: setup
 	$(PY) -m ruff check hift_ds launch model_zoo tests benchmarks
+	$(PY) -m ruff format --check hift_ds launch model_zoo tests benchmarks
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

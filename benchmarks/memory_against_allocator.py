@@ -45,7 +45,11 @@ class Case:
 
 
 def case(
-    precision: str, group: int, hift: dict[str, Any] | None = None, optimizer: tuple[str, dict] = ADAMW, **options: Any
+    precision: str,
+    group: int,
+    hift: dict[str, Any] | None = None,
+    optimizer: tuple[str, dict] = ADAMW,
+    **options: Any,
 ) -> Case:
     """2 x 256 tokens unless ``options`` says otherwise; ``hift`` is the block."""
     config: dict[str, Any] = {
@@ -125,10 +129,14 @@ def compare(cases: dict[str, Case], shape: dict[str, int]) -> list[Row]:
     rows = []
     with model_folder(**shape) as folder:
         settings = [replace(case.setting, model=folder, groups=(case.group,)) for case in cases.values()]
-        for (name, setting), result in zip(zip(cases, settings, strict=True), simulate(settings), strict=True):
+        for (name, setting), result in zip(
+            zip(cases, settings, strict=True), simulate(settings), strict=True
+        ):
             measured = measure(setting)
             if measured["device"] != "cpu":
-                raise SystemExit("this compares with the CPU's allocator; hide the accelerator (CUDA_VISIBLE_DEVICES=)")
+                raise SystemExit(
+                    "this compares with the CPU's allocator; hide the accelerator (CUDA_VISIBLE_DEVICES=)"
+                )
             (step,) = result.steps
             rows.append(Row(name, step, step.peak_bytes, measured["peak_bytes"], measured["parked_bytes"]))
             print(f"{name}: {rows[-1].error:+.3%}", file=sys.stderr, flush=True)
@@ -162,7 +170,9 @@ def report(rows: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     text = report(compare(CASES, M106))

@@ -91,7 +91,10 @@ def levels() -> list[tuple[str, ...]]:
 
 def step_all(settings: list[Setting], num_processes: int, ends_only: bool = True) -> list[Steps]:
     """The steps of all groups, or of the embedding, the lowest block and the head."""
-    structures = {model: read_structure(next(s for s in settings if s.model == model)) for model in {s.model for s in settings}}
+    structures = {
+        model: read_structure(next(s for s in settings if s.model == model))
+        for model in {s.model for s in settings}
+    }
     return run_requests([Request(s, structures[s.model], ends_only) for s in settings], num_processes)
 
 
@@ -101,7 +104,9 @@ def step_all(settings: list[Setting], num_processes: int, ends_only: bool = True
 def goal_table(goals: tuple[Goal, ...], num_processes: int) -> tuple[list[str], int]:
     """Lines of markdown, and how many goals are missed."""
     tried = levels()
-    found = step_all([with_switches(goal.setting, switches) for goal in goals for switches in tried], num_processes)
+    found = step_all(
+        [with_switches(goal.setting, switches) for goal in goals for switches in tried], num_processes
+    )
     lines = [
         "| model | precision | batch x length | goal, GiB | no switch | all switches | fewest switches | peak with them | worst group | where | met |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -113,7 +118,9 @@ def goal_table(goals: tuple[Goal, ...], num_processes: int) -> tuple[list[str], 
         chosen.append(next(met, len(tried) - 1))
         outer.append((steps[0], steps[-1]))
     every_group = step_all(
-        [with_switches(goal.setting, tried[level]) for goal, level in zip(goals, chosen, strict=True)], num_processes, False
+        [with_switches(goal.setting, tried[level]) for goal, level in zip(goals, chosen, strict=True)],
+        num_processes,
+        False,
     )
     missed = 0
     for goal, level, (none, everything), steps in zip(goals, chosen, outer, every_group, strict=True):
@@ -156,7 +163,11 @@ def savings_table(cases: tuple[Goal, ...], num_processes: int) -> list[str]:
     peaks = [worst_step(steps).peak_bytes / GIB for steps in step_all(settings, num_processes)]
 
     def row(title: str, number: int) -> str:
-        return f"| {title} | " + " | ".join(f"{peaks[i * len(sets) + number]:.2f}" for i in range(len(cases))) + " |"
+        return (
+            f"| {title} | "
+            + " | ".join(f"{peaks[i * len(sets) + number]:.2f}" for i in range(len(cases)))
+            + " |"
+        )
 
     heads = [f"{TITLES[c.model]}, {PRECISIONS[c.precision]}, {c.batch} x {c.length}" for c in cases]
     lines = ["| peak, GiB | " + " | ".join(heads) + " |", "|---|" + "---|" * len(cases)]
@@ -166,7 +177,10 @@ def savings_table(cases: tuple[Goal, ...], num_processes: int) -> list[str]:
     lines += [row(f"all but {SWITCH_NAMES[name]}", 2 + len(names) + i) for i, name in enumerate(BY_COST)]
     lines.append(row("all four and no prefetch", len(sets) - 1))
     accumulated = peaks[len(cases) * len(sets) :]
-    for title, start in (("no switch, two micro-batches a step", 0), ("all four, two micro-batches a step", len(cases))):
+    for title, start in (
+        ("no switch, two micro-batches a step", 0),
+        ("all four, two micro-batches a step", len(cases)),
+    ):
         values = " | ".join(f"{value:.2f}" for value in accumulated[start : start + len(cases)])
         lines.append(f"| {title} | {values} |")
     return lines
@@ -201,7 +215,9 @@ def report(goals: list[str], missed: int, savings: list[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)

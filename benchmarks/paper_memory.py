@@ -230,8 +230,12 @@ def count(model: Model, cells: Sequence[Cell], folder: str) -> Counted:
     structure = read_structure(Cell("HiFT", FP32).setting(folder))
     counted = Counted(model, structure)
     if round(counted.numel / 1e6, 2) != model.millions:
-        raise SystemExit(f"{model.title}: {counted.numel / 1e6:.2f}M parameters, the paper's has {model.millions}M")
-    requests = {cell: Request(cell.setting(folder), structure, ends_only=True) for cell in dict.fromkeys(cells)}
+        raise SystemExit(
+            f"{model.title}: {counted.numel / 1e6:.2f}M parameters, the paper's has {model.millions}M"
+        )
+    requests = {
+        cell: Request(cell.setting(folder), structure, ends_only=True) for cell in dict.fromkeys(cells)
+    }
     settings = {
         cell: [replace(setting, second_update=setting.visits == 1) for setting in request.settings()]
         for cell, request in requests.items()
@@ -289,7 +293,11 @@ def row(counted: Counted, method: str, precision: str, optimizer: str) -> Row:
     index = counted.largest_group if method == "HiFT" else 0
     largest = steps.step(index)
     masters = counted.steps[Cell(method, run, "SGD")].step(index).state_bytes  # all that SGD keeps
-    in_fp32 = counted.steps[Cell(method, run, "AdamW", micro_batches=2)] if (method, run) != ("HiFT", FP32) else steps
+    in_fp32 = (
+        counted.steps[Cell(method, run, "AdamW", micro_batches=2)]
+        if (method, run) != ("HiFT", FP32)
+        else steps
+    )
     return Row(
         trainable=counted.structure.group_numels[index] if method == "HiFT" else counted.numel,
         weights=largest.categories["weights"] + masters,
@@ -303,7 +311,9 @@ def row(counted: Counted, method: str, precision: str, optimizer: str) -> Row:
 
 def peak_with_gradients_kept(counted: Counted, precision: str) -> int:
     """Of FPFT with AdamW whose gradients stay from step to step: the second of two accumulated micro-batches."""
-    return worst_step(counted.steps[Cell("FPFT", FP32 if precision == FP32 else MIXED_HI, micro_batches=2)]).peak_bytes
+    return worst_step(
+        counted.steps[Cell("FPFT", FP32 if precision == FP32 else MIXED_HI, micro_batches=2)]
+    ).peak_bytes
 
 
 def _mixed_from_mixed_hi(counted: Counted, optimizer: str) -> Row:
@@ -325,18 +335,27 @@ def _with_all_masters(counted: Counted, steps: Steps) -> int:
 
 
 def _at_update(step: GroupStep) -> Bytes:
-    return max((sums for place, sums in step.places.items() if place.startswith("update")), key=lambda s: s["gradients"])
+    return max(
+        (sums for place, sums in step.places.items() if place.startswith("update")),
+        key=lambda s: s["gradients"],
+    )
 
 
 def _residual(step: GroupStep) -> int:
     """The most that is alive beside weights, gradients and states where some place of forward or backward is highest."""
-    return max(s["activations"] + s["temporaries"] for place, s in step.places.items() if not place.startswith("update"))
+    return max(
+        s["activations"] + s["temporaries"]
+        for place, s in step.places.items()
+        if not place.startswith("update")
+    )
 
 
 # -- the page -----------------------------------------------------------------------------------------------------
 
 
-def write_page(found: dict[str, Counted], optimizers: Sequence[str], command: str, plot: str, minutes: float) -> str:
+def write_page(
+    found: dict[str, Counted], optimizers: Sequence[str], command: str, plot: str, minutes: float
+) -> str:
     parts = [
         _introduction(command, plot, found, minutes),
         _pgs_table(found, optimizers),
@@ -351,7 +370,10 @@ def write_page(found: dict[str, Counted], optimizers: Sequence[str], command: st
 
 
 def _introduction(command: str, plot: str, found: dict[str, Counted], minutes: float) -> str:
-    blocks = " and ".join(str(n) for n in sorted({n for c in found.values() for s in c.steps.values() for n in _blocks_built(s)}))
+    blocks = " and ".join(
+        str(n)
+        for n in sorted({n for c in found.values() for s in c.steps.values() for n in _blocks_built(s)})
+    )
     heads = ", ".join(f"{c.model.title} as `{c.model.head}`" for c in found.values())
     eager = ", ".join(c.model.title for c in found.values() if not c.structure.has_fused_attention)
     paragraphs = [
@@ -382,7 +404,15 @@ def _introduction(command: str, plot: str, found: dict[str, Counted], minutes: f
         "(below). The paper used fp16, which takes the same bytes as bf16. It has no mixed_hi for FPFT.",
         f"![Peak memory, AdamW]({plot})",
     ]
-    return "\n".join(["# The paper's memory claims, counted", "", f"    {command}", "", *(_wrapped(text) for text in paragraphs)])
+    return "\n".join(
+        [
+            "# The paper's memory claims, counted",
+            "",
+            f"    {command}",
+            "",
+            *(_wrapped(text) for text in paragraphs),
+        ]
+    )
 
 
 def _wrapped(paragraph: str) -> str:
@@ -395,12 +425,16 @@ def _wrapped(paragraph: str) -> str:
 def _filled(text: str, **indents: str) -> str:
     """Lines of at most 110; what stands between backticks is not broken."""
     kept = re.sub(r"`[^`]*`", lambda code: code.group().replace(" ", "\0"), text)
-    return textwrap.fill(kept, 110, break_long_words=False, break_on_hyphens=False, **indents).replace("\0", " ")
+    return textwrap.fill(kept, 110, break_long_words=False, break_on_hyphens=False, **indents).replace(
+        "\0", " "
+    )
 
 
 def _blocks_built(steps: Steps) -> list[int]:
     model = getattr(steps, "model", None)
-    return [model.small.num_blocks, model.large.num_blocks] if model is not None else [steps.result.num_blocks]
+    return (
+        [model.small.num_blocks, model.large.num_blocks] if model is not None else [steps.result.num_blocks]
+    )
 
 
 def _pgs_table(found: dict[str, Counted], optimizers: Sequence[str]) -> str:
@@ -412,14 +446,20 @@ def _pgs_table(found: dict[str, Counted], optimizers: Sequence[str]) -> str:
             "keeps a mask in every block). The paper counts every gradient in fp32; the engine holds one in fp32 where micro-batches are "
             "accumulated (`Gra`, counted with two) and in the weights' dtype where not (`held`). `PGS`: Para, Gra and Sta of AdamW, GiB."
         ),
-        "| model | precision | method | trainable | Para | Gra | held | " + " | ".join(f"Sta {o}" for o in optimizers) + " | PGS |",
+        "| model | precision | method | trainable | Para | Gra | held | "
+        + " | ".join(f"Sta {o}" for o in optimizers)
+        + " | PGS |",
         "|---|---|---|" + "--:|" * (5 + len(optimizers)),
     ]
     for counted in found.values():
         for method, precision in ROWS:
             first = row(counted, method, precision, optimizers[0])
             states = [row(counted, method, precision, o).states for o in optimizers]
-            cells = [_millions(first.trainable), *(_mib(n) for n in (first.weights, first.gradients, first.gradients_held, *states)), _gib(first.pgs)]
+            cells = [
+                _millions(first.trainable),
+                *(_mib(n) for n in (first.weights, first.gradients, first.gradients_held, *states)),
+                _gib(first.pgs),
+            ]
             lines.append(f"| {counted.model.title} | {precision} | {method} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 
@@ -434,7 +474,9 @@ def _peak_table(found: dict[str, Counted], optimizers: Sequence[str]) -> str:
             "mixed_hi against FPFT in mixed. `kept`: FPFT whose gradients stay from step to step, as the paper's totals suggest "
             "(counted: the second of two accumulated micro-batches); the last column is saved against that."
         ),
-        "| model | precision | method | Residual | " + " | ".join(optimizers) + " | saved, AdamW | AdamW, kept | saved |",
+        "| model | precision | method | Residual | "
+        + " | ".join(optimizers)
+        + " | saved, AdamW | AdamW, kept | saved |",
         "|---|---|---|" + "--:|" * (4 + len(optimizers)),
     ]
     for counted in found.values():
@@ -444,7 +486,8 @@ def _peak_table(found: dict[str, Counted], optimizers: Sequence[str]) -> str:
             if method == "HiFT":
                 full = row(counted, "FPFT", FP32 if precision == FP32 else MIXED, "AdamW").peak
                 saved, saved_kept = (
-                    _percent(1 - rows[0].peak / other) for other in (full, peak_with_gradients_kept(counted, precision))
+                    _percent(1 - rows[0].peak / other)
+                    for other in (full, peak_with_gradients_kept(counted, precision))
                 )
             kept = _gib(peak_with_gradients_kept(counted, precision)) if method == "FPFT" else ""
             cells = [_gib(rows[0].residual), *(_gib(r.peak) for r in rows), saved, kept, saved_kept]
@@ -452,7 +495,14 @@ def _peak_table(found: dict[str, Counted], optimizers: Sequence[str]) -> str:
         full, hift = (worst_step(counted.steps[Cell(method, AUTOCAST)]) for method in ("FPFT", "HiFT"))
         for method, step in (("FPFT", full), ("HiFT", hift)):
             saved = _percent(1 - hift.peak_bytes / full.peak_bytes) if method == "HiFT" else ""
-            cells = [_gib(_residual(step)), _gib(step.peak_bytes), *[""] * (len(optimizers) - 1), saved, "", ""]
+            cells = [
+                _gib(_residual(step)),
+                _gib(step.peak_bytes),
+                *[""] * (len(optimizers) - 1),
+                saved,
+                "",
+                "",
+            ]
             lines.append(f"| {counted.model.title} | autocast | {method} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *_checks(found, optimizers), ""])
 
@@ -468,12 +518,14 @@ def _checks(found: dict[str, Counted], optimizers: Sequence[str]) -> list[str]:
         derived = max(derived, abs(row(counted, "HiFT", MIXED, "SGD").peak / resident - 1))
     prefetch = []
     for counted in found.values():
-        ways = [worst_step(counted.steps[Cell("HiFT", MIXED_HI, prefetch=on)]).peak_bytes for on in (False, True)]
+        ways = [
+            worst_step(counted.steps[Cell("HiFT", MIXED_HI, prefetch=on)]).peak_bytes for on in (False, True)
+        ]
         prefetch.append(f"{counted.model.title} {_gib(ways[0])} -> {_gib(ways[1])}")
     items = [
         f"Activations and temporaries do not depend on the optimizer: over the {len(optimizers)} of them they differ by {spread:.2%} at most.",
         f"HiFT mixed as derived against the engine with all masters resident, SGD: off by {derived:.2%} at most.",
-        'With `"prefetch": true`, the engine\'s default, a slot for the largest group\'s states is on the device all the time. AdamW, '
+        "With `\"prefetch\": true`, the engine's default, a slot for the largest group's states is on the device all the time. AdamW, "
         f"mixed_hi, GiB: {'; '.join(prefetch)}.",
     ]
     return [_filled(item, initial_indent="- ", subsequent_indent="  ") for item in items]
@@ -483,7 +535,9 @@ def _beside_the_paper(counted: Counted, optimizers: Sequence[str]) -> str:
     lines = [
         "## LLaMA-2-7B beside the authors' table",
         "",
-        _wrapped("Ours / theirs. Theirs: E2E, m = 1; batch and length are not stated. Para, Gra and Sta in MiB, PGS (their sum) in GiB."),
+        _wrapped(
+            "Ours / theirs. Theirs: E2E, m = 1; batch and length are not stated. Para, Gra and Sta in MiB, PGS (their sum) in GiB."
+        ),
         "| optimizer | precision | method | Para | Gra | Sta | PGS |",
         "|---|---|---|--:|--:|--:|--:|",
     ]
@@ -501,7 +555,9 @@ def _beside_the_paper(counted: Counted, optimizers: Sequence[str]) -> str:
                     largest[name] = (difference, difference / b if b else 0.0)
             cells = " | ".join(f"{a:.2f} / {b:.2f}" for a, b in pairs.values())
             lines.append(f"| {optimizer} | {key[1]} | {key[0]} | {cells} |")
-    worst = ", ".join(f"{name} {a:.2f} ({b:.0e})" if a else f"{name} none" for name, (a, b) in largest.items())
+    worst = ", ".join(
+        f"{name} {a:.2f} ({b:.0e})" if a else f"{name} none" for name, (a, b) in largest.items()
+    )
     exact = 4 * counted.numel / MIB
     note = (
         f"Largest difference, and relative to theirs: {worst}. 4 bytes for each of the {counted.numel:,} parameters are {exact:.2f} MiB, so "
@@ -520,14 +576,18 @@ def _totals(counted: Counted) -> str:
             "scores, eager attention does. The authors' batch and kernel are not known: 6 and 8 sequences of 512 tokens are shown, chosen "
             "with their totals in view, so that an agreement is a fit and no prediction."
         ),
-        "| precision | method | theirs | " + " | ".join(f"{b} x {LENGTH}, {'eager' if e else 'fused'}" for b, e in TOTALS) + " |",
+        "| precision | method | theirs | "
+        + " | ".join(f"{b} x {LENGTH}, {'eager' if e else 'fused'}" for b, e in TOTALS)
+        + " |",
         "|---|---|--:|" + "--:|" * len(TOTALS),
     ]
     ours: dict[tuple[str, str], list[int]] = {}
     for key in ROWS:
         runs = [counted.steps[total_cell(*key, *which)] for which in TOTALS]
         is_derived = key == ("HiFT", MIXED)
-        ours[key] = [_with_all_masters(counted, run) if is_derived else worst_step(run).peak_bytes for run in runs]
+        ours[key] = [
+            _with_all_masters(counted, run) if is_derived else worst_step(run).peak_bytes for run in runs
+        ]
         theirs = PAPER_STATES["AdamW"][key][2]
         cells = " | ".join(f"{n / GIB:.2f} ({n / GIB / theirs - 1:+.1%})" for n in ours[key])
         lines.append(f"| {key[1]} | {key[0]} | {theirs:.2f} | {cells} |")
@@ -535,7 +595,9 @@ def _totals(counted: Counted) -> str:
     for hift, full in ((FP32, FP32), (MIXED, MIXED), (MIXED_HI, MIXED)):
         theirs = 1 - PAPER_STATES["AdamW"]["HiFT", hift][2] / PAPER_STATES["AdamW"]["FPFT", full][2]
         cells = [_percent(1 - a / b) for a, b in zip(ours["HiFT", hift], ours["FPFT", full], strict=True)]
-        lines.append(f"| saved, {hift} | against FPFT {full} | {_percent(theirs)} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| saved, {hift} | against FPFT {full} | {_percent(theirs)} | " + " | ".join(cells) + " |"
+        )
     note = (
         "The abstract's more than 60 % for 7B is the fp32 row, against an FPFT whose gradients are there all the time. Against one that "
         f"frees them after each step, as PyTorch does by default, it is {_percent(freed)} at {BATCH} x {LENGTH}, fused."
@@ -556,7 +618,12 @@ def _claims(counted: Counted) -> str:
     ]
     for claim in CLAIMS:
         fused, eager = (worst_step(counted.steps[claim.cell(e)]).peak_bytes for e in (False, True))
-        slope = Slope(((claim.batch, counted.steps[claim.cell(False)]), (claim.batch + 1, counted.steps[_one_more(claim)])))
+        slope = Slope(
+            (
+                (claim.batch, counted.steps[claim.cell(False)]),
+                (claim.batch + 1, counted.steps[_one_more(claim)]),
+            )
+        )
         lines.append(
             f"| {claim.where} | {claim.precision} | {claim.card_gib} | {claim.batch} x {claim.length} | {_gib(fused)} | {_gib(eager)} | "
             f"{slope.largest(claim.card_gib * GIB)} |"
@@ -571,7 +638,9 @@ def _one_more(claim: Claim) -> Cell:
 def _average(found: dict[str, Counted]) -> str:
     shares = {name: 1 - max(c.structure.group_numels) / c.numel for name, c in found.items()}
     per_step = {name: 1 - 1 / c.structure.num_groups for name, c in found.items()}
-    weighted = 1 - sum(max(c.structure.group_numels) for c in found.values()) / sum(c.numel for c in found.values())
+    weighted = 1 - sum(max(c.structure.group_numels) for c in found.values()) / sum(
+        c.numel for c in found.values()
+    )
     lines = [
         "## 89.18 % fewer trainable parameters",
         "",
@@ -620,7 +689,12 @@ def _percent(share: float, digits: int = 1) -> str:
 
 # -- the picture --------------------------------------------------------------------------------------------------
 
-PARTS = {"weights and masters": "#4c78a8", "states": "#f2a65a", "gradients": "#6aa84f", "activations and temporaries": "#b8c4d0"}
+PARTS = {
+    "weights and masters": "#4c78a8",
+    "states": "#f2a65a",
+    "gradients": "#6aa84f",
+    "activations and temporaries": "#b8c4d0",
+}
 INK = "#1f2933"
 
 
@@ -638,8 +712,12 @@ def draw(found: dict[str, Counted], path: Path) -> None:
     if LLAMA in found:
         more = panels.flat[list(found).index(LLAMA)].get_legend_handles_labels()
         handles, labels = more
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 if columns < 3 else 3, frameon=False, fontsize=9)
-    figure.suptitle(f"Peak memory on the device, AdamW, {BATCH} x {LENGTH} tokens, GiB (counted)", fontsize=12, color=INK)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=2 if columns < 3 else 3, frameon=False, fontsize=9
+    )
+    figure.suptitle(
+        f"Peak memory on the device, AdamW, {BATCH} x {LENGTH} tokens, GiB (counted)", fontsize=12, color=INK
+    )
     figure.savefig(path, dpi=130)
 
 
@@ -652,7 +730,16 @@ def _draw_model(axes: Any, counted: Counted) -> None:
         axes.bar(names, heights, bottom=bottoms, color=colour, label=name, width=0.66)
         bottoms = [a + b for a, b in zip(bottoms, heights, strict=True)]
     for i, top in enumerate(bottoms):
-        axes.annotate(f"{top:.1f}", (i, top), ha="center", va="top", fontsize=9, color=INK, xytext=(0, -3), textcoords="offset points")
+        axes.annotate(
+            f"{top:.1f}",
+            (i, top),
+            ha="center",
+            va="top",
+            fontsize=9,
+            color=INK,
+            xytext=(0, -3),
+            textcoords="offset points",
+        )
     full = [i for i, (method, _) in enumerate(ROWS) if method == "FPFT"]
     kept = [peak_with_gradients_kept(counted, ROWS[i][1]) / GIB for i in full]
     axes.bar(full, [high - bottoms[i] for i, high in zip(full, kept, strict=True)], bottom=[bottoms[i] for i in full],
@@ -660,7 +747,15 @@ def _draw_model(axes: Any, counted: Counted) -> None:
     top = max(*bottoms, *kept)
     if counted.model.title == LLAMA:
         theirs = [PAPER_STATES["AdamW"][key][2] for key in ROWS]
-        axes.plot(range(len(ROWS)), theirs, "_", color="#c92a2a", markersize=20, markeredgewidth=2, label="paper's total (batch not stated)")
+        axes.plot(
+            range(len(ROWS)),
+            theirs,
+            "_",
+            color="#c92a2a",
+            markersize=20,
+            markeredgewidth=2,
+            label="paper's total (batch not stated)",
+        )
         top = max(top, *theirs)
     axes.set_title(f"{counted.model.title}, {counted.numel / 1e9:.2f} B", fontsize=10, color=INK)
     axes.set_ylim(0, 1.12 * top)
@@ -691,7 +786,9 @@ def _parts_at_peak(counted: Counted, method: str, precision: str) -> dict[str, i
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="two models, three optimizers; needs --out")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "paper_memory.md")
     parser.add_argument("--plot", type=Path, help="default: beside the page")
@@ -718,10 +815,15 @@ def main(argv: list[str] | None = None) -> int:
         cells = main_cells(optimizers)
         if model.title == LLAMA and not args.quick:
             cells += [total_cell(*key, *which) for key in TOTAL_CELLS for which in TOTALS]
-            cells += [cell for claim in CLAIMS for cell in (claim.cell(False), claim.cell(True), _one_more(claim))]
+            cells += [
+                cell for claim in CLAIMS for cell in (claim.cell(False), claim.cell(True), _one_more(claim))
+            ]
         with tempfile.TemporaryDirectory() as folder:
             found[model.title] = count(model, cells, folder)
-        print(f"{model.title}: {len(found[model.title].steps)} runs, {_cpu_minutes():.1f} CPU minutes so far", flush=True)
+        print(
+            f"{model.title}: {len(found[model.title].steps)} runs, {_cpu_minutes():.1f} CPU minutes so far",
+            flush=True,
+        )
     command = shlex.join(["python", "benchmarks/paper_memory.py", *(["--quick"] if args.quick else [])])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(write_page(found, optimizers, command, args.plot.name, _cpu_minutes()))

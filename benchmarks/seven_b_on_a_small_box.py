@@ -299,8 +299,7 @@ def report(args: argparse.Namespace, result: dict[str, Any], memory: MemoryWatch
         f"on disk if all groups were visited ({args.codec}).",
         f"{os.cpu_count()} cores, {host_bytes().total / GIB:.0f} GiB, no GPU, "
         f"{torch.get_num_threads()} compute threads, torch {torch.__version__}; "
-        f"load average at the end {os.getloadavg()[0]:.1f}."
-        + (f" {args.note}" if args.note else ""),
+        f"load average at the end {os.getloadavg()[0]:.1f}." + (f" {args.note}" if args.note else ""),
         "",
         "| group | loss | gradient norm | s | of which waited for states | states moved |",
         "|---|---|---|---|---|---|",

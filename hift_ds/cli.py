@@ -39,13 +39,15 @@ COMMANDS = {
     "export": Command("hift_ds.train.export_command", "write a training checkpoint as a Hugging Face folder"),
     "plot": Command("hift_ds.report.plot_command", "draw loss.png and groups.png of a run, finished or not"),
     "estimate": Command(
-        "hift_ds.memory.estimate", "count how much memory a run will take, before anything is rented or loaded"
+        "hift_ds.memory.estimate",
+        "count how much memory a run will take, before anything is rented or loaded",
     ),
     "preview": Command(
         "hift_ds.train.preview", "print the first training samples of a run file, learned tokens marked"
     ),
     "env": Command(
-        "hift_ds.report.environment", "print versions, accelerators, memory and disk, for a report of a problem"
+        "hift_ds.report.environment",
+        "print versions, accelerators, memory and disk, for a report of a problem",
     ),
 }
 

@@ -90,7 +90,9 @@ class ActivationsConfig(BaseModel):
     @model_validator(mode="after")
     def _agree(self) -> ActivationsConfig:
         if self.blocks_kept and not self.checkpointing:
-            raise ValueError(f"activations.blocks_kept: {self.blocks_kept} has no effect without checkpointing: true")
+            raise ValueError(
+                f"activations.blocks_kept: {self.blocks_kept} has no effect without checkpointing: true"
+            )
         return self
 
 
@@ -137,9 +139,13 @@ class HiFTConfig(BaseModel):
         if self.reshuffle and self.order != "random":
             raise ValueError(f"reshuffle: true needs order: random, got order: {self.order}")
         if self.stochastic_rounding and self.master_weights:
-            raise ValueError("stochastic_rounding: true needs master_weights: false (an fp32 master rounds nothing away)")
+            raise ValueError(
+                "stochastic_rounding: true needs master_weights: false (an fp32 master rounds nothing away)"
+            )
         if self.groups is not None and self.group_size != 1:
-            raise ValueError(f"groups and group_size: {self.group_size} both given; explicit groups have no size: remove one")
+            raise ValueError(
+                f"groups and group_size: {self.group_size} both given; explicit groups have no size: remove one"
+            )
         return self
 
 
@@ -163,7 +169,9 @@ def _one_line(error: ValidationError) -> ConfigError:
     first = error.errors()[0]
     path = [BLOCK, *(str(part) for part in first["loc"])]
     if first["type"] == "extra_forbidden":
-        model = {"state": StateConfig, "activations": ActivationsConfig, "checkpoint": CheckpointConfig}.get(".".join(path[1:-1]), HiFTConfig)
+        model = {"state": StateConfig, "activations": ActivationsConfig, "checkpoint": CheckpointConfig}.get(
+            ".".join(path[1:-1]), HiFTConfig
+        )
         return unknown_key(path[-1], model.model_fields, '"' + ".".join(path[:-1]) + '"')
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
@@ -179,9 +187,13 @@ def check_against_deepspeed(hift: HiFTConfig, ds: Mapping[str, Any]) -> None:
     """
     zero = ds.get("zero_optimization") or {}
     if _enabled(ds, "hybrid_engine"):
-        raise ConfigError('"hybrid_engine.enabled": the hybrid engine is not supported with a "hift" block; remove one of them')
+        raise ConfigError(
+            '"hybrid_engine.enabled": the hybrid engine is not supported with a "hift" block; remove one of them'
+        )
     if ds.get("pipeline") and "stages" in ds["pipeline"]:
-        raise ConfigError('"pipeline.stages": pipeline parallelism is not supported with a "hift" block; remove one of them')
+        raise ConfigError(
+            '"pipeline.stages": pipeline parallelism is not supported with a "hift" block; remove one of them'
+        )
     if zero.get("offload_optimizer") and _device(zero["offload_optimizer"]) != "none":
         raise ConfigError(
             '"zero_optimization.offload_optimizer": the "hift" block decides where state lives; remove it and use '
@@ -194,9 +206,13 @@ def check_against_deepspeed(hift: HiFTConfig, ds: Mapping[str, Any]) -> None:
             "weights in its place; remove it and use checkpointing"
         )
     if ds.get("managed_gradient_accumulation") is False:
-        raise ConfigError('"managed_gradient_accumulation": false is not supported with a "hift" block; remove it')
+        raise ConfigError(
+            '"managed_gradient_accumulation": false is not supported with a "hift" block; remove it'
+        )
     if (ds.get("tensor_parallel") or {}).get("autotp_size", 0) > 1:
-        raise ConfigError('"tensor_parallel.autotp_size": tensor parallelism is not supported with a "hift" block; remove it')
+        raise ConfigError(
+            '"tensor_parallel.autotp_size": tensor parallelism is not supported with a "hift" block; remove it'
+        )
     for key in ("amp", "zenflow", "compression_training"):
         if _enabled(ds, key) or (key == "compression_training" and ds.get(key)):
             raise ConfigError(f'"{key}": not supported with a "hift" block; remove one of them')
@@ -208,18 +224,28 @@ def check_against_deepspeed(hift: HiFTConfig, ds: Mapping[str, Any]) -> None:
 def _check_weights(zero: Mapping[str, Any]) -> None:
     """Settings of partitioned weights."""
     if zero.get("offload_param") and _device(zero["offload_param"]) != "none" and zero.get("stage", 0) != 3:
-        raise ConfigError('"zero_optimization.offload_param": needs "stage": 3; set it, or remove offload_param')
+        raise ConfigError(
+            '"zero_optimization.offload_param": needs "stage": 3; set it, or remove offload_param'
+        )
     device = _device(zero.get("offload_param"))
     if device not in ("none", "cpu", "nvme"):
-        raise ConfigError(f'"zero_optimization.offload_param.device": expected cpu, nvme or none, got {device!r}')
+        raise ConfigError(
+            f'"zero_optimization.offload_param.device": expected cpu, nvme or none, got {device!r}'
+        )
     if device == "nvme" and not zero["offload_param"].get("nvme_path"):
-        raise ConfigError('"zero_optimization.offload_param.nvme_path": "device": "nvme" needs a folder for the weights, none given')
+        raise ConfigError(
+            '"zero_optimization.offload_param.nvme_path": "device": "nvme" needs a folder for the weights, none given'
+        )
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if zero.get(key):
-            raise ConfigError(f'"zero_optimization.{key}": true is not supported with a "hift" block; remove it')
+            raise ConfigError(
+                f'"zero_optimization.{key}": true is not supported with a "hift" block; remove it'
+            )
     for key in ("zero_hpz_partition_size", "mics_shard_size"):
         if (zero.get(key) or 0) > 1:  # their second copies of the weights would go stale
-            raise ConfigError(f'"zero_optimization.{key}": {zero[key]} is not supported with a "hift" block; remove it')
+            raise ConfigError(
+                f'"zero_optimization.{key}": {zero[key]} is not supported with a "hift" block; remove it'
+            )
 
 
 def _check_precision(hift: HiFTConfig, ds: Mapping[str, Any]) -> None:
@@ -233,11 +259,17 @@ def _check_precision(hift: HiFTConfig, ds: Mapping[str, Any]) -> None:
         )
     if "split_master" in hift.state.codec and (fp16 or not hift.master_weights):
         given = '"fp16.enabled": true' if fp16 else '"hift.master_weights": false'
-        raise ConfigError(f'"hift.state.codec": split_master needs bf16 weights with fp32 masters; remove it, or {given}')
+        raise ConfigError(
+            f'"hift.state.codec": split_master needs bf16 weights with fp32 masters; remove it, or {given}'
+        )
     if not hift.master_weights and fp16:
-        raise ConfigError('"hift.master_weights": false with fp16 loses small updates; use bf16 or keep masters')
+        raise ConfigError(
+            '"hift.master_weights": false with fp16 loses small updates; use bf16 or keep masters'
+        )
     if hift.stochastic_rounding and not bf16:
-        raise ConfigError('"hift.stochastic_rounding": true rounds to bf16 weights; set "bf16": {"enabled": true}')
+        raise ConfigError(
+            '"hift.stochastic_rounding": true rounds to bf16 weights; set "bf16": {"enabled": true}'
+        )
 
 
 def _enabled(ds: Mapping[str, Any], key: str) -> bool:

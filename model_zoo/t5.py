@@ -20,6 +20,13 @@ T5 = Family(
     },
     sizes={
         "t5_small": {"decoder_start_token_id": 0},
-        "t5_large": {"decoder_start_token_id": 0, "d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16},
+        "t5_large": {
+            "decoder_start_token_id": 0,
+            "d_model": 1024,
+            "d_kv": 64,
+            "d_ff": 4096,
+            "num_layers": 24,
+            "num_heads": 16,
+        },
     },
 )

@@ -210,7 +210,10 @@ class SavedStates:
 
     def pieces(self, param: str, key: str) -> list[tuple[int, Tensor]]:
         """(first element, values) of each part of a flat state that the files here hold."""
-        return [(shard.start, self._open[shard.file].get_tensor(shard.name)) for shard in self._flat.get((param, key), ())]
+        return [
+            (shard.start, self._open[shard.file].get_tensor(shard.name))
+            for shard in self._flat.get((param, key), ())
+        ]
 
     def elements(self, param: str, key: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a flat state; ``covers`` has found them."""

@@ -24,7 +24,13 @@ from hift_ds.errors import HiFTError
 
 HERE = Path(__file__).resolve().parent
 CPU_PROCESSES = 2
-SHORT = ("train.max_steps=4", "hift.group_size=8", "train.eval_steps=4", "data.max_samples=64", "data.max_length=96")
+SHORT = (
+    "train.max_steps=4",
+    "hift.group_size=8",
+    "train.eval_steps=4",
+    "data.max_samples=64",
+    "data.max_length=96",
+)
 SHOWN = 3  # held-out questions whose answers are printed
 console = Console(soft_wrap=True)
 
@@ -32,7 +38,9 @@ console = Console(soft_wrap=True)
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hift_ds.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="a few steps only: shows that everything works")
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything goes (default: demo)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("demo"), help="where everything goes (default: demo)"
+    )
     args = parser.parse_args(argv)
     try:
         return _demo(args.folder, args.short)
@@ -82,8 +90,16 @@ def _evaluate_before(model: Path, data: Path, short: bool):
 def _train(folder: Path, run_dir: Path, model: Path, data: Path, short: bool) -> int:
     _title("Fine-tuning")
     shutil.rmtree(run_dir, ignore_errors=True)  # of an earlier demo
-    overrides = [f"model.path={model}", f"data.train={data / 'train.jsonl'}", f"train.output_dir={run_dir}", "train.resume=never"]
-    overrides += [f"data.eval.path={data / 'heldout.jsonl'}", f"deepspeed={HERE.parent.parent / 'ds_configs' / 'fp32_host.json'}"]
+    overrides = [
+        f"model.path={model}",
+        f"data.train={data / 'train.jsonl'}",
+        f"train.output_dir={run_dir}",
+        "train.resume=never",
+    ]
+    overrides += [
+        f"data.eval.path={data / 'heldout.jsonl'}",
+        f"deepspeed={HERE.parent.parent / 'ds_configs' / 'fp32_host.json'}",
+    ]
     overrides += SHORT if short else ()
     processes = [] if _device() != "cpu" else ["--num-procs", str(CPU_PROCESSES)]
     command = [sys.executable, "-m", "hift_ds", "train", str(HERE / "run.yaml"), *overrides, *processes]
@@ -102,7 +118,9 @@ def _evaluate_after(exported: Path, pairs, before) -> None:
 def _conclude(run_dir: Path, began: float) -> None:
     _title("Done")
     coverage = json.loads((run_dir / "coverage.json").read_text())
-    console.print(f"{run_dir / 'loss.png'}, {run_dir / 'groups.png'}: how it went; {run_dir / 'metrics.jsonl'}: every step")
+    console.print(
+        f"{run_dir / 'loss.png'}, {run_dir / 'groups.png'}: how it went; {run_dir / 'metrics.jsonl'}: every step"
+    )
     console.print(f"{run_dir / 'coverage.json'}: {_covered(coverage)}")
     console.print(f"{run_dir / 'model'}: the fine-tuned model")
     console.print(f"{(time.monotonic() - began) / 60:.1f} minutes in all")

@@ -65,7 +65,9 @@ class SeamEngine(DeepSpeedEngine):
         """The model has its checkpoint's dtypes and may still be on the host."""
         raise NotImplementedError
 
-    def build_optimizers(self, client_optimizer: Any, model_parameters: list) -> tuple[torch.optim.Optimizer, HiFTOptimizer]:
+    def build_optimizers(
+        self, client_optimizer: Any, model_parameters: list
+    ) -> tuple[torch.optim.Optimizer, HiFTOptimizer]:
         """(basic optimizer, what ``engine.optimizer`` becomes). The model is cast, placed and broadcast."""
         raise NotImplementedError
 
@@ -74,18 +76,26 @@ class SeamEngine(DeepSpeedEngine):
         # Computes in fp16 too, slowly; DeepSpeed says it does not.
         on_cpu = accelerator.device_name() == "cpu"
         if self.fp16_enabled() and not (on_cpu or accelerator.is_fp16_supported()):
-            raise ConfigError('"fp16.enabled": this accelerator does not compute in fp16; use "bf16" or neither')
+            raise ConfigError(
+                '"fp16.enabled": this accelerator does not compute in fp16; use "bf16" or neither'
+            )
         if self.bfloat16_enabled() and not (on_cpu or accelerator.is_bf16_supported()):
-            raise ConfigError('"bf16.enabled": this accelerator does not compute in bf16; use "fp16" or neither')
+            raise ConfigError(
+                '"bf16.enabled": this accelerator does not compute in bf16; use "fp16" or neither'
+            )
         if not self.client_optimizer and self.optimizer_name() is None:
-            raise ConfigError('"optimizer": missing; add one to the DeepSpeed config or pass optimizer= to initialize')
+            raise ConfigError(
+                '"optimizer": missing; add one to the DeepSpeed config or pass optimizer= to initialize'
+            )
         self._assert_valid_mixed_precision_config()
 
     def _configure_distributed_model(self, model: torch.nn.Module) -> None:
         self.before_cast(model)
         super()._configure_distributed_model(model)
         if self.has_moe_layers:
-            raise ConfigError("DeepSpeed MoE layers (expert parallelism) are not supported with a \"hift\" block")
+            raise ConfigError(
+                'DeepSpeed MoE layers (expert parallelism) are not supported with a "hift" block'
+            )
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: list) -> None:
         self.torch_autocast_z0_gradscaler = None  # fp16 autocast uses our loss scale, which skips exactly
@@ -180,7 +190,9 @@ def config_dict(config: Any, args: Any, config_params: Any) -> dict[str, Any]:
     if source is None:
         source = getattr(args, "deepspeed_config", None)
     if source is None:
-        raise ConfigError("no DeepSpeed config: pass config= (a dict or the path of a JSON file) or --deepspeed_config")
+        raise ConfigError(
+            "no DeepSpeed config: pass config= (a dict or the path of a JSON file) or --deepspeed_config"
+        )
     if isinstance(source, Mapping):
         return dict(source)
     if isinstance(source, Path):

@@ -115,7 +115,9 @@ class WeightShards:
         numel_gathered: elements of whole weights that this rank has asked for so far.
     """
 
-    def __init__(self, offload: DeepSpeedZeRoOffload, active_group: Callable[[], int], keep_linear: bool) -> None:
+    def __init__(
+        self, offload: DeepSpeedZeRoOffload, active_group: Callable[[], int], keep_linear: bool
+    ) -> None:
         self._offload = offload
         self._module: nn.Module = offload.module
         self._active_group = active_group
@@ -204,7 +206,9 @@ class WeightShards:
         self._file = weight_file_of(self._module)
         if self._file is not None:
             return  # loaded into it
-        parked = [p for p in self._module.parameters() if not p.ds_persist and p.ds_tensor.device.type == "cpu"]
+        parked = [
+            p for p in self._module.parameters() if not p.ds_persist and p.ds_tensor.device.type == "cpu"
+        ]
         self._file = WeightFile(folder, sum(WeightFile.room(p.ds_tensor.nbytes) for p in parked))
         for param in parked:
             placed = self._file.reserve(param.ds_tensor.numel(), param.dtype)
@@ -231,7 +235,10 @@ class WeightShards:
         """The weights of ``module`` are whole now; those of its children too if it is a leaf to DeepSpeed (MoE)."""
         self._read_ahead()
         for param in module.parameters(recurse=z3_leaf_module(module)):
-            if param.ds_status is not ZeroParamStatus.AVAILABLE or param.data_ptr() == param.ds_tensor.data_ptr():
+            if (
+                param.ds_status is not ZeroParamStatus.AVAILABLE
+                or param.data_ptr() == param.ds_tensor.data_ptr()
+            ):
                 # On one rank without offload the shard is the weight: nothing is ever copied or released.
                 continue
             address = param.untyped_storage().data_ptr()
@@ -253,9 +260,15 @@ class WeightShards:
 
         def pack(tensor: Tensor) -> Any:
             param = self._param_in.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
-            if param is None or param.ds_status is not ZeroParamStatus.AVAILABLE or not _shares(tensor, param):
+            if (
+                param is None
+                or param.ds_status is not ZeroParamStatus.AVAILABLE
+                or not _shares(tensor, param)
+            ):
                 return pack_other(tensor)
-            return _WeightView(param, tensor.shape, tensor.stride(), tensor.storage_offset() - param.storage_offset())
+            return _WeightView(
+                param, tensor.shape, tensor.stride(), tensor.storage_offset() - param.storage_offset()
+            )
 
         def unpack(saved: Any) -> Tensor:
             if not isinstance(saved, _WeightView):
@@ -296,7 +309,10 @@ def _as_it_is(value: Any) -> Any:
 
 
 def _shares(tensor: Tensor, param: nn.Parameter) -> bool:
-    return tensor.dtype == param.dtype and tensor.untyped_storage().data_ptr() == param.untyped_storage().data_ptr()
+    return (
+        tensor.dtype == param.dtype
+        and tensor.untyped_storage().data_ptr() == param.untyped_storage().data_ptr()
+    )
 
 
 def restore_torch_linear() -> None:
@@ -304,4 +320,3 @@ def restore_torch_linear() -> None:
     original = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
     if original is not None:
         torch.nn.functional.linear = original
-

@@ -53,7 +53,9 @@ def whole_of(param: nn.Parameter) -> Tensor:
     if num_shards(param) == 1:
         return shard.to(param.device, copy=True).view(param.ds_shape)
     flat = torch.empty(shard.numel() * num_shards(param), dtype=shard.dtype, device=param.device)
-    deepspeed_comm.all_gather_into_tensor(flat, shard.to(param.device).contiguous(), group=param.ds_process_group)
+    deepspeed_comm.all_gather_into_tensor(
+        flat, shard.to(param.device).contiguous(), group=param.ds_process_group
+    )
     return flat[: param.ds_numel].view(param.ds_shape)
 
 
@@ -123,7 +125,9 @@ def with_weights_on_host(config: dict[str, Any]) -> dict[str, Any]:
 def weights_folder(zero_config: Any) -> Path | None:
     """Where ``"offload_param": {"device": "nvme", "nvme_path": ...}`` wants parked weights; ``None`` otherwise."""
     offload = zero_config.offload_param
-    return Path(offload.nvme_path) if offload is not None and offload.device == OffloadDeviceEnum.nvme else None
+    return (
+        Path(offload.nvme_path) if offload is not None and offload.device == OffloadDeviceEnum.nvme else None
+    )
 
 
 @contextlib.contextmanager
@@ -131,7 +135,10 @@ def as_if_parked_on_host(engine: Any) -> Iterator[None]:
     """Inside this block DeepSpeed's ``engine`` reads ``cpu`` for ``nvme``."""
     zero_config, config = engine._config.zero_config, engine.config
     offload = zero_config.offload_param
-    zero_config.offload_param, engine.config = type(offload)(device="cpu", pin_memory=False), with_weights_on_host(config)
+    zero_config.offload_param, engine.config = (
+        type(offload)(device="cpu", pin_memory=False),
+        with_weights_on_host(config),
+    )
     try:
         yield
     finally:

@@ -70,7 +70,9 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
             super().__init__(*args, config=config, **kwargs)
         if self.lr_scheduler is not None:
             self.watch_scheduler(self.lr_scheduler)
-        names = {index: [member.name for member in unit.members] for index, unit in self.optimizer.units.items()}
+        names = {
+            index: [member.name for member in unit.members] for index, unit in self.optimizer.units.items()
+        }
         if self.global_rank == 0 and logger.isEnabledFor(logging.INFO):
             logger.info(self.state_arithmetic.line())
         self.savings = ActivationSavings(self.module, self.hift.activations, names)
@@ -105,11 +107,15 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
                 # Cast here, one by one and on the device: DeepSpeed would cast on the host, all of them, on every rank.
                 param.data = whole.to(torch.bfloat16 if self.bfloat16_enabled() else torch.float16)
 
-    def build_optimizers(self, client_optimizer: Any, model_parameters: list) -> tuple[torch.optim.Optimizer, HiFTOptimizer]:
+    def build_optimizers(
+        self, client_optimizer: Any, model_parameters: list
+    ) -> tuple[torch.optim.Optimizer, HiFTOptimizer]:
         """Groups, base optimizer, and the group optimizer around it."""
         if callable(client_optimizer) and not isinstance(client_optimizer, torch.optim.Optimizer):
             client_optimizer = client_optimizer(model_parameters)
-        managed = _params_of(client_optimizer.param_groups if client_optimizer is not None else model_parameters)
+        managed = _params_of(
+            client_optimizer.param_groups if client_optimizer is not None else model_parameters
+        )
         self._set_aside_unmanaged(managed)
         self.partition = partition_model(
             self.module,
@@ -134,9 +140,13 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         """The shards were cut for elementwise optimizers; whole-tensor owners need the other ranks' parts."""
         shards, self._fp32_shards = self._fp32_shards, {}
         _, world_size = world_rank_and_size()
-        numel_of = {name: math.prod(optimizer.parameters.shape_of(p)) for name, p in self.module.named_parameters()}
+        numel_of = {
+            name: math.prod(optimizer.parameters.shape_of(p)) for name, p in self.module.named_parameters()
+        }
         if optimizer.parameters.whole_tensors:
-            shards = {name: gather_whole(shard, numel_of[name], self.device) for name, shard in shards.items()}
+            shards = {
+                name: gather_whole(shard, numel_of[name], self.device) for name, shard in shards.items()
+            }
 
         def values(name: str, start: int, numel: int) -> Tensor | None:
             if name not in shards:
@@ -155,10 +165,14 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
                 param.requires_grad_(False)
         if aside and self.global_rank == 0:
             shown = ", ".join(aside[:3]) + (" ..." if len(aside) > 3 else "")
-            logger.warning("%d trainable parameters are not in the optimizer and stay as they are: %s", len(aside), shown)
+            logger.warning(
+                "%d trainable parameters are not in the optimizer and stay as they are: %s", len(aside), shown
+            )
 
     def _build_from_config(self, model_parameters: list) -> torch.optim.Optimizer:
-        entries = model_parameters if isinstance(model_parameters[0], dict) else [{"params": model_parameters}]
+        entries = (
+            model_parameters if isinstance(model_parameters[0], dict) else [{"params": model_parameters}]
+        )
         param_groups = []
         for entry in entries:
             params = entry["params"]
@@ -278,8 +292,11 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         if not loss.requires_grad:  # the active group did not take part in this loss (an unused pooler, say)
             self.finish_backward_without_graph()
         else:
-            super().backward(loss * self.optimizer.scaler.scale if self.optimizer.scaler.active else loss,
-                             retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+            super().backward(
+                loss * self.optimizer.scaler.scale if self.optimizer.scaler.active else loss,
+                retain_graph=retain_graph,
+                scale_wrt_gas=scale_wrt_gas,
+            )
         return loss / self.gradient_accumulation_steps() if scale_wrt_gas else loss
 
     @explains_out_of_memory("the update")
@@ -295,9 +312,21 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
     def _report_before_step(self) -> StepReport:
         cursor, group = self.schedule.cursor, self.groups[self.schedule.active]
         return StepReport(
-            step=self.global_steps, cycle=cursor.cycle, position=cursor.position, group=group.index, group_name=group.name,
-            lr=0.0, grad_norm=0.0, loss_scale=self.optimizer.scaler.scale, skipped=False, state_bytes_in=0, state_bytes_out=0,
-            grad_numel_sent=0, transfer_s=0.0, stalled_s=0.0, peak_bytes=0,
+            step=self.global_steps,
+            cycle=cursor.cycle,
+            position=cursor.position,
+            group=group.index,
+            group_name=group.name,
+            lr=0.0,
+            grad_norm=0.0,
+            loss_scale=self.optimizer.scaler.scale,
+            skipped=False,
+            state_bytes_in=0,
+            state_bytes_out=0,
+            grad_numel_sent=0,
+            transfer_s=0.0,
+            stalled_s=0.0,
+            peak_bytes=0,
         )
 
     def _report_after_step(self, report: StepReport) -> StepReport:

@@ -55,10 +55,16 @@ def initialize(
     if model is None:
         raise ConfigError("initialize: model= is missing")
     if isinstance(model, deepspeed.PipelineModule):
-        raise ConfigError('initialize: a PipelineModule (pipeline engine) is not supported with a "hift" block')
+        raise ConfigError(
+            'initialize: a PipelineModule (pipeline engine) is not supported with a "hift" block'
+        )
     # DeepSpeed's: calls those ranks model-parallel.
     shares_sequences = hasattr(mpu, "initialize_sequence_parallel")
-    if mpu is not None and not shares_sequences and getattr(mpu, "get_model_parallel_world_size", lambda: 1)() > 1:
+    if (
+        mpu is not None
+        and not shares_sequences
+        and getattr(mpu, "get_model_parallel_world_size", lambda: 1)() > 1
+    ):
         raise ConfigError('initialize: mpu= with model parallelism is not supported with a "hift" block')
     join_as_single_process()
     with hift_engines():
@@ -70,13 +76,17 @@ def join_as_single_process() -> None:
 
     Sets the variables a launcher would have set, with a free port, if none of them is there.
     """
-    launched = any(name in os.environ for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"))
+    launched = any(
+        name in os.environ for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    )
     if launched or (deepspeed.comm.is_initialized() and deepspeed.comm.get_world_size() > 1):
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
 
 
 def ensure_process_group() -> None:

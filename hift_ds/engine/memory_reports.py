@@ -12,7 +12,15 @@ from hift_ds.memory.out_of_memory import Adviser
 from hift_ds.memory.simulation import Setting
 
 # Keys of the DeepSpeed config that decide what is allocated.
-CONFIG_KEYS = ("optimizer", "bf16", "fp16", "torch_autocast", "gradient_clipping", "zero_optimization", "communication_data_type")
+CONFIG_KEYS = (
+    "optimizer",
+    "bf16",
+    "fp16",
+    "torch_autocast",
+    "gradient_clipping",
+    "zero_optimization",
+    "communication_data_type",
+)
 
 
 class MemoryReports:

@@ -114,7 +114,11 @@ class PartitionedParameters(ReplicatedParameters):
         if self.whole_tensors:
             for member in unit.members:
                 new = collectives.scatter_from_owner(
-                    self.ranks, self._owned.pop(member.param, None), member.whole_numel, member.param, member.owner
+                    self.ranks,
+                    self._owned.pop(member.param, None),
+                    member.whole_numel,
+                    member.param,
+                    member.owner,
                 )
                 self.shards.shard(member.param).copy_(new)
 

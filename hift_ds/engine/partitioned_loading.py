@@ -31,6 +31,7 @@ from hift_ds.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 def load_partitioned(
     folder: str | Path,
     config: dict[str, Any],
@@ -58,7 +59,9 @@ def load_partitioned(
         ConfigError: ``config`` does not partition weights.
     """
     if (config.get("zero_optimization") or {}).get("stage") != 3:
-        raise ConfigError('load_partitioned: "zero_optimization.stage" must be 3; with 0, 1 or 2 use from_pretrained')
+        raise ConfigError(
+            'load_partitioned: "zero_optimization.stage" must be 3; with 0, 1 or 2 use from_pretrained'
+        )
     check_weights(folder)
     ensure_process_group()
     model = _hollow_model(folder, dtype or _dtype_of(config), model_class, trust_remote_code, from_config)
@@ -87,10 +90,14 @@ def _hollow_model(
 
     auto = model_class or AutoModelForCausalLM
     read = auto.config_class if getattr(auto, "config_class", None) else AutoConfig
-    model_config = read.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    model_config = read.from_pretrained(
+        str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+    )
     with _zero_init_set_aside(), no_init_weights(), init_empty_weights(include_buffers=False):
         if hasattr(auto, "from_config"):
-            model = auto.from_config(model_config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+            model = auto.from_config(
+                model_config, dtype=dtype, trust_remote_code=trust_remote_code, **options
+            )
         else:
             model = auto._from_config(model_config, dtype=dtype, **options)
     model.tie_weights()  # after the block, in which every registered parameter becomes one of its own
@@ -148,7 +155,9 @@ def _part_of_this_rank(target: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
 def _from_first_rank(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` of rank 0, on the accelerator; elsewhere only its shape is looked at."""
     device = accelerator_device()
-    sent = torch.empty(tensor.shape, dtype=dtype, device=device) if tensor.is_meta else tensor.to(device, dtype)
+    sent = (
+        torch.empty(tensor.shape, dtype=dtype, device=device) if tensor.is_meta else tensor.to(device, dtype)
+    )
     sent = sent.contiguous()
     broadcast_from_first_rank(sent)
     return sent

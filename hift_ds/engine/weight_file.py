@@ -73,4 +73,6 @@ def _map_nameless_file(folder: Path, num_bytes: int) -> mmap.mmap:
             os.posix_fallocate(file.fileno(), 0, num_bytes)  # now, not as a crash in the middle of a step
             return mmap.mmap(file.fileno(), num_bytes)
     except OSError as error:
-        raise StateStoreError(f"{folder}: cannot hold {num_bytes:,} bytes of parked weights: {error.strerror}") from None
+        raise StateStoreError(
+            f"{folder}: cannot hold {num_bytes:,} bytes of parked weights: {error.strerror}"
+        ) from None

@@ -1,6 +1,6 @@
 """The forecast of every group's peak, made beside a run while its first steps are taken.
 
-    python -m hift_ds.memory.background_forecast < setting.json > peaks.json
+python -m hift_ds.memory.background_forecast < setting.json > peaks.json
 """
 
 from __future__ import annotations

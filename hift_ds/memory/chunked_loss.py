@@ -62,7 +62,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = torch.empty_like(hidden)
             sums = None if not ctx.needs_input_grad[2] else torch.zeros_like(bias, dtype=torch.float32)
             for rows in _tiles(len(hidden), weight.shape[0]):
-                grad = _grad_of_logits(ctx.transform, hidden[rows], weight, bias, targets[rows], lse[rows], grad_losses[rows])
+                grad = _grad_of_logits(
+                    ctx.transform, hidden[rows], weight, bias, targets[rows], lse[rows], grad_losses[rows]
+                )
                 torch.mm(grad, weight, out=grad_hidden[rows])
                 if sums is not None:
                     sums += grad.sum(0, dtype=torch.float32)
@@ -118,7 +120,9 @@ class DeferredLogits:
         transforms: what has been done to the logits since, elementwise.
     """
 
-    def __init__(self, head: nn.Module, hidden: Tensor, transforms: tuple[Transform, ...] = (), dtype: Any = None) -> None:
+    def __init__(
+        self, head: nn.Module, hidden: Tensor, transforms: tuple[Transform, ...] = (), dtype: Any = None
+    ) -> None:
         self._head = head
         self.hidden = hidden
         self.transforms = transforms
@@ -173,8 +177,14 @@ class DeferredLogits:
         return self
 
     def view(self, *shape: Any) -> Any:
-        sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list | torch.Size) else shape
-        if not all(isinstance(size, int) for size in sizes) or sizes[-1] not in (self.shape[-1], -1) or sizes[:-1] == ():
+        sizes = (
+            tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list | torch.Size) else shape
+        )
+        if (
+            not all(isinstance(size, int) for size in sizes)
+            or sizes[-1] not in (self.shape[-1], -1)
+            or sizes[:-1] == ()
+        ):
             return self.compute().view(*shape)
         return self._with_hidden(self.hidden.reshape(*sizes[:-1], self.hidden.shape[-1]))
 
@@ -224,7 +234,9 @@ class DeferredLogits:
             loss = _cross_entropy(*args, **kwargs)
             if loss is not None:
                 return loss
-        args, kwargs = torch.utils._pytree.tree_map_only(DeferredLogits, lambda x: x.compute(), (args, kwargs))
+        args, kwargs = torch.utils._pytree.tree_map_only(
+            DeferredLogits, lambda x: x.compute(), (args, kwargs)
+        )
         return func(*args, **kwargs)
 
 

@@ -66,10 +66,20 @@ def measure(setting: Setting) -> Measured:
     structure = read_structure(setting)
 
     def ends(changed: Setting) -> Request:
-        return Request(changed, structure, ends_only=True, updates_as=setting if _same_updates(setting, changed) else None)
+        return Request(
+            changed,
+            structure,
+            ends_only=True,
+            updates_as=setting if _same_updates(setting, changed) else None,
+        )
 
     full_block = {**setting.engine_config["hift"], "group_size": 1 << 30, "groups": None, "always_active": []}
-    full_block["state"] = {**(full_block.get("state") or {}), "residency": "device", "slice_numel": None, "path": None}
+    full_block["state"] = {
+        **(full_block.get("state") or {}),
+        "residency": "device",
+        "slice_numel": None,
+        "path": None,
+    }
     full = replace(setting, engine_config={**setting.engine_config, "hift": full_block})
     requests = {
         "steps": Request(setting, structure),
@@ -153,7 +163,9 @@ def worst_weights(step: GroupStep) -> int:
     return step.categories["weights"]
 
 
-def _elsewhere(setting: Setting, steps: list[GroupStep], weight_bytes: int, state_bytes: int) -> dict[str, float]:
+def _elsewhere(
+    setting: Setting, steps: list[GroupStep], weight_bytes: int, state_bytes: int
+) -> dict[str, float]:
     """Host memory of one node with all its ranks, disk, and a checkpoint of all ranks."""
     state = setting.engine_config["hift"].get("state") or {}
     residency = state.get("residency", "host")
@@ -194,7 +206,9 @@ def _fits(measured: Measured, peak: float) -> list[dict[str, Any]]:
     for card in CARDS_GIB:
         budget = (card - CONTEXT_GIB) / (1 + FRAGMENTATION)
         fits = peak <= budget
-        enough = [name for name, steps in measured.switched.items() if worst_step(steps).peak_bytes / GIB <= budget]
+        enough = [
+            name for name, steps in measured.switched.items() if worst_step(steps).peak_bytes / GIB <= budget
+        ]
         rows.append(
             {
                 "card_gib": card,
@@ -223,7 +237,9 @@ def _method(measured: Measured) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--probe", action="store_true", help="also run one real step here, predicted beside measured")
+    parser.add_argument(
+        "--probe", action="store_true", help="also run one real step here, predicted beside measured"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

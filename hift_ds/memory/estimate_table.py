@@ -81,7 +81,14 @@ def _switches(figures: dict[str, Any]) -> Any:
 
 
 def _cards(figures: dict[str, Any]) -> Any:
-    table = _table("Cards", "card", "fits", f"batch at {figures['length']}", f"length at {figures['batch']}", "would fit with")
+    table = _table(
+        "Cards",
+        "card",
+        "fits",
+        f"batch at {figures['length']}",
+        f"length at {figures['batch']}",
+        "would fit with",
+    )
     for row in figures["fits"]:
         with_switch = ", ".join(SWITCH_NAMES[name] for name in row["would_fit_with"])
         table.add_row(
@@ -94,5 +101,7 @@ def _cards(figures: dict[str, Any]) -> Any:
 def _probe(probe: dict[str, Any]) -> Any:
     table = _table(f"One real step on {probe['device']}", "", "predicted, GiB", "measured, GiB", "off by")
     off = probe["measured_gib"] / probe["predicted_gib"] - 1
-    table.add_row(probe["group"], f"{probe['predicted_gib']:.3f}", f"{probe['measured_gib']:.3f}", f"{off:+.2%}")
+    table.add_row(
+        probe["group"], f"{probe['predicted_gib']:.3f}", f"{probe['measured_gib']:.3f}", f"{off:+.2%}"
+    )
     return table

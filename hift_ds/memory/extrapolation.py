@@ -55,13 +55,16 @@ class BlockModel:
         flat = _interpolate({n: _flat(step) for n, step in large.items()}, above)
         shared = max(small.keys() & large.keys())
         per_block = _scale(
-            _minus(_flat(large[shared]), _flat(small[shared])), 1 / (self.large.num_blocks - self.small.num_blocks)
+            _minus(_flat(large[shared]), _flat(small[shared])),
+            1 / (self.large.num_blocks - self.small.num_blocks),
         )
         flat = _plus(flat, _scale(per_block, num_blocks - self.large.num_blocks))
         return _unflat(flat, large[min(large, key=lambda n: abs(n - above))], num_blocks - above)
 
     def _of_result(self, num_blocks: int, small: int, large: int) -> int:
-        return round(_line(self.small.num_blocks, {"": small}, self.large.num_blocks, {"": large}, num_blocks)[""])
+        return round(
+            _line(self.small.num_blocks, {"": small}, self.large.num_blocks, {"": large}, num_blocks)[""]
+        )
 
 
 def _at(result: Result, index: int) -> GroupStep:
@@ -114,7 +117,13 @@ def _unflat(flat: Mapping[str, float], like: GroupStep, index: int) -> GroupStep
             flops[rest] = round(value)
     name = like.name if like.index == index else _renumbered(like.name, index)
     return GroupStep(
-        index, name, like.numel, places, flops, round(flat["state_bytes"]), max(round(flat["offloaded_bytes"]), 0)
+        index,
+        name,
+        like.numel,
+        places,
+        flops,
+        round(flat["state_bytes"]),
+        max(round(flat["offloaded_bytes"]), 0),
     )
 
 

@@ -40,7 +40,9 @@ def register(device: str) -> list[Any]:
         for name in names:
             op = _find(name)
             if op is not None:
-                library.impl(name, _casting(op, cast, getattr(torch._C.DispatchKey, key), name in WIDER_UNLESS_GIVEN))
+                library.impl(
+                    name, _casting(op, cast, getattr(torch._C.DispatchKey, key), name in WIDER_UNLESS_GIVEN)
+                )
     _clear_with_torch(cache)
     return [everything_else, library, cache]
 
@@ -65,7 +67,11 @@ def _casting(op: Any, cast: Callable[[Tensor], Tensor], key: Any, unless_dtype: 
 def _lower(device: str, cache: dict[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
     def cast(tensor: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
-        if tensor.device.type != device or not tensor.is_floating_point() or tensor.dtype in (dtype, torch.float64):
+        if (
+            tensor.device.type != device
+            or not tensor.is_floating_point()
+            or tensor.dtype in (dtype, torch.float64)
+        ):
             return tensor
         keep = tensor.is_leaf and tensor.requires_grad and tensor.dtype == torch.float32
         if not (keep and torch.is_autocast_cache_enabled()):

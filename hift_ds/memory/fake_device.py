@@ -51,7 +51,9 @@ def register() -> None:
     if _registered:
         return
     if not is_available():
-        raise ConfigError(f"torch {torch.__version__} has no fake devices; counting memory needs torch 2.8 or later")
+        raise ConfigError(
+            f"torch {torch.__version__} has no fake devices; counting memory needs torch 2.8 or later"
+        )
     module = _DeviceModule()
     _register_backend()(NAME, backend_module=module)
     from hift_ds.memory import fake_autocast
@@ -133,12 +135,16 @@ def _apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
                 with torch.no_grad():
                     new = fn(old)
                 if new.dtype != old.dtype or new.device != old.device:
-                    tensors[key] = nn.Parameter(new, old.requires_grad) if tensors is inner._parameters else new
+                    tensors[key] = (
+                        nn.Parameter(new, old.requires_grad) if tensors is inner._parameters else new
+                    )
     return module
 
 
 def _tensor_maker(real: Any) -> Any:
-    def tensor(data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False, **other: Any) -> Tensor:
+    def tensor(
+        data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False, **other: Any
+    ) -> Tensor:
         from torch._subclasses.fake_tensor import unset_fake_temporarily
 
         if device is None or torch.device(device).type != NAME:

@@ -340,7 +340,9 @@ def _update_again(engine: Any, setting: Setting, tracker: MemoryTracker) -> None
     tracker.mark("between steps")
 
 
-def _places(engine: Any, setting: Setting, index: int, tracker: MemoryTracker, first_mark: int) -> dict[str, Bytes]:
+def _places(
+    engine: Any, setting: Setting, index: int, tracker: MemoryTracker, first_mark: int
+) -> dict[str, Bytes]:
     """What was alive at the peak of each place, the places named as seen from the active group."""
     timeline = Timeline(tracker)
     num_blocks = len(find_arch(engine.module).blocks)

@@ -67,12 +67,19 @@ class FakeTensors(FakeTensorMode):
         kwargs = kwargs or {}
         if func is _TO_COPY and _has_values(args[0]) and kwargs.get("device", args[0].device).type != "cpu":
             with self:
-                return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=kwargs["device"])
+                return torch.empty(
+                    args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=kwargs["device"]
+                )
         if func.namespace == "profiler":  # no tensors in it
             return func(*args, **kwargs)
         tensors: list[FakeTensor] = []
         try:
-            key = (func, torch.get_default_dtype(), *_describe(args, tensors), *_describe(kwargs.items(), tensors))
+            key = (
+                func,
+                torch.get_default_dtype(),
+                *_describe(args, tensors),
+                *_describe(kwargs.items(), tensors),
+            )
         except _CannotTell:
             return super().__torch_dispatch__(func, types, args, kwargs)
         if key in self._recipes:
@@ -135,7 +142,9 @@ def _recipe(func: Any, out: Any, tensors: list[FakeTensor]) -> tuple[type, tuple
     if out is None:
         return _Nothing, ()
     if isinstance(out, list | tuple):
-        return (list if isinstance(out, list) else tuple), tuple(None if one is None else _result(one, tensors) for one in out)
+        return (list if isinstance(out, list) else tuple), tuple(
+            None if one is None else _result(one, tensors) for one in out
+        )
     return Tensor, (_result(out, tensors),)
 
 
@@ -145,7 +154,12 @@ def _result(out: Any, tensors: list[FakeTensor]) -> _Result:
     for index, tensor in enumerate(tensors):
         if out is tensor:
             return _Result(index, is_argument=True)
-    as_it_is = {"shape": tuple(out.shape), "stride": out.stride(), "dtype": out.dtype, "device": out.fake_device}
+    as_it_is = {
+        "shape": tuple(out.shape),
+        "stride": out.stride(),
+        "dtype": out.dtype,
+        "device": out.fake_device,
+    }
     for index, tensor in enumerate(tensors):
         if out.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
             return _Result(index, offset=_byte_offset(out) - _byte_offset(tensor), **as_it_is)

@@ -34,9 +34,7 @@ RUN_FILE_KEYS = {
     "everything": "all switches of docs/memory.md",
 }
 TOKENS = 64  # a row's length is advised in multiples of this
-LESS_IN_EVALUATION = (
-    'would need less: a smaller evaluation batch, or prediction_loss_only with "hift.activations.chunked_loss": true'
-)
+LESS_IN_EVALUATION = 'would need less: a smaller evaluation batch, or prediction_loss_only with "hift.activations.chunked_loss": true'
 OTHER_WORDS = {  # of errors that torch gives no type of its own, and where they say that there is no room
     "CUDA error: out of memory": "CUDA",
     "CUBLAS_STATUS_ALLOC_FAILED": "CUDA",
@@ -104,7 +102,11 @@ def says_when_no_room(model: nn.Module | None) -> Iterator[None]:
     except RuntimeError as error:
         if (device := full_device(error)) is None:
             raise
-        num_bytes = sum(param.numel() * param.element_size() for param in model.parameters()) if model is not None else 0
+        num_bytes = (
+            sum(param.numel() * param.element_size() for param in model.parameters())
+            if model is not None
+            else 0
+        )
         raise NoRoomForModel(
             f"the {device} device has no room for the weights ({num_bytes / GIB:.1f} GiB) and the states that stay on it, "
             'whatever the batch; "hift.state.residency": "host", 16-bit weights, or "zero_optimization.stage": 3 need less'
@@ -136,13 +138,17 @@ class Advice:
         if len(changed) > 1:
             changed["everything"] = everything
         settings = [setting, replace(setting, batch=2 * setting.batch), *changed.values()]
-        here, there, *others = run_requests([Request(s, structure, ends_only=True) for s in settings], num_processes=2)
+        here, there, *others = run_requests(
+            [Request(s, structure, ends_only=True) for s in settings], num_processes=2
+        )
         slope = Slope(((setting.batch, here), (2 * setting.batch, there)))
         return cls(setting, slope, dict(zip(changed, others, strict=True)))
 
     def answers(self, batch: int, length: int) -> bool:
         """Was it made for such a batch? One row, which packing makes of many, may be shorter."""
-        return length == self.setting.length or (batch == self.setting.batch == 1 and length < self.setting.length)
+        return length == self.setting.length or (
+            batch == self.setting.batch == 1 and length < self.setting.length
+        )
 
     def text(self, batch: int, length: int, budget_bytes: float) -> str:
         """The forecast at ``batch`` x ``length``, and what would stay within the budget."""
@@ -157,7 +163,11 @@ class Advice:
         for name, steps in self.switched.items():
             if worst_step(steps).peak_bytes <= budget_bytes:
                 fits.append(f"{RUN_FILE_KEYS[name]} ({worst_step(steps).peak_bytes / GIB:.1f} GiB{at})")
-        answer = f"would fit: {'; '.join(fits)}" if fits else "no switch makes it fit: shorter sequences, or more GPUs with ZeRO-3"
+        answer = (
+            f"would fit: {'; '.join(fits)}"
+            if fits
+            else "no switch makes it fit: shorter sequences, or more GPUs with ZeRO-3"
+        )
         return f"forecast {by_tokens.peak_bytes(batch * length) / GIB:.1f} GiB of {budget_bytes / GIB:.1f} usable; {answer}"
 
 

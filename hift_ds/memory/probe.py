@@ -44,7 +44,9 @@ def probe(setting: Setting, index: int | None = None) -> dict[str, Any]:
         SimulationError: one of the steps failed.
     """
     if setting.world_size > 1:
-        raise ConfigError(f"--probe: takes a step on one rank, and the estimate is for {setting.world_size}; leave --gpus out")
+        raise ConfigError(
+            f"--probe: takes a step on one rank, and the estimate is for {setting.world_size}; leave --gpus out"
+        )
     on_cpu = _accelerator() is None
     setting = replace(setting, on_host=not fake_device.is_available())
     if on_cpu:

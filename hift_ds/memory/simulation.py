@@ -174,7 +174,9 @@ def _run_all(settings: Sequence[Setting], num_processes: int) -> list[Result]:
         return [run(setting) for setting in settings]
     results: dict[int, Result] = {}
     for indices in indices_of.values():
-        with ProcessPoolExecutor(min(num_processes, len(indices)), multiprocessing.get_context("fork")) as pool:
+        with ProcessPoolExecutor(
+            min(num_processes, len(indices)), multiprocessing.get_context("fork")
+        ) as pool:
             results |= dict(zip(indices, pool.map(run, [settings[i] for i in indices]), strict=True))
     return [results[i] for i in range(len(settings))]
 

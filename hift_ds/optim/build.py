@@ -76,7 +76,9 @@ def build_optimizer(
     if options.pop("bias_correction", True) is False:
         raise ConfigError('"optimizer.params.bias_correction": false is not supported; remove it')
     if "max_grad_norm" in options:
-        raise ConfigError('"optimizer.params.max_grad_norm": clip with "gradient_clipping" at the top level instead')
+        raise ConfigError(
+            '"optimizer.params.max_grad_norm": clip with "gradient_clipping" at the top level instead'
+        )
     if name.lower() == "muon":
         return _build_muon(options, param_groups, matrices)
     cls = _optimizer_class(name, options)
@@ -94,7 +96,9 @@ def _optimizer_class(name: str, options: dict[str, Any]) -> type:
     if lower == "adam":
         return torch.optim.AdamW if adam_w_mode else torch.optim.Adam
     if lower in _UNUSABLE:
-        raise ConfigError(f'"optimizer.type": {name} cannot train one layer group at a time: {_UNUSABLE[lower]}')
+        raise ConfigError(
+            f'"optimizer.type": {name} cannot train one layer group at a time: {_UNUSABLE[lower]}'
+        )
     if lower in _BY_NAME:
         return _BY_NAME[lower]
     if "." not in name:
@@ -145,10 +149,15 @@ def _hollow(params: Sequence[torch.nn.Parameter]):
             param.data = data
 
 
-def _build_muon(options: dict[str, Any], param_groups: Sequence[dict[str, Any]], matrices: frozenset[int]) -> MuonWithAuxAdamW:
+def _build_muon(
+    options: dict[str, Any], param_groups: Sequence[dict[str, Any]], matrices: frozenset[int]
+) -> MuonWithAuxAdamW:
     """Options without prefix are Muon's; ``adam_lr``, ``betas`` and ``adam_eps`` are for the AdamW part."""
     options.pop("adam_w_mode", None)
-    adamw = {"lr": options.pop("adam_lr", options.get("lr", 1e-3)), "betas": tuple(options.pop("betas", (0.9, 0.999)))}
+    adamw = {
+        "lr": options.pop("adam_lr", options.get("lr", 1e-3)),
+        "betas": tuple(options.pop("betas", (0.9, 0.999))),
+    }
     adamw["eps"] = options.pop("adam_eps", 1e-8)
     adamw["weight_decay"] = options.get("weight_decay", 0.01)
     muon = dict(options)
@@ -160,4 +169,6 @@ def _build_muon(options: dict[str, Any], param_groups: Sequence[dict[str, Any]],
             params = [p for p in group["params"] if (id(p) in matrices) is is_matrix]
             if params:
                 members.append({**group, "params": params})
-    return _construct("Muon", MuonWithAuxAdamW, {"muon": muon, "adamw": adamw, "adamw_groups": split[False]}, split[True])
+    return _construct(
+        "Muon", MuonWithAuxAdamW, {"muon": muon, "adamw": adamw, "adamw_groups": split[False]}, split[True]
+    )

@@ -103,7 +103,9 @@ class GroupOptimizer:
         self.piecewise = PiecewiseOptimizer(base)
         self.records: dict[int, list[PieceRecord]] = {}  # by chunk id, per piece
         self.extras: dict[int, dict[int, dict[str, Any]]] = {index: {} for index in self.units}
-        self.num_updates: dict[int, list[int]] = {index: [0] * len(u.members) for index, u in self.units.items()}
+        self.num_updates: dict[int, list[int]] = {
+            index: [0] * len(u.members) for index, u in self.units.items()
+        }
         self.masters_filled: set[int] = set()  # chunks whose masters hold values
         self.num_applied = 0  # applied optimizer steps
         self.overflow = False  # the last step was skipped
@@ -170,7 +172,9 @@ class GroupOptimizer:
         if self.overflow:
             return False
 
-        rates = self.lr.before_step(self.schedule.starts_cycle, self.schedule.cursor.cycle, self.schedule.steps_per_cycle)
+        rates = self.lr.before_step(
+            self.schedule.starts_cycle, self.schedule.cursor.cycle, self.schedule.steps_per_cycle
+        )
         flags = iter(reached)
         for unit, (grads, _) in zip(self.active_units, reduced, strict=True):
             shards = []
@@ -197,7 +201,9 @@ class GroupOptimizer:
     def _weight_device(self) -> torch.device:
         return self.active_units[0].members[0].param.device
 
-    def _update(self, unit: Unit, shards: list[Tensor | None], factor: Tensor | None, rates: list[float]) -> None:
+    def _update(
+        self, unit: Unit, shards: list[Tensor | None], factor: Tensor | None, rates: list[float]
+    ) -> None:
         """Chunk by chunk: states in, step, weights out, states back."""
         store = self.store_of(unit.index)
         generator = self._rounding_generator()
@@ -238,7 +244,10 @@ class GroupOptimizer:
             return [piece]
         starts = range(piece.start, piece.start + piece.numel, RUN_NUMEL)
         lengths = [min(RUN_NUMEL, piece.start + piece.numel - start) for start in starts]
-        return [Piece(piece.member, start, length, (length,)) for start, length in zip(starts, lengths, strict=True)]
+        return [
+            Piece(piece.member, start, length, (length,))
+            for start, length in zip(starts, lengths, strict=True)
+        ]
 
     def _run_update(
         self,
@@ -289,7 +298,9 @@ class GroupOptimizer:
 
     def _reserve_states(self) -> None:
         """Lay out every chunk's states and reserve their buffers now, not in the middle of a backward."""
-        elementwise = {} if self.parameters.whole_tensors else self.piecewise.elementwise_keys(self.update_device)
+        elementwise = (
+            {} if self.parameters.whole_tensors else self.piecewise.elementwise_keys(self.update_device)
+        )
         for unit in self.units.values():
             store = self.store_of(unit.index)
             for chunk in unit.chunks:
@@ -301,7 +312,9 @@ class GroupOptimizer:
                     offset += piece.numel if needs_master else 0
                 self.records[chunk.id] = records
                 if offset:
-                    store.ensure(chunk.id, MASTER, offset, torch.float32, self._weights_of_masters(unit, chunk))
+                    store.ensure(
+                        chunk.id, MASTER, offset, torch.float32, self._weights_of_masters(unit, chunk)
+                    )
                 for key, dtype in elementwise.items():
                     store.ensure(chunk.id, key, sum(piece.numel for piece in chunk.pieces), dtype)
         self.store = self.store.start()
@@ -374,7 +387,9 @@ class GroupOptimizer:
         if not self.precision.stochastic_rounding:
             return None
         generator = torch.Generator(device=self.update_device)
-        generator.manual_seed(((self.seed * 1_000_003 + self.num_applied) * 65_537 + self.parameters.ranks.rank) % (1 << 63))
+        generator.manual_seed(
+            ((self.seed * 1_000_003 + self.num_applied) * 65_537 + self.parameters.ranks.rank) % (1 << 63)
+        )
         return generator
 
     # -- bookkeeping ------------------------------------------------------------------------------------------
@@ -409,7 +424,10 @@ class GroupOptimizer:
 
 
 def _copied(scalars: PieceState) -> PieceState:
-    return {key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in scalars.items()}
+    return {
+        key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        for key, value in scalars.items()
+    }
 
 
 def _part(whole: Tensor, piece: Piece, run: Piece) -> Tensor:

@@ -26,7 +26,9 @@ def lion_(
 class Lion(torch.optim.Optimizer):
     """One momentum per weight; the update is a sign, so use about a tenth of AdamW's learning rate."""
 
-    def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
+    ) -> None:
         if lr < 0 or not all(0 <= b < 1 for b in betas):
             raise ValueError(f"Lion: lr must be >= 0 and betas in [0, 1), got lr={lr}, betas={betas}")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
@@ -46,7 +48,12 @@ class Lion(torch.optim.Optimizer):
                 if not state:
                     state["exp_avg"] = torch.zeros_like(param)
                 lion_(
-                    param, param.grad, state["exp_avg"],
-                    lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
+                    param,
+                    param.grad,
+                    state["exp_avg"],
+                    lr=group["lr"],
+                    beta1=beta1,
+                    beta2=beta2,
+                    weight_decay=group["weight_decay"],
                 )
         return loss

@@ -74,7 +74,9 @@ class Unit:
         return [i for i, member in enumerate(self.members) if member.param.dtype == dtype]
 
 
-def cut_into_chunks(members: Sequence[Member], slice_numel: int | None, ids: Iterator[int]) -> tuple[Chunk, ...]:
+def cut_into_chunks(
+    members: Sequence[Member], slice_numel: int | None, ids: Iterator[int]
+) -> tuple[Chunk, ...]:
     """Chunks of at most ``slice_numel`` elements, in parameter order; a whole tensor is never cut. At least one."""
     room = float("inf") if slice_numel is None else slice_numel
     chunks: list[list[Piece]] = [[]]
@@ -132,9 +134,13 @@ class ReplicatedParameters:
         world_size, rank = self.ranks.world_size, self.ranks.rank
         shapes = [self.shape_of(param) for _, param, _ in entries]
         numels = [math.prod(shape) for shape in shapes]
-        owners = collectives.assign_owners(numels, world_size) if self.whole_tensors else [None] * len(entries)
+        owners = (
+            collectives.assign_owners(numels, world_size) if self.whole_tensors else [None] * len(entries)
+        )
         members = []
-        for (param_name, param, param_group), shape, numel, owner in zip(entries, shapes, numels, owners, strict=True):
+        for (param_name, param, param_group), shape, numel, owner in zip(
+            entries, shapes, numels, owners, strict=True
+        ):
             if owner is None:
                 start, end = collectives.shard_bounds(numel, world_size, rank)
             else:
@@ -147,7 +153,9 @@ class ReplicatedParameters:
             dtype: collectives.plan_buckets(numels_of[dtype], world_size, self.bucket_numel)
             for dtype in sorted(numels_of, key=str)
         }
-        return Unit(index, name, tuple(members), cut_into_chunks(members, self.slice_numel, self._chunk_ids), buckets)
+        return Unit(
+            index, name, tuple(members), cut_into_chunks(members, self.slice_numel, self._chunk_ids), buckets
+        )
 
     def shape_of(self, param: nn.Parameter) -> tuple[int, ...]:
         """Of the whole parameter."""

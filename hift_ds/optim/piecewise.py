@@ -76,7 +76,11 @@ class PiecewiseOptimizer:
         self.base._opt_called = True
         for piece, param in zip(pieces, params, strict=True):
             piece.state = state[param]
-        return {i: changed for i, g in enumerate(groups) if (changed := _changed(before[i], g, type(self.base).__name__))}
+        return {
+            i: changed
+            for i, g in enumerate(groups)
+            if (changed := _changed(before[i], g, type(self.base).__name__))
+        }
 
     def elementwise_keys(self, device: torch.device) -> dict[str, torch.dtype]:
         """State keys with one entry per weight, found by stepping a 3-element parameter (learning rate 0)."""
@@ -111,6 +115,8 @@ def _changed(before: dict[str, Any], after: dict[str, Any], name: str) -> dict[s
         if key in ("params", "lr") or (key in before and (value is before[key] or value == before[key])):
             continue
         if not isinstance(value, int | float | bool | str):
-            raise ConfigError(f'"optimizer": {name} keeps {key!r} ({type(value).__name__}) in its param_groups; not supported')
+            raise ConfigError(
+                f'"optimizer": {name} keeps {key!r} ({type(value).__name__}) in its param_groups; not supported'
+            )
         changed[key] = value
     return changed

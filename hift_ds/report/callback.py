@@ -77,7 +77,11 @@ class ReportCallback(TrainerCallback):
         self._writer = MetricsWriter(self.run_dir, resume_step=state.global_step)
         self._progress = self._progress or make_progress()
         self._tokens = self._tokens_seen(state)
-        if self._largest_batch is not None and args.device.type != "cpu" and hasattr(self._get_engine(), "start_forecast"):
+        if (
+            self._largest_batch is not None
+            and args.device.type != "cpu"
+            and hasattr(self._get_engine(), "start_forecast")
+        ):
             rows, tokens = self._largest_batch
             # Fewer if others did not fit.
             self._get_engine().start_forecast(state.train_batch_size or rows, tokens)

@@ -13,7 +13,16 @@ from typing import Any
 from hift_ds.store.room import disk_bytes_free, host_bytes
 from hift_ds.version import __version__
 
-PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "safetensors", "trl", "sentencepiece")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "trl",
+    "sentencepiece",
+)
 VARIABLES = ("NCCL_", "DS_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTORCH_", "HF_HUB_OFFLINE")
 
 

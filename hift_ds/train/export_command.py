@@ -22,14 +22,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument(
-        "--model", metavar="DIR", help="where config and tokenizer come from, if not the checkpoint; the fine-tuned model's input"
+        "--model",
+        metavar="DIR",
+        help="where config and tokenizer come from, if not the checkpoint; the fine-tuned model's input",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto",
         help="of the weights; auto: as in --model, else as trained; fp32 takes the masters (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: %(default)s)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,11 +81,23 @@ def export_checkpoint(
     source = _find(checkpoint)
     config_dir = model_dir or source.config_dir
     if config_dir is None:
-        raise ConfigError(f"{checkpoint}: it holds no config.json; name the model that was fine-tuned with --model DIR")
+        raise ConfigError(
+            f"{checkpoint}: it holds no config.json; name the model that was fine-tuned with --model DIR"
+        )
     verify(source.states)
     saved = SavedCheckpoint(source.states)
-    model = build_on_meta(read_config(str(config_dir), trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)
-    check_same_model(saved, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in saved.parameters}, strict=False)
+    model = build_on_meta(
+        read_config(str(config_dir), trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
+    )
+    check_same_model(
+        saved,
+        {
+            name: tuple(tensor.shape)
+            for name, tensor in model.state_dict().items()
+            if name in saved.parameters
+        },
+        strict=False,
+    )
     has_generation_config = (config_dir / "generation_config.json").is_file()
     wanted: Any = None
     if dtype == "auto" and model_dir is not None:
@@ -112,7 +130,11 @@ def _find(folder: Path) -> _Source:
         raise CheckpointError(f"no such folder: {str(folder)!r}")
     if (folder / MANIFEST).is_file():
         return _Source(folder, _config_near(folder.parent))
-    tags = [tag for tag in (latest_tag(folder), *tags_by_age(folder)) if tag and (folder / tag / MANIFEST).is_file()]
+    tags = [
+        tag
+        for tag in (latest_tag(folder), *tags_by_age(folder))
+        if tag and (folder / tag / MANIFEST).is_file()
+    ]
     if tags:
         return _Source(folder / tags[0], _config_near(folder))
     found, damage = find_checkpoints(folder, "auto")
@@ -130,7 +152,14 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     """The folder's tokenizer, or none: an engine's own checkpoint has none, and weights are of use without."""
     from hift_ds.data.tokenizers import load_tokenizer
 
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model", "vocab.txt")
+    names = (
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "spiece.model",
+        "vocab.txt",
+    )
     if not any((folder / name).is_file() for name in names):
         return None
     return load_tokenizer(folder, trust_remote_code=trust_remote_code)

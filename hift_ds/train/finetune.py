@@ -112,9 +112,14 @@ def _agree_on_checkpoints(checkpoints: list[Path], damage: list[str]) -> list[Pa
     """Nodes that keep checkpoints to themselves may not have the same ones: what one lacks none resumes from."""
     seen = gather([folder.name for folder in checkpoints])
     everywhere = [folder for folder in checkpoints if all(folder.name in theirs for theirs in seen)]
-    damage = [*damage, *(f"{folder} is not on every node" for folder in checkpoints if folder not in everywhere)]
+    damage = [
+        *damage,
+        *(f"{folder} is not on every node" for folder in checkpoints if folder not in everywhere),
+    ]
     if damage and rank_and_world_size()[0] == 0:
-        logger.warning("%s; going on from %s", "; ".join(damage), everywhere[0] if everywhere else "the beginning")
+        logger.warning(
+            "%s; going on from %s", "; ".join(damage), everywhere[0] if everywhere else "the beginning"
+        )
     return everywhere
 
 
@@ -279,7 +284,9 @@ def _write_export(checked: CheckedRun, model: Any, tensors: Any, tokenizer: Any)
         tensors=tensors,
         tokenizer=tokenizer,
         max_shard_size=run.export.max_shard_size,
-        dtype=tensor_dtypes(checked.model.path) if run.export.dtype == "auto" else TORCH_DTYPES[checked.export_dtype],
+        dtype=tensor_dtypes(checked.model.path)
+        if run.export.dtype == "auto"
+        else TORCH_DTYPES[checked.export_dtype],
     )
     record_movement(run.output_dir, checked.model.path, run.export_dir, model)
     plot_run(run.output_dir)

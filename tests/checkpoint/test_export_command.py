@@ -39,7 +39,9 @@ def test_weights_as_trained_reload_with_transformers(trained, tmp_path, inner):
     source, saved, weights, _ = trained
     shutil.copy(source / "config.json", saved / "config.json")
     assert main(["export", str(saved / inner), str(tmp_path / "out"), "--max-shard-size", "4KB"]) == 0
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype="auto", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     for name, tensor in model.state_dict().items():

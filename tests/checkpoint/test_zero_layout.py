@@ -15,7 +15,9 @@ from tests.helpers.engines import ds_config, make_engine, train_step
 from tests.helpers.toy import Toy, make_batches
 
 
-@pytest.mark.parametrize(("stage", "low", "part_bytes"), [(3, True, 1 << 31), (0, True, 900), (3, False, 1500)])
+@pytest.mark.parametrize(
+    ("stage", "low", "part_bytes"), [(3, True, 1 << 31), (0, True, 900), (3, False, 1500)]
+)
 def test_zero_to_fp32_gives_the_masters(tmp_path, stage, low, part_bytes):
     engine = make_engine(Toy(), ds_config(stage=stage, bf16={"enabled": low}))
     for batch in make_batches(7):  # some groups updated twice, some once
@@ -26,7 +28,9 @@ def test_zero_to_fp32_gives_the_masters(tmp_path, stage, low, part_bytes):
         for chunk in unit.chunks:
             tensors = optimizer.store_of(unit.index).read(chunk.id)
             for piece, record in zip(chunk.pieces, optimizer.records[chunk.id], strict=True):
-                master = record.master.view(tensors) if record.master else optimizer.parameters.weight(unit, piece)
+                master = (
+                    record.master.view(tensors) if record.master else optimizer.parameters.weight(unit, piece)
+                )
                 expected[unit.members[piece.member].name] = master.flatten().clone()
     engine.destroy()
 

@@ -35,15 +35,26 @@ CASES = {
         3,
     ),
     "small buckets, slices, random order": (
-        {"hift": {"order": "random", "reshuffle": True, "group_size": 2, "state": {"slice_numel": 11}}, "bucket": 16},
+        {
+            "hift": {"order": "random", "reshuffle": True, "group_size": 2, "state": {"slice_numel": 11}},
+            "bucket": 16,
+        },
         {"order": "random", "reshuffle": True},
         lambda ps: torch.optim.AdamW(ps, lr=LR),
         1,
     ),
     "SGD with momentum": (
-        {"optimizer": "SGD", "params": {"momentum": 0.9}}, {}, lambda ps: torch.optim.SGD(ps, lr=LR, momentum=0.9), 1,
+        {"optimizer": "SGD", "params": {"momentum": 0.9}},
+        {},
+        lambda ps: torch.optim.SGD(ps, lr=LR, momentum=0.9),
+        1,
     ),
-    "Adafactor, whole tensors": ({"optimizer": "Adafactor"}, {}, lambda ps: torch.optim.Adafactor(ps, lr=LR), 1),
+    "Adafactor, whole tensors": (
+        {"optimizer": "Adafactor"},
+        {},
+        lambda ps: torch.optim.Adafactor(ps, lr=LR),
+        1,
+    ),
     "tied": ({"tied": True}, {}, lambda ps: torch.optim.AdamW(ps, lr=LR), 1),
 }
 
@@ -62,7 +73,10 @@ def equals_reference(name: str, rank: int, world_size: int) -> list[str]:
         config["zero_optimization"]["reduce_bucket_size"] = bucket
     engine = make_engine(model, config)
     reference = ReferenceHiFT(
-        twin, [g.param_names for g in engine.groups], lambda named: build([p for _, p in named]), **reference_options
+        twin,
+        [g.param_names for g in engine.groups],
+        lambda named: build([p for _, p in named]),
+        **reference_options,
     )
     batches, errors = make_batches(7 * gas), []
     for step in range(3 * engine.schedule.steps_per_cycle):
@@ -79,7 +93,10 @@ def equals_reference(name: str, rank: int, world_size: int) -> list[str]:
 def counts_traffic(rank: int, world_size: int) -> list[str]:
     """Count what goes through deepspeed.comm: gradients of the active group once per optimizer step, nothing else."""
     counted = {"reduce": 0, "gather": 0, "other": 0}
-    originals = {n: getattr(deepspeed_comm, n) for n in ("reduce_scatter_tensor", "all_gather_into_tensor", "all_reduce", "broadcast")}
+    originals = {
+        n: getattr(deepspeed_comm, n)
+        for n in ("reduce_scatter_tensor", "all_gather_into_tensor", "all_reduce", "broadcast")
+    }
 
     def spy(name, bucket, full_size_argument):
         def counting(*args, **kwargs):
@@ -101,13 +118,17 @@ def counts_traffic(rank: int, world_size: int) -> list[str]:
             counted.update(reduce=0, gather=0, other=0)
             group = engine.groups[engine.schedule.active]
             padded = sum(
-                world_size * math.ceil(p.numel() / world_size) for n, p in model.named_parameters() if n in group.param_names
+                world_size * math.ceil(p.numel() / world_size)
+                for n, p in model.named_parameters()
+                if n in group.param_names
             )
             train_step(engine, batches[2 * step : 2 * step + 2], rank, world_size)
             if (counted["reduce"], counted["gather"]) != (padded, padded):
                 errors.append(f"{group.name}: {counted}, expected {padded} each way")
             if engine.last_report.grad_numel_sent != group.numel:
-                errors.append(f"{group.name}: report says {engine.last_report.grad_numel_sent}, group has {group.numel}")
+                errors.append(
+                    f"{group.name}: report says {engine.last_report.grad_numel_sent}, group has {group.numel}"
+                )
             if counted["other"] != 1 + len(group.param_names):  # the norm, and who got a gradient
                 errors.append(f"{group.name}: {counted['other']} other elements")
             sent += engine.last_report.grad_numel_sent

@@ -95,7 +95,8 @@ def values(engine: Any) -> dict[str, Tensor]:
     """Whole weights by name, whatever the stage."""
     shards = getattr(engine.optimizer.parameters, "shards", None)
     return {
-        name: (shards.whole(param) if shards else param.detach().clone()) for name, param in engine.module.named_parameters()
+        name: (shards.whole(param) if shards else param.detach().clone())
+        for name, param in engine.module.named_parameters()
     }
 
 
@@ -106,7 +107,9 @@ def kept_wrongly(engine: Any) -> list[str]:
     return [names[p] for p in shards.gathered() if not shards.is_persistent(p)]
 
 
-def train_toy(name: str, stage: int, rank: int, world_size: int) -> tuple[list[float], list[Any], dict[str, Tensor]]:
+def train_toy(
+    name: str, stage: int, rank: int, world_size: int
+) -> tuple[list[float], list[Any], dict[str, Tensor]]:
     options, zero, model_options = CASES[name]
     config = ds_config(lr=1e-3, world_size=world_size, **options)
     config["zero_optimization"] = {"stage": stage, **(zero if stage == 3 else {})}
@@ -132,8 +135,16 @@ def differences_from_replicated(name: str, rank: int, world_size: int) -> list[s
     (losses, reports, weights), (losses3, reports3, weights3) = (
         train_toy(name, stage, rank, world_size) for stage in (0, 3)
     )
-    errors = [f"{name}: step {i}: loss {a} and {b}" for i, (a, b) in enumerate(zip(losses, losses3, strict=True)) if a != b]
-    errors += [f"{name}: step {i}: {a} and {b}" for i, (a, b) in enumerate(zip(reports, reports3, strict=True)) if a != b]
+    errors = [
+        f"{name}: step {i}: loss {a} and {b}"
+        for i, (a, b) in enumerate(zip(losses, losses3, strict=True))
+        if a != b
+    ]
+    errors += [
+        f"{name}: step {i}: {a} and {b}"
+        for i, (a, b) in enumerate(zip(reports, reports3, strict=True))
+        if a != b
+    ]
     errors += [f"{name}: {key}" for key in weights if not torch.equal(weights[key], weights3[key])]
     return errors
 
@@ -141,7 +152,9 @@ def differences_from_replicated(name: str, rank: int, world_size: int) -> list[s
 # -- models of transformers -----------------------------------------------------------------------------------
 
 
-def train_hf(name: str, stage: int, rank: int, world_size: int) -> tuple[list[float], list[list[int]], dict[str, Tensor]]:
+def train_hf(
+    name: str, stage: int, rank: int, world_size: int
+) -> tuple[list[float], list[list[int]], dict[str, Tensor]]:
     family, zero, hift = HF_CASES[name]
     config = ds_config(lr=1e-3, world_size=world_size, rows=2 * world_size, gas=2, clip=0.1, hift=hift)
     config["zero_optimization"] = {"stage": stage, **(zero if stage == 3 else {})}
@@ -151,7 +164,9 @@ def train_hf(name: str, stage: int, rank: int, world_size: int) -> tuple[list[fl
     losses, generated = [], []
     for step in range(STEPS):
         for _ in range(2):
-            ids = torch.randint(3, 67, (2 * world_size, 9), generator=generator)[rank::world_size].contiguous()
+            ids = torch.randint(3, 67, (2 * world_size, 9), generator=generator)[
+                rank::world_size
+            ].contiguous()
             if rank == 0:
                 ids[:] = 7  # one token only: most experts get nothing on this rank
             loss = engine(input_ids=ids, labels=ids).loss
@@ -176,7 +191,9 @@ def train_hf(name: str, stage: int, rank: int, world_size: int) -> tuple[list[fl
 
 
 def hf_differences_from_replicated(name: str, rank: int, world_size: int) -> list[str]:
-    (losses, texts, weights), (losses3, texts3, weights3) = (train_hf(name, stage, rank, world_size) for stage in (0, 3))
+    (losses, texts, weights), (losses3, texts3, weights3) = (
+        train_hf(name, stage, rank, world_size) for stage in (0, 3)
+    )
     errors = [f"{name}: {key}" for key in weights if (weights[key] - weights3[key]).abs().max() > 1e-6]
     errors += [] if texts == texts3 else [f"{name}: {texts} and {texts3}"]
     worst = max(abs(a - b) for a, b in zip(losses, losses3, strict=True))
@@ -197,7 +214,9 @@ def init_under_zero(rank: int, world_size: int) -> list[str]:
         a, b = (train_step(engine, [batch], rank, world_size) for engine in engines)
         if a != b:
             return [f"zero.Init: step {step}: loss {a} and {b}"]
-    different = [key for key, value in values(engines[0]).items() if not torch.equal(value, values(engines[1])[key])]
+    different = [
+        key for key, value in values(engines[0]).items() if not torch.equal(value, values(engines[1])[key])
+    ]
     for engine in engines:
         engine.destroy()
     return different
@@ -255,7 +274,9 @@ def saved_weights_do_not_stay(rank: int, world_size: int) -> list[str]:
             for _ in range(STEPS):
                 loss = engine(input_ids=ids, labels=ids).loss
                 if num_bytes := copies.num_bytes():
-                    errors.append(f"{family}, {engine.groups[engine.schedule.active].name}: {num_bytes} bytes")
+                    errors.append(
+                        f"{family}, {engine.groups[engine.schedule.active].name}: {num_bytes} bytes"
+                    )
                 engine.backward(loss)
                 engine.step()
             engine.destroy()
@@ -298,7 +319,9 @@ def volume_of_gathers_with_recomputation(rank: int, world_size: int) -> list[str
     """Recomputing a block gathers its weights for backward too, which keeps them (stage3_max_reuse_distance)."""
     model = tiny.build("llama", seed=0, num_hidden_layers=6)
     block, total = (sum(p.numel() for p in m.parameters()) for m in (model.model.layers[0], model))
-    config = ds_config(lr=1e-3, world_size=world_size, rows=world_size, hift={"activations": {"checkpointing": True}})
+    config = ds_config(
+        lr=1e-3, world_size=world_size, rows=world_size, hift={"activations": {"checkpointing": True}}
+    )
     config["zero_optimization"] = {"stage": 3, **KEEP_NOTHING, "stage3_max_reuse_distance": block}
     engine = make_engine(model, config)
     shards, gathered = engine.optimizer.parameters.shards, []
@@ -311,7 +334,9 @@ def volume_of_gathers_with_recomputation(rank: int, world_size: int) -> list[str
     last_cycle = gathered[-len(engine.groups) :]
     engine.destroy()
     average = sum(last_cycle) / len(last_cycle) / total
-    return [f"volume, recomputed: {average:.3f} x the parameters"] if not 1.3 < average <= MOST_GATHERED else []
+    return (
+        [f"volume, recomputed: {average:.3f} x the parameters"] if not 1.3 < average <= MOST_GATHERED else []
+    )
 
 
 # -- experts --------------------------------------------------------------------------------------------------

@@ -61,12 +61,16 @@ def train(engines: list[Any], rank: int, world_size: int, steps: int = 6) -> lis
     return losses
 
 
-def loads_like_from_pretrained(folder: Path, family: str, where: str, low: bool, optimizer: str = "AdamW") -> list[str]:
+def loads_like_from_pretrained(
+    folder: Path, family: str, where: str, low: bool, optimizer: str = "AdamW"
+) -> list[str]:
     """Weights, buffers and masters equal those of a replicated engine over ``from_pretrained``; so do six steps."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     # torch's grouped product wants even sizes.
     more = {"experts_implementation": "eager"} if family == "mixtral" else {}
-    config = ds_config(lr=1e-3, world_size=world_size, rows=2 * world_size, optimizer=optimizer, **(BF16 if low else {}))
+    config = ds_config(
+        lr=1e-3, world_size=world_size, rows=2 * world_size, optimizer=optimizer, **(BF16 if low else {})
+    )
     partitioned = {**config, "zero_optimization": zero(folder, where)}
     model = hift_ds.load_partitioned(folder / family, partitioned, **more)
     assert all(is_partitioned(p) and p.numel() == 0 for p in model.parameters())
@@ -75,7 +79,11 @@ def loads_like_from_pretrained(folder: Path, family: str, where: str, low: bool,
         return [f"{family}: generation config"]
     engines = [make_engine(model, partitioned), make_engine(twin, config)]
     name = f"{family}, {where}, {'bf16' if low else 'fp32'}"
-    errors = [f"{name}: {key}" for key, value in twin.named_buffers() if not torch.equal(value, model.get_buffer(key))]
+    errors = [
+        f"{name}: {key}"
+        for key, value in twin.named_buffers()
+        if not torch.equal(value, model.get_buffer(key))
+    ]
     masters, expected = map(masters_of, engines)
     # Made of several tensors: rounded before they are masters.
     fused = [key for key in masters if "experts" in key[0]]
@@ -109,8 +117,13 @@ def exports_what_transformers_loads(folder: Path, family: str) -> list[str]:
     errors = []
     if rank == 0:
         loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
-        errors += [f"{family}: {n} exported" for n, p in loaded.named_parameters() if not torch.equal(p, weights[n])]
-        names = [set().union(*(load_file(f) for f in path.glob("*.safetensors"))) for path in (out, folder / family)]
+        errors += [
+            f"{family}: {n} exported" for n, p in loaded.named_parameters() if not torch.equal(p, weights[n])
+        ]
+        names = [
+            set().union(*(load_file(f) for f in path.glob("*.safetensors")))
+            for path in (out, folder / family)
+        ]
         errors += [] if names[0] == names[1] else [f"{family}: names {names[0] ^ names[1]}"]
         errors += [] if len(files) > 1 else [f"{family}: one file only"]
     elif files:
@@ -130,7 +143,11 @@ def refuses_what_is_wrong(folder: Path) -> list[str]:
     config = ds_config(world_size=dist.get_world_size())
     config["zero_optimization"] = zero(folder, "accelerator")
     errors = []
-    for name, expected in (("lacking", "lacks 1 weights"), ("unknown", "has no place"), ("untied", "the model ties them")):
+    for name, expected in (
+        ("lacking", "lacks 1 weights"),
+        ("unknown", "has no place"),
+        ("untied", "the model ties them"),
+    ):
         try:
             hift_ds.load_partitioned(folder / name, config)
             errors.append(f"{name} was loaded")
@@ -206,7 +223,9 @@ def trains_without_holding_the_model(folder: str) -> tuple[int, int]:
     # No states and no masters: what is measured are the weights.
     config = ds_config(lr=1e-3, rows=1, optimizer="SGD", hift={"master_weights": False}, **BF16)
     config["zero_optimization"] = zero(Path(folder), "nvme")
-    make_engine(transformers.LlamaForCausalLM(tiny.config("llama")), {**config, "zero_optimization": {"stage": 0}}).destroy()
+    make_engine(
+        transformers.LlamaForCausalLM(tiny.config("llama")), {**config, "zero_optimization": {"stage": 0}}
+    ).destroy()
     before, used = anonymous_bytes(), []  # what Python's modules take is in memory already
     model = hift_ds.load_partitioned(f"{folder}/large", config)
     used.append(anonymous_bytes() - before)

@@ -64,7 +64,11 @@ def all_cases(folder: str) -> list[str]:
         folder, core_attn_implementation="sdpa", sequence_parallel_size=SHARING, micro_batch_size=2,
         seq_length_is_variable=True,
     )  # fmt: skip
-    return [error for options in ({"stage": 0, "clip": 0.05}, {"stage": 3}) for error in compare(Path(folder), mpu, options)]
+    return [
+        error
+        for options in ({"stage": 0, "clip": 0.05}, {"stage": 3})
+        for error in compare(Path(folder), mpu, options)
+    ]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

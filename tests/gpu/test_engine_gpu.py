@@ -9,7 +9,10 @@ from hift_ds.reference import ReferenceHiFT
 from tests.helpers.engines import ds_config, largest_difference, make_engine, train_step
 from tests.helpers.toy import Toy, loss_of, make_batches
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator"),
+]
 DEVICE = "cuda"
 
 

@@ -10,13 +10,21 @@ import torch
 from benchmarks.memory_against_allocator import EMBEDDING, HEAD, LOWEST, M106, case, model_folder
 from hift_ds.memory.probe import probe
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")]
-ALL = {"activations": {"checkpointing": True, "chunked_loss": True, "offload": True}, "state": {"slice_numel": 1 << 21}}
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator"),
+]
+ALL = {
+    "activations": {"checkpointing": True, "chunked_loss": True, "offload": True},
+    "state": {"slice_numel": 1 << 21},
+}
 LARGER = {"batch": 8, "length": 512}  # so that activations, not the context, make the peak
 
 CASES = {
     "fp32 embedding": case("fp32", EMBEDDING, **LARGER),
-    "fp32 lowest block, checkpointing": case("fp32", LOWEST, {"activations": {"checkpointing": True}}, **LARGER),
+    "fp32 lowest block, checkpointing": case(
+        "fp32", LOWEST, {"activations": {"checkpointing": True}}, **LARGER
+    ),
     "bf16 masters, lowest block": case("mixed_hi", LOWEST, **LARGER),
     "bf16 masters, head": case("mixed_hi", HEAD, **LARGER),
     "bf16 masters, all switches": case("mixed_hi", EMBEDDING, ALL, **LARGER),

@@ -21,7 +21,9 @@ from typing import Any
 TIMEOUT_S = 300
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: int = TIMEOUT_S) -> list[Any]:
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: int = TIMEOUT_S
+) -> list[Any]:
     """``[fn(*args) on rank 0, on rank 1, ...]``."""
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.pkl"
@@ -36,7 +38,11 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         results, failures = [], []
         for rank in range(world_size):
             answer = Path(folder) / f"result.{rank}.pkl"
-            ok, value = pickle.loads(answer.read_bytes()) if answer.exists() else (False, "died:\n" + outputs[rank][-3000:])
+            ok, value = (
+                pickle.loads(answer.read_bytes())
+                if answer.exists()
+                else (False, "died:\n" + outputs[rank][-3000:])
+            )
             results.append(value)
             if not ok:
                 failures.append(f"rank {rank} of {world_size}: {value}")
@@ -53,13 +59,21 @@ def free_port() -> int:
 def _start(job: Path, rank: int, world_size: int, port: int) -> subprocess.Popen:
     env = dict(
         os.environ,
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES="",
     )
     command = [sys.executable, "-m", "tests.helpers.distributed", str(job)]
     return subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         cwd=Path(__file__).resolve().parents[2],
     )
 

@@ -45,7 +45,10 @@ def make_batches(num: int, rows: int = 12, seed: int = 1) -> list[tuple[Tensor, 
     """``num`` micro-batches of (tokens, targets), each (rows, 5)."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randint(0, VOCAB, (rows, 5), generator=generator), torch.randint(0, VOCAB, (rows, 5), generator=generator))
+        (
+            torch.randint(0, VOCAB, (rows, 5), generator=generator),
+            torch.randint(0, VOCAB, (rows, 5), generator=generator),
+        )
         for _ in range(num)
     ]
 

@@ -20,7 +20,9 @@ def adamw(lr=1e-2, **options):
     return lambda named: torch.optim.AdamW([p for _, p in named], lr=lr, **options)
 
 
-def compare(config, make_optimizer, *, model=None, gas=1, reference_options=None, cycles=CYCLES, prepare=None):
+def compare(
+    config, make_optimizer, *, model=None, gas=1, reference_options=None, cycles=CYCLES, prepare=None
+):
     """Step both and compare every weight after every step. Returns the engine."""
     model = model or Toy()
     twin = copy.deepcopy(model)
@@ -64,7 +66,13 @@ def test_orders_and_ragged_last_group(order):
 
 def test_accumulation_clipping_and_turns_together():
     config = ds_config(gas=3, clip=0.05, hift={"steps_per_group": 2}, params={"weight_decay": 0.1})
-    compare(config, adamw(weight_decay=0.1), gas=3, reference_options={"steps_per_group": 2, "max_grad_norm": 0.05}, cycles=3)
+    compare(
+        config,
+        adamw(weight_decay=0.1),
+        gas=3,
+        reference_options={"steps_per_group": 2, "max_grad_norm": 0.05},
+        cycles=3,
+    )
 
 
 def test_updates_in_slices_change_nothing():
@@ -97,9 +105,15 @@ def test_frozen_weights_stay_and_flags_come_back():
 
 
 OPTIMIZERS = {
-    "Adam": ({"adam_w_mode": False, "weight_decay": 0.1}, lambda ps: torch.optim.Adam(ps, lr=1e-2, weight_decay=0.1)),
+    "Adam": (
+        {"adam_w_mode": False, "weight_decay": 0.1},
+        lambda ps: torch.optim.Adam(ps, lr=1e-2, weight_decay=0.1),
+    ),
     "SGD": ({}, lambda ps: torch.optim.SGD(ps, lr=1e-2)),
-    "SGDM": ({"momentum": 0.9, "nesterov": True}, lambda ps: torch.optim.SGD(ps, lr=1e-2, momentum=0.9, nesterov=True)),
+    "SGDM": (
+        {"momentum": 0.9, "nesterov": True},
+        lambda ps: torch.optim.SGD(ps, lr=1e-2, momentum=0.9, nesterov=True),
+    ),
     "Adagrad": ({}, lambda ps: torch.optim.Adagrad(ps, lr=1e-2)),
     "Adafactor": ({}, lambda ps: torch.optim.Adafactor(ps, lr=1e-2)),
     "RMSprop": ({}, lambda ps: torch.optim.RMSprop(ps, lr=1e-2)),
@@ -122,7 +136,10 @@ def test_muon_takes_the_matrices_of_blocks():
         matrices = [p for n, p in named if n.startswith("layers") and p.dim() == 2]
         rest = [p for n, p in named if not (n.startswith("layers") and p.dim() == 2)]
         return MuonWithAuxAdamW(
-            [{"params": matrices}], [{"params": rest}], {"lr": 1e-2, "weight_decay": 0.1}, {"lr": 1e-2, "weight_decay": 0.1}
+            [{"params": matrices}],
+            [{"params": rest}],
+            {"lr": 1e-2, "weight_decay": 0.1},
+            {"lr": 1e-2, "weight_decay": 0.1},
         )
 
     compare(ds_config(optimizer="Muon", params={"weight_decay": 0.1}), build, cycles=3)
@@ -135,7 +152,10 @@ def test_client_optimizer_with_decay_and_no_decay_groups():
     def build(named):
         decay = [p for _, p in named if p.dim() > 1]
         rest = [p for _, p in named if p.dim() <= 1]
-        return torch.optim.AdamW([{"params": decay, "weight_decay": 0.3}, {"params": rest, "weight_decay": 0.0, "lr": 3e-3}], lr=1e-2)
+        return torch.optim.AdamW(
+            [{"params": decay, "weight_decay": 0.3}, {"params": rest, "weight_decay": 0.0, "lr": 3e-3}],
+            lr=1e-2,
+        )
 
     client = build(list(model.named_parameters()))
     engine = make_engine(model, ds_config(optimizer=None), optimizer=client)
@@ -199,7 +219,12 @@ def test_mixed_hi_in_bf16_keeps_the_fp32_bits_of_the_checkpoint(gas, state):
 
     config = ds_config(lr=1e-3, gas=gas, clip=0.05, bf16={"enabled": True}, hift={"state": state})
     compare(
-        config, build, gas=gas, reference_options={"max_grad_norm": 0.05}, prepare=lambda twin: twin.to(torch.bfloat16), cycles=3
+        config,
+        build,
+        gas=gas,
+        reference_options={"max_grad_norm": 0.05},
+        prepare=lambda twin: twin.to(torch.bfloat16),
+        cycles=3,
     )
 
 
@@ -224,7 +249,10 @@ def test_overflow_moves_nothing_and_retries_the_group():
     model = Toy().half()
     config = ds_config(
         fp16={"enabled": True, "initial_scale_power": 24, "hysteresis": 1},
-        scheduler={"type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-2, "warmup_num_steps": 50}},
+        scheduler={
+            "type": "WarmupLR",
+            "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-2, "warmup_num_steps": 50},
+        },
     )
     engine = make_engine(model, config)
     groups, skipped = [], 0
@@ -238,7 +266,10 @@ def test_overflow_moves_nothing_and_retries_the_group():
         else:
             skipped += 1
             assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
-            assert engine.optimizer.scaler.scale == scale / 2 and engine.lr_scheduler.last_batch_iteration == ticks
+            assert (
+                engine.optimizer.scaler.scale == scale / 2
+                and engine.lr_scheduler.last_batch_iteration == ticks
+            )
             assert engine.schedule.active == report.group and not math.isfinite(report.grad_norm)
             assert all(p.grad is None for p in model.parameters())
     assert skipped >= 5 and engine.skipped_steps == skipped
@@ -288,7 +319,10 @@ def test_pure_bf16_has_no_masters_and_stochastic_rounding_keeps_small_steps():
 
 
 def test_one_rate_per_cycle_through_a_deepspeed_scheduler():
-    scheduler = {"type": "WarmupDecayLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-2, "warmup_num_steps": 7, "total_num_steps": 50}}
+    scheduler = {
+        "type": "WarmupDecayLR",
+        "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-2, "warmup_num_steps": 7, "total_num_steps": 50},
+    }
     engine = make_engine(Toy(), ds_config(scheduler=scheduler))
     rates = []
     for batch in make_batches(50):
@@ -368,7 +402,11 @@ def test_config_from_a_path_and_from_args(tmp_path):
 
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(ds_config()))
-    for kwargs in ({"config": str(path)}, {"config": path}, {"args": argparse.Namespace(deepspeed_config=str(path), local_rank=0)}):
+    for kwargs in (
+        {"config": str(path)},
+        {"config": path},
+        {"args": argparse.Namespace(deepspeed_config=str(path), local_rank=0)},
+    ):
         engine, *_ = hift_ds.initialize(model=Toy(), **kwargs)
         assert type(engine).__name__ == "HiFTEngine"
         engine.destroy()

@@ -37,7 +37,9 @@ def ragged_tiles(monkeypatch):
 def chunked_calls(monkeypatch):
     """Shapes of the hidden states whose loss was taken in chunks."""
     shapes, real = [], LinearCrossEntropy.apply
-    monkeypatch.setattr(LinearCrossEntropy, "apply", lambda *args: (shapes.append(tuple(args[0].shape)), real(*args))[1])
+    monkeypatch.setattr(
+        LinearCrossEntropy, "apply", lambda *args: (shapes.append(tuple(args[0].shape)), real(*args))[1]
+    )
     return shapes
 
 
@@ -56,7 +58,9 @@ def batch_with_prompt(model: nn.Module, rows: int = 3, tokens: int = 11) -> dict
     return batch
 
 
-def loss_and_gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    model: nn.Module, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad(set_to_none=True)
     loss = model(**batch).loss
     loss.backward()
@@ -82,7 +86,9 @@ def train_only(model: nn.Module, names) -> None:
 # -- chunked loss -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"]
+)
 @pytest.mark.parametrize("name, head", LANGUAGE)
 def test_chunked_loss_of_every_family(name, head, dtype, tolerance, ragged_tiles, chunked_calls):
     model = tiny(name, head, dtype, **({"experts_implementation": "eager"} if name == "mixtral" else {}))
@@ -139,7 +145,9 @@ def test_backward_lets_go_of_the_hidden_states_though_the_loss_is_still_there():
     model, freed = tiny("llama", "causal_lm"), []
     chunked_loss.defer_logits(model, lambda: True)
     watch = weakref.finalize
-    model.model.norm.register_forward_hook(lambda module, args, out: watch(out.untyped_storage(), freed.append, True) and None)
+    model.model.norm.register_forward_hook(
+        lambda module, args, out: watch(out.untyped_storage(), freed.append, True) and None
+    )
     loss = model(**batch_with_prompt(model)).loss
     assert not freed
     loss.backward()
@@ -277,7 +285,9 @@ def test_below_the_active_group_no_graph_is_built_and_nothing_is_kept(name, head
     assert not any(needs_gradient[block] for block in range(lowest + 1))
     below = [(mark.event, following.event) for mark, following in zip(tracker.marks, tracker.marks[1:], strict=False)
              if mark.place.isdigit() and int(mark.place) < lowest - 1]  # fmt: skip
-    kept = [block for block in tracker.blocks if block.died is None and any(a <= block.born < b for a, b in below)]
+    kept = [
+        block for block in tracker.blocks if block.died is None and any(a <= block.born < b for a, b in below)
+    ]
     assert not kept, f"{sum(block.num_bytes for block in kept)} bytes of blocks below {lowest} are kept"
 
 
@@ -385,7 +395,9 @@ def test_savings_leave_the_model_as_it_was():
     before = {name: set(module.__dict__) for name, module in model.named_modules()}
     batch = model_zoo.tiny.batch(model)
     expected = loss_and_gradients(model, batch)
-    saving = ActivationSavings(model, ActivationsConfig(checkpointing=True, chunked_loss=True), groups_of(model))
+    saving = ActivationSavings(
+        model, ActivationsConfig(checkpointing=True, chunked_loss=True), groups_of(model)
+    )
     saving.close()
     assert isinstance(model(**batch).logits, torch.Tensor)
     assert torch.equal(loss_and_gradients(model, batch)[0], expected[0])

@@ -39,10 +39,18 @@ def test_bad_blocks_are_one_line_that_names_the_key(block, expected):
     [
         ({}, {"hybrid_engine": {"enabled": True}}, "hybrid_engine"),
         ({}, {"pipeline": {"stages": 2}}, "pipeline"),
-        ({}, {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+        (
+            {},
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer",
+        ),
         ({}, {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, '"stage": 3'),
         ({}, {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "nvme_path"),
-        ({}, {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, "expected cpu, nvme or none"),
+        (
+            {},
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
+            "expected cpu, nvme or none",
+        ),
         ({}, {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights"),
         ({}, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size"),
         ({}, {"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "choose one"),
@@ -65,6 +73,8 @@ def test_plain_deepspeed_keys_are_fine():
         HiFTConfig(),
         {
             "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}},
-            "bf16": {"enabled": True}, "fp16": {"enabled": False}, "gradient_clipping": 1.0,
+            "bf16": {"enabled": True},
+            "fp16": {"enabled": False},
+            "gradient_clipping": 1.0,
         },
     )

@@ -11,8 +11,23 @@ ROOT = Path(__file__).resolve().parents[2]
 # Lowest first; a name ending in "." stands for every module below it. The first match counts.
 LAYERS = [
     ["hift_ds.errors", "hift_ds.version", "hift_ds.step_report"],
-    ["hift_ds.collectives", "hift_ds.schedule", "hift_ds.lr", "hift_ds.config", "hift_ds.store.base", "hift_ds.optim.lion", "hift_ds.optim.muon"],
-    ["hift_ds.reference", "hift_ds.precision", "hift_ds.forward_order", "hift_ds.model_structure", "hift_ds.arch", "hift_ds.store."],
+    [
+        "hift_ds.collectives",
+        "hift_ds.schedule",
+        "hift_ds.lr",
+        "hift_ds.config",
+        "hift_ds.store.base",
+        "hift_ds.optim.lion",
+        "hift_ds.optim.muon",
+    ],
+    [
+        "hift_ds.reference",
+        "hift_ds.precision",
+        "hift_ds.forward_order",
+        "hift_ds.model_structure",
+        "hift_ds.arch",
+        "hift_ds.store.",
+    ],
     ["hift_ds.grouping", "hift_ds.optim."],
     ["hift_ds.checkpoint.", "hift_ds.memory.", "hift_ds.train.resume"],
     ["hift_ds.engine."],
@@ -83,7 +98,9 @@ def test_imports_point_downwards():
         for name, path in MODULES.items()
         if layer_of(name) is not None
         for target in ours(path)
-        if target != "hift_ds" and MODULES[target].name != "__init__.py" and (layer_of(target) is None or layer_of(target) > layer_of(name))
+        if target != "hift_ds"
+        and MODULES[target].name != "__init__.py"
+        and (layer_of(target) is None or layer_of(target) > layer_of(name))
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -107,5 +124,7 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_the_library_does_not_import_the_zoo_or_the_launcher():
-    wrong = {n: i for n, p in MODULES.items() for i in imports_of(p) if i.split(".")[0] in ("launch", "tests")}
+    wrong = {
+        n: i for n, p in MODULES.items() for i in imports_of(p) if i.split(".")[0] in ("launch", "tests")
+    }
     assert not wrong, wrong

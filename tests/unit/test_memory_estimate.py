@@ -29,7 +29,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory, folder):
     tmp_path = tmp_path_factory.mktemp("run")
-    (tmp_path / "ds.json").write_text(json.dumps({"bf16": {"enabled": True}, "hift": {"state": {"residency": "host"}}}))
+    (tmp_path / "ds.json").write_text(
+        json.dumps({"bf16": {"enabled": True}, "hift": {"state": {"residency": "host"}}})
+    )
     path = tmp_path / "run.yaml"
     path.write_text(
         f"model: {{path: {folder}}}\n"
@@ -52,7 +54,12 @@ def figures(run_file):
 def test_figures_of_a_run_file_without_weights_or_data(figures):
     assert figures.keys() >= KEYS
     assert (figures["batch"], figures["length"], figures["num_groups"]) == (3, 64, 5)
-    assert figures["switches"] == {"slice_numel": False, "checkpointing": True, "chunked_loss": False, "offload": False}
+    assert figures["switches"] == {
+        "slice_numel": False,
+        "checkpointing": True,
+        "chunked_loss": False,
+        "offload": False,
+    }
     assert figures["peak_gib"] == pytest.approx(max(figures["phases"].values()))
     assert figures["peak_gib"] == pytest.approx(sum(figures["categories"].values()))
     assert figures["peak_gib"] == pytest.approx(max(group["peak_gib"] for group in figures["groups"]))
@@ -72,7 +79,19 @@ def test_figures_of_a_run_file_without_weights_or_data(figures):
 def test_flags_and_tables(folder, figures, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(estimate_module, "estimate", lambda setting: (asked.append(setting), figures)[1])
-    argv = ["estimate", "--model", str(folder), "--batch", "2", "--length", "128", "--precision", "mixed", "--gpus", "2"]
+    argv = [
+        "estimate",
+        "--model",
+        str(folder),
+        "--batch",
+        "2",
+        "--length",
+        "128",
+        "--precision",
+        "mixed",
+        "--gpus",
+        "2",
+    ]
     assert main([*argv, "--no-offload", "--blocks-kept", "1", "--accumulation", "8"]) == 0
     out = capsys.readouterr().out
     for words in ("Peak on the GPU", "update in slices", "24 GiB", "page-locked", "Assumed:"):
@@ -99,7 +118,10 @@ def test_the_largest_batch_really_fits_and_the_next_does_not():
             return [0]
 
         def step(self, index):
-            places = {"forward:": {"weights": 1000, "activations": 30 * self.batch}, "update:": {"weights": 1200}}
+            places = {
+                "forward:": {"weights": 1000, "activations": 30 * self.batch},
+                "update:": {"weights": 1200},
+            }
             places["backward:"] = {"temporaries": self.batch**2}
             return GroupStep(0, "embed", 1, places, {}, 0, 0)
 
@@ -129,7 +151,9 @@ def test_the_largest_batch_really_fits_and_the_next_does_not():
     ],
 )
 def test_one_line_and_exit_code_two(argv, message, run_file, capsys, monkeypatch):
-    monkeypatch.setattr(estimate_module, "run_requests", lambda *args: pytest.fail("stepped before the input was checked"))
+    monkeypatch.setattr(
+        estimate_module, "run_requests", lambda *args: pytest.fail("stepped before the input was checked")
+    )
     assert main(["estimate", *(part.format(run=run_file) for part in argv)]) == 2
     err = capsys.readouterr().err.strip()
     assert message in err and "\n" not in err

@@ -14,7 +14,11 @@ from hift_ds.memory.fake_tensors import FakeTensors
 
 def tensors(offset: int = 0):
     whole = torch.empty(9, 4, 6)
-    return whole[offset : offset + 2], torch.empty(6, 8, dtype=torch.bfloat16), torch.empty(4, dtype=torch.int64)
+    return (
+        whole[offset : offset + 2],
+        torch.empty(6, 8, dtype=torch.bfloat16),
+        torch.empty(4, dtype=torch.int64),
+    )
 
 
 OPERATIONS = {
@@ -39,7 +43,15 @@ def describe(results, inputs):
     results = results if isinstance(results, list) else [results]
     sharing = [[r.untyped_storage()._cdata == x.untyped_storage()._cdata for x in inputs] for r in results]
     return [
-        (tuple(r.shape), r.stride(), r.dtype, r.device, r.storage_offset(), r.untyped_storage().nbytes(), shared)
+        (
+            tuple(r.shape),
+            r.stride(),
+            r.dtype,
+            r.device,
+            r.storage_offset(),
+            r.untyped_storage().nbytes(),
+            shared,
+        )
         for r, shared in zip(results, sharing, strict=True)
     ]
 

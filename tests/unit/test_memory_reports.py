@@ -67,8 +67,13 @@ def message_of(call) -> str:
 def test_the_message_names_what_ran_and_one_forecast_serves_several_batches(engine, monkeypatch):
     monkeypatch.setattr(out_of_memory, "Advice", NoAdvice)
     handle = engine.module.model.norm.register_forward_hook(full)
-    texts = [message_of(lambda rows=rows: engine(**model_zoo.tiny.batch(engine.module, rows=rows, tokens=6))) for rows in (4, 2)]
-    assert texts[0].startswith("CUDA out of memory. HiFT: in forward at 4 x 6 tokens while group 0 (embed) trains; forecast for 4")
+    texts = [
+        message_of(lambda rows=rows: engine(**model_zoo.tiny.batch(engine.module, rows=rows, tokens=6)))
+        for rows in (4, 2)
+    ]
+    assert texts[0].startswith(
+        "CUDA out of memory. HiFT: in forward at 4 x 6 tokens while group 0 (embed) trains; forecast for 4"
+    )
     assert texts[1].endswith("forecast for 2") and NoAdvice.made == 1
     handle.remove()
     loss = engine(**model_zoo.tiny.batch(engine.module, rows=2, tokens=6)).loss
@@ -129,7 +134,9 @@ def test_auto_find_batch_size_goes_on_with_a_smaller_batch(monkeypatch, tmp_path
         str(tmp_path), deepspeed=config, per_device_train_batch_size=8, auto_find_batch_size=True, max_steps=3, report_to=[],
         save_strategy="no", use_cpu=True, learning_rate=1e-3,
     )  # fmt: skip
-    HiFTTrainer(model, arguments, train_dataset=Dataset.from_dict({"input_ids": tokens, "labels": tokens})).train()
+    HiFTTrainer(
+        model, arguments, train_dataset=Dataset.from_dict({"input_ids": tokens, "labels": tokens})
+    ).train()
     assert rows[0] == 8 and set(rows[-3:]) <= {1, 2}
 
 
@@ -140,7 +147,9 @@ def test_auto_find_batch_size_goes_on_with_a_smaller_batch(monkeypatch, tmp_path
 def small():
     """Large enough for activations to count: 3 blocks, 2 x 128 tokens."""
     config = {"hidden_size": 64, "intermediate_size": 176, "vocab_size": 4000, "max_position_embeddings": 256}
-    engine = make_engine(model_zoo.tiny.build("llama", **config), ds_config(rows=2, bf16={"enabled": True}, clip=1.0))
+    engine = make_engine(
+        model_zoo.tiny.build("llama", **config), ds_config(rows=2, bf16={"enabled": True}, clip=1.0)
+    )
     yield engine
     engine.destroy()
 
@@ -168,12 +177,19 @@ class Line:
         return [0]
 
     def step(self, index):
-        return GroupStep(0, "embed", 1, {"forward:": {"weights": 1000, "activations": 300 * self.rows}}, {}, 0, 0)
+        return GroupStep(
+            0, "embed", 1, {"forward:": {"weights": 1000, "activations": 300 * self.rows}}, {}, 0, 0
+        )
 
 
 def test_advice_for_a_packed_row_counts_tokens():
     advice = Advice(Setting("m", {}, batch=1, length=6400), Slope(((1, Line(1)), (2, Line(2)))), {})
-    assert advice.answers(1, 6400) and advice.answers(1, 200) and not advice.answers(1, 6464) and not advice.answers(2, 200)
+    assert (
+        advice.answers(1, 6400)
+        and advice.answers(1, 200)
+        and not advice.answers(1, 6464)
+        and not advice.answers(2, 200)
+    )
     assert advice.text(1, 6400, 1150).endswith("would fit: 3200 tokens at once")
     assert advice.text(1, 3264, 1150).endswith("would fit: 3200 tokens at once")
     assert advice.text(3, 6400, 1700).endswith("would fit: micro-batches of 2")

@@ -33,7 +33,9 @@ PEAKS = {
 TOLERANCE = 0.002
 
 
-def setting(precision: str = "mixed_hi", saving: bool = False, model: str = "llama2_7b", **options) -> Setting:
+def setting(
+    precision: str = "mixed_hi", saving: bool = False, model: str = "llama2_7b", **options
+) -> Setting:
     config = {
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
         "gradient_clipping": 1.0,
@@ -69,7 +71,9 @@ def simulated():
         compact = {"state": {"codec": "split_master+int8_moments"}}
         config = {**small.engine_config, "hift": compact}
         settings["compact"] = replace(small, engine_config=config, num_blocks=3, groups=(1,))
-        settings |= {f"updates {on}": replace(small, num_blocks=3, groups=(1,), updates=on) for on in (True, False)}
+        settings |= {
+            f"updates {on}": replace(small, num_blocks=3, groups=(1,), updates=on) for on in (True, False)
+        }
         settings["whole"] = replace(small, groups=(0, 1, 2, 6, 11, 12, 13))
         yield dict(zip(settings, simulate(list(settings.values()), num_processes=2), strict=True)), request
 
@@ -118,7 +122,9 @@ def test_few_blocks_tell_of_many(simulated):
 def test_forward_and_backward_are_the_same_without_updates(simulated):
     (with_updates,), (without,) = (simulated[0][f"updates {on}"].steps for on in (True, False))
     assert with_updates.phases["update"] > 0 and "update" not in without.phases
-    assert without.places == {place: sums for place, sums in with_updates.places.items() if place != "update:"}
+    assert without.places == {
+        place: sums for place, sums in with_updates.places.items() if place != "update:"
+    }
 
 
 def test_compact_states(simulated):
@@ -133,7 +139,11 @@ def test_every_family_can_be_counted():
     options = {"num_blocks": 2, "groups": (0, 1, -1), "length": 64, "second_update": False}
     results = simulate([setting("mixed_hi", True, model=size, **options) for size in sizes], num_processes=2)
     for size, result in zip(sizes, results, strict=True):
-        assert {phase for step in result.steps for phase in step.phases} == {"forward", "backward", "update"}, size
+        assert {phase for step in result.steps for phase in step.phases} == {
+            "forward",
+            "backward",
+            "update",
+        }, size
         assert all(step.peak_bytes > result.weight_bytes >= 2 * result.numel for step in result.steps), size
 
 
@@ -166,20 +176,24 @@ def test_fake_host_tensors_count_the_same_within_a_percent():
 def test_few_blocks_tell_of_7b(saving):
     one = setting("mixed_hi", saving, batch=8, length=512)
     request = Request(one, read_structure(one))
-    *few, whole = simulate([*request.settings(), replace(one, groups=(0, 1, 2, 16, 31, 32, 33))], num_processes=2)
+    *few, whole = simulate(
+        [*request.settings(), replace(one, groups=(0, 1, 2, 16, 31, 32, 33))], num_processes=2
+    )
     for counted in whole.steps:
-        assert request.steps(few).step(counted.index).peak_bytes == pytest.approx(counted.peak_bytes, rel=1e-4)
+        assert request.steps(few).step(counted.index).peak_bytes == pytest.approx(
+            counted.peak_bytes, rel=1e-4
+        )
 
 
 def test_errors_of_the_other_process(monkeypatch):
-    answer = subprocess.CompletedProcess([], 0, json.dumps({"kind": "ConfigError", "message": "no such key"}), "")
+    answer = subprocess.CompletedProcess(
+        [], 0, json.dumps({"kind": "ConfigError", "message": "no such key"}), ""
+    )
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: answer)
     with pytest.raises(ConfigError, match="no such key"):
         simulate([setting()])
     answer.returncode = 1
-    answer.stderr = (
-        "[rank0]: Traceback\n[rank0]: NotImplementedError: Could not run 'aten::x'. This could be\n[rank0]: Undefined: 1"
-    )
+    answer.stderr = "[rank0]: Traceback\n[rank0]: NotImplementedError: Could not run 'aten::x'. This could be\n[rank0]: Undefined: 1"
     with pytest.raises(SimulationError, match="NotImplementedError: Could not run 'aten::x'$"):
         simulate([setting()])
 

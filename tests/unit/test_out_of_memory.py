@@ -43,7 +43,9 @@ class NoAdvice:
         return length == self.setting.length
 
     def text(self, batch, length, budget_bytes):
-        return f"forecast 30.0 GiB of 22.0 usable; would fit: micro-batches of {batch // 2}; a switch (21.0 GiB)"
+        return (
+            f"forecast 30.0 GiB of 22.0 usable; would fit: micro-batches of {batch // 2}; a switch (21.0 GiB)"
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +63,9 @@ def hook(monkeypatch):
 
         def load(*args, **kwargs):
             model = real(*args, **kwargs)
-            model.register_forward_pre_hook(lambda m, args, kw: before_forward(m, len(kw["input_ids"])), with_kwargs=True)
+            model.register_forward_pre_hook(
+                lambda m, args, kw: before_forward(m, len(kw["input_ids"])), with_kwargs=True
+            )
             return model
 
         monkeypatch.setattr(finetune, "load_pretrained", load)
@@ -86,7 +90,12 @@ def steps_saved(out) -> list[int]:
 
 def test_training_ends_with_an_answer_and_goes_on_from_the_checkpoint(inputs, tmp_path, hook, capsys):  # noqa: F811
     out = tmp_path / "run"
-    options = {"train__max_steps": 4, "train__save_steps": 1, "train__eval_steps": None, "train__save_total_limit": None}
+    options = {
+        "train__max_steps": 4,
+        "train__save_steps": 1,
+        "train__eval_steps": None,
+        "train__save_total_limit": None,
+    }
     file = write_run(inputs, out, train__micro_batch_size=8, **options)
     forwards = []
 
@@ -115,7 +124,11 @@ def test_training_ends_with_an_answer_and_goes_on_from_the_checkpoint(inputs, tm
 def test_evaluation(inputs, tmp_path, hook, capsys, finds_a_batch):  # noqa: F811
     """auto_find_batch_size must not try smaller training batches for it."""
     out = tmp_path / "run"
-    options = {"train__micro_batch_size": 4, "train__global_batch_size": None, "train__auto_find_batch_size": finds_a_batch}
+    options = {
+        "train__micro_batch_size": 4,
+        "train__global_batch_size": None,
+        "train__auto_find_batch_size": finds_a_batch,
+    }
     hook(lambda model, rows: None if model.training else full())
     assert worker.main([str(write_run(inputs, out, **options))]) == 2
     first, *others = lines_of(capsys)
@@ -154,7 +167,9 @@ def test_saving_leaves_the_checkpoints_that_are_there(inputs, tmp_path, monkeypa
 
     monkeypatch.setattr(saving, "random_state", second_is_too_much)
     assert worker.main([str(file)]) == 2
-    assert "CUDA out of memory. Tried to allocate 20.00 MiB" in lines_of(capsys)[0] and steps_saved(out) == [1]
+    assert "CUDA out of memory. Tried to allocate 20.00 MiB" in lines_of(capsys)[0] and steps_saved(out) == [
+        1
+    ]
 
 
 def test_a_smaller_batch_is_found_and_trains_the_same_groups(inputs, tmp_path, hook, caplog):  # noqa: F811
@@ -181,7 +196,11 @@ def test_a_smaller_batch_is_found_and_trains_the_same_groups(inputs, tmp_path, h
     with caplog.at_level(logging.WARNING):
         results = finetune.finetune(load_run_config(file))
     assert tried[:2] == [7, 6] and set(tried[2:]) <= set(range(1, 6))
-    assert results["micro_batch_size"] == 5 and results["steps"] == 2 * NUM_GROUPS and results["never_updated"] == 0
+    assert (
+        results["micro_batch_size"] == 5
+        and results["steps"] == 2 * NUM_GROUPS
+        and results["never_updated"] == 0
+    )
     assert NoAdvice.made <= 2  # one for each length, however many batches were tried
     answers = [record.message for record in caplog.records if "out of memory" in record.message]
     assert len(answers) == 2 and "would fit: micro-batches of 3" in answers[0]
@@ -212,7 +231,11 @@ def test_full_fine_tuning_has_a_line_too(inputs, tmp_path, hook, capsys):  # noq
     [
         ({}, 1, "global_batch_size: 8 fixes"),
         ({"train__global_batch_size": None}, 2, "on 2 ranks"),
-        ({"train__global_batch_size": None, "deepspeed": {"zero_optimization": {"stage": 3}}}, 1, '"zero_optimization.stage": 3'),
+        (
+            {"train__global_batch_size": None, "deepspeed": {"zero_optimization": {"stage": 3}}},
+            1,
+            '"zero_optimization.stage": 3',
+        ),
     ],
 )
 def test_where_no_smaller_batch_can_be_tried(inputs, tmp_path, changes, world_size, says):  # noqa: F811
@@ -229,8 +252,16 @@ def test_which_errors_say_that_there_is_no_memory():
     assert full_device(torch.OutOfMemoryError(ALLOCATOR_SAYS)) == "CUDA"
     assert full_device(torch.OutOfMemoryError("XPU out of memory. Tried")) == "XPU"
     assert full_device(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might")) == "CUDA"
-    assert full_device(RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")) == "CPU"
-    assert full_device(RuntimeError("shapes do not match")) is None and full_device(ValueError(ALLOCATOR_SAYS)) is None
+    assert (
+        full_device(
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+        )
+        == "CPU"
+    )
+    assert (
+        full_device(RuntimeError("shapes do not match")) is None
+        and full_device(ValueError(ALLOCATOR_SAYS)) is None
+    )
 
 
 def test_an_answer_is_found_beneath_a_librarys_error():

@@ -29,8 +29,12 @@ def folder(tmp_path_factory):
 def test_the_command_measures_what_it_predicted(folder, monkeypatch, capsys):
     """All switches on but offloading, which a CPU has no use for. The estimate itself is left out: it takes longer."""
     asked = []
-    monkeypatch.setattr(estimate_module, "estimate", lambda setting: asked.append(setting) or {"peak_gib": 1.0})
-    assert main(["estimate", "--model", str(folder), "--batch", "2", "--length", "64", "--probe", "--json"]) == 0
+    monkeypatch.setattr(
+        estimate_module, "estimate", lambda setting: asked.append(setting) or {"peak_gib": 1.0}
+    )
+    assert (
+        main(["estimate", "--model", str(folder), "--batch", "2", "--length", "64", "--probe", "--json"]) == 0
+    )
     found = json.loads(capsys.readouterr().out)["probe"]
     assert asked[0].engine_config["hift"]["activations"]["offload"] is True
     assert found["device"] == "cpu" and found["measured_gib"] > 0.01
@@ -49,7 +53,13 @@ def test_the_table_has_both(capsys):
     probe = {"device": "cuda", "group": "3 (layers.2)", "predicted_gib": 2.0, "measured_gib": 2.1}
     print_estimate({**figures, "probe": probe})
     out = capsys.readouterr().out
-    assert "One real step on cuda" in out and "3 (layers.2)" in out and "2.000" in out and "2.100" in out and "+5.00%" in out
+    assert (
+        "One real step on cuda" in out
+        and "3 (layers.2)" in out
+        and "2.000" in out
+        and "2.100" in out
+        and "+5.00%" in out
+    )
 
 
 SETTING = Setting("llama2_7b", {"optimizer": {"type": "AdamW"}, "hift": {}})
@@ -60,7 +70,9 @@ def test_one_line_when_it_cannot_be_done(monkeypatch):
     from dataclasses import replace
 
     monkeypatch.setattr(probe_module, "measure", lambda setting: pytest.fail("the model was built"))
-    with pytest.raises(ConfigError, match="--probe: takes a step on one rank, and the estimate is for 2; leave --gpus out"):
+    with pytest.raises(
+        ConfigError, match="--probe: takes a step on one rank, and the estimate is for 2; leave --gpus out"
+    ):
         probe_module.probe(replace(SETTING, world_size=2))
     numel = 1 << 30  # 12 GiB of states at 12 bytes
     monkeypatch.setattr(probe_module, "simulate", lambda settings: [Result(1, 3, 0, numel, [STEP])])

@@ -70,4 +70,7 @@ def test_upcoming_crosses_into_the_next_cycles_order():
 def test_differences_name_what_changed():
     saved = GroupSchedule(3).state_dict()
     assert GroupSchedule(3).differences(saved) == []
-    assert GroupSchedule(4, "top2down").differences(saved) == ["num_groups: 3 -> 4", "order: bottom2up -> top2down"]
+    assert GroupSchedule(4, "top2down").differences(saved) == [
+        "num_groups: 3 -> 4",
+        "order: bottom2up -> top2down",
+    ]

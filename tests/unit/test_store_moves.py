@@ -58,6 +58,8 @@ MOVERS = {
     "streams": on_fake_streams,
     "default": None,
 }
+
+
 def behind_a_buffer(path, slots):
     """As between disk and accelerator, through a buffer smaller than most units."""
     store = DiskStateStore(CPU, (), 0, slots, path=path)

@@ -13,7 +13,9 @@ from hift_ds.memory.simulation import simulate
 GIB = {"llama2_7b": 2.144, "llama3_70b": 22.794}
 
 
-@pytest.mark.parametrize(("model", "mode", "ranks", "limit"), GOALS, ids=lambda value: getattr(value, "name", str(value)))
+@pytest.mark.parametrize(
+    ("model", "mode", "ranks", "limit"), GOALS, ids=lambda value: getattr(value, "name", str(value))
+)
 def test_goals_are_met(model, mode, ranks, limit):
     lowest_block = [replace(setting(model, mode, ranks, n), groups=(1,)) for n in model.few]
     peak = extended(*simulate(lowest_block), model.num_blocks)
