@@ -24,11 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="DIR",
-        help="where config and tokenizer come from, if not the checkpoint; the fine-tuned model's input",
+        help="the model that was fine-tuned: its dtype, and its config and tokenizer if the checkpoint has none "
+        "(default: as the run folder says)",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto",
-        help="of the weights; auto: as in --model, else as trained; fp32 takes the masters (default: %(default)s)",
+        help="of the weights; auto: as in the model that was fine-tuned, or as trained if that is not to be found; "
+        "fp32 takes the masters (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: %(default)s)"
@@ -62,6 +64,10 @@ def export_checkpoint(
 ) -> list[Path]:
     """Write the weights of ``checkpoint`` to ``out`` as safetensors, with config, tokenizer and generation config.
 
+    Args:
+        model_dir: the model that was fine-tuned; ``None``: the one that the run folder around the checkpoint names.
+        dtype: of ``DTYPES``. Weights that become fp32 are the masters.
+
     Returns:
         The weight files.
 
@@ -79,7 +85,8 @@ def export_checkpoint(
     from hift_ds.model_structure import build_on_meta, read_config
 
     source = _find(checkpoint)
-    config_dir = model_dir or source.config_dir
+    input_dir = model_dir or _input_of_run(source.states)
+    config_dir = model_dir or source.config_dir or input_dir
     if config_dir is None:
         raise ConfigError(
             f"{checkpoint}: it holds no config.json; name the model that was fine-tuned with --model DIR"
@@ -100,14 +107,15 @@ def export_checkpoint(
     )
     has_generation_config = (config_dir / "generation_config.json").is_file()
     wanted: Any = None
-    if dtype == "auto" and model_dir is not None:
-        wanted = tensor_dtypes(model_dir)
-    elif dtype != "auto":
+    if dtype != "auto":
         wanted = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    elif input_dir is not None:
+        wanted = tensor_dtypes(input_dir)
+    any_fp32 = torch.float32 in (wanted.values() if isinstance(wanted, dict) else [wanted])
     return export_model(
         model,
         out,
-        tensors=saved.weights(best=dtype == "fp32"),
+        tensors=saved.weights(best=any_fp32),
         tokenizer=_tokenizer(config_dir, trust_remote_code),
         generation_config=GenerationConfig.from_pretrained(config_dir) if has_generation_config else None,
         max_shard_size=max_shard_size,
@@ -142,6 +150,21 @@ def _find(folder: Path) -> _Source:
         return _find(found[0])
     reason = "; ".join(damage) or "it holds neither a manifest, nor a 'latest' file, nor a checkpoint-N"
     raise CheckpointError(f"{folder}: no whole checkpoint there: {reason}")
+
+
+def _input_of_run(states: Path) -> Path | None:
+    """``model.path`` of the run folder that the checkpoint is in, if it is in one and that model is still here."""
+    import yaml
+
+    from hift_ds.train.run_config import RUN_FILE_COPY
+
+    copy = next(
+        (p / RUN_FILE_COPY for p in states.resolve().parents[:2] if (p / RUN_FILE_COPY).is_file()), None
+    )
+    if copy is None:
+        return None
+    path = Path(yaml.safe_load(copy.read_text(encoding="utf-8"))["model"]["path"]).expanduser()
+    return path if (path / "config.json").is_file() else None
 
 
 def _config_near(folder: Path) -> Path | None:

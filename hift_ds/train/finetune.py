@@ -38,7 +38,7 @@ from hift_ds.train.arguments import hift_block
 from hift_ds.train.preflight import CheckedRun, check_run
 from hift_ds.train.ranks import gather, on_all_ranks, rank_and_world_size
 from hift_ds.train.resume import find_checkpoints
-from hift_ds.train.run_config import RunConfig
+from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig
 from hift_ds.train.spread_masters import gathered_weights
 from hift_ds.train.trainer import build_trainer, make_arguments, zero_stage
 from hift_ds.train.watchdog import lost_rank_error
@@ -141,7 +141,7 @@ def _introduce(checked: CheckedRun, arguments: TrainingArguments, say: Callable[
         run.output_dir.mkdir(parents=True, exist_ok=True)
         origin = f"# {run.file} {' '.join(run.overrides)}".rstrip()
         content = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        (run.output_dir / "run.yaml").write_text(
+        (run.output_dir / RUN_FILE_COPY).write_text(
             f"{origin}\n# every key, defaults included\n{content}", encoding="utf-8"
         )
         _write_json(run.output_dir / "deepspeed.json", arguments.deepspeed)

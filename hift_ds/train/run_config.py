@@ -25,6 +25,8 @@ from hift_ds.data.config import DataConfig
 from hift_ds.errors import ConfigError
 from hift_ds.train.run_file import apply_overrides, explain, read_yaml
 
+RUN_FILE_COPY = "run.yaml"  # in the run folder: every key, defaults included
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

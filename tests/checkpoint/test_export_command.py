@@ -52,13 +52,33 @@ def test_weights_as_trained_reload_with_transformers(trained, tmp_path, inner):
 def test_auto_takes_the_inputs_dtype_and_fp32_the_masters(trained, tmp_path):
     source, saved, _, masters = trained
     arguments = ["export", str(saved), str(tmp_path / "out"), "--model", str(source)]
-    assert main(arguments) == 0
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.float32
-    assert main([*arguments, "--dtype", "fp32"]) == 0
-    exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").named_parameters())
-    assert all(torch.equal(exported[name].detach().flatten(), masters[name].flatten()) for name in masters)
+    for dtype in ("auto", "fp32"):
+        assert main([*arguments, "--dtype", dtype]) == 0
+        exported = dict(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").named_parameters()
+        )
+        assert all(
+            torch.equal(exported[name].detach().flatten(), masters[name].flatten()) for name in masters
+        )
     assert main([*arguments, "--dtype", "bf16"]) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+
+def test_a_run_folder_names_the_model_whose_dtype_counts(trained, tmp_path, monkeypatch):
+    source, saved, _, masters = trained
+    run = tmp_path / "run"
+    shutil.copytree(saved / "global_step3", run / "checkpoint-3" / "global_step3")
+    (run / "run.yaml").write_text("model: {path: input}\n")  # relative to the working directory
+    shutil.copy(source / "config.json", run / "checkpoint-3" / "config.json")
+    (run / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
+    (run / "checkpoint-3" / "latest").write_text("global_step3")
+    monkeypatch.chdir(source.parent)
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").named_parameters())
+    assert all(torch.equal(exported[name].detach().flatten(), masters[name].flatten()) for name in masters)
+    monkeypatch.chdir(tmp_path)  # the model is not here: as trained
+    assert main(["export", str(run), str(tmp_path / "trained")]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "trained", dtype="auto").dtype == torch.bfloat16
 
 
 def test_what_cannot_be_exported_is_one_line(trained, tmp_path, capsys):
