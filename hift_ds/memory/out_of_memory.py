@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hift_ds.errors import NoRoomForModel, OutOfMemory
+from hift_ds.errors import HiFTError, NoRoomForModel, OutOfMemory
 from hift_ds.memory.estimate_input import SWITCHES, is_on, with_switch
 from hift_ds.memory.forecast import GIB, Request, Slope, Steps, read_structure, run_requests, worst_step
 from hift_ds.memory.simulation import Setting
@@ -52,25 +52,33 @@ def full_device(error: BaseException | None) -> str | None:
 
 
 @contextlib.contextmanager
+def _answered(answer: Callable[[str], HiFTError]) -> Iterator[None]:
+    """An out-of-memory error becomes ``answer(kind of device)``; one that is an answer comes through as it was."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, OutOfMemory) or (device := full_device(error)) is None:
+            raise
+        raise answer(device) from error
+
+
+@contextlib.contextmanager
 def no_traceback_when_full(doing: str) -> Iterator[None]:
     """For work outside of the engine's calls: an out-of-memory error in it becomes an :class:`OutOfMemory` in a line.
 
     One that the engine has explained comes through as it was, also from beneath an error of a library's.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OutOfMemory):
-            cause = cause.__cause__
-        if cause is error:
-            raise
-        if cause is not None:
+    hint = "hift-ds estimate RUN.yaml says what needs less"
+    with _answered(lambda device: OutOfMemory(f"{device} out of memory. HiFT: {doing}; {hint}")):
+        try:
+            yield
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OutOfMemory):
+                cause = cause.__cause__
+            if cause is None or cause is error:
+                raise
             raise cause from cause.__cause__  # not from the library's error, which it is the cause of
-        if (device := full_device(error)) is None:
-            raise
-        hint = "hift-ds estimate RUN.yaml says what needs less"
-        raise OutOfMemory(f"{device} out of memory. HiFT: {doing}; {hint}") from error
 
 
 @contextlib.contextmanager
@@ -80,14 +88,11 @@ def explains_evaluation(rows: int) -> Iterator[None]:
     Raises:
         OutOfMemory: in place of an out-of-memory error.
     """
-    try:
+    where = f"in evaluation, at most {rows} rows at once"
+    with _answered(
+        lambda device: OutOfMemory(f"{device} out of memory. HiFT: {where}; {LESS_IN_EVALUATION}")
+    ):
         yield
-    except RuntimeError as error:
-        if isinstance(error, OutOfMemory) or (device := full_device(error)) is None:
-            raise
-        raise OutOfMemory(
-            f"{device} out of memory. HiFT: in evaluation, at most {rows} rows at once; {LESS_IN_EVALUATION}"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -97,20 +102,17 @@ def says_when_no_room(model: nn.Module | None) -> Iterator[None]:
     Raises:
         NoRoomForModel: in place of an out-of-memory error.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if (device := full_device(error)) is None:
-            raise
-        num_bytes = (
-            sum(param.numel() * param.element_size() for param in model.parameters())
-            if model is not None
-            else 0
-        )
-        raise NoRoomForModel(
+
+    def answer(device: str) -> NoRoomForModel:
+        params = () if model is None else model.parameters()
+        num_bytes = sum(param.numel() * param.element_size() for param in params)
+        return NoRoomForModel(
             f"the {device} device has no room for the weights ({num_bytes / GIB:.1f} GiB) and the states that stay on it, "
             'whatever the batch; "hift.state.residency": "host", 16-bit weights, or "zero_optimization.stage": 3 need less'
-        ) from error
+        )
+
+    with _answered(answer):
+        yield
 
 
 @dataclass
@@ -219,12 +221,8 @@ def explains_out_of_memory(doing: str) -> Callable[[Callable], Callable]:
         def wrapped(engine: Any, *args: Any, **kwargs: Any) -> Any:
             if doing == "forward":
                 engine.last_shape = _token_shape([*args, *kwargs.values()]) or engine.last_shape
-            try:
+            with _answered(lambda device: OutOfMemory(engine.adviser.answer(engine, doing, device))):
                 return method(engine, *args, **kwargs)
-            except RuntimeError as error:
-                if isinstance(error, OutOfMemory) or (device := full_device(error)) is None:
-                    raise
-                raise OutOfMemory(engine.adviser.answer(engine, doing, device)) from error
 
         return wrapped
 

@@ -92,9 +92,9 @@ def _check_room(result: Result, on_cpu: bool) -> None:
 
 
 def _device_bytes() -> int:
-    from deepspeed.accelerator import get_accelerator
+    from hift_ds.engine.deepspeed_seam import device_bytes
 
-    return int(get_accelerator().total_memory())
+    return device_bytes()
 
 
 def measure(setting: Setting) -> dict[str, Any]:

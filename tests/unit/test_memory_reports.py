@@ -21,8 +21,7 @@ from hift_ds.report.callback import ReportCallback
 from hift_ds.report.metrics import read_metrics
 from hift_ds.report.progress import SilentProgress
 from tests.helpers.engines import ds_config, make_engine
-
-ALLOCATOR_SAYS = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 23.6 GiB. Of the allocated"
+from tests.helpers.out_of_memory import NoAdvice, full
 
 
 @pytest.fixture
@@ -32,26 +31,7 @@ def engine():
     engine.destroy()
 
 
-def full(*_, **__):
-    raise torch.OutOfMemoryError(ALLOCATOR_SAYS)
-
-
-class NoAdvice:
-    """In place of a forecast, which takes seconds."""
-
-    def __init__(self, setting):
-        self.setting = setting
-
-    made = 0
-
-    @classmethod
-    def make(cls, setting):
-        cls.made += 1
-        return cls(setting)
-
-    def answers(self, batch, length):
-        return length == self.setting.length
-
+class Forecast(NoAdvice):
     def text(self, batch, length, budget_bytes):
         return f"forecast for {batch}"
 
@@ -65,7 +45,7 @@ def message_of(call) -> str:
 
 
 def test_the_message_names_what_ran_and_one_forecast_serves_several_batches(engine, monkeypatch):
-    monkeypatch.setattr(out_of_memory, "Advice", NoAdvice)
+    monkeypatch.setattr(out_of_memory, "Advice", Forecast)
     handle = engine.module.model.norm.register_forward_hook(full)
     texts = [
         message_of(lambda rows=rows: engine(**model_zoo.tiny.batch(engine.module, rows=rows, tokens=6)))
@@ -74,7 +54,7 @@ def test_the_message_names_what_ran_and_one_forecast_serves_several_batches(engi
     assert texts[0].startswith(
         "CUDA out of memory. HiFT: in forward at 4 x 6 tokens while group 0 (embed) trains; forecast for 4"
     )
-    assert texts[1].endswith("forecast for 2") and NoAdvice.made == 1
+    assert texts[1].endswith("forecast for 2") and Forecast.made == 1
     handle.remove()
     loss = engine(**model_zoo.tiny.batch(engine.module, rows=2, tokens=6)).loss
     monkeypatch.setattr(engine.optimizer, "step", full)
@@ -117,7 +97,7 @@ def test_auto_find_batch_size_goes_on_with_a_smaller_batch(monkeypatch, tmp_path
 
     from hift_ds import HiFTTrainer
 
-    monkeypatch.setattr(out_of_memory, "Advice", NoAdvice)
+    monkeypatch.setattr(out_of_memory, "Advice", Forecast)
     model = model_zoo.tiny.build("llama")
     rows = []
 

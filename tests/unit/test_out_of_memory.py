@@ -17,31 +17,11 @@ from hift_ds.report.metrics import read_metrics
 from hift_ds.train import finetune, worker
 from hift_ds.train.resume import find_checkpoints
 from hift_ds.train.run_config import load_run_config
+from tests.helpers.out_of_memory import ALLOCATOR_SAYS, NoAdvice, full
 from tests.unit.test_launch import NUM_GROUPS, inputs, own_cache, write_run  # noqa: F401  (fixtures)
 
-ALLOCATOR_SAYS = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 23.6 GiB. Of the allocated"
 
-
-def full(*_, **__):
-    raise torch.OutOfMemoryError(ALLOCATOR_SAYS)
-
-
-class NoAdvice:
-    """In place of a forecast, which takes seconds."""
-
-    made = 0
-
-    def __init__(self, setting):
-        self.setting = setting
-
-    @classmethod
-    def make(cls, setting):
-        cls.made += 1
-        return cls(setting)
-
-    def answers(self, batch, length):
-        return length == self.setting.length
-
+class Forecast(NoAdvice):
     def text(self, batch, length, budget_bytes):
         return (
             f"forecast 30.0 GiB of 22.0 usable; would fit: micro-batches of {batch // 2}; a switch (21.0 GiB)"
@@ -50,8 +30,8 @@ class NoAdvice:
 
 @pytest.fixture(autouse=True)
 def no_forecasts(monkeypatch):
-    monkeypatch.setattr(out_of_memory, "Advice", NoAdvice)
-    monkeypatch.setattr(NoAdvice, "made", 0)
+    monkeypatch.setattr(out_of_memory, "Advice", Forecast)
+    monkeypatch.setattr(Forecast, "made", 0)
 
 
 @pytest.fixture
@@ -201,7 +181,7 @@ def test_a_smaller_batch_is_found_and_trains_the_same_groups(inputs, tmp_path, h
         and results["steps"] == 2 * NUM_GROUPS
         and results["never_updated"] == 0
     )
-    assert NoAdvice.made <= 2  # one for each length, however many batches were tried
+    assert Forecast.made <= 2  # one for each length, however many batches were tried
     answers = [record.message for record in caplog.records if "out of memory" in record.message]
     assert len(answers) == 2 and "would fit: micro-batches of 3" in answers[0]
     steps = read_metrics(out).steps
