@@ -25,7 +25,7 @@ from hift_ds.checkpoint.writer import (
 )
 from hift_ds.errors import CheckpointError
 from hift_ds.grouping import LayerGroup
-from hift_ds.optim.group_optimizer import MASTER
+from hift_ds.store.base import MASTER
 
 
 class SavedCheckpoint:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hift_ds.checkpoint.saved_checkpoint import SavedCheckpoint
-from hift_ds.optim.group_optimizer import MASTER
+from hift_ds.store.base import MASTER
 
 
 def gathered_weights(saved: SavedCheckpoint) -> Iterator[tuple[str, Tensor]]:

@@ -23,7 +23,7 @@ import model_zoo
 from hift_ds.errors import CheckpointError
 from hift_ds.grouping import partition_model
 from hift_ds.train.export_command import export_checkpoint
-from tests.helpers.distributed import free_port
+from hift_ds.train.ranks import free_port
 from tests.helpers.tiny_tokenizers import byte_level
 
 pytestmark = pytest.mark.distributed

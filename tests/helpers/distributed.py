@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from hift_ds.train.ranks import free_port
 
 TIMEOUT_S = 300
 
@@ -48,12 +49,6 @@ def run_distributed(
                 failures.append(f"rank {rank} of {world_size}: {value}")
         assert not failures, "\n".join(failures)
         return results
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _start(job: Path, rank: int, world_size: int, port: int) -> subprocess.Popen:
