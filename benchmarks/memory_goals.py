@@ -143,8 +143,7 @@ def gib(step: GroupStep) -> str:
 
 def where(step: GroupStep) -> str:
     """Phase and place of the highest peak."""
-    place = max(step.places, key=lambda place: sum(step.places[place].values()))
-    phase, _, rest = place.partition(":")
+    phase, _, rest = step.peak_place.partition(":")
     return phase if not rest or rest.lstrip("-").isdigit() else f"{phase}, {rest}"
 
 

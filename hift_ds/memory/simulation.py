@@ -101,9 +101,14 @@ class GroupStep:
         return peaks
 
     @property
+    def peak_place(self) -> str:
+        """Where the highest peak is."""
+        return max(self.places, key=lambda place: sum(self.places[place].values()))
+
+    @property
     def categories(self) -> Bytes:
         """What was alive at the highest peak."""
-        return max(self.places.values(), key=lambda categories: sum(categories.values()))
+        return self.places[self.peak_place]
 
     @property
     def peak_bytes(self) -> int:
