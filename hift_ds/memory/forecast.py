@@ -154,6 +154,8 @@ class Request:
         """What has to be simulated for it."""
         sizes = self._sizes()
         setting = replace(self.setting, second_update=not self.ends_only, updates=self.updates_as is None)
+        if self._is_partitioned():
+            setting = replace(setting, visits=max(setting.visits, 2))  # ZeRO-3 prefetches from the second on
         if sizes is None:
             return [replace(setting, groups=self._whole_groups())]
         return [replace(setting, num_blocks=size, groups=self._groups(size)) for size in sizes]
@@ -167,6 +169,10 @@ class Request:
     def _activations(self) -> dict[str, Any]:
         return self.setting.engine_config["hift"].get("activations") or {}
 
+    def _is_partitioned(self) -> bool:
+        """Then prefetching holds weights of several blocks, in places that differ with their number: stepped whole."""
+        return (self.setting.engine_config.get("zero_optimization") or {}).get("stage", 0) == 3
+
     def _settled(self) -> int:
         """Blocks above a group from which on every line is straight."""
         kept = self._activations().get("blocks_kept", 0)
@@ -175,7 +181,7 @@ class Request:
     def _sizes(self) -> tuple[int, int] | None:
         """Numbers of blocks to build; ``None``: so many that extrapolating is not worth it."""
         small = self._settled() + (1 if self.ends_only else 3)
-        if not self.structure.is_regular or small + 1 >= self.structure.num_blocks:
+        if self._is_partitioned() or not self.structure.is_regular or small + 1 >= self.structure.num_blocks:
             return None
         return small, small + 1
 

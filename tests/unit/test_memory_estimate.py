@@ -166,3 +166,16 @@ def test_switches_on_and_off():
     sliced = with_switch(off, "slice_numel", on=True)
     assert is_on(sliced, "slice_numel") and not is_on(off, "slice_numel")
     assert is_on(setting, "checkpointing")  # unchanged
+
+
+def test_partitioned_weights_are_stepped_whole_and_with_prefetching():
+    """Prefetching holds weights of several blocks: few blocks do not tell of many."""
+    from hift_ds.memory.forecast import Request, Structure
+
+    structure = Structure(tuple("abcdefghijklmnopqrst"), (1,) * 20, 18, True, None, 1)
+    few, whole = (
+        Request(Setting("m", {"zero_optimization": {"stage": stage}, "hift": {}}), structure).settings()
+        for stage in (2, 3)
+    )
+    assert len(few) == 2 and all(setting.num_blocks and setting.visits == 1 for setting in few)
+    assert [(setting.num_blocks, setting.visits) for setting in whole] == [(None, 2)]
