@@ -12,7 +12,7 @@ export OMP_NUM_THREADS        ?= 1
 export TORCH_EXTENSIONS_DIR   ?= $(abspath $(VENV))/torch_extensions
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup test test-slow test-gpu demo demo-short lint clean
+.PHONY: setup test test-slow test-kernels test-gpu demo demo-short lint clean
 
 setup: $(VENV)/.ready
 
@@ -27,6 +27,10 @@ test: setup
 
 test-slow: setup
 	$(PY) -m pytest -q -m slow
+
+# The default tests with the kernels of other processors: what asks for bits must get them there too. An hour.
+test-kernels: setup
+	$(PY) -m tests.kernels
 
 test-gpu: setup
 	$(PY) -m pytest -q -m gpu tests/gpu

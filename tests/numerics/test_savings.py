@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +67,13 @@ def loss_and_gradients(
     loss = model(**batch).loss
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def without_cache(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """``batch`` for a forward without transformers' key-value cache, as in a training forward of ours. With it keys are
+    concatenated, hence contiguous, and a product with another layout may differ in its last bit, by processor."""
+    accepts = "use_cache" in inspect.signature(model.forward).parameters
+    return {**batch, "use_cache": False} if accepts else batch
 
 
 def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -164,7 +173,8 @@ def test_anything_else_done_with_the_logits_computes_them():
     assert torch.equal(deferred[:, -1, 3], whole[:, -1, 3])
     assert torch.equal(deferred.argmax(-1), whole.argmax(-1))
     assert torch.equal(torch.softmax(deferred, -1), torch.softmax(whole, -1))
-    assert torch.equal(deferred[:, 2:].compute(), whole[:, 2:])
+    # The head over fewer rows is another product: other tiles, and so another order of summation.
+    torch.testing.assert_close(deferred[:, 2:].compute(), whole[:, 2:], rtol=2e-6, atol=1e-6)
     smoothed = [nn.functional.cross_entropy(x.view(-1, 67), batch["labels"].view(-1), label_smoothing=0.1)
                 for x in (whole, deferred)]  # fmt: skip
     torch.testing.assert_close(*smoothed)
@@ -198,9 +208,10 @@ class Calls:
 
 @pytest.mark.parametrize("name, head", FAMILIES)
 def test_checkpointing_of_every_family_and_group(name, head):
-    """Gradients to the last bit; recomputed are the blocks at and above the active group, and no other."""
+    """Gradients to the last bit, since the same operations run again on the same tensors (the cache is off on both
+    sides); recomputed are the blocks at and above the active group, and no other."""
     model = tiny(name, head)
-    batch, groups = batch_with_prompt(model), groups_of(model)
+    batch, groups = without_cache(model, batch_with_prompt(model)), groups_of(model)
     calls = Calls(model)
     plain = {}
     for index, names in groups.items():
