@@ -20,10 +20,3 @@ class Checkpointing(Saving, Loading):
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         self._copy_before_step()
         super().step(lr_kwargs)
-
-    def destroy(self) -> None:
-        """Finishes an asynchronous save first."""
-        try:
-            self.wait_for_checkpoint()
-        finally:
-            super().destroy()

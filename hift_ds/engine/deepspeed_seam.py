@@ -107,6 +107,10 @@ class SeamEngine(DeepSpeedEngine):
         if self.is_gradient_accumulation_boundary():
             self.optimizer.reduce_gradients()
 
+    def gradient_clipping(self) -> float:
+        """What the config says, and 0 if it says nothing: DeepSpeed's own default became 1.0."""
+        return float(self.config.get("gradient_clipping") or 0.0)
+
     def clip_fp32_gradients(self) -> None:
         """Clipping is part of the optimizer's step, where the global norm is known."""
 
@@ -130,6 +134,13 @@ class SeamEngine(DeepSpeedEngine):
         if folder:
             shards.park_in_file(folder)
         return shards
+
+    def remove_deepspeed_hooks(self) -> None:
+        """Those on the model, which ``destroy`` leaves there."""
+        for name in ("module_forward_pre_hook", "module_forward_post_hook"):
+            hook = getattr(self, name, None)
+            if hook is not None:
+                hook.remove()
 
     # -- facts ------------------------------------------------------------------------------------------------
 

@@ -5,10 +5,12 @@ The calls are DeepSpeed's: ``loss = engine(batch)``, ``engine.backward(loss)``, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from hift_ds.engine.exact_values import exact_values
 from hift_ds.engine.memory_reports import MemoryReports
 from hift_ds.engine.partitioned import PartitionedParameters
 from hift_ds.engine.state_arithmetic import gather_state_arithmetic
+from hift_ds.errors import HiFTError
 from hift_ds.grouping import LayerGroup, Partition, partition_model
 from hift_ds.lr import CycleLR
 from hift_ds.memory.out_of_memory import explains_out_of_memory, says_when_no_room
@@ -36,6 +39,7 @@ from hift_ds.memory.savings import ActivationSavings
 from hift_ds.optim.build import build_optimizer, is_elementwise
 from hift_ds.optim.group_optimizer import ALWAYS
 from hift_ds.optim.parameters import DEFAULT_BUCKET_NUMEL, ReplicatedParameters
+from hift_ds.optim.trainable_flags import TrainableFlags, containers_of
 from hift_ds.precision import LossScaler, PrecisionPolicy
 from hift_ds.schedule import GroupSchedule
 from hift_ds.step_report import StepReport
@@ -43,6 +47,8 @@ from hift_ds.store.arithmetic import StateArithmetic
 from hift_ds.store.choose import build_resident_store, build_store
 
 logger = logging.getLogger(__name__)
+
+_engine_of: weakref.WeakKeyDictionary[nn.Module, weakref.ref[HiFTEngine]] = weakref.WeakKeyDictionary()
 
 
 class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
@@ -58,24 +64,34 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
 
     optimizer: HiFTOptimizer
     step_loss: Tensor | None = None
+    _ended = _destroyed = False
+    _weights_made: ReplicatedParameters | None = None
 
     def __init__(self, *args: Any, config: Any = None, **kwargs: Any) -> None:
         self.hift: HiFTConfig = parse_block(config[BLOCK])
         check_against_deepspeed(self.hift, config)
         self.partition: Partition | None = None
         self.last_report: StepReport | None = None
-        self._flags_before: dict[nn.Parameter, bool] = {}
+        self._entrances: list[Any] = []  # hooks
         self._fp32_shards: dict[str, Tensor] = {}  # bits that casting the weights would lose
-        with says_when_no_room(kwargs.get("model")):
-            super().__init__(*args, config=config, **kwargs)
-        if self.lr_scheduler is not None:
-            self.watch_scheduler(self.lr_scheduler)
-        names = {
-            index: [member.name for member in unit.members] for index, unit in self.optimizer.units.items()
-        }
-        if self.global_rank == 0 and logger.isEnabledFor(logging.INFO):
-            logger.info(self.state_arithmetic.line())
-        self.savings = ActivationSavings(self.module, self.hift.activations, names)
+        _end_earlier_engine(kwargs.get("model"))
+        try:
+            with says_when_no_room(kwargs.get("model")):
+                super().__init__(*args, config=config, **kwargs)
+            if self.lr_scheduler is not None:
+                self.watch_scheduler(self.lr_scheduler)
+            if self.global_rank == 0 and logger.isEnabledFor(logging.INFO):
+                logger.info(self.state_arithmetic.line())
+            names = {
+                index: [member.name for member in unit.members]
+                for index, unit in self.optimizer.units.items()
+            }
+            self.savings = ActivationSavings(self.module, self.hift.activations, names)
+        except BaseException:
+            self._let_go()
+            self.remove_deepspeed_hooks()
+            raise
+        _engine_of[self.module] = weakref.ref(self)
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
@@ -90,7 +106,6 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
 
     def before_cast(self, model: nn.Module) -> None:
         """Keep the fp32 bits of this rank's shards of weights that DeepSpeed is about to round to 16 bits."""
-        self._flags_before = {param: param.requires_grad for param in model.parameters()}
         for param in model.parameters():
             if not param.is_contiguous():
                 param.data = param.data.contiguous()
@@ -116,15 +131,16 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         managed = _params_of(
             client_optimizer.param_groups if client_optimizer is not None else model_parameters
         )
-        self._set_aside_unmanaged(managed)
-        self.partition = partition_model(
-            self.module,
-            group_size=self.hift.group_size,
-            patterns=self.hift.groups,
-            always_active=self.hift.always_active,
-        )
-        base = client_optimizer if client_optimizer is not None else self._build_from_config(model_parameters)
-        optimizer = self._build_group_optimizer(base)
+        flags = TrainableFlags(self.module)
+        with self._unmanaged_set_aside(managed):
+            self.partition = partition_model(
+                self.module,
+                group_size=self.hift.group_size,
+                patterns=self.hift.groups,
+                always_active=self.hift.always_active,
+            )
+            base = client_optimizer or self._build_from_config(model_parameters)
+            optimizer = self._build_group_optimizer(base, flags)
         if self._fp32_shards:
             self._give_masters_their_bits(optimizer)
         elif self.hift.master_weights and (exact := exact_values(self.module)) is not None:
@@ -157,17 +173,22 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
 
         optimizer.set_masters(values)
 
-    def _set_aside_unmanaged(self, managed: set[nn.Parameter]) -> None:
+    @contextlib.contextmanager
+    def _unmanaged_set_aside(self, managed: set[nn.Parameter]) -> Iterator[None]:
         """Trainable weights that the optimizer was not given are not trained; they must not get gradients either."""
-        aside = [n for n, p in self.module.named_parameters() if p.requires_grad and p not in managed]
-        for name, param in self.module.named_parameters():
-            if name in set(aside):
-                param.requires_grad_(False)
+        aside = {n: p for n, p in self.module.named_parameters() if p.requires_grad and p not in managed}
         if aside and self.global_rank == 0:
-            shown = ", ".join(aside[:3]) + (" ..." if len(aside) > 3 else "")
+            shown = ", ".join(list(aside)[:3]) + (" ..." if len(aside) > 3 else "")
             logger.warning(
                 "%d trainable parameters are not in the optimizer and stay as they are: %s", len(aside), shown
             )
+        for param in aside.values():
+            param.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for param in aside.values():
+                param.requires_grad_(True)
 
     def _build_from_config(self, model_parameters: list) -> torch.optim.Optimizer:
         entries = (
@@ -190,14 +211,17 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
             on_accelerator=self.device.type != "cpu",
         )
 
-    def _build_group_optimizer(self, base: torch.optim.Optimizer) -> HiFTOptimizer:
+    def _build_group_optimizer(self, base: torch.optim.Optimizer, flags: TrainableFlags) -> HiFTOptimizer:
         hift, device = self.hift, self._update_device()
         rounding_seed = hift.seed * 65_537 + self.global_rank
-        parameters = self._build_parameters(base)
+        parameters = self._weights_made = self._build_parameters(base)
+        units = self._units(base, parameters)
+        self._watch_entrances([member.param for member in unit.members] for unit in units.values())
         return HiFTOptimizer(
             base,
             parameters,
-            units=self._units(base, parameters),
+            flags,
+            units=units,
             schedule=GroupSchedule(
                 len(self.partition.groups), hift.order, hift.reshuffle, hift.seed, hift.steps_per_group
             ),
@@ -207,10 +231,19 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
             precision=self._precision(),
             scaler=self._loss_scaler(),
             update_device=device,
-            max_grad_norm=float(self.gradient_clipping() or 0.0),
+            max_grad_norm=self.gradient_clipping(),
             seed=hift.seed,
             pin_memory=hift.state.pin_memory,
         )
+
+    def _watch_entrances(self, units: Iterable[list[nn.Parameter]]) -> None:
+        """A forward may enter the model elsewhere than through the engine (TRL calls its backbone, say)."""
+        for module in [self.module, *containers_of(self.module, units)]:
+            self._entrances.append(module.register_forward_pre_hook(self._enter, prepend=True))
+
+    def _enter(self, *_: Any) -> None:
+        if self.optimizer.flags.shown and torch.is_grad_enabled() and not self._ended:
+            self.optimizer.activate()
 
     def _build_parameters(self, base: torch.optim.Optimizer) -> ReplicatedParameters:
         options = {
@@ -277,9 +310,16 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
     @explains_out_of_memory("forward")
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's."""
+        if self._ended:
+            return self.module(*inputs, **kwargs)
+        self._enter()
         active = [unit.index for unit in self.optimizer.active_units]
-        with self.savings.during_forward(active), self.optimizer.parameters.saved_by_reference():
-            return super().forward(*inputs, **kwargs)
+        try:
+            with self.savings.during_forward(active), self.optimizer.parameters.saved_by_reference():
+                return super().forward(*inputs, **kwargs)
+        except BaseException:  # Ctrl-C too: nobody may call destroy
+            self.optimizer.flags.show()
+            raise
 
     @explains_out_of_memory("backward")
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -288,20 +328,24 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         Returns:
             The loss divided by the accumulation steps (not multiplied by the fp16 loss scale).
         """
+        self._refuse_if_ended()
         self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
-        if not loss.requires_grad:  # the active group did not take part in this loss (an unused pooler, say)
-            self.finish_backward_without_graph()
-        else:
-            super().backward(
-                loss * self.optimizer.scaler.scale if self.optimizer.scaler.active else loss,
-                retain_graph=retain_graph,
-                scale_wrt_gas=scale_wrt_gas,
-            )
+        # Never the tensor that the model returned: DeepSpeed divides its gradient by the accumulation steps (0.19.8).
+        scaled = loss * self.optimizer.scaler.scale if self.optimizer.scaler.active else loss.view_as(loss)
+        self.optimizer.activate()  # for blocks that are recomputed, and in case no forward entered the model
+        try:
+            if loss.requires_grad:
+                super().backward(scaled, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+            else:  # the active group did not take part in this loss (an unused pooler, say)
+                self.finish_backward_without_graph()
+        finally:
+            self.optimizer.flags.show()
         return loss / self.gradient_accumulation_steps() if scale_wrt_gas else loss
 
     @explains_out_of_memory("the update")
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """As DeepSpeed's: at the accumulation boundary updates the active group and rotates; else does nothing."""
+        self._refuse_if_ended()
         is_boundary = self.is_gradient_accumulation_boundary()
         before = self._report_before_step() if is_boundary else None
         super().step(lr_kwargs)
@@ -351,14 +395,62 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         """How often each trainable parameter was updated, by name."""
         return self.optimizer.coverage()
 
-    def destroy(self) -> None:
-        """Release everything and give the model its ``requires_grad`` flags back."""
-        super().destroy()
-        self.savings.close()
+    # -- the end ----------------------------------------------------------------------------------------------
+
+    def end_training(self, failed: bool = False) -> None:
+        """Give back what only training needs: states and their memory, gradients, hooks, threads, and the model's
+        ``requires_grad`` flags. A second call does nothing. The engine still evaluates and answers ``coverage()``.
+
+        Args:
+            failed: this rank leaves training by itself, by an error or Ctrl-C: nothing that waits for others is done.
+                On several ranks an asynchronous checkpoint under way keeps the states it still has to copy.
+        """
+        if self._ended:
+            return
+        try:
+            if not (failed and self.world_size > 1):
+                self.wait_for_checkpoint()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Also of an engine that was only made in part."""
+        self._ended = True
+        for hook in self._entrances:
+            hook.remove()
+        if hasattr(self, "savings"):
+            self.savings.close()
         self.stop_forecast()
-        for param, flag in self._flags_before.items():
-            param.requires_grad_(flag)
-        self._flags_before = {}
+        if getattr(self, "optimizer", None) is not None:
+            self.optimizer.end_training(keep_states=self._background is not None)
+        elif self._weights_made is not None:
+            self._weights_made.close()
+
+    def destroy(self) -> None:
+        """:meth:`end_training`, and let go of the model altogether: with ZeRO-3 its weights stay in shards, and are not
+        gathered for a forward any more."""
+        if self._destroyed:
+            return
+        self._destroyed = True
+        try:
+            self.end_training()
+        finally:
+            self.remove_deepspeed_hooks()
+            super().destroy()
+
+    def _refuse_if_ended(self) -> None:
+        if self._ended:
+            raise HiFTError(
+                "this engine's training has ended and its states are gone: make a new engine to go on"
+            )
+
+
+def _end_earlier_engine(model: Any) -> None:
+    """A loop that was interrupted and begun again has left one: the model must be its owner's again first."""
+    reference = _engine_of.get(model) if isinstance(model, nn.Module) else None
+    earlier = reference() if reference is not None else None
+    if earlier is not None:
+        earlier.destroy()
 
 
 def _params_of(entries: Iterable[Any]) -> set[nn.Parameter]:

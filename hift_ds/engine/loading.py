@@ -94,7 +94,6 @@ class Loading:
         restore_states(self.optimizer, saved.states, load_states=with_states)
         if not load_module_only:
             self._load_progress(saved, with_states, load_lr_scheduler_states)
-        self.optimizer.activate()
         self.optimizer.store.prefetch(self.optimizer.units[self.schedule.active].chunks[0].id)
         self.last_checkpoint = folder
         return str(folder), client_state
@@ -208,7 +207,7 @@ class Loading:
         common, steps = saved.common, self.gradient_accumulation_steps()
         self.micro_steps = common["micro_steps"]
         gradients = saved.gradients(self.global_rank, self.world_size)
-        active = {m.name: m.param for unit in self._units_about_to_train() for m in unit.members}
+        active = {m.name: m.param for unit in self.optimizer.active_units for m in unit.members}
         if common["gradient_accumulation_steps"] == steps and gradients.keys() <= active.keys():
             for name, grad in gradients.items():
                 self.optimizer.parameters.set_pending(active[name], grad)
@@ -218,10 +217,6 @@ class Loading:
             self._say(
                 "saved in the middle of an accumulation that this run does not have: that step starts over"
             )
-
-    def _units_about_to_train(self) -> list:
-        self.optimizer.activate()
-        return self.optimizer.active_units
 
     def _say(self, line: str) -> None:
         if self.global_rank == 0:

@@ -22,6 +22,7 @@ from hift_ds.optim.clip import agree_on_norm, grad_factor
 from hift_ds.optim.host_step import HostStep
 from hift_ds.optim.parameters import Chunk, Piece, ReplicatedParameters, Unit
 from hift_ds.optim.piecewise import PieceState, PieceUpdate, PiecewiseOptimizer
+from hift_ds.optim.trainable_flags import TrainableFlags
 from hift_ds.precision import LossScaler, PrecisionPolicy, write_weight_
 from hift_ds.schedule import GroupSchedule
 from hift_ds.store.base import MASTER, StateStore, Weights
@@ -61,6 +62,7 @@ class GroupOptimizer:
     Args:
         base: any optimizer over the model's parameters.
         parameters: how gradients and weights travel.
+        flags: ``requires_grad`` of the model.
         units: by group index, and ``ALWAYS`` if some parameters are trained in every turn.
         schedule: which group is active; advanced by each applied step.
         store: states of the rotating groups.
@@ -75,6 +77,7 @@ class GroupOptimizer:
         self,
         base: torch.optim.Optimizer,
         parameters: ReplicatedParameters,
+        flags: TrainableFlags,
         units: Mapping[int, Unit],
         schedule: GroupSchedule,
         store: StateStore,
@@ -89,6 +92,7 @@ class GroupOptimizer:
     ) -> None:
         self.optimizer = base  # DeepSpeed's name for the wrapped optimizer; its schedulers look for it
         self.parameters = parameters
+        self.flags = flags
         self.units = dict(units)
         self.schedule = schedule
         self.store = store
@@ -111,10 +115,8 @@ class GroupOptimizer:
         self.overflow = False  # the last step was skipped
         self.grad_norm = 0.0
         self._reduced: dict[int, tuple[list[Tensor | None], list[bool]]] = {}
-        self._active: tuple[int, ...] = ()
         self._reserve_states()
         self.host_step = self._build_host_step(pin_memory)
-        self.activate()
 
     # -- what DeepSpeed and schedulers read -------------------------------------------------------------------
 
@@ -124,7 +126,7 @@ class GroupOptimizer:
 
     @property
     def active_units(self) -> list[Unit]:
-        return [self.units[index] for index in self._active]
+        return [self.units[index] for index in (ALWAYS, self.schedule.active) if index in self.units]
 
     def store_of(self, index: int) -> StateStore:
         return self.always_store if index == ALWAYS else self.store
@@ -133,15 +135,7 @@ class GroupOptimizer:
 
     def activate(self) -> None:
         """Let gradients flow to the active units and to no other, so that backward stops at the lowest of them."""
-        active = tuple(i for i in (ALWAYS, self.schedule.active) if i in self.units)
-        for index in set(self._active) | (set(self.units) if not self._active else set()):
-            if index not in active:
-                for member in self.units[index].members:
-                    member.param.requires_grad_(False)
-        for index in active:
-            for member in self.units[index].members:
-                member.param.requires_grad_(True)
-        self._active = active
+        self.flags.take(member.param for unit in self.active_units for member in unit.members)
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
@@ -158,6 +152,7 @@ class GroupOptimizer:
         6. rotate.
         """
         reduced = self._take_reduced()
+        self.flags.end_step()
         norm, reached = agree_on_norm(
             self.parameters.ranks,
             [grad for grads, _ in reduced for grad in grads],
@@ -187,7 +182,6 @@ class GroupOptimizer:
             self.parameters.publish(unit)
         self.num_applied += 1
         self.schedule.advance()
-        self.activate()
         self.store.prefetch(self.units[self.schedule.active].chunks[0].id)
         return True
 
@@ -411,16 +405,26 @@ class GroupOptimizer:
         """Reduced or not: another state is about to be loaded."""
         self._reduced.clear()
         self.zero_grad()
+        self.flags.end_step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.parameters.drop_grads(self.units.values())
 
-    def close(self) -> None:
-        self.parameters.close()
-        self.store.close()
-        self.always_store.close()
+    def end_training(self, keep_states: bool = False) -> None:
+        """Gradients, hooks on weights, states and what moves them: gone."""
+        if self.flags.step_began:  # else they may be another engine's by now
+            self.drop_gradients()
+        self.flags.show()
+        self.parameters.end_training()
+        if not keep_states:
+            self.store.close()
+            self.always_store.close()
         if self.host_step is not None:
             self.host_step.close()
+
+    def close(self) -> None:
+        """After ``end_training``: let go of the weights too."""
+        self.parameters.close()
 
 
 def _copied(scalars: PieceState) -> PieceState:

@@ -298,8 +298,13 @@ class ReplicatedParameters:
         """Around a forward: how autograd saves weights."""
         return contextlib.nullcontext()
 
-    def close(self) -> None:
+    def end_training(self) -> None:
+        """No gradient is taken any more."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         self._accumulated.clear()
+
+    def close(self) -> None:
+        """The weights are used as a plain model's from now on."""
+        self.end_training()

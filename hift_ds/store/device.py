@@ -42,3 +42,6 @@ class DeviceStateStore(EncodedStateStore):
 
     def _replace_at_rest(self, unit: int, memory: Tensor) -> None:
         self._memory[unit] = memory
+
+    def close(self) -> None:
+        self._memory.clear()

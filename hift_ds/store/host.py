@@ -58,6 +58,11 @@ class HostStateStore(ParkedStateStore):
             self._reserve(unit)
         return super().start()
 
+    def close(self) -> None:
+        super().close()
+        self._host.clear()
+        self._slab = None
+
     def measured_link(self) -> Link:
         return measure_link(self.device, self.largest_bytes(), self.pin_memory)
 

@@ -362,15 +362,20 @@ def test_a_group_that_takes_no_part_in_the_loss_is_skipped_and_shows_in_coverage
 def test_only_the_active_group_has_gradients_and_backward_stops_at_it():
     model = Toy()
     engine = make_engine(model, ds_config(hift={"order": "top2down"}))
-    hidden = []
-    model.layers[1].register_forward_hook(lambda module, args, output: hidden.append(output.requires_grad))
+    hidden, flags = [], []
+
+    def see(module, args, output):
+        hidden.append(output.requires_grad)
+        flags.append({n for n, p in model.named_parameters() if p.requires_grad})
+
+    model.layers[1].register_forward_hook(see)
     for batch in make_batches(5):
         active = set(engine.groups[engine.schedule.active].param_names)
         loss = loss_of(engine, batch)
         engine.backward(loss)
         # Taken at the boundary.
         assert {n for n, p in model.named_parameters() if p.grad is not None} == set()
-        assert {n for n, p in model.named_parameters() if p.requires_grad} == active
+        assert flags[-1] == active and all(p.requires_grad for p in model.parameters())
         engine.step()
     assert hidden == [False, False, True, True, True]  # head and top layer do not reach down to layer 1
     engine.destroy()
@@ -414,3 +419,23 @@ def test_config_from_a_path_and_from_args(tmp_path):
         hift_ds.initialize(model=Toy(), config=str(tmp_path / "nowhere.json"))
     with pytest.raises(ConfigError, match="optimizer"):
         make_engine(Toy(), ds_config(optimizer=None))
+
+
+@pytest.mark.parametrize(
+    "key", [{}, {"gradient_clipping": 0}, {"gradient_clipping": 0.0}, {"gradient_clipping": None}]
+)
+def test_nothing_is_clipped_unless_the_config_says_so(key):
+    """DeepSpeed's own default became 1.0."""
+    model, twin = Toy(), Toy()
+    config = ds_config(optimizer="SGD", lr=0.03, hift={"groups": [["."]]})
+    del config["gradient_clipping"]
+    engine, plain = make_engine(model, config | key), torch.optim.SGD(twin.parameters(), lr=0.03)
+    for batch in make_batches(3):
+        engine.backward(30 * loss_of(engine, batch))
+        engine.step()
+        (30 * loss_of(twin, batch)).backward()
+        plain.step()
+        plain.zero_grad()
+        assert engine.last_report.grad_norm > 1.0
+    assert engine.gradient_clipping() == 0.0 and largest_difference(model, twin) == 0.0
+    engine.destroy()
