@@ -10,20 +10,28 @@ what the template renders for the messages before an answer, with the generation
 begins; what it renders for the messages up to and including the answer is where it ends. Both hold if they
 are prefixes of the whole. Some templates break that (Qwen3 drops the thoughts of earlier turns): then each
 answer becomes a sample of its own, behind exactly the prompt that the model will see when it is used.
+
+What the template alone writes (a header, the end of a turn) is told from what the data say by rendering
+``PROBE`` in the answer's place.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from hift_ds.data import tool_calls
 from hift_ds.data.formats import Completion, Conversation, Message, Sample, Text
 from hift_ds.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+PROBE = "HiFTprobe"
+"""Stands for an answer where only what the template writes around it is asked."""
 
 
 @dataclass
@@ -34,6 +42,25 @@ class Encoded:
     learned: list[bool]
     splittable: bool = False
     """Plain text: may be cut into several samples instead of being truncated."""
+    remarks: tuple[str, ...] = ()
+    """What of the row the chat template has not printed, though nothing refuses it."""
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Where a message lies in a rendered conversation: after ``before`` and to the end of ``through``."""
+
+    index: int
+    before: str
+    through: str
+
+    def lies_in(self, whole: str) -> bool:
+        parts = whole.startswith(self.before) and whole.startswith(self.through)
+        return parts and len(self.before) <= len(self.through)
+
+    @property
+    def printed(self) -> str:
+        return self.through[len(os.path.commonprefix([self.before, self.through])) :]
 
 
 @dataclass(frozen=True)
@@ -50,42 +77,59 @@ class Encoder:
     train_on_prompt: bool = False
     mask_history: bool = False
     control_ids: frozenset[int] = field(init=False, repr=False)
-    """Tokens added to the vocabulary that are not white space: begin, end and role markers."""
+    """Tokens added to the vocabulary that are not white space: begin, end and role markers, and whatever its
+    users have added."""
+    affixes: tuple[list[int], list[int]] | None = field(init=False, repr=False)
+    """What the tokenizer puts before (BOS) and behind every text by itself; None where that is not told."""
 
     def __post_init__(self) -> None:
         added = self.tokenizer.added_tokens_decoder.items()
         control = frozenset(index for index, token in added if token.content.replace("▁", " ").strip())
         object.__setattr__(self, "control_ids", control)
+        object.__setattr__(self, "affixes", _affixes(self.tokenizer))
 
     def __call__(self, sample: Sample, origin: str) -> list[Encoded]:
         """One or more training samples.
 
         Raises:
-            DataError: no answer to learn, or the chat template refuses the messages; begins with ``origin``.
+            DataError: no answer to learn, or the chat template refuses the messages or leaves out what should
+                be learned; begins with ``origin``.
         """
         if isinstance(sample, Text):
-            ids = self._with_end(self.tokenizer(sample.text).input_ids)
+            ids = self._with_end(self._text_ids(sample.text))
             return [Encoded(ids, [True] * len(ids), splittable=True)]
         if isinstance(sample, Completion):
             return [self._completion(sample)]
         return self._conversation(sample, origin)
 
+    # -- texts -----------------------------------------------------------------------------------------------
+
     def _completion(self, sample: Completion) -> Encoded:
-        prompt = self.tokenizer(sample.prompt).input_ids
-        if (
-            prompt
-            and prompt[-1] == self.tokenizer.eos_token_id
-            and not sample.prompt.endswith(self.tokenizer.eos_token)
-        ):
-            prompt = prompt[:-1]  # of a tokenizer that ends every text by itself
-        ids = self._with_end(self.tokenizer(sample.prompt + sample.completion).input_ids)
+        prompt = self._text_ids(sample.prompt, goes_on=True)
+        ids = self._with_end(self._text_ids(sample.prompt + sample.completion))
         # A token with the prompt's last letters and the answer's first in it belongs to the answer.
         begin = 0 if self.train_on_prompt else common_prefix_length(prompt, ids)
         return Encoded(ids, [index >= begin for index in range(len(ids))])
 
+    def _text_ids(self, text: str, goes_on: bool = False) -> list[int]:
+        """With what the tokenizer puts around it, once: a text rendered in advance may have it already.
+
+        Args:
+            goes_on: more text will follow, so nothing is put behind it.
+        """
+        if self.affixes is None:
+            return self.tokenizer(text).input_ids
+        prefix, suffix = self.affixes
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        said = next((n for n in range(len(prefix), 0, -1) if ids[:n] == prefix[-n:]), 0)
+        ids = [*prefix[: len(prefix) - said], *ids]
+        return ids if goes_on or ids[-len(suffix) :] == suffix else [*ids, *suffix]
+
     def _with_end(self, ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+    # -- conversations ---------------------------------------------------------------------------------------
 
     def _conversation(self, sample: Conversation, origin: str) -> list[Encoded]:
         answers = [
@@ -98,75 +142,214 @@ class Encoder:
             raise DataError(f"{origin}: no assistant message to learn from; roles are {roles}")
         if self.mask_history:
             answers = answers[-1:]
+        answers = [index for index in answers if index not in sample.masked]
+        sample = self._in_the_templates_form(sample, answers, origin)
         whole = self._render(sample, len(sample.messages), False, origin)
+        remarks = _remarks(sample, whole)
         if self.train_on_prompt:
-            ids = self._tokens(whole)
-            return [Encoded(ids, [True] * len(ids))]
+            return [dataclasses.replace(self._all_but_masked(sample, whole, origin), remarks=remarks)]
         spans = [self._span(sample, index, whole, origin) for index in answers]
-        if None not in spans:
-            return [self._mark(whole, [span for span in spans if span is not None])]
-        return [self._alone(sample, index, origin) for index in answers]
+        for span in spans:
+            _check_answer(sample.messages[span.index], span.printed, origin)
+        if all(span.lies_in(whole) for span in spans):
+            marked = [self._mark(sample, whole, spans)]
+        else:
+            marked = [self._alone(sample, index, origin) for index in answers]
+        return [dataclasses.replace(encoded, remarks=remarks) for encoded in marked]
 
-    def _span(self, sample: Conversation, answer: int, whole: str, origin: str) -> tuple[str, str] | None:
-        """What comes before an answer and what ends with it, if both are prefixes of ``whole``."""
-        before = self._render(sample, answer, True, origin)
-        through = (
-            whole if answer + 1 == len(sample.messages) else self._render(sample, answer + 1, False, origin)
-        )
-        _check_rendered(sample.messages[answer]["content"], before, through, origin)
-        inside = whole.startswith(before) and whole.startswith(through) and len(before) <= len(through)
-        return (before, through) if inside else None
+    def _in_the_templates_form(self, sample: Conversation, answers: list[int], origin: str) -> Conversation:
+        """With the tool calls in the first form that the template prints, whole and once quoted.
+
+        Where none is, the answers to learn are refused; calls that are context only may be left out.
+        """
+        if not tool_calls.has_calls(sample):
+            return sample
+        refusals: list[DataError] = []
+        fallback = None
+        for form in tool_calls.forms(sample):
+            try:
+                wrong = self._unprinted_calls(form, origin)
+            except DataError as refusal:
+                refusals.append(refusal)
+                continue
+            if not wrong:
+                return form
+            if any(index in answers for index in wrong):
+                what = next(wrong[index] for index in answers if index in wrong)
+                refusals.append(
+                    DataError(f"{origin}: the chat template {what}; set data.template to one for tools")
+                )
+            else:
+                fallback = fallback or form
+        if fallback is None:
+            raise refusals[0]
+        return fallback
+
+    def _unprinted_calls(self, sample: Conversation, origin: str) -> dict[int, str]:
+        """Index of each message whose calls the template does not print as it should -> what is wrong."""
+        whole = self._render(sample, len(sample.messages), False, origin)
+        wrong = {}
+        for index, message in enumerate(sample.messages):
+            if message.get("tool_calls"):
+                what = tool_calls.not_printed(message, self._span(sample, index, whole, origin).printed)
+                if what is not None:
+                    wrong[index] = what
+        return wrong
+
+    def _all_but_masked(self, sample: Conversation, whole: str, origin: str) -> Encoded:
+        ids = self._tokens(whole)
+        learned = [True] * len(ids)
+        for index in sorted(sample.masked):
+            span = self._span(sample, index, whole, origin)
+            if not span.lies_in(whole):
+                raise DataError(
+                    f"{origin}: message {index + 1} is not to be learned, but the chat template renders it "
+                    "differently at another place; set data.train_on_prompt: false"
+                )
+            begin, end = (
+                common_prefix_length(self._tokens(part), ids) for part in (span.before, span.through)
+            )
+            learned[begin:end] = [False] * (end - begin)
+        last = len(sample.messages) - 1
+        if sample.messages[last]["role"] == "assistant" and last not in sample.masked:
+            end, closed = self._answer_end(sample, last, ids, 0, len(ids))
+            if not closed:
+                return self._closed(ids, learned)
+        return Encoded(ids, learned)
+
+    def _span(self, sample: Conversation, index: int, whole: str, origin: str) -> _Span:
+        last = index + 1 == len(sample.messages)
+        through = whole if last else self._render(sample, index + 1, False, origin)
+        return _Span(index, self._before(sample, index, origin), through)
 
     def _alone(self, sample: Conversation, answer: int, origin: str) -> Encoded:
         """The conversation up to one answer; learned from where it departs from its prompt."""
-        until_answer = Conversation(sample.messages[: answer + 1], sample.tools)
+        until_answer = dataclasses.replace(sample, messages=sample.messages[: answer + 1])
         whole = self._render(until_answer, answer + 1, False, origin)
-        before = self._render(until_answer, answer, True, origin)
-        return self._mark(whole, [(before, whole)])
+        return self._mark(until_answer, whole, [self._span(until_answer, answer, whole, origin)])
 
-    def _mark(self, whole: str, spans: list[tuple[str, str]]) -> Encoded:
+    def _mark(self, sample: Conversation, whole: str, spans: list[_Span]) -> Encoded:
         ids = self._tokens(whole)
         learned = [False] * len(ids)
-        for before, through in spans:
-            begin = common_prefix_length(self._tokens(before), ids)
-            end = len(ids) if through == whole else common_prefix_length(self._tokens(through), ids)
-            end = self._answer_end(ids, begin, end)
+        closed = True
+        for span in spans:
+            begin = common_prefix_length(self._tokens(span.before), ids)
+            last = span.through == whole
+            end = len(ids) if last else common_prefix_length(self._tokens(span.through), ids)
+            end, closed = self._answer_end(sample, span.index, ids, begin, end)
             learned[begin:end] = [True] * (end - begin)
-        last = max((index for index, flag in enumerate(learned) if flag), default=None)
-        if last is not None and spans[-1][1] == whole and ids[last] not in self.control_ids:
-            # The template leaves the last answer open: a model would never learn to stop.
-            end_token = self.tokenizer.eos_token_id
-            if end_token is not None:
-                return Encoded([*ids, end_token], [*learned, True])
+        if spans and spans[-1].through == whole and not closed and any(learned):
+            return self._closed(ids, learned)
         return Encoded(ids, learned)
 
-    def _answer_end(self, ids: list[int], begin: int, end: int) -> int:
-        """``end`` so that the last learned token is the one that ends a turn.
+    def _closed(self, ids: list[int], learned: list[bool]) -> Encoded:
+        """The template leaves the last answer open: without an end token a model would never learn to stop."""
+        end_token = self.tokenizer.eos_token_id
+        return Encoded(ids, learned) if end_token is None else Encoded([*ids, end_token], [*learned, True])
+
+    def _answer_end(
+        self, sample: Conversation, answer: int, ids: list[int], begin: int, end: int
+    ) -> tuple[int, bool]:
+        """``end`` so that the last learned token is the one that ends a turn, and whether there is one.
 
         White space behind an end-of-turn token is left out. Where a template has no such token (GLM), the
         token that begins the next message is what stops the model, so it is taken in.
         """
         for last in range(end - 1, begin - 1, -1):
             if ids[last] in self.control_ids:
-                return last + 1
+                if self._ends_a_turn(sample, answer, ids[last]):
+                    return last + 1, True
+                break
             if str(self.tokenizer.decode([ids[last]])).strip():
                 break
-        return end + 1 if end < len(ids) and ids[end] in self.control_ids else end
+        following = sample.messages[answer + 1]["content"] if answer + 1 < len(sample.messages) else ""
+        if (
+            end < len(ids)
+            and ids[end] in self.control_ids
+            and not self._is_said(ids[end], following, front=True)
+        ):
+            return end + 1, True
+        return end, False
+
+    def _ends_a_turn(self, sample: Conversation, answer: int, token: int) -> bool:
+        """Whether ``token``, the last of an answer, is the template's mark and not the answer's own text."""
+        if token == self.tokenizer.eos_token_id:
+            return True
+        message = sample.messages[answer]
+        if self._is_said(token, message["content"]):
+            return bool(self.control_ids.intersection(self._written_behind(sample, answer)))
+        if message.get("tool_calls") and not self.tokenizer.added_tokens_decoder[token].special:
+            return token in self._written_behind(sample, answer)  # else it closes the call (</tool_call>)
+        return True
+
+    def _is_said(self, token: int, content: str | None, front: bool = False) -> bool:
+        """Whether a message's own text has ``token`` at its end, or at its ``front``."""
+        mark, text = self.tokenizer.added_tokens_decoder[token].content.strip(), (content or "").strip()
+        return text.startswith(mark) if front else text.endswith(mark)
+
+    # -- what the template writes ----------------------------------------------------------------------------
 
     def _tokens(self, text: str) -> list[int]:
-        # As apply_chat_template does: the template writes BOS itself.
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        # As apply_chat_template does: the template writes BOS itself. If the text that it prints first begins
+        # with another (rendered in advance), one is enough.
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        begin = self.tokenizer.bos_token_id
+        return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
+
+    def _before(self, sample: Conversation, index: int, origin: str) -> str:
+        """What the model is given before it writes message ``index``; for other roles, what precedes it.
+
+        The messages before it and the generation prompt. There may be no messages before it, or none that the
+        template accepts alone (only a system prompt): then what stands before it in the conversation.
+        """
+        is_answer = sample.messages[index]["role"] == "assistant"
+        try:
+            if index:
+                return self._render(sample, index, is_answer, origin)
+        except DataError:
+            if self._around(sample, index) is None:
+                raise
+        header = (self._around(sample, index) or ("", ""))[0]
+        if not is_answer:
+            return os.path.commonprefix([header, self._render(sample, index + 1, False, origin)])
+        # Up to and including the generation prompt: what else stands before the text is part of the answer.
+        count = len(sample.messages[: index + 1])
+        silent = self._render(sample, count, False, origin)
+        prompt = self._render(sample, count, True, origin)
+        prompt = prompt[len(silent) :] if prompt.startswith(silent) else ""
+        at = header.rfind(prompt) if prompt else -1
+        return header if at < 0 else header[: at + len(prompt)]
+
+    def _written_behind(self, sample: Conversation, answer: int) -> list[int]:
+        """The tokens that the template itself writes behind a text in the place of an answer."""
+        return self._tokens((self._around(sample, answer) or ("", ""))[1])
+
+    def _around(self, sample: Conversation, index: int) -> tuple[str, str] | None:
+        """What stands before and behind a message's text, in the conversation that ends with it; None if the
+        template does not print such a text."""
+        message = sample.messages[index]
+        for probe in ({**message, "content": PROBE}, {"role": message["role"], "content": PROBE}):
+            messages = [*sample.messages[:index], probe]
+            try:
+                rendered = self._render(
+                    dataclasses.replace(sample, messages=messages), len(messages), False, ""
+                )
+            except DataError:
+                continue
+            front, found, back = rendered.rpartition(PROBE)
+            if found:
+                return front, back
+        return None
 
     def _render(self, sample: Conversation, count: int, generation_prompt: bool, origin: str) -> str:
         messages: list[Message] = sample.messages[:count]
-        if not messages:
-            return ""
         try:
             rendered = self.tokenizer.apply_chat_template(
                 messages,
                 tools=sample.tools,  # type: ignore[arg-type]
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
+                **(sample.template_options or {}),
             )
             return str(rendered)
         except Exception as error:  # Jinja's, or whatever a template raises by itself
@@ -177,16 +360,65 @@ class Encoder:
             ) from error
 
 
-def _check_rendered(answer: str, before: str, through: str, origin: str) -> None:
+def _affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
+    for text in ("a", "1", "\u4e00"):
+        bare, full = tokenizer(text, add_special_tokens=False).input_ids, tokenizer(text).input_ids
+        for begin in range(len(full) if bare else 0):
+            if full[begin : begin + len(bare)] == bare:
+                return full[:begin], full[begin + len(bare) :]
+    return None
+
+
+def _check_answer(message: Message, printed: str, origin: str) -> None:
     """Templates may shorten an answer (drop its thoughts), but one that drops all of it would teach
     silence."""
-    words = re.findall(r"\w+", answer)
-    if words and words[-1] not in through[len(os.path.commonprefix([before, through])) :]:
+    text = message["content"] or ""
+    if not _is_printed(text, printed):
         raise DataError(
-            f"{origin}: the chat template leaves out the answer that ends with {words[-1][-40:]!r}; it "
-            "may expect content in "
-            "parts, as those of vision models do; set data.template"
+            f"{origin}: the chat template leaves out the answer that ends with {_last_word(text)!r}; it "
+            "may expect content in parts, as those of vision models do; set data.template"
         )
+    if not text.strip() and not message.get("tool_calls"):
+        for key, value in _further_texts(message):
+            if not _is_printed(value, printed):
+                raise DataError(
+                    f"{origin}: an answer without content, and the chat template leaves out its {key!r}; set "
+                    "data.template to one that prints it"
+                )
+
+
+def _remarks(sample: Conversation, whole: str) -> tuple[str, ...]:
+    """What is left out that no answer depends on, or not all of it."""
+    remarks = []
+    for tool in sample.tools or ():
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, dict) else None
+        if isinstance(name, str) and name not in whole:
+            remarks.append("the chat template does not print the tools")
+            break
+    for message in sample.messages:
+        if message["role"] == "assistant":
+            lost = (key for key, value in _further_texts(message) if not _is_printed(value, whole))
+            remarks += [f"the chat template leaves out {key!r} of answers" for key in lost]
+        elif not _is_printed(message["content"], whole):
+            remarks.append(f"the chat template leaves out messages of role {message['role']!r}")
+    return tuple(dict.fromkeys(remarks))
+
+
+def _further_texts(message: Message) -> list[tuple[str, str]]:
+    """Texts of a message beside its content: ``reasoning_content``, ``thinking``, ``refusal``."""
+    known = ("role", "content", "name", "tool_call_id", "id")
+    return [(key, value) for key, value in message.items() if key not in known and isinstance(value, str)]
+
+
+def _is_printed(text: str, rendered: str) -> bool:
+    return _last_word(text) in rendered
+
+
+def _last_word(text: str) -> str:
+    """The last word, of no more than 40 letters; where there is none, the last sign; "" of an empty text."""
+    words = re.findall(r"\w+", text)
+    return words[-1][-40:] if words else text.strip()[-1:]
 
 
 def common_prefix_length(first: list[int], second: list[int]) -> int:

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +25,21 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Rendered by the chat template; assistant messages from ``first_answer`` on are what is learned."""
+    """Messages that the chat template renders, of which the assistant's are learned.
+
+    Attributes:
+        messages: each with ``role``, ``content`` (text) and whatever else the template may read.
+        tools: the functions that the model may call, as JSON schemas.
+        first_answer: index of the first message that may be learned.
+        masked: indices of messages that the data say not to learn (``weight: 0``, ``train: false``).
+        template_options: what the chat template is given besides (TRL's column ``chat_template_kwargs``).
+    """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     first_answer: int = 0
+    masked: frozenset[int] = frozenset()
+    template_options: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,12 @@ _ROLES = {
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "function": "tool",
+    "function_call": "assistant",
 }
+_LEARNED_FLAGS = ("weight", "train", "training", "loss")
+"""Keys of a message that say whether to learn it: OpenAI's and Mistral's, Axolotl's two, ms-swift's."""
+_PARTIAL_FLAGS = ("train_detail", "training_detail")
 
 
 def to_sample(row: Row, format: str, origin: str) -> Sample:
@@ -78,9 +94,10 @@ def to_sample(row: Row, format: str, origin: str) -> Sample:
         DataError: a column is missing, or holds something else than the format says.
     """
     required, build = FORMATS[format]
+    row = present(row)
     for column in required:
-        if row.get(column) is None:
-            found = ", ".join(name for name, value in row.items() if value is not None) or "none"
+        if column not in row:
+            found = ", ".join(row) or "none"
             raise DataError(
                 f"{origin}: no {column!r}, which format {format} needs; found columns: {found}; "
                 "set data.format, or rename with data.columns"
@@ -89,6 +106,15 @@ def to_sample(row: Row, format: str, origin: str) -> Sample:
         return build(row)
     except _Malformed as error:
         raise DataError(f"{origin}: {error}") from None
+
+
+def present(row: Row) -> dict[str, Any]:
+    """The columns that have a value: neither null nor NaN, which is how pandas writes an empty field."""
+    return {name: value for name, value in row.items() if not _is_absent(value)}
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def detect_format(columns: set[str], origin: str) -> str:
@@ -126,12 +152,11 @@ class _Malformed(Exception):
 
 
 def _from_messages(row: Row) -> Sample:
-    return Conversation(_messages(row["messages"], "messages"), _tools(row))
+    return _conversation(row, _messages(row["messages"], "messages"))
 
 
 def _from_sharegpt(row: Row) -> Sample:
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return Conversation(system + _messages(row["conversations"], "conversations"), _tools(row))
+    return _conversation(row, _system(row) + _messages(row["conversations"], "conversations"))
 
 
 def _from_prompt_completion(row: Row) -> Sample:
@@ -140,7 +165,7 @@ def _from_prompt_completion(row: Row) -> Sample:
         return Completion(prompt, completion)
     if isinstance(prompt, list) and isinstance(completion, list):
         asked = _messages(prompt, "prompt")
-        return Conversation(asked + _messages(completion, "completion"), _tools(row), first_answer=len(asked))
+        return _conversation(row, asked + _messages(completion, "completion"), first_answer=len(asked))
     raise _Malformed(
         "prompt and completion: expected two texts or two lists of messages, "
         f"got {type(prompt).__name__} and {type(completion).__name__}"
@@ -148,15 +173,16 @@ def _from_prompt_completion(row: Row) -> Sample:
 
 
 def _from_alpaca(row: Row) -> Sample:
-    instruction, more = _text(row, "instruction"), _text(row, "input")
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    for turn in row.get("history") or []:
+    turns = _system(row)
+    history = _parsed(row.get("history"), "history") or []
+    if not isinstance(history, list):
+        raise _Malformed(f"history: expected a list of [question, answer], got {_short(history)}")
+    for turn in history:
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(part, str) for part in turn)):
             raise _Malformed(f"history: expected pairs of [question, answer], got {_short(turn)}")
-        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    messages.append({"role": "user", "content": f"{instruction}\n{more}" if more else instruction})
-    messages.append({"role": "assistant", "content": _text(row, "output")})
-    return Conversation(messages)
+        turns += _question_and_answer(*turn)
+    asked = "\n".join(part for part in (_text(row, "instruction"), _text(row, "input")) if part)
+    return _conversation(row, turns + _question_and_answer(asked, _text(row, "output")))
 
 
 def _from_text(row: Row) -> Sample:
@@ -182,22 +208,111 @@ def _text(row: Row, column: str) -> str:
     return value
 
 
-def _messages(value: Any, column: str) -> list[Message]:
+_Turn = tuple[Message, bool]
+"""A message, and whether it may be learned."""
+
+
+def _conversation(row: Row, turns: list[_Turn], first_answer: int = 0) -> Conversation:
+    """The turns, and what lies beside them in the row."""
+    options = _parsed(row.get("chat_template_kwargs"), "chat_template_kwargs") or None
+    if options is not None and not isinstance(options, Mapping):
+        raise _Malformed(f"chat_template_kwargs: expected an object, got {_short(options)}")
+    return Conversation(
+        messages=[message for message, _ in turns],
+        tools=_tools(row),
+        first_answer=first_answer,
+        masked=frozenset(index for index, (_, learned) in enumerate(turns) if not learned),
+        template_options=options,
+    )
+
+
+def _system(row: Row) -> list[_Turn]:
+    system = _text(row, "system")
+    return [({"role": "system", "content": system}, True)] if system else []
+
+
+def _question_and_answer(question: str, answer: str) -> list[_Turn]:
+    return [({"role": "user", "content": question}, True), ({"role": "assistant", "content": answer}, True)]
+
+
+def _messages(value: Any, column: str) -> list[_Turn]:
     """Messages with ``role`` and ``content``, whichever of the two spellings they came in."""
+    value = _parsed(value, column)
     if not isinstance(value, list) or not value:
         raise _Malformed(f"{column}: expected a list of messages, got {_short(value)}")
-    messages = []
-    for entry in value:
-        if not isinstance(entry, dict):
-            raise _Malformed(f"{column}: expected messages with role and content, got {_short(entry)}")
-        # Arrow gives every message every key that any message has; the absent ones are None.
-        entry = {key: part for key, part in entry.items() if part is not None}
-        role = entry.pop("role", None) or entry.pop("from", None)
-        if role not in _ROLES:
-            raise _Malformed(f"{column}: unknown role {role!r}; expected one of {', '.join(_ROLES)}")
-        content = entry.pop("content", entry.pop("value", ""))
-        messages.append({"role": _ROLES[role], "content": _content(content, column), **entry})
-    return messages
+    return [_turn(entry, column) for entry in value]
+
+
+def _turn(entry: Any, column: str) -> _Turn:
+    if not isinstance(entry, Mapping):
+        raise _Malformed(f"{column}: expected messages with role and content, got {_short(entry)}")
+    # Arrow gives every message every key that any message has; the absent ones are None.
+    entry = present(entry)
+    said_role = entry.pop("role", None) or entry.pop("from", None)
+    if said_role not in _ROLES:
+        raise _Malformed(f"{column}: unknown role {said_role!r}; expected one of {', '.join(_ROLES)}")
+    content = entry.pop("content", entry.pop("value", ""))
+    learned = _is_learned(entry, column)
+    calls = _calls(entry.pop("tool_calls", None), column)
+    if "function_call" in entry:  # OpenAI's first form, of one call
+        calls += _functions_called(entry.pop("function_call"), column)
+    if said_role == "function_call":  # LLaMA-Factory's: the call stands where others have the text
+        calls, content = _functions_called(content, column), ""
+    message = {"role": _ROLES[said_role], "content": _content(content, column), **entry}
+    if calls:
+        message["tool_calls"] = calls
+    return message, learned
+
+
+def _is_learned(entry: dict[str, Any], column: str) -> bool:
+    """Whether the message may be learned; takes the keys that say it out of ``entry``."""
+    for key in _PARTIAL_FLAGS:
+        if entry.pop(key, None):
+            raise _Malformed(
+                f"{column}: {key}: parts of a message cannot be masked; use train: true or false"
+            )
+    flags = {key: entry.pop(key) for key in _LEARNED_FLAGS if key in entry}
+    for key, value in flags.items():
+        if isinstance(value, str) or value not in (0, 1):
+            raise _Malformed(
+                f"{column}: {key}: expected 0 or 1, false or true (learn the message or not), "
+                f"got {_short(value)}"
+            )
+    return all(flags.values())
+
+
+def _calls(value: Any, column: str) -> list[dict[str, Any]]:
+    """The tool calls of a message.
+
+    What stands in ``arguments`` stays as it is: whether the template takes an object or its text is found
+    out when it renders the message (see ``encoding``).
+    """
+    calls = [
+        _parsed(call, f"{column}: tool_calls") for call in _as_list(_parsed(value, f"{column}: tool_calls"))
+    ]
+    for call in calls:
+        if not isinstance(call, dict):
+            raise _Malformed(f"{column}: tool_calls: expected a list of objects, got {_short(call)}")
+    return calls
+
+
+def _functions_called(value: Any, column: str) -> list[dict[str, Any]]:
+    """Tool calls made of objects with ``name`` and ``arguments``."""
+    return [{"type": "function", "function": function} for function in _calls(value, column)]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _parsed(value: Any, column: str) -> Any:
+    """What a text of JSON says, for columns that hold lists or objects: CSV and flat tables write them so."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError:
+        raise _Malformed(f"{column}: not valid JSON: {_short(value)}") from None
 
 
 def _content(content: Any, column: str) -> str:
@@ -213,12 +328,10 @@ def _content(content: Any, column: str) -> str:
 
 
 def _tools(row: Row) -> list[dict[str, Any]] | None:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError:
-            raise _Malformed(f"tools: not valid JSON: {_short(tools)}") from None
+    tools = [_parsed(tool, "tools") for tool in _as_list(_parsed(row.get("tools"), "tools"))]
+    for tool in tools:
+        if not isinstance(tool, Mapping):
+            raise _Malformed(f"tools: expected a list of objects, got {_short(tool)}")
     return tools or None
 
 

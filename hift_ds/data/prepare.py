@@ -18,7 +18,7 @@ from hift_ds.data.chat_templates import set_chat_template
 from hift_ds.data.config import DataConfig
 from hift_ds.data.encoding import Encoded, Encoder
 from hift_ds.data.formats import to_sample
-from hift_ds.data.sources import code_stamp, load_rows
+from hift_ds.data.sources import cache_in_use, code_stamp, load_rows
 from hift_ds.errors import DataError
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class DataReport:
     learned_tokens: int
     longest_tokens: int
     max_length: int
+    remarks: tuple[tuple[str, int], ...] = ()
+    """What the chat template leaves out of rows, and of how many samples."""
 
     def __str__(self) -> str:
         parts = [
@@ -62,6 +64,7 @@ class DataReport:
             )
         if self.num_dropped:
             parts.append(f"{self.num_dropped:,} dropped: nothing to learn within {self.max_length:,} tokens")
+        parts += [f"in {count:,} samples {remark}" for remark, count in self.remarks]
         return "; ".join(parts)
 
 
@@ -102,12 +105,13 @@ def prepare_data(
         config.truncation,
         code_stamp(),
     )
-    train, train_report = _prepare_one("train", train_rows, tokenize, config, vocab_size)
-    reports = [train_report]
     evaluated = None
-    if eval_rows is not None:
-        evaluated, report = _prepare_one("eval", eval_rows, tokenize, config, vocab_size)
-        reports.append(report)
+    with cache_in_use():
+        train, train_report = _prepare_one("train", train_rows, tokenize, config, vocab_size)
+        reports = [train_report]
+        if eval_rows is not None:
+            evaluated, report = _prepare_one("eval", eval_rows, tokenize, config, vocab_size)
+            reports.append(report)
     collator = packing.collator(tokenizer, packing=config.packing)
     return PreparedData(train, evaluated, collator, template, tuple(reports))
 
@@ -126,7 +130,7 @@ class Tokenize:
     stamp: str = ""
 
     def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-        out: dict[str, list[Any]] = {"input_ids": [], "labels": [], "cut": [], "learned": []}
+        out: dict[str, list[Any]] = {"input_ids": [], "labels": [], "cut": [], "learned": [], "remarks": []}
         for row, format, origin in zip(batch["row"], batch["format"], batch["origin"], strict=True):
             for encoded in self.encoder(to_sample(json.loads(row), format, origin), origin):
                 for ids, learned, cut in self._fit(encoded):
@@ -140,6 +144,7 @@ class Tokenize:
                     )
                     out["cut"].append(cut)
                     out["learned"].append(count)
+                    out["remarks"].append(list(encoded.remarks))
         return out
 
     def _fit(self, encoded: Encoded) -> Iterator[tuple[list[int], list[bool], int]]:
@@ -149,7 +154,9 @@ class Tokenize:
         if not excess:
             yield ids, learned, 0
         elif encoded.splittable:
-            for begin in range(0, len(ids), limit):
+            # Each piece begins with the last token of the one before it. What begins a sample is not
+            # predicted: so every token of the text is, once, but the first.
+            for begin in range(0, len(ids) - 1, limit - 1):
                 yield ids[begin : begin + limit], learned[begin : begin + limit], 0
         elif self.truncation == "drop":
             yield [], [], len(ids)
@@ -187,6 +194,7 @@ def _prepare_one(
                 "labels": List(Value("int32")),
                 "cut": Value("int32"),
                 "learned": Value("int32"),
+                "remarks": List(Value("string")),
             }
         ),
         desc=f"Tokenising {name} data",
@@ -220,8 +228,16 @@ def _prepare_one(
         learned_tokens=int(learned.sum()),
         longest_tokens=int(lengths.max()),
         max_length=tokenize.max_length,
+        remarks=_remarks(samples),
     )
     return dataset, report
+
+
+def _remarks(samples: Dataset) -> tuple[tuple[str, int], ...]:
+    import pyarrow.compute as pc
+
+    counts = pc.value_counts(pc.list_flatten(samples.data.column("remarks")))
+    return tuple((entry["values"].as_py(), entry["counts"].as_py()) for entry in counts)
 
 
 def _lengths_and_largest_id(samples: Dataset) -> tuple[Any, int]:

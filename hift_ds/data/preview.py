@@ -37,14 +37,19 @@ def show_samples(
     """
     from rich.text import Text
 
+    def show(text: str, style: str) -> None:
+        console.print(Text(encodable(text, encoding), style=style), soft_wrap=True)
+
+    encoding = console.encoding
     template = set_chat_template(tokenizer, config.template)
     tokenize = Tokenize(
         Encoder(tokenizer, config.train_on_prompt, config.mask_history), max_length, config.truncation
     )
     colour = console.is_terminal and not console.no_color
     legend = Text("learned: ")
-    legend.append(_mark("like this", colour), style=_LEARNED)
-    legend.append(f"   the rest is context   chat template: {template}   cut at {max_length:,} tokens")
+    legend.append(_mark("like this", colour, encoding), style=_LEARNED)
+    settings = f"   the rest is context   chat template: {template}   cut at {max_length:,} tokens"
+    legend.append(encodable(settings, encoding))
     console.print(legend, soft_wrap=True)
     rows = (row for source in config.train_sources() for row in iterate_rows(source))
     for row in islice(rows, num_samples):
@@ -55,16 +60,28 @@ def show_samples(
             title = f"{row['origin']}   {row['format']}   {len(ids):,} tokens, {learned:,} learned"
             title += f", {cut:,} cut off" if cut else ""
             console.rule(style=_CONTEXT)
-            console.print(Text(title, style="bold"), soft_wrap=True)
+            show(title, "bold")
             if not ids:
                 whole = (
                     f"{type(sample).__name__.lower()} dropped: nothing to learn within {max_length:,} tokens"
                 )
-                console.print(Text(whole, style="red"))
-            console.print(marked(tokenizer, ids, labels, colour=colour), soft_wrap=True)
+                show(whole, "red")
+            console.print(marked(tokenizer, ids, labels, colour=colour, encoding=encoding), soft_wrap=True)
 
 
-def marked(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int], *, colour: bool) -> Text:
+def encodable(text: str, encoding: str) -> str:
+    """``text``, with an escape for every character that the terminal's encoding lacks."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def marked(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    labels: list[int],
+    *,
+    colour: bool,
+    encoding: str = "utf-8",
+) -> Text:
     """The text of ``ids``; learned parts are green, or between brackets without ``colour``."""
     from rich.text import Text
 
@@ -72,14 +89,21 @@ def marked(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int]
     done = 0
     for learned, group in groupby(labels, key=lambda label: label != IGNORED):
         end = done + len(list(group))
-        part = _text_between(tokenizer, ids, done, end)
-        text.append(_mark(part, colour) if learned else part, style=_LEARNED if learned else _CONTEXT)
+        part = encodable(_text_between(tokenizer, ids, done, end), encoding)
+        part = _mark(part, colour, encoding) if learned else part
+        text.append(part, style=_LEARNED if learned else _CONTEXT)
         done = end
     return text
 
 
-def _mark(part: str, colour: bool) -> str:
-    return part if colour else f"{BEGIN}{part}{END}"
+def _mark(part: str, colour: bool, encoding: str = "utf-8") -> str:
+    if colour:
+        return part
+    try:
+        (BEGIN + END).encode(encoding)
+    except UnicodeEncodeError:
+        return f"[[{part}]]"
+    return f"{BEGIN}{part}{END}"
 
 
 def _text_between(tokenizer: PreTrainedTokenizerBase, ids: list[int], begin: int, end: int) -> str:

@@ -3,8 +3,12 @@
 Every row becomes ``{"row": its columns as JSON, "format": ..., "origin": "train.jsonl, line 3"}``, so that
 sources of any kind can be mixed, split and shuffled before they are tokenised. JSON and CSV files are read
 here, line by line: the readers of ``datasets`` turn texts that look like dates or numbers into dates or
-numbers, and do not say which line is broken. Everything else (parquet, arrow, saved datasets, the Hub) goes
-through ``datasets``.
+numbers, and do not say which line is broken. Parquet and arrow files are read by pyarrow, without a copy in
+the cache; saved datasets and the Hub by ``datasets``.
+
+A table has one set of fields for all rows: where rows differ (the arguments of different functions), Arrow
+fills what a row does not have with null. Those nulls are taken out again; a null that a line of JSON says
+itself stays.
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ import hashlib
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hift_ds.data.formats import check_format, detect_format, rename
+from hift_ds.data.formats import check_format, detect_format, present, rename
 from hift_ds.errors import ConfigError, DataError, unknown_key
 
 if TYPE_CHECKING:
@@ -27,7 +33,8 @@ if TYPE_CHECKING:
 
 HUB = "hub:"
 _LINE_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-_COLUMN_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
+_COLUMN_FORMATS = (".parquet", ".arrow")
+_ROWS_AT_ONCE = 1000
 _SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
@@ -117,14 +124,38 @@ def load_rows(sources: list[Source]) -> Dataset:
             "source": source,
             "stamp": f"{_stamp(source)} {code_stamp()}",
         }  # the stamp makes the cache notice edits
-        try:
-            part = Dataset.from_generator(_generate, gen_kwargs=kwargs, features=features)
-        except DatasetGenerationError as error:
-            if isinstance(error.__cause__, DataError):
-                raise error.__cause__ from None
-            raise
+        with cache_in_use():
+            try:
+                part = Dataset.from_generator(_generate, gen_kwargs=kwargs, features=features)
+            except DatasetGenerationError as error:
+                if isinstance(error.__cause__, (DataError, OSError)):
+                    raise error.__cause__ from None
+                raise
         parts.append(part)
     return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+
+
+@contextmanager
+def cache_in_use() -> Iterator[None]:
+    """For what writes to the cache of ``datasets``: says which folder that is, if it cannot be written.
+
+    Raises:
+        ConfigError: the folder cannot be made or written, or the disk is full.
+    """
+    import datasets
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        yield
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise ConfigError(
+            f"the cache of prepared data, {str(folder)!r}, cannot be written: {reason[:200]}; set the "
+            "environment variable HF_DATASETS_CACHE to a folder that can"
+        ) from error
 
 
 def iterate_rows(source: Source) -> Iterator[dict[str, str]]:
@@ -140,8 +171,8 @@ def iterate_rows(source: Source) -> Iterator[dict[str, str]]:
             raise DataError(f"{origin}: expected an object with named columns, got {type(row).__name__}")
         if count == 1:
             _check_columns(row, source, origin)
-        row = rename(row, source.columns)
-        format = format or detect_format({name for name, value in row.items() if value is not None}, origin)
+        row = present(rename(row, source.columns))
+        format = format or detect_format(set(row), origin)
         # surrogates: a lone half of a pair, which JSON can write and UTF-8 cannot
         text = json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace").decode("utf-8")
         yield {"row": text, "format": format, "origin": origin}
@@ -186,6 +217,14 @@ def _raw_rows(source: Source) -> Iterator[tuple[Any, str]]:
         yield from _dataset_rows(_from_hub(source), source.path)
         return
     check_source(source)
+    try:
+        yield from _local_rows(source)
+    except OSError as error:
+        name = error.filename or source.path
+        raise DataError(f"{source.key}: cannot read {str(name)!r}: {error.strerror or error}") from error
+
+
+def _local_rows(source: Source) -> Iterator[tuple[Any, str]]:
     path = Path(source.path).expanduser()
     if path.is_dir() and (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         from datasets import load_from_disk
@@ -226,16 +265,7 @@ def _split_in_name(name: str) -> str | None:
 def _file_rows(file: Path, source: Source) -> Iterator[tuple[Any, str]]:
     suffix = file.suffix.lower()
     if suffix in _COLUMN_FORMATS:
-        from datasets import load_dataset
-
-        try:
-            dataset = load_dataset(_COLUMN_FORMATS[suffix], data_files=str(file), split="train")
-        except Exception as error:  # pyarrow's errors have no common base
-            reason = " ".join(str(error.__cause__ or error).split())
-            raise DataError(
-                f"{source.key}: cannot read {str(file)!r} as {suffix[1:]}: {reason[:200]}"
-            ) from error
-        yield from _dataset_rows(dataset, str(file))
+        yield from _table_rows(file, source)
         return
     if suffix not in _LINE_FORMATS:
         expected = ", ".join((*_LINE_FORMATS, *_COLUMN_FORMATS))
@@ -249,6 +279,68 @@ def _file_rows(file: Path, source: Source) -> Iterator[tuple[Any, str]]:
             yield from _json_rows(file)
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text: byte {error.start}: {error.reason}") from None
+
+
+def _table_rows(file: Path, source: Source) -> Iterator[tuple[Any, str]]:
+    """Of a parquet or arrow file, a part at a time; decoded as ``datasets`` decodes its own files."""
+    from datasets import Dataset
+
+    count = 0
+    tables = _tables(file)
+    while True:
+        try:
+            dataset = next((Dataset(table) for table in tables), None)
+        except Exception as error:  # pyarrow's errors have no common base
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"{source.key}: cannot read {str(file)!r} as {file.suffix[1:]}: {reason[:200]}"
+            ) from error
+        if dataset is None:
+            return
+        for row in dataset:
+            count += 1
+            yield _without_filling(row, dataset.features), f"{file}, row {count}"
+
+
+def _tables(file: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if file.suffix.lower() == ".parquet":
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(batch_size=_ROWS_AT_ONCE):
+                yield pa.Table.from_batches([batch], schema=parquet.schema_arrow)
+        return
+    with pa.memory_map(str(file)) as mapped:
+        try:
+            reader = pa.ipc.open_stream(mapped)  # as datasets writes them
+        except pa.ArrowInvalid:
+            reader = pa.ipc.open_file(mapped)  # as pyarrow.feather and pandas do
+            for index in range(reader.num_record_batches):
+                yield pa.Table.from_batches([reader.get_batch(index)])
+            return
+        for batch in reader:
+            yield pa.Table.from_batches([batch])
+
+
+def _without_filling(value: Any, feature: Any) -> Any:
+    """``value`` without the nulls that Arrow puts in place of absent fields.
+
+    Args:
+        feature: what ``datasets`` knows of its type. A ``Json`` value was stored as text and has no such
+            nulls.
+    """
+    from datasets import LargeList, List
+
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {
+            name: _without_filling(part, feature.get(name))
+            for name, part in value.items()
+            if part is not None
+        }
+    if isinstance(feature, (List, LargeList)) and isinstance(value, list):
+        return [_without_filling(part, feature.feature) for part in value]
+    return value
 
 
 def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:
@@ -306,7 +398,8 @@ def _dataset_rows(dataset: Any, name: str) -> Iterator[tuple[Any, str]]:
         raise DataError(
             f"{name}: has splits {', '.join(dataset)}; set split, or give the path of one of them"
         )
-    yield from ((row, f"{name}, row {number}") for number, row in enumerate(dataset, start=1))
+    for number, row in enumerate(dataset, start=1):
+        yield _without_filling(row, dataset.features), f"{name}, row {number}"
 
 
 def _from_hub(source: Source) -> Any:

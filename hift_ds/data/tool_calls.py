@@ -1,0 +1,93 @@
+"""Tool calls in the form that a chat template takes, and whether it has printed them.
+
+Data say the arguments of a call as an object, or, as OpenAI's API does, as the text of one. Templates take one
+of the two, some both: one that takes objects quotes a text once more (``"{\\"city\\": ...}"``), one that takes
+texts fails at an object. Data say an answer without text as null or "". Templates distinguish the two, or fail
+at null. Only rendering tells, so the forms are tried in order, the data's own first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from hift_ds.data.formats import Conversation, Message
+
+
+def has_calls(sample: Conversation) -> bool:
+    return any(message.get("tool_calls") for message in sample.messages)
+
+
+def forms(sample: Conversation) -> Iterator[Conversation]:
+    """The conversation as it is, and with its calls in the other forms that templates take."""
+    tried: list[list[Message]] = []
+    for content in ("", None):
+        for convert in (_as_it_is, _as_object, _as_text):
+            messages = [_with_calls(message, convert, content) for message in sample.messages]
+            if not any(_same(messages, others) for others in tried):
+                tried.append(messages)
+                yield dataclasses.replace(sample, messages=messages)
+
+
+def not_printed(message: Message, text: str) -> str | None:
+    """What is wrong with ``text``, where the template should have printed the calls of ``message``; None if
+    nothing is."""
+    for call in message.get("tool_calls") or ():
+        function = _function(call)
+        name, arguments = function.get("name"), function.get("arguments")
+        if isinstance(name, str) and name not in text:
+            return f"leaves out the call of {name!r}"
+        if isinstance(arguments, str):
+            if any(json.dumps(arguments, ensure_ascii=ascii) in text for ascii in (False, True)):
+                return f"quotes the arguments of {name!r} as a text, and they are not the text of an object"
+        elif isinstance(arguments, Mapping):
+            lost = next(
+                (key for key in arguments if key.isascii() and key.isalnum() and key not in text), None
+            )
+            if lost is not None:
+                return f"leaves out the argument {lost!r} of {name!r}"
+    return None
+
+
+def _with_calls(message: Message, convert: Callable[[Any], Any], content: str | None) -> Message:
+    """``message`` with the arguments of its calls converted, and ``content`` where it has no text."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = _function(call)
+        if "arguments" in function:
+            function = {**function, "arguments": convert(function["arguments"])}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "content": message["content"] or content, "tool_calls": calls}
+
+
+def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a call in OpenAI's form, or in the flat one of name and arguments."""
+    inner = call.get("function")
+    return inner if isinstance(inner, Mapping) else call
+
+
+def _as_it_is(arguments: Any) -> Any:
+    return arguments
+
+
+def _as_object(arguments: Any) -> Any:
+    """The object that a text says, also a text of a text; ``arguments`` itself if that is none."""
+    said = arguments
+    while isinstance(said, str):
+        try:
+            said = json.loads(said) if said.strip() else {}
+        except ValueError:
+            return arguments
+    return said if isinstance(said, dict) else arguments
+
+
+def _as_text(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _same(messages: list[Message], others: list[Message]) -> bool:
+    return json.dumps(messages, default=str) == json.dumps(others, default=str)
