@@ -164,25 +164,26 @@ class Encoder:
         """
         if not tool_calls.has_calls(sample):
             return sample
-        refusals: list[DataError] = []
+        refused: list[DataError] = []
+        left_out: list[DataError] = []
         fallback = None
         for form in tool_calls.forms(sample):
             try:
                 wrong = self._unprinted_calls(form, origin)
-            except DataError as refusal:
-                refusals.append(refusal)
+            except DataError as error:
+                refused.append(error)
                 continue
             if not wrong:
                 return form
             if any(index in answers for index in wrong):
                 what = next(wrong[index] for index in answers if index in wrong)
-                refusals.append(
+                left_out.append(
                     DataError(f"{origin}: the chat template {what}; set data.template to one for tools")
                 )
             else:
                 fallback = fallback or form
         if fallback is None:
-            raise refusals[0]
+            raise (left_out or refused)[0]
         return fallback
 
     def _unprinted_calls(self, sample: Conversation, origin: str) -> dict[int, str]:
@@ -327,19 +328,13 @@ class Encoder:
     def _around(self, sample: Conversation, index: int) -> tuple[str, str] | None:
         """What stands before and behind a message's text, in the conversation that ends with it; None if the
         template does not print such a text."""
-        message = sample.messages[index]
-        for probe in ({**message, "content": PROBE}, {"role": message["role"], "content": PROBE}):
-            messages = [*sample.messages[:index], probe]
-            try:
-                rendered = self._render(
-                    dataclasses.replace(sample, messages=messages), len(messages), False, ""
-                )
-            except DataError:
-                continue
-            front, found, back = rendered.rpartition(PROBE)
-            if found:
-                return front, back
-        return None
+        probe = {"role": sample.messages[index]["role"], "content": PROBE}
+        asked = dataclasses.replace(sample, messages=[*sample.messages[:index], probe])
+        try:
+            front, found, back = self._render(asked, index + 1, False, "").rpartition(PROBE)
+        except DataError:
+            return None
+        return (front, back) if found else None
 
     def _render(self, sample: Conversation, count: int, generation_prompt: bool, origin: str) -> str:
         messages: list[Message] = sample.messages[:count]

@@ -147,6 +147,10 @@ def check_format(format: str | None) -> None:
         raise ConfigError(f"data.format: expected one of {', '.join(FORMATS)}, got {format!r}")
 
 
+class NoContent(str):
+    """The content of a message that has none: an empty text, told from one that the data say is empty."""
+
+
 class _Malformed(Exception):
     pass
 
@@ -251,13 +255,13 @@ def _turn(entry: Any, column: str) -> _Turn:
     said_role = entry.pop("role", None) or entry.pop("from", None)
     if said_role not in _ROLES:
         raise _Malformed(f"{column}: unknown role {said_role!r}; expected one of {', '.join(_ROLES)}")
-    content = entry.pop("content", entry.pop("value", ""))
+    content = entry.pop("content", entry.pop("value", NoContent()))
     learned = _is_learned(entry, column)
     calls = _calls(entry.pop("tool_calls", None), column)
     if "function_call" in entry:  # OpenAI's first form, of one call
         calls += _functions_called(entry.pop("function_call"), column)
     if said_role == "function_call":  # LLaMA-Factory's: the call stands where others have the text
-        calls, content = _functions_called(content, column), ""
+        calls, content = _functions_called(content, column), NoContent()
     message = {"role": _ROLES[said_role], "content": _content(content, column), **entry}
     if calls:
         message["tool_calls"] = calls

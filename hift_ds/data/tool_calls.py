@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from hift_ds.data.formats import Conversation, Message
+from hift_ds.data.formats import Conversation, Message, NoContent
 
 
 def has_calls(sample: Conversation) -> bool:
@@ -23,9 +23,9 @@ def has_calls(sample: Conversation) -> bool:
 def forms(sample: Conversation) -> Iterator[Conversation]:
     """The conversation as it is, and with its calls in the other forms that templates take."""
     tried: list[list[Message]] = []
-    for content in ("", None):
+    for as_said in (True, False):
         for convert in (_as_it_is, _as_object, _as_text):
-            messages = [_with_calls(message, convert, content) for message in sample.messages]
+            messages = [_with_calls(message, convert, as_said) for message in sample.messages]
             if not any(_same(messages, others) for others in tried):
                 tried.append(messages)
                 yield dataclasses.replace(sample, messages=messages)
@@ -39,20 +39,24 @@ def not_printed(message: Message, text: str) -> str | None:
         name, arguments = function.get("name"), function.get("arguments")
         if isinstance(name, str) and name not in text:
             return f"leaves out the call of {name!r}"
-        if isinstance(arguments, str):
-            if any(json.dumps(arguments, ensure_ascii=ascii) in text for ascii in (False, True)):
-                return f"quotes the arguments of {name!r} as a text, and they are not the text of an object"
-        elif isinstance(arguments, Mapping):
-            lost = next(
-                (key for key in arguments if key.isascii() and key.isalnum() and key not in text), None
-            )
-            if lost is not None:
-                return f"leaves out the argument {lost!r} of {name!r}"
+        if isinstance(arguments, str) and any(
+            json.dumps(arguments, ensure_ascii=ascii) in text for ascii in (False, True)
+        ):
+            return f"quotes the arguments of {name!r} as a text, and they are not the text of an object"
+        said = _as_object(arguments)
+        names = list(said) if isinstance(said, Mapping) else []
+        plain = (key for key in names if key.isascii() and key.isidentifier())  # others may be escaped
+        lost = next((key for key in plain if key not in text), None)
+        if lost is not None:
+            return f"leaves out the argument {lost!r} of {name!r}"
+        if isinstance(said, str) and said not in text:
+            return f"leaves out the arguments of {name!r}"
     return None
 
 
-def _with_calls(message: Message, convert: Callable[[Any], Any], content: str | None) -> Message:
-    """``message`` with the arguments of its calls converted, and ``content`` where it has no text."""
+def _with_calls(message: Message, convert: Callable[[Any], Any], as_said: bool) -> Message:
+    """``message`` with the arguments of its calls converted; where it has no text, null or "" as the data say,
+    or the other of the two."""
     if not message.get("tool_calls"):
         return message
     calls = []
@@ -61,7 +65,9 @@ def _with_calls(message: Message, convert: Callable[[Any], Any], content: str | 
         if "arguments" in function:
             function = {**function, "arguments": convert(function["arguments"])}
         calls.append({**call, "function": function} if "function" in call else function)
-    return {**message, "content": message["content"] or content, "tool_calls": calls}
+    is_null = isinstance(message["content"], NoContent) == as_said
+    content = message["content"] or (None if is_null else "")
+    return {**message, "content": content, "tool_calls": calls}
 
 
 def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:

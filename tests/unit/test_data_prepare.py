@@ -86,9 +86,11 @@ def test_other_truncations(tmp_path):
     assert len(dropped.train) == 1 and dropped.reports[0].num_dropped == 1
 
 
-def test_plain_text_is_cut_into_samples_and_loses_nothing(tmp_path):
+def test_plain_text_is_cut_into_samples_and_every_token_is_predicted(tmp_path):
+    """A piece begins with the last token of the one before: what begins a sample is not predicted."""
     prepared = prepare(tmp_path, [{"text": "abcdefghij"}], max_length=4)
-    assert "".join(byte_level().decode(row["input_ids"]) for row in prepared.train) == "abcdefghij<|im_end|>"
+    pieces = [byte_level().decode(row["input_ids"]) for row in prepared.train]
+    assert pieces == ["abcd", "defg", "ghij", "j<|im_end|>"]
     assert all(row["labels"] == row["input_ids"] for row in prepared.train)
     assert prepared.reports[0].num_truncated == 0
 

@@ -1,0 +1,678 @@
+"""Token ids and labels of every format against what the tokenizer's own chat template and TRL make of a row.
+
+The reference is short on purpose: the whole conversation through ``apply_chat_template``, and for each answer
+the prompt that the model will have (the messages before it with the generation prompt) and the conversation up
+to it. Rows are the awkward ones that people have, read from files as they have them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from hift_ds.data.config import DataConfig
+from hift_ds.data.encoding import Encoder
+from hift_ds.data.formats import Completion, Conversation, Text
+from hift_ds.data.prepare import DataReport, prepare_data
+from hift_ds.errors import ConfigError, DataError
+from tests.helpers.tiny_tokenizers import CHATML, byte_level
+
+IGNORED = -100
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+SYSTEM = {"role": "system", "content": "Be brief"}
+UNICODE = "naïve 🙂👩‍👩‍👧 你好\u200b\ne\u0301 "
+
+PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+LLAMA3_LIKE = (  # BOS, headers, texts trimmed
+    "{{ bos_token }}{% for m in messages %}{{ '<|h|>' + m.role + '\n\n' + m.content | trim + '<|e|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|h|>assistant\n\n' }}{% endif %}"
+)
+MISTRAL_LIKE = (  # a system prompt inside the first question; only answers are closed
+    "{% if messages[0].role == 'system' %}{% set s = messages[0].content + '\n\n' %}{% set ms = messages[1:] %}"
+    "{% else %}{% set s = '' %}{% set ms = messages %}{% endif %}{{ bos_token }}{% for m in ms %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}{{ '[INST] ' + (s if loop.first else '') + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+QWEN_LIKE = (  # tools in the system prompt, calls as objects, in tokens of the vocabulary's additions
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson + '\n' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}"
+    "{{ '<|im_start|>user\n<tool_response>' + m.content + '</tool_response><|im_end|>\n' }}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
+    '{% for c in m.tool_calls or [] %}{{ \'<tool_call>{"name": "\' + c.function.name + \'", "arguments": \' }}'
+    "{{ c.function.arguments | tojson }}{{ '}</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+DEEPSEEK_LIKE = (  # calls only where content is null, their arguments as text
+    "{% for m in messages %}{% if m.role == 'assistant' and (m.content is undefined or m.content is none) %}{{ '<|a|>' }}"
+    "{% for c in m.tool_calls %}{{ c.function.name + '\n' + c.function.arguments }}{% endfor %}{{ eos_token }}"
+    "{% else %}{{ '<|' + m.role[0] + '|>' + m.content + (eos_token if m.role == 'assistant' else '') }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|a|>' }}{% endif %}"
+)
+TOOL_TOKENS = ("<tool_call>", "</tool_call>")
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+    datasets.disable_progress_bars()
+
+
+def tokenizer_of(template: str | None, bos: bool = False, **options: Any) -> Any:
+    special = ("<|h|>", "<|e|>", "<|a|>", "<|u|>", "<|s|>", "<|t|>", "<|user|>", "<|assistant|>")
+    tokenizer = byte_level(template, bos=bos, special=special)
+    tokenizer.add_tokens(["</answer>", *TOOL_TOKENS])  # as programs add them: not special
+    return tokenizer
+
+
+def prepared(file: Path, tokenizer: Any, max_length: int = 4000, **options: Any) -> list[tuple[list, list]]:
+    """(ids, labels) of each sample."""
+    data = prepare_data(DataConfig(train=str(file), **options), tokenizer, max_length).train
+    return [(row["input_ids"], row["labels"]) for row in data]
+
+
+def lines(folder: Path, *rows: Any) -> Path:
+    file = folder / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return file
+
+
+def own_rendering(
+    tokenizer: Any, messages: list[dict[str, Any]], learned: Sequence[int], tools: Any = None
+) -> tuple[list[int], list[int]]:
+    """The reference. White space behind the token that ends an answer is not learned."""
+
+    def ids_of(part: list[dict[str, Any]], prompt: bool = False) -> list[int]:
+        return tokenizer.apply_chat_template(part, tools=tools, add_generation_prompt=prompt)["input_ids"]
+
+    ids = ids_of(messages)
+    labels = [IGNORED] * len(ids)
+    for index in learned:
+        begin, end = len(ids_of(messages[:index], prompt=True)), len(ids_of(messages[: index + 1]))
+        while tokenizer.decode([ids[end - 1]]).isspace():
+            end -= 1
+        labels[begin:end] = ids[begin:end]
+    return ids, labels
+
+
+# -- conversations -------------------------------------------------------------------------------------------
+
+TWO_TURNS = [USER, ANSWER, {"role": "user", "content": UNICODE}, {"role": "assistant", "content": UNICODE}]
+CONVERSATIONS = {
+    "two turns": TWO_TURNS,
+    "system": [SYSTEM, *TWO_TURNS],
+    "two systems": [SYSTEM, USER, {"role": "system", "content": "Now in French"}, ANSWER],
+    "empty question": [{"role": "user", "content": ""}, ANSWER],
+    "empty answer": [USER, {"role": "assistant", "content": ""}, USER, ANSWER],
+    "two answers in a row": [USER, ANSWER, {"role": "assistant", "content": "And?"}],
+    "question at the end": [*TWO_TURNS, USER],
+    "markers inside a text": [{"role": "user", "content": "a <|im_end|> b"}, ANSWER],
+    "answer of markers": [USER, {"role": "assistant", "content": "4</answer>"}],
+    "answer that ends with its end token": [USER, {"role": "assistant", "content": "4<|im_end|>"}],
+}
+
+
+@pytest.mark.parametrize("template", ["CHATML", "LLAMA3_LIKE", "QWEN_LIKE"])
+@pytest.mark.parametrize("bos", [False, True])
+def test_conversations_are_the_tokenizers_own_rendering(template, bos, tmp_path):
+    tokenizer = tokenizer_of(globals()[template], bos=bos)
+    expected, messages, sharegpt, pairs, last = [], [], [], [], []
+    for conversation in CONVERSATIONS.values():
+        answers = [index for index, message in enumerate(conversation) if message["role"] == "assistant"]
+        expected.append(own_rendering(tokenizer, conversation, answers))
+        messages.append({"messages": conversation})
+        sharegpt.append({"conversations": [{"from": m["role"], "value": m["content"]} for m in conversation]})
+        if answers[-1] == len(conversation) - 1:
+            pairs.append({"prompt": conversation[:-1], "completion": conversation[-1:]})
+            last.append(own_rendering(tokenizer, conversation, answers[-1:]))
+    assert prepared(lines(tmp_path, *messages), tokenizer) == expected
+    assert prepared(lines(tmp_path, *messages), tokenizer, mask_history=True)[: len(last)] != expected
+    datasets.Dataset.from_list(sharegpt).to_parquet(tmp_path / "rows.parquet")
+    assert prepared(tmp_path / "rows.parquet", tokenizer) == expected
+    assert prepared(lines(tmp_path, *pairs), tokenizer) == last
+
+
+def test_a_template_that_takes_the_system_prompt_into_the_first_question(tmp_path):
+    tokenizer = tokenizer_of(MISTRAL_LIKE, bos=True)
+    for messages in (TWO_TURNS, [SYSTEM, *TWO_TURNS]):
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        file = lines(tmp_path, {"messages": messages})
+        assert prepared(file, tokenizer) == [own_rendering(tokenizer, messages, answers)]
+    with pytest.raises(DataError, match="line 1: the chat template refuses .* of assistant.*must alternate"):
+        prepared(lines(tmp_path, {"messages": [ANSWER, *TWO_TURNS]}), tokenizer)
+
+
+def test_alpaca_rows_with_and_without_what_is_optional(tmp_path):
+    tokenizer = tokenizer_of(CHATML)
+    nothing = float("nan")  # as pandas leaves empty fields
+    rows = [
+        {"instruction": "Hi", "output": "Hello"},
+        {"instruction": "Hi", "input": nothing, "output": "Hello", "system": nothing, "history": nothing},
+        {
+            "instruction": "Hi",
+            "input": "",
+            "output": "Hello",
+            "system": "",
+            "history": None,
+            "tools": nothing,
+        },
+        {
+            "instruction": "Sum",
+            "input": "2+2",
+            "output": "4",
+            "system": "Be brief",
+            "history": [["Hi", "Hello"]],
+        },
+        {"instruction": "", "input": "2+2", "output": "4"},
+    ]
+    found = prepared(lines(tmp_path, *rows), tokenizer)
+    assert found[0] == found[1] == found[2] == own_rendering(tokenizer, [USER, ANSWER], [1])
+    four = {"role": "assistant", "content": "4"}
+    long = [SYSTEM, USER, ANSWER, {"role": "user", "content": "Sum\n2+2"}, four]
+    assert found[3] == own_rendering(tokenizer, long, [2, 4])
+    assert found[4] == own_rendering(tokenizer, [{"role": "user", "content": "2+2"}, four], [1])
+
+
+def test_columns_that_pandas_left_empty(tmp_path):
+    """A column without any value is one of floats in a parquet file that pandas wrote; in CSV it is empty."""
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(
+        {
+            "conversations": [[{"from": "user", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]],
+            "system": [float("nan")], "tools": [float("nan")], "chat_template_kwargs": [float("nan")],
+        }
+    )  # fmt: skip
+    frame.to_parquet(tmp_path / "rows.parquet")
+    tokenizer = tokenizer_of(CHATML)
+    expected = [own_rendering(tokenizer, [USER, ANSWER], [1])]
+    assert prepared(tmp_path / "rows.parquet", tokenizer) == expected
+    frame = pandas.DataFrame({"instruction": ["Hi"], "input": [None], "output": ["Hello"], "history": [None]})
+    frame.to_csv(tmp_path / "rows.csv")
+    assert prepared(tmp_path / "rows.csv", tokenizer) == expected
+    frame.assign(history='[["Hi", "Hello"]]').to_csv(tmp_path / "more.csv")
+    assert prepared(tmp_path / "more.csv", tokenizer) == [
+        own_rendering(tokenizer, [USER, ANSWER, USER, ANSWER], [1, 3])
+    ]
+    broken = lines(tmp_path, {"instruction": "Hi", "output": float("nan")})
+    with pytest.raises(DataError, match="line 1: no 'output', which format alpaca needs"):
+        prepared(broken, tokenizer, format="alpaca")
+
+
+@pytest.mark.parametrize(
+    "first", [[ANSWER], [SYSTEM, ANSWER], [{"role": "assistant", "content": " Hello  \n"}]]
+)
+def test_what_precedes_the_first_answer_is_context_where_the_assistant_begins(first, tmp_path):
+    """The template's own system prompt and the role header, neither of which the model will write."""
+    messages = [*first, *TWO_TURNS]
+    for template in (CHATML, LLAMA3_LIKE, PLAIN):
+        tokenizer = tokenizer_of(template, bos=template == LLAMA3_LIKE)
+        [(ids, labels)] = prepared(lines(tmp_path, {"messages": messages}), tokenizer)
+        assert ids[: len(ids) - (template == PLAIN)] == tokenizer.apply_chat_template(messages)["input_ids"]
+        end = {CHATML: "<|im_end|>", LLAMA3_LIKE: "<|e|>", PLAIN: "\n"}[template]
+        header = {CHATML: "", LLAMA3_LIKE: "", PLAIN: "assistant: "}[template]
+        text = first[-1]["content"].strip() if template == LLAMA3_LIKE else first[-1]["content"]
+        learned = next(stretch for stretch in stretches(tokenizer, labels))
+        assert learned.removeprefix(header) == text + end
+        assert labels.count(IGNORED) > len(header)
+
+
+def stretches(tokenizer: Any, labels: list[int]) -> list[str]:
+    """The texts of neighbouring labels."""
+    found: list[list[int]] = [[]]
+    for label in labels:
+        if label != IGNORED:
+            found[-1].append(label)
+        elif found[-1]:
+            found.append([])
+    return [tokenizer.decode(part) for part in found if part]
+
+
+def test_a_header_without_a_generation_prompt_before_the_first_answer():
+    """DeepSeek-R1's prompt opens the thoughts; a conversation shown later does not."""
+    template = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
+    [encoded] = Encoder(tokenizer_of(template))(Conversation([ANSWER]), "x")
+    learned = [token for token, flag in zip(encoded.ids, encoded.learned, strict=True) if flag]
+    assert tokenizer_of(template).decode(learned) == "Hello<|im_end|>"
+
+
+# -- which messages are learned ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "yes", "no"),
+    [("weight", 1, 0), ("weight", 1.0, 0.0), ("train", True, False), ("training", True, False),
+     ("loss", True, False)],
+)  # fmt: skip
+def test_messages_that_the_data_say_not_to_learn(flag, yes, no, tmp_path):
+    """OpenAI's and Mistral's weight, Axolotl's train and training, ms-swift's loss."""
+    tokenizer = tokenizer_of(CHATML)
+    bad = {"role": "assistant", "content": "bad"}
+    messages = [USER, {**bad, flag: no}, USER, {**ANSWER, flag: yes}, USER, {**bad, flag: no}]
+    plain = [{key: value for key, value in message.items() if key != flag} for message in messages]
+    expected = [own_rendering(tokenizer, plain, [3])]
+    assert prepared(lines(tmp_path, {"messages": messages}), tokenizer) == expected
+    turns = [{"from": m["role"], "value": m["content"], flag: m.get(flag)} for m in messages]
+    datasets.Dataset.from_list([{"conversations": turns}]).to_parquet(tmp_path / "rows.parquet")
+    assert prepared(tmp_path / "rows.parquet", tokenizer) == expected
+    row = {"prompt": messages[:1], "completion": messages[1:]}
+    assert prepared(lines(tmp_path, row), tokenizer) == expected
+    # the last answer is not to be learned, so with mask_history nothing of the first row is
+    rows = [{"messages": messages}, {"messages": messages[:4]}]
+    assert prepared(lines(tmp_path, *rows), tokenizer, mask_history=True) == [
+        own_rendering(tokenizer, plain[:4], [3])
+    ]
+
+
+def test_a_masked_answer_stays_masked_when_prompts_are_learned_and_when_a_template_drops_thoughts(tmp_path):
+    tokenizer = tokenizer_of(CHATML)
+    messages = [USER, {"role": "assistant", "content": "bad", "weight": 0}, USER, ANSWER]
+    [(ids, labels)] = prepared(lines(tmp_path, {"messages": messages}), tokenizer, train_on_prompt=True)
+    masked = [token for token, label in zip(ids, labels, strict=True) if label == IGNORED]
+    assert tokenizer.decode(masked) == "bad<|im_end|>\n"
+    drops = CHATML.replace("message['content']", "(message['content'].split('</think>')[-1] if not loop.last "
+                           "else message['content'])", 1)  # fmt: skip
+    tokenizer = tokenizer_of(drops)
+    thoughts = [USER, {"role": "assistant", "content": "<think>a</think>bad", "train": False}, USER,
+                {"role": "assistant", "content": "<think>b</think>good"}]  # fmt: skip
+    [(_, labels)] = prepared(lines(tmp_path, {"messages": thoughts}), tokenizer)
+    assert stretches(tokenizer, labels) == ["<think>b</think>good<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"weight": 0.5}, "messages: weight: expected 0 or 1, false or true .* got 0.5"),
+        ({"train": "no"}, "messages: train: expected 0 or 1, false or true .* got 'no'"),
+        (
+            {"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]},
+            "cannot be masked; use train",
+        ),
+    ],
+)
+def test_what_a_flag_cannot_say(message, reason, tmp_path):
+    with pytest.raises(DataError, match=f"line 1: .*{reason}"):
+        prepared(lines(tmp_path, {"messages": [USER, {**ANSWER, **message}]}), tokenizer_of(CHATML))
+
+
+# -- tools ---------------------------------------------------------------------------------------------------
+
+
+def call(name: str, arguments: Any, **message: Any) -> dict[str, Any]:
+    calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+    return {"role": "assistant", "content": None, **message, "tool_calls": calls}
+
+
+def tool(name: str, **properties: Any) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": properties}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+CALLED = [
+    {
+        "messages": [USER, call("weather", {"city": "Oslo", "days": 3}), {"role": "tool", "content": "rain"}, ANSWER],
+        "tools": [tool("weather", city={"type": "string"}, days={"type": "integer"})],
+    },
+    {
+        "messages": [USER, call("search", {"query": "\"a\" é"}, content="Let me see.")],
+        "tools": [tool("search", query={"type": "string", "enum": ["a", "b"]})],
+    },
+]  # fmt: skip
+
+
+def called(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
+    answers = [index for index, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+    return own_rendering(tokenizer, row["messages"], answers, row["tools"])
+
+
+def test_calls_of_different_functions_survive_a_table(tmp_path):
+    """Arrow gives every call every argument of any call; the row's own null stays where a row can say it."""
+    tokenizer = tokenizer_of(QWEN_LIKE)
+    expected = [called(row, tokenizer) for row in CALLED]
+    assert prepared(lines(tmp_path, *CALLED), tokenizer) == expected
+    table = datasets.Dataset.from_list(CALLED)
+    assert (
+        table[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["query"] is None
+    )  # what is mended
+    table.to_parquet(tmp_path / "rows.parquet")
+    assert prepared(tmp_path / "rows.parquet", tokenizer) == expected
+    table.save_to_disk(tmp_path / "saved")
+    assert prepared(tmp_path / "saved", tokenizer) == expected
+    [file] = (tmp_path / "saved").glob("*.arrow")
+    assert prepared(file, tokenizer) == expected
+    own_null = {**CALLED[0], "messages": [USER, call("weather", {"city": "Oslo", "days": None})]}
+    expected = [called(own_null, tokenizer)]
+    assert "null" in tokenizer.decode(expected[0][0])
+    assert prepared(lines(tmp_path, own_null), tokenizer) == expected
+    if hasattr(datasets, "Json"):  # stored as text, so its nulls are the row's own
+        table = datasets.Dataset.from_list([own_null], on_mixed_types="use_json")
+        assert "Json" in str(table.features)
+        table.to_parquet(tmp_path / "json.parquet")
+        assert prepared(tmp_path / "json.parquet", tokenizer) == expected
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_arguments_as_the_text_of_an_object(compact, tmp_path):
+    """OpenAI's form. A template that takes objects would quote the text once more; one that takes texts gets it."""
+    separators = (",", ":") if compact else None
+    said = json.dumps({"city": "Oslo", "n": [1, 2]}, separators=separators)
+    as_text = {"messages": [USER, call("weather", said)], "tools": [tool("weather")]}
+    as_object = {"messages": [USER, call("weather", json.loads(said))], "tools": [tool("weather")]}
+    tokenizer = tokenizer_of(QWEN_LIKE)
+    assert prepared(lines(tmp_path, as_text), tokenizer) == [called(as_object, tokenizer)]
+    twice = {**as_text, "messages": [USER, call("weather", json.dumps(said))]}
+    assert prepared(lines(tmp_path, twice), tokenizer) == [called(as_object, tokenizer)]
+    either = QWEN_LIKE.replace(
+        "c.function.arguments | tojson",
+        "c.function.arguments if c.function.arguments is string else c.function.arguments | tojson",
+    )
+    tokenizer = tokenizer_of(either)
+    assert prepared(lines(tmp_path, as_text), tokenizer) == [called(as_text, tokenizer)]  # letter for letter
+    tokenizer = tokenizer_of(DEEPSEEK_LIKE)
+    expected = [called(as_text, tokenizer)]
+    assert "Oslo" in tokenizer.decode([label for label in expected[0][1] if label != IGNORED])
+    assert prepared(lines(tmp_path, as_text), tokenizer) == expected
+    if not compact:
+        assert prepared(lines(tmp_path, as_object), tokenizer) == expected
+    empty = {"messages": [USER, call("now", "")], "tools": []}
+    none = {"messages": [USER, call("now", {})], "tools": []}
+    tokenizer = tokenizer_of(QWEN_LIKE)
+    assert prepared(lines(tmp_path, empty), tokenizer) == [called(none, tokenizer)]
+
+
+def test_other_spellings_of_a_call(tmp_path):
+    tokenizer = tokenizer_of(QWEN_LIKE)
+    row = {"messages": [USER, call("weather", {"city": "Oslo"})], "tools": [tool("weather")]}
+    expected = [called(row, tokenizer)]
+    function = {"name": "weather", "arguments": json.dumps({"city": "Oslo"})}
+    first_form = {"role": "assistant", "content": None, "function_call": function}
+    texts = {"role": "assistant", "tool_calls": json.dumps(row["messages"][1]["tool_calls"])}
+    factory = {
+        "from": "function_call",
+        "value": json.dumps({"name": "weather", "arguments": {"city": "Oslo"}}),
+    }
+    for message in (first_form, texts, factory):
+        file = lines(tmp_path, {"messages": [USER, message], "tools": json.dumps(row["tools"])})
+        assert prepared(file, tokenizer) == expected
+    whole = {"messages": json.dumps(row["messages"]), "tools": [json.dumps(row["tools"][0])]}
+    assert prepared(lines(tmp_path, whole), tokenizer) == expected
+
+
+LOST = r"the chat template leaves out the call of 'weather'; set data.template"
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (call("weather", {"city": "Oslo"}), LOST),
+        (call("weather", {"city": "Oslo"}, content="Let me see."), LOST),
+        (call("weather", '{"city": "Oslo"}'), LOST),
+        ({"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": "{}"}}, LOST),
+        ({"role": "assistant", "content": "", "reasoning_content": "I think so"}, "leaves out its 'reasoning_content'"),
+    ],
+)  # fmt: skip
+def test_what_a_template_leaves_out_of_an_answer_is_not_learned_as_silence(message, reason, tmp_path):
+    tools = [tool("weather")]
+    file = lines(tmp_path, {"messages": [USER, message], "tools": tools})
+    for template in (CHATML, LLAMA3_LIKE, PLAIN):
+        with pytest.raises(DataError, match=f"rows.jsonl, line 1: .*{reason}"):
+            prepared(file, tokenizer_of(template))
+    # A name that only the list of tools shows is not the call's.
+    with pytest.raises(DataError, match=f"line 1: .*{reason}"):
+        prepared(file, tokenizer_of("{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + CHATML))
+
+
+def test_a_call_whose_arguments_cannot_be_an_object_or_are_left_out(tmp_path):
+    broken = {"messages": [USER, call("weather", "{city: Oslo")], "tools": []}
+    with pytest.raises(DataError, match="quotes the arguments of 'weather' as a text"):
+        prepared(lines(tmp_path, broken), tokenizer_of(QWEN_LIKE))
+    names = QWEN_LIKE.replace("c.function.arguments | tojson", "'null'")
+    row = {"messages": [USER, call("weather", {"city": "Oslo"})], "tools": []}
+    with pytest.raises(DataError, match="leaves out the argument 'city' of 'weather'"):
+        prepared(lines(tmp_path, row), tokenizer_of(names))
+
+
+def test_what_is_left_out_of_the_context_is_said(tmp_path):
+    file = lines(
+        tmp_path,
+        {"messages": [USER, ANSWER], "tools": [tool("weather")]},
+        {"messages": [USER, {**ANSWER, "reasoning_content": "I think so"}]},
+        {"messages": [SYSTEM, USER, ANSWER]},
+    )
+    users_only = CHATML.replace(
+        "{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"
+    )
+    report: DataReport = prepare_data(DataConfig(train=str(file)), tokenizer_of(users_only), 400).reports[0]
+    assert dict(report.remarks) == {
+        "the chat template does not print the tools": 1,
+        "the chat template leaves out 'reasoning_content' of answers": 1,
+        "the chat template leaves out messages of role 'system'": 1,
+    }
+    assert "in 1 samples the chat template does not print the tools" in str(report)
+
+
+def test_options_of_the_template_that_a_row_says(tmp_path):
+    template = CHATML.replace("'<|im_end|>'", "('!' if loud else '') + '<|im_end|>'", 1)
+    tokenizer = tokenizer_of(
+        template.replace(
+            "message['content'] + '<|im_end|>'", "message['content'] + ('!' if loud else '') + '<|im_end|>'"
+        )
+    )
+    rows = [{"messages": [USER, ANSWER], "chat_template_kwargs": {"loud": loud}} for loud in (True, False)]
+    first, second = prepared(lines(tmp_path, *rows), tokenizer)
+    assert first[0] == tokenizer.apply_chat_template([USER, ANSWER], loud=True)["input_ids"] != second[0]
+
+
+# -- the end of an answer ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", ["4", "4</answer>", "</answer>", "4 </answer>\n", "4<|h|>", "</answer>4"])
+def test_an_answer_left_open_gets_an_end_token_whatever_it_ends_with(answer):
+    messages = [USER, {"role": "assistant", "content": answer}]
+    generation = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    for template in (PLAIN + generation, PLAIN.replace("+ '\n'", "") + generation):
+        tokenizer = tokenizer_of(template)
+        for options in ({}, {"train_on_prompt": True}):
+            [encoded] = Encoder(tokenizer, **options)(Conversation(messages), "x")
+            rendered = tokenizer.apply_chat_template(messages)["input_ids"]
+            assert encoded.ids == [*rendered, tokenizer.eos_token_id]
+            begin = (
+                0
+                if options
+                else len(tokenizer.apply_chat_template([USER], add_generation_prompt=True)["input_ids"])
+            )
+            assert encoded.learned == [index >= begin for index in range(len(encoded.ids))]
+
+
+@pytest.mark.parametrize("answer", ["4", "4</answer>", "</answer>"])
+def test_an_answer_that_only_the_next_role_ends(answer):
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    tokenizer = tokenizer_of(template)
+    said = {"role": "assistant", "content": answer}
+    [encoded] = Encoder(tokenizer)(Conversation([USER, said, USER, said]), "x")
+    labels = [token if flag else IGNORED for token, flag in zip(encoded.ids, encoded.learned, strict=True)]
+    assert stretches(tokenizer, labels) == [answer + "<|user|>", answer + "<|im_end|>"]
+
+
+def test_a_call_that_the_template_leaves_open_gets_an_end_token():
+    template = QWEN_LIKE.replace("<|im_end|>\n", "\n")
+    tokenizer = tokenizer_of(template)
+    [encoded] = Encoder(tokenizer)(Conversation(CALLED[1]["messages"]), "x")
+    assert tokenizer.decode(encoded.ids).endswith("</tool_call>\n<|im_end|>") and encoded.learned[-1]
+    tokenizer = tokenizer_of(QWEN_LIKE)
+    [encoded] = Encoder(tokenizer)(Conversation(CALLED[1]["messages"]), "x")
+    assert tokenizer.decode(encoded.ids).endswith("</tool_call><|im_end|>\n")
+
+
+# -- texts taken as they are ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("said", ["", "<|endoftext|>"])
+@pytest.mark.parametrize("end", ["", "<|im_end|>"])
+def test_texts_rendered_in_advance_have_one_begin_and_one_end(bos, said, end, tmp_path):
+    """BOS is there if the tokenizer or the text puts it, and once if both do; the same for the end token."""
+    tokenizer = tokenizer_of(PLAIN, bos=bos)
+    begin = [tokenizer.bos_token_id] if bos or said else []
+    rest = tokenizer(UNICODE, add_special_tokens=False).input_ids
+    answer = tokenizer("4", add_special_tokens=False).input_ids
+    close = [tokenizer.eos_token_id]
+    text = lines(tmp_path, {"text": said + UNICODE + end})
+    ids = [*begin, *rest, *close]
+    assert prepared(text, tokenizer) == [(ids, ids)]
+    pair = lines(tmp_path, {"prompt": said + UNICODE, "completion": "4" + end})
+    assert prepared(pair, tokenizer) == [
+        ([*begin, *rest, *answer, *close], [IGNORED] * len(begin + rest) + [*answer, *close])
+    ]
+    chat = tokenizer_of("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}", bos=bos)
+    row = {
+        "prompt": [{"role": "user", "content": said + UNICODE}],
+        "completion": [{"role": "assistant", "content": "4" + end}],
+    }
+    expected = ([0, *rest, *answer, *close], [IGNORED] * (1 + len(rest)) + [*answer, *close])
+    assert prepared(lines(tmp_path, row), chat) == [expected]
+
+
+def test_a_tokenizer_that_puts_tokens_around_every_text():
+    """Two in front (ChatGLM's), one behind (T5's): neither is doubled, nor put between prompt and completion."""
+    from tokenizers import processors
+
+    tokenizer = tokenizer_of(None)
+    begin, end = tokenizer.convert_tokens_to_ids(["<|h|>", "<|u|>"]), tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|h|> <|u|> $A <|im_end|>",
+        special_tokens=[("<|h|>", begin[0]), ("<|u|>", begin[1]), ("<|im_end|>", end)],
+    )
+    assert tokenizer("a").input_ids[:2] == begin
+    ab = tokenizer("ab", add_special_tokens=False).input_ids
+    encoder = Encoder(tokenizer)
+    for text in ("ab", "<|u|>ab", "<|h|><|u|>ab", "<|h|><|u|>ab<|im_end|>"):
+        assert encoder(Text(text), "x")[0].ids == [*begin, *ab, end]
+    [encoded] = encoder(Completion("a", "b"), "x")
+    assert encoded.ids == [*begin, *ab, end] and encoded.learned == [False, False, False, True, True]
+
+
+def test_prompts_and_completions_as_trl_has_them(tmp_path):
+    """TRL's own functions: the end token as text, the completion from where the two differ."""
+    from trl.data_utils import common_prefix_length
+
+    tokenizer = tokenizer_of(PLAIN, bos=True)
+    pairs = [
+        ("2+2=", "4"),
+        ("", "Once"),
+        (UNICODE, UNICODE),
+        ("a ", " b"),
+        ("<|h|>", "</answer>"),
+        ("Q\n\n", "\nA"),
+    ]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    expected = []
+    for prompt, completion in pairs:
+        ids = tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"]
+        begin = common_prefix_length(tokenizer(prompt)["input_ids"], ids)
+        expected.append((ids, [IGNORED] * begin + ids[begin:]))
+    assert prepared(lines(tmp_path, *rows), tokenizer) == expected
+
+
+# -- length --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("length", range(2, 18))
+def test_of_a_text_of_any_length_every_token_but_the_first_is_predicted_once(length, bos, tmp_path):
+    """Exactly n x max_length tokens, one fewer, one more: the end token is always learned."""
+    limit = 4
+    tokenizer = tokenizer_of(None, bos=bos)
+    text = "abcdefghijklmnopq"[: length - 1 - bos]
+    ids = [
+        *([0] if bos else []),
+        *tokenizer(text, add_special_tokens=False).input_ids,
+        tokenizer.eos_token_id,
+    ]
+    assert len(ids) == length
+    found = prepared(lines(tmp_path, {"text": text}), tokenizer, max_length=limit, template="alpaca")
+    predicted = [label for piece, labels in found for label in labels[1:]]
+    assert predicted == ids[1:]
+    seen = {}
+    for piece, labels in found:
+        assert 2 <= len(piece) <= limit
+        assert all(label in (token, IGNORED) for token, label in zip(piece, labels, strict=True))
+        for before, token in zip(piece, piece[1:], strict=False):
+            seen[len(seen)] = (before, token)
+    assert list(seen.values()) == list(zip(ids, ids[1:], strict=False))  # each behind its own predecessor
+
+
+@pytest.mark.parametrize("excess", [-1, 0, 1])
+def test_conversations_and_completions_at_the_limit(excess, tmp_path):
+    tokenizer = tokenizer_of(CHATML)
+    for row, whole in (
+        ({"messages": [USER, ANSWER]}, own_rendering(tokenizer, [USER, ANSWER], [1])),
+        ({"prompt": "ab", "completion": "cd"}, None),
+    ):
+        if whole is None:
+            ids = tokenizer("abcd<|im_end|>").input_ids
+            whole = ids, [IGNORED, IGNORED, *ids[2:]]
+        limit = len(whole[0]) - excess
+        file = lines(tmp_path, row)
+        assert prepared(file, tokenizer, limit) == [(whole[0][:limit], whole[1][:limit])]
+        if excess == 1:
+            assert prepared(file, tokenizer, limit, truncation="keep_end") == [(whole[0][1:], whole[1][1:])]
+            with pytest.raises(DataError, match="data.max_length"):
+                prepared(file, tokenizer, limit, truncation="drop")
+        else:
+            assert prepared(file, tokenizer, limit, truncation="drop") == [whole]
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def test_paths_with_the_characters_of_patterns(tmp_path):
+    rows = [{"text": f"row {number}"} for number in range(1100)]  # more than are read at once
+    tokenizer = tokenizer_of(None)
+    for name in ("a[1]", "b*{c,d}?"):
+        folder = tmp_path / name
+        folder.mkdir()
+        table = datasets.Dataset.from_list(rows)
+        table.to_parquet(folder / "x[0-9].parquet")
+        found = prepared(folder / "x[0-9].parquet", tokenizer, template="alpaca")
+        assert [tokenizer.decode(ids) for ids, _ in found] == [row["text"] + "<|im_end|>" for row in rows]
+        assert prepared(folder, tokenizer, template="alpaca") == found
+    table.data.table.to_pandas().to_feather(tmp_path / "y[1].arrow")
+    assert prepared(tmp_path / "y[1].arrow", tokenizer, template="alpaca") == found
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
+    tokenizer = tokenizer_of(CHATML)
+    expected = [own_rendering(tokenizer, [USER, ANSWER], [1])]
+    for name, content in (
+        ("a.jsonl", json.dumps({"messages": [USER, ANSWER]})),
+        ("a.json", json.dumps([{"messages": [USER, ANSWER]}], indent=1)),
+        ("a.csv", "instruction,output\r\nHi,Hello\r\n"),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert prepared(tmp_path / name, tokenizer) == expected
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_its_variable(tmp_path, monkeypatch):
+    """A file stands where the folder should be: also root cannot write there."""
+    (tmp_path / "file").write_text("")
+    cache = tmp_path / "file" / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+    with pytest.raises(ConfigError, match=f"{cache}.* cannot be written.*HF_DATASETS_CACHE") as caught:
+        prepared(lines(tmp_path, {"text": "a"}), tokenizer_of(CHATML))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_source_that_cannot_be_read_is_not_taken_for_the_cache(tmp_path):
+    (tmp_path / "a.jsonl").mkdir()
+    (tmp_path / "a.jsonl" / "b.jsonl").symlink_to("b.jsonl")  # to itself
+    with pytest.raises(DataError, match=r"data.train: .*b.jsonl"):
+        prepared(tmp_path / "a.jsonl", tokenizer_of(CHATML))
