@@ -29,6 +29,7 @@ from hift_ds.engine.initialize import ensure_process_group, hift_engines, join_a
 from hift_ds.engine.partitioned_export import export_partitioned
 from hift_ds.errors import ConfigError, OutOfMemory
 from hift_ds.integrations.checkpoint_rotation import WholeCheckpointsStay
+from hift_ds.integrations.finished_run import StopsWhenDone
 from hift_ds.memory.out_of_memory import Adviser, explains_evaluation
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 NO_BATCH_FITS = "No executable batch size found"  # accelerate's words
 
 
-class HiFTMixin(WholeCheckpointsStay):
+class HiFTMixin(StopsWhenDone, WholeCheckpointsStay):
     """Put it before a Trainer class: ``class MyTrainer(HiFTMixin, Seq2SeqTrainer)``.
 
     The DeepSpeed config of the TrainingArguments (``deepspeed=`` a dict or a path) must have a ``"hift"``

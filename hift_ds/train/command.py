@@ -1,7 +1,7 @@
 """``hift-ds train RUN.yaml [section.key=value ...]``: fine-tune with the accelerators of this machine.
 
-One process runs right here; several are started by DeepSpeed's launcher, as ``deepspeed launch RUN.yaml``
-would start them. Without an accelerator the default is one process, which computes with all cores: more
+One process runs right here; several are started with the variables that ``deepspeed launch RUN.yaml`` or torchrun would
+set, and end together (:mod:`hift_ds.train.processes`). Without an accelerator the default is one process, which computes with all cores: more
 processes on one CPU need a copy of the weights each and are not faster. ``--num-procs`` asks for them all the
 same.
 """
@@ -9,16 +9,15 @@ same.
 from __future__ import annotations
 
 import argparse
-import base64
-import contextlib
-import json
 import os
 import signal
-import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from hift_ds.errors import ConfigError
+from hift_ds.train.processes import RankProcesses
 from hift_ds.train.ranks import free_port, rank_and_world_size
 from hift_ds.train.run_config import load_run_config
 
@@ -43,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    load_run_config(args.run_file, args.overrides)  # a mistake in it is said once, before anything is started
+    run = load_run_config(
+        args.run_file, args.overrides
+    )  # a mistake in it is said once, before anything is started
     arguments = [args.run_file, *args.overrides]
     if rank_and_world_size()[1] > 1:  # torchrun or a batch system started this very command on every rank
         return _run_here(arguments)
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     if num_procs == 1:
         return _run_here(arguments)
     devices = accelerators[:num_procs] or [str(i) for i in range(num_procs)]
-    return _launch(devices, args.master_port or free_port(), arguments, on_cpu=not accelerators)
+    return _launch(devices, args.master_port or free_port(), arguments, on_cpu=not accelerators,
+                   output_dir=run.output_dir)  # fmt: skip
 
 
 def _run_here(arguments: Sequence[str]) -> int:
@@ -66,36 +68,46 @@ def _run_here(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
-def _launch(devices: Sequence[str], port: int, arguments: Sequence[str], *, on_cpu: bool) -> int:
+def _launch(
+    devices: Sequence[str], port: int, arguments: Sequence[str], *, on_cpu: bool, output_dir: Path
+) -> int:
     """Start one worker per device and wait for them; their exit code."""
     env = dict(os.environ)
-    if on_cpu:
-        env.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // len(devices), 1)))
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(devices)}).encode()).decode()
-    command = [
-        sys.executable, "-u", "-m", "deepspeed.launcher.launch",
-        f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={port}", "--log_level=critical",
-        "--no_local_rank", "--module", WORKER, *arguments,
-    ]  # fmt: skip
-    # In a session of its own: signals, Ctrl-C too, reach the workers through us alone and once. The launcher
-    # would kill them for a signal that asks for an orderly end.
-    process = subprocess.Popen(command, env=env, start_new_session=True)
-    handlers = {number: signal.signal(number, lambda n, _: _pass_on(process.pid, n)) for number in FORWARDED}
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return code if code >= 0 else 128 - code
+    # Without it each rank computes with all cores: on a GPU too, where states are zeroed and pinned by the host.
+    env.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // len(devices), 1)))
+    if not on_cpu:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    env |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(len(devices)), "LOCAL_WORLD_SIZE": str(len(devices)),
+    }  # fmt: skip
+    environments = [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(len(devices))]
+    command = [sys.executable, "-u", "-m", WORKER, *arguments]
+    with tempfile.TemporaryDirectory(prefix="hift-ds-") as folder:
+        ranks = RankProcesses(command, environments, Path(folder) / "progress")
+        handlers = {number: signal.signal(number, lambda n, _: _pass_on(ranks, n)) for number in FORWARDED}
+        try:
+            first = ranks.wait()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    if first is None:
+        return 0
+    if first.code > 0:
+        return first.code
+    from hift_ds.train.resume import find_checkpoints
+
+    good = next(iter(find_checkpoints(output_dir, "auto")[0]), None)
+    goes_on = f"last good checkpoint: {good}; the same command goes on from there"
+    print(
+        f"hift-ds: error: {first.describe()}; {goes_on if good else 'no checkpoint has been saved yet'}",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    return 128 - first.code
 
 
-def _pass_on(launcher: int, number: int) -> None:
-    import psutil
-
-    number = signal.SIGTERM if number == signal.SIGHUP else number
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(launcher).children():
-            child.send_signal(number)
+def _pass_on(ranks: RankProcesses, number: int) -> None:
+    ranks.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
 
 def _visible_accelerators() -> list[str]:

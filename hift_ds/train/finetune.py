@@ -18,6 +18,7 @@ import torch
 import yaml
 from transformers import TrainerCallback, TrainingArguments
 
+from hift_ds.checkpoint.durable_files import replace_text
 from hift_ds.checkpoint.export import export_model
 from hift_ds.checkpoint.manifest import latest_tag
 from hift_ds.checkpoint.safetensors_io import load_pretrained, tensor_dtypes
@@ -39,6 +40,7 @@ from hift_ds.train.preflight import CheckedRun, check_run
 from hift_ds.train.ranks import gather, on_all_ranks, rank_and_world_size
 from hift_ds.train.resume import find_checkpoints
 from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig
+from hift_ds.train.run_folder_lock import RunFolderLock
 from hift_ds.train.spread_masters import gathered_weights
 from hift_ds.train.trainer import build_trainer, make_arguments, zero_stage
 from hift_ds.train.watchdog import lost_rank_error
@@ -61,11 +63,28 @@ def finetune(run: RunConfig) -> dict[str, Any]:
         HiFTError: one line for the user, on every rank alike wherever the ranks could agree on it.
     """
     ensure_process_group()
-    checked, checkpoints, damage = on_all_ranks(lambda: _check(run))
+    checked = on_all_ranks(lambda: _check(run))
+    is_first = rank_and_world_size()[0] == 0
+    lock = on_all_ranks(lambda: RunFolderLock(run.output_dir) if is_first else None)
+    try:
+        return _finetune(checked, print if is_first else _silent)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]:
+    run = checked.run
+    checkpoints, damage = on_all_ranks(lambda: find_checkpoints(run.output_dir, run.train.resume))
     if run.train.resume == "auto":
         checkpoints = _agree_on_checkpoints(checkpoints, damage)
+        if results := gather(_results_of_finished(run, checkpoints))[0]:
+            say(
+                f"{run.output_dir} is complete: {results['steps']} steps, exported to {run.export_dir}; nothing is left to do "
+                "(raise train.max_steps or train.epochs to go on)"
+            )
+            return results
     arguments = on_all_ranks(lambda: make_arguments(checked, fresh=not checkpoints))
-    say = print if arguments.process_index == 0 else _silent
     _introduce(checked, arguments, say)
 
     tokenizer, data = on_all_ranks(lambda: _load_data(checked, arguments))
@@ -76,7 +95,7 @@ def finetune(run: RunConfig) -> dict[str, Any]:
     uses_cache = model.config.use_cache
     model.config.use_cache = False  # of no use to training, and it takes memory
     trainer = build_trainer(checked, arguments, model, tokenizer, data)
-    results = _train(trainer, checkpoints)
+    results = _train(trainer, run, checkpoints)
     if trainer.preemption.stopped_by is not None:
         results["stopped_by"] = trainer.preemption.stopped_by
         say(f"saved after step {results['steps']}; the same command goes on from there")
@@ -93,8 +112,7 @@ def finetune(run: RunConfig) -> dict[str, Any]:
 # -- before any weight is read -------------------------------------------------------------------------------
 
 
-def _check(run: RunConfig) -> tuple[CheckedRun, list[Path], list[str]]:
-    """The run, the checkpoints that it may go on from here, and what is wrong with others."""
+def _check(run: RunConfig) -> CheckedRun:
     checked = check_run(run, rank_and_world_size()[1])
     block = hift_block(run)
     if block is not None:
@@ -105,7 +123,22 @@ def _check(run: RunConfig) -> tuple[CheckedRun, list[Path], list[str]]:
         partition_model(
             structure, group_size=block.group_size, patterns=block.groups, always_active=block.always_active
         )
-    return checked, *find_checkpoints(run.output_dir, run.train.resume)
+    return checked
+
+
+def _results_of_finished(run: RunConfig, checkpoints: list[Path]) -> dict[str, Any] | None:
+    """What the run folder says of a run with these very settings that has been exported; None if there is none.
+
+    The results are written after the export, and removed before a run trains, so that they stand for a whole run.
+    """
+    try:
+        results = json.loads((run.output_dir / RESULTS_FILE).read_text(encoding="utf-8"))
+        settings = yaml.safe_load((run.output_dir / RUN_FILE_COPY).read_text(encoding="utf-8"))
+        exported = any(run.export_dir.glob("*.safetensors"))
+        is_last = bool(checkpoints) and checkpoints[0].name == f"checkpoint-{results['steps']}"
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    return results if exported and is_last and settings == run.model_dump(mode="json") else None
 
 
 def _agree_on_checkpoints(checkpoints: list[Path], damage: list[str]) -> list[Path]:
@@ -124,8 +157,8 @@ def _agree_on_checkpoints(checkpoints: list[Path], damage: list[str]) -> list[Pa
 
 
 def _introduce(checked: CheckedRun, arguments: TrainingArguments, say: Callable[[str], None]) -> None:
-    """What is about to run, on the terminal and as files in the run folder."""
-    run, batch, model = checked.run, checked.batch, checked.model
+    """What is about to run, on the terminal."""
+    batch, model = checked.batch, checked.model
     device = "CPU" if arguments.device.type == "cpu" else torch.accelerator.current_accelerator().type.upper()
     if arguments.device.type == "cuda":
         device = torch.cuda.get_device_name(arguments.device)
@@ -137,14 +170,15 @@ def _introduce(checked: CheckedRun, arguments: TrainingArguments, say: Callable[
         f"{batch.gradient_accumulation_steps} accumulated x {processes}, "
         f"up to {checked.max_length:,} tokens each"
     )
-    if arguments.process_index == 0:
-        run.output_dir.mkdir(parents=True, exist_ok=True)
-        origin = f"# {run.file} {' '.join(run.overrides)}".rstrip()
-        content = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        (run.output_dir / RUN_FILE_COPY).write_text(
-            f"{origin}\n# every key, defaults included\n{content}", encoding="utf-8"
-        )
-        _write_json(run.output_dir / "deepspeed.json", arguments.deepspeed)
+
+
+def _write_settings(run: RunConfig, deepspeed: Any) -> None:
+    """What the run folder is the run of. Nothing before: a run that is refused changes nothing."""
+    (run.output_dir / RESULTS_FILE).unlink(missing_ok=True)  # of a run that ended before this one goes on
+    origin = f"# {run.file} {' '.join(run.overrides)}".rstrip()
+    content = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    replace_text(run.output_dir / RUN_FILE_COPY, f"{origin}\n# every key, defaults included\n{content}")
+    _write_json(run.output_dir / "deepspeed.json", deepspeed)
 
 
 # -- loading -------------------------------------------------------------------------------------------------
@@ -194,18 +228,23 @@ def _load_model(checked: CheckedRun, arguments: TrainingArguments) -> Any:
 
 
 class _Began(TrainerCallback):
-    """Whether training got past the loading of its checkpoint."""
+    """Whether training got past the loading of its checkpoint; then the run folder is this run's."""
 
     began = False
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+
+    def on_train_begin(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
+        if not self.began and args.process_index == 0:
+            _write_settings(self.run, args.deepspeed)
         self.began = True
 
 
 @no_traceback_when_full("in training")
-def _train(trainer: Any, checkpoints: list[Path]) -> dict[str, Any]:
+def _train(trainer: Any, run: RunConfig, checkpoints: list[Path]) -> dict[str, Any]:
     """From the newest checkpoint whose checksums are right, else from the start."""
-    progress = _Began()
+    progress = _Began(run)
     trainer.add_callback(progress)
     try:
         for position, folder in enumerate(checkpoints):
@@ -227,6 +266,8 @@ def _train(trainer: Any, checkpoints: list[Path]) -> dict[str, Any]:
 def _summary(trainer: Any, output: Any) -> dict[str, Any]:
     state = trainer.state
     results = {**output.metrics, "steps": state.global_step}
+    if trainer.had_no_step_left:  # neither a loss nor a time to report
+        results = {"steps": state.global_step}
     results.pop("total_flos", None)  # transformers' estimate is of full fine-tuning
     first = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), None)
     if first is not None:

@@ -103,7 +103,7 @@ def resolve_tokenizer_folder(run: RunConfig, model_folder: Path) -> Path:
 def _check_output(run: RunConfig) -> None:
     for key, folder in (("train.output_dir", run.output_dir), ("export.dir", run.export_dir)):
         existing = next(
-            parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists()
+            parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.exists(parent)
         )
         if not existing.is_dir():
             raise ConfigError(f"{key}: {str(existing)!r} is a file, expected a folder")

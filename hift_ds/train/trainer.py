@@ -9,12 +9,13 @@ from transformers import Trainer, TrainingArguments
 
 from hift_ds.data.packing import collator
 from hift_ds.errors import ConfigError
+from hift_ds.integrations.finished_run import StopsWhenDone
 from hift_ds.integrations.transformers import HiFTMixin
 from hift_ds.report.callback import ReportCallback, report_instead_of_printing
 from hift_ds.train.evaluate import TokenMeanEvaluation
 from hift_ds.train.preemption import PreemptionCallback
 from hift_ds.train.preflight import CheckedRun
-from hift_ds.train.watchdog import WatchdogCallback
+from hift_ds.train.watchdog import NotesProgress, WatchdogCallback
 
 
 class _DecayMatricesOnly:
@@ -35,11 +36,22 @@ class _DecayMatricesOnly:
         return optimizer
 
 
-class FullTrainer(TokenMeanEvaluation, _DecayMatricesOnly, Trainer):
+class _RefusesToGoBack:
+    """Mixin: fewer steps than the checkpoint has done are a mistake in the run file."""
+
+    def has_no_step_left(self, done: int, steps: int) -> None:
+        if done > steps:
+            raise ConfigError(
+                f"the run ends at step {steps} (train.max_steps, train.epochs), but {self._resumed_from} has done {done}; "
+                "raise it, or choose another train.output_dir"
+            )
+
+
+class FullTrainer(_RefusesToGoBack, StopsWhenDone, TokenMeanEvaluation, _DecayMatricesOnly, Trainer):
     """``hift: false``: every weight in every step, by DeepSpeed alone; what HiFT is compared with."""
 
 
-class GroupTrainer(TokenMeanEvaluation, _DecayMatricesOnly, HiFTMixin, Trainer):
+class GroupTrainer(_RefusesToGoBack, TokenMeanEvaluation, _DecayMatricesOnly, HiFTMixin, Trainer):
     """One layer group in every step."""
 
 
@@ -69,6 +81,7 @@ def build_trainer(
     report_instead_of_printing(trainer, report)
     trainer.preemption = PreemptionCallback(lambda: trainer.model_wrapped)
     trainer.add_callback(trainer.preemption)
+    trainer.add_callback(NotesProgress(lambda: trainer.model_wrapped))
     if cls is GroupTrainer:
         train = checked.run.train
         watchdog = WatchdogCallback(

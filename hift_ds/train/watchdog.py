@@ -32,6 +32,7 @@ from transformers import TrainerCallback
 
 from hift_ds.errors import TrainingError
 from hift_ds.precision import LossScaler
+from hift_ds.train.processes import PROGRESS_FILE, ProgressNotes
 
 HANG_EXIT_CODE = 75  # EX_TEMPFAIL: trying again may well work
 _NORMS_KEPT = 16  # per group; a layer's gradients are compared with its own earlier ones
@@ -256,6 +257,28 @@ class WatchdogCallback(TrainerCallback):
         if self._hang is not None:
             self._hang.__exit__()
             self._hang = None
+
+
+class NotesProgress(TrainerCallback):
+    """Notes step and layer group before each step where a parent process wants to know, which is to say what a rank was
+    doing when it was killed."""
+
+    def __init__(self, get_engine: Callable[[], Any]) -> None:
+        path = os.environ.get(PROGRESS_FILE)
+        self._notes = ProgressNotes(path) if path and os.path.exists(path) else None
+        self._get_engine = get_engine
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._notes is None:
+            return
+        engine = self._get_engine()
+        schedule = getattr(engine, "schedule", None)
+        group = "" if schedule is None else f" (group {engine.groups[schedule.active].name})"
+        self._notes.write(args.process_index, f"in step {state.global_step}{group}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._notes is not None:
+            self._notes.write(args.process_index, f"after the last step, {state.global_step}")
 
 
 def lost_rank_error(error: BaseException, engine: Any) -> TrainingError | None:

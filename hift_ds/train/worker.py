@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from hift_ds.errors import ConfigError, HiFTError, OutOfMemory
 from hift_ds.report.quiet import quiet_libraries
+from hift_ds.train.processes import end_with_launcher
 from hift_ds.train.ranks import free_port, rank_and_world_size
 
 PROG = "hift-ds"
@@ -33,6 +34,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs this rank's part of the job and returns the exit code."""
     try:
+        if "RANK" in os.environ:
+            end_with_launcher()
         args = _parse(sys.argv[1:] if argv is None else argv)
         _join_job(args.local_rank)
         quiet_libraries(is_main=rank_and_world_size()[0] == 0)

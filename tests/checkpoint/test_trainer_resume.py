@@ -67,6 +67,23 @@ def test_resume_is_exact(tmp_path, hift, precision):
         shutil.rmtree(tmp_path / "again")
 
 
+def test_a_checkpoint_with_all_steps_trains_none(tmp_path, caplog):
+    """Ten rows in fives are an epoch of two and a half steps: step 7 is in the middle of one."""
+    trainer = make_trainer(tmp_path, max_steps=7)
+    trainer.train()
+    weights, *_ = end_of(trainer)
+    for max_steps in (7, 5):
+        again = make_trainer(tmp_path / "again", max_steps=max_steps)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+        assert again.state.global_step == 7 and again.had_no_step_left
+        theirs, *_ = end_of(again)
+        assert all(torch.equal(theirs[name], weight) for name, weight in weights.items())
+    assert "has done all 7 steps" in caplog.text and "more than the 5 of this run" in caplog.text
+    again = make_trainer(tmp_path, max_steps=8)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 8 and not again.had_no_step_left
+
+
 def train_and_resume(folder: str) -> bool:
     """On this rank: whether the weights at the end are the same with and without an interruption."""
     import torch.distributed as dist

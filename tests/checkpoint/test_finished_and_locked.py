@@ -1,0 +1,208 @@
+"""A finished run started again changes nothing; a run folder has one writer; no process of a job outlives another."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from hift_ds.checkpoint.manifest import verify
+from hift_ds.errors import ConfigError
+from hift_ds.train import worker
+from hift_ds.train.finetune import finetune
+from hift_ds.train.processes import FirstEnd, ProgressNotes, _is_launcher
+from hift_ds.train.run_config import load_run_config
+from hift_ds.train.run_folder_lock import LOCK_FILE, RunFolderLock
+from tests.unit.test_launch import ROOT, inputs, own_cache, weights_in, write_run  # noqa: F401  (fixtures)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != LOCK_FILE
+    }
+
+
+# -- a finished run ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"hift": False, "deepspeed": None}], ids=["layer groups", "full fine-tuning"]
+)
+def test_a_finished_run_started_again_changes_nothing(inputs, tmp_path, capsys, more):  # noqa: F811
+    """Seven steps of four in an epoch: the loop of transformers would train the eighth."""
+    out = tmp_path / "run"
+    file = write_run(
+        inputs, out, train__max_steps=7, train__save_steps=3, train__save_total_limit=None, **more
+    )
+    results = finetune(load_run_config(file))
+    before, weights = contents(out), weights_in(out / "model")
+    assert finetune(load_run_config(file)) == results
+    assert contents(out) == before
+    assert "run is complete: 7 steps" in capsys.readouterr().out
+
+    # Killed between its last checkpoint and the end of the export.
+    (out / "all_results.json").unlink()
+    shutil.rmtree(out / "model")
+    again = finetune(load_run_config(file))
+    assert again["steps"] == 7 and "train_loss" not in again
+    for name, weight in weights_in(out / "model").items():
+        assert torch.equal(weight, weights[name]), name
+    after = contents(out)
+    same = [
+        n
+        for n in before
+        if n.startswith("checkpoint-") or n in ("metrics.jsonl", "run.yaml", "coverage.json")
+    ]
+    assert not [name for name in same if after[name] != before[name]]
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-6",
+        "checkpoint-7",
+    ]
+
+    # Fewer steps than were done are a mistake, and leave everything as it is; more go on.
+    with pytest.raises(ConfigError, match=r"ends at step 6 .*checkpoint-7 has done 7"):
+        finetune(load_run_config(file, ["train.max_steps=6"]))
+    assert contents(out) == after
+    assert finetune(load_run_config(file, ["train.max_steps=8"]))["steps"] == 8
+
+
+# -- one writer ----------------------------------------------------------------------------------------------
+
+
+def hold(folder: Path) -> subprocess.Popen:
+    code = (
+        "import sys, time, pathlib; from hift_ds.train.run_folder_lock import RunFolderLock;"
+        "lock = RunFolderLock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_run_folder_has_one_writer_and_a_killed_one_leaves_no_lock(inputs, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "run"
+    owner = hold(out)
+    try:
+        assert worker.main([str(write_run(inputs, out))]) == 2
+        error = capsys.readouterr().err
+        assert f"is in use by another run (process {owner.pid} on " in error and error.count("\n") == 1
+        assert [path.name for path in out.iterdir()] == [LOCK_FILE]
+    finally:
+        owner.kill()
+        owner.wait()
+    RunFolderLock(out).release()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(inputs, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / ("x" * 300)
+    assert worker.main([str(write_run(inputs, tmp_path / "r", train__output_dir=str(out)))]) == 2
+    error = capsys.readouterr().err
+    assert "train.output_dir" in error and "File name too long" in error and error.count("\n") == 1
+
+
+# -- no process of a job outlives another ----------------------------------------------------------------------
+
+
+def start(
+    inputs: Path,  # noqa: F811
+    out: Path,
+    command: list[str],
+) -> tuple[subprocess.Popen, list[psutil.Process], list[str]]:
+    """A job on two ranks that has taken some steps and saved: its parent, the ranks, what it has printed."""
+    file = write_run(inputs, out, train__max_steps=100_000, train__eval_steps=None, train__save_steps=2)
+    parent = subprocess.Popen(
+        [sys.executable, *command[:-1], *([str(file)] if command[-1] == "RUN" else [])],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+    )  # fmt: skip
+    lines: list[str] = []
+    for line in parent.stdout:
+        lines.append(line)
+        if line.startswith("step "):
+            break
+    assert parent.poll() is None, "".join(lines)
+    deadline = time.monotonic() + 60
+    while not (out / "checkpoint-2" / "trainer_files.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks = [p for p in psutil.Process(parent.pid).children(recursive=True) if "RANK" in p.environ()]
+    return parent, sorted(ranks, key=lambda p: p.environ()["RANK"]), lines
+
+
+OURS = ["-m", "hift_ds.cli", "train", "--num-procs", "2", "RUN"]
+DEEPSPEEDS = [
+    "-m",
+    "deepspeed.launcher.runner",
+    "--num_gpus",
+    "2",
+    "--master_port",
+    "29713",
+    str(ROOT / "launch"),
+    "RUN",
+]
+
+
+@pytest.mark.distributed
+def test_a_killed_rank_ends_the_job_which_says_who_when_and_what_is_left(inputs, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    parent, ranks, lines = start(inputs, out, OURS)
+    try:
+        assert len(ranks) == 2
+        ranks[1].kill()
+        lines += parent.stdout.readlines()
+        assert parent.wait(timeout=40) == 128 + signal.SIGKILL
+        assert not psutil.wait_procs(ranks, timeout=1)[1]
+    finally:
+        for process in [*ranks, parent]:
+            if process.is_running() if isinstance(process, psutil.Process) else process.poll() is None:
+                process.kill()
+    line = next(line for line in lines if line.startswith("hift-ds: error: rank 1 was killed by SIGKILL"))
+    found = re.search(r"in step (\d+) \(group [\w.]+\); last good checkpoint: (\S+checkpoint-(\d+));", line)
+    assert found and int(found[3]) <= int(found[1]) + 1, line
+    assert verify(Path(found[2]) / f"global_step{found[3]}").global_steps == int(found[3])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(OURS, id="hift-ds train"),
+        pytest.param(DEEPSPEEDS, id="deepspeed launch", marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_parent_takes_its_ranks_with_it(inputs, tmp_path, command):  # noqa: F811
+    out = tmp_path / "run"
+    parent, ranks, _ = start(inputs, out, command)
+    try:
+        assert len(ranks) == 2
+        os.kill(parent.pid, signal.SIGKILL)
+        assert not psutil.wait_procs(ranks, timeout=20)[1]
+        RunFolderLock(out).release()  # nobody holds it any more
+    finally:
+        for process in ranks:
+            if process.is_running():
+                process.kill()
+        parent.kill()
+        parent.wait()
+
+
+def test_notes_and_launchers(tmp_path):
+    notes = ProgressNotes(tmp_path / "notes")
+    notes.write(1, "in step 7 (group layers.2)")
+    notes.write(1, "in step 8")
+    assert ProgressNotes(tmp_path / "notes").read(1) == "in step 8" and notes.read(0) == notes.read(5) == ""
+    assert FirstEnd(0, -signal.SIGSEGV, "").describe() == "rank 0 was killed by SIGSEGV before its first step"
+    assert _is_launcher(b"/usr/bin/python3\0-u\0-m\0deepspeed.launcher.launch\0--world_info=x\0")
+    assert _is_launcher(b"/v/bin/python\0/v/bin/deepspeed\0launch\0run.yaml\0")
+    assert not _is_launcher(b"bash\0deepspeed.sh\0") and not _is_launcher(b"/usr/bin/python3\0-m\0pytest\0")
