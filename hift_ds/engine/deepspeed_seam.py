@@ -12,6 +12,7 @@ it up as a global of the ``deepspeed`` module. It lasts for the ``with`` block o
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from hift_ds.engine.deepspeed_zero3_seam import WeightShards
 from hift_ds.engine.deepspeed_zero3_shards import as_if_parked_on_host, num_shards, weights_folder
 from hift_ds.errors import ConfigError
 from hift_ds.optim.group_optimizer import GroupOptimizer
+
+logger = logging.getLogger(__name__)
 
 
 class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
@@ -88,6 +91,22 @@ class SeamEngine(DeepSpeedEngine):
                 '"optimizer": missing; add one to the DeepSpeed config or pass optimizer= to initialize'
             )
         self._assert_valid_mixed_precision_config()
+        self._leave_the_device_running()
+
+    def _leave_the_device_running(self) -> None:
+        """DeepSpeed's throughput timer synchronizes the device at the start of every forward and at the end of every
+        step, side streams included: no copy of states would be behind anything. It measures without, unless told to."""
+        told = (self.config.get("timers") or {}).get("throughput") or {}
+        self._config.timers_config.synchronized = bool(told.get("synchronized", False))
+        if (
+            told.get("enabled", True)
+            and self._config.timers_config.synchronized
+            and world_rank_and_size()[0] == 0
+        ):
+            logger.warning(
+                '"timers.throughput.synchronized": true waits for the device twice a step, so that no transfer of '
+                "optimizer states is hidden; leave it out"
+            )
 
     def _configure_distributed_model(self, model: torch.nn.Module) -> None:
         self.before_cast(model)

@@ -1,7 +1,7 @@
 """ZeRO-3 without its optimizer, in names that DeepSpeed does not document: what is gathered when, and for how long.
 
 ``DeepSpeedZeRoOffload`` cuts the weights over the ranks and gathers each module's around its forward and backward.
-What its own optimizer adds to that (gradients, masters, writing shards) is ours; six things it does for training of
+What its own optimizer adds to that (gradients, masters, writing shards) is ours; seven things it does for training of
 all weights are wrong or costly when backward stops at one layer group, and are put right here:
 
 * It prefetches by a trace of the modules as they ran, one trace for all steps. Backward stops elsewhere for each
@@ -13,6 +13,7 @@ all weights are wrong or costly when backward stops at one layer group, and are 
   function is put back, and saved weights become references (:meth:`WeightShards.saved_by_reference`).
 * A recomputed block loses its frozen weights after the first module of its backward (:meth:`_Coordinator._keep_recomputed`).
 * What it prefetches together is on the device twice for a while; large weights are gathered alone (``ALONE_NUMEL``).
+* It lets no gather wait for the update that wrote the shards (:meth:`WeightShards._wait_for_updates`).
 * Its module hooks close over the first engine that a model had, and outlive it. ``close`` removes them.
 """
 
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import (
     InsertPostInitMethodToModuleSubClasses,
@@ -141,6 +143,14 @@ class WeightShards:
             # turned out wrong is not used again.
             coordinator = self._coordinators[group] = self._new_coordinator()
         self._offload.param_coordinator = coordinator
+        self._wait_for_updates()
+
+    def _wait_for_updates(self) -> None:
+        """Gathers read the shards on a stream of their own, which DeepSpeed never lets wait for what wrote them: its
+        optimizer synchronizes the device after each update, and ours does not."""
+        gathers = self._offload._DeepSpeedZeRoOffload__allgather_stream
+        if gathers is not None:
+            gathers.wait_stream(get_accelerator().current_stream())
 
     def _new_coordinator(self) -> _Coordinator:
         offload = self._offload

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -50,6 +51,7 @@ class DiskStateStore(ParkedStateStore):
     _folder: StateFolder = field(default=None, init=False)  # type: ignore[assignment]
     # Per direction; with an accelerator only.
     _buffers: dict[str, Tensor] = field(default_factory=dict, init=False)
+    _sides: dict[str, Any] = field(default_factory=dict, init=False)  # streams, likewise
     # Bytes in the file of each unit that has one.
     _written: dict[int, int] = field(default_factory=dict, init=False)
 
@@ -74,6 +76,7 @@ class DiskStateStore(ParkedStateStore):
         super().close()
         self._folder.close()
         self._buffers.clear()
+        self._sides.clear()
 
     def _measure(self) -> DiskSpeed:
         if self.speed is None:
@@ -154,18 +157,20 @@ class DiskStateStore(ParkedStateStore):
             part = memory[start : start + buffer.numel()]
             here = buffer[: part.numel()]
             if direction == OUT:
-                self._across(here, part)
+                self._across(direction, here, part)
             yield buffer[: whole_pages(part.numel())]
             if direction == IN:
-                self._across(part, here)
+                self._across(direction, part, here)
 
-    def _across(self, target: Tensor, source: Tensor) -> None:
-        """One copy on a stream of its own; returns when it has ended."""
+    def _across(self, direction: str, target: Tensor, source: Tensor) -> None:
+        """One copy on the direction's stream; returns when it has ended. The mover has waited for the computation."""
         streams = streams_of(self.device)
         if streams is None:
             target.copy_(source)
             return
-        side = streams.Stream(self.device)
+        if direction not in self._sides:  # torch has 32 and then hands out the first again
+            self._sides[direction] = streams.Stream(self.device)
+        side = self._sides[direction]
         with streams.stream(side):
             target.copy_(source, non_blocking=True)
         side.synchronize()

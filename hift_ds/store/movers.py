@@ -63,6 +63,8 @@ class InlineMover(Mover):
         self._streams = streams_of(device)
 
     def submit(self, direction: str, copy: Callable[[], None], after: Iterable[Any] = ()) -> None:
+        if self._streams is not None:  # stores copy on streams of their own, which wait for nothing
+            self._streams.current_stream(self._device).synchronize()
         started = time.perf_counter()
         _run(copy)
         if self._streams is not None:

@@ -11,6 +11,8 @@ import pytest
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 import hift_ds.engine.deepspeed_seam as seam
+from tests.helpers.engines import ds_config, make_engine
+from tests.helpers.toy import Toy
 
 VERSION = deepspeed.__version__
 SOURCE = Path(seam.__file__).read_text()
@@ -72,6 +74,18 @@ def test_initialize_looks_the_engine_class_up_as_a_module_global():
         assert deepspeed.DeepSpeedEngine is seam.SeamEngine
         raise KeyError
     assert deepspeed.DeepSpeedEngine is stock
+
+
+def test_the_throughput_timer_would_synchronize_and_does_not():
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    assert DeepSpeedConfig({"train_batch_size": 1}).timers_config.synchronized, "left out, it is on"
+    timed = ast.unparse(METHODS["__init__"])
+    assert timed.index("self._do_sanity_check()") < timed.index("ThroughputTimer(self._config.timers_config")
+    for told, synchronized in (({}, False), ({"throughput": {"synchronized": True}}, True)):
+        engine = make_engine(Toy(), ds_config(timers=told))
+        assert engine.tput_timer.config.synchronized is synchronized
+        engine.destroy()
 
 
 def test_nothing_is_compiled_for_cpu_ranks():

@@ -1,0 +1,259 @@
+"""The real engine on the checked device of :mod:`tests.helpers.stream_clocks`, in processes of its own.
+
+    python -m tests.helpers.race_rows < rows.json > outcomes.json
+
+imports once and forks for each row: the fake device changes its process for good.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+NO_RECORD = "gathered weights are given back early"  # ``record_stream`` says nothing
+# What a mutation takes out: (module, class, function, the text, what stands there instead).
+MUTATIONS = {
+    "copies do not wait for the computation": (
+        "hift_ds.store.movers", "StreamMover", "submit",
+        "side.wait_stream(self._streams.current_stream(self._device))", "pass",
+    ),
+    "the computation does not wait for copies": (
+        "hift_ds.store.movers", "StreamMover", "wait", "compute.wait_event(ticket.end)", "pass",
+    ),
+    "copies do not wait for each other": (
+        "hift_ds.store.movers", "StreamMover", "submit", "side.wait_event(ticket.end)", "pass",
+    ),
+    "the host's update does not wait for its copies": (
+        "hift_ds.store.movers", "StreamMover", "settle", "ticket.end.synchronize()", "pass",
+    ),
+    "copies of the disk do not wait for the computation": (
+        "hift_ds.store.movers", "InlineMover", "submit",
+        "self._streams.current_stream(self._device).synchronize()\n    started", "pass\n    started",
+    ),
+    "threads do not wait for the computation": (
+        "hift_ds.store.movers", "ThreadMover", "_run", "computed.synchronize()", "pass",
+    ),
+    "gathers do not wait for updates": (
+        "hift_ds.engine.deepspeed_zero3_seam", "WeightShards", "_choose_coordinator",
+        "self._wait_for_updates()", "pass",
+    ),
+    NO_RECORD: (),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration.
+
+    Attributes:
+        hift: the ``"hift"`` block.
+        more: of the DeepSpeed config.
+        mutation: the name of what is taken out of the code first.
+    """
+
+    hift: dict[str, Any] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
+    stage: int = 0
+    world_size: int = 1
+    gas: int = 1
+    steps: int = 9
+    timer: bool = False
+    optimizer: str = "AdamW"
+    clip: float = 1.0
+    checkpointing: bool = False
+    mutation: str = ""
+
+
+@dataclass
+class Outcome:
+    """What the checker said.
+
+    Attributes:
+        hazards: the number, and ``shown`` the first few in words.
+        syncs: by kind and place, how often the host waited, in that step of the last cycle in which it did so most.
+    """
+
+    hazards: int
+    shown: list[str]
+    syncs: dict[str, int]
+    error: str = ""
+
+    @property
+    def num_syncs(self) -> int:
+        return sum(self.syncs.values())
+
+
+def run_rows(rows: Sequence[Row]) -> list[Outcome]:
+    """Step the engine under each of ``rows``.
+
+    Raises:
+        AssertionError: a row failed; has its traceback.
+    """
+    job = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.race_rows"],
+        input=json.dumps([asdict(row) for row in rows]),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert job.returncode == 0, job.stderr[-3000:]
+    outcomes = [Outcome(**data) for data in json.loads(job.stdout.splitlines()[-1])]
+    for row, outcome in zip(rows, outcomes, strict=True):
+        assert not outcome.error, f"{row}: {outcome.error}"
+    return outcomes
+
+
+def run_row(row: Row) -> Outcome:
+    """In this process, which is the fake device's from then on."""
+    import torch
+
+    from hift_ds.memory.fake_device import fake_device
+    from tests.helpers.stream_clocks import Machine, installed
+
+    if row.mutation and row.mutation != NO_RECORD:
+        _take_out(*MUTATIONS[row.mutation])
+    with fake_device() as name, tempfile.TemporaryDirectory() as folder:
+        _join(row.world_size)
+        with installed(Machine(name)) as machine:
+            if row.mutation == NO_RECORD:
+                torch.Tensor.record_stream = lambda tensor, stream: None
+            step(row, name, machine, folder)
+            last_cycle = [_syncs_of(machine, f"step {row.steps - 1 - back}") for back in range(4)]
+            most = max(last_cycle, key=lambda syncs: sum(syncs.values()))
+            return Outcome(len(machine.hazards), [str(hazard) for hazard in machine.hazards[:8]], most)
+
+
+def _syncs_of(machine: Any, mark: str) -> dict[str, int]:
+    return dict(Counter(f"{what} at {place}" for when, what, place in machine.syncs if when == mark))
+
+
+def step(row: Row, device: str, machine: Any, folder: str, model: Any = None, batch: Any = None) -> Any:
+    """Build an engine and take the steps, each under a mark of its own."""
+    import hift_ds
+    from hift_ds.memory.fake_step import make_batch, make_real
+
+    if model is None:
+        model = tiny_llama()
+        make_real(model, __import__("torch").bfloat16, device)
+    engine, *_ = hift_ds.initialize(
+        model=model.train(), model_parameters=list(model.parameters()), config=config_of(row, folder)
+    )
+    batch_shape = batch or (2, 16)
+    for number in range(row.steps):
+        machine.mark(f"step {number}")
+        for _ in range(row.gas):
+            inputs = make_batch(engine.module, *batch_shape, device)
+            loss = engine(**inputs).loss
+            engine.backward(loss)
+            del loss
+            engine.step()
+    machine.mark("end")
+    return engine
+
+
+def config_of(row: Row, folder: str) -> dict[str, Any]:
+    hift = json.loads(json.dumps(row.hift).replace("FOLDER", folder))
+    if row.checkpointing:
+        hift.setdefault("activations", {})["checkpointing"] = True
+    timers = {} if row.timer else {"timers": {"throughput": {"enabled": False}}}
+    optimizer: dict[str, Any] = {"type": row.optimizer, "params": {"lr": 1e-3}}
+    if row.optimizer == "AdamW":
+        optimizer["params"]["fused"] = True
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": row.gas,
+        "gradient_clipping": row.clip,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": row.stage, **row.more.get("zero_optimization", {})},
+        "optimizer": optimizer,
+        "hift": hift,
+        **timers,
+        **{key: value for key, value in row.more.items() if key != "zero_optimization"},
+    }
+
+
+def tiny_llama(num_blocks: int = 2) -> Any:
+    """On the meta device."""
+    import torch
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=num_blocks,
+        num_attention_heads=2, num_key_value_heads=1, use_cache=False,
+    )  # fmt: skip
+    with unset_fake_temporarily(), torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+def _join(world_size: int) -> None:
+    import logging
+
+    import torch.distributed as dist
+
+    from hift_ds.engine.fake_accelerator import join_fake_ranks, use_fake_accelerator
+
+    logging.disable(logging.WARNING)
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"
+    )
+    if not dist.is_initialized():
+        join_fake_ranks(world_size)
+        use_fake_accelerator()
+
+
+def _take_out(module: str, owner: str, function: str, text: str, instead: str) -> None:
+    """Replace a method by one without ``text``, which must be there once."""
+    import importlib
+
+    cls = getattr(importlib.import_module(module), owner)
+    method = cls.__dict__[function]
+    source = textwrap.dedent(inspect.getsource(method))
+    assert source.count(text) == 1, (
+        f"{owner}.{function} has changed: {text!r} is there {source.count(text)} times"
+    )
+    namespace: dict[str, Any] = {}
+    exec(source.replace(text, instead), method.__globals__, namespace)
+    setattr(cls, function, namespace[function])
+
+
+def _outcome(data: dict[str, Any]) -> dict[str, Any]:
+    import traceback
+
+    try:
+        return asdict(run_row(Row(**data)))
+    except Exception:
+        return asdict(Outcome(0, [], {}, error=traceback.format_exc()[-4000:]))
+
+
+def _main() -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr
+    import trl.models.activation_offloading  # noqa: F401
+    from transformers import LlamaForCausalLM  # noqa: F401
+
+    import hift_ds.engine.fake_accelerator
+    import hift_ds.engine.initialize
+    import hift_ds.memory.fake_step  # noqa: F401
+
+    rows = json.load(sys.stdin)
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        outcomes = pool.map(_outcome, rows, chunksize=1)
+    print(json.dumps(outcomes), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    _main()

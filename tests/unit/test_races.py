@@ -1,0 +1,95 @@
+"""Right in any order that an accelerator may take: the real engine under the race detector of
+:mod:`tests.helpers.stream_clocks`, and what the detector is worth."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers.race_rows import MUTATIONS, Row, run_rows
+
+DISK = {"residency": "disk", "path": "FOLDER"}
+WEIGHTS_ON_HOST = {"zero_optimization": {"offload_param": {"device": "cpu", "pin_memory": True}}}
+PERSISTENT = {"zero_optimization": {"stage3_param_persistence_threshold": 1000}}
+ALL_GATHERED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
+
+def state(**switches):
+    return {"state": switches}
+
+
+# The configuration, and how often the host may wait for the device within a step.
+ROWS = {
+    "one slot": (Row(), 1),
+    "two slots": (Row(hift=state(slots=2)), 1),
+    "slices": (Row(hift=state(slice_numel=1500)), 1),
+    "codecs, accumulation": (Row(hift=state(codec="split_master+int8_moments"), gas=2), 4),
+    "always active, turns of 3": (Row(hift={"steps_per_group": 3, "always_active": ["norm"]}, steps=13), 1),
+    "prefetch off": (Row(hift=state(prefetch=False)), 5),
+    "update on the host": (Row(hift=state(step_on="host")), 28),
+    "disk": (Row(hift=state(**DISK)), 8),
+    "disk, prefetch off, slices": (Row(hift=state(**DISK, prefetch=False, slice_numel=3000)), 19),
+    "activations on the host": (Row(hift={"activations": {"offload": True}}, gas=2, checkpointing=True), 5),
+    "2 ranks: slices, 2 slots, codecs": (
+        Row(hift=state(slots=2, slice_numel=1500, codec="bf16_moments"), stage=2, world_size=2), 11,
+    ),
+    "2 ranks: update on the host": (Row(hift=state(step_on="host"), stage=2, world_size=2), 38),
+    "stage 3, 2 ranks": (Row(stage=3, world_size=2, more=ALL_GATHERED), 15),
+    "stage 3, 2 ranks, persistent, accumulation": (
+        Row(stage=3, world_size=2, gas=2, more=PERSISTENT, checkpointing=True), 13,
+    ),
+    "stage 3, 2 ranks, weights on the host": (Row(stage=3, world_size=2, more=WEIGHTS_ON_HOST), 33),
+    "stage 3, 1 rank, weights on the host": (Row(stage=3, more=WEIGHTS_ON_HOST), 14),
+}  # fmt: skip
+MORE_ROWS = {
+    "stage 3, 2 ranks, with the timer": (Row(stage=3, world_size=2, timer=True, more=ALL_GATHERED), 15),
+    "disk, codecs": (Row(hift=state(**DISK, slots=2, codec="split_master+int8_moments")), 11),
+    "host, split master and slices": (Row(hift=state(slice_numel=3000, codec="split_master"), steps=30), 10),
+    "2 ranks: Muon": (Row(optimizer="Muon", stage=2, world_size=2), 11),
+    "stage 3: Muon": (Row(optimizer="Muon", stage=3, world_size=2, more=ALL_GATHERED), 15),
+    "activations on the host, chunked loss": (
+        Row(hift={"activations": {"offload": True, "chunked_loss": True}}, gas=2), 5,
+    ),
+}  # fmt: skip
+# What is taken out, and a configuration that needs it.
+NEEDS = {
+    "copies do not wait for the computation": Row(steps=6),
+    "the computation does not wait for copies": Row(steps=6),
+    "copies do not wait for each other": Row(steps=6),
+    "the host's update does not wait for its copies": Row(steps=3, hift=state(step_on="host")),
+    "copies of the disk do not wait for the computation": Row(steps=6, hift=state(**DISK, prefetch=False)),
+    "threads do not wait for the computation": Row(steps=6, hift=state(**DISK)),
+    "gathers do not wait for updates": Row(steps=9, stage=3, world_size=2, more=ALL_GATHERED),
+    "gathered weights are given back early": Row(steps=9, stage=3, world_size=2, more=ALL_GATHERED),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    rows = {**{name: row for name, (row, _) in ROWS.items()}, **{m: with_mutation(m) for m in MUTATIONS}}
+    return dict(zip(rows, run_rows(list(rows.values())), strict=True))
+
+
+def with_mutation(name):
+    return Row(**{**NEEDS[name].__dict__, "mutation": name})
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_no_two_accesses_without_an_order(outcomes, name):
+    assert outcomes[name].hazards == 0, outcomes[name].shown
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_how_often_the_host_waits_in_a_step(outcomes, name):
+    assert outcomes[name].num_syncs <= ROWS[name][1], outcomes[name].syncs
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_detector_finds_what_is_taken_out(outcomes, name):
+    assert outcomes[name].hazards > 0
+
+
+@pytest.mark.slow
+def test_more_configurations():
+    found = dict(zip(MORE_ROWS, run_rows([row for row, _ in MORE_ROWS.values()]), strict=True))
+    assert not {name: o.shown for name, o in found.items() if o.hazards}
+    assert not {name: o.syncs for name, o in found.items() if o.num_syncs > MORE_ROWS[name][1]}
