@@ -36,14 +36,14 @@ test-gpu: setup
 	$(PY) -m pytest -q -m gpu tests/gpu
 
 demo: setup
-	$(PY) -m hift_ds.demo
+	$(PY) -m examples.demo
 
 demo-short: setup
-	$(PY) -m hift_ds.demo --short
+	$(PY) -m examples.demo --short
 
 lint: setup
-	$(PY) -m ruff check hift_ds launch model_zoo tests benchmarks
-	$(PY) -m ruff format --check hift_ds launch model_zoo tests benchmarks
+	$(PY) -m ruff check hift_ds launch model_zoo tests benchmarks examples
+	$(PY) -m ruff format --check hift_ds launch model_zoo tests benchmarks examples
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

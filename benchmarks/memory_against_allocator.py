@@ -5,7 +5,7 @@
 Each setting trains one layer group twice in a process of its own, with random weights; torch's profiler records
 every allocation from the building of the engine on, and the highest sum within the two steps is the measure. On a CPU
 the states at rest share the memory that is measured, so their bytes are taken off. Beside it stands what
-``hift_ds.memory.simulation`` counts for the same setting on a device that has no memory.
+``hift_ds.forecast.setting`` counts for the same setting on a device that has no memory.
 
 Writes benchmarks/results/memory_against_allocator.md (``--out``).
 """
@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hift_ds.memory.simulation import GroupStep, Setting, simulate  # noqa: E402
+from hift_ds.forecast.setting import GroupStep, Setting, simulate  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "memory_against_allocator.md"
 MIB = 2**20
@@ -124,7 +124,7 @@ def compare(cases: dict[str, Case], shape: dict[str, int]) -> list[Row]:
     Raises:
         SystemExit: there is an accelerator: ``hift-ds estimate --probe`` and tests/gpu compare on one.
     """
-    from hift_ds.memory.probe import measure
+    from hift_ds.cli.probe import measure
 
     rows = []
     with model_folder(**shape) as folder:

@@ -21,10 +21,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hift_ds.memory.estimate_input import with_switch  # noqa: E402
-from hift_ds.memory.estimate_table import SWITCH_NAMES  # noqa: E402
-from hift_ds.memory.forecast import GIB, Request, Steps, read_structure, run_requests, worst_step  # noqa: E402
-from hift_ds.memory.simulation import GroupStep, Setting  # noqa: E402
+from hift_ds.cli.estimate_table import SWITCH_NAMES  # noqa: E402
+from hift_ds.forecast.setting import (  # noqa: E402
+    GroupStep,
+    Setting,
+    with_switch,  # noqa: E402
+)
+from hift_ds.forecast.steps import GIB, Request, Steps, read_structure, run_requests, worst_step  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "memory_goals.md"
 TITLES = {"llama2_7b": "LLaMA-2-7B", "llama3_8b": "Llama-3-8B"}

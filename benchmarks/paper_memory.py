@@ -3,7 +3,7 @@
     python benchmarks/paper_memory.py              the six models of the paper
     python benchmarks/paper_memory.py --quick      two of them, three optimizers
 
-The real engine takes real steps on a device that has no memory (hift_ds/memory/simulation.py), with 3 and 4 blocks of
+The real engine takes real steps on a device that has no memory (hift_ds/forecast/setting.py), with 3 and 4 blocks of
 each model; memory is linear in the number of blocks. No weights, no network, no GPU.
 
 Writes docs/paper_memory.md and docs/paper_memory.png (``--out``, ``--plot``).
@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import model_zoo  # noqa: E402
-from hift_ds.memory.forecast import FewBlocks, Request, Slope, Steps, Structure, read_structure, worst_step  # noqa: E402
-from hift_ds.memory.simulation import Bytes, GroupStep, Result, Setting, simulate  # noqa: E402
+from hift_ds.forecast.setting import Bytes, GroupStep, Result, Setting, simulate  # noqa: E402
+from hift_ds.forecast.steps import FewBlocks, Request, Slope, Steps, Structure, read_structure, worst_step  # noqa: E402
 
 GIB, MIB = 1 << 30, 1 << 20
 BATCH, LENGTH = 8, 512

@@ -88,14 +88,14 @@ def model_config(name: str) -> Any:
 
 def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """By name, tied weights once."""
-    from hift_ds.model_structure import build_on_meta
+    from hift_ds.hf.model_structure import build_on_meta
 
     return {name: tuple(param.shape) for name, param in build_on_meta(config).named_parameters()}
 
 
 def what_is_missing(args: argparse.Namespace, shapes: dict[str, tuple[int, ...]]) -> list[str]:
     """One line for memory and one for the disk, if there is too little."""
-    from hift_ds.store.room import disk_bytes_free, host_bytes
+    from hift_ds.store.machine import disk_bytes_free, host_bytes
 
     numel = sum(numel_of(shape) for shape in shapes.values())
     largest = max(group_numels(shapes))
@@ -174,7 +174,7 @@ def train(args: argparse.Namespace, scratch: Path, memory: MemoryWatch) -> dict[
     import torch
 
     import hift_ds
-    from hift_ds.checkpoint.safetensors_io import load_pretrained
+    from hift_ds.hf.safetensors_folder import load_pretrained
 
     model = load_pretrained(scratch / "model")
     state = {"residency": "disk", "path": str(scratch / "states"), "slots": args.slots, "codec": args.codec}
@@ -283,7 +283,7 @@ class MemoryWatch:
 def report(args: argparse.Namespace, result: dict[str, Any], memory: MemoryWatch) -> str:
     import torch
 
-    from hift_ds.store.room import host_bytes
+    from hift_ds.store.machine import host_bytes
 
     lines = [
         "# Full-parameter steps of a 7B model on a small machine"

@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hift_ds.memory.simulation import Result, Setting, simulate  # noqa: E402
+from hift_ds.forecast.setting import Result, Setting, simulate  # noqa: E402
 
 OUT = ROOT / "docs" / "zero3_memory.md"
 GIB = 1 << 30
@@ -103,7 +103,7 @@ def setting(model: Model, mode: str, ranks: int, num_blocks: int | None) -> Sett
 def extended(small: Result, large: Result, num_blocks: int) -> Peak:
     """Of a model with ``num_blocks`` blocks: each place on a line, then the highest.
 
-    Totals, and the blocks between too, where ZeRO-3's prefetch can peak: hift_ds.memory.extrapolation, category by
+    Totals, and the blocks between too, where ZeRO-3's prefetch can peak: hift_ds.forecast.extrapolation, category by
     category and without them, was 0.4 GiB too low and 6.5 GiB too high for partitioned weights on two ranks.
     """
     found = []

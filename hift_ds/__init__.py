@@ -12,13 +12,13 @@ from hift_ds.version import __version__
 
 _LAZY = {
     "initialize": "hift_ds.engine.initialize",
-    "load_partitioned": "hift_ds.engine.partitioned_loading",
+    "load_partitioned": "hift_ds.engine.zero3.load",
     "HiFTEngine": "hift_ds.engine.engine",
     "HiFTConfig": "hift_ds.config",
     "HiFTTrainer": "hift_ds.integrations.transformers",
     "HiFTMixin": "hift_ds.integrations.transformers",
-    "LayerGroup": "hift_ds.grouping",
-    "partition_model": "hift_ds.grouping",
+    "LayerGroup": "hift_ds.layers.grouping",
+    "partition_model": "hift_ds.layers.grouping",
     "HiFTError": "hift_ds.errors",
     "ConfigError": "hift_ds.errors",
 }

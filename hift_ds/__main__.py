@@ -2,6 +2,6 @@
 
 import sys
 
-from hift_ds.cli import main
+from hift_ds.cli.main import main
 
 sys.exit(main())

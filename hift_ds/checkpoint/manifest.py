@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hift_ds.checkpoint.durable_files import FileRecord, as_json, record_of, write_json
+from hift_ds.checkpoint.files import FileRecord, as_json, record_of, write_json
 from hift_ds.errors import CheckpointError
 from hift_ds.version import __version__
 

@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hift_ds.checkpoint.durable_files import PADDING
+from hift_ds.checkpoint.files import PADDING
 from hift_ds.checkpoint.json_state import decode
-from hift_ds.checkpoint.training_state import SavedStates
+from hift_ds.checkpoint.state_files import SavedStates
 from hift_ds.checkpoint.writer import (
     CHECKPOINT_FILE,
     CLIENT_STATE_FILE,
@@ -24,7 +24,7 @@ from hift_ds.checkpoint.writer import (
     states_file,
 )
 from hift_ds.errors import CheckpointError
-from hift_ds.grouping import LayerGroup
+from hift_ds.layers.grouping import LayerGroup
 from hift_ds.store.base import MASTER
 
 

@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from hift_ds.checkpoint.durable_files import record_of, replace_text, sync_folder
+from hift_ds.checkpoint.files import record_of, replace_text, sync_folder
 from hift_ds.checkpoint.manifest import LATEST
 
 SEAL = "trainer_files.json"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hift_ds.checkpoint.durable_files import (
+from hift_ds.checkpoint.files import (
     FileRecord,
     SafetensorsWriter,
     TensorSpec,
@@ -18,8 +18,8 @@ from hift_ds.checkpoint.durable_files import (
     write_errors,
     write_json,
 )
-from hift_ds.checkpoint.snapshot import STATES, WEIGHTS, Snapshot
-from hift_ds.checkpoint.staging import Staging
+from hift_ds.checkpoint.shared_folder import Staging
+from hift_ds.checkpoint.write_plan import STATES, WEIGHTS, Snapshot
 from hift_ds.errors import CheckpointError
 
 WEIGHTS_FILE = "model.safetensors"

@@ -1,8 +1,8 @@
 """``save_checkpoint`` and ``load_checkpoint``: DeepSpeed's calls and folder habits, our own files.
 
 docs/checkpoints.md describes the format and the promises. Reading order: ``engine/saving.py`` and
-``engine/loading.py`` (who does what, and that all ranks agree), ``checkpoint/snapshot.py`` (what is written),
-``checkpoint/training_state.py`` (states by parameter name), ``checkpoint/staging.py`` and
+``engine/loading.py`` (who does what, and that all ranks agree), ``checkpoint/write_plan.py`` (what is written),
+``checkpoint/state_files.py`` (states by parameter name), ``checkpoint/shared_folder.py`` and
 ``checkpoint/manifest.py`` (whole or not there).
 """
 

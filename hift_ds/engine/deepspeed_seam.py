@@ -26,8 +26,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
 from hift_ds.collectives import Ranks, all_gather_shards, plan_buckets, shard_bounds
-from hift_ds.engine.deepspeed_zero3_seam import WeightShards
-from hift_ds.engine.deepspeed_zero3_shards import as_if_parked_on_host, num_shards, weights_folder
+from hift_ds.engine.zero3.seam import WeightShards
+from hift_ds.engine.zero3.shards import as_if_parked_on_host, num_shards, weights_folder
 from hift_ds.errors import ConfigError
 from hift_ds.optim.group_optimizer import GroupOptimizer
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hift_ds import collectives
+from hift_ds.activations.switches import ActivationSavings
 from hift_ds.config import BLOCK, HiFTConfig, check_against_deepspeed, parse_block
 from hift_ds.engine.checkpointing import Checkpointing
 from hift_ds.engine.deepspeed_seam import (
@@ -27,19 +28,18 @@ from hift_ds.engine.deepspeed_seam import (
     take_peak_bytes,
     world_rank_and_size,
 )
-from hift_ds.engine.exact_values import exact_values
 from hift_ds.engine.memory_reports import MemoryReports
-from hift_ds.engine.partitioned import PartitionedParameters
 from hift_ds.engine.state_arithmetic import gather_state_arithmetic
+from hift_ds.engine.zero3.exact_values import exact_values
+from hift_ds.engine.zero3.parameters import PartitionedParameters
 from hift_ds.errors import HiFTError
-from hift_ds.grouping import LayerGroup, Partition, partition_model
+from hift_ds.layers.grouping import LayerGroup, Partition, partition_model
 from hift_ds.lr import CycleLR
-from hift_ds.memory.out_of_memory import explains_out_of_memory, says_when_no_room
-from hift_ds.memory.savings import ActivationSavings
 from hift_ds.optim.build import build_optimizer, is_elementwise
 from hift_ds.optim.group_optimizer import ALWAYS
 from hift_ds.optim.parameters import DEFAULT_BUCKET_NUMEL, ReplicatedParameters
 from hift_ds.optim.trainable_flags import TrainableFlags, containers_of
+from hift_ds.out_of_memory import explains_out_of_memory, says_when_no_room
 from hift_ds.precision import LossScaler, PrecisionPolicy
 from hift_ds.schedule import GroupSchedule
 from hift_ds.step_report import StepReport
@@ -313,6 +313,7 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         if self._ended:
             return self.module(*inputs, **kwargs)
         self._enter()
+        self.note_shape([*inputs, *kwargs.values()])
         active = [unit.index for unit in self.optimizer.active_units]
         try:
             with self.savings.during_forward(active), self.optimizer.parameters.saved_by_reference():

@@ -23,8 +23,7 @@ from hift_ds.checkpoint.saved_checkpoint import (
     groups_now,
     option_differences,
 )
-from hift_ds.checkpoint.snapshot import saved_tensors, shape_of
-from hift_ds.checkpoint.training_state import (
+from hift_ds.checkpoint.state_files import (
     check_reachable,
     class_name,
     options_of,
@@ -32,6 +31,7 @@ from hift_ds.checkpoint.training_state import (
     restore_extras,
     restore_states,
 )
+from hift_ds.checkpoint.write_plan import saved_tensors, shape_of
 from hift_ds.engine.rank_agreement import gather, on_all_ranks
 from hift_ds.errors import CheckpointError
 from hift_ds.schedule import Cursor

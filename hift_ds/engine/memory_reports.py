@@ -6,10 +6,12 @@ import functools
 import tempfile
 from typing import Any
 
+from torch import Tensor
+
 from hift_ds.engine.deepspeed_seam import device_bytes
-from hift_ds.memory.background_forecast import BackgroundForecast
-from hift_ds.memory.out_of_memory import Adviser
-from hift_ds.memory.simulation import Setting
+from hift_ds.forecast.advice import Adviser
+from hift_ds.forecast.background import BackgroundForecast
+from hift_ds.forecast.setting import Setting
 
 # Keys of the DeepSpeed config that decide what is allocated.
 CONFIG_KEYS = (
@@ -39,6 +41,13 @@ class MemoryReports:
     @functools.cached_property
     def adviser(self) -> Adviser:
         return Adviser()
+
+    def note_shape(self, inputs: list[Any]) -> None:
+        """Remember how large this batch of token ids is, for the forecast that an out-of-memory error asks for."""
+        for value in inputs:
+            if isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point():
+                self.last_shape = (value.shape[0], value.shape[1])
+                return
 
     def start_forecast(self, batch: int, length: int) -> None:
         """From here on, ``last_report.forecast_bytes`` says what the step's peak was expected to be, once that is known

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from hift_ds.errors import CheckpointError
-from hift_ds.memory.out_of_memory import full_device
+from hift_ds.out_of_memory import full_device
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")

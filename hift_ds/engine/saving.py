@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from hift_ds.checkpoint import manifest as manifests
 from hift_ds.checkpoint.background_save import BackgroundSave
-from hift_ds.checkpoint.durable_files import write_errors
+from hift_ds.checkpoint.files import write_errors
 from hift_ds.checkpoint.json_state import encode, split_encodable
 from hift_ds.checkpoint.random_state import random_state
-from hift_ds.checkpoint.snapshot import Snapshot, saved_tensors, shape_of
-from hift_ds.checkpoint.staging import VISIBLE_AFTER_S, Staging
-from hift_ds.checkpoint.training_state import class_name, extras_by_unit, options_of, scalars_by_parameter
+from hift_ds.checkpoint.shared_folder import VISIBLE_AFTER_S, Staging
+from hift_ds.checkpoint.state_files import class_name, extras_by_unit, options_of, scalars_by_parameter
+from hift_ds.checkpoint.write_plan import Snapshot, saved_tensors, shape_of
 from hift_ds.checkpoint.writer import CheckpointWriter
 from hift_ds.engine.rank_agreement import gather, on_all_ranks
 from hift_ds.errors import CheckpointError

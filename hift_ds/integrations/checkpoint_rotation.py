@@ -11,9 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hift_ds.checkpoint.durable_files import is_temporary, remove_folder
+from hift_ds.checkpoint.files import is_temporary, remove_folder
 from hift_ds.checkpoint.sealed_folder import seal_folder
-from hift_ds.train.resume import why_unusable
+from hift_ds.checkpoint.trainer_folder import why_unusable
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 

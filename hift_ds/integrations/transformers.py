@@ -23,14 +23,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from hift_ds.config import BLOCK, check_against_deepspeed, parse_block
-from hift_ds.engine.deepspeed_zero3_shards import is_partitioned
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.engine.initialize import ensure_process_group, hift_engines, join_as_single_process
-from hift_ds.engine.partitioned_export import export_partitioned
+from hift_ds.engine.zero3.export import export_partitioned
+from hift_ds.engine.zero3.shards import is_partitioned
 from hift_ds.errors import ConfigError, OutOfMemory
+from hift_ds.forecast.advice import Adviser
 from hift_ds.integrations.checkpoint_rotation import WholeCheckpointsStay
 from hift_ds.integrations.finished_run import StopsWhenDone
-from hift_ds.memory.out_of_memory import Adviser, explains_evaluation
+from hift_ds.out_of_memory import explains_evaluation
 
 logger = logging.getLogger(__name__)
 

@@ -79,8 +79,8 @@ def record_movement(
     Raises:
         CheckpointError: a folder is damaged, or the two are of different models.
     """
-    from hift_ds.checkpoint.safetensors_io import weight_distances
-    from hift_ds.checkpoint.weight_names import skeleton
+    from hift_ds.hf.safetensors_folder import weight_distances
+    from hift_ds.hf.weight_names import skeleton
 
     groups = read_groups(run_dir)
     if groups:

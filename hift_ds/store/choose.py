@@ -15,7 +15,7 @@ from hift_ds.store.device import DeviceStateStore
 from hift_ds.store.disk import DiskStateStore
 from hift_ds.store.encoded import EncodedStateStore
 from hift_ds.store.host import HostStateStore
-from hift_ds.store.room import HostBytes, disk_bytes_free, host_bytes, processes_on_node
+from hift_ds.store.machine import HostBytes, disk_bytes_free, host_bytes, processes_on_node
 
 logger = logging.getLogger(__name__)
 

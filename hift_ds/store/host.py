@@ -14,9 +14,9 @@ from torch import Tensor
 from hift_ds.errors import StateStoreError
 from hift_ds.store.arithmetic import Link, measure_link
 from hift_ds.store.base import StateStore
+from hift_ds.store.machine import host_bytes, processes_on_node
 from hift_ds.store.movers import InlineMover, StreamMover, ThreadMover, streams_of
 from hift_ds.store.parked import ParkedStateStore
-from hift_ds.store.room import host_bytes, processes_on_node
 
 # torch rounds page-locked allocations up to a power of two: large ones are cut from slabs of one.
 SLAB_BYTES = 1 << 28

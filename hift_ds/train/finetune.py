@@ -18,29 +18,29 @@ import torch
 import yaml
 from transformers import TrainerCallback, TrainingArguments
 
-from hift_ds.checkpoint.durable_files import replace_text
-from hift_ds.checkpoint.export import export_model
+from hift_ds.checkpoint.files import replace_text
 from hift_ds.checkpoint.manifest import latest_tag
-from hift_ds.checkpoint.safetensors_io import load_pretrained, tensor_dtypes
 from hift_ds.checkpoint.saved_checkpoint import SavedCheckpoint
-from hift_ds.checkpoint.weight_names import skeleton
+from hift_ds.checkpoint.trainer_folder import find_checkpoints
 from hift_ds.data.packing import packed_samples_are_isolated
 from hift_ds.data.prepare import PreparedData, prepare_data
 from hift_ds.data.tokenizers import load_tokenizer
 from hift_ds.engine.initialize import ensure_process_group
-from hift_ds.engine.partitioned_loading import load_partitioned
+from hift_ds.engine.zero3.load import load_partitioned
 from hift_ds.errors import CheckpointError, ConfigError
-from hift_ds.grouping import partition_model
-from hift_ds.memory.out_of_memory import no_traceback_when_full
-from hift_ds.model_structure import build_on_meta, read_config
+from hift_ds.hf.export import export_model
+from hift_ds.hf.model_structure import build_on_meta, read_config
+from hift_ds.hf.safetensors_folder import load_pretrained, tensor_dtypes
+from hift_ds.hf.weight_names import skeleton
+from hift_ds.layers.grouping import partition_model
+from hift_ds.out_of_memory import no_traceback_when_full
 from hift_ds.report.groups import record_movement
 from hift_ds.report.plots import plot_run
-from hift_ds.train.arguments import hift_block
 from hift_ds.train.preflight import CheckedRun, check_run
 from hift_ds.train.ranks import gather, on_all_ranks, rank_and_world_size
-from hift_ds.train.resume import find_checkpoints
 from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig
 from hift_ds.train.run_folder_lock import RunFolderLock
+from hift_ds.train.settings import hift_block
 from hift_ds.train.spread_masters import gathered_weights
 from hift_ds.train.trainer import build_trainer, make_arguments, zero_stage
 from hift_ds.train.watchdog import lost_rank_error

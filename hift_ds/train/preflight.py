@@ -10,7 +10,9 @@ from typing import Any
 from hift_ds.data.sources import check_source
 from hift_ds.data.tokenizers import check_tokenizer_folder
 from hift_ds.errors import ConfigError
-from hift_ds.train.arguments import (
+from hift_ds.hf.model_folder import Dtype, ModelFolder, check_model_folder, resolve_model
+from hift_ds.train.run_config import RunConfig
+from hift_ds.train.settings import (
     BatchSizes,
     check_batch_sizes,
     deepspeed_config,
@@ -18,8 +20,6 @@ from hift_ds.train.arguments import (
     resolve_max_length,
     training_arguments,
 )
-from hift_ds.train.model_input import Dtype, ModelFolder, check_model_folder, resolve_model
-from hift_ds.train.run_config import RunConfig
 
 
 @dataclass(frozen=True)

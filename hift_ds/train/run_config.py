@@ -160,7 +160,7 @@ class ExportConfig(Section):
     @field_validator("max_shard_size")
     @classmethod
     def _a_size(cls, value: str) -> str:
-        from hift_ds.checkpoint.export import parse_size
+        from hift_ds.hf.export import parse_size
 
         parse_size(value)
         return value

@@ -79,7 +79,7 @@ def end_of(engine, losses: list[float]) -> End:
 
 def states_of(engine) -> dict[str, Tensor]:
     """This rank's masters and states by name, cloned."""
-    from hift_ds.checkpoint.training_state import read_chunk, states_of_chunk
+    from hift_ds.checkpoint.state_files import read_chunk, states_of_chunk
 
     found = {}
     for unit in engine.optimizer.units.values():

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hift_ds.checkpoint import durable_files, staging
+from hift_ds.checkpoint import files as durable_files
+from hift_ds.checkpoint import shared_folder as staging
 from hift_ds.checkpoint.manifest import MANIFEST
 from hift_ds.errors import CheckpointError
 from tests.checkpoint.runs import Case, advance, states_of, whole_weights

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import model_zoo.tiny as tiny
-from hift_ds.cli import main
+from hift_ds.cli.main import main
 from tests.helpers.engines import ds_config, make_engine
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hift_ds.checkpoint import durable_files
+from hift_ds.checkpoint import files as durable_files
 from tests.checkpoint.runs import Case, advance, states_of, whole_weights
 from tests.helpers.engines import ds_config
 

@@ -18,8 +18,8 @@ import torch
 from deepspeed import comm as deepspeed_comm
 from torch import Tensor, nn
 
-from hift_ds.engine import deepspeed_zero3_seam
-from hift_ds.engine.deepspeed_zero3_seam import WeightShards
+from hift_ds.engine.zero3 import seam as deepspeed_zero3_seam
+from hift_ds.engine.zero3.seam import WeightShards
 from model_zoo import tiny
 from tests.helpers.distributed import run_distributed
 from tests.helpers.engines import ds_config, make_engine, train_step

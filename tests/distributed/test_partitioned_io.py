@@ -14,8 +14,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import hift_ds
-from hift_ds.engine.deepspeed_zero3_shards import is_partitioned, whole_of
-from hift_ds.engine.partitioned_export import export_partitioned
+from hift_ds.engine.zero3.export import export_partitioned
+from hift_ds.engine.zero3.shards import is_partitioned, whole_of
 from hift_ds.errors import CheckpointError, ConfigError
 from model_zoo import tiny
 from tests.helpers.distributed import run_distributed

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 import model_zoo
-from hift_ds.engine.deepspeed_zero3_shards import is_partitioned, whole_of
+from hift_ds.engine.zero3.shards import is_partitioned, whole_of
 from hift_ds.errors import ConfigError
 from hift_ds.integrations.transformers import HiFTMixin, HiFTTrainer
 from tests.helpers.distributed import run_distributed

@@ -3,8 +3,8 @@
 import pytest
 
 import model_zoo
+from hift_ds.activations import chunked_loss
 from hift_ds.errors import ConfigError
-from hift_ds.memory import chunked_loss
 from tests.helpers.distributed import run_distributed
 from tests.helpers.engines import ds_config, make_engine
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from hift_ds.engine.deepspeed_zero3_shards import is_partitioned, whole_of
+from hift_ds.engine.zero3.shards import is_partitioned, whole_of
 from hift_ds.reference import ReferenceHiFT
 from model_zoo import tiny
 from tests.helpers.distributed import run_distributed

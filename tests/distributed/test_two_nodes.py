@@ -20,9 +20,9 @@ import yaml
 from safetensors.torch import load_file
 
 import model_zoo
+from hift_ds.cli.export import export_checkpoint
 from hift_ds.errors import CheckpointError
-from hift_ds.grouping import partition_model
-from hift_ds.train.export_command import export_checkpoint
+from hift_ds.layers.grouping import partition_model
 from hift_ds.train.ranks import free_port
 from tests.helpers.tiny_tokenizers import byte_level
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.memory_against_allocator import EMBEDDING, HEAD, LOWEST, M106, case, model_folder
-from hift_ds.memory.probe import probe
+from hift_ds.cli.probe import probe
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 import model_zoo
-from hift_ds.arch import find_arch
+from hift_ds.activations import chunked_loss
+from hift_ds.activations import switches as savings
+from hift_ds.activations.chunked_loss import DeferredLogits, LinearCrossEntropy
+from hift_ds.activations.switches import ActivationSavings
 from hift_ds.config import ActivationsConfig
 from hift_ds.errors import ConfigError
-from hift_ds.grouping import partition_model
-from hift_ds.memory import chunked_loss, savings
-from hift_ds.memory.chunked_loss import DeferredLogits, LinearCrossEntropy
-from hift_ds.memory.savings import ActivationSavings
-from hift_ds.memory.tracker import MemoryTracker, Watch
+from hift_ds.layers.arch import find_arch
+from hift_ds.layers.grouping import partition_model
 from hift_ds.optim import group_optimizer
+from hift_ds.simulation.tracker import MemoryTracker, Watch
 from tests.helpers.engines import ds_config, largest_difference, make_engine
 from tests.numerics.test_engine_one_rank import adamw, compare
 

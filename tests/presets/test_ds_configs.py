@@ -11,7 +11,7 @@ import torch
 
 import model_zoo
 from hift_ds.config import check_against_deepspeed, parse_block
-from hift_ds.engine.deepspeed_zero3_shards import is_partitioned, whole_of
+from hift_ds.engine.zero3.shards import is_partitioned, whole_of
 from hift_ds.integrations.transformers import HiFTTrainer
 from tests.helpers.trainer import arguments, ragged_dataset
 

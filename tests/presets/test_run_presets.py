@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 import model_zoo
-from hift_ds.grouping import partition_model
-from hift_ds.model_structure import build_on_meta
-from hift_ds.train.arguments import (
+from hift_ds.hf.model_structure import build_on_meta
+from hift_ds.layers.grouping import partition_model
+from hift_ds.train.run_config import load_run_config
+from hift_ds.train.settings import (
     check_batch_sizes,
     hift_block,
     read_deepspeed,
     resolve_dtype,
     training_arguments,
 )
-from hift_ds.train.run_config import load_run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "model_zoo" / "presets").glob("*.yaml"))

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 import model_zoo
-from hift_ds.arch import ArchSpec, check_arch, find_arch
 from hift_ds.errors import GroupingError
-from hift_ds.grouping import partition_model
+from hift_ds.layers.arch import ArchSpec, check_arch, find_arch
+from hift_ds.layers.grouping import partition_model
 from tests.helpers.execution_order import parameters_by_first_use, watch_graph
 
 ZOO = [(family.name, head) for family in model_zoo.FAMILIES.values() for head in family.heads]

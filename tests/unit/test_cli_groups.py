@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import model_zoo
-from hift_ds.cli import main
-from hift_ds.grouping import partition_model
+from hift_ds.cli.main import main
+from hift_ds.layers.grouping import partition_model
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def assert_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture
 
 def test_help_costs_no_torch() -> None:
     """The list of commands appears at once: what a command needs is imported when it runs."""
-    script = "import sys; from hift_ds.cli import main; print(main(['--help']), 'torch' in sys.modules)"
+    script = "import sys; from hift_ds.cli.main import main; print(main(['--help']), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "groups" in done.stdout and done.stdout.endswith("0 False\n")
 

@@ -4,7 +4,7 @@ import json
 import pytest
 from rich.console import Console
 
-from hift_ds import cli
+from hift_ds.cli import main as cli
 from hift_ds.data.config import DataConfig
 from hift_ds.data.preview import BEGIN, END, marked, show_samples
 from tests.helpers.tiny_tokenizers import LLAMA_LIKE, byte_level, sentencepiece_folder

@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hift_ds.demo import compare, fetch_model, stdlib_qa
-from hift_ds.demo.compare import Evaluation, Pair
-from hift_ds.demo.stdlib_qa import Entry
+from examples.demo import compare, fetch_model, stdlib_qa
+from examples.demo.compare import Evaluation, Pair
+from examples.demo.stdlib_qa import Entry
 from hift_ds.errors import DataError
 from model_zoo import tiny
 from tests.helpers import tiny_tokenizers
@@ -83,7 +83,7 @@ def test_pairs_read_like_questions_and_answers(built):
 
 def test_the_same_files_in_another_process_and_nothing_odd_was_imported(built, tmp_path):
     code = (
-        "import sys; from hift_ds.demo.stdlib_qa import build; build(sys.argv[1]);"
+        "import sys; from examples.demo.stdlib_qa import build; build(sys.argv[1]);"
         "odd = {'this', 'antigravity', 'turtle', 'tkinter', 'webbrowser', 'torch'} & set(sys.modules);"
         "assert not odd, odd"
     )

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from hift_ds import cli
+from hift_ds.cli import main as cli
 from hift_ds.version import __version__
 
 

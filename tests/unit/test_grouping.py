@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import model_zoo
-from hift_ds.arch import ArchSpec
 from hift_ds.errors import ConfigError, GroupingError
-from hift_ds.grouping import Partition, describe, partition_model
+from hift_ds.layers.arch import ArchSpec
+from hift_ds.layers.grouping import Partition, describe, partition_model
 from tests.helpers.toy import Toy
 
 NUM_BLOCKS = {"t5": 5, ("t5", "token_classification"): 3}  # the latter without a decoder; 3 everywhere else

@@ -18,9 +18,10 @@ import torch
 import yaml
 
 import model_zoo
-from hift_ds.checkpoint.safetensors_io import tensor_dtypes
+from hift_ds.cli import train as command
+from hift_ds.hf.safetensors_folder import tensor_dtypes
 from hift_ds.report.metrics import read_metrics
-from hift_ds.train import command, worker
+from hift_ds.train import worker
 from hift_ds.train.finetune import finetune
 from hift_ds.train.ranks import free_port
 from hift_ds.train.run_config import load_run_config
@@ -155,7 +156,7 @@ def test_signals_reach_the_workers_which_save_and_leave_none_behind(inputs, tmp_
     out = tmp_path / "run"
     file = write_run(inputs, out, train__max_steps=100_000, train__eval_steps=None, train__save_steps=None)
     starter = subprocess.Popen(
-        [sys.executable, "-m", "hift_ds.cli", "train", str(file), "--num-procs", "2"],
+        [sys.executable, "-m", "hift_ds.cli.main", "train", str(file), "--num-procs", "2"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
     )  # fmt: skip
     workers: list[Any] = []
@@ -336,7 +337,7 @@ def test_all_labels_masked_and_empty_data(inputs, tmp_path, capsys):
 
 
 def test_train_command_counts_and_refuses(inputs, tmp_path, monkeypatch):
-    from hift_ds.cli import main
+    from hift_ds.cli.main import main
     from hift_ds.errors import ConfigError
 
     started: list[Any] = []
@@ -344,7 +345,9 @@ def test_train_command_counts_and_refuses(inputs, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # the command sets it; monkeypatch takes it back
     monkeypatch.setattr(
-        command, "_launch", lambda devices, port, arguments, on_cpu, output_dir: started.append((devices, arguments)) or 0
+        command,
+        "_launch",
+        lambda devices, port, arguments, on_cpu, output_dir: started.append((devices, arguments)) or 0,
     )
     monkeypatch.setattr(command, "_run_here", lambda arguments: started.append(arguments) or 0)
     file = str(write_run(inputs, tmp_path / "run"))

@@ -9,10 +9,9 @@ import json
 import pytest
 
 import model_zoo
-from hift_ds.cli import main
-from hift_ds.memory import estimate as estimate_module
-from hift_ds.memory.estimate_input import is_on, with_switch
-from hift_ds.memory.simulation import Setting
+from hift_ds.cli import estimate as estimate_module
+from hift_ds.cli.main import main
+from hift_ds.forecast.setting import Setting, is_on, with_switch
 
 KEYS = {"peak_gib", "phases", "categories", "worst_group", "host_gib", "disk_gib", "flops_ratio_full", "fits"}
 SMALL = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -107,8 +106,8 @@ def test_flags_and_tables(folder, figures, monkeypatch, capsys):
 
 def test_the_largest_batch_really_fits_and_the_next_does_not():
     """Arithmetic of cards, on steps that are made up."""
-    from hift_ds.memory.forecast import Slope
-    from hift_ds.memory.simulation import GroupStep
+    from hift_ds.forecast.setting import GroupStep
+    from hift_ds.forecast.steps import Slope
 
     class Line:
         def __init__(self, batch):
@@ -170,7 +169,7 @@ def test_switches_on_and_off():
 
 def test_partitioned_weights_are_stepped_whole_and_with_prefetching():
     """Prefetching holds weights of several blocks: few blocks do not tell of many."""
-    from hift_ds.memory.forecast import Request, Structure
+    from hift_ds.forecast.steps import Request, Structure
 
     structure = Structure(tuple("abcdefghijklmnopqrst"), (1,) * 20, 18, True, None, 1)
     few, whole = (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hift_ds.memory.fake_tensors import FakeTensors
+from hift_ds.simulation.tensors import FakeTensors
 
 
 def tensors(offset: int = 0):
@@ -91,7 +91,7 @@ def test_values_from_the_host_go_to_the_device_without_being_computed_with():
     """The device has no kernels. In a process of its own, since it changes the process."""
     code = """
 import torch
-from hift_ds.memory.fake_device import fake_device
+from hift_ds.simulation.device import fake_device
 with fake_device() as device:
     x = torch.empty(3, 4, 5, device=device)
     assert x[:, [2]].shape == (3, 1, 5) and x[..., torch.tensor([0, 1])].shape == (3, 4, 2)

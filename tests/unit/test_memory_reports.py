@@ -13,10 +13,10 @@ from transformers import TrainerControl, TrainerState
 import model_zoo
 from hift_ds.engine import memory_reports
 from hift_ds.errors import CheckpointError, HiFTError, OutOfMemory
-from hift_ds.memory import out_of_memory
-from hift_ds.memory.forecast import Slope
-from hift_ds.memory.out_of_memory import Advice
-from hift_ds.memory.simulation import GroupStep, Setting
+from hift_ds.forecast import advice as out_of_memory
+from hift_ds.forecast.advice import Advice
+from hift_ds.forecast.setting import GroupStep, Setting
+from hift_ds.forecast.steps import Slope
 from hift_ds.report.callback import ReportCallback
 from hift_ds.report.metrics import read_metrics
 from hift_ds.report.progress import SilentProgress

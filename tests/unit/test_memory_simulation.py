@@ -10,11 +10,11 @@ import pytest
 
 import model_zoo
 from benchmarks.memory_against_allocator import CASES, M106, compare, model_folder
+from hift_ds.cli.probe import probe
 from hift_ds.errors import ConfigError
-from hift_ds.memory.extrapolation import BlockModel
-from hift_ds.memory.forecast import Request, read_structure
-from hift_ds.memory.probe import probe
-from hift_ds.memory.simulation import Setting, SimulationError, simulate
+from hift_ds.forecast.extrapolation import BlockModel
+from hift_ds.forecast.setting import Setting, SimulationError, simulate
+from hift_ds.forecast.steps import Request, read_structure
 
 ALL = {"checkpointing": True, "chunked_loss": True, "offload": True}
 SLICES = {"slice_numel": 1 << 24}

@@ -2,7 +2,7 @@
 
 import torch
 
-from hift_ds.memory.tracker import ACTIVATIONS, TEMPORARIES, WEIGHTS, MemoryTracker, Timeline, Watch
+from hift_ds.simulation.tracker import ACTIVATIONS, TEMPORARIES, WEIGHTS, MemoryTracker, Timeline, Watch
 
 
 def test_peak_of_a_known_sequence():

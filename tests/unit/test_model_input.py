@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import model_zoo
 from hift_ds.errors import CheckpointError, ConfigError, DataError, HiFTError
-from hift_ds.train.model_input import check_model_folder, max_sequence_length, resolve_model
+from hift_ds.hf.model_folder import check_model_folder, max_sequence_length, resolve_model
 from hift_ds.train.preflight import check_run
 from hift_ds.train.run_config import load_run_config
 from tests.helpers.tiny_tokenizers import byte_level

@@ -11,8 +11,8 @@ import transformers
 
 import model_zoo
 from hift_ds.errors import ConfigError
-from hift_ds.grouping import partition_model
-from hift_ds.model_structure import build_on_meta
+from hift_ds.hf.model_structure import build_on_meta
+from hift_ds.layers.grouping import partition_model
 
 # All parameters and those of the largest group in millions, and the number of units: the models over which
 # the HiFT paper (arXiv 2401.15207) averages, RoBERTa with a classification head.

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from hift_ds.checkpoint.saved_checkpoint import SavedCheckpoint
+from hift_ds.checkpoint.trainer_folder import find_checkpoints
 from hift_ds.config import BLOCK
 from hift_ds.errors import NoRoomForModel, OutOfMemory
-from hift_ds.memory import out_of_memory
-from hift_ds.memory.out_of_memory import full_device, no_traceback_when_full
+from hift_ds.forecast import advice as out_of_memory
+from hift_ds.out_of_memory import full_device, no_traceback_when_full
 from hift_ds.report.metrics import read_metrics
 from hift_ds.train import finetune, worker
-from hift_ds.train.resume import find_checkpoints
 from hift_ds.train.run_config import load_run_config
 from tests.helpers.out_of_memory import ALLOCATOR_SAYS, NoAdvice, full
 from tests.unit.test_launch import NUM_GROUPS, inputs, own_cache, write_run  # noqa: F401  (fixtures)

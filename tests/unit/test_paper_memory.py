@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import paper_memory as paper
-from hift_ds.memory.simulation import GroupStep
+from hift_ds.forecast.setting import GroupStep
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,13 +7,13 @@ import json
 import pytest
 
 import model_zoo
-from hift_ds.cli import main
+from hift_ds.cli import estimate as estimate_module
+from hift_ds.cli import probe as probe_module
+from hift_ds.cli.estimate_table import print_estimate
+from hift_ds.cli.main import main
 from hift_ds.errors import ConfigError
-from hift_ds.memory import estimate as estimate_module
-from hift_ds.memory import probe as probe_module
-from hift_ds.memory.estimate_table import print_estimate
-from hift_ds.memory.simulation import GroupStep, Result, Setting
-from hift_ds.store import room
+from hift_ds.forecast.setting import GroupStep, Result, Setting
+from hift_ds.store import machine as room
 
 SMALL = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3,
          "num_key_value_heads": 3, "vocab_size": 2048, "max_position_embeddings": 256}  # fmt: skip

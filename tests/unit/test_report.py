@@ -128,7 +128,7 @@ def test_distances_add_up_per_group():
 
 
 def test_movement_is_measured_for_names_that_differ_on_disk(tmp_path):
-    from hift_ds.checkpoint.export import export_model
+    from hift_ds.hf.export import export_model
 
     model = tiny.build("mixtral")
     names = [name for name, _ in model.named_parameters()]
@@ -221,7 +221,7 @@ def test_smoothing_is_unbiased_at_the_start_and_follows():
 def test_plot_command_and_its_error(tmp_path, capsys):
     import argparse
 
-    from hift_ds.report import plot_command
+    from hift_ds.cli import plot as plot_command
 
     parser = argparse.ArgumentParser()
     plot_command.add_arguments(parser)

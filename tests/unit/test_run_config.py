@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from hift_ds.errors import ConfigError
-from hift_ds.train.arguments import (
+from hift_ds.train.run_config import RunConfig, load_run_config
+from hift_ds.train.settings import (
     check_batch_sizes,
     deepspeed_config,
     hift_block,
@@ -18,7 +19,6 @@ from hift_ds.train.arguments import (
     resolve_max_length,
     training_arguments,
 )
-from hift_ds.train.run_config import RunConfig, load_run_config
 
 MINIMAL = {"model": {"path": "m"}, "data": {"train": "a.jsonl"}, "train": {"output_dir": "out"}}
 

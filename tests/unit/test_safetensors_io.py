@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hift_ds.checkpoint import export
-from hift_ds.checkpoint.export import export_model, parse_size
-from hift_ds.checkpoint.safetensors_io import (
+from hift_ds.errors import CheckpointError, ConfigError
+from hift_ds.hf import export
+from hift_ds.hf.export import export_model, parse_size
+from hift_ds.hf.safetensors_folder import (
     check_weights,
     load_pretrained,
     load_weights,
@@ -23,8 +24,7 @@ from hift_ds.checkpoint.safetensors_io import (
     tensor_dtypes,
     weight_distances,
 )
-from hift_ds.checkpoint.weight_names import plan_names, skeleton
-from hift_ds.errors import CheckpointError, ConfigError
+from hift_ds.hf.weight_names import plan_names, skeleton
 from model_zoo import tiny
 from tests.helpers import tiny_tokenizers
 

@@ -39,8 +39,8 @@ def test_the_small_machine(tmp_path):
 def test_the_small_machine_says_what_it_lacks(tmp_path):
     code = (
         "import sys; sys.argv[0] = ''; from benchmarks import seven_b_on_a_small_box as box;"
-        "from hift_ds.store import room; room.host_bytes = lambda: room.HostBytes(1 << 30, 1 << 30);"
-        "room.disk_bytes_free = lambda path: 10**9; sys.exit(box.main(sys.argv[1:]))"
+        "from hift_ds.store import machine; machine.host_bytes = lambda: machine.HostBytes(1 << 30, 1 << 30);"
+        "machine.disk_bytes_free = lambda path: 10**9; sys.exit(box.main(sys.argv[1:]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "--path", str(tmp_path)], text=True, capture_output=True, cwd=ROOT

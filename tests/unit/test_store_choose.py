@@ -7,12 +7,13 @@ import torch
 
 from hift_ds.config import StateConfig
 from hift_ds.errors import StateStoreError
-from hift_ds.store import choose, room
+from hift_ds.store import choose
+from hift_ds.store import machine as room
 from hift_ds.store.choose import build_resident_store, build_store, pick_residency
 from hift_ds.store.device import DeviceStateStore
 from hift_ds.store.disk import DiskStateStore
 from hift_ds.store.host import HostStateStore
-from hift_ds.store.room import HostBytes, host_bytes, processes_on_node
+from hift_ds.store.machine import HostBytes, host_bytes, processes_on_node
 
 CPU = torch.device("cpu")
 GIB = 1 << 30

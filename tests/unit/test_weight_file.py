@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hift_ds.engine.weight_file import PAGE, WeightFile
+from hift_ds.engine.zero3.weight_file import PAGE, WeightFile
 from hift_ds.errors import StateStoreError
 
 

@@ -1,0 +1,138 @@
+"""The switches of ``"hift": {"activations": ...}`` put to work on a model, and kept in step with the active group.
+
+Each leaves loss and gradients as they are, within rounding. What holds without a switch: below the active group no
+graph is built and nothing is kept; transformers' key-value cache, which would keep every layer's keys and values of
+a training forward for nobody, is off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hift_ds.activations import chunked_loss
+from hift_ds.activations.recompute import BlockCheckpointing, take_over_from_transformers
+from hift_ds.config import ActivationsConfig
+from hift_ds.errors import ConfigError
+from hift_ds.layers.arch import ArchSpec, find_arch
+
+# Tensors of checkpointed blocks that are on the device while they are moved; each is a block's input.
+IN_FLIGHT = 2
+
+
+class ActivationSavings:
+    """Installed on ``model`` until ``close``.
+
+    Args:
+        model: on its device, weights in place.
+        config: the switches.
+        groups: for each layer group by index, the names of its parameters; index -1 for those always active.
+
+    Attributes:
+        losses_only: outside of training too, nobody will look at the logits: defer them. For evaluation that reads
+            losses only.
+    """
+
+    def __init__(self, model: nn.Module, config: ActivationsConfig, groups: dict[int, Sequence[str]]) -> None:
+        self.config = config
+        self.losses_only = False
+        self._model = model
+        self._lowest = lowest_blocks(model, find_arch(model), groups)
+        self._checkpointing = self._build_checkpointing(config)
+        self._head = chunked_loss.defer_logits(model, self._defers) if config.chunked_loss else None
+        self._offload = build_offload(model, self._checkpointing is not None) if config.offload else None
+        self._cache_hook = model.register_forward_pre_hook(_without_cache, with_kwargs=True)
+
+    def _build_checkpointing(self, config: ActivationsConfig) -> BlockCheckpointing | None:
+        asked_for = take_over_from_transformers(self._model)  # by gradient_checkpointing_enable()
+        if not (config.checkpointing or asked_for):
+            return None
+        return BlockCheckpointing(self._model, find_arch(self._model).blocks, config.blocks_kept)
+
+    @property
+    def recomputes(self) -> bool:
+        """Are blocks checkpointed, by the switch or because the model was told to?"""
+        return self._checkpointing is not None
+
+    def lowest_block(self, index: int) -> int:
+        """The lowest block that gradients of group ``index`` pass; the number of blocks for the head alone."""
+        return self._lowest[index]
+
+    @contextlib.contextmanager
+    def during_forward(self, active: Iterable[int]) -> Iterator[None]:
+        """Around a forward while the groups with indices ``active`` train."""
+        if self._checkpointing is not None:
+            self._checkpointing.from_block(min(self._lowest[index] for index in active))
+        keeps = self._offload is not None and torch.is_grad_enabled() and self._model.training
+        with self._offload if keeps else contextlib.nullcontext():
+            yield
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self._cache_hook.remove()
+        if self._checkpointing is not None:
+            self._checkpointing.off()
+        if self._head is not None:
+            chunked_loss.restore(self._head)
+
+    def _defers(self) -> bool:
+        return (self._model.training and torch.is_grad_enabled()) or self.losses_only
+
+
+def lowest_blocks(model: nn.Module, arch: ArchSpec, groups: dict[int, Sequence[str]]) -> dict[int, int]:
+    """For each group the lowest block that its gradients pass: 0 for the first block or anything below it, the number
+    of blocks for the head alone. A tied weight counts where it is used lowest."""
+    owners = arch.owners()
+    names: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(name)
+
+    def unit_of(name: str) -> int:
+        parts = name.split(".")
+        prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+        return next((owners[prefix] for prefix in prefixes if prefix in owners), arch.num_units - 1)
+
+    weights = dict(model.named_parameters())
+    return {
+        index: max(min(unit_of(alias) for name in members for alias in names[id(weights[name])]) - 1, 0)
+        for index, members in groups.items()
+    }
+
+
+def build_offload(model: nn.Module, recomputes: bool) -> Any:
+    """TRL's offloading of saved tensors, with its side stream and without the weights; ``None`` on the CPU.
+
+    Args:
+        recomputes: blocks are checkpointed, so that each saves one tensor and there is a block's time to move it.
+
+    Raises:
+        ConfigError: TRL is not installed.
+    """
+    device = next(model.parameters()).device
+    if device.type == "cpu":
+        return None
+    try:
+        from trl.models.activation_offloading import get_act_offloading_ctx_manager
+    except ImportError:
+        raise ConfigError(
+            '"hift.activations.offload": true uses TRL\'s activation offloading, which is not installed; '
+            "pip install trl, or set it to false"
+        ) from None
+    in_flight = {"max_fwd_stash_size": IN_FLIGHT} if recomputes else {}
+    return get_act_offloading_ctx_manager(model, warn_if_no_head=False, **in_flight)
+
+
+def _without_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    wanted = getattr(getattr(module, "config", None), "use_cache", False)
+    if not (wanted and module.training and torch.is_grad_enabled()):
+        return None
+    if "use_cache" in kwargs or kwargs.get("past_key_values") is not None:
+        return None
+    if "use_cache" not in inspect.signature(module.forward).parameters:
+        return None
+    return args, {**kwargs, "use_cache": False}

@@ -1,0 +1,108 @@
+"""What one rank writes of a training state, tensor by tensor, in the order in which training will change it.
+
+Only the active group changes in a step, so a snapshot that is always ahead of the schedule stays one of a
+single moment even while training goes on. Memory: one tensor when it is written at once, one unit when it is
+copied first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from torch import Tensor, nn
+
+from hift_ds.checkpoint.files import TensorSpec
+from hift_ds.checkpoint.state_files import StoredTensor, read_chunk, states_of_chunk
+from hift_ds.optim.group_optimizer import ALWAYS, GroupOptimizer
+from hift_ds.optim.parameters import Unit
+
+WEIGHTS, STATES = "weights", "states"  # the two files of tensors
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """Of the whole tensor, where only a part of it is here (ZeRO-3)."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter (tied ones once) and every persistent buffer by name, live."""
+    tensors: dict[str, Tensor] = dict(module.named_parameters())
+    seen = {id(tensor) for tensor in tensors.values()}
+    for prefix, submodule in module.named_modules():
+        for name, buffer in submodule._buffers.items():
+            if buffer is None or name in submodule._non_persistent_buffers_set or id(buffer) in seen:
+                continue
+            seen.add(id(buffer))
+            tensors[f"{prefix}.{name}" if prefix else name] = buffer
+    return tensors
+
+
+class Snapshot:
+    """One rank's part of one checkpoint.
+
+    Args:
+        tensors: weights and buffers to save, by name (:func:`saved_tensors`).
+        writes_weights: this rank writes the weights; the others only take part in bringing them together.
+        whole: gives the whole of a parameter that may be partitioned; a collective then.
+    """
+
+    def __init__(
+        self,
+        optimizer: GroupOptimizer,
+        tensors: Mapping[str, Tensor],
+        writes_weights: bool,
+        whole: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._optimizer = optimizer
+        self._whole = whole
+        self._stored: dict[int, list[StoredTensor]] = {}
+        self.writes_weights = writes_weights
+        self.units = self._units_by_next_turn()
+        trained = [member.name for unit in self.units for member in unit.members]
+        self._fixed = {name: tensor for name, tensor in tensors.items() if name not in set(trained)}
+        ordered = {**self._fixed, **{name: tensors[name] for name in trained}}
+        for unit in self.units:
+            for chunk in unit.chunks:
+                self._stored[chunk.id] = states_of_chunk(optimizer, unit, chunk)
+        self.specs = {
+            WEIGHTS: [TensorSpec(n, t.dtype, shape_of(t)) for n, t in ordered.items() if writes_weights],
+            STATES: [
+                item.spec for unit in self.units for chunk in unit.chunks for item in self._stored[chunk.id]
+            ],
+        }  # fmt: skip
+
+    @property
+    def num_bytes(self) -> int:
+        """That this rank will write, headers not counted."""
+        return sum(spec.num_bytes for specs in self.specs.values() for spec in specs)
+
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """(file, tensor): parameters that are in no unit; live."""
+        return self._weights(tensor for tensor in self._fixed.values() if isinstance(tensor, nn.Parameter))
+
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """(file, tensor); live. They come after the frozen parameters."""
+        return self._weights(
+            tensor for tensor in self._fixed.values() if not isinstance(tensor, nn.Parameter)
+        )
+
+    def of_unit(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
+        """(file, tensor): the weights of a unit and this rank's states. Views of live tensors."""
+        yield from self._weights(member.param for member in unit.members)
+        self._optimizer.store_of(unit.index).synchronize()
+        for chunk in unit.chunks:
+            if stored := self._stored[chunk.id]:
+                for tensor in read_chunk(self._optimizer, unit, chunk, stored):
+                    yield STATES, tensor
+
+    def _weights(self, tensors: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for tensor in tensors:
+            whole = self._whole(tensor)
+            if self.writes_weights:
+                yield WEIGHTS, whole
+
+    def _units_by_next_turn(self) -> list[Unit]:
+        """Always-active first, then as the schedule will visit them."""
+        units, schedule = self._optimizer.units, self._optimizer.schedule
+        order = [ALWAYS, schedule.active, *schedule.upcoming(2 * schedule.num_groups)]
+        return [units[index] for index in dict.fromkeys(order) if index in units]

@@ -1,0 +1,88 @@
+"""``hift-ds env``: versions, accelerators, memory and disk of this machine, to paste into a report of a problem."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+from hift_ds.store.machine import disk_bytes_free, host_bytes
+from hift_ds.version import __version__
+
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "trl",
+    "sentencepiece",
+)
+VARIABLES = ("NCCL_", "DS_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTORCH_", "HF_HUB_OFFLINE")
+
+
+def describe() -> dict[str, Any]:
+    """By topic; plain data. Sizes in GB (10**9 bytes), for people to read."""
+    import torch
+
+    memory = host_bytes()
+    return {
+        "hift_ds": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "accelerators": _accelerators(),
+        "cores": os.cpu_count(),
+        "host_memory_gb": {"total": _gb(memory.total), "available": _gb(memory.available)},
+        "disk_free_gb": _gb(disk_bytes_free(os.getcwd())),
+        "variables": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(VARIABLES)},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _accelerators() -> list[str]:
+    """A line for each device that torch sees."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return []
+    kind = torch.accelerator.current_accelerator().type
+    if kind != "cuda":
+        return [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [f"{device.name}, {_gb(device.total_memory)} GB" for device in devices]
+
+
+def _gb(num_bytes: int) -> float:
+    return round(num_bytes / 1e9, 1)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    found = describe()
+    if args.json:
+        json.dump(found, sys.stdout, indent=2)
+        print()
+        return 0
+    for topic, value in found.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {text}" for name, text in value.items())
+        elif isinstance(value, list):
+            value = "; ".join(value)
+        print(f"{topic:16} {'none' if value in ('', None) else value}")
+    return 0

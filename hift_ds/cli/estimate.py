@@ -1,0 +1,259 @@
+"""``hift-ds estimate``: how much memory a run will take, before anything is rented or loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hift_ds.cli.estimate_input import add_input_arguments, setting_from
+from hift_ds.forecast.setting import SWITCHES, GroupStep, Setting, is_on, with_switch
+from hift_ds.forecast.steps import (
+    GIB,
+    FewBlocks,
+    Request,
+    Slope,
+    Steps,
+    Structure,
+    read_structure,
+    run_requests,
+    worst_step,
+)
+from hift_ds.simulation import device as fake_device
+
+CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80)
+CONTEXT_GIB = 0.6  # of the driver, cuBLAS and NCCL: assumed
+FRAGMENTATION = 0.05  # of the allocated bytes, held by the allocator beside them: assumed
+LENGTH_UNIT = 16
+LORA_RANK = 16
+NUM_PROCESSES = 2
+ASSUMPTIONS = (
+    f"a card gives its nominal GiB less {CONTEXT_GIB} GiB of context; the allocator holds {FRAGMENTATION:.0%} more than "
+    "is allocated (neither is counted)",
+    "attention runs in a fused kernel (FlashAttention-2's buffers) where the model allows it; batches have no padding",
+    "workspaces inside of GPU kernels (cuBLAS, cuDNN) are not counted",
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The steps behind an estimate.
+
+    Attributes:
+        steps: under the setting asked about.
+        batch, length: peaks at other batches and lengths.
+        without: for each switch, the steps with it the other way.
+        full: full fine-tuning, all states resident, with the same switches for activations.
+    """
+
+    setting: Setting
+    structure: Structure
+    steps: Steps
+    batch: Slope
+    length: Slope
+    switched: dict[str, Steps]
+    full: Steps
+
+    def all_steps(self) -> list[GroupStep]:
+        return [self.steps.step(index) for index in range(self.structure.num_groups)]
+
+
+def measure(setting: Setting) -> Measured:
+    """Step the setting and its neighbours on the fake device, or on fake host tensors where torch has none."""
+    setting = replace(setting, on_host=not fake_device.is_available())
+    structure = read_structure(setting)
+
+    def ends(changed: Setting) -> Request:
+        return Request(
+            changed,
+            structure,
+            ends_only=True,
+            updates_as=setting if _same_updates(setting, changed) else None,
+        )
+
+    full_block = {**setting.engine_config["hift"], "group_size": 1 << 30, "groups": None, "always_active": []}
+    full_block["state"] = {
+        **(full_block.get("state") or {}),
+        "residency": "device",
+        "slice_numel": None,
+        "path": None,
+    }
+    full = replace(setting, engine_config={**setting.engine_config, "hift": full_block})
+    requests = {
+        "steps": Request(setting, structure),
+        "batch": ends(replace(setting, batch=2 * setting.batch)),
+        "full": ends(full),
+        **{switch: ends(with_switch(setting, switch, not is_on(setting, switch))) for switch in SWITCHES},
+    }
+    if not any(is_on(setting, switch) for switch in SWITCHES[1:]):
+        everything = setting
+        for switch in SWITCHES:
+            everything = with_switch(everything, switch, on=True)
+        requests["everything"] = ends(everything)
+    if _scores_matter(setting, structure):  # otherwise memory depends on the number of tokens alone
+        requests |= {f"length x {n}": ends(replace(setting, length=n * setting.length)) for n in (2, 3)}
+    found = dict(zip(requests, run_requests(list(requests.values()), NUM_PROCESSES), strict=True))
+    here, batch, length = found["steps"], setting.batch, setting.length
+    lengths = [(n * length, found[f"length x {n}"]) for n in (2, 3) if f"length x {n}" in found]
+    return Measured(
+        setting,
+        structure,
+        here,
+        Slope(((batch, here), (2 * batch, found["batch"]))),
+        Slope(((length, here), *(lengths or [(2 * length, found["batch"])]))),
+        {name: steps for name, steps in found.items() if name in SWITCHES or name == "everything"},
+        found["full"],
+    )
+
+
+def _same_updates(a: Setting, b: Setting) -> bool:
+    """Do they differ in batch, length or what is kept for backward alone? An update knows nothing of these. (With stage 3
+    it comes upon the weights that backward has left gathered.)"""
+    a, b = (_without_activations(replace(setting, batch=1, length=1)) for setting in (a, b))
+    return a == b and (a.engine_config.get("zero_optimization") or {}).get("stage", 0) < 3
+
+
+def _without_activations(setting: Setting) -> Setting:
+    block = {key: value for key, value in setting.engine_config["hift"].items() if key != "activations"}
+    return replace(setting, engine_config={**setting.engine_config, "hift": block})
+
+
+def _scores_matter(setting: Setting, structure: Structure) -> bool:
+    """Does anything as large as length times length exist?"""
+    masked = structure.window is not None and structure.window <= 2 * setting.length
+    return setting.eager_attention or not structure.has_fused_attention or masked
+
+
+def estimate(setting: Setting) -> dict[str, Any]:
+    """All figures, as plain data. ``docs/memory.md`` says what each key means."""
+    measured = measure(setting)
+    steps = measured.all_steps()
+    worst = max(steps, key=lambda step: step.peak_bytes)
+    state_bytes = sum(step.state_bytes for step in steps)
+    weight_bytes = worst_weights(worst)
+    peak = worst.peak_bytes / GIB
+    return {
+        "model": setting.model,
+        "batch": setting.batch,
+        "length": setting.length,
+        "gpus": setting.world_size,
+        "numel": sum(measured.structure.group_numels),
+        "num_groups": len(steps),
+        "peak_gib": peak,
+        "phases": {phase: max(step.phases.get(phase, 0) for step in steps) / GIB for phase in worst.phases},
+        "categories": {name: num_bytes / GIB for name, num_bytes in worst.categories.items()},
+        "worst_group": {"index": worst.index, "name": worst.name, "numel": measured.structure.group_numels[worst.index]},
+        "groups": [{"index": step.index, "name": measured.structure.group_names[step.index], "peak_gib": step.peak_bytes / GIB}
+                   for step in steps],
+        "weights_gib": weight_bytes / GIB,
+        **_elsewhere(setting, steps, weight_bytes, state_bytes),
+        **_flops(measured, steps),
+        "full_fine_tuning_peak_gib": worst_step(measured.full).peak_bytes / GIB,
+        "switches": {switch: is_on(setting, switch) for switch in SWITCHES},
+        "switched": {name: worst_step(steps).peak_bytes / GIB for name, steps in measured.switched.items()},
+        "fits": _fits(measured, peak),
+        "method": _method(measured),
+        "assumptions": list(ASSUMPTIONS),
+    }  # fmt: skip
+
+
+def worst_weights(step: GroupStep) -> int:
+    return step.categories["weights"]
+
+
+def _elsewhere(
+    setting: Setting, steps: list[GroupStep], weight_bytes: int, state_bytes: int
+) -> dict[str, float]:
+    """Host memory of one node with all its ranks, disk, and a checkpoint of all ranks."""
+    state = setting.engine_config["hift"].get("state") or {}
+    residency = state.get("residency", "host")
+    on_host = state_bytes if residency in ("host", "auto") or state.get("step_on") == "host" else 0
+    on_disk = state_bytes if residency == "disk" else 0
+    if on_disk:
+        on_host = 3 * max(step.state_bytes for step in steps)
+    offloaded = max(step.offloaded_bytes for step in steps)
+    ranks = setting.world_size
+    return {
+        "host_gib": ranks * (on_host + offloaded) / GIB,
+        "pinned_gib": (ranks * (on_host + offloaded) / GIB) if state.get("pin_memory", True) else 0.0,
+        "disk_gib": ranks * on_disk / GIB,
+        "checkpoint_gib": (weight_bytes + ranks * state_bytes) / GIB,
+        "state_gib_per_step": sum(step.state_bytes for step in steps) / len(steps) / GIB,
+    }
+
+
+def _flops(measured: Measured, steps: list[GroupStep]) -> dict[str, float]:
+    """Matrix products of one micro-batch, averaged over a cycle, against full fine-tuning and LoRA."""
+    mean = sum(sum(step.flops.values()) for step in steps) / len(steps)
+    full = sum(measured.full.step(0).flops.values())
+    # Forward, and backward through every block without its weights' gradients.
+    lowest = sum(steps[0].flops.values())
+    tokens = measured.setting.batch * measured.setting.length
+    adapters = 6 * LORA_RANK * measured.structure.matrix_sides * tokens
+    return {
+        "flops_per_step": mean,
+        "flops_ratio_full": mean / full,
+        "flops_ratio_lora": mean / (lowest + adapters),
+    }
+
+
+def _fits(measured: Measured, peak: float) -> list[dict[str, Any]]:
+    """For each card: does it fit, what is the most it takes, and if not, which switch would make it."""
+    limit = measured.structure.max_length
+    rows = []
+    for card in CARDS_GIB:
+        budget = (card - CONTEXT_GIB) / (1 + FRAGMENTATION)
+        fits = peak <= budget
+        enough = [
+            name for name, steps in measured.switched.items() if worst_step(steps).peak_bytes / GIB <= budget
+        ]
+        rows.append(
+            {
+                "card_gib": card,
+                "fits": fits,
+                "largest_batch": measured.batch.largest(budget * GIB),
+                "largest_length": measured.length.largest(budget * GIB, LENGTH_UNIT, limit or 1 << 20),
+                "would_fit_with": [] if fits else enough,
+            }
+        )
+    return rows
+
+
+def _method(measured: Measured) -> str:
+    steps, where = measured.steps, "on fake GPU tensors"
+    if measured.setting.on_host:
+        where = "on fake host tensors, since this torch has no fake devices (2.8 has): up to 1 % off"
+    if not isinstance(steps, FewBlocks):
+        return f"counted {where}, on the whole model"
+    small, large = steps.model.small.num_blocks, steps.model.large.num_blocks
+    return (
+        f"counted {where}, with {small} and {large} of {steps.num_blocks} blocks, and extrapolated; checked on a step that "
+        f"was left out: off by {steps.model.error():.1e}"
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_input_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument(
+        "--probe", action="store_true", help="also run one real step here, predicted beside measured"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    setting = setting_from(args)
+    figures = estimate(setting)
+    if args.probe:
+        from hift_ds.cli.probe import probe
+
+        figures["probe"] = probe(setting)
+    if args.json:
+        json.dump(figures, sys.stdout, indent=2)
+        print()
+    else:
+        from hift_ds.cli.estimate_table import print_estimate
+
+        print_estimate(figures)
+    return 0

@@ -1,0 +1,141 @@
+"""What ``hift-ds estimate`` is asked about: a run file, or a model with batch, length and precision, as a Setting."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hift_ds.errors import ConfigError
+from hift_ds.forecast.setting import SWITCHES, Setting, with_hift, with_switch
+
+PRECISIONS = ("fp32", "mixed", "mixed_hi", "bf16")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+TRANSFORMERS_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run_file", nargs="?", metavar="RUN.yaml", help="a run file; every setting is taken from it"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="over the run file's")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="folder with a config.json, size of the zoo, or hub name"
+    )
+    parser.add_argument(
+        "--batch", type=int, metavar="B", help="sequences in a micro-batch of one GPU (default: 1)"
+    )
+    parser.add_argument(
+        "--length", type=int, metavar="S", help="tokens in a sequence (default: 2048, or the model's limit)"
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="default: mixed_hi (bf16 weights, fp32 masters)"
+    )
+    parser.add_argument("--optimizer", metavar="NAME", help="default: AdamW")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="data-parallel ranks (default: 1)")
+    parser.add_argument("--accumulation", type=int, metavar="N", help="micro-batches in a step (default: 1)")
+    parser.add_argument("--group-size", type=int, metavar="M", help="blocks trained together (default: 1)")
+    parser.add_argument(
+        "--blocks-kept", type=int, metavar="K", help="blocks that checkpointing leaves out (default: 0)"
+    )
+    parser.add_argument(
+        "--eager-attention", action="store_true", help="no fused attention kernel: scores are held"
+    )
+    for switch in SWITCHES:
+        name = switch.replace("_", "-").replace("slice-numel", "slices")
+        parser.add_argument(f"--no-{name}", dest=f"no_{switch}", action="store_true", help=f"with {name} off")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code the checkpoint brings along"
+    )
+
+
+def setting_from(args: argparse.Namespace) -> Setting:
+    """The setting that the command line names.
+
+    Raises:
+        ConfigError: neither a run file nor a model, or flags that a run file decides.
+    """
+    if args.run_file is not None and "=" in args.run_file:
+        args.overrides, args.run_file = [args.run_file, *args.overrides], None
+    if args.run_file is not None:
+        return _from_run_file(args)
+    if args.model is None:
+        raise ConfigError(
+            "estimate: give a run file, or --model with a folder, a size of the zoo or a hub name"
+        )
+    if args.overrides:
+        raise ConfigError(f"estimate: {args.overrides[0]!r} changes a run file, and none is given")
+    return _from_flags(args)
+
+
+def _from_run_file(args: argparse.Namespace) -> Setting:
+    from hift_ds.hf.model_folder import max_sequence_length
+    from hift_ds.hf.model_structure import read_config
+    from hift_ds.train.run_config import load_run_config
+    from hift_ds.train.settings import check_batch_sizes, deepspeed_config, resolve_dtype, resolve_max_length
+
+    decided = {"batch": "train.micro_batch_size", "length": "data.max_length", "optimizer": "train.optimizer",
+               "accumulation": "train.gradient_accumulation_steps", "precision": "model.dtype",
+               "group_size": "hift.group_size", "blocks_kept": "hift.activations.blocks_kept"}  # fmt: skip
+    for flag, key in decided.items():
+        if getattr(args, flag) is not None:
+            raise ConfigError(f"--{flag.replace('_', '-')}: the run file decides; write {key}=... after it")
+    run = load_run_config(args.run_file, args.overrides)
+    source = args.model or run.model.path
+    config = read_config(source, trust_remote_code=run.model.trust_remote_code)
+    stored = TRANSFORMERS_DTYPES.get(str(getattr(config, "dtype", None)).removeprefix("torch."), "fp32")
+    dtype = resolve_dtype(run, stored)
+    engine_config = deepspeed_config(run, world_size=args.gpus, dtype=dtype)
+    if "hift" not in engine_config:
+        raise ConfigError("hift: false is ordinary full fine-tuning, which this does not estimate; remove it")
+    if run.train.gradient_checkpointing:
+        engine_config["hift"]["activations"]["checkpointing"] = True
+    sizes = check_batch_sizes(run, args.gpus)
+    setting = Setting(
+        source, engine_config, DTYPES[dtype], sizes.micro_batch_size,
+        resolve_max_length(run, max_sequence_length(config.to_dict())), world_size=args.gpus,
+        micro_batches=min(sizes.gradient_accumulation_steps, 2),
+        eager_attention=args.eager_attention or run.model.attn_implementation == "eager",
+        trust_remote_code=run.model.trust_remote_code,
+    )  # fmt: skip
+    for switch in SWITCHES:
+        if getattr(args, f"no_{switch}"):
+            setting = with_switch(setting, switch, on=False)
+    return setting
+
+
+def _from_flags(args: argparse.Namespace) -> Setting:
+    from hift_ds.hf.model_folder import max_sequence_length
+    from hift_ds.hf.model_structure import read_config
+
+    config = read_config(args.model, trust_remote_code=args.trust_remote_code)
+    limit = max_sequence_length(config.to_dict())
+    length = args.length or min(2048, limit or 2048)
+    for flag in ("batch", "length", "gpus", "accumulation", "group_size"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise ConfigError(
+                f"--{flag.replace('_', '-')}: expected a whole number of at least 1, got {value}"
+            )
+    if limit is not None and length > limit:
+        raise ConfigError(f"--length: {length} is longer than the {limit} positions that {args.model} has")
+    precision = args.precision or "mixed_hi"
+    engine_config: dict[str, Any] = {
+        "optimizer": {"type": args.optimizer or "AdamW", "params": {"lr": 1e-5}},
+        "gradient_clipping": 1.0,
+        "hift": {"group_size": args.group_size or 1},
+    }
+    if precision == "mixed":
+        engine_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif precision != "fp32":
+        engine_config["bf16"] = {"enabled": True}
+        engine_config["hift"]["master_weights"] = precision == "mixed_hi"
+    setting = Setting(
+        args.model, engine_config, "float32" if precision in ("fp32", "mixed") else "bfloat16", args.batch or 1, length,
+        world_size=args.gpus, micro_batches=min(args.accumulation or 1, 2), eager_attention=args.eager_attention,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    for switch in SWITCHES:
+        setting = with_switch(setting, switch, on=not getattr(args, f"no_{switch}"))
+    if args.blocks_kept and not args.no_checkpointing:
+        setting = with_hift(setting, "activations", {"blocks_kept": args.blocks_kept})
+    return setting

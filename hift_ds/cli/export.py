@@ -1,0 +1,188 @@
+"""``hift-ds export CHECKPOINT OUT``: a training checkpoint as a Hugging Face folder that any program loads.
+
+Memory stays bounded by one ``--max-shard-size``: tensors are read from the checkpoint one at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hift_ds.errors import CheckpointError, ConfigError
+
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT",
+        help="a run folder, a checkpoint-N in it, what engine.save_checkpoint was given, or a global_stepN in that",
+    )  # fmt: skip
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="the model that was fine-tuned: its dtype, and its config and tokenizer if the checkpoint has none "
+        "(default: as the run folder says)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto",
+        help="of the weights; auto: as in the model that was fine-tuned, or as trained if that is not to be found; "
+        "fp32 takes the masters (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    files = export_checkpoint(
+        Path(args.checkpoint),
+        Path(args.out),
+        model_dir=Path(args.model) if args.model else None,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        trust_remote_code=args.trust_remote_code,
+    )
+    print(f"exported to {args.out}: {', '.join(file.name for file in files)}")
+    return 0
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    *,
+    model_dir: Path | None = None,
+    dtype: str = "auto",
+    max_shard_size: int | str = "5GB",
+    trust_remote_code: bool = False,
+) -> list[Path]:
+    """Write the weights of ``checkpoint`` to ``out`` as safetensors, with config, tokenizer and generation config.
+
+    Args:
+        model_dir: the model that was fine-tuned; ``None``: the one that the run folder around the checkpoint names.
+        dtype: of ``DTYPES``. Weights that become fp32 are the masters.
+
+    Returns:
+        The weight files.
+
+    Raises:
+        CheckpointError: no whole checkpoint there, or of another model than the config's.
+        ConfigError: no config is to be found.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    from hift_ds.checkpoint.manifest import verify
+    from hift_ds.checkpoint.saved_checkpoint import SavedCheckpoint, check_same_model
+    from hift_ds.hf.export import export_model
+    from hift_ds.hf.model_structure import build_on_meta, read_config
+    from hift_ds.hf.safetensors_folder import tensor_dtypes
+
+    source = _find(checkpoint)
+    input_dir = model_dir or _input_of_run(source.states)
+    config_dir = model_dir or source.config_dir or input_dir
+    if config_dir is None:
+        raise ConfigError(
+            f"{checkpoint}: it holds no config.json; name the model that was fine-tuned with --model DIR"
+        )
+    verify(source.states)
+    saved = SavedCheckpoint(source.states)
+    model = build_on_meta(
+        read_config(str(config_dir), trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
+    )
+    check_same_model(
+        saved,
+        {
+            name: tuple(tensor.shape)
+            for name, tensor in model.state_dict().items()
+            if name in saved.parameters
+        },
+        strict=False,
+    )
+    has_generation_config = (config_dir / "generation_config.json").is_file()
+    wanted: Any = None
+    if dtype != "auto":
+        wanted = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    elif input_dir is not None:
+        wanted = tensor_dtypes(input_dir)
+    any_fp32 = torch.float32 in (wanted.values() if isinstance(wanted, dict) else [wanted])
+    return export_model(
+        model,
+        out,
+        tensors=saved.weights(best=any_fp32),
+        tokenizer=_tokenizer(config_dir, trust_remote_code),
+        generation_config=GenerationConfig.from_pretrained(config_dir) if has_generation_config else None,
+        max_shard_size=max_shard_size,
+        dtype=wanted,
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    states: Path  # the folder with the manifest
+    config_dir: Path | None
+
+
+def _find(folder: Path) -> _Source:
+    """The newest whole checkpoint that ``folder`` is or holds."""
+    from hift_ds.checkpoint.manifest import MANIFEST, latest_tag, tags_by_age
+    from hift_ds.checkpoint.trainer_folder import find_checkpoints
+
+    if not folder.is_dir():
+        raise CheckpointError(f"no such folder: {str(folder)!r}")
+    if (folder / MANIFEST).is_file():
+        return _Source(folder, _config_near(folder.parent))
+    tags = [
+        tag
+        for tag in (latest_tag(folder), *tags_by_age(folder))
+        if tag and (folder / tag / MANIFEST).is_file()
+    ]
+    if tags:
+        return _Source(folder / tags[0], _config_near(folder))
+    found, damage = find_checkpoints(folder, "auto")
+    if found:
+        return _find(found[0])
+    reason = "; ".join(damage) or "it holds neither a manifest, nor a 'latest' file, nor a checkpoint-N"
+    raise CheckpointError(f"{folder}: no whole checkpoint there: {reason}")
+
+
+def _input_of_run(states: Path) -> Path | None:
+    """``model.path`` of the run folder that the checkpoint is in, if it is in one and that model is still here."""
+    import yaml
+
+    from hift_ds.train.run_config import RUN_FILE_COPY
+
+    copy = next(
+        (p / RUN_FILE_COPY for p in states.resolve().parents[:2] if (p / RUN_FILE_COPY).is_file()), None
+    )
+    if copy is None:
+        return None
+    path = Path(yaml.safe_load(copy.read_text(encoding="utf-8"))["model"]["path"]).expanduser()
+    return path if (path / "config.json").is_file() else None
+
+
+def _config_near(folder: Path) -> Path | None:
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The folder's tokenizer, or none: an engine's own checkpoint has none, and weights are of use without."""
+    from hift_ds.data.tokenizers import load_tokenizer
+
+    names = (
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "spiece.model",
+        "vocab.txt",
+    )
+    if not any((folder / name).is_file() for name in names):
+        return None
+    return load_tokenizer(folder, trust_remote_code=trust_remote_code)

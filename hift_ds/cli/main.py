@@ -1,0 +1,101 @@
+"""``hift-ds COMMAND ...``: a table of commands, each in a module that is imported only when it is called.
+
+A command's module has ``add_arguments(parser)`` and ``run(args) -> int``, the exit code. An error that is the
+user's (:class:`~hift_ds.errors.HiFTError`) becomes one line on stderr and exit code 2; any other is a bug and
+keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from hift_ds.errors import ConfigError, HiFTError
+from hift_ds.version import __version__
+
+PROG = "hift-ds"
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row of the table: where it is implemented and what it does."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "train": Command("hift_ds.cli.train", "fine-tune as a run file says, with the accelerators found"),
+    "groups": Command("hift_ds.cli.groups", "print the layer groups of a model, from its config alone"),
+    "export": Command("hift_ds.cli.export", "write a training checkpoint as a Hugging Face folder"),
+    "plot": Command("hift_ds.cli.plot", "draw loss.png and groups.png of a run, finished or not"),
+    "estimate": Command(
+        "hift_ds.cli.estimate",
+        "count how much memory a run will take, before anything is rented or loaded",
+    ),
+    "preview": Command(
+        "hift_ds.cli.preview", "print the first training samples of a run file, learned tokens marked"
+    ),
+    "env": Command(
+        "hift_ds.cli.env",
+        "print versions, accelerators, memory and disk, for a report of a problem",
+    ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument like any other error of the user: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (try: {self.prog} --help)")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog=PROG, description="Full-parameter fine-tuning, one layer group at a time, on DeepSpeed."
+    )
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    called = next((argument for argument in argv if not argument.startswith("-")), None)
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.help, description=command.help)
+        if name == called:
+            module = importlib.import_module(command.module)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    args, rest = parser.parse_known_args(argv)
+    if "overrides" in args and not any(argument.startswith("-") for argument in rest):
+        args.overrides += rest  # argparse gives up on section.key=value texts that come after an option
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line (``sys.argv`` if none is given) and returns its exit code."""
+    try:
+        args = _parse(sys.argv[1:] if argv is None else argv)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except HiFTError as error:
+        print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    except SystemExit as stop:  # --help and --version
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

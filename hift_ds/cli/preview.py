@@ -1,0 +1,46 @@
+"""``hift-ds preview RUN.yaml``: the first training samples, with the learned tokens marked."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from hift_ds.train.run_config import RunConfig, load_run_config
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def preview(run: RunConfig, console: Console, num_samples: int = 3) -> None:
+    """Print a run's first training samples; reads the model's config and its tokenizer, no weights.
+
+    Raises:
+        ConfigError: no tokenizer, or a setting is wrong.
+        DataError: data is missing or a row is malformed.
+    """
+    from hift_ds.data.preview import show_samples
+    from hift_ds.data.tokenizers import load_tokenizer
+    from hift_ds.hf.model_folder import max_sequence_length, read_config, resolve_model
+    from hift_ds.train.preflight import resolve_tokenizer_folder
+    from hift_ds.train.settings import resolve_max_length
+
+    trust = run.model.trust_remote_code
+    folder = resolve_model(run.model.path, trust_remote_code=trust)
+    max_length = resolve_max_length(run, max_sequence_length(read_config(folder)))
+    tokenizer = load_tokenizer(resolve_tokenizer_folder(run, folder), trust_remote_code=trust)
+    show_samples(run.data, tokenizer, max_length, console, num_samples)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_file", metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "-n", "--num-samples", type=int, default=3, help="rows to print (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    preview(load_run_config(args.run_file, args.overrides), Console(), args.num_samples)
+    return 0

@@ -1,0 +1,197 @@
+"""One real step of one layer group on this machine's device, to hold against the simulated one.
+
+    python -m hift_ds.cli.probe < job.json
+
+in a process of its own (:func:`probe` starts it). On an accelerator the measure is ``max_memory_allocated``; on the CPU
+the allocator's own events as torch's profiler records them, and there the parked states count as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+from hift_ds.errors import ConfigError
+from hift_ds.forecast.setting import Result, Setting, SimulationError, last_error, simulate, with_switch
+from hift_ds.forecast.steps import GIB, Request, read_structure, run_requests, worst_step
+from hift_ds.simulation import device as fake_device
+from hift_ds.store import machine as room
+
+STEP = "hift_ds_probed_step"
+LAUNCHED = (  # what says that this process is one of several
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID",
+)  # fmt: skip
+
+
+def probe(setting: Setting, index: int | None = None) -> dict[str, Any]:
+    """Step group ``index`` (default: the one with the highest simulated peak) on the fake device and on the real one.
+
+    The model has random weights and is built whole: it must fit this machine. Without an accelerator activations
+    are not offloaded, since the host is the device then; both steps go without.
+
+    Returns:
+        ``device``, ``group``, ``predicted_gib``, ``measured_gib``.
+
+    Raises:
+        ConfigError: the setting is for several ranks, or this machine has no room for the step.
+        SimulationError: one of the steps failed.
+    """
+    if setting.world_size > 1:
+        raise ConfigError(
+            f"--probe: takes a step on one rank, and the estimate is for {setting.world_size}; leave --gpus out"
+        )
+    on_cpu = _accelerator() is None
+    setting = replace(setting, on_host=not fake_device.is_available())
+    if on_cpu:
+        setting = with_switch(setting, "offload", on=False)
+    if index is None:
+        index = worst_step(run_requests([Request(setting, read_structure(setting))])[0]).index
+    setting = replace(setting, groups=(index,))
+    result = simulate([setting])[0]
+    step = result.steps[0]
+    _check_room(result, on_cpu)
+    measured = measure(setting)
+    predicted = step.peak_bytes + (measured["parked_bytes"] if on_cpu else 0)
+    return {
+        "device": measured["device"],
+        "group": f"{step.index} ({step.name})",
+        "predicted_gib": predicted / GIB,
+        "measured_gib": measured["peak_bytes"] / GIB,
+    }
+
+
+def _accelerator() -> Any:
+    """This machine's, or ``None``."""
+    import torch
+
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def _check_room(result: Result, on_cpu: bool) -> None:
+    """States of groups that were not stepped are taken to be as large, parameter for parameter."""
+    (step,) = result.steps
+    states = step.state_bytes * result.numel // max(step.numel, 1)
+    needed, there = states + (step.peak_bytes if on_cpu else 0), room.host_bytes().available
+    if needed > there:
+        raise ConfigError(
+            f"--probe: builds the whole model, with {needed / GIB:.1f} GiB of host memory (states {states / GIB:.1f}), "
+            f"and {there / GIB:.1f} GiB are free here; probe a smaller model or drop --probe"
+        )
+    if not on_cpu and step.peak_bytes > (there := _device_bytes()):
+        raise ConfigError(
+            f"--probe: the step is predicted to need {step.peak_bytes / GIB:.1f} GiB on the device, which has "
+            f"{there / GIB:.1f}; take a smaller batch, more switches, or drop --probe"
+        )
+
+
+def _device_bytes() -> int:
+    from hift_ds.engine.deepspeed_seam import device_bytes
+
+    return device_bytes()
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    """Two steps of the setting's one group in a fresh process: ``device``, ``peak_bytes``, ``parked_bytes`` (states at
+    rest in host memory)."""
+    job = subprocess.run(
+        [sys.executable, "-m", "hift_ds.cli.probe"],
+        input=json.dumps(asdict(setting)),
+        capture_output=True,
+        text=True,
+        # One rank, on a port of its own.
+        env={name: value for name, value in os.environ.items() if name not in LAUNCHED},
+    )
+    if job.returncode != 0:
+        raise SimulationError(f"the real step failed: {last_error(job.stderr)}")
+    return json.loads(job.stdout.splitlines()[-1])
+
+
+def _run(setting: Setting) -> dict[str, Any]:
+    import torch
+
+    device = _accelerator() or torch.device("cpu")
+    with _allocations(device) as peak_bytes:
+        engine = _build(setting, device)
+        for _ in range(2):  # the first makes the states, the second finds them
+            _step(engine, setting, device)
+    store = engine.optimizer.store
+    parked = store.total_bytes() if getattr(store, "num_slots", None) is not None else 0
+    return {"device": device.type, "peak_bytes": peak_bytes(), "parked_bytes": parked}
+
+
+def _build(setting: Setting, device: Any) -> Any:
+    import torch
+
+    import hift_ds
+    from hift_ds.hf.model_structure import build_on_meta, read_config
+    from hift_ds.simulation.step import engine_config
+
+    config = read_config(setting.model, trust_remote_code=setting.trust_remote_code)
+    if setting.eager_attention:
+        config._attn_implementation = "eager"
+    model_class = type(build_on_meta(config, trust_remote_code=setting.trust_remote_code))
+    torch.set_default_dtype(getattr(torch, setting.weight_dtype))
+    with torch.device(device):
+        model = model_class(config).train()
+    torch.set_default_dtype(torch.float32)
+    engine, *_ = hift_ds.initialize(
+        model=model, model_parameters=list(model.parameters()), config=engine_config(setting)
+    )
+    return engine
+
+
+def _step(engine: Any, setting: Setting, device: Any) -> None:
+    import torch
+
+    from hift_ds.simulation.step import activate, make_batch
+
+    activate(engine, setting.groups[0])
+    batch = make_batch(engine.module, setting.batch, setting.length, device)
+    with torch.profiler.record_function(STEP):
+        for _ in range(setting.micro_batches):
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            del loss
+            engine.step()
+
+
+@contextmanager
+def _allocations(device: Any) -> Iterator[Any]:
+    """Gives a function that says, afterwards, the most bytes that were allocated during the marked steps."""
+    import torch
+
+    if device.type != "cpu":
+        torch.accelerator.memory.reset_peak_memory_stats()
+        yield lambda: torch.accelerator.memory.max_memory_allocated()
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        yield lambda: _peak_in_steps(profile)
+
+
+def _peak_in_steps(profile: Any) -> int:
+    events = profile.profiler.kineto_results.events()
+    steps = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == STEP]
+    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    live, peak = 0, 0
+    for at, change in memory:
+        live += change
+        if any(start <= at <= end for start, end in steps):
+            peak = max(peak, live)
+    return peak
+
+
+def _main() -> None:
+    setting = Setting(**json.load(sys.stdin))
+    answers, sys.stdout = sys.stdout, sys.stderr
+    print(json.dumps(_run(setting)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    _main()

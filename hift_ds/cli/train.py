@@ -1,0 +1,123 @@
+"""``hift-ds train RUN.yaml [section.key=value ...]``: fine-tune with the accelerators of this machine.
+
+One process runs right here; several are started with the variables that ``deepspeed launch RUN.yaml`` or torchrun would
+set, and end together (:mod:`hift_ds.train.processes`). Without an accelerator the default is one process, which computes with all cores: more
+processes on one CPU need a copy of the weights each and are not faster. ``--num-procs`` asks for them all the
+same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from hift_ds.errors import ConfigError
+from hift_ds.train.processes import RankProcesses
+from hift_ds.train.ranks import free_port, rank_and_world_size
+from hift_ds.train.run_config import load_run_config
+
+WORKER = "hift_ds.train.worker"
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_file", metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--num-procs", "--num_procs", type=int, metavar="N",
+        help="processes (default: one for each accelerator found; one if there is none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--master-port",
+        "--master_port",
+        type=int,
+        metavar="PORT",
+        help="for the processes to meet (default: a free one)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    run = load_run_config(
+        args.run_file, args.overrides
+    )  # a mistake in it is said once, before anything is started
+    arguments = [args.run_file, *args.overrides]
+    if rank_and_world_size()[1] > 1:  # torchrun or a batch system started this very command on every rank
+        return _run_here(arguments)
+    accelerators = _visible_accelerators()
+    if not accelerators:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    num_procs = args.num_procs if args.num_procs is not None else max(len(accelerators), 1)
+    if num_procs < 1 or (accelerators and num_procs > len(accelerators)):
+        expected = f"1 to {len(accelerators)}, the accelerators found" if accelerators else "at least 1"
+        raise ConfigError(f"--num-procs: expected {expected}; got {num_procs}")
+    if num_procs == 1:
+        return _run_here(arguments)
+    devices = accelerators[:num_procs] or [str(i) for i in range(num_procs)]
+    return _launch(devices, args.master_port or free_port(), arguments, on_cpu=not accelerators,
+                   output_dir=run.output_dir)  # fmt: skip
+
+
+def _run_here(arguments: Sequence[str]) -> int:
+    from hift_ds.train.worker import main
+
+    return main(arguments)
+
+
+def _launch(
+    devices: Sequence[str], port: int, arguments: Sequence[str], *, on_cpu: bool, output_dir: Path
+) -> int:
+    """Start one worker per device and wait for them; their exit code."""
+    env = dict(os.environ)
+    # Without it each rank computes with all cores: on a GPU too, where states are zeroed and pinned by the host.
+    env.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // len(devices), 1)))
+    if not on_cpu:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    env |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(len(devices)), "LOCAL_WORLD_SIZE": str(len(devices)),
+    }  # fmt: skip
+    environments = [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(len(devices))]
+    command = [sys.executable, "-u", "-m", WORKER, *arguments]
+    with tempfile.TemporaryDirectory(prefix="hift-ds-") as folder:
+        ranks = RankProcesses(command, environments, Path(folder) / "progress")
+        handlers = {number: signal.signal(number, lambda n, _: _pass_on(ranks, n)) for number in FORWARDED}
+        try:
+            first = ranks.wait()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    if first is None:
+        return 0
+    if first.code > 0:
+        return first.code
+    from hift_ds.checkpoint.trainer_folder import find_checkpoints
+
+    good = next(iter(find_checkpoints(output_dir, "auto")[0]), None)
+    goes_on = f"last good checkpoint: {good}; the same command goes on from there"
+    print(
+        f"hift-ds: error: {first.describe()}; {goes_on if good else 'no checkpoint has been saved yet'}",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    return 128 - first.code
+
+
+def _pass_on(ranks: RankProcesses, number: int) -> None:
+    ranks.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+
+
+def _visible_accelerators() -> list[str]:
+    """Their names for CUDA_VISIBLE_DEVICES (or what this accelerator has in its place); empty on a CPU-only
+    machine."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return []
+    count = torch.accelerator.device_count()
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in shown.split(",") if name.strip()]
+    return names[:count] if len(names) >= count else [str(i) for i in range(count)]

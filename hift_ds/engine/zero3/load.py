@@ -1,0 +1,179 @@
+"""A Hugging Face folder straight into ZeRO-3's shards, for models that fit no single device or host.
+
+No weight is ever whole in a rank's memory, but for those that transformers makes of several tensors (the experts of a
+block): one rank makes them, one at a time, and sends them to the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hift_ds.collectives import shard_bounds
+from hift_ds.engine.deepspeed_seam import broadcast_from_first_rank, world_rank_and_size
+from hift_ds.engine.initialize import ensure_process_group
+from hift_ds.engine.zero3.exact_values import ExactValues, remember_exact_values
+from hift_ds.engine.zero3.shards import (
+    accelerator_device,
+    allocate_shards,
+    is_partitioned,
+    shard_of,
+)
+from hift_ds.errors import CheckpointError, ConfigError
+from hift_ds.hf.safetensors_folder import SafetensorsFolder, check_weights, stream_weights
+from hift_ds.hf.weight_names import plan_load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_partitioned(
+    folder: str | Path,
+    config: dict[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+    model_class: Any = None,
+    trust_remote_code: bool = False,
+    **from_config: Any,
+) -> PreTrainedModel:
+    """``from_pretrained`` for ``hift_ds.initialize`` with ``"zero_optimization": {"stage": 3}``.
+
+    The shards are where ``offload_param`` wants them: on the accelerator, in host memory, or in a file. Every rank calls
+    this, and reads of the files the pages that hold its own shards. When weights are rounded to 16 bits, the engine reads
+    the fp32 masters from the folder as well, so that no bit is lost.
+
+    Args:
+        folder: with safetensors, one file or several with an index; the same on all ranks.
+        config: DeepSpeed's, the one that ``initialize`` gets; batch sizes may not be ``"auto"``.
+        dtype: of the weights; by default what ``bf16`` and ``fp16`` in ``config`` say, else fp32.
+        model_class: ``AutoModelForCausalLM`` by default.
+        from_config: passed on, for example ``attn_implementation``.
+
+    Raises:
+        CheckpointError: damaged files, and missing, unknown or misshapen weights.
+        ConfigError: ``config`` does not partition weights.
+    """
+    if (config.get("zero_optimization") or {}).get("stage") != 3:
+        raise ConfigError(
+            'load_partitioned: "zero_optimization.stage" must be 3; with 0, 1 or 2 use from_pretrained'
+        )
+    check_weights(folder)
+    ensure_process_group()
+    model = _hollow_model(folder, dtype or _dtype_of(config), model_class, trust_remote_code, from_config)
+    allocate_shards(model, config)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(accelerator_device())
+    _fill(model, folder)
+    return model.eval()
+
+
+def _dtype_of(config: dict[str, Any]) -> torch.dtype:
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if (config.get(key) or {}).get("enabled") is True:
+            return dtype
+    return torch.float32
+
+
+def _hollow_model(
+    folder: str | Path, dtype: torch.dtype, model_class: Any, trust_remote_code: bool, options: dict[str, Any]
+) -> PreTrainedModel:
+    """Parameters on the meta device, buffers with their values."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.initialization import no_init_weights
+
+    auto = model_class or AutoModelForCausalLM
+    read = auto.config_class if getattr(auto, "config_class", None) else AutoConfig
+    model_config = read.from_pretrained(
+        str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    with _zero_init_set_aside(), no_init_weights(), init_empty_weights(include_buffers=False):
+        if hasattr(auto, "from_config"):
+            model = auto.from_config(
+                model_config, dtype=dtype, trust_remote_code=trust_remote_code, **options
+            )
+        else:
+            model = auto._from_config(model_config, dtype=dtype, **options)
+    model.tie_weights()  # after the block, in which every registered parameter becomes one of its own
+    for param in model.parameters():
+        param._is_hf_initialized = True  # what is initialised now are the buffers
+    model.initialize_weights()
+    if model.can_generate() and (Path(folder) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    return model
+
+
+@contextlib.contextmanager
+def _zero_init_set_aside() -> Iterator[None]:
+    """Under a Trainer's ZeRO-3 config transformers would enter ``deepspeed.zero.Init`` by itself."""
+    from transformers.integrations import deepspeed as integration
+
+    reference = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = reference
+
+
+@torch.no_grad()
+def _fill(model: PreTrainedModel, folder: str | Path) -> None:
+    rank, _ = world_rank_and_size()
+    files, targets = SafetensorsFolder(folder), model.state_dict(keep_vars=True)
+    plain = {unit.first_name: unit.sources[0] for unit in plan_load(model, files.headers) if unit.is_plain}
+    filled: dict[int, str] = {}
+    for name, tensor in stream_weights(model, folder, convert=rank == 0):
+        target = targets[name]
+        if name not in plain:
+            tensor = _from_first_rank(tensor, target.dtype)
+        mine, here = _part_of_this_rank(target, tensor)
+        if id(target) in filled and not torch.equal(here, mine.to(here.device, here.dtype)):
+            raise CheckpointError(
+                f"{folder}: {filled[id(target)]!r} and {name!r} differ, but the model ties them; "
+                "set tie_word_embeddings to false in its config.json"
+            )
+        filled[id(target)] = name
+        here.copy_(mine)
+    _remember_exact_values(model, files, plain, targets)
+
+
+def _part_of_this_rank(target: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """(values, the place they belong): a shard, or all of a buffer."""
+    if not is_partitioned(target):
+        return whole, target
+    rank, world_size = world_rank_and_size()
+    start, end = shard_bounds(whole.numel(), world_size, rank)
+    return whole.reshape(-1)[start:end], shard_of(target)
+
+
+def _from_first_rank(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` of rank 0, on the accelerator; elsewhere only its shape is looked at."""
+    device = accelerator_device()
+    sent = (
+        torch.empty(tensor.shape, dtype=dtype, device=device) if tensor.is_meta else tensor.to(device, dtype)
+    )
+    sent = sent.contiguous()
+    broadcast_from_first_rank(sent)
+    return sent
+
+
+def _remember_exact_values(
+    model: PreTrainedModel, files: SafetensorsFolder, plain: dict[str, str], targets: dict[str, Tensor]
+) -> None:
+    parameter_names = {id(param): name for name, param in model.named_parameters()}
+    rounded = {
+        parameter_names[id(targets[name])]: source
+        for name, source in plain.items()
+        if name in targets
+        and id(targets[name]) in parameter_names
+        and files.headers[source].dtype == torch.float32
+        and targets[name].dtype != torch.float32
+    }
+    if rounded:
+        remember_exact_values(model, ExactValues(files, rounded))

@@ -1,0 +1,131 @@
+"""Weights cut over the ranks (ZeRO-3, arXiv 1910.02054; DeepSpeed stage 3), one layer group trained at a time.
+
+The layout is the replicated path's: each rank updates elements [rank * n, (rank + 1) * n) of a parameter, with
+n = ``ceil(numel / ranks)``. There the new values are gathered into every replica; here they are written into the
+rank's shard, and the next forward gathers them anyway.
+
+Whole gradients exist for the active group only, from backward to the boundary, where they are reduced once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from hift_ds import collectives
+from hift_ds.collectives import Ranks
+from hift_ds.engine.zero3.seam import WeightShards
+from hift_ds.engine.zero3.shards import is_partitioned, whole_shape
+from hift_ds.optim.parameters import Piece, ReplicatedParameters, Unit
+
+
+class PartitionedParameters(ReplicatedParameters):
+    """As :class:`ReplicatedParameters`, over weights of which each rank holds a shard.
+
+    Args:
+        shards: the weights. The other arguments are those of :class:`ReplicatedParameters`.
+    """
+
+    def __init__(
+        self,
+        shards: WeightShards,
+        ranks: Ranks,
+        comm_dtype: torch.dtype,
+        bucket_numel: int,
+        whole_tensors: bool,
+        slice_numel: int | None = None,
+    ) -> None:
+        super().__init__(ranks, comm_dtype, bucket_numel, whole_tensors, slice_numel)
+        self.shards = shards
+        self._owned: dict[nn.Parameter, Tensor] = {}  # whole weights during an update, on their owners
+
+    def shape_of(self, param: nn.Parameter) -> tuple[int, ...]:
+        return whole_shape(param)
+
+    # -- gradients --------------------------------------------------------------------------------------------
+
+    def take_gradients(self, params: Iterable[nn.Parameter]) -> None:
+        """From now on take each gradient off its parameter as soon as it is there: ZeRO-3 releases the weight next,
+        and a whole gradient does not belong to an empty one."""
+        for param in params:
+            self._hooks.append(param.register_post_accumulate_grad_hook(self._take))
+
+    def _take(self, param: nn.Parameter) -> None:
+        total = self._accumulated.get(param)
+        # A second micro-batch: sums of 16-bit gradients drop small ones.
+        self._accumulated[param] = param.grad if total is None else total.float().add_(param.grad)
+        param.grad = None
+
+    def set_pending(self, param: nn.Parameter, grad: Tensor) -> None:
+        self._accumulated[param] = grad.to(param.device)
+
+    def end_backward(self) -> None:
+        """Release what modules without a gradient to their input left gathered."""
+        self.shards.release()
+
+    # -- weights ----------------------------------------------------------------------------------------------
+
+    def begin_update(self, unit: Unit) -> None:
+        """Release every whole copy of the unit; an optimizer that looks at shapes gets the whole weights it owns."""
+        self.shards.release(member.param for member in unit.members)
+        if self.whole_tensors:
+            for member in unit.members:
+                whole = self.shards.whole(member.param)
+                if member.owner == self.ranks.rank:
+                    self._owned[member.param] = whole
+
+    def abandon_update(self, unit: Unit) -> None:
+        self._owned.clear()
+
+    @property
+    def weights_are_always_here(self) -> bool:
+        return not self.whole_tensors  # which are gathered for the update
+
+    def weight(self, unit: Unit, piece: Piece) -> Tensor:
+        """The piece of the weight: a view, in the weight's dtype, of ``piece.shape``; where the shard is (the host,
+        with ``offload_param``), or on the accelerator for a whole tensor."""
+        member = unit.members[piece.member]
+        if member.owner is not None:
+            return self._owned[member.param].view(piece.shape)
+        offset = piece.start - member.start
+        return self.shards.shard(member.param)[offset : offset + piece.numel].view(piece.shape)
+
+    def whole_weight(self, weight: Tensor) -> Tensor:
+        return self.shards.whole(weight) if is_partitioned(weight) else weight.detach()
+
+    def held(self, weights: Iterable[Tensor]) -> list[Tensor]:
+        return [self.shards.shard(weight) if is_partitioned(weight) else weight for weight in weights]
+
+    def begin_loading(self, weights: Iterable[Tensor]) -> None:
+        self.shards.release(weights)  # whole copies would be used in place of the new shards
+
+    def set_weight(self, weight: Tensor, value: Tensor) -> None:
+        if not is_partitioned(weight):
+            weight.detach().copy_(value)
+            return
+        start, end = collectives.shard_bounds(value.numel(), self.ranks.world_size, self.ranks.rank)
+        self.shards.shard(weight).copy_(value.reshape(-1)[start:end])
+
+    def publish(self, unit: Unit) -> None:
+        """Whole tensors go back into shards; shards are where they belong already."""
+        if self.whole_tensors:
+            for member in unit.members:
+                new = collectives.scatter_from_owner(
+                    self.ranks,
+                    self._owned.pop(member.param, None),
+                    member.whole_numel,
+                    member.param,
+                    member.owner,
+                )
+                self.shards.shard(member.param).copy_(new)
+
+    def saved_by_reference(self) -> contextlib.AbstractContextManager[None]:
+        return self.shards.saved_by_reference()
+
+    def close(self) -> None:
+        super().close()
+        self._owned.clear()
+        self.shards.close()

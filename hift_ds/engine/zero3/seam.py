@@ -1,0 +1,332 @@
+"""ZeRO-3 without its optimizer, in names that DeepSpeed does not document: what is gathered when, and for how long.
+
+``DeepSpeedZeRoOffload`` cuts the weights over the ranks and gathers each module's around its forward and backward.
+What its own optimizer adds to that (gradients, masters, writing shards) is ours; seven things it does for training of
+all weights are wrong or costly when backward stops at one layer group, and are put right here:
+
+* It prefetches by a trace of the modules as they ran, one trace for all steps. Backward stops elsewhere for each
+  group, so a shared trace is thrown away every other step, or promises uses that never come and keeps the whole model
+  gathered. Here each group has a coordinator of its own, and one more serves evaluation.
+* A module whose input needs no gradient never tells that its backward is over, so its weights stay gathered.
+  :meth:`WeightShards.release` ends that after each backward.
+* Its linear function keeps every input for the weight's gradient, which frozen weights never get. torch's own
+  function is put back, and saved weights become references (:meth:`WeightShards.saved_by_reference`).
+* A recomputed block loses its frozen weights after the first module of its backward (:meth:`_Coordinator._keep_recomputed`).
+* What it prefetches together is on the device twice for a while; large weights are gathered alone (``ALONE_NUMEL``).
+* It lets no gather wait for the update that wrote the shards (:meth:`WeightShards._wait_for_updates`).
+* Its module hooks close over the first engine that a model had, and outlive it. ``close`` removes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import (
+    InsertPostInitMethodToModuleSubClasses,
+    ZeroParamStatus,
+)
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, iter_params
+from deepspeed.utils import z3_leaf_module
+from torch import Tensor, nn
+
+from hift_ds.engine.zero3.shards import shard_of, weight_file_of, whole_of
+from hift_ds.engine.zero3.weight_file import WeightFile
+
+EVALUATION = -1  # the coordinator of forward passes without gradients
+ALONE_NUMEL = 1 << 22  # a weight with more elements is gathered by a collective of its own
+
+
+class _Coordinator(PartitionedParameterCoordinator):
+    """DeepSpeed's, with a count of what it gathers and a word to us when weights have arrived."""
+
+    shards: WeightShards
+    had_trace = False
+
+    def fetch_sub_module(self, current_submodule: nn.Module, forward: bool) -> None:
+        super().fetch_sub_module(current_submodule, forward)
+        self.shards.arrived(current_submodule)
+
+    def release_sub_module(self, submodule: nn.Module, forward: bool = False) -> None:
+        if not forward and self.is_complete_trace():
+            self._keep_recomputed(submodule)
+        super().release_sub_module(submodule, forward)
+        self.shards.left(submodule)
+
+    def _keep_recomputed(self, submodule: nn.Module) -> None:
+        """When a block is recomputed, DeepSpeed has all its frozen weights wait for the module whose backward asked for
+        that, the last of the block, and releases them with it: before the rest of the block's backward, which would
+        gather them again. Here those that the trace finds within ``stage3_max_reuse_distance`` wait for their own
+        modules."""
+        waiting: set[nn.Parameter] = getattr(submodule, "ds_recompute_parameters", set())
+        if waiting:
+            own = set(iter_params(submodule, recurse=z3_leaf_module(submodule)))
+            for param in (waiting & self._used_soon()) - own:
+                waiting.discard(param)
+                param.ds_active_sub_modules.discard(submodule.ds_id)
+
+    def _used_soon(self) -> set[nn.Parameter]:
+        """By the modules that the trace names next, up to ``stage3_max_reuse_distance`` elements of them."""
+        left = self._PartitionedParameterCoordinator__max_reuse_dist_in_numel
+        soon: set[nn.Parameter] = set()
+        order = self._PartitionedParameterCoordinator__submodule_order
+        for module in itertools.islice(order, self._PartitionedParameterCoordinator__step_id, None):
+            if left <= 0:
+                break
+            for param in iter_params(module, recurse=z3_leaf_module(module)):
+                soon.add(param)
+                left -= param.ds_numel
+        return soon
+
+    def upcoming(self, numel: int) -> Iterator[nn.Parameter]:
+        """The next weights of the trace that have not been asked for, about ``numel`` elements of them."""
+        for entry in self._PartitionedParameterCoordinator__param_queue or ():
+            if numel <= 0:
+                break
+            numel -= entry.param.ds_numel
+            yield entry.param
+
+    def reset_step(self) -> None:
+        super().reset_step()
+        self.had_trace = self.had_trace or self.is_complete_trace()
+
+    def _PartitionedParameterCoordinator__all_gather_params(self, params: Any, forward: bool) -> None:  # noqa: N802
+        missing = [param for param in params if param.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        self.shards.numel_gathered += sum(param.ds_numel for param in missing)
+        # DeepSpeed gathers several into one buffer and copies them out of it. A large one gains nothing by company.
+        large = sorted((p for p in missing if p.ds_numel > ALONE_NUMEL), key=lambda p: p.ds_id)
+        for part in [*([param] for param in large), [p for p in missing if p.ds_numel <= ALONE_NUMEL]]:
+            super()._PartitionedParameterCoordinator__all_gather_params(part, forward)
+
+
+class WeightShards:
+    """A model's weights in ZeRO-3's shards: ``ceil(numel / ranks)`` elements of each on every rank.
+
+    Args:
+        offload: made by DeepSpeed's engine; owns the module hooks.
+        active_group: names the coordinator of the next forward with gradients.
+        keep_linear: leave DeepSpeed's linear function in place (autocast: torch's would save casted copies).
+
+    Attributes:
+        numel_gathered: elements of whole weights that this rank has asked for so far.
+    """
+
+    def __init__(
+        self, offload: DeepSpeedZeRoOffload, active_group: Callable[[], int], keep_linear: bool
+    ) -> None:
+        self._offload = offload
+        self._module: nn.Module = offload.module
+        self._active_group = active_group
+        self._coordinators: dict[int, _Coordinator] = {}
+        self._storage_of: dict[nn.Parameter, int] = {}
+        self._param_in: dict[int, nn.Parameter] = {}  # by address of the storage of a gathered weight
+        self._file: WeightFile | None = None
+        self.numel_gathered = 0
+        if not keep_linear:
+            restore_torch_linear()
+        self._hook = self._module.register_forward_pre_hook(self._choose_coordinator, prepend=True)
+
+    # -- traces -----------------------------------------------------------------------------------------------
+
+    def _choose_coordinator(self, *_: Any) -> None:
+        """Before each forward of the whole model."""
+        group = self._active_group() if torch.is_grad_enabled() else EVALUATION
+        coordinator = self._coordinators.get(group)
+        if coordinator is None or (coordinator.had_trace and coordinator.is_invalid_trace()):
+            # DeepSpeed remembers per trace step what may be released and never forgets it: a coordinator whose trace
+            # turned out wrong is not used again.
+            coordinator = self._coordinators[group] = self._new_coordinator()
+        self._offload.param_coordinator = coordinator
+        self._wait_for_updates()
+
+    def _wait_for_updates(self) -> None:
+        """Gathers read the shards on a stream of their own, which DeepSpeed never lets wait for what wrote them: its
+        optimizer synchronizes the device after each update, and ours does not."""
+        gathers = self._offload._DeepSpeedZeRoOffload__allgather_stream
+        if gathers is not None:
+            gathers.wait_stream(get_accelerator().current_stream())
+
+    def _new_coordinator(self) -> _Coordinator:
+        offload = self._offload
+        coordinator = _Coordinator(
+            prefetch_bucket_sz=offload._prefetch_bucket_sz,
+            max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
+            max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
+            allgather_stream=offload._DeepSpeedZeRoOffload__allgather_stream,
+            inflight_param_registry=offload._DeepSpeedZeRoOffload__inflight_param_registry,
+            prefetch_nvme=False,
+            timers=offload.timers,
+            zero_quantized_weights=offload.zero_quantized_weights,
+            zero_quantized_nontrainable_weights=offload.zero_quantized_nontrainable_weights,
+            fast_sharding_for_leaf_module=offload.fast_sharding_for_leaf_module,
+            log_trace_cache_warnings=offload.log_trace_cache_warnings,
+        )
+        coordinator.shards = self
+        return coordinator
+
+    # -- release ----------------------------------------------------------------------------------------------
+
+    def release(self, changing: Iterable[nn.Parameter] = ()) -> None:
+        """Let go of every gathered weight but the persistent ones, and of those too that are about to be changed:
+        a whole copy would go on being used in place of the new shards."""
+        changing = set(changing)
+        coordinator = self._offload.get_param_coordinator()
+        if hasattr(coordinator, "release_backward_leftovers"):
+            coordinator.release_backward_leftovers()
+        in_flight = self._offload._DeepSpeedZeRoOffload__inflight_param_registry
+        for param in self._module.parameters():
+            if param in in_flight:
+                in_flight.pop(param).wait()
+            param.ds_active_sub_modules.clear()
+            if param.ds_status is ZeroParamStatus.AVAILABLE and (not param.ds_persist or param in changing):
+                param.partition()
+
+    def gathered(self) -> list[nn.Parameter]:
+        """The weights of which this rank holds a whole copy now."""
+        return [p for p in self._module.parameters() if p.ds_status is not ZeroParamStatus.NOT_AVAILABLE]
+
+    def is_persistent(self, param: nn.Parameter) -> bool:
+        """True for a small weight that DeepSpeed keeps gathered (``stage3_param_persistence_threshold``)."""
+        return param.ds_persist
+
+    # -- shards -----------------------------------------------------------------------------------------------
+
+    def shard(self, param: nn.Parameter) -> Tensor:
+        """This rank's elements, flat, without padding: the weight itself, to be changed in place. May be on the host."""
+        return shard_of(param)
+
+    def whole(self, param: nn.Parameter) -> Tensor:
+        """As :func:`whole_of`."""
+        return whole_of(param)
+
+    # -- weights in a file ------------------------------------------------------------------------------------
+
+    def park_in_file(self, folder: Path) -> None:
+        """Move this rank's shards from host memory to a file in ``folder``. Persistent weights stay where they are.
+
+        Raises:
+            StateStoreError: the folder cannot hold them.
+        """
+        self._file = weight_file_of(self._module)
+        if self._file is not None:
+            return  # loaded into it
+        parked = [
+            p for p in self._module.parameters() if not p.ds_persist and p.ds_tensor.device.type == "cpu"
+        ]
+        self._file = WeightFile(folder, sum(WeightFile.room(p.ds_tensor.nbytes) for p in parked))
+        for param in parked:
+            placed = self._file.reserve(param.ds_tensor.numel(), param.dtype)
+            placed.copy_(param.ds_tensor)
+            self._file.let_go(placed)
+            param.ds_tensor.data = placed
+
+    def _read_ahead(self) -> None:
+        coordinator = self._offload.get_param_coordinator()
+        if self._file is not None and isinstance(coordinator, _Coordinator):
+            for param in coordinator.upcoming(self._offload._prefetch_bucket_sz):
+                self._file.will_need(param.ds_tensor)
+
+    def left(self, module: nn.Module) -> None:
+        """``module`` is done with its weights for now."""
+        if self._file is not None:
+            for param in module.parameters(recurse=z3_leaf_module(module)):
+                if param.ds_status is ZeroParamStatus.NOT_AVAILABLE:
+                    self._file.let_go(param.ds_tensor)
+
+    # -- saved weights ----------------------------------------------------------------------------------------
+
+    def arrived(self, module: nn.Module) -> None:
+        """The weights of ``module`` are whole now; those of its children too if it is a leaf to DeepSpeed (MoE)."""
+        self._read_ahead()
+        for param in module.parameters(recurse=z3_leaf_module(module)):
+            if (
+                param.ds_status is not ZeroParamStatus.AVAILABLE
+                or param.data_ptr() == param.ds_tensor.data_ptr()
+            ):
+                # On one rank without offload the shard is the weight: nothing is ever copied or released.
+                continue
+            address = param.untyped_storage().data_ptr()
+            before = self._storage_of.get(param)
+            if before != address and self._param_in.get(before) is param:
+                del self._param_in[before]
+            self._storage_of[param] = address
+            self._param_in[address] = param  # may have been another weight's meanwhile
+
+    @contextlib.contextmanager
+    def saved_by_reference(self) -> Iterator[None]:
+        """Inside this block autograd saves a gathered weight, or a view of one, as "that weight, these strides".
+
+        Saving the tensor itself (a linear layer saves its transposed weight, an expert its slice of all experts)
+        would keep the gathered copy alive from forward to backward, for every layer at once.
+        """
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        pack_other, unpack_other = outer if outer is not None else (_as_it_is, _as_it_is)
+
+        def pack(tensor: Tensor) -> Any:
+            param = self._param_in.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+            if (
+                param is None
+                or param.ds_status is not ZeroParamStatus.AVAILABLE
+                or not _shares(tensor, param)
+            ):
+                return pack_other(tensor)
+            return _WeightView(
+                param, tensor.shape, tensor.stride(), tensor.storage_offset() - param.storage_offset()
+            )
+
+        def unpack(saved: Any) -> Tensor:
+            if not isinstance(saved, _WeightView):
+                return unpack_other(saved)
+            available = saved.param.ds_status is ZeroParamStatus.AVAILABLE
+            return saved.of(saved.param.data if available else self.whole(saved.param))
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+
+    def close(self) -> None:
+        """Back to a model without hooks. The weights stay in shards."""
+        self.release(self._module.parameters())
+        self._hook.remove()
+        self._offload.destroy()
+        for module in self._module.modules():
+            for name in ("pre_bwd_fn", "post_bwd_fn"):
+                module.__dict__.pop(name, None)
+        self._coordinators.clear()
+        self._param_in.clear()
+        self._storage_of.clear()
+
+
+class _WeightView:
+    """A view of a weight that may be released and gathered again meanwhile."""
+
+    __slots__ = ("param", "shape", "strides", "offset")
+
+    def __init__(self, param: nn.Parameter, shape: torch.Size, strides: tuple[int, ...], offset: int) -> None:
+        self.param, self.shape, self.strides, self.offset = param, shape, strides, offset
+
+    def of(self, weight: Tensor) -> Tensor:
+        return weight.as_strided(self.shape, self.strides, weight.storage_offset() + self.offset)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _shares(tensor: Tensor, param: nn.Parameter) -> bool:
+    return (
+        tensor.dtype == param.dtype
+        and tensor.untyped_storage().data_ptr() == param.untyped_storage().data_ptr()
+    )
+
+
+def restore_torch_linear() -> None:
+    """Undo the replacement of ``torch.nn.functional.linear`` that ZeRO-3 makes for the whole process."""
+    original = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
+    if original is not None:
+        torch.nn.functional.linear = original

@@ -1,0 +1,150 @@
+"""How ZeRO-3 keeps a weight, in names that DeepSpeed does not document: read it, gather it, or make it from nothing.
+
+Of a parameter of ``numel`` elements each rank has a shard of ``ceil(numel / ranks)``, zero padded, in ``ds_tensor``; the
+parameter's own data is empty unless it is gathered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as deepspeed_comm
+from deepspeed import zero
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor, nn
+
+from hift_ds.engine.zero3.weight_file import WeightFile
+
+_FILE = "hift_weight_file"  # attribute of a module whose shards are in one
+
+
+def is_partitioned(param: nn.Parameter) -> bool:
+    """True for a weight that ZeRO-3 (or ``deepspeed.zero.Init``) has cut over the ranks."""
+    return hasattr(param, "ds_id")
+
+
+def whole_shape(param: nn.Parameter) -> tuple[int, ...]:
+    return tuple(param.ds_shape) if is_partitioned(param) else tuple(param.shape)
+
+
+def num_shards(param: nn.Parameter) -> int:
+    """Ranks over which the weight is cut."""
+    return param.ds_zero_partition_world_size
+
+
+def shard_of(param: nn.Parameter) -> Tensor:
+    """This rank's elements of a partitioned weight, flat, without padding."""
+    per_rank = param.ds_tensor.ds_numel
+    start = min(per_rank * param.ds_zero_partition_rank, param.ds_numel)
+    return param.ds_tensor.detach()[: min(per_rank, param.ds_numel - start)]
+
+
+def whole_of(param: nn.Parameter) -> Tensor:
+    """A new tensor with the whole of a partitioned weight, on the accelerator. All its ranks call this together."""
+    shard = param.ds_tensor.detach()
+    if num_shards(param) == 1:
+        return shard.to(param.device, copy=True).view(param.ds_shape)
+    flat = torch.empty(shard.numel() * num_shards(param), dtype=shard.dtype, device=param.device)
+    deepspeed_comm.all_gather_into_tensor(
+        flat, shard.to(param.device).contiguous(), group=param.ds_process_group
+    )
+    return flat[: param.ds_numel].view(param.ds_shape)
+
+
+def accelerator_device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def allocate_shards(module: nn.Module, config: dict[str, Any]) -> None:
+    """Turn the parameters of ``module``, which are on the meta device, into ZeRO-3 weights with undefined values: what
+    ``deepspeed.zero.Init`` does while a model is built, without ever making, filling or broadcasting a whole weight.
+
+    Args:
+        module: its parameters are replaced; tied ones stay tied.
+        config: DeepSpeed's, complete. With ``"offload_param": {"device": "nvme"}`` the shards are in a file from the start.
+    """
+    zero_config = DeepSpeedConfig(config).zero_config
+    folder = weights_folder(zero_config)
+    init = zero.Init(config_dict_or_path=with_weights_on_host(config) if folder else config)
+    new: dict[nn.Parameter, nn.Parameter] = {}
+    for param in module.parameters():
+        # The shape without the memory: DeepSpeed notes it, then the data goes.
+        hollow = torch.empty(1, dtype=param.dtype, device=init.local_device).expand(param.shape)
+        new[param] = nn.Parameter(hollow, requires_grad=param.requires_grad)
+        init._convert_to_deepspeed_param(new[param])
+    in_file = [p for p in new.values() if folder and p.ds_numel > zero_config.param_persistence_threshold]
+    file = None
+    if folder:
+        file = WeightFile(folder, sum(WeightFile.room(_shard_numel(p) * p.element_size()) for p in in_file))
+        module.__dict__[_FILE] = file
+    placed = set(in_file)
+    for param in new.values():
+        _give_shard(param, init, file if param in placed else None)
+    for submodule in module.modules():
+        for name, param in submodule._parameters.items():
+            if param is not None:
+                submodule._parameters[name] = new[param]
+
+
+def _shard_numel(param: nn.Parameter) -> int:
+    return -(-param.ds_numel // num_shards(param))
+
+
+def _give_shard(param: nn.Parameter, init: Any, file: WeightFile | None) -> None:
+    """As DeepSpeed's first partitioning of a whole weight leaves it."""
+    numel = _shard_numel(param)
+    if file is not None:
+        shard = file.reserve(numel, param.dtype)
+    else:
+        on_host = init.remote_device == OffloadDeviceEnum.cpu
+        shard = torch.empty(numel, dtype=param.dtype, device="cpu" if on_host else init.local_device)
+        if on_host and init.pin_memory:
+            shard = get_accelerator().pin_memory(shard)
+    shard.ds_numel, shard.status, shard.final_location = numel, PartitionedParamStatus.AVAILABLE, None
+    param.ds_tensor, param.ds_numel_aligned = shard, numel * num_shards(param)
+    param.data = torch.empty(0, dtype=param.dtype, device=param.device)
+    param.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
+def with_weights_on_host(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` as DeepSpeed is to read it when we keep the parked weights in a file: its own swapper compiles an
+    operator at run time, and cannot hold a tensor larger than its buffers."""
+    zero_block = {**config["zero_optimization"], "offload_param": {"device": "cpu", "pin_memory": False}}
+    return {**config, "zero_optimization": zero_block}
+
+
+def weights_folder(zero_config: Any) -> Path | None:
+    """Where ``"offload_param": {"device": "nvme", "nvme_path": ...}`` wants parked weights; ``None`` otherwise."""
+    offload = zero_config.offload_param
+    return (
+        Path(offload.nvme_path) if offload is not None and offload.device == OffloadDeviceEnum.nvme else None
+    )
+
+
+@contextlib.contextmanager
+def as_if_parked_on_host(engine: Any) -> Iterator[None]:
+    """Inside this block DeepSpeed's ``engine`` reads ``cpu`` for ``nvme``."""
+    zero_config, config = engine._config.zero_config, engine.config
+    offload = zero_config.offload_param
+    zero_config.offload_param, engine.config = (
+        type(offload)(device="cpu", pin_memory=False),
+        with_weights_on_host(config),
+    )
+    try:
+        yield
+    finally:
+        zero_config.offload_param, engine.config = offload, config
+
+
+def weight_file_of(module: nn.Module) -> WeightFile | None:
+    """The file that :func:`allocate_shards` put the shards of ``module`` in, if it did."""
+    return module.__dict__.get(_FILE)

@@ -1,0 +1,192 @@
+"""The question of a forecast, and how it is put: a :class:`Setting` is stepped by the real engine on a device that has
+no memory, and a :class:`Result` says what was alive when.
+
+A fake device changes the whole process that has one, so the answer comes from a process of its own
+(``python -m hift_ds.simulation``), which :func:`simulate` starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from hift_ds import errors
+
+Bytes = dict[str, int]  # by category
+# A place that cannot hold the peak: memory is linear from one of its ends to the other.
+BETWEEN = "blocks between"
+SWITCHES = ("slice_numel", "checkpointing", "chunked_loss", "offload")  # exact ways to hold less in a step
+SLICE_NUMEL = 1 << 24  # what "sliced update" means unless a number is given
+
+
+class SimulationError(errors.HiFTError):
+    """The engine could not be run on the fake device."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What to run.
+
+    Attributes:
+        model: what :func:`hift_ds.hf.model_structure.read_config` takes: folder, size of the zoo, hub name.
+        engine_config: the DeepSpeed config with its ``"hift"`` block. Batch keys are replaced.
+        weight_dtype: in which the model is loaded, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        batch: sequences in a micro-batch on one rank.
+        length: tokens in a sequence.
+        num_blocks: build only so many blocks of each stack; ``None`` for the whole model.
+        groups: indices of the layer groups to train; negative ones count from the top; ``None`` for all.
+        world_size: data-parallel ranks; rank 0 is counted.
+        micro_batches: accumulated before an update.
+        updates: with ``False`` gradients are dropped instead of used: forward and backward alone are reported.
+        second_update: update each group again: the first time makes its states, later ones find them.
+        eager_attention: hold the scores, as without a fused kernel.
+        on_host: count on fake host tensors, for a torch without fake devices; states at rest are then told apart.
+        trust_remote_code: run the code that the checkpoint brings along.
+        visits: step each group so often and report the last time. ZeRO-3 needs 3: it notes in the first what it prefetches
+            from the second on, and holds that over to the next.
+    """
+
+    model: str
+    engine_config: dict[str, Any]
+    weight_dtype: str = "bfloat16"
+    batch: int = 1
+    length: int = 512
+    num_blocks: int | None = None
+    groups: tuple[int, ...] | None = None
+    world_size: int = 1
+    micro_batches: int = 1
+    updates: bool = True
+    second_update: bool = True
+    eager_attention: bool = False
+    on_host: bool = False
+    trust_remote_code: bool = False
+    visits: int = 1
+
+
+def with_switch(setting: Setting, switch: str, on: bool) -> Setting:
+    """The setting with one of ``SWITCHES`` on or off."""
+    if switch == "slice_numel":
+        return with_hift(setting, "state", {"slice_numel": SLICE_NUMEL if on else None})
+    changed: dict[str, Any] = {switch: on}
+    if switch == "checkpointing" and not on:
+        changed["blocks_kept"] = 0
+    return with_hift(setting, "activations", changed)
+
+
+def is_on(setting: Setting, switch: str) -> bool:
+    """Is that one of ``SWITCHES`` on?"""
+    block = setting.engine_config["hift"]
+    where = "state" if switch == "slice_numel" else "activations"
+    return bool((block.get(where) or {}).get(switch))
+
+
+def with_hift(setting: Setting, section: str, changes: dict[str, Any]) -> Setting:
+    """The setting with ``changes`` in one section of its ``"hift"`` block."""
+    block = setting.engine_config["hift"]
+    block = {**block, section: {**(block.get(section) or {}), **changes}}
+    return replace(setting, engine_config={**setting.engine_config, "hift": block})
+
+
+@dataclass
+class GroupStep:
+    """The step of one layer group, on rank 0.
+
+    Attributes:
+        places: what was alive at the peak of each stretch of the step, bytes on the device by category. A place is
+            "phase:where", such as "backward:active block".
+        flops: of matrix products, by phase.
+        state_bytes: master and optimizer states of the group, at rest.
+        offloaded_bytes: host memory that the step took for a while.
+        numel_gathered: elements of partitioned weights that forward and backward gathered (ZeRO-3).
+    """
+
+    index: int
+    name: str
+    numel: int
+    places: dict[str, Bytes]
+    flops: dict[str, int]
+    state_bytes: int
+    offloaded_bytes: int
+    numel_gathered: int = 0
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """The peak of "forward", "backward" and "update"."""
+        peaks: dict[str, int] = {}
+        for place, categories in self.places.items():
+            phase = place.partition(":")[0]
+            peaks[phase] = max(peaks.get(phase, 0), sum(categories.values()))
+        return peaks
+
+    @property
+    def peak_place(self) -> str:
+        """Where the highest peak is."""
+        return max(self.places, key=lambda place: sum(self.places[place].values()))
+
+    @property
+    def categories(self) -> Bytes:
+        """What was alive at the highest peak."""
+        return self.places[self.peak_place]
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.categories.values())
+
+
+@dataclass
+class Result:
+    """What a :class:`Setting` led to.
+
+    Attributes:
+        num_blocks: blocks of the model as built.
+        num_groups: its layer groups.
+        weight_bytes: parameters and buffers on the device.
+        numel: parameters of the model, tied ones once.
+        steps: of the groups that the setting names.
+    """
+
+    num_blocks: int
+    num_groups: int
+    weight_bytes: int
+    numel: int
+    steps: list[GroupStep] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Result:
+        return cls(**{**data, "steps": [GroupStep(**step) for step in data["steps"]]})
+
+
+def simulate(settings: Sequence[Setting], num_processes: int = 1) -> list[Result]:
+    """Run each setting in a fresh process, or in ``num_processes`` that it forks once it has imported what they need.
+
+    Raises:
+        HiFTError: the engine refuses a setting.
+        SimulationError: a process failed; the last line that it wrote is in the message.
+    """
+    job = subprocess.run(
+        [sys.executable, "-m", "hift_ds.simulation", str(num_processes)],
+        input=json.dumps([asdict(setting) for setting in settings]),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    if job.returncode != 0:
+        raise SimulationError(f"the step could not be simulated: {last_error(job.stderr)}")
+    answer = json.loads(job.stdout.splitlines()[-1])
+    if isinstance(answer, dict):
+        raise getattr(errors, answer["kind"], errors.HiFTError)(answer["message"])
+    return [Result.from_dict(data) for data in answer]
+
+
+def last_error(stderr: str) -> str:
+    """The last line of a traceback that names an error, without the rank before it and what follows its first
+    sentence (torch lists every backend there)."""
+    lines = [line.partition("]: ")[2] or line for line in stderr.splitlines()]
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return (named or [line for line in lines if line.strip()] or ["no message"])[-1].split(". ")[0][:300]

@@ -1,0 +1,200 @@
+"""What can be known of a model folder before any weight is loaded: is it whole, and what is in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hift_ds.errors import CheckpointError, ConfigError
+from hift_ds.hf.safetensors_folder import check_weights
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+HUB = "hub:"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# What a model needs from the Hub; code only if the user trusts it, pickled weights never.
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+DTYPE_NAMES: dict[str, Dtype] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+# Where configs keep the longest sequence, in order of trust.
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checked checkpoint in Hugging Face's layout.
+
+    Attributes:
+        config: the contents of config.json.
+        safetensors_files: the weight files.
+        dtype: of most weights: fp32, bf16 or fp16.
+        numel: of all tensors in the files; tied ones are usually stored once.
+        weight_bytes: size of the files' tensors.
+        max_length: tokens of the longest sequence that the positions allow; None where nothing limits it.
+        vocab_size: rows of the embedding, by the config.
+    """
+
+    path: Path
+    config: Mapping[str, Any] = field(repr=False)
+    safetensors_files: tuple[Path, ...]
+    dtype: Dtype
+    numel: int
+    weight_bytes: int
+    max_length: int | None
+    vocab_size: int | None
+
+
+def resolve_model(path: str, *, key: str = "model.path", trust_remote_code: bool = False) -> Path:
+    """The local folder of a model: ``path`` itself, or what is downloaded for a Hub name.
+
+    The network is used only if ``path`` is written ``hub:owner/name``, or reads ``owner/name`` while neither
+    that folder nor the folder ``owner`` exists here. Pickled weights are never downloaded.
+
+    Raises:
+        ConfigError: no such folder, or the Hub does not give it.
+    """
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    name = path.removeprefix(HUB)
+    on_hub = path.startswith(HUB) or (_HUB_ID.fullmatch(path) is not None and not local.parent.exists())
+    if not on_hub:
+        hint = "" if local.is_absolute() else f"; for a model of the Hugging Face Hub write {HUB}owner/name"
+        raise ConfigError(f"{key}: no such folder: {path!r}{hint}")
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_HUB_FILES, "*.py"] if trust_remote_code else _HUB_FILES
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"{key}: {path!r} is not a folder here, and the Hugging Face Hub does not give it: {reason[:200]}"
+        ) from error
+
+
+def check_model_folder(
+    path: str | Path, *, key: str = "model.path", trust_remote_code: bool = False
+) -> ModelFolder:
+    """Read config.json and the headers of the weight files, nothing more.
+
+    Args:
+        path: a local folder; see :func:`resolve_model`.
+        key: of the run file, for messages.
+
+    Raises:
+        ConfigError: it is no model folder, or not of a causal language model.
+        CheckpointError: weights are missing, pickled, quantized, truncated, or do not match their index.
+    """
+    folder = Path(path).expanduser()
+    if folder.suffix == ".gguf" and folder.is_file():
+        raise _gguf(key, folder.parent, folder.name)
+    if not folder.is_dir():
+        raise ConfigError(f"{key}: no such folder: {str(path)!r}")
+    config = read_config(folder, key)
+    _check_architecture(config, folder, key, trust_remote_code)
+    tensors = check_weights(folder)
+    numel_by_dtype: Counter[str] = Counter()
+    for tensor in tensors.values():
+        numel_by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.numel
+    return ModelFolder(
+        path=folder,
+        config=config,
+        safetensors_files=tuple(dict.fromkeys(tensor.file for tensor in tensors.values())),
+        dtype=_main_dtype(numel_by_dtype, folder),
+        numel=sum(tensor.numel for tensor in tensors.values()),
+        weight_bytes=sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors.values()),
+        max_length=max_sequence_length(config),
+        vocab_size=_text_config(config).get("vocab_size"),
+    )
+
+
+def max_sequence_length(config: Mapping[str, Any]) -> int | None:
+    """Tokens of the longest sequence that the model's positions allow; None where nothing limits it."""
+    text = _text_config(config)
+    limits = [text[key] for key in _LENGTH_KEYS if isinstance(text.get(key), int) and text[key] > 0]
+    if not limits:
+        return None
+    scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
+    if original and factor and limits[0] <= original:  # otherwise the limit is the stretched one already
+        return int(original * factor)
+    return limits[0]
+
+
+def read_config(folder: Path, key: str = "model.path") -> dict[str, Any]:
+    """The contents of config.json.
+
+    Raises:
+        ConfigError: it is missing (GGUF files and LoRA adapters are told what to do) or damaged.
+    """
+    file = folder / "config.json"
+    if file.is_file():
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{file}: not valid JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise ConfigError(f"{file}: expected an object, got {type(config).__name__}")
+        return config
+    gguf = sorted(folder.glob("*.gguf"))
+    if gguf:
+        raise _gguf(key, folder, gguf[0].name)
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{key}: {str(folder)!r} is a LoRA adapter; merge it into its base model and give that folder"
+        )
+    raise ConfigError(
+        f"{key}: no config.json in {str(folder)!r}; expected a model folder in Hugging Face's layout"
+    )
+
+
+def _check_architecture(config: Mapping[str, Any], folder: Path, key: str, trust_remote_code: bool) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_type = config.get("model_type")
+    if "auto_map" in config and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if not trust_remote_code:
+            raise ConfigError(
+                f"{key}: {str(folder)!r} brings its own Python code; set model.trust_remote_code: true if "
+                "you trust it"
+            )
+    elif model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError(
+            f"{key}: model_type {model_type!r} in {str(folder / 'config.json')!r} is no causal language "
+            "model "
+            "that transformers knows"
+        )
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "quantized")
+        raise CheckpointError(
+            f"{key}: {str(folder)!r} has {method} weights, which cannot be trained; use the unquantized model"
+        )
+
+
+def _gguf(key: str, folder: Path, name: str) -> ConfigError:
+    return ConfigError(
+        f'{key}: {name!r} is a GGUF file; rebuild a safetensors folder from it: python -c "from '
+        "transformers import "
+        f"AutoModelForCausalLM as M, AutoTokenizer as T; [c.from_pretrained('{folder}', gguf_file='{name}')"
+        f".save_pretrained('{folder}-safetensors') for c in (M, T)]\""
+    )
+
+
+def _main_dtype(numel_by_dtype: Counter[str], folder: Path) -> Dtype:
+    main = numel_by_dtype.most_common(1)[0][0] if numel_by_dtype else "nothing"
+    if main not in DTYPE_NAMES:
+        raise CheckpointError(
+            f"{folder}: most weights are stored as {main}, expected {', '.join(DTYPE_NAMES)}; use an "
+            "unquantized model"
+        )
+    return DTYPE_NAMES[main]
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    nested = config.get("text_config")
+    return {**config, **nested} if isinstance(nested, Mapping) else config

@@ -1,0 +1,370 @@
+"""Hugging Face safetensors folders: check, read, load, compare. Writing them is in :mod:`export`.
+
+Loading a model is transformers' own work: ``from_pretrained`` maps the files (no copy at all when the dtype
+stays, one weight in flight when it changes), so :func:`load_pretrained` only adds what it lacks: damaged or
+missing files named before a model is built, and a weight that would silently be initialised at random turned
+into an error. :func:`stream_weights` gives the same weights to a model that exists already, one conversion
+set at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hift_ds.errors import CheckpointError
+from hift_ds.hf.weight_names import plan_load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a safetensors file says about one tensor without reading it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def on_meta(self) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def check_weights(folder: str | Path) -> dict[str, TensorHeader]:
+    """Every tensor of a Hugging Face folder, from the files' headers alone: fast, whatever the size.
+
+    Raises:
+        CheckpointError: no such folder, no safetensors in it (a pickled checkpoint is refused with the way to
+            convert it), a file of the index that is missing or truncated, or an index that does not match its
+            files.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"model folder {str(folder)!r} does not exist")
+    index = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).is_file():
+        return _read_headers(folder / SINGLE_FILE)
+    if not index.is_file():
+        raise _no_weights(folder)
+
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index}: not a safetensors index ({type(error).__name__}: {error})") from None
+    headers: dict[str, TensorHeader] = {}
+    for file_name in sorted(set(weight_map.values())):
+        if not (folder / file_name).is_file():
+            raise CheckpointError(f"{folder / file_name} is missing; {INDEX_FILE} names it")
+        headers |= _read_headers(folder / file_name)
+    for name, file_name in weight_map.items():
+        if name not in headers or headers[name].file.name != file_name:
+            raise CheckpointError(
+                f"{folder / file_name} lacks tensor {name!r}, which {INDEX_FILE} places there"
+            )
+    return headers
+
+
+def tensor_dtypes(folder: str | Path) -> dict[str, torch.dtype]:
+    """Each tensor's dtype by its name in the checkpoint; what ``export_model(dtype=...)`` takes."""
+    return {name: header.dtype for name, header in check_weights(folder).items()}
+
+
+class SafetensorsFolder:
+    """The tensors of a Hugging Face folder by name, each mapped from disk when it is asked for.
+
+    Raises:
+        CheckpointError: see :func:`check_weights`.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.headers = check_weights(folder)
+        self._open: dict[Path, Any] = {}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        file = self.headers[name].file
+        if file not in self._open:
+            self._open[file] = safe_open(str(file), framework="pt")
+        return self._open[file].get_tensor(name)
+
+
+def stream_weights(
+    model: PreTrainedModel, folder: str | Path, *, convert: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name in memory, tensor) for every weight of ``model`` in ``folder``, converted as transformers
+    does.
+
+    Only the tensors of one conversion (one weight, or the experts of one block) are materialised at a time,
+    in the checkpoint's dtype. A tied weight comes once, under the name the checkpoint has.
+
+    Args:
+        convert: False: a weight made of several tensors comes on the meta device, without values; for ranks
+            that get it from one that converts, so that not every rank holds the set.
+
+    Raises:
+        CheckpointError: the checkpoint has a tensor the model does not know, lacks one that it needs, or has
+            one of another shape; names file and tensor.
+    """
+    source_folder = SafetensorsFolder(folder)
+    headers = source_folder.headers
+    tensors = model.state_dict(keep_vars=True)
+    ignored = _patterns(getattr(model, "_keys_to_ignore_on_load_unexpected", None))
+    given: set[str] = set()
+    for unit in plan_load(model, headers):
+        if unit.first_name not in tensors:
+            if any(pattern.search(unit.first_name) for pattern in ignored):
+                continue
+            source = unit.sources[0]
+            raise CheckpointError(
+                f"{headers[source].file}: tensor {source!r} has no place in {type(model).__name__}; "
+                "is this the checkpoint of another model?"
+            )
+        if convert or unit.is_plain:
+            sources = {source: source_folder.tensor(source) for source in unit.sources}
+        else:
+            sources = {source: headers[source].on_meta() for source in unit.sources}
+        try:
+            converted = unit.convert(model, sources)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{headers[unit.sources[0]].file}: tensors {unit.sources[0]!r}, ... "
+                f"do not make {unit.first_name!r} ({error})"
+            ) from error
+        for name, tensor in converted.items():
+            expected = tuple(getattr(tensors[name], "ds_shape", tensors[name].shape))
+            if tuple(tensor.shape) != expected:
+                raise CheckpointError(
+                    f"{headers[unit.sources[0]].file}: tensor {unit.sources[0]!r} gives {name!r} the shape "
+                    f"{tuple(tensor.shape)}, the model expects {expected}"
+                )
+            given.add(name)
+            yield name, tensor
+    _check_complete(model, tensors, given, folder)
+
+
+@torch.no_grad()
+def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Copy a checkpoint into an existing model, each weight straight to its parameter's device and dtype.
+
+    Parameters keep their identity (an optimizer may already hold them). Host memory: one conversion set.
+
+    Raises:
+        CheckpointError: as :func:`stream_weights`; or two weights the model ties differ in the checkpoint.
+    """
+    targets = model.state_dict(keep_vars=True)
+    filled: dict[int, str] = {}
+    for name, tensor in stream_weights(model, folder):
+        target = targets[name]
+        if id(target) in filled and not torch.equal(target, tensor.to(target.device, target.dtype)):
+            raise CheckpointError(
+                f"{folder}: {filled[id(target)]!r} and {name!r} differ, but the model ties them; "
+                "set tie_word_embeddings to false in its config.json"
+            )
+        filled[id(target)] = name
+        target.copy_(tensor)
+
+
+def load_pretrained(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    model_class: Any = None,
+    device: torch.device | str | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    **from_pretrained: Any,
+) -> PreTrainedModel:
+    """``from_pretrained`` of a local safetensors folder that fails where it would go on with random weights.
+
+    Args:
+        dtype: of the parameters in memory; "auto" keeps the checkpoint's, and then the weights stay mapped
+            from disk and cost no memory until they are changed.
+        model_class: ``AutoModelForCausalLM`` by default.
+        device: put the weights there directly.
+        allow_missing: patterns (``re.search``) of weights that may be absent and start at random: a new head.
+        allow_unexpected: patterns of checkpoint tensors that may go unused: the old head.
+        from_pretrained: passed on, for example ``attn_implementation``.
+
+    Raises:
+        CheckpointError: damaged files, and missing, unexpected or misshapen weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_weights(folder)
+    if device is not None:
+        from_pretrained["device_map"] = {"": device}
+    model, info = (model_class or AutoModelForCausalLM).from_pretrained(
+        str(folder),
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **from_pretrained,
+    )
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        if not _matches(name, allow_missing):
+            raise CheckpointError(
+                f"{folder}: {name!r} has shape {tuple(found)}, "
+                f"{type(model).__name__} expects {tuple(expected)}"
+            )
+    _refuse(info["missing_keys"], allow_missing, f"{folder} lacks", f"of {type(model).__name__}")
+    _refuse(info["unexpected_keys"], allow_unexpected, f"{folder} has", f"unknown to {type(model).__name__}")
+    return model
+
+
+def weight_distances(
+    before_dir: str | Path,
+    after_dir: str | Path,
+    *,
+    model: PreTrainedModel | None = None,
+    chunk_numel: int = 1 << 24,
+) -> dict[str, tuple[float, float]]:
+    """How far each weight moved: ``{name: (L2 norm of after - before, L2 norm of before)}``, floating point
+    only.
+
+    What only one folder has is left out: old checkpoints hold buffers and copies of tied weights that an
+    export does not.
+
+    Args:
+        model: compare its parameters, by their names in memory, whatever the two checkpoints call them
+            (published GPT-2 and Mixtral name weights otherwise than memory does); on any device, meta
+            included, not partitioned. Without it tensors are compared under the names in the files.
+        chunk_numel: values compared at once, in fp32 (norms are summed in fp64); bounds the memory.
+
+    Raises:
+        CheckpointError: a folder is damaged, or a weight has another shape in the other one.
+    """
+    before, after = SafetensorsFolder(before_dir), SafetensorsFolder(after_dir)
+    if model is None:
+        names = [name for name in before.headers if name in after.headers]
+        pairs = ((name, before.tensor(name), after.tensor(name)) for name in names)
+    else:
+        pairs = _pairs_of_weights(model, before, after)
+    out: dict[str, tuple[float, float]] = {}
+    for name, old, new in pairs:
+        if not old.is_floating_point():
+            continue
+        if old.shape != new.shape:
+            raise CheckpointError(f"{name!r}: shape {tuple(old.shape)} before, {tuple(new.shape)} after")
+        moved = norm = 0.0
+        chunks = zip(old.reshape(-1).split(chunk_numel), new.reshape(-1).split(chunk_numel), strict=True)
+        for a, b in chunks:
+            a, b = a.float(), b.float()
+            moved += (b - a).double().square().sum().item()
+            norm += a.double().square().sum().item()
+        out[name] = (math.sqrt(moved), math.sqrt(norm))
+    return out
+
+
+def _pairs_of_weights(
+    model: PreTrainedModel, before: SafetensorsFolder, after: SafetensorsFolder
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(name in memory, tensor in one folder, tensor in the other), one conversion set at a time."""
+    tensors = model.state_dict(keep_vars=True)
+    # A tied weight may be saved under another of its names in the other folder.
+    units = {
+        id(tensors[u.first_name]): u for u in plan_load(model, before.headers) if u.first_name in tensors
+    }
+    for unit in plan_load(model, after.headers):
+        partner = units.get(id(tensors.get(unit.first_name)))
+        if partner is None:
+            continue
+        olds = partner.convert(model, {name: before.tensor(name) for name in partner.sources})
+        news = unit.convert(model, {name: after.tensor(name) for name in unit.sources})
+        if unit.first_name not in olds:
+            olds = {unit.first_name: olds[partner.first_name]}
+        yield from ((name, olds[name], new) for name, new in news.items() if name in olds)
+
+
+def _read_headers(file: Path) -> dict[str, TensorHeader]:
+    try:
+        with safe_open(str(file), framework="pt") as reader:
+            out = {}
+            for name in reader.keys():  # noqa: SIM118 (it is no mapping)
+                piece = reader.get_slice(name)
+                code = piece.get_dtype()
+                if code not in _DTYPES:
+                    raise CheckpointError(
+                        f"{file}: tensor {name!r} has dtype {code}, expected one of {list(_DTYPES)}"
+                    )
+                out[name] = TensorHeader(file, tuple(piece.get_shape()), _DTYPES[code])
+            return out
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: truncated or not a safetensors file ({error})") from None
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    pickled = sorted(p.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(suffix))
+    pickled = [name for name in pickled if name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
+    if pickled:
+        return CheckpointError(
+            f"{folder}: weights are pickled ({pickled[0]}), which can run code when loaded; "
+            "if you trust them, convert once: "
+            f"AutoModel.from_pretrained({str(folder)!r}, use_safetensors=False)"
+            ".save_pretrained(NEW_FOLDER), with the Auto class of your task"
+        )
+    return CheckpointError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}")
+
+
+def _check_complete(
+    model: PreTrainedModel, tensors: dict[str, torch.Tensor], given: set[str], folder: str | Path
+) -> None:
+    filled = {id(tensors[name]) for name in given}
+    ignored = _patterns(getattr(model, "_keys_to_ignore_on_load_missing", None))
+    missing = [
+        name
+        for name, tensor in tensors.items()
+        if id(tensor) not in filled and not any(pattern.search(name) for pattern in ignored)
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]!r}, ..."
+        )
+
+
+def _refuse(names: Iterable[str], allowed: Sequence[str], has: str, of_what: str) -> None:
+    wrong = sorted(name for name in names if not _matches(name, allowed))
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise CheckpointError(f"{has} tensor {wrong[0]!r}{more} {of_what}")
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _patterns(patterns: Iterable[str] | None) -> list[re.Pattern[str]]:
+    return [re.compile(pattern) for pattern in patterns or ()]

@@ -1,0 +1,380 @@
+"""Building a model on the fake device and stepping the real engine there. Runs in the simulation's process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hift_ds.forecast.setting import BETWEEN, Bytes, GroupStep, Result, Setting
+from hift_ds.layers.arch import ArchSpec, find_arch
+from hift_ds.simulation import device as fake_device
+from hift_ds.simulation.flops import FlopCounter
+from hift_ds.simulation.tracker import GRADIENTS, STATES, WEIGHTS, MemoryTracker, Timeline, Watch
+from hift_ds.store.movers import InlineMover, ThreadMover
+
+PHASES = ("forward", "backward", "update")
+PARKED = "parked"  # a category that is not reported
+
+
+def run(setting: Setting) -> Result:
+    """Step the layer groups of ``setting`` and report what was alive when."""
+    with fake_device.fake_device(setting.on_host) as name:
+        _join(setting)
+        device, host, flops = MemoryTracker(name), MemoryTracker("cpu", block_bytes=1), FlopCounter()
+        with Watch(host, device, flops=flops):
+            device.mark("build")
+            model = build_model(setting, name)
+            device.see_all([*model.parameters(), *model.buffers()], WEIGHTS)
+            weight_bytes, numel = device.live_bytes, sum(param.numel() for param in model.parameters())
+            arch = find_arch(model)
+            engine = _engine(setting, model)
+            device.see_all(engine.optimizer.parameters.held(model.parameters()), WEIGHTS)
+            _mark_blocks(model, arch, device)
+            _mark_gradients(engine, device)
+            _mark_states(engine, device)
+            _mark_parked(engine, device)
+            result = Result(len(arch.blocks), len(engine.groups), weight_bytes, numel)
+            _warm_up(engine, device)
+            if not setting.updates:
+                engine.optimizer.step = engine.optimizer.drop_gradients
+            for index in _indices(setting, len(engine.groups)):
+                for _ in range(setting.visits):
+                    step = _train(engine, setting, index, device, host, flops)
+                result.steps.append(step)
+            engine.destroy()
+    return result
+
+
+# -- the model ------------------------------------------------------------------------------------------------
+
+
+def build_model(setting: Setting, device: str) -> nn.Module:
+    """The model that the setting names, on ``device``, in training mode."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    from hift_ds.hf.model_structure import build_on_meta, read_config
+
+    config = read_config(setting.model, trust_remote_code=setting.trust_remote_code)
+    if setting.eager_attention:
+        config._attn_implementation = "eager"
+    with unset_fake_temporarily():
+        model = build_on_meta(config, trust_remote_code=setting.trust_remote_code)
+    if setting.num_blocks is not None:
+        cut_blocks(model, find_arch(model), setting.num_blocks)
+    make_real(model, getattr(torch, setting.weight_dtype), device)
+    return model.train()
+
+
+def cut_blocks(model: nn.Module, arch: ArchSpec, num_blocks: int) -> None:
+    """Keep the first ``num_blocks`` of each stack."""
+    for name in {names[0].rpartition(".")[0] for names in arch.blocks}:
+        stack = model.get_submodule(name)
+        for child in list(stack._modules)[num_blocks:]:
+            del stack._modules[child]
+
+
+def make_real(model: nn.Module, dtype: torch.dtype, device: str) -> None:
+    """From meta to ``device``: parameters in ``dtype``, buffers in their own; tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            is_weight = isinstance(tensor, nn.Parameter)
+            dtype_of_new = dtype if is_weight and tensor.is_floating_point() else tensor.dtype
+            new = torch.empty(tensor.shape, dtype=dtype_of_new, device=device)
+            made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_weight else new
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers, module.__dict__):
+            for key, tensor in list(tensors.items()):
+                if isinstance(tensor, Tensor):
+                    tensors[key] = fake(tensor)
+
+
+def make_batch(model: nn.Module, batch: int, length: int, device: str) -> dict[str, Tensor]:
+    """Tokens and the labels that the model's head wants, no padding. (batch, length) int64, all zero."""
+    tokens = torch.zeros(batch, length, dtype=torch.long, device=device)
+    one_each = torch.zeros(batch, dtype=torch.long, device=device)
+    kind = type(model).__name__
+    if kind.endswith("ForSequenceClassification"):
+        return {"input_ids": tokens, "labels": one_each}
+    if kind.endswith("ForQuestionAnswering"):
+        return {"input_ids": tokens, "start_positions": one_each, "end_positions": one_each}
+    return {"input_ids": tokens, "labels": tokens}
+
+
+# -- the engine -----------------------------------------------------------------------------------------------
+
+
+def _join(setting: Setting) -> None:
+    """Be rank 0 in a process group that moves nothing."""
+    import torch.distributed as dist
+
+    from hift_ds.simulation.accelerator import join_fake_ranks, use_fake_accelerator
+
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(setting.world_size)}
+    os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    if not dist.is_initialized():
+        join_fake_ranks(setting.world_size)
+        if not setting.on_host:
+            use_fake_accelerator()
+    assert dist.get_world_size() == setting.world_size, "one process simulates one number of ranks"
+
+
+def engine_config(setting: Setting) -> dict[str, Any]:
+    """The DeepSpeed config with the setting's batch, and the optimizer's kernel that is the default on a GPU."""
+    return {
+        **{k: v for k, v in setting.engine_config.items() if k != "train_batch_size"},
+        "train_micro_batch_size_per_gpu": setting.batch,
+        "gradient_accumulation_steps": setting.micro_batches,
+        "optimizer": _with_fused_kernel(setting.engine_config["optimizer"]),
+    }
+
+
+def _engine(setting: Setting, model: nn.Module) -> Any:
+    import hift_ds
+
+    config = engine_config(setting)
+    config["hift"] = _parked_in_host_memory(config["hift"])
+    with _replaced():
+        engine, *_ = hift_ds.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    store = engine.optimizer.store
+    if isinstance(getattr(store, "mover", None), ThreadMover):  # fake tensors are for one thread
+        store.mover = InlineMover(store.traffic, store.device)
+    return engine
+
+
+def _parked_in_host_memory(block: dict[str, Any]) -> dict[str, Any]:
+    """On the device, states that rest on disk look the same, and no file is wanted here. Nor are page-locked slabs."""
+    state = {**(block.get("state") or {}), "pin_memory": False}
+    if state.get("residency") in ("disk", "auto"):
+        state["residency"] = "host"
+        state.pop("path", None)
+        state.pop("io", None)
+    return {**block, "state": state}
+
+
+def _with_fused_kernel(block: dict[str, Any]) -> dict[str, Any]:
+    """On an unknown device torch would take a kernel that copies."""
+    params = dict(block.get("params") or {})
+    plain = block["type"].lower() in ("adam", "adamw", "sgd")
+    if plain and not params.keys() & {"fused", "foreach", "differentiable"}:
+        params["fused"] = True
+    return {**block, "params": params}
+
+
+@contextmanager
+def _replaced() -> Iterator[None]:
+    """While the engine is built: this machine's memory says nothing about the one that is asked about, and weights
+    without elements, which keep some optimizers' constructors from making states, cannot be had of fake tensors."""
+    from hift_ds.optim import build
+    from hift_ds.store import machine as room
+
+    replacements = [
+        (room, "_physical", lambda proc: room.HostBytes(1 << 60, 1 << 60)),
+        (room, "_number", lambda path: None),
+        (build, "_hollow", lambda params: nullcontext()),
+    ]
+    saved = [(module, name, getattr(module, name)) for module, name, _ in replacements]
+    for module, name, function in replacements:
+        setattr(module, name, function)
+    try:
+        yield
+    finally:
+        for module, name, function in saved:
+            setattr(module, name, function)
+
+
+# -- watching -------------------------------------------------------------------------------------------------
+
+
+def _mark_blocks(model: nn.Module, arch: ArchSpec, tracker: MemoryTracker) -> None:
+    """Note in the log which block runs, forward and backward. No tensor is kept or made for it."""
+
+    def before(place: str) -> None:
+        tracker.mark("forward", place)
+
+    def after(out: Any, place: str) -> None:
+        tracker.mark("forward", f"after {place}")
+        first = out if isinstance(out, Tensor) else next((x for x in out if isinstance(x, Tensor)), None)
+        if first is not None and first.grad_fn is not None:
+            first.grad_fn.register_prehook(lambda grads: tracker.mark("backward", place))
+
+    for index, names in enumerate(arch.blocks):
+        block = model.get_submodule(names[0])
+        block.register_forward_pre_hook(lambda module, args, place=str(index): before(place))
+        block.register_forward_hook(lambda module, args, out, place=str(index): after(out, place))
+
+
+def _mark_gradients(engine: Any, tracker: MemoryTracker) -> None:
+    def mark(param: nn.Parameter) -> None:
+        grad = param.grad if param.grad is not None else engine.optimizer.parameters.pending(param)
+        if grad is not None:
+            tracker.see(grad, GRADIENTS)
+
+    model = engine.module
+    for param in model.parameters():
+        flag = param.requires_grad
+        param.requires_grad_(True)  # a hook can be put on no other
+        param.register_post_accumulate_grad_hook(mark)
+        param.requires_grad_(flag)
+
+
+def _mark_states(engine: Any, tracker: MemoryTracker) -> None:
+    """What a store hands out for an update is state."""
+    optimizer = engine.optimizer
+    for store in {id(s): s for s in (optimizer.store, optimizer.always_store)}.values():
+
+        def watched(unit: int, fetch: Any = store.fetch) -> dict[str, Tensor]:
+            tensors = fetch(unit)
+            tracker.see_all(tensors.values(), STATES)
+            return tensors
+
+        store.fetch = watched
+
+
+def _mark_parked(engine: Any, tracker: MemoryTracker) -> None:
+    """States at rest in host memory are not on the device, even where the host stands in for it."""
+    for segments in getattr(engine.optimizer.store, "_host", {}).values():
+        tracker.see_all(segments, PARKED)
+
+
+# -- stepping -------------------------------------------------------------------------------------------------
+
+
+def _indices(setting: Setting, num_groups: int) -> list[int]:
+    if setting.groups is None:
+        return list(range(num_groups))
+    return sorted({index % num_groups for index in setting.groups if -num_groups <= index < num_groups})
+
+
+def _train(
+    engine: Any, setting: Setting, index: int, device: MemoryTracker, host: MemoryTracker, flops: FlopCounter
+) -> GroupStep:
+    """A step of one group."""
+    first_mark, host_start, host_bytes = len(device.marks), len(host.events), host.live_bytes
+    gathered = -_numel_gathered(engine)
+    activate(engine, index)
+    _step(engine, setting, device, flops)
+    gathered += _numel_gathered(engine)
+    flops.phase = None
+    if setting.updates and setting.second_update:
+        activate(engine, index)
+        _update_again(engine, setting, device)
+    offloaded = Timeline(host).peak(host_start, len(host.events)).num_bytes - host_bytes
+    group, places = engine.groups[index], _places(engine, setting, index, device, first_mark)
+    states = state_bytes(engine, index)
+    return GroupStep(index, group.name, group.numel, places, flops.take(), states, offloaded, gathered)
+
+
+def _numel_gathered(engine: Any) -> int:
+    """So far, of partitioned weights."""
+    return getattr(getattr(engine.optimizer.parameters, "shards", None), "numel_gathered", 0)
+
+
+def _warm_up(engine: Any, tracker: MemoryTracker) -> None:
+    """What prefetching keeps on the device exists from the first update on; let it exist now, as state."""
+    optimizer = engine.optimizer
+    for unit in list(optimizer.units.values())[:2]:  # two slots at most
+        optimizer.store.prefetch(unit.chunks[0].id)
+    tracker.see_all((slot.memory for slot in getattr(optimizer.store, "_slots", ())), STATES)
+
+
+def activate(engine: Any, index: int) -> None:
+    """Make ``index`` the active group, wherever the schedule stands."""
+    from hift_ds.schedule import Cursor
+
+    schedule = engine.optimizer.schedule
+    schedule.cursor = Cursor(schedule.cursor.cycle, schedule.order_of_cycle.index(index), 0)
+    engine.optimizer.activate()
+
+
+def state_bytes(engine: Any, index: int) -> int:
+    """Of the group's master and states, in the form in which they rest."""
+    optimizer = engine.optimizer
+    store = optimizer.store_of(index)
+    return sum(store.num_bytes(chunk.id) for chunk in optimizer.units[index].chunks)
+
+
+def _step(engine: Any, setting: Setting, tracker: MemoryTracker, flops: FlopCounter) -> None:
+    for _ in range(setting.micro_batches):
+        batch = make_batch(engine.module, setting.batch, setting.length, tracker.device_type)
+        tracker.mark("forward", "-1")
+        flops.phase = "forward"
+        loss = engine(**batch).loss
+        tracker.mark("backward", "loss")
+        flops.phase = "backward"
+        engine.backward(loss)
+        del loss
+        if engine.is_gradient_accumulation_boundary():
+            tracker.mark("update")
+            flops.phase = "update"
+        engine.step()
+
+
+def _update_again(engine: Any, setting: Setting, tracker: MemoryTracker) -> None:
+    """The update alone, with gradients as backward would leave them."""
+    optimizer = engine.optimizer
+    tracker.mark("gradients")
+    for unit in optimizer.active_units:
+        for member in unit.members:
+            sums = setting.micro_batches > 1 and member.param.is_floating_point()
+            dtype = torch.float32 if sums else member.param.dtype
+            grad = torch.empty(member.shape, dtype=dtype, device=tracker.device_type)
+            tracker.see(grad, GRADIENTS)
+            optimizer.parameters.set_pending(member.param, grad)
+            del grad
+    tracker.mark("update")
+    optimizer.reduce_gradients()
+    optimizer.step()
+    tracker.mark("between steps")
+
+
+def _places(
+    engine: Any, setting: Setting, index: int, tracker: MemoryTracker, first_mark: int
+) -> dict[str, Bytes]:
+    """What was alive at the peak of each place, the places named as seen from the active group."""
+    timeline = Timeline(tracker)
+    num_blocks = len(find_arch(engine.module).blocks)
+    blocks = range(engine.savings.lowest_block(index), num_blocks)
+    kept = engine.hift.activations.blocks_kept
+    phases = PHASES if setting.updates else PHASES[:-1]
+    peaks: dict[str, Any] = {}
+    for mark, begin, end in timeline.stretches()[first_mark:]:
+        if mark.phase not in phases:
+            continue
+        peak = timeline.peak(begin, end)
+        place = f"{mark.phase}:{_seen_from(blocks, kept, mark.place)}"
+        peaks[place] = max(peaks.get(place, peak), peak, key=lambda p: p.num_bytes)
+    found = {place: timeline.categories_at(peak.event) for place, peak in peaks.items()}
+    return {place: {name: n for name, n in sums.items() if name != PARKED} for place, sums in found.items()}
+
+
+def _seen_from(blocks: range, kept: int, place: str) -> str:
+    """A block's place as seen from the active group; ``blocks`` are those that its gradients pass. Between the places
+    named here memory is linear in the block, so they stand for all."""
+    name = place.removeprefix("after ")
+    if not name.lstrip("-").isdigit():
+        return place
+    block, last = int(name), blocks.stop - 1
+    if place.startswith("after ") and block == last:
+        return "head"
+    if block < blocks.start:
+        return "below"
+    if block == blocks.start:
+        return "lowest block"
+    if block == last:
+        return "last block"
+    if block == last - kept:
+        return "last recomputed block"
+    return "second block" if block == blocks.start + 1 else BETWEEN

@@ -1,0 +1,299 @@
+"""A run file and its DeepSpeed JSON, put together: one value for each setting that both can make.
+
+A key of the run file that the user wrote and a value in the JSON must agree; a default of the run file gives
+way to the JSON; ``"auto"`` in the JSON takes the run file's value.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hift_ds.config import BLOCK, HiFTConfig, check_against_deepspeed, parse_block
+from hift_ds.errors import ConfigError
+from hift_ds.hf.model_folder import Dtype
+from hift_ds.train.run_config import RunConfig
+
+DEFAULT_MAX_LENGTH = 2048
+DEFAULT_OPTIMIZER = "AdamW"
+_AUTO = (None, "auto")
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Rows: in one forward pass, passes in one optimizer step, rows in one optimizer step over all ranks."""
+
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    global_batch_size: int
+
+
+def read_deepspeed(run: RunConfig) -> dict[str, Any]:
+    """The contents of the run's DeepSpeed JSON, as written there.
+
+    Raises:
+        ConfigError: no such file, or no JSON in it.
+    """
+    if run.deepspeed is None:
+        return {}
+    if isinstance(run.deepspeed, Mapping):
+        return deepcopy(dict(run.deepspeed))
+    given = Path(run.deepspeed).expanduser()
+    beside = run.file.parent / given if run.file is not None else given
+    file = next((candidate for candidate in (given, beside) if candidate.is_file()), None)
+    if file is None:
+        raise ConfigError(f"deepspeed: no such file: {run.deepspeed!r}, neither here nor beside the run file")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected an object, got {type(content).__name__}")
+    return content
+
+
+def check_batch_sizes(run: RunConfig, world_size: int) -> BatchSizes:
+    """The three batch sizes, which must multiply out: global = micro x accumulation x ``world_size``.
+
+    Raises:
+        ConfigError: they do not, or the run file and the DeepSpeed JSON disagree.
+    """
+    ds = read_deepspeed(run)
+    micro = _agreed(run, "train.micro_batch_size", ds, "train_micro_batch_size_per_gpu")
+    accumulation = _agreed(run, "train.gradient_accumulation_steps", ds, "gradient_accumulation_steps")
+    total = _agreed(run, "train.global_batch_size", ds, "train_batch_size")
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    if total is None:
+        micro, accumulation = micro or 1, accumulation or 1
+        return BatchSizes(micro, accumulation, micro * accumulation * world_size)
+    if micro is not None and accumulation is not None:
+        if micro * accumulation * world_size != total:
+            raise ConfigError(
+                f"train.global_batch_size: {total} is not micro_batch_size {micro} x "
+                "gradient_accumulation_steps "
+                f"{accumulation} x {ranks} = {micro * accumulation * world_size}; leave one of them out"
+            )
+        return BatchSizes(micro, accumulation, total)
+    one = (micro or accumulation or 1) * world_size
+    if total % one:
+        name = (
+            "gradient_accumulation_steps"
+            if micro is None and accumulation is not None
+            else "micro_batch_size"
+        )
+        below = total // one * one
+        nearest = f"{below} or {below + one}" if below else f"{one}"
+        raise ConfigError(
+            f"train.global_batch_size: {total} is not a multiple of {name} {one // world_size} x {ranks}; "
+            f"the nearest are {nearest}"
+        )
+    if micro is None and accumulation is not None:
+        return BatchSizes(total // one, accumulation, total)
+    return BatchSizes(one // world_size, total // one, total)
+
+
+def resolve_dtype(run: RunConfig, stored: Dtype) -> Dtype:
+    """The dtype of the weights in training.
+
+    Args:
+        stored: of the weights in the model's files.
+
+    Raises:
+        ConfigError: ``model.dtype`` and the DeepSpeed JSON disagree.
+    """
+    ds = read_deepspeed(run)
+    means: dict[str, Dtype] = {"torch_autocast": "fp32", "bf16": "bf16", "fp16": "fp16"}
+    why = next((name for name in means if (ds.get(name) or {}).get("enabled") is True), None)
+    from_json = means[why] if why else None
+    wanted = run.model.dtype
+    if wanted == "auto":
+        return from_json or stored
+    if from_json is not None and wanted != from_json:
+        raise ConfigError(
+            f"model.dtype: {wanted}, but {why!r} is enabled in the DeepSpeed config, which means "
+            f"{from_json}; change one"
+        )
+    for name in ("bf16", "fp16"):
+        if wanted == name and (ds.get(name) or {}).get("enabled") is False:
+            raise ConfigError(
+                f'model.dtype: {wanted}, but "{name}.enabled" is false in the DeepSpeed config; change one'
+            )
+    return wanted
+
+
+def resolve_max_length(run: RunConfig, limit: int | None) -> int:
+    """Tokens of the longest sample.
+
+    Args:
+        limit: what the model's positions allow; None: any length.
+
+    Raises:
+        ConfigError: ``data.max_length`` is more than that.
+    """
+    wanted = run.data.max_length
+    if wanted is None:
+        return min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+    if limit is not None and wanted > limit:
+        raise ConfigError(
+            f"data.max_length: {wanted} is longer than the {limit} positions that the model in "
+            f"{run.model.path!r} has"
+        )
+    return wanted
+
+
+def hift_block(run: RunConfig) -> HiFTConfig | None:
+    """The "hift" block: the run file's keys over the DeepSpeed JSON's. None if ``hift: false``.
+
+    Raises:
+        ConfigError: an unknown key or a wrong value.
+    """
+    if run.hift is False:
+        return None
+    return parse_block(_merged(read_deepspeed(run).get(BLOCK) or {}, run.hift))
+
+
+def deepspeed_config(run: RunConfig, *, world_size: int, dtype: Dtype) -> dict[str, Any]:
+    """The DeepSpeed config of a run, with nothing left "auto" that the run file decides.
+
+    Args:
+        dtype: from :func:`resolve_dtype`.
+
+    Raises:
+        ConfigError: the run file and the JSON disagree, or the "hift" block contradicts the keys beside it.
+    """
+    ds = read_deepspeed(run)
+    batch = check_batch_sizes(run, world_size)
+    ds["train_micro_batch_size_per_gpu"] = batch.micro_batch_size
+    ds["gradient_accumulation_steps"] = batch.gradient_accumulation_steps
+    ds["train_batch_size"] = batch.global_batch_size
+    ds.setdefault("zero_optimization", {"stage": 0})  # accelerate insists on the block
+    ds["gradient_clipping"] = _agreed(run, "train.max_grad_norm", ds, "gradient_clipping")
+    for name in ("bf16", "fp16"):
+        if dtype == name or name in ds:
+            ds[name] = {**(ds.get(name) or {}), "enabled": dtype == name}
+    ds["optimizer"] = _optimizer_block(run, ds.get("optimizer"))
+    if run.is_given("train.lr_scheduler") and ds.get("scheduler"):
+        raise ConfigError('train.lr_scheduler: the DeepSpeed config has a "scheduler" too; remove one')
+    ds.pop(BLOCK, None)
+    block = hift_block(run)
+    if block is not None:
+        ds[BLOCK] = block.model_dump(mode="json")
+        check_against_deepspeed(block, ds)
+    return ds
+
+
+def training_arguments(run: RunConfig, *, world_size: int, dtype: Dtype, has_eval: bool) -> dict[str, Any]:
+    """Keyword arguments of ``transformers.TrainingArguments``, its DeepSpeed config included.
+
+    Args:
+        dtype: from :func:`resolve_dtype`.
+        has_eval: there is evaluation data.
+
+    Raises:
+        ConfigError: as :func:`deepspeed_config`, or evaluation is asked for without data.
+    """
+    import torch
+
+    train = run.train
+    if not has_eval and (train.eval_steps or train.load_best_model_at_end):
+        name = "eval_steps" if train.eval_steps else "load_best_model_at_end"
+        raise ConfigError(f"train.{name}: {getattr(train, name)} needs data.eval or data.val_size")
+    ds = deepspeed_config(run, world_size=world_size, dtype=dtype)
+    if train.auto_find_batch_size:
+        _check_finding_a_batch(ds, world_size)
+    options = ds["optimizer"]["params"]
+    betas = options.get("betas", (0.9, 0.999))
+    return {
+        "output_dir": str(run.output_dir),
+        "num_train_epochs": train.epochs,
+        "max_steps": train.max_steps or -1,
+        "per_device_train_batch_size": ds["train_micro_batch_size_per_gpu"],
+        "per_device_eval_batch_size": train.eval_batch_size or ds["train_micro_batch_size_per_gpu"],
+        "gradient_accumulation_steps": ds["gradient_accumulation_steps"],
+        "auto_find_batch_size": train.auto_find_batch_size,
+        # transformers compares these with the DeepSpeed config
+        "learning_rate": options["lr"],
+        "weight_decay": options.get("weight_decay", 0.0),
+        "adam_beta1": betas[0],
+        "adam_beta2": betas[1],
+        "adam_epsilon": options.get("eps", 1e-8),
+        "max_grad_norm": ds["gradient_clipping"],
+        "bf16": dtype == "bf16",
+        "fp16": dtype == "fp16",
+        "lr_scheduler_type": train.lr_scheduler,
+        "lr_scheduler_kwargs": train.lr_scheduler_args or None,
+        "warmup_steps": train.warmup_steps or train.warmup_ratio,  # below 1 it is a share of all steps
+        "activation_checkpointing": train.gradient_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
+        "logging_strategy": "steps",
+        "logging_steps": train.logging_steps,
+        "eval_strategy": "no" if not has_eval else "steps" if train.eval_steps else "epoch",
+        "eval_steps": train.eval_steps,
+        "save_strategy": "steps" if train.save_steps else "no",
+        "save_steps": train.save_steps or 500,
+        "save_total_limit": train.save_total_limit,
+        "load_best_model_at_end": train.load_best_model_at_end,
+        "metric_for_best_model": "eval_loss" if train.load_best_model_at_end else None,
+        "seed": train.seed,
+        "data_seed": run.data.seed,
+        "report_to": list(train.report_to) or "none",
+        "prediction_loss_only": True,
+        "remove_unused_columns": False,  # packed rows have a column for the collator that no model knows
+        "use_cpu": not torch.accelerator.is_available(),
+        "deepspeed": ds,
+    }
+
+
+def _check_finding_a_batch(ds: Mapping[str, Any], world_size: int) -> None:
+    """Where a smaller batch can be tried."""
+    if world_size > 1:
+        raise ConfigError(
+            f"train.auto_find_batch_size: true on {world_size} ranks: one that runs out of memory would leave the others "
+            "waiting; find the size on one rank, or with hift-ds estimate"
+        )
+    if ds["zero_optimization"].get("stage", 0) == 3:
+        raise ConfigError(
+            'train.auto_find_batch_size: true with "zero_optimization.stage": 3, for which transformers does not '
+            "have it; use stage 0, 1 or 2, or hift-ds estimate"
+        )
+
+
+def _optimizer_block(run: RunConfig, block: Mapping[str, Any] | None) -> dict[str, Any]:
+    train = run.train
+    if block is not None and (train.optimizer is not None or train.optimizer_args):
+        raise ConfigError('train.optimizer: the DeepSpeed config has an "optimizer" too; remove one')
+    if block is None:
+        block = {"type": train.optimizer or DEFAULT_OPTIMIZER, "params": train.optimizer_args}
+    options = dict(block.get("params") or {})
+    options["lr"] = _agreed(run, "train.learning_rate", options, "lr", "optimizer.params.lr")
+    if train.weight_decay or run.is_given("train.weight_decay") or "weight_decay" in options:
+        options["weight_decay"] = _agreed(
+            run, "train.weight_decay", options, "weight_decay", "optimizer.params.weight_decay"
+        )
+    # transformers' meaning of "auto" for the rest: the optimizer's own default
+    return {**block, "params": {name: value for name, value in options.items() if value != "auto"}}
+
+
+def _agreed(run: RunConfig, key: str, ds: Mapping[str, Any], ds_key: str, ds_name: str | None = None) -> Any:
+    section, name = key.split(".")
+    ours, theirs = getattr(getattr(run, section), name), ds.get(ds_key)
+    if theirs in _AUTO:
+        return ours
+    if run.is_given(key) and ours is not None and ours != theirs:
+        raise ConfigError(
+            f'{key}: {ours}, but "{ds_name or ds_key}" is {theirs} in the DeepSpeed config; change one'
+        )
+    return theirs
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``, key by key at every level."""
+    out = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = _merged(out[key], value) if both else value
+    return out
