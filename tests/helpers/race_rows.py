@@ -47,7 +47,7 @@ MUTATIONS = {
         "hift_ds.store.movers", "ThreadMover", "_run", "computed.synchronize()", "pass",
     ),
     "gathers do not wait for updates": (
-        "hift_ds.engine.deepspeed_zero3_seam", "WeightShards", "_choose_coordinator",
+        "hift_ds.engine.zero3.seam", "WeightShards", "_choose_coordinator",
         "self._wait_for_updates()", "pass",
     ),
     NO_RECORD: (),
@@ -121,7 +121,7 @@ def run_row(row: Row) -> Outcome:
     """In this process, which is the fake device's from then on."""
     import torch
 
-    from hift_ds.memory.fake_device import fake_device
+    from hift_ds.simulation.device import fake_device
     from tests.helpers.stream_clocks import Machine, installed
 
     if row.mutation and row.mutation != NO_RECORD:
@@ -144,7 +144,7 @@ def _syncs_of(machine: Any, mark: str) -> dict[str, int]:
 def step(row: Row, device: str, machine: Any, folder: str, model: Any = None, batch: Any = None) -> Any:
     """Build an engine and take the steps, each under a mark of its own."""
     import hift_ds
-    from hift_ds.memory.fake_step import make_batch, make_real
+    from hift_ds.simulation.step import make_batch, make_real
 
     if model is None:
         model = tiny_llama()
@@ -205,7 +205,7 @@ def _join(world_size: int) -> None:
 
     import torch.distributed as dist
 
-    from hift_ds.engine.fake_accelerator import join_fake_ranks, use_fake_accelerator
+    from hift_ds.simulation.accelerator import join_fake_ranks, use_fake_accelerator
 
     logging.disable(logging.WARNING)
     os.environ.update(
@@ -245,9 +245,9 @@ def _main() -> None:
     import trl.models.activation_offloading  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    import hift_ds.engine.fake_accelerator
     import hift_ds.engine.initialize
-    import hift_ds.memory.fake_step  # noqa: F401
+    import hift_ds.simulation.accelerator
+    import hift_ds.simulation.step  # noqa: F401
 
     rows = json.load(sys.stdin)
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:

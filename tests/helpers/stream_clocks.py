@@ -1,6 +1,6 @@
 """A race detector for code that works on streams, and the log of what it gave an accelerator to do.
 
-:class:`Machine` is a dispatch mode over the device without memory of :mod:`hift_ds.memory.fake_device`. Everything
+:class:`Machine` is a dispatch mode over the device without memory of :mod:`hift_ds.simulation.device`. Everything
 that acts is an *agent* with a vector clock (Lamport 1978, Mattern 1988): the host's threads, and each stream. What
 orders two agents joins their clocks: launching (host before stream), events, ``wait_stream``, synchronising, a thread's
 start and result. Two accesses to the same bytes, one of them a write, whose agents' clocks do not order them are a
@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hift_ds.memory import fake_device
+from hift_ds.simulation import device as fake_device
 
 _ALLOCATES_ONLY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
 _READS_VALUES = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique2"}
@@ -556,7 +556,7 @@ def installed(machine: Machine) -> Iterator[Machine]:
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero import partitioned_param_coordinator
 
-    from hift_ds.engine import fake_accelerator
+    from hift_ds.simulation import accelerator as fake_accelerator
     from hift_ds.store import disk, movers
 
     device = getattr(torch, machine.device_type)
