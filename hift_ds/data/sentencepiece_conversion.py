@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hift_ds.errors import DataError
+from hift_ds.hf.saved_tokenizer import PROBES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -23,40 +24,6 @@ if TYPE_CHECKING:
 WORD_BOUNDARY = "▁"
 _UNIGRAM, _BPE = 1, 2  # trainer_spec.model_type
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # piece.type
-
-# Strings on which a converted tokenizer must agree with sentencepiece: dummy prefix, runs of spaces, control
-# characters, bytes, composed and decomposed letters, full-width forms, unknown scripts.
-PROBES = (
-    "Hi",
-    " Hi",
-    "  Hi",
-    "Hi ",
-    "Hi  there",
-    "a b",
-    "\n",
-    "a\nb\n\n  c",
-    "\t",
-    "x\t y",
-    "   ",
-    " " * 37 + "x",
-    "",
-    "The quick brown fox jumps over 13 lazy dogs.",
-    "don't!? (see [1]) <b>&amp;</b> {x: 'y'}",
-    "    def f(x):\n        return x ** 2  # square\n",
-    "1234567890 3.14 1e-5",
-    "naïve café à la carte",
-    "a\u0301e",
-    "Ελληνικά русский עברית العربية हिन्दी",
-    "你好，世界。日本語テキスト 한국어",
-    "🙂👩‍👩‍👧🏽🇩🇪",
-    "ﬁ ™ ① ａｂｃ\u3000\u00a0\u200b",
-    "▁",
-    "▁Hi ▁ there",
-    "https://example.org/a_b?c=d&e=%20#f",
-    "\x00\x07",
-    "AAAAAAAAaaaaaaaa",
-    "\r\n",
-)
 
 
 def read_model_proto(path: Path) -> Any | None:

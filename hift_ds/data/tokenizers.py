@@ -1,4 +1,4 @@
-"""Tokenizers: from a model folder, and into the output folder so that others load the same ids."""
+"""Tokenizers from a model folder. How they are written: :mod:`hift_ds.hf.saved_tokenizer`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hift_ds.data import sentencepiece_conversion as sentencepiece
-from hift_ds.errors import CheckpointError, ConfigError
+from hift_ds.errors import ConfigError
+from hift_ds.hf.saved_tokenizer import save_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+__all__ = ["check_tokenizer_folder", "choose_pad_token", "load_tokenizer", "save_tokenizer"]
 
 # Any of these makes a folder a tokenizer's.
 TOKENIZER_FILES = (
@@ -166,40 +169,3 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
             f"model.tokenizer: {tokenizer.name_or_path!r} has no pad, unknown or end token to pad with"
         )
     return candidates[0]
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write the tokenizer into an output folder and check that ``AutoTokenizer`` reads the same ids from it.
-
-    Call it after ``config.json`` is there: AutoTokenizer chooses its class by the model's type.
-
-    Raises:
-        CheckpointError: the files read back give other ids; names a text.
-    """
-    from transformers import AutoTokenizer
-
-    folder = Path(folder)
-    tokenizer.save_pretrained(folder)
-    settings_file = folder / "tokenizer_config.json"
-    settings = _read_json(settings_file)
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        # transformers 4 and programs built on it know the same class by its old name only
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    vocab_file = getattr(tokenizer, "vocab_file", None)
-    if (
-        vocab_file
-        and Path(vocab_file).name == "tokenizer.model"
-        and not (folder / "tokenizer.model").exists()
-    ):
-        shutil.copy(vocab_file, folder / "tokenizer.model")  # llama.cpp's converter reads this one
-    trusted = getattr(tokenizer, "_auto_class", None) is not None or "auto_map" in settings
-    again = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
-    for text in sentencepiece.PROBES:
-        expected, found = tokenizer(text).input_ids, again(text).input_ids
-        if expected != found:
-            raise CheckpointError(
-                f"{folder}: AutoTokenizer reads other ids than were trained with: {text!r} is {expected} "
-                "here and "
-                f"{found} there; copy the tokenizer files of the input model instead"
-            )

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from hift_ds.errors import CheckpointError, ConfigError
 from hift_ds.hf.safetensors_folder import INDEX_FILE, SINGLE_FILE
+from hift_ds.hf.saved_tokenizer import save_tokenizer
 from hift_ds.hf.weight_names import NamePlan, plan_names, to_saved
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def export_model(
             (a training checkpoint, ZeRO-3 shards gathered one by one). Tensors are held until their shard is
             written, so each must own its memory. When making them is a collective, every other rank must
             exhaust its own iterator.
-        tokenizer: anything with ``save_pretrained``.
+        tokenizer: anything with ``save_pretrained``; see :func:`~hift_ds.hf.saved_tokenizer.save_tokenizer`.
         generation_config: the model's own if None.
         max_shard_size: bytes, or "500MB", "5GB" (powers of 1000), "5GiB" (1024). A larger tensor gets its own
             file.
@@ -71,7 +72,8 @@ def export_model(
         The weight files, in order.
 
     Raises:
-        CheckpointError: a weight is missing or unknown, or the disk lacks the space.
+        CheckpointError: a weight is missing or unknown, or the disk lacks the space; or, with the weights
+            written, ``AutoTokenizer`` would read other ids than the tokenizer's.
         ConfigError: ``max_shard_size`` cannot be read.
     """
     out_dir = Path(out_dir)
@@ -88,9 +90,10 @@ def export_model(
         weight_files = writer.finish()
         _write_config(model, staging, writer.commonest_dtype())
         _write_generation_config(model, generation_config, staging)
-        if tokenizer is not None:
-            _write_tokenizer(tokenizer, staging)
+        unreadable = _write_tokenizer(tokenizer, staging) if tokenizer is not None else None
         _publish(staging, out_dir)
+    if unreadable is not None:
+        raise CheckpointError(f"the weights are in {str(out_dir)!r}, without a tokenizer: {unreadable}")
     return [out_dir / name for name in weight_files]
 
 
@@ -255,16 +258,13 @@ def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype | Non
         _write_json(path, dict(sorted({**entries, "torch_dtype": name}.items())))
 
 
-def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    tokenizer.save_pretrained(str(folder))
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    if entries.get("tokenizer_class") == "TokenizersBackend":
-        # The name that transformers 5 gave the class; both know it by the old one, transformers 4 only by
-        # that.
-        _write_json(path, entries | {"tokenizer_class": "PreTrainedTokenizerFast"})
+def _write_tokenizer(tokenizer: Any, folder: Path) -> CheckpointError | None:
+    """What is wrong with the tokenizer, which then is not written: no reason to lose the weights."""
+    try:
+        save_tokenizer(tokenizer, folder)
+    except CheckpointError as error:
+        return error
+    return None
 
 
 def _write_generation_config(model: PreTrainedModel, given: GenerationConfig | None, folder: Path) -> None:
