@@ -22,6 +22,22 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 DTYPE_NAMES: dict[str, Dtype] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 # Where configs keep the longest sequence, in order of trust.
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
+# Their positions are counted from pad_token_id + 1, so that the first rows of the table are never used.
+_POSITIONS_BEHIND_PADDING = {
+    "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+# Encoders, unless the config says is_decoder: every token would see those that it should predict.
+_DECODERS_ON_REQUEST = {
+    "bert", "bert-generation", "big_bird", "electra", "ernie", "megatron-bert", "reformer", "rembert", "roc_bert",
+    "roformer", *_POSITIONS_BEHIND_PADDING,
+}  # fmt: skip
+# Their causal classes compare the logits of a token with the label of that same token: what is learned is to
+# repeat the input. Most are the decoders of sequence-to-sequence models, whose labels come shifted.
+_LABELS_NOT_SHIFTED = {
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "cpmant", "gemma4_assistant",
+    "gemma4_unified_assistant", "marian", "mbart", "musicgen",
+    "musicgen_melody", "mvp", "pegasus", "plbart", "prophetnet", "trocr", "whisper", "xlm", "xlnet",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,12 +134,28 @@ def max_sequence_length(config: Mapping[str, Any]) -> int | None:
     text = _text_config(config)
     limits = [text[key] for key in _LENGTH_KEYS if isinstance(text.get(key), int) and text[key] > 0]
     if not limits:
+        limits = _default_length(text.get("model_type"))
+    if not limits:
         return None
+    if text.get("model_type") in _POSITIONS_BEHIND_PADDING:
+        padding = text.get("pad_token_id")
+        return limits[0] - (1 if padding is None else padding) - 1
     scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
     original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
     if original and factor and limits[0] <= original:  # otherwise the limit is the stretched one already
         return int(original * factor)
     return limits[0]
+
+
+def _default_length(model_type: Any) -> list[int]:
+    """What transformers takes where config.json says nothing; empty if it knows no limit either."""
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        return []
+    default = CONFIG_MAPPING[model_type]()
+    found = [getattr(default, key, None) for key in _LENGTH_KEYS]
+    return [length for length in found if isinstance(length, int) and length > 0]
 
 
 def read_config(folder: Path, key: str = "model.path") -> dict[str, Any]:
@@ -169,11 +201,48 @@ def _check_architecture(config: Mapping[str, Any], folder: Path, key: str, trust
             "model "
             "that transformers knows"
         )
+    else:
+        _check_class(config, folder, key)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "quantized")
         raise CheckpointError(
             f"{key}: {str(folder)!r} has {method} weights, which cannot be trained; use the unquantized model"
         )
+
+
+def _check_class(config: Mapping[str, Any], folder: Path, key: str) -> None:
+    """That the weights are of a causal language model, and not of another head or an encoder."""
+    model_type, names = config["model_type"], config.get("architectures") or []
+    reason = None
+    if names and not any(_is_causal(name, config) for name in names):
+        reason = f"is a {names[0]}"
+    elif model_type in _DECODERS_ON_REQUEST and not config.get("is_decoder"):
+        reason = f"is an encoder ({model_type} without is_decoder: true), whose tokens see those that follow"
+    elif model_type in _LABELS_NOT_SHIFTED:
+        reason = f"is of type {model_type}, which transformers does not train to predict the next token"
+    if reason is not None:
+        raise ConfigError(
+            f"{key}: {str(folder)!r} {reason}; expected a causal language model (for other models: "
+            "hift_ds.HiFTTrainer in a script of your own)"
+        )
+
+
+def _is_causal(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a class, as config.json names it, predicts the next token."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    own_code = (config.get("auto_map") or {}).get("AutoModelForCausalLM", "")
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name == own_code.rpartition(".")[2]:
+        return True
+    if name.endswith("ForConditionalGeneration") and not config.get("is_encoder_decoder"):
+        return isinstance(
+            config.get("text_config"), Mapping
+        )  # texts alone, to a model that also takes images
+    if hasattr(transformers, name):
+        return False
+    # Of no class here: older spellings (LLaMAForCausalLM), and models of somebody's own.
+    return re.search(r"CausalLM|LMHead", name) is not None or re.search(r"For[A-Z]|Model$", name) is None
 
 
 def _gguf(key: str, folder: Path, name: str) -> ConfigError:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import model_zoo
 from hift_ds.errors import CheckpointError, ConfigError, DataError, HiFTError
+from hift_ds.hf import model_folder
 from hift_ds.hf.model_folder import check_model_folder, max_sequence_length, resolve_model
 from hift_ds.train.preflight import check_run
 from hift_ds.train.run_config import load_run_config
@@ -221,3 +222,76 @@ def test_a_folder_without_permission(run_file, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ConfigError, match="train.output_dir: no permission to write"):
         check_run(load_run_config(run_file), world_size=1)
+
+
+CAUSAL = "expected a causal language model"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, f"is a BertForMaskedLM; {CAUSAL}"),
+        ({"model_type": "roberta"}, rf"is an encoder \(roberta without is_decoder: true\).*; {CAUSAL}"),
+        ({"model_type": "xmod", "architectures": ["XmodForCausalLM"]}, "is an encoder"),
+        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, CAUSAL),
+        ({"model_type": "gpt2", "architectures": ["GPT2ForTokenClassification"]}, CAUSAL),
+        ({"model_type": "qwen2", "architectures": ["Qwen2Model"]}, "is a Qwen2Model"),
+        ({"model_type": "qwen2", "architectures": ["Qwen2ForRewardModel"]}, "is a Qwen2ForRewardModel"),
+        ({"model_type": "bart", "architectures": ["BartForConditionalGeneration"], "is_encoder_decoder": True}, CAUSAL),
+        ({"model_type": "bart", "architectures": ["BartForCausalLM"], "is_decoder": True}, "is of type bart"),
+        ({"model_type": "xlnet", "architectures": ["XLNetLMHeadModel"]}, "is of type xlnet"),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "is no causal language model"),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, None),
+        ({"model_type": "llama", "architectures": ["LLaMAForCausalLM"]}, None),  # as LLaMA was first converted
+        ({"model_type": "llama"}, None),
+        ({"model_type": "bert", "architectures": ["BertLMHeadModel"], "is_decoder": True}, None),
+        ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": {}}, None),
+        ({"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"], "text_config": {}}, None),
+    ],
+)  # fmt: skip
+def test_only_models_that_predict_the_next_token_pass(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = ConfigError if message else CheckpointError  # there are no weights
+    with pytest.raises(expected, match=message or "no model.safetensors") as caught:
+        check_model_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_lists_of_models_that_do_not_are_those_of_transformers():
+    """By what transformers' source does, so that a new kind cannot be forgotten."""
+    import inspect
+
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    unshifted, on_request, behind_padding = set(), set(), set()
+    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        cls = getattr(transformers, name)
+        module = inspect.getsource(inspect.getmodule(cls))
+        if "loss_function" not in inspect.getsource(cls.forward):
+            unshifted.add(model_type)
+        if "as a standalone" in module or "make sure that `is_decoder=True`" in module:
+            on_request.add(model_type)
+        if "def create_position_ids_from_input_ids" in module:
+            behind_padding.add(model_type)
+    assert unshifted == model_folder._LABELS_NOT_SHIFTED
+    assert on_request == model_folder._DECODERS_ON_REQUEST
+    assert behind_padding - {"trocr"} == model_folder._POSITIONS_BEHIND_PADDING
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta", "camembert", "data2vec-text", "bert"])
+def test_the_longest_sequence_is_the_longest_that_runs(model_type):
+    """RoBERTa and its kin count positions from pad_token_id + 1."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = CONFIG_MAPPING[model_type](
+        **sizes, vocab_size=50, is_decoder=True, max_position_embeddings=20, pad_token_id=3
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    limit = max_sequence_length(json.loads(config.to_json_string()))
+    assert limit == (20 if model_type == "bert" else 16)
+    ids = torch.full((1, limit + 1), 9)
+    model(ids[:, :limit])
+    with pytest.raises((IndexError, RuntimeError)):
+        model(ids)
