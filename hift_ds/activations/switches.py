@@ -19,6 +19,7 @@ from hift_ds.activations import chunked_loss
 from hift_ds.activations.recompute import BlockCheckpointing, take_over_from_transformers
 from hift_ds.config import ActivationsConfig
 from hift_ds.errors import ConfigError
+from hift_ds.hf.model_structure import configs_with_cache
 from hift_ds.layers.arch import ArchSpec, find_arch
 
 # Tensors of checkpointed blocks that are on the device while they are moved; each is a block's input.
@@ -128,7 +129,7 @@ def build_offload(model: nn.Module, recomputes: bool) -> Any:
 
 
 def _without_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    wanted = getattr(getattr(module, "config", None), "use_cache", False)
+    wanted = any(part.use_cache for part in configs_with_cache(getattr(module, "config", None)))
     if not (wanted and module.training and torch.is_grad_enabled()):
         return None
     if "use_cache" in kwargs or kwargs.get("past_key_values") is not None:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from hift_ds.errors import CheckpointError, ConfigError
+from hift_ds.errors import CheckpointError, ConfigError, HiFTError
 from hift_ds.hf.safetensors_folder import INDEX_FILE, SINGLE_FILE
 from hift_ds.hf.saved_tokenizer import save_tokenizer
 from hift_ds.hf.weight_names import NamePlan, plan_names, to_saved
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
+
+GENERATION_CONFIG = "generation_config.json"
 
 DTypes = torch.dtype | Mapping[str, torch.dtype] | None
 
@@ -95,6 +98,59 @@ def export_model(
     if unreadable is not None:
         raise CheckpointError(f"the weights are in {str(out_dir)!r}, without a tokenizer: {unreadable}")
     return [out_dir / name for name in weight_files]
+
+
+def check_files_can_be_written(model: PreTrainedModel, tokenizer: Any = None) -> None:
+    """Write everything of an export but the weights into a temporary folder, as a rehearsal.
+
+    A finished run, or its first checkpoint, would come upon the same errors after hours.
+
+    Raises:
+        CheckpointError: ``AutoTokenizer`` would read other ids than the tokenizer's.
+        ConfigError: transformers refuses to write the config or the tokenizer.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            _write_config(model, Path(name), model.dtype)
+            _write_generation_config(model, None, Path(name))
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, name)
+        except HiFTError:
+            raise
+        except Exception as error:  # whatever a class of its own, or a check of transformers, raises
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(
+                f"model.path: the files of a checkpoint of this model could not be written: {reason[:300]}"
+            ) from error
+
+
+@contextmanager
+def savable_generation_config(model: PreTrainedModel) -> Iterator[GenerationConfig | None]:
+    """Inside, ``save_pretrained`` of ``model`` does not fail on its generation config.
+
+    Published models ship settings that transformers refuses to save once the special tokens have been aligned
+    with a tokenizer (a temperature without sampling). They came with the input and go out as they came.
+
+    Yields:
+        The model's own config, to be written by the caller with ``to_json_file``; None if transformers will.
+    """
+    own = getattr(model, "generation_config", None)
+    if own is None or _passes(own):
+        yield None
+        return
+    model.generation_config = type(own)()
+    try:
+        yield own
+    finally:
+        model.generation_config = own
+
+
+def _passes(config: GenerationConfig) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def parse_size(size: int | str) -> int:
@@ -271,12 +327,10 @@ def _write_generation_config(model: PreTrainedModel, given: GenerationConfig | N
     config = given or (model.generation_config if model.can_generate() else None)
     if config is None:
         return
-    try:
+    if _passes(config):
         config.save_pretrained(str(folder))
-    except ValueError:
-        # Published models ship settings that transformers refuses to save (a temperature without sampling).
-        # They came with the input and go out as they came: a finished run must not fail on them.
-        config.to_json_file(str(folder / "generation_config.json"))
+    else:  # as it came: see savable_generation_config
+        config.to_json_file(str(folder / GENERATION_CONFIG))
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,31 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> PretrainedCo
         f"{source}: no such folder; expected a folder with a {CONFIG_FILE}, a hub name owner/name, "
         f"or a size of the zoo such as {near[0]}"
     )
+
+
+def configs_with_cache(config: Any) -> list[Any]:
+    """The config of a model and those inside it, as far as they have ``use_cache``."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())]
+    return [part for part in parts if hasattr(part, "use_cache")]
+
+
+def turn_cache_off(config: Any) -> Callable[[], None]:
+    """Set ``use_cache`` to False in a config and in those inside it (multimodal ones keep it for the text only).
+
+    Training reads no cache of keys and values; making one takes memory.
+
+    Returns:
+        A function that restores what was set.
+    """
+    before = [(part, part.use_cache) for part in configs_with_cache(config)]
+    for part, _ in before:
+        part.use_cache = False
+
+    def restore() -> None:
+        for part, value in before:
+            part.use_cache = value
+
+    return restore
 
 
 def build_on_meta(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -28,8 +28,8 @@ from hift_ds.data.tokenizers import load_tokenizer
 from hift_ds.engine.initialize import ensure_process_group
 from hift_ds.engine.zero3.load import load_partitioned
 from hift_ds.errors import CheckpointError, ConfigError
-from hift_ds.hf.export import export_model
-from hift_ds.hf.model_structure import build_on_meta, read_config
+from hift_ds.hf.export import check_files_can_be_written, export_model
+from hift_ds.hf.model_structure import build_on_meta, read_config, turn_cache_off
 from hift_ds.hf.safetensors_folder import load_pretrained, tensor_dtypes
 from hift_ds.hf.weight_names import skeleton
 from hift_ds.layers.grouping import partition_model
@@ -92,8 +92,10 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]
         say(str(report))
     model = on_all_ranks(lambda: _load_model(checked, arguments))
 
-    uses_cache = model.config.use_cache
-    model.config.use_cache = False  # of no use to training, and it takes memory
+    on_all_ranks(
+        lambda: check_files_can_be_written(model, tokenizer) if arguments.process_index == 0 else None
+    )
+    restore_cache = turn_cache_off(model.config)
     trainer = build_trainer(checked, arguments, model, tokenizer, data)
     results = _train(trainer, run, checkpoints)
     if trainer.preemption.stopped_by is not None:
@@ -101,7 +103,7 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]
         say(f"saved after step {results['steps']}; the same command goes on from there")
         return results
     results |= _evaluate(trainer, data)
-    model.config.use_cache = uses_cache
+    restore_cache()
     on_all_ranks(lambda: _export(checked, trainer, model, tokenizer))
     say(f"exported to {run.export_dir}")
     if arguments.process_index == 0:
