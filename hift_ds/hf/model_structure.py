@@ -67,6 +67,7 @@ def turn_cache_off(config: Any) -> Callable[[], None]:
     Returns:
         A function that restores what was set.
     """
+    had_one = hasattr(config, "use_cache")
     before = [(part, part.use_cache) for part in configs_with_cache(config)]
     for part, _ in before:
         part.use_cache = False
@@ -74,6 +75,8 @@ def turn_cache_off(config: Any) -> Callable[[], None]:
     def restore() -> None:
         for part, value in before:
             part.use_cache = value
+        if not had_one and hasattr(config, "use_cache"):
+            del config.use_cache  # set by transformers' Trainer
 
     return restore
 

@@ -19,13 +19,14 @@ import yaml
 
 import model_zoo
 from hift_ds.cli import train as command
+from hift_ds.errors import CheckpointError
 from hift_ds.hf.safetensors_folder import tensor_dtypes
 from hift_ds.report.metrics import read_metrics
 from hift_ds.train import worker
 from hift_ds.train.finetune import finetune
 from hift_ds.train.ranks import free_port
 from hift_ds.train.run_config import load_run_config
-from tests.helpers.tiny_tokenizers import byte_level
+from tests.helpers.tiny_tokenizers import LLAMA_LIKE, byte_level, sentencepiece_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_GROUPS = 5  # of the tiny llama
@@ -242,6 +243,55 @@ def test_other_ways_to_train_and_export(inputs, tmp_path, changes, dtype):
     assert (out / "checkpoint-6" / "latest").exists()  # the last step is saved whatever save_steps says
     if dtype == torch.bfloat16:
         assert len(list((out / "model").glob("model-*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize("hift", [{}, False], ids=["hift", "full"])
+def test_a_generation_config_that_transformers_refuses_to_save_goes_out_as_it_came(inputs, tmp_path, hift):
+    """As Llama-2 and Vicuna ship it; the Trainer aligns its special tokens, and the first checkpoint would fail."""
+    model = tmp_path / "model"
+    shutil.copytree(inputs / "model", model)
+    settings = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "pad_token_id": 77}
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    out = tmp_path / "run"
+    options = {"train__max_steps": 2, "train__save_steps": 1, "train__eval_steps": None, "data__val_size": 0}
+    run = write_run(inputs, out, model__path=str(model), hift=hift, deepspeed=None, **options)
+    assert finetune(load_run_config(run))["steps"] == 2
+    for folder in (out / "checkpoint-1", out / "checkpoint-2", out / "model"):
+        written = json.loads((folder / "generation_config.json").read_text())
+        assert (written["temperature"], written["top_p"]) == (0.9, 0.6) and not written.get("do_sample")
+
+
+def test_what_a_checkpoint_cannot_write_is_found_before_training(inputs, tmp_path, monkeypatch):
+    """A bare sentencepiece model that AutoTokenizer reads otherwise beside this config.json."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, intermediate_size=8, vocab_size=420))
+    model.save_pretrained(tmp_path / "model")
+    sentencepiece_folder(tmp_path / "model", **LLAMA_LIKE)
+    monkeypatch.setattr("hift_ds.train.finetune.build_trainer", lambda *a, **k: pytest.fail("training began"))
+    run = write_run(inputs, tmp_path / "run", model__path=str(tmp_path / "model"), deepspeed=None)
+    with pytest.raises(CheckpointError, match="AutoTokenizer reads other ids"):
+        finetune(load_run_config(run))
+
+
+def test_a_multimodal_folder_learns_texts_without_a_cache(inputs, tmp_path):
+    """Its config has use_cache for the text only; the export gets it back."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {"vocab_size": 280, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "head_dim": 4,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}  # fmt: skip
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+              "image_size": 16, "patch_size": 8}  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    assert not hasattr(config, "use_cache") and config.text_config.use_cache
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    byte_level().save_pretrained(tmp_path / "model")
+    options = {"train__max_steps": 2, "train__eval_steps": None, "data__val_size": 0, "deepspeed": None}
+    run = write_run(inputs, tmp_path / "run", model__path=str(tmp_path / "model"), **options)
+    assert finetune(load_run_config(run))["steps"] == 2
+    written = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert written["text_config"]["use_cache"] is True and "use_cache" not in written
 
 
 def test_eval_loss_is_the_mean_over_tokens(inputs, tmp_path):

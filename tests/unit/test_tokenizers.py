@@ -147,6 +147,52 @@ def test_a_saved_tokenizer_that_reads_back_differently_is_an_error(tmp_path):
         save_tokenizer(tokenizer, out)
 
 
+def test_exports_write_tokenizers_with_that_care(tmp_path):
+    import model_zoo
+    from hift_ds.hf.export import export_model
+
+    tokenizer = load_tokenizer(sentencepiece_folder(tmp_path / "in", **KINDS["llama"]))
+    llama = model_zoo.tiny.build("llama", vocab_size=len(tokenizer))
+    export_model(llama, tmp_path / "out", tokenizer=tokenizer)
+    written, given = (tmp_path / folder / "tokenizer.model" for folder in ("out", "in"))
+    assert written.read_bytes() == given.read_bytes()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(" Hi").input_ids == tokenizer(" Hi").input_ids
+    # A folder with both files, as Llama-2's: tokenizer.json counts, tokenizer.model goes along.
+    export_model(llama, tmp_path / "again", tokenizer=load_tokenizer(tmp_path / "out"))
+    assert (tmp_path / "again" / "tokenizer.model").read_bytes() == given.read_bytes()
+    qwen = model_zoo.tiny.build("qwen2", vocab_size=len(tokenizer))
+    with pytest.raises(
+        CheckpointError, match=r"the weights are in .*AutoTokenizer reads other ids"
+    ) as caught:
+        export_model(qwen, tmp_path / "qwen", tokenizer=tokenizer)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "qwen" / "model.safetensors").is_file()  # no reason to lose them
+    assert not list((tmp_path / "qwen").glob("tokenizer*"))
+
+
+def test_no_code_is_run_for_a_tokenizer_that_is_none_of_its_own(tmp_path, monkeypatch):
+    """auto_map in the settings: what is saved neither executes nor names code that it does not bring."""
+    byte_level().save_pretrained(tmp_path / "in")
+    settings = json.loads((tmp_path / "in" / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": [None, "evil.Tokenizer"]}
+    settings["local_files_only"] = True
+    (tmp_path / "in" / "tokenizer_config.json").write_text(json.dumps(settings))
+    evil = f"open({str(tmp_path / 'executed')!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Tokenizer\n"
+    (tmp_path / "in" / "evil.py").write_text(evil)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "evil.py").write_text(evil)
+    (out / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "in")
+    tokenizer.init_kwargs["auto_map"] = settings["auto_map"]
+    save_tokenizer(tokenizer, out)
+    assert not (tmp_path / "executed").exists()
+    assert not {"auto_map", "local_files_only"} & set(json.loads((out / "tokenizer_config.json").read_text()))
+    assert AutoTokenizer.from_pretrained(out)("Hi").input_ids == tokenizer("Hi").input_ids
+
+
 def test_a_hugging_face_folder_keeps_its_ids_and_template(tmp_path):
     original = byte_level()
     original.save_pretrained(tmp_path)
