@@ -13,13 +13,14 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -156,10 +157,40 @@ def write_bytes(path: Path, data: bytes) -> FileRecord:
         raise
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """A file to read that is one: reading a device or a pipe might never end.
+
+    Raises:
+        OSError: it cannot be opened, or is something else.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(handle, "rb", buffering=0)
+
+
+def read_regular_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises OSError as :func:`open_regular`, and UnicodeDecodeError."""
+    with open_regular(path) as file:
+        return file.read().decode("utf-8")
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether ``name`` can only be of a file in the folder that it is looked up in."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\0"} & set(name)
+
+
 def record_of(path: Path) -> FileRecord:
-    """Size and checksum of a file on disk."""
+    """Size and checksum of a file on disk.
+
+    Raises:
+        OSError: there is none, or it is no regular file, or a link to one outside of its folder.
+    """
+    if path.is_symlink() and path.resolve().parent != path.parent.resolve():
+        raise OSError(errno.EINVAL, "a link to a file outside of its folder", str(path))
     crc32 = num_bytes = 0
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         while block := file.read(BLOCK_BYTES):
             crc32 = zlib.crc32(block, crc32)
             num_bytes += len(block)

@@ -7,6 +7,7 @@ whole now. The manifest carries its own checksum, so a damaged one is found too.
 from __future__ import annotations
 
 import json
+import os
 import time
 import zlib
 from collections.abc import Iterable, Mapping
@@ -14,12 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hift_ds.checkpoint.files import FileRecord, as_json, record_of, write_json
+from hift_ds.checkpoint.files import (
+    FileRecord,
+    as_json,
+    is_plain_name,
+    open_regular,
+    read_regular_text,
+    record_of,
+    write_json,
+)
 from hift_ds.errors import CheckpointError
 from hift_ds.version import __version__
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+MAX_TAG_BYTES = 220  # of the 255 that a name may have: the folder's temporary name is longer
 FORMAT = 1  # of the whole checkpoint folder; raised when an older hift_ds could not read a newer folder
 
 
@@ -66,7 +76,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise DamagedCheckpoint(f"{folder} does not exist")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular_text(path))
         checksum = content.pop("crc32")
         if checksum != _crc32(content):
             raise ValueError("its checksum does not match")
@@ -76,6 +86,8 @@ def read_manifest(folder: Path) -> Manifest:
                 f"this version ({__version__}) reads formats up to {FORMAT}: upgrade hift_ds"
             )
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
+        if outside := next((name for name in files if not is_plain_name(name)), None):
+            raise ValueError(f"it names {outside!r}, which is not a file of the folder")
         return Manifest(
             content["tag"], content["global_steps"], files, content["written_s"], content["node_local"]
         )
@@ -145,10 +157,24 @@ def tags_by_age(save_dir: Path) -> list[str]:
 def latest_tag(save_dir: Path) -> str | None:
     """What ``latest`` says; ``None`` if there is no such file, or nothing in it that names a folder."""
     try:
-        tag = (save_dir / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+        with open_regular(save_dir / LATEST) as file:
+            tag = file.read(2 * MAX_TAG_BYTES).decode(errors="replace").strip()
     except OSError:
         return None
-    return tag if tag and "/" not in tag and "\0" not in tag else None
+    return tag if why_no_tag(tag) is None else None
+
+
+def why_no_tag(tag: str) -> str | None:
+    """Why a checkpoint cannot have this name; None if it can."""
+    if not is_plain_name(tag) or tag != tag.strip() or not tag.isprintable():
+        return "not a folder name"
+    if tag.startswith("."):
+        return "hidden, as folders are that are being written"
+    if tag == LATEST:
+        return "the name of the file that names the newest checkpoint"
+    if len(os.fsencode(tag)) > MAX_TAG_BYTES:
+        return f"longer than {MAX_TAG_BYTES} bytes"
+    return None
 
 
 def _crc32(content: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hift_ds.checkpoint.files import PADDING
+from hift_ds.checkpoint.files import PADDING, read_regular_text
 from hift_ds.checkpoint.json_state import decode
 from hift_ds.checkpoint.state_files import SavedStates
 from hift_ds.checkpoint.writer import (
@@ -37,7 +37,7 @@ class SavedCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.common: dict[str, Any] = json.loads((folder / CHECKPOINT_FILE).read_text(encoding="utf-8"))
+        self.common: dict[str, Any] = json.loads(read_regular_text(folder / CHECKPOINT_FILE))
         self._weights = safe_open(str(folder / WEIGHTS_FILE), framework="pt")
         self.weight_names = [name for name in self._weights.keys() if not name.startswith(PADDING)]  # noqa: SIM118
 
@@ -53,7 +53,7 @@ class SavedCheckpoint:
     def of_rank(self, rank: int) -> dict[str, Any] | None:
         """The rank's own JSON; ``None`` if it is not here."""
         path = self.folder / rank_file(rank)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return json.loads(read_regular_text(path)) if path.is_file() else None
 
     @cached_property
     def states(self) -> SavedStates:
@@ -66,7 +66,7 @@ class SavedCheckpoint:
             for name in self.weight_names
             if self.parameters[name]["dtype"] == "float32" and self.parameters[name]["trained"]
         }
-        return SavedStates([file for file in files if file.exists()], scalars, fp32)
+        return SavedStates([file for file in files if file.is_file()], scalars, fp32)
 
     def weight(self, name: str, best: bool = False) -> Tensor:
         """A weight as it was saved, or (``best``) the fp32 master that it is rounded from, if any.
@@ -92,7 +92,7 @@ class SavedCheckpoint:
             entry["updates"] > 0
             and entry["dtype"] in ("bfloat16", "float16")
             and self.common["precision"] == "mixed_hi"
-            and not all((self.folder / states_file(rank)).exists() for rank in range(self.world_size))
+            and not all((self.folder / states_file(rank)).is_file() for rank in range(self.world_size))
         )
 
     def states_of(self, rank: int) -> SavedStates:
@@ -118,7 +118,7 @@ class SavedCheckpoint:
 
     def _gradients_of(self, rank: int) -> dict[str, Tensor]:
         path = self.folder / gradients_file(rank)
-        if not path.exists():
+        if not path.is_file():
             return {}
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys() if not name.startswith(PADDING)}  # noqa: SIM118
@@ -126,8 +126,14 @@ class SavedCheckpoint:
     def client_state(self) -> dict[str, Any]:
         state = decode(self.common["client_state"])
         path = self.folder / CLIENT_STATE_FILE
-        if path.exists():
-            state |= torch.load(path, map_location="cpu", weights_only=True)
+        if path.is_file():
+            try:
+                state |= torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # whatever its bytes lead to: this package did not write it
+                reason = str(error).strip().splitlines()[0]
+                raise CheckpointError(
+                    f"{path} holds more than plain values and tensors, which could run code; it is not loaded ({reason})"
+                ) from None
         return state
 
 

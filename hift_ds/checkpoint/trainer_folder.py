@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from hift_ds.checkpoint.files import read_regular_text
 from hift_ds.checkpoint.manifest import latest_tag, read_manifest, tags_by_age
 from hift_ds.checkpoint.sealed_folder import broken_seal
 from hift_ds.errors import CheckpointError, ConfigError
@@ -44,16 +45,21 @@ def find_checkpoints(output_dir: Path, resume: str) -> tuple[list[Path], list[st
     return usable, [reason for reason in reasons.values() if reason is not None]
 
 
-def why_unusable(folder: Path) -> str | None:
-    """Why a run cannot go on from ``folder``, judged by names, sizes, and the checksums of small files; None if it can."""
+def why_incomplete(folder: Path) -> str | None:
+    """What of the Trainer's own files is missing or damaged in ``folder``; None if nothing is."""
     try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        state = json.loads(read_regular_text(folder / STATE_FILE))
         int(state["global_step"])
     except FileNotFoundError:
         return f"{folder} was never completed: it has no {STATE_FILE}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{folder / STATE_FILE} is damaged ({type(error).__name__})"
-    if reason := broken_seal(folder):
+    return broken_seal(folder)
+
+
+def why_unusable(folder: Path) -> str | None:
+    """Why a run cannot go on from ``folder``, judged by names, sizes, and the checksums of small files; None if it can."""
+    if reason := why_incomplete(folder):
         return reason
     tag = latest_tag(folder)
     if tag is None:

@@ -163,7 +163,13 @@ def _input_of_run(states: Path) -> Path | None:
     )
     if copy is None:
         return None
-    path = Path(yaml.safe_load(copy.read_text(encoding="utf-8"))["model"]["path"]).expanduser()
+    try:
+        path = Path(yaml.safe_load(copy.read_text(encoding="utf-8"))["model"]["path"]).expanduser()
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{copy} is not what a run wrote ({' '.join(str(error).split())[:120]}); name the model that was fine-tuned with "
+            "--model DIR"
+        ) from None
     return path if (path / "config.json").is_file() else None
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,30 @@ def nothing_compiled() -> Iterator[None]:
         del module[table]
         if was is not None:
             module[table] = was
+
+
+@contextlib.contextmanager
+def checkpoints_without_code() -> Iterator[None]:
+    """Inside this block DeepSpeed's own checkpoints (``mp_rank_*.pt``) are read as tensors and plain values, and of its
+    classes the few that it writes itself; DeepSpeed would execute whatever else their pickles name."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name, written = (
+        "TORCH_FORCE_WEIGHTS_ONLY_LOAD",
+        [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address],
+    )
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals(written):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextlib.contextmanager

@@ -166,14 +166,18 @@ class Saving:
         tags = {other for other, _ in asked}
         if len(tags) > 1:
             raise CheckpointError(f"save_checkpoint: tag must be the same on all ranks, got {sorted(tags)}")
-        if "/" in tag or tag.startswith("."):
-            raise CheckpointError(f"save_checkpoint: tag {tag!r} is not a folder name")
+        if reason := manifests.why_no_tag(tag):
+            raise CheckpointError(f"save_checkpoint: tag {tag[:80]!r} is {reason}")
         staging = Staging(save_dir, tag, token=asked[0][1], rank=self.global_rank)
         may_lead = self.global_rank == 0 or (self.use_node_local_storage() and self.local_rank == 0)
 
         def create() -> None:
             with write_errors(save_dir):
                 if may_lead:
+                    if (save_dir / manifests.LATEST).is_dir():
+                        raise CheckpointError(
+                            f"{save_dir / manifests.LATEST} is a folder, where a file names the newest checkpoint; move it"
+                        )
                     staging.create()
 
         on_all_ranks(create)

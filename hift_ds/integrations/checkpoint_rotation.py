@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from hift_ds.checkpoint.files import is_temporary, remove_folder
-from hift_ds.checkpoint.sealed_folder import seal_folder
-from hift_ds.checkpoint.trainer_folder import why_unusable
+from hift_ds.checkpoint.sealed_folder import SEAL, seal_folder
+from hift_ds.checkpoint.trainer_folder import why_incomplete, why_unusable
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def rotate_checkpoints(
-    output_dir: str | Path, limit: int | None, best: str | Path | None = None
+    output_dir: str | Path, limit: int | None, best: str | Path | None = None, model_only: bool = False
 ) -> list[Path]:
     """Delete ``checkpoint-N`` folders older than the ``limit`` newest whole ones. Each goes in one step.
 
     Args:
         limit: whole checkpoints that stay; None or 0: nothing is deleted.
         best: stays too, and counts.
+        model_only: folders without the engine's checkpoint are whole too, as ``save_only_model`` writes them; sealed ones.
 
     Returns:
         What was deleted.
@@ -39,7 +40,13 @@ def rotate_checkpoints(
     folders = sorted(
         (int(m[1]), p) for p in output_dir.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name))
     )
-    whole = [path for _, path in folders if why_unusable(path) is None]
+
+    def is_whole(path: Path) -> bool:
+        return why_unusable(path) is None or (
+            model_only and (path / SEAL).is_file() and why_incomplete(path) is None
+        )
+
+    whole = [path for _, path in folders if is_whole(path)]
     if not whole:
         return []
     kept = {whole[-1].name, *([Path(best).name] if best else [])}
@@ -76,5 +83,8 @@ class WholeCheckpointsStay:
     def _rotate(self) -> None:
         if self.args.should_save and Path(self.args.output_dir).is_dir():
             rotate_checkpoints(
-                self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint
+                self.args.output_dir,
+                self.args.save_total_limit,
+                self.state.best_model_checkpoint,
+                self.args.save_only_model,
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -252,9 +253,10 @@ def _train(trainer: Any, run: RunConfig, checkpoints: list[Path]) -> dict[str, A
         for position, folder in enumerate(checkpoints):
             try:
                 return _summary(trainer, trainer.train(resume_from_checkpoint=str(folder)))
-            except CheckpointError as error:
+            except (CheckpointError, pickle.UnpicklingError, EOFError) as found:
+                error = found if isinstance(found, CheckpointError) else _unreadable(folder, found)
                 if progress.began or position + 1 == len(checkpoints):
-                    raise
+                    raise error from None
                 logger.warning("%s; trying %s", error, checkpoints[position + 1])
         return _summary(trainer, trainer.train())
     except RuntimeError as error:
@@ -263,6 +265,20 @@ def _train(trainer: Any, run: RunConfig, checkpoints: list[Path]) -> dict[str, A
         if lost is None:
             raise
         raise lost from error
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    """Of a file that only transformers or DeepSpeed read, with torch."""
+    reason = str(error).strip().splitlines()
+    refused = "unsupported" in str(error).lower() or "weights only" in str(error).lower()
+    why = (
+        "names code to run when it is read, and is not loaded"
+        if refused
+        else f"is damaged ({(reason or ['it is empty'])[0]})"
+    )
+    return CheckpointError(
+        f"{folder}: a file with states in it {why}; remove the folder to go on from an earlier one"
+    )
 
 
 def _summary(trainer: Any, output: Any) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hift_ds.checkpoint.sealed_folder import broken_seal
 from hift_ds.data.sources import check_source
 from hift_ds.data.tokenizers import check_tokenizer_folder
-from hift_ds.errors import ConfigError
+from hift_ds.errors import CheckpointError, ConfigError
 from hift_ds.hf.model_folder import Dtype, ModelFolder, check_model_folder, resolve_model
 from hift_ds.train.run_config import RunConfig
 from hift_ds.train.settings import (
@@ -67,6 +68,8 @@ def check_run(run: RunConfig, world_size: int) -> CheckedRun:
     _check_output(run)
     folder = resolve_model(run.model.path, trust_remote_code=trust)
     model = check_model_folder(folder, trust_remote_code=trust)
+    if reason := broken_seal(folder, weights=True):  # of a run's checkpoint-N, the only folders that have one
+        raise CheckpointError(f"model.path: {reason}")
     tokenizer = resolve_tokenizer_folder(run, folder)
     dtype = resolve_dtype(run, model.dtype)
     checked = CheckedRun(

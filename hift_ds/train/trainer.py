@@ -9,6 +9,7 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from hift_ds.data.packing import collator
+from hift_ds.engine.deepspeed_seam import checkpoints_without_code
 from hift_ds.errors import ConfigError
 from hift_ds.hf.export import GENERATION_CONFIG, savable_generation_config
 from hift_ds.integrations.finished_run import StopsWhenDone
@@ -65,6 +66,10 @@ class _OurWay(_RefusesToGoBack, TokenMeanEvaluation, _DecayMatricesOnly, _Genera
 
 class FullTrainer(_OurWay, StopsWhenDone, Trainer):
     """``hift: false``: every weight in every step, by DeepSpeed alone; what HiFT is compared with."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with checkpoints_without_code():
+            return super().train(*args, **kwargs)
 
 
 class GroupTrainer(_OurWay, HiFTMixin, Trainer):

@@ -372,3 +372,87 @@ def load_one_node_alone(folder: str) -> None:
 def test_nodes_without_a_shared_file_system(launcher, memory_path):
     launcher.run(save_on_two_nodes, 2, str(memory_path))
     launcher.run(load_one_node_alone, 1, str(memory_path))
+
+
+# -- what a folder may make a reader do ------------------------------------------------------------------------
+
+
+def rewrite_manifest(folder: Path, name: str, record: dict) -> None:
+    """With one more file, and a checksum that is right."""
+    path = folder / MANIFEST
+    content = json.loads(path.read_text())
+    del content["crc32"]
+    content["files"][name] = record
+    crc32 = zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    path.write_text(json.dumps({**content, "crc32": f"{crc32:08x}"}))
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../global_step3/model.safetensors", "pipe", "link"])
+def test_a_manifest_is_of_regular_files_in_its_folder(engine, two_saves, name):
+    """Reading the first or the third would never end."""
+    folder = two_saves / "global_step5"
+    os.mkfifo(folder / "pipe")
+    (folder / "link").symlink_to("/dev/zero")
+    rewrite_manifest(folder, name, {"num_bytes": 0, "crc32": "00000000"})
+    before = everything(engine)
+    with pytest.raises(
+        CheckpointError, match=r"not a file of the folder|not a regular file|a link to a file outside"
+    ):
+        engine.load_checkpoint(two_saves, tag="global_step5")
+    assert same(everything(engine), before)
+    loaded, _ = engine.load_checkpoint(two_saves)
+    assert Path(loaded).name == "global_step3"
+
+
+def test_pipes_in_place_of_small_files(engine, two_saves):
+    for name in (MANIFEST, "checkpoint.json", "rank-00000.json"):
+        path = two_saves / "global_step5" / name
+        good = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(CheckpointError, match=name):
+            engine.load_checkpoint(two_saves, tag="global_step5")
+        path.unlink()
+        path.write_bytes(good)
+    (two_saves / "latest").unlink()
+    os.mkfifo(two_saves / "latest")
+    assert Path(engine.load_checkpoint(two_saves)[0]).name == "global_step5"
+
+
+def test_a_client_state_that_would_run_code_is_one_line(engine, two_saves, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    folder = two_saves / "global_step5"
+    torch.save({"table": Attack()}, folder / "client_state.pt")
+    data = (folder / "client_state.pt").read_bytes()
+    rewrite_manifest(folder, "client_state.pt", {"num_bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"})
+    before = everything(engine)
+    with pytest.raises(CheckpointError, match=r"client_state.pt holds more than plain values") as error:
+        engine.load_checkpoint(two_saves, tag="global_step5")
+    assert "\n" not in str(error.value) and not (tmp_path / "executed").exists()
+    assert same(everything(engine), before)
+
+
+def test_names_that_a_checkpoint_cannot_have(engine, tmp_path):
+    for tag, reason in (
+        ("latest", "names the newest"),
+        ("x" * 240, "longer than 220"),
+        (".x", "hidden"),
+        ("a\nb", "not a"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            engine.save_checkpoint(tmp_path, tag=tag)
+    assert not list(tmp_path.iterdir())
+    engine.save_checkpoint(tmp_path, tag="x" * 220)
+    assert Path(engine.load_checkpoint(tmp_path)[0]).name == "x" * 220
+    for content in ("y" * 5000, "..", "/dev/zero", "latest", "\0"):
+        (tmp_path / "latest").write_text(content)
+        assert Path(engine.load_checkpoint(tmp_path)[0]).name == "x" * 220, content
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()
+    assert Path(engine.load_checkpoint(tmp_path)[0]).name == "x" * 220
+    with pytest.raises(CheckpointError, match=r"latest is a folder, where a file .*; move it"):
+        engine.save_checkpoint(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "x" * 220]

@@ -92,6 +92,13 @@ def test_what_cannot_be_exported_is_one_line(trained, tmp_path, capsys):
         assert main(["export", *arguments]) == 2
         message = capsys.readouterr().err
         assert expected in message and message.count("\n") == 1
+    with_tags = saved.parent / "run.yaml"
+    with_tags.write_text(f"model: !!python/object/apply:os.mkdir ['{tmp_path / 'executed'}']")
+    assert main(["export", str(saved), out]) == 2
+    message = capsys.readouterr().err
+    assert "run.yaml is not what a run wrote" in message and message.count("\n") == 1
+    assert not (tmp_path / "executed").exists()
+    with_tags.unlink()
     damaged = tmp_path / "damaged"
     shutil.copytree(saved, damaged)
     weights = damaged / "global_step3" / "model.safetensors"

@@ -78,6 +78,42 @@ def test_a_finished_run_started_again_changes_nothing(inputs, tmp_path, capsys, 
     assert finetune(load_run_config(file, ["train.max_steps=8"]))["steps"] == 8
 
 
+def test_full_fine_tuning_executes_nothing_of_a_checkpoint(inputs, tmp_path, capsys):  # noqa: F811
+    """DeepSpeed's own files are pickles, which it loads whatever they name. What it writes itself goes on."""
+    out = tmp_path / "run"
+    stages = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+    file = write_run(
+        inputs,
+        out,
+        hift=False,
+        deepspeed=stages,
+        train__max_steps=4,
+        train__save_steps=2,
+        train__save_total_limit=None,
+    )
+    whole = finetune(load_run_config(file))
+    shutil.rmtree(out / "checkpoint-4")
+    resumed = finetune(load_run_config(file))
+    assert resumed["steps"] == 4 and resumed["eval_loss"] == whole["eval_loss"]
+
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    for number, name in (
+        (4, "mp_rank_00_model_states.pt"),
+        (2, "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+    ):
+        path = out / f"checkpoint-{number}" / f"global_step{number}" / name
+        content = torch.load(path, weights_only=False)
+        torch.save({**content, "extra": Attack()}, path)
+    capsys.readouterr()
+    assert worker.main([str(file), "train.max_steps=5"]) == 2
+    error = capsys.readouterr().err
+    assert "names code to run when it is read" in error and "Traceback" not in error
+    assert not (tmp_path / "executed").exists()
+
+
 # -- one writer ----------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """HiFTTrainer: interrupted and resumed is the uninterrupted run, data order included; rotation; signals."""
 
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 import model_zoo
+from hift_ds.checkpoint.sealed_folder import broken_seal
 from hift_ds.checkpoint.trainer_folder import find_checkpoints
 from hift_ds.integrations.checkpoint_rotation import rotate_checkpoints
 from hift_ds.integrations.transformers import HiFTTrainer
@@ -179,6 +181,27 @@ def test_every_small_file_of_a_checkpoint_is_sealed(tmp_path):
         if path.name != "trainer_files.json":
             assert find_checkpoints(tmp_path, "auto")[0] == [tmp_path / "checkpoint-2"], path
         path.write_bytes(good)
+
+
+def test_rotation_of_checkpoints_without_states(tmp_path):
+    """``save_only_model``: nothing can go on from them, and they count all the same."""
+    make_trainer(tmp_path, save_steps=2, max_steps=6, save_only_model=True, save_total_limit=1).train()
+    assert checkpoints(tmp_path) == [6]
+    assert find_checkpoints(tmp_path, "auto")[0] == []
+
+
+def test_the_weights_for_from_pretrained_are_sealed_too(tmp_path):
+    make_trainer(tmp_path, save_steps=2, max_steps=2).train()
+    folder = tmp_path / "checkpoint-2"
+    assert broken_seal(folder, weights=True) is None
+    path = folder / "model.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[:-3] + bytes([good[-3] ^ 1]) + good[-2:])
+    assert broken_seal(folder) is None  # a run goes on from the engine's own
+    assert "model.safetensors is damaged" in broken_seal(folder, weights=True)
+    seal = json.loads((folder / "trainer_files.json").read_text())
+    (folder / "trainer_files.json").write_text(json.dumps({**seal, "/dev/zero": seal["config.json"]}))
+    assert "is damaged" in broken_seal(folder)
 
 
 # -- signals ---------------------------------------------------------------------------------------
