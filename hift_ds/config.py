@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -219,6 +219,27 @@ def check_against_deepspeed(hift: HiFTConfig, ds: Mapping[str, Any]) -> None:
     if ds.get("sparse_gradients"):
         raise ConfigError('"sparse_gradients": true is not supported with a "hift" block; remove it')
     _check_precision(hift, ds)
+
+
+def refuse_auto(ds: Mapping[str, Any]) -> None:
+    """Name what is left of the ``"auto"`` values that the Trainer and accelerate fill in. DeepSpeed would stop at some
+    with an error of its own, and take its default for others.
+
+    Raises:
+        ConfigError: there is one outside of the ``"hift"`` block.
+    """
+
+    def found(block: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        for key, value in block.items():
+            if isinstance(value, Mapping) and prefix + key != BLOCK:
+                yield from found(value, f"{prefix}{key}.")
+            elif value == "auto":
+                yield f'"{prefix}{key}"'
+
+    if names := list(found(ds, "")):
+        raise ConfigError(
+            f'"auto" is filled in by the Trainer, and hift_ds.initialize needs a value (or remove the key): {", ".join(names)}'
+        )
 
 
 def _check_weights(zero: Mapping[str, Any]) -> None:

@@ -15,8 +15,12 @@ run's optimizer steps. :class:`CycleLR` decides which of its values an update us
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
 
 MODES = ("cycle", "step", "reference")
 
@@ -34,7 +38,7 @@ class CycleLR:
 
     Args:
         mode: one of ``MODES``.
-        param_groups: the optimizer's, whose ``lr`` the scheduler writes. Read, and restored after a look ahead.
+        param_groups: the optimizer's, whose ``lr`` the scheduler writes. Never changed here.
     """
 
     def __init__(self, mode: str, param_groups: list[dict[str, Any]]) -> None:
@@ -42,6 +46,7 @@ class CycleLR:
         self.mode = mode
         self.param_groups = param_groups
         self.scheduler: Scheduler | None = None  # only to look ahead during warm-up; its owner steps it
+        self.steps_left: Callable[[], int] | None = None  # of the run, the coming one included
         self.latched: list[float] = self._current()
         self._history: list[list[float]] = []  # "reference": the scheduler's values by optimizer step
 
@@ -71,22 +76,76 @@ class CycleLR:
         return [float(group["lr"]) for group in self.param_groups]
 
     def _after(self, num_steps: int) -> list[float]:
-        """The rates after ``num_steps`` more ticks, by running the scheduler ahead and back again."""
+        """The rates after ``num_steps`` more ticks if the schedule rises now, by running a copy of the scheduler ahead;
+        the current ones if it falls, or cannot be run. Never past the end of the run or of the scheduler."""
+        if self.steps_left is not None:
+            num_steps = min(num_steps, self.steps_left() - 1)
         scheduler = self.scheduler
         if scheduler is None or num_steps <= 0 or _needs_a_metric(scheduler):
             return self._current()
-        saved_state = copy.deepcopy(scheduler.state_dict())
-        saved_rates = [group["lr"] for group in self.param_groups]
+        now = rates = self._current()
+        falls = [False] * len(now)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns of a tick without an optimizer step
-                for _ in range(num_steps):
-                    scheduler.step()
-            return self._current()
-        finally:
-            scheduler.load_state_dict(saved_state)
-            for group, rate in zip(self.param_groups, saved_rates, strict=True):
-                group["lr"] = rate
+            ahead, groups = _detached_copy(scheduler, self.param_groups)
+        except TypeError as error:  # it holds what Python cannot copy
+            logger.warning("%s cannot be run ahead (%s)", type(scheduler).__name__, error)
+            self.scheduler = None
+            return now
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of a tick without an optimizer step
+            for tick in range(num_steps):
+                try:
+                    ahead.step()
+                except Exception:  # OneCycleLR after its last step, a table of values after its last entry
+                    break
+                rates = [float(group["lr"]) for group in groups]
+                if tick == 0:
+                    falls = [after < before for after, before in zip(rates, now, strict=True)]
+        # A cosine that has come to its end rises again; so does one that restarts, for the next cycle.
+        return [before if fell else after for before, fell, after in zip(now, falls, rates, strict=True)]
+
+
+class _Rates:
+    """All that schedulers use of an optimizer, without its weights."""
+
+    def __init__(self, optimizer: Any, groups: list[dict[str, Any]]) -> None:
+        self.param_groups = groups
+        self.defaults = copy.copy(getattr(optimizer, "defaults", {}))
+        self.state: dict[Any, Any] = {}
+        self._opt_called = True
+        self._step_count = 1
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def _detached_copy(
+    scheduler: Scheduler, param_groups: list[dict[str, Any]]
+) -> tuple[Scheduler, list[dict[str, Any]]]:
+    """``scheduler`` and the schedulers inside it, over copies of ``param_groups``. Whatever the copy does, to itself or
+    to what it writes (momentum, say), leaves the original alone."""
+    groups = [copy.deepcopy({k: v for k, v in group.items() if k != "params"}) for group in param_groups]
+    for group in groups:
+        group["params"] = []
+    memo: dict[int, Any] = {id(param_groups): groups}
+    memo |= {id(old): new for old, new in zip(param_groups, groups, strict=True)}
+    for optimizer in _optimizers_of(scheduler):
+        memo[id(optimizer)] = _Rates(optimizer, groups)
+    return copy.deepcopy(scheduler, memo), groups
+
+
+def _optimizers_of(scheduler: Any, seen: set[int] | None = None) -> Iterator[Any]:
+    """Of the scheduler and of all schedulers in its attributes (``SequentialLR``, ``ChainedScheduler``, wrappers)."""
+    seen = set() if seen is None else seen
+    if id(scheduler) in seen:
+        return
+    seen.add(id(scheduler))
+    for value in vars(scheduler).values():
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(getattr(item, "param_groups", None), list):
+                yield item
+            elif hasattr(item, "step") and hasattr(item, "state_dict") and hasattr(item, "__dict__"):
+                yield from _optimizers_of(item, seen)
 
 
 def _needs_a_metric(scheduler: Scheduler) -> bool:

@@ -5,8 +5,9 @@ launcher, process groups, batch arithmetic, monitors, timers) stays DeepSpeed's.
 ``requires_grad`` is silently wrong (inactive weights drift), so its optimizers are never built: this engine puts
 its own in their place. ``tests/unit/test_deepspeed_seam.py`` checks every name used here.
 
-``engine_class`` is the one rebinding: ``deepspeed.initialize`` has no plug-in point for the engine class, but looks
-it up as a global of the ``deepspeed`` module. It lasts for the ``with`` block only.
+Two names are rebound, each for a ``with`` block: ``deepspeed.initialize`` has no plug-in point for the engine class,
+but looks it up as a global of the ``deepspeed`` module (``engine_class``, while one engine is built); and frameworks
+call ``deepspeed.initialize`` by themselves (``initialize_becomes``, while they may).
 """
 
 from __future__ import annotations
@@ -287,3 +288,16 @@ def engine_class(cls: type[DeepSpeedEngine]) -> Iterator[None]:
         yield
     finally:
         deepspeed.DeepSpeedEngine = stock
+
+
+@contextlib.contextmanager
+def initialize_becomes(replacement: Callable[..., Any]) -> Iterator[None]:
+    """``deepspeed.initialize`` is ``replacement`` inside this block. ``DeepSpeedEngine`` stays what it is: libraries
+    unwrap models by asking for it."""
+    before = deepspeed.initialize
+    deepspeed.initialize = replacement
+    try:
+        yield
+    finally:
+        if deepspeed.initialize is replacement:
+            deepspeed.initialize = before

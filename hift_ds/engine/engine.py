@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -60,10 +60,13 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         last_report: what the last optimizer step did; ``None`` before the first.
         step_loss: sum of the losses of this step's micro-batches so far, on this rank; ``None`` before the first.
         savings: the switches of ``"activations"`` at work.
+        restores_generators: ``load_checkpoint`` also sets the global random generators, to where they were when the
+            checkpoint was saved. A loop that draws before it goes on (the Trainer, an epoch's order) does so itself.
     """
 
     optimizer: HiFTOptimizer
     step_loss: Tensor | None = None
+    restores_generators = True
     _ended = _destroyed = False
     _weights_made: ReplicatedParameters | None = None
 
@@ -302,10 +305,14 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
 
     # -- training ---------------------------------------------------------------------------------------------
 
-    def watch_scheduler(self, scheduler: Any) -> None:
+    def watch_scheduler(self, scheduler: Any, steps_left: Callable[[], int] | None = None) -> None:
         """Let the learning-rate latch look ahead on ``scheduler`` during warm-up. The engine does this for its own;
-        a loop that steps a scheduler by itself (the Trainer's) calls it once."""
-        self.optimizer.lr.scheduler = scheduler
+        a loop that steps a scheduler by itself (the Trainer's) calls it once.
+
+        Args:
+            steps_left: optimizer steps that the run still makes, the coming one included: no look goes further.
+        """
+        self.optimizer.lr.scheduler, self.optimizer.lr.steps_left = scheduler, steps_left
 
     @explains_out_of_memory("forward")
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:

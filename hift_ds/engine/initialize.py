@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import inspect
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from hift_ds.config import BLOCK, check_against_deepspeed, parse_block
-from hift_ds.engine.deepspeed_seam import config_dict, engine_class, nothing_compiled
+from hift_ds.config import BLOCK, check_against_deepspeed, parse_block, refuse_auto
+from hift_ds.engine.deepspeed_seam import config_dict, engine_class, initialize_becomes, nothing_compiled
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.errors import ConfigError
+
+# (processes, this one's number) as MPI and SLURM's srun tell them.
+_OTHER_LAUNCHERS = {
+    "mpirun": (("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "PMI_RANK")),
+    "srun": (("SLURM_STEP_NUM_TASKS",), ("SLURM_PROCID",)),
+}
+_LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def initialize(
@@ -47,17 +56,28 @@ def initialize(
         GroupingError: the model cannot be cut as asked.
     """
     arguments = {key: value for key, value in locals().items() if key not in ("config", "config_params")}
+    stock = inspect.unwrap(deepspeed.initialize)  # inside hift_engines() it is ours
     config = config_dict(config, args, config_params)
+    given = {} if getattr(args, "deepspeed_config", None) is not None else {"config": config}  # once only
     if BLOCK not in config:
-        join_as_single_process()
-        return deepspeed.initialize(**arguments, **_where_stock_looks(args, config))
+        with as_single_process():
+            return stock(**arguments, **given)
+    refuse_auto(config)
+    with _building(arguments, config):
+        return stock(**arguments, **given)
+
+
+@contextlib.contextmanager
+def _building(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[None]:
+    """DeepSpeed's ``initialize`` with these arguments builds our engine inside this block."""
     check_against_deepspeed(parse_block(config[BLOCK]), config)
-    if model is None:
+    if arguments.get("model") is None:
         raise ConfigError("initialize: model= is missing")
-    if isinstance(model, deepspeed.PipelineModule):
+    if isinstance(arguments["model"], deepspeed.PipelineModule):
         raise ConfigError(
             'initialize: a PipelineModule (pipeline engine) is not supported with a "hift" block'
         )
+    mpu = arguments.get("mpu")
     # DeepSpeed's: calls those ranks model-parallel.
     shares_sequences = hasattr(mpu, "initialize_sequence_parallel")
     if (
@@ -66,60 +86,96 @@ def initialize(
         and getattr(mpu, "get_model_parallel_world_size", lambda: 1)() > 1
     ):
         raise ConfigError('initialize: mpu= with model parallelism is not supported with a "hift" block')
-    join_as_single_process()
-    with hift_engines():
-        return deepspeed.initialize(**arguments, **_where_stock_looks(args, config))
+    with as_single_process(), nothing_compiled(), engine_class(HiFTEngine):
+        yield
 
 
-def join_as_single_process() -> None:
-    """A process that no launcher started is a job of one rank (DeepSpeed would ask for mpi4py).
+@contextlib.contextmanager
+def as_single_process() -> Iterator[None]:
+    """Inside this block a process that no launcher started is a job of one rank (DeepSpeed would ask for mpi4py): it
+    has the variables that a launcher would have set, with a free port. They are gone afterwards, since programs that
+    this one starts must not take themselves for ranks; a process group that was made meanwhile does without them.
 
-    Sets the variables a launcher would have set, with a free port, if none of them is there.
+    Raises:
+        ConfigError: srun or mpirun started several processes, and nothing says which of them this is.
     """
-    launched = any(
-        name in os.environ for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-    )
-    if launched or (deepspeed.comm.is_initialized() and deepspeed.comm.get_world_size() > 1):
+    in_job = deepspeed.comm.is_initialized() and deepspeed.comm.get_world_size() > 1
+    if "RANK" in os.environ or in_job or _launched_otherwise():
+        yield
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ.update(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    before = {name: os.environ.get(name) for name in _LAUNCH_VARIABLES}
+    values = ("0", "0", "1", "127.0.0.1", str(port))
+    os.environ.update(zip(_LAUNCH_VARIABLES, values, strict=True))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _launched_otherwise() -> bool:
+    """Whether this process is one of several that MPI started. A shell inside a SLURM or MPI job, or a batch script
+    without srun, has such variables too, and is one process."""
+    for launcher, (sizes, numbers) in _OTHER_LAUNCHERS.items():
+        size = max(int(os.environ.get(name) or 1) for name in sizes)
+        number = max(int(os.environ.get(name) or 0) for name in numbers)
+        if size <= 1 and number == 0:
+            continue
+        if launcher == "mpirun" and importlib.util.find_spec("mpi4py") is not None:
+            return True
+        raise ConfigError(
+            f"{launcher} started {max(size, number + 1)} processes, and RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and "
+            "MASTER_PORT are not set: set them as launch/slurm.sbatch does, or start with torchrun or deepspeed"
+        )
+    return False
 
 
 def ensure_process_group() -> None:
     """The process group that an engine would make, for collectives before there is an engine (evaluation, say)."""
-    join_as_single_process()
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    with nothing_compiled():
+    with as_single_process(), nothing_compiled():
+        get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
         deepspeed.init_distributed()
 
 
 @contextlib.contextmanager
-def hift_engines(block: Any = None) -> Iterator[None]:
-    """Inside this block ``deepspeed.initialize`` itself builds HiFT engines for configs with a ``"hift"`` block, and
-    nothing is compiled. For frameworks that call it on their own (accelerate).
+def hift_engines(
+    block: Any = None, on_made: Callable[[HiFTEngine], None] = lambda engine: None
+) -> Iterator[None]:
+    """Inside this block ``deepspeed.initialize`` itself builds HiFT engines for models that are trained, if their
+    config has a ``"hift"`` block, and nothing is compiled. For frameworks that call it on their own (accelerate).
+
+    A model without an optimizer (a reference model, a reward model) gets DeepSpeed's own engine.
 
     Args:
         block: the ``"hift"`` block of every config without one: for frameworks that would read ours as theirs.
+        on_made: called with each HiFT engine as soon as it exists.
     """
+    stock = inspect.unwrap(deepspeed.initialize)
+    signature = inspect.signature(stock)
 
-    class EngineForConfig(HiFTEngine):
-        """Chooses the engine when it is constructed, since only then the config is known."""
+    def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+        arguments = signature.bind(*args, **kwargs).arguments
+        options = arguments.get("args")
+        config = config_dict(arguments.pop("config", None), options, arguments.pop("config_params", None))
+        own = config.pop(BLOCK, block)
+        trained = arguments.get("optimizer") is not None or (config.get("optimizer") or {}).get("type")
+        if getattr(options, "deepspeed_config", None) is None:
+            arguments["config"] = config
+        if own is None or not trained:
+            with as_single_process(), nothing_compiled():
+                return stock(**arguments)
+        config[BLOCK] = dict(own) if isinstance(own, Mapping) else own
+        with _building(arguments, config):
+            built = stock(**arguments)
+        on_made(built[0])
+        return built
 
-        def __new__(cls, *args: Any, config: Any = None, **kwargs: Any):
-            if block is not None and isinstance(config, dict):
-                config = {BLOCK: block, **config}
-            stock = deepspeed.runtime.engine.DeepSpeedEngine
-            chosen = HiFTEngine if isinstance(config, dict) and BLOCK in config else stock
-            return chosen(*args, config=config, **kwargs)
-
-    with nothing_compiled(), engine_class(EngineForConfig):
+    initialize.__wrapped__ = stock
+    with initialize_becomes(initialize):
         yield
-
-
-def _where_stock_looks(args: Any, config: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed refuses a config given twice."""
-    return {} if getattr(args, "deepspeed_config", None) is not None else {"config": config}

@@ -169,7 +169,7 @@ class Loading:
         self._load_cursor(saved)
         self._load_pending_gradients(saved)
         own = saved.of_rank(self.global_rank)
-        if own is not None:
+        if own is not None and self.restores_generators:
             set_random_state(own["random"], self.device)
 
     def _load_options(self, saved_groups: list, with_scheduler: bool) -> None:

@@ -41,8 +41,9 @@ class Coverage:
             line += f", each {low} times" if low == high else f", {low} to {high} times each"
         return line
 
-    def warning(self, max_names: int = 8) -> str | None:
-        """A message that cannot be overlooked if a parameter was never updated, else None."""
+    def warning(self, max_names: int = 8, written: bool = True) -> str | None:
+        """A message that cannot be overlooked if a parameter was never updated, else None. ``written``: there is a
+        ``coverage.json`` that names them all."""
         missed = self.never_updated
         if not missed:
             return None
@@ -57,7 +58,9 @@ class Coverage:
             lines.append(f"Groups: {', '.join(groups[:max_names])}{_more(groups, max_names)}")
         lines += [f"  {name}" for name in missed[:max_names]]
         if len(missed) > max_names:
-            lines.append(f"  ...{_more(missed, max_names)} (all of them: {FILE_NAME})")
+            lines.append(
+                f"  ...{_more(missed, max_names)}" + (f" (all of them: {FILE_NAME})" if written else "")
+            )
         return "\n".join(lines)
 
 

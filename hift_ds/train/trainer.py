@@ -75,6 +75,8 @@ class FullTrainer(_OurWay, StopsWhenDone, Trainer):
 class GroupTrainer(_OurWay, HiFTMixin, Trainer):
     """One layer group in every step."""
 
+    says_coverage = False  # the report does
+
 
 def build_trainer(
     checked: CheckedRun, arguments: TrainingArguments, model: Any, tokenizer: Any, data: Any

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from hift_ds.engine.initialize import as_single_process
 from hift_ds.errors import ConfigError, HiFTError
 from tests.helpers.engines import ds_config, make_engine, train_step, weights_of
 from tests.helpers.toy import Toy, loss_of, make_batches
@@ -175,7 +176,8 @@ def test_an_engine_leaves_no_hook_no_gradient_and_no_state_and_another_engine_go
         assert torch.equal(engine(*BATCH), model(*BATCH))
     config = {k: v for k, v in ds_config().items() if k != "hift"}
     config["optimizer"]["params"]["torch_adam"] = True
-    stock = deepspeed.initialize(model=model, config=config)[0]
+    with as_single_process():  # DeepSpeed wants a launcher's variables
+        stock = deepspeed.initialize(model=model, config=config)[0]
     before = weights_of(model)
     stock.backward(loss_of(stock, BATCH))
     stock.step()

@@ -1,5 +1,6 @@
 """The scheduler ticks once per optimizer step; CycleLR decides which of its values an update uses."""
 
+import math
 import warnings
 
 import pytest
@@ -102,6 +103,74 @@ def test_looking_ahead_leaves_the_scheduler_where_it_was():
         schedulers["cycle"].optimizer.param_groups[0]["lr"]
         == schedulers["step"].optimizer.param_groups[0]["lr"]
     )
+
+
+def one_cycle(optimizer, total_steps=STEPS):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=total_steps)
+
+
+def sequence(optimizer):
+    parts = [LambdaLR(optimizer, lambda s: (s + 1) / 6), one_cycle(optimizer, STEPS - 6)]
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[6])
+
+
+class Stateful:
+    """A schedule that counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, step):
+        self.calls += 1
+        return (1 + self.calls) / 100
+
+
+def table(optimizer):
+    values = [warm_up_and_decay(step) for step in range(STEPS + 1)]  # nothing after the run's last step
+    return LambdaLR(optimizer, lambda step: values[step])
+
+
+@pytest.mark.parametrize("k", [4, 5, 7])  # also with an incomplete last cycle
+@pytest.mark.parametrize("make", [one_cycle, sequence, table, lambda o: LambdaLR(o, Stateful())])
+def test_looking_ahead_touches_nothing_and_never_passes_the_end(make, k):
+    """What torch's own loop leaves in param_groups and scheduler, whatever the scheduler writes (momentum here)."""
+
+    def trace(mode):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+        scheduler = make(optimizer)
+        latch = CycleLR(mode, optimizer.param_groups)
+        latch.scheduler = scheduler
+        schedule, seen, used = GroupSchedule(k), [], []
+        for step in range(STEPS):
+            latch.steps_left = lambda step=step: STEPS - step
+            used += latch.before_step(schedule.starts_cycle, schedule.cursor.cycle, schedule.steps_per_cycle)
+            group = {key: v for key, v in optimizer.param_groups[0].items() if key != "params"}
+            state = {key: v for key, v in scheduler.state_dict().items() if key != "lr_lambdas"}
+            seen.append(repr((group, state)))
+            schedule.advance()
+            scheduler.step()
+        return seen, used
+
+    (seen, used), (plain, rates) = trace("cycle"), trace("step")
+    assert seen == plain
+    for start in range(0, STEPS, k):
+        ticks = rates[start : start + k]
+        rises = len(ticks) > 1 and ticks[1] >= ticks[0]
+        assert used[start : start + k] == [max(ticks[0], ticks[-1]) if rises else ticks[0]] * len(ticks)
+
+
+def test_a_cosine_that_would_rise_after_its_end_is_not_taken_there():
+    def cosine(step):
+        return 0.5 * (1 + math.cos(math.pi * step / STEPS))
+
+    params = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.SGD(params, lr=1.0)
+    scheduler = LambdaLR(optimizer, cosine)
+    latch = CycleLR("cycle", optimizer.param_groups)
+    latch.scheduler = scheduler
+    for _ in range(STEPS - 1):
+        scheduler.step()
+    assert latch.before_step(True, 0, 9) == [cosine(STEPS - 1)]
 
 
 def test_turns_of_several_steps_share_the_cycles_rate():

@@ -19,7 +19,7 @@ from matplotlib.image import imread
 from rich.console import Console
 from transformers import Trainer, TrainingArguments
 
-from hift_ds.engine.initialize import join_as_single_process
+from hift_ds.engine.initialize import as_single_process
 from hift_ds.errors import DataError
 from hift_ds.report.callback import ReportCallback, report_instead_of_printing
 from hift_ds.report.coverage import make_coverage, write_coverage
@@ -414,8 +414,6 @@ def test_a_run_too_short_for_its_groups_says_so_before_and_after(tmp_path):
 
 @pytest.mark.parametrize("logging_steps", [1, 3])
 def test_a_plain_trainer_is_reported_too_and_resumes(tmp_path, logging_steps):
-    join_as_single_process()  # accelerate goes on with DeepSpeed in a process that has used it
-
     def train(max_steps: int, resume: str | None = None) -> Recorder:
         args = TrainingArguments(
             str(tmp_path / "hf"), max_steps=max_steps, logging_steps=logging_steps, save_strategy="steps",
@@ -424,7 +422,8 @@ def test_a_plain_trainer_is_reported_too_and_resumes(tmp_path, logging_steps):
         trainer = Trainer(model=tiny.build("llama"), args=args, train_dataset=ragged_dataset(24))
         progress = Recorder()
         report_instead_of_printing(trainer, ReportCallback(tmp_path, progress=progress))
-        trainer.train(resume_from_checkpoint=resume)
+        with as_single_process():  # accelerate goes on with DeepSpeed in a process that has used it
+            trainer.train(resume_from_checkpoint=resume)
         return progress
 
     train(6)

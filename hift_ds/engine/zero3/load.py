@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hift_ds.collectives import shard_bounds
 from hift_ds.engine.deepspeed_seam import broadcast_from_first_rank, world_rank_and_size
-from hift_ds.engine.initialize import ensure_process_group
+from hift_ds.engine.initialize import as_single_process, ensure_process_group
 from hift_ds.engine.zero3.exact_values import ExactValues, remember_exact_values
 from hift_ds.engine.zero3.shards import (
     accelerator_device,
@@ -65,7 +65,8 @@ def load_partitioned(
     check_weights(folder)
     ensure_process_group()
     model = _hollow_model(folder, dtype or _dtype_of(config), model_class, trust_remote_code, from_config)
-    allocate_shards(model, config)
+    with as_single_process():  # DeepSpeed reads LOCAL_RANK
+        allocate_shards(model, config)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(accelerator_device())

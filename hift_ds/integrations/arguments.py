@@ -1,0 +1,88 @@
+"""What can be known of ``TrainingArguments`` to be wrong before a model is touched."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hift_ds.config import BLOCK, check_against_deepspeed, parse_block
+from hift_ds.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def check_arguments(args: TrainingArguments | None) -> None:
+    """Everything that can be known to be wrong before a model is touched."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is None:
+        raise ConfigError(
+            "TrainingArguments(deepspeed=...) is missing: pass a DeepSpeed config (dict or path) "
+            f'with a "{BLOCK}" block'
+        )
+    config = plugin.deepspeed_config
+    if BLOCK not in config:
+        raise ConfigError(
+            f'the DeepSpeed config has no "{BLOCK}" block: add "{BLOCK}": {{}} for the defaults, '
+            "or use the plain Trainer"
+        )
+    check_against_deepspeed(parse_block(config[BLOCK]), config)
+    _complete(args, config)
+    _check_agreement(args, config)
+    _check_processes(args)
+    _require_non_reentrant_checkpointing(args)
+
+
+def _complete(args: TrainingArguments, config: Any) -> None:
+    """What the config leaves out and DeepSpeed insists on is the TrainingArguments', as if it said "auto"."""
+    config.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    if "train_batch_size" not in config:
+        config.setdefault("train_micro_batch_size_per_gpu", args.per_device_train_batch_size)
+        config.setdefault("gradient_accumulation_steps", args.gradient_accumulation_steps)
+
+
+def _check_agreement(args: TrainingArguments, config: Any) -> None:
+    """What transformers says only when training begins, or never."""
+    differences = getattr(getattr(args, "hf_deepspeed_config", None), "mismatches", [])
+    if differences:
+        listed = "; ".join(difference.removeprefix("- ") for difference in differences)
+        raise ConfigError(
+            f"DeepSpeed config and TrainingArguments disagree: {listed}; change one, "
+            'or write "auto" in the config'
+        )
+    if args.max_grad_norm and "gradient_clipping" not in config and args.process_index == 0:
+        logger.warning(
+            "max_grad_norm=%s has no effect: DeepSpeed clips, and its config has no "
+            '"gradient_clipping"; add it as "auto"',
+            args.max_grad_norm,
+        )
+
+
+def _check_processes(args: TrainingArguments) -> None:
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != args.world_size:
+        raise ConfigError(
+            f"{started} processes were started, but TrainingArguments counts {args.world_size}: without an "
+            "accelerator it needs use_cpu=True (else every process would train on the same data)"
+        )
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"one process sees {args.n_gpu} accelerators: start it with `deepspeed SCRIPT`, or show it one"
+        )
+
+
+def _require_non_reentrant_checkpointing(args: TrainingArguments) -> None:
+    """Reentrant checkpointing gives the blocks of a layer group no gradient when its inputs need none."""
+    # In transformers 5.23 and before.
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if not hasattr(args, name):
+            continue
+        options = dict(getattr(args, name) or {})
+        if options.setdefault("use_reentrant", False):
+            raise ConfigError(
+                f'{name}: "use_reentrant": true gives frozen-input layers no gradient; remove it'
+            )
+        if getattr(args, name.removesuffix("_kwargs")):
+            setattr(args, name, options)

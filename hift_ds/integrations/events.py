@@ -1,0 +1,112 @@
+"""What the engine wants of a ``transformers.Trainer``'s events, whichever way it came to be below that Trainer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from transformers import TrainerCallback
+
+from hift_ds.engine.engine import HiFTEngine
+from hift_ds.errors import ConfigError
+from hift_ds.forecast.advice import Adviser
+from hift_ds.report.coverage import make_coverage
+from hift_ds.step_report import StepReport
+
+logger = logging.getLogger(__name__)
+
+
+class EngineEvents(TrainerCallback):
+    """Tells the engine what the Trainer knows, and the logs what the engine knows.
+
+    ``on_train_begin`` comes again after ``auto_find_batch_size`` made a new engine.
+
+    Args:
+        get_engine: the engine of the training that begins.
+        says_coverage: warn if the run is too short for its groups, and at its end if weights were never updated.
+    """
+
+    def __init__(self, get_engine: Callable[[], HiFTEngine | None], says_coverage: bool = True) -> None:
+        self.get_engine = get_engine
+        self.says_coverage = says_coverage
+        self.adviser = Adviser()
+        self._reports: list[StepReport] = []  # since the last log
+        self._mark = time.monotonic()
+        self._step_time_s = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        engine = self.get_engine()
+        if engine is None:
+            raise ConfigError(
+                "the Trainer did not build its engine with deepspeed.initialize: pass the DeepSpeed config as "
+                "TrainingArguments(deepspeed=...), and start with deepspeed, torchrun or plain python "
+                "(accelerate launch: with --use_deepspeed, or with use_cpu=True in place of --cpu)"
+            )
+        engine.adviser = self.adviser
+        self.adviser.announces = args.auto_find_batch_size and state.is_world_process_zero
+        if args.auto_find_batch_size:  # the config still has the number that was tried first
+            engine.set_train_micro_batch_size(state.train_batch_size)
+        if engine.lr_scheduler is None:  # the Trainer steps one of its own
+            engine.watch_scheduler(kwargs.get("lr_scheduler"), lambda: state.max_steps - engine.global_steps)
+        disable_input_require_grads(engine.module)
+        steps_per_cycle = engine.schedule.steps_per_cycle
+        if self.says_coverage and state.max_steps < steps_per_cycle and state.is_world_process_zero:
+            logger.warning(
+                "one cycle over the %d layer groups takes %d steps and the run has %d: some groups will not be trained; "
+                "raise max_steps or group_size",
+                len(engine.groups), steps_per_cycle, state.max_steps,
+            )  # fmt: skip
+        self._reports.clear()
+        self._mark = time.monotonic()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._reports:
+            self._mark = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        engine = self.get_engine()
+        if engine is not None and engine.last_report is not None:
+            self._reports.append(engine.last_report)
+            self._step_time_s = (time.monotonic() - self._mark) / len(self._reports)
+
+    def fields(self) -> dict[str, float]:
+        """What a log line of training gets besides the Trainer's: of the last step its learning rate, ``group`` and
+        ``cycle``; of the steps since the last line their mean seconds, the seconds they waited for states, and the
+        highest memory."""
+        reports, self._reports = self._reports, []
+        if not reports:
+            return {}
+        return {
+            "learning_rate": reports[-1].lr,
+            "group": reports[-1].group,
+            "cycle": reports[-1].cycle,
+            "step_time_s": round(self._step_time_s, 4),
+            "stalled_s": round(sum(report.stalled_s for report in reports), 4),
+            "peak_memory_gib": round(max(report.peak_bytes for report in reports) / 2**30, 4),
+        }
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        engine = self.get_engine()
+        if engine is None or not self.says_coverage or not state.is_world_process_zero:
+            return
+        # The weights of the best checkpoint have its counts.
+        best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        step = state.best_global_step if best and state.best_global_step else state.global_step
+        coverage = make_coverage(engine.coverage(), step, engine.groups)
+        logger.info(coverage.summary())
+        if (warning := coverage.warning(written=False)) is not None:
+            logger.warning(warning)
+
+
+def disable_input_require_grads(model: Any) -> None:
+    """Undo what transformers 5 does to the embeddings with activation checkpointing.
+
+    Every layer below the active group would need gradients again: with the head active, a step of a 7B model
+    costs 2.7 times as much.
+    """
+    modules: Iterable[Any] = model.modules()
+    for module in modules:  # an encoder inside may have hooks of its own
+        if hasattr(module, "disable_input_require_grads") and getattr(module, "_require_grads_hooks", None):
+            module.disable_input_require_grads()
