@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
+import hjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hift_ds.errors import ConfigError, unknown_key
@@ -300,3 +302,26 @@ def _enabled(ds: Mapping[str, Any], key: str) -> bool:
 
 def _device(offload: Any) -> str:
     return str(offload.get("device", "cpu")) if isinstance(offload, Mapping) else "none"
+
+
+def read_json_file(file: Path) -> Any:
+    """The contents of a DeepSpeed JSON, which may have what DeepSpeed reads too: comments, and commas at ends of
+    lists; and a byte-order mark, as some editors put it.
+
+    Raises:
+        ConfigError: it is no JSON, or has a key twice.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        return hjson.loads(text, object_pairs_hook=_no_key_twice)
+    except ValueError as error:
+        raise ConfigError(f"{file}: not valid JSON: {error}") from None
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} is given twice")
+    return content

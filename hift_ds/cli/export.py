@@ -116,7 +116,7 @@ def export_checkpoint(
         model,
         out,
         tensors=saved.weights(best=any_fp32),
-        tokenizer=_tokenizer(config_dir, trust_remote_code),
+        tokenizer=_tokenizer(config_dir, input_dir, trust_remote_code),
         generation_config=GenerationConfig.from_pretrained(config_dir) if has_generation_config else None,
         max_shard_size=max_shard_size,
         dtype=wanted,
@@ -177,9 +177,14 @@ def _config_near(folder: Path) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
-def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    """The folder's tokenizer, or none: an engine's own checkpoint has none, and weights are of use without."""
+def _tokenizer(folder: Path, input_dir: Path | None, trust_remote_code: bool) -> Any:
+    """The folder's tokenizer, or none: an engine's own checkpoint has none, and weights are of use without.
+
+    Args:
+        input_dir: of the model that was fine-tuned, whose tokenizer.model the Trainer does not write.
+    """
     from hift_ds.data.tokenizers import load_tokenizer
+    from hift_ds.hf.saved_tokenizer import SENTENCEPIECE_FILE
 
     names = (
         "tokenizer.json",
@@ -191,4 +196,8 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     )
     if not any((folder / name).is_file() for name in names):
         return None
-    return load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    model_file = SENTENCEPIECE_FILE
+    if input_dir is not None and not (folder / model_file).is_file() and (input_dir / model_file).is_file():
+        tokenizer.vocab_file = str(input_dir / model_file)
+    return tokenizer

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from hift_ds.errors import ConfigError, HiFTError
+from hift_ds.report.quiet import escape_what_cannot_be_shown
 from hift_ds.version import __version__
 
 PROG = "hift-ds"
@@ -80,6 +81,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (``sys.argv`` if none is given) and returns its exit code."""
+    escape_what_cannot_be_shown()
     try:
         args = _parse(sys.argv[1:] if argv is None else argv)
         code = args.run(args)

@@ -68,7 +68,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str = "auto"
             f"data.template: {template!r} is neither auto, {', '.join(TEMPLATES)}, nor a file with a "
             "Jinja template"
         )
-    tokenizer.chat_template = file.read_text(encoding="utf-8")
+    tokenizer.chat_template = file.read_text(encoding="utf-8-sig")
     return str(file)
 
 

@@ -56,7 +56,8 @@ def packed_samples_are_isolated(model: nn.Module) -> bool:
     """Whether the samples of a packed row have no influence on each other in this model.
 
     Runs two short samples in one row, as the collator makes it, changes the first, and compares the second's
-    logits.
+    logits; and with those of the second sample in a row of its own, without position ids: RoBERTa counts from
+    another number than the 0 with which packed samples begin.
 
     Args:
         model: a causal language model with its weights, on any device. Its training flag is restored. It runs
@@ -84,13 +85,15 @@ def packed_samples_are_isolated(model: nn.Module) -> bool:
                 .detach()
                 for other in (first, first.flip(0))
             )
+            alone = model(input_ids=second[None].to(weight.device), use_cache=False).logits[0]
     finally:
         model.train(training)
     # Compared with how far the first sample's own logits moved. Not with zero: a mixture of experts rounds
     # the second sample differently when the first one sends its tokens elsewhere.
     moved = (before - after).abs().float()
     tolerance = 1e-4 if weight.dtype == torch.float32 else 2e-2
-    return bool(moved[6:].max() <= tolerance * moved[:6].max())
+    apart = torch.maximum(moved[6:], (before[6:] - alone).abs().float())
+    return bool(apart.max() <= tolerance * moved[:6].max())
 
 
 def _packed_collator(pad_token_id: int) -> Any:

@@ -59,7 +59,7 @@ def show_samples(
             learned = sum(label != IGNORED for label in labels)
             title = f"{row['origin']}   {row['format']}   {len(ids):,} tokens, {learned:,} learned"
             title += f", {cut:,} cut off" if cut else ""
-            console.rule(style=_CONTEXT)
+            console.rule(characters=_either("─", "-", encoding), style=_CONTEXT)
             show(title, "bold")
             if not ids:
                 whole = (
@@ -99,11 +99,11 @@ def marked(
 def _mark(part: str, colour: bool, encoding: str = "utf-8") -> str:
     if colour:
         return part
-    try:
-        (BEGIN + END).encode(encoding)
-    except UnicodeEncodeError:
-        return f"[[{part}]]"
-    return f"{BEGIN}{part}{END}"
+    return f"{_either(BEGIN, '[[', encoding)}{part}{_either(END, ']]', encoding)}"
+
+
+def _either(mark: str, plain: str, encoding: str) -> str:
+    return mark if encodable(mark, encoding) == mark else plain
 
 
 def _text_between(tokenizer: PreTrainedTokenizerBase, ids: list[int], begin: int, end: int) -> str:

@@ -28,6 +28,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
 from hift_ds.collectives import Ranks, all_gather_shards, plan_buckets, shard_bounds
+from hift_ds.config import read_json_file
 from hift_ds.engine.zero3.seam import WeightShards
 from hift_ds.engine.zero3.shards import as_if_parked_on_host, num_shards, weights_folder
 from hift_ds.errors import ConfigError
@@ -227,6 +228,8 @@ def config_dict(config: Any, args: Any, config_params: Any) -> dict[str, Any]:
         )
     if isinstance(source, Mapping):
         return dict(source)
+    if isinstance(source, str | Path) and os.path.isfile(source):
+        return read_json_file(Path(source))
     if isinstance(source, Path):
         source = str(source)
     try:

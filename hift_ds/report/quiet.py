@@ -18,6 +18,13 @@ _BOILERPLATE = (
 )
 
 
+def escape_what_cannot_be_shown() -> None:
+    """Print an escape for a character that the terminal's encoding lacks (Latin-1), instead of failing at it."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 class _Threshold(logging.Filter):
     """A filter and not a level: DeepSpeed sets its logger's level when imported, which may be after us."""
 

@@ -6,14 +6,13 @@ way to the JSON; ``"auto"`` in the JSON takes the run file's value.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hift_ds.config import BLOCK, HiFTConfig, check_against_deepspeed, parse_block
+from hift_ds.config import BLOCK, HiFTConfig, check_against_deepspeed, parse_block, read_json_file
 from hift_ds.errors import ConfigError
 from hift_ds.hf.model_folder import Dtype
 from hift_ds.train.run_config import RunConfig
@@ -47,10 +46,7 @@ def read_deepspeed(run: RunConfig) -> dict[str, Any]:
     file = next((candidate for candidate in (given, beside) if candidate.is_file()), None)
     if file is None:
         raise ConfigError(f"deepspeed: no such file: {run.deepspeed!r}, neither here nor beside the run file")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file}: not valid JSON: {error}") from None
+    content = read_json_file(file)
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected an object, got {type(content).__name__}")
     return content

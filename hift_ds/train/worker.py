@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from hift_ds.errors import ConfigError, HiFTError, OutOfMemory
-from hift_ds.report.quiet import quiet_libraries
+from hift_ds.report.quiet import escape_what_cannot_be_shown, quiet_libraries
 from hift_ds.train.processes import end_with_launcher
 from hift_ds.train.ranks import free_port, rank_and_world_size
 
@@ -33,6 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs this rank's part of the job and returns the exit code."""
+    escape_what_cannot_be_shown()
     try:
         if "RANK" in os.environ:
             end_with_launcher()

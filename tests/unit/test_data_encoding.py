@@ -183,7 +183,7 @@ def test_templates_by_name_and_file(tmp_path):
     assert set_chat_template(tokenizer, "chatml") == "chatml"
     assert encode(tokenizer, Conversation(TWO_TURNS))[0][1][1] == "Ciao<|im_end|>"
     file = tmp_path / "mine.jinja"
-    file.write_text("{{ messages[0].content }}")
+    file.write_text("{{ messages[0].content }}", encoding="utf-8-sig")  # a byte-order mark is no text
     assert set_chat_template(tokenizer, str(file)) == str(file)
     assert tokenizer.apply_chat_template(TWO_TURNS, tokenize=False) == "Hi"
     with pytest.raises(ConfigError, match="data.template: 'chatlm' is neither auto, alpaca, chatml"):

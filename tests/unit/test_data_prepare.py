@@ -225,3 +225,13 @@ def test_models_that_let_packed_samples_see_each_other_are_found(family, isolate
     model.train()
     assert packed_samples_are_isolated(model) is isolated
     assert model.training
+
+
+def test_packing_is_refused_where_it_gives_other_positions():
+    """RoBERTa counts them from pad_token_id + 1: a packed sample, which begins at 0, would be another one."""
+    from transformers import RobertaConfig, RobertaForCausalLM
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    config = RobertaConfig(**sizes, vocab_size=60, is_decoder=True, max_position_embeddings=40)
+    assert packed_samples_are_isolated(RobertaForCausalLM(config)) is False

@@ -40,6 +40,36 @@ def test_learned_text_is_green_on_a_terminal(config):
     assert "\x1b[1;32mHello [you]<|im_end|>\x1b[0m" in text and BEGIN not in text
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
+def test_a_terminal_that_lacks_the_characters_gets_marks_and_escapes_that_it_has(tmp_path, encoding):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"prompt": "你", "completion": "é🙂"}))
+    out = io.BytesIO()
+    terminal = io.TextIOWrapper(out, encoding=encoding)
+    show_samples(DataConfig(train=str(file)), byte_level(), 200, Console(file=terminal, width=100), 1)
+    terminal.flush()
+    answer = {"ascii": r"\xe9\U0001f642"}.get(encoding, r"é\U0001f642")
+    assert rf"\u4f60[[{answer}<|im_end|>]]" in out.getvalue().decode(encoding)
+
+
+def test_no_command_fails_at_a_character(tmp_path):
+    """In a process of its own, whose standard output is Latin-1."""
+    import os
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "hift_ds", "preview", str(tmp_path / "你.yaml")],
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and rb"\u4f60.yaml" in done.stderr and b"Traceback" not in done.stderr
+    code = "from hift_ds.cli.main import main; import sys; main(['--version']); print('你')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True
+    )
+    assert done.returncode == 0 and rb"\u4f60" in done.stdout
+
+
 def test_what_is_dropped_says_so(config):
     text = shown(config, byte_level(), max_length=20, num_samples=1)
     assert "dropped: nothing to learn within 20 tokens" in text

@@ -283,6 +283,45 @@ def test_a_json_that_is_none(load, tmp_path):
         deepspeed_config(load(f"deepspeed={tmp_path / 'ds.json'}"), world_size=1, dtype="fp32")
 
 
+def test_a_deepspeed_json_may_have_what_deepspeed_reads(load, tmp_path):
+    """Comments, a comma too many, and the byte-order mark that some editors put in front."""
+    from hift_ds.engine.deepspeed_seam import config_dict
+
+    file = tmp_path / "ds[1].json"
+    text = '{ // published so\n "gradient_clipping": 0.5, # here too\n "hift": {"group_size": 2,},\n}'
+    for encoding in ("utf-8", "utf-8-sig"):
+        file.write_text(text, encoding=encoding)
+        for config in (
+            deepspeed_config(load(f"deepspeed='{file}'"), world_size=1, dtype="fp32"),
+            config_dict(file, None, None),
+            config_dict(str(file), None, None),
+        ):
+            assert (config["gradient_clipping"], config["hift"]["group_size"]) == (0.5, 2)
+    file.write_text('{"gradient_clipping": 0.5, "gradient_clipping": 1.0}')
+    with pytest.raises(ConfigError, match="key 'gradient_clipping' is given twice"):
+        config_dict(file, None, None)
+
+
+def test_merge_keys_of_yaml(tmp_path):
+    """<<: *anchor, as YAML 1.1 has it: own keys win, a key given twice is still an error."""
+    from hift_ds.train.run_file import read_yaml
+
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "data:\n  train: [&one {path: a.jsonl, format: text}, {<<: *one, path: b.jsonl}]\n"
+        "train: &base {learning_rate: 1e-5, max_steps: 3}\nother:\n  <<: [*base, {seed: 1}]\n  max_steps: 4\n"
+    )
+    content = read_yaml(file)
+    assert content["data"]["train"][1] == {"path": "b.jsonl", "format": "text"}
+    assert content["other"] == {"learning_rate": 1e-5, "max_steps": 4, "seed": 1}
+    assert content["train"] == {"learning_rate": 1e-5, "max_steps": 3}
+    file.write_text("a: &a {x: 1}\nb: {<<: *a, y: 1, y: 2}\n")
+    with pytest.raises(ConfigError, match="key 'y' is given twice"):
+        read_yaml(file)
+    file.write_text("\ufeffa: {x: 1}\n", encoding="utf-8")
+    assert read_yaml(file) == {"a": {"x": 1}}
+
+
 def test_full_fine_tuning_has_no_hift_block(load):
     assert hift_block(load("hift=false")) is None
     assert "hift" not in deepspeed_config(
