@@ -54,6 +54,8 @@ class DiskStateStore(ParkedStateStore):
     _sides: dict[str, Any] = field(default_factory=dict, init=False)  # streams, likewise
     # Bytes in the file of each unit that has one.
     _written: dict[int, int] = field(default_factory=dict, init=False)
+    # Of each unit's file: a disk that gives back other bytes must not train on.
+    _checksums: dict[int, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,12 +127,12 @@ class DiskStateStore(ParkedStateStore):
     def _read(self, unit: int, pieces: Iterable[Tensor]) -> None:
         known = self._written.get(unit, 0)
         if known and known == self.num_bytes(unit):
-            read_file(self._file(unit), pieces, self._measure().direct)
+            read_file(self._file(unit), pieces, self._measure().direct, self._checksums[unit])
             return
         # Zeros before the first update, and for what has grown since the last.
         whole, done = page_aligned(known), 0
         if known:
-            read_file(self._file(unit), [whole], self._measure().direct)
+            read_file(self._file(unit), [whole], self._measure().direct, self._checksums[unit])
         for piece in pieces:
             # NumPy: an operation of torch would leave this thread with a pool of its own, and more threads
             # than cores make OpenMP put them all to sleep after each operation of the computation.
@@ -140,7 +142,7 @@ class DiskStateStore(ParkedStateStore):
             done += piece.numel()
 
     def _write(self, unit: int, pieces: Iterable[Tensor]) -> None:
-        write_file(self._file(unit), pieces, self._measure().direct)
+        self._checksums[unit] = write_file(self._file(unit), pieces, self._measure().direct)
         self._written[unit] = self.num_bytes(unit)
 
     def _whole_pages(self, unit: int, memory: Tensor) -> Tensor:

@@ -125,6 +125,39 @@ def test_one_file_per_unit_removed_at_the_end(io, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("slots", [0, 1])
+def test_a_disk_that_gives_back_other_bytes_does_not_train_on(tmp_path, slots):
+    """64 bytes of a file, a page of an earlier version, two pages that changed places: each is found when it is read."""
+    store = DiskStateStore(CPU, (), 0, slots, path=tmp_path)
+    store.ensure(0, "master", 8 * PAGE_BYTES // 4, torch.float32)
+    store.ensure(1, "master", 7, torch.float32)
+    store.start()
+    for step in range(2):
+        store.fetch(0)["master"].copy_(torch.randn(8 * PAGE_BYTES // 4))
+        store.evict(0)
+        store.fetch(1)
+        store.evict(1)
+        store.synchronize()
+        (file,) = tmp_path.glob("hift-states-*/unit-00000")
+        older, good = (file.read_bytes(), b"") if step == 0 else (older, file.read_bytes())
+    page = PAGE_BYTES
+    for damaged in (
+        good[:5000] + bytes(64) + good[5064:],
+        good[:page] + older[page : 2 * page] + good[2 * page :],
+        good[:page] + good[2 * page : 3 * page] + good[page : 2 * page] + good[3 * page :],
+        good[:-1] + bytes([good[-1] ^ 128]),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(StateStoreError, match="unit-00000 is not what was written"):
+            store.read(0)
+    with pytest.raises(StateStoreError, match="is not what was written"):
+        store.fetch(0)
+        store.synchronize()
+    file.write_bytes(good)
+    assert store.read(0)["master"].abs().sum() > 0
+    store.close()
+
+
 def test_refused_with_bytes_needed_and_found(tmp_path, monkeypatch):
     """Two processes share the path: what one has been promised and not yet written is not there for the
     other."""
