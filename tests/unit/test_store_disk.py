@@ -132,14 +132,16 @@ def test_a_disk_that_gives_back_other_bytes_does_not_train_on(tmp_path, slots):
     store.ensure(0, "master", 8 * PAGE_BYTES // 4, torch.float32)
     store.ensure(1, "master", 7, torch.float32)
     store.start()
-    for step in range(2):
+    versions = []
+    for _ in range(2):
         store.fetch(0)["master"].copy_(torch.randn(8 * PAGE_BYTES // 4))
         store.evict(0)
         store.fetch(1)
         store.evict(1)
         store.synchronize()
         (file,) = tmp_path.glob("hift-states-*/unit-00000")
-        older, good = (file.read_bytes(), b"") if step == 0 else (older, file.read_bytes())
+        versions.append(file.read_bytes())
+    older, good = versions
     page = PAGE_BYTES
     for damaged in (
         good[:5000] + bytes(64) + good[5064:],
