@@ -23,7 +23,7 @@ class StepReport:
     grad_numel_sent: int  # gradient elements this rank handed to collectives
     transfer_s: float  # seconds that state transfers took
     stalled_s: float  # of which the step waited
-    # Highest allocation on the accelerator since the last report (host memory on a CPU-only machine).
+    # Highest allocation on the accelerator in this step, from its first forward on (host memory on a CPU-only machine).
     peak_bytes: int
     checkpoint_s: float = 0.0  # seconds that training waited for checkpoints since the last step
     # What peak_bytes was expected to be at most, if that has been worked out.

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import sys
 
 import pytest
@@ -12,6 +13,20 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".venv" / "torch_extensions"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def asks_for_gpu_tests(arguments):
+    """Does a pytest command line select tests that need an accelerator?"""
+    marks = [after for option, after in zip(arguments, arguments[1:], strict=False) if option == "-m"]
+    marks += [argument[2:].lstrip("=") for argument in arguments if argument.startswith("-m")]
+    return any(re.search(r"(?<!not )\bgpu\b", mark) for mark in marks)
+
+
+if asks_for_gpu_tests(sys.argv[1:]):
+    os.environ["HIFT_TEST_GPU"] = "1"  # the workers of pytest-xdist do not see the command line
+if os.environ.get("HIFT_TEST_GPU") != "1":
+    # All others are for the CPU, engines in this process too, and must not meet a GPU that happens to be there.
+    os.environ.update(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 sys.path.insert(0, str(ROOT))
 

@@ -2,7 +2,7 @@
 
     python -m hift_ds.cli.probe < job.json
 
-in a process of its own (:func:`probe` starts it). On an accelerator the measure is ``max_memory_allocated``; on the CPU
+in a process of its own (:func:`probe` starts it). On an accelerator the measure is ``max_memory_allocated`` of each step; on the CPU
 the allocator's own events as torch's profiler records them, and there the parked states count as well.
 """
 
@@ -116,13 +116,17 @@ def _run(setting: Setting) -> dict[str, Any]:
     import torch
 
     device = _accelerator() or torch.device("cpu")
+    reported = []
     with _allocations(device) as peak_bytes:
         engine = _build(setting, device)
         for _ in range(2):  # the first makes the states, the second finds them
             _step(engine, setting, device)
+            reported.append(engine.last_report.peak_bytes)
     store = engine.optimizer.store
     parked = store.total_bytes() if getattr(store, "num_slots", None) is not None else 0
-    return {"device": device.type, "peak_bytes": peak_bytes(), "parked_bytes": parked}
+    # The accelerator's counter starts anew in each step, so each step's peak is the one that it reported.
+    peak = peak_bytes() if device.type == "cpu" else max(reported)
+    return {"device": device.type, "peak_bytes": peak, "parked_bytes": parked}
 
 
 def _build(setting: Setting, device: Any) -> Any:
@@ -167,8 +171,7 @@ def _allocations(device: Any) -> Iterator[Any]:
     import torch
 
     if device.type != "cpu":
-        torch.accelerator.memory.reset_peak_memory_stats()
-        yield lambda: torch.accelerator.memory.max_memory_allocated()
+        yield lambda: 0
         return
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:

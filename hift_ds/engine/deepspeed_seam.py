@@ -201,11 +201,14 @@ def gather_whole(shard: torch.Tensor, numel: int, device: torch.device) -> torch
     return whole.cpu()
 
 
-def take_peak_bytes() -> int:
-    """Highest allocation on the accelerator since the last call; of host memory on a CPU-only machine."""
-    peak = int(get_accelerator().max_memory_allocated() or 0)
+def restart_peak_bytes() -> None:
+    """:func:`peak_bytes` counts from here on. So does ``torch.cuda.max_memory_allocated``: there is one counter."""
     get_accelerator().reset_peak_memory_stats()
-    return peak
+
+
+def peak_bytes() -> int:
+    """Highest allocation on the accelerator since ``restart_peak_bytes``; of host memory on a CPU-only machine."""
+    return int(get_accelerator().max_memory_allocated() or 0)
 
 
 def device_bytes() -> int:

@@ -25,7 +25,8 @@ from hift_ds.engine.deepspeed_seam import (
     SeamEngine,
     broadcast_from_first_rank,
     gather_whole,
-    take_peak_bytes,
+    peak_bytes,
+    restart_peak_bytes,
     world_rank_and_size,
 )
 from hift_ds.engine.memory_reports import MemoryReports
@@ -246,6 +247,8 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
 
     def _enter(self, *_: Any) -> None:
         if self.optimizer.flags.shown and torch.is_grad_enabled() and not self._ended:
+            if not self.optimizer.flags.step_began:  # what came before, an evaluation say, is not this step's
+                restart_peak_bytes()
             self.optimizer.activate()
 
     def _build_parameters(self, base: torch.optim.Optimizer) -> ReplicatedParameters:
@@ -391,7 +394,7 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         report.state_bytes_in, report.state_bytes_out = traffic.bytes_in, traffic.bytes_out
         report.transfer_s, report.stalled_s = traffic.transfer_s, traffic.stalled_s
         report.grad_numel_sent, ranks.grad_numel_sent = ranks.grad_numel_sent, 0
-        report.peak_bytes, report.forecast_bytes = take_peak_bytes(), self.forecast_bytes(report.group)
+        report.peak_bytes, report.forecast_bytes = peak_bytes(), self.forecast_bytes(report.group)
         report.checkpoint_s = self.take_checkpoint_s()
         return report
 

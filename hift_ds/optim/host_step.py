@@ -62,6 +62,8 @@ class HostStep:
 
     def close(self) -> None:
         self.mover.close()
+        self._for_gradients = torch.empty(0, dtype=torch.uint8)
+        self._for_weights = [torch.empty(0, dtype=torch.uint8) for _ in range(NUM_BUFFERS)]
 
     def _at_least(self, buffer: Tensor, like: Tensor) -> Tensor:
         num_bytes = like.numel() * like.element_size()

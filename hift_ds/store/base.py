@@ -137,4 +137,5 @@ class StateStore(ABC):
         """
 
     def close(self) -> None:  # noqa: B027
-        """Release what the store holds outside of process memory."""
+        """Let go of all tensors, and of what the store holds outside of process memory. Engines outlive their use:
+        whoever keeps one must not keep its states."""

@@ -44,4 +44,5 @@ class DeviceStateStore(EncodedStateStore):
         self._memory[unit] = memory
 
     def close(self) -> None:
+        super().close()
         self._memory.clear()

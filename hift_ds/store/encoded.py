@@ -148,6 +148,11 @@ class EncodedStateStore(StateStore):
             staged.update({k: v.clone() for k, v in self._decode(unit, self._at_rest(unit), [key]).items()})
         staged[key][start : start + values.numel()].copy_(values)
 
+    def close(self) -> None:
+        self._working.clear()
+        self._staged = None
+        self._layouts.clear()  # codecs keep positions, and the weights that masters are told from
+
     # -- bytes ---------------------------------------------------------------------------------------------
 
     def _decode(self, unit: int, memory: Tensor, keys: list[str] | None = None) -> dict[str, Tensor]:

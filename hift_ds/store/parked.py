@@ -106,6 +106,7 @@ class ParkedStateStore(EncodedStateStore):
 
     def close(self) -> None:
         self.mover.close()
+        super().close()
         self._slots.clear()
 
     # -- EncodedStateStore ---------------------------------------------------------------------------------

@@ -38,6 +38,21 @@ def ds_config(
     return config
 
 
+def layers_of(width: int, num: int = 4) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    """``num`` equal square layers side by side, and a batch for them."""
+    model = nn.Sequential()
+    model.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(num))
+    model.forward = lambda x, y: sum(layer(x).square().mean() for layer in model.layers)
+    x = torch.randn(12, width)
+    return model, (x, x)
+
+
+def config_with_slots(num_layers: int, slots: int) -> dict[str, Any]:
+    """One group for each of :func:`layers_of`; with 0 slots there is no prefetch."""
+    state = {"prefetch": slots > 0, **({"slots": slots} if slots else {}), "residency": "host"}
+    return ds_config(hift={"groups": [[f"layers.{i}."] for i in range(num_layers)], "state": state})
+
+
 def make_engine(model: nn.Module, config: dict[str, Any], **kwargs: Any):
     return hift_ds.initialize(model=model, config=config, **kwargs)[0]
 

@@ -75,6 +75,7 @@ class Row:
     clip: float = 1.0
     checkpointing: bool = False
     mutation: str = ""
+    readme: bool = False  # run the README's loop instead
 
 
 @dataclass
@@ -131,7 +132,7 @@ def run_row(row: Row) -> Outcome:
         with installed(Machine(name)) as machine:
             if row.mutation == NO_RECORD:
                 torch.Tensor.record_stream = lambda tensor, stream: None
-            step(row, name, machine, folder)
+            (run_readme if row.readme else step)(row, name, machine, folder)
             last_cycle = [_syncs_of(machine, f"step {row.steps - 1 - back}") for back in range(4)]
             most = max(last_cycle, key=lambda syncs: sum(syncs.values()))
             return Outcome(len(machine.hazards), [str(hazard) for hazard in machine.hazards[:8]], most)
@@ -163,6 +164,26 @@ def step(row: Row, device: str, machine: Any, folder: str, model: Any = None, ba
             engine.step()
     machine.mark("end")
     return engine
+
+
+def run_readme(row: Row, device: str, machine: Any, folder: str) -> None:
+    """The code of README's "your own loop", with batches in host memory as a data loader gives them."""
+    import torch
+    import transformers
+
+    from hift_ds.engine.engine import HiFTEngine
+    from hift_ds.simulation.step import make_batch, make_real
+
+    _, _, rest = (ROOT / "README.md").read_text().partition("**A DeepSpeed JSON and your own loop.**")
+    code = rest.partition("```python\n")[2].partition("```")[0]
+    assert "hift_ds.initialize" in code and "engine.step()" in code
+    model = tiny_llama()
+    make_real(model, torch.bfloat16, device)  # where the engine puts it; fake weights do not move
+    batches = [make_batch(model, 4, 16, "cpu") for _ in range(row.steps * 2)]
+    transformers.AutoModelForCausalLM.from_pretrained = lambda path: model
+    HiFTEngine.save_checkpoint = lambda engine, folder: None
+    exec(code, {"loader": batches})
+    machine.mark(f"step {row.steps - 1}")
 
 
 def config_of(row: Row, folder: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def test_every_part_arrives(dtype, streams, monkeypatch):
     taken = traffic.take()
     assert taken.bytes_in == taken.bytes_out == sum(w.numel() for w in weights) * dtype.itemsize
     carrier.close()
+    assert not carrier._for_gradients.numel() and not any(buffer.numel() for buffer in carrier._for_weights)
 
 
 def test_weights_travel_while_the_host_goes_on(monkeypatch):

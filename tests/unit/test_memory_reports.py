@@ -22,6 +22,7 @@ from hift_ds.report.metrics import read_metrics
 from hift_ds.report.progress import SilentProgress
 from tests.helpers.engines import ds_config, make_engine
 from tests.helpers.out_of_memory import NoAdvice, full
+from tests.helpers.toy import Toy, loss_of, make_batches
 
 
 @pytest.fixture
@@ -223,18 +224,70 @@ def test_metrics_show_the_peak_and_on_accelerators_the_forecast(tmp_path, device
     assert [r.get("forecast_memory_gib") for r in steps] == ([None, 6.0, 5.0] if on_device else [None] * 3)
 
 
-def test_measured_peaks_start_anew_after_each_report(monkeypatch):
-    calls = []
+class Counters:
+    """An accelerator's: ``allocated`` bytes, and the most of them since the last reset."""
 
-    class Accelerator:
-        def max_memory_allocated(self):
-            return 7
+    def __init__(self):
+        self.allocated = self.peak = 0
 
-        def reset_peak_memory_stats(self):
-            calls.append("reset")
+    def change(self, num_bytes):
+        self.allocated += num_bytes
+        self.peak = max(self.peak, self.allocated)
 
-    monkeypatch.setattr("hift_ds.engine.deepspeed_seam.get_accelerator", Accelerator)
-    from hift_ds.engine.deepspeed_seam import take_peak_bytes
+    def max_memory_allocated(self):
+        return self.peak
 
-    assert take_peak_bytes() == 7 and calls == ["reset"]
+    def reset_peak_memory_stats(self):
+        self.peak = self.allocated
+
+
+def test_a_step_reports_its_own_peak_and_not_that_of_an_evaluation_before_it(monkeypatch):
+    counters = Counters()
+    model = Toy()
+    engine = make_engine(model, ds_config(gas=2))
+    monkeypatch.setattr("hift_ds.engine.deepspeed_seam.get_accelerator", lambda: counters)
+    sizes = {"now": 0}
+
+    def use_memory(*_):
+        counters.change(sizes["now"])
+        counters.change(-sizes["now"])
+
+    model.head.register_forward_hook(use_memory)
+    batches = make_batches(4)
+    for micro_batches, peak in ((batches[:2], 30), (batches[2:], 20)):
+        engine.eval()
+        with torch.no_grad():
+            sizes["now"] = 1000
+            loss_of(engine, batches[0])
+        engine.train()
+        for batch, sizes["now"] in zip(micro_batches, (peak, 10), strict=True):
+            engine.backward(loss_of(engine, batch))
+            engine.step()
+        assert engine.last_report.peak_bytes == peak
+    engine.destroy()
+
+
+def test_a_probe_on_an_accelerator_reads_the_peak_of_the_steps(monkeypatch):
+    """The engine restarts the counter in each step: read after them it shows what came last."""
+    from hift_ds.cli import probe
+
+    counters = Counters()
+    monkeypatch.setattr(probe, "_accelerator", lambda: SimpleNamespace(type="gpu"))
+    engine = SimpleNamespace(optimizer=SimpleNamespace(store=None), last_report=None)
+    monkeypatch.setattr(probe, "_build", lambda setting, device: engine)
+
+    def step(engine, setting, device):
+        counters.reset_peak_memory_stats()
+        counters.change(100)
+        counters.change(-90)
+        engine.last_report = SimpleNamespace(peak_bytes=counters.max_memory_allocated())
+        counters.reset_peak_memory_stats()
+
+    monkeypatch.setattr(probe, "_step", step)
+    monkeypatch.setattr(torch.accelerator.memory, "max_memory_allocated", counters.max_memory_allocated)
+    monkeypatch.setattr(torch.accelerator.memory, "reset_peak_memory_stats", counters.reset_peak_memory_stats)
+    assert probe._run(None)["peak_bytes"] == 110
+
+
+def test_nothing_is_expected_before_a_forecast():
     assert memory_reports.MemoryReports.forecast_bytes(memory_reports.MemoryReports(), 0) is None

@@ -20,6 +20,7 @@ def state(**switches):
 # The configuration, and how often the host may wait for the device within a step.
 ROWS = {
     "one slot": (Row(), 1),
+    "README": (Row(readme=True, steps=4), 0),
     "two slots": (Row(hift=state(slots=2)), 1),
     "slices": (Row(hift=state(slice_numel=1500)), 1),
     "codecs, accumulation": (Row(hift=state(codec="split_master+int8_moments"), gas=2), 4),

@@ -4,12 +4,14 @@ wait gives wrong numbers and not a lucky pass."""
 
 import random
 import time
+from types import FunctionType
 
 import pytest
 import torch
 
 from hift_ds.errors import StateStoreError
 from hift_ds.store.base import Residency
+from hift_ds.store.device import DeviceStateStore
 from hift_ds.store.disk import DiskStateStore
 from hift_ds.store.file_io import page_aligned
 from hift_ds.store.host import HostStateStore
@@ -98,6 +100,47 @@ def visit(store, expected, unit):
         tensor.add_(1)
         expected[unit][key] = tensor.clone()
     store.evict(unit)
+
+
+def tensors_in(thing, seen=None):
+    """All that ``thing`` keeps alive, with elements."""
+    seen = set() if seen is None else seen
+    if id(thing) in seen or isinstance(thing, type):
+        return []
+    seen.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        return [thing] if thing.numel() else []
+    if isinstance(thing, dict):
+        parts = list(thing.values())
+    elif isinstance(thing, list | tuple | set):
+        parts = list(thing)
+    elif isinstance(thing, FunctionType):
+        parts = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+    elif type(thing).__module__.startswith("hift_ds."):
+        parts = list(vars(thing).values())
+    else:
+        parts = []
+    return [tensor for part in parts for tensor in tensors_in(part, seen)]
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+@pytest.mark.parametrize("place", [*PLACES, "device"])
+def test_a_closed_store_keeps_no_tensor(place, slots, tmp_path):
+    """transformers holds the engine of a finished run until the next one is built."""
+    weights = [torch.ones(1290, dtype=torch.bfloat16)]
+    store = PLACES[place](tmp_path, slots) if place in PLACES else DeviceStateStore(CPU)
+    store.codecs = ("split_master",)
+    store.ensure(7, "master", 1290, torch.float32, lambda: weights)
+    expected = filled(store)
+    visit(store, expected, 2)
+    store.fetch(7)
+    store.evict(7)
+    store.fetch(3)  # the run ends in the middle of an update
+    store.write(4, "master", torch.ones(1))
+    store.prefetch(1)
+    assert tensors_in(store)
+    store.close()
+    assert not tensors_in(store)
 
 
 @pytest.mark.parametrize("slots", [0, 1, 2])
