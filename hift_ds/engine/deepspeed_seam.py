@@ -56,9 +56,55 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """The engine's own answer is asked for in ``allreduce_gradients``; nothing to remember."""
 
+    # Of a torch optimizer, for schedulers and libraries that look:
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The options that the optimizer was made with."""
+        return self.optimizer.defaults
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        """Empty: states rest in the store, and are there for an update only."""
+        return self.optimizer.state
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's; options may be changed between steps, as schedulers do."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if [list(map(id, g["params"])) for g in groups] != [
+            list(map(id, g["params"])) for g in self.param_groups
+        ]:
+            self.add_param_group({})
+        for mine, new in zip(self.param_groups, groups, strict=True):
+            mine.update(new)
+
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        """Not possible.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "the optimizer's parameters are fixed when the engine is made: give it all of them, and freeze what is to "
+            "stay with requires_grad_(False) until it is to move"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Empty: states are saved per group by :mod:`hift_ds.checkpoint`."""
         return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What ``state_dict`` gave.
+
+        Raises:
+            ConfigError: it is another optimizer's.
+        """
+        if state:
+            raise ConfigError("optimizer.load_state_dict: states are restored by engine.load_checkpoint")
 
     def destroy(self) -> None:
         self.close()

@@ -1,0 +1,139 @@
+"""HiFTTrainer with one group of all weights against the plain transformers Trainer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import SchedulerType, Trainer
+
+import model_zoo
+from tests.helpers.parity import ONE_GROUP, compare, run, same
+from tests.helpers.trainer import ragged_dataset
+
+
+def llama(**options: Any) -> Any:
+    return model_zoo.tiny.build("llama", **options)
+
+
+def dropout() -> Any:
+    model = model_zoo.tiny.build("gpt2")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    return model
+
+
+def without(key: str) -> dict[str, Any]:
+    return {k: v for k, v in ONE_GROUP.items() if k != key}
+
+
+UNEVEN = {"gradient_accumulation_steps": 3, "max_steps": 5}  # 9 micro-batches an epoch; 16 rows: 8
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "accumulation": (llama, {**UNEVEN, "data": ragged_dataset(16)}),
+    "means of micro-batches": (
+        llama, {**UNEVEN, "average_tokens_across_devices": False, "data": ragged_dataset(16)},
+    ),
+    "clipping": (llama, {"max_grad_norm": 0.05, **UNEVEN}),
+    "clipping 0": (llama, {"max_grad_norm": 0.0, "optim": "sgd"}),
+    "clipping absent": (
+        llama, {"optim": "sgd", "ds": without("gradient_clipping"), "only_plain": {"max_grad_norm": 0.0}},
+    ),
+    "label smoothing": (llama, {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2}),
+    "NEFTune and dropout": (dropout, {"neftune_noise_alpha": 5.0}),
+    "decay, warm-up, evaluation": (
+        dropout,
+        {"weight_decay": 0.1, "warmup_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+         "trainer": {"eval_dataset": ragged_dataset(5, seed=9)}, "eval_on_start": True},
+    ),
+    "length groups": (llama, {"train_sampling_strategy": "group_by_length", "num_train_epochs": 1, "max_steps": -1}),
+}  # fmt: skip
+SLOW = {
+    "checkpointing": (llama, {"gradient_checkpointing": True}),
+    "Adafactor": (llama, {"optim": "adafactor", "learning_rate": 1e-3}),
+    "Adagrad": (llama, {"optim": "adagrad"}),
+    "RMSprop": (llama, {"optim": "rmsprop", "learning_rate": 1e-3}),
+    "tied": (lambda: llama(tie_word_embeddings=True), {}),
+    "incomplete batches dropped": (llama, {"dataloader_drop_last": True, **UNEVEN, "data": ragged_dataset(17)}),
+    "batches by sum": (
+        llama, {**UNEVEN, "average_tokens_across_devices": False, "label_smoothing_factor": 0.2},
+    ),
+}  # fmt: skip
+ALL = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_option(tmp_path, name):
+    make_model, options = copy.deepcopy({**CASES, **SLOW}[name])
+    compare(tmp_path, Trainer, make_model, **options)
+
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 2},
+    "reduce_lr_on_plateau": {"patience": 0},
+    "greedy": {},
+}
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(
+            s.value, marks=[] if s.value in ("polynomial", "cosine_with_min_lr") else pytest.mark.slow
+        )
+        for s in SchedulerType
+    ],
+)
+def test_schedule(tmp_path, schedule):
+    options: dict[str, Any] = {"max_steps": 5, "warmup_steps": 0 if schedule == "greedy" else 2}
+    if schedule in ("reduce_lr_on_plateau", "greedy"):
+        options |= {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+        options["trainer"] = {"eval_dataset": ragged_dataset(4, seed=9)}
+    if schedule in SCHEDULES:
+        options["lr_scheduler_kwargs"] = SCHEDULES[schedule]
+    ours, _ = compare(tmp_path, Trainer, llama, lr_scheduler_type=schedule, **options)
+    rates = [entry["learning_rate"] for entry in ours.logs if "learning_rate" in entry]
+    assert len(rates) == 5
+
+
+def test_best_model(tmp_path):
+    """A rate that ruins the model: both end with the weights, and the generators, of the same checkpoint."""
+    ours, plain = compare(
+        tmp_path, Trainer, llama, max_steps=6, learning_rate=1.0, optim="sgd", max_grad_norm=0.0,
+        lr_scheduler_type="constant", eval_strategy="steps", save_strategy="steps", eval_steps=2, save_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="loss", trainer={"eval_dataset": ragged_dataset(3)},
+    )  # fmt: skip
+    assert ours.trainer.state.best_global_step == plain.trainer.state.best_global_step < 6
+
+
+@pytest.mark.parametrize(
+    ("make_model", "options"),
+    [
+        (dropout, {"train_sampling_strategy": "group_by_length"}),
+        pytest.param(llama, {"gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
+        pytest.param(dropout, {"dataloader_num_workers": 1}, marks=pytest.mark.slow),
+    ],
+)
+def test_going_on_in_the_middle_of_an_epoch(tmp_path, make_model, options):
+    """Every row once, and the numbers of the run that was not interrupted, in both loops."""
+    options = {
+        "max_steps": 7,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "data": ragged_dataset(18),
+        **options,
+    }
+    pair = []
+    for hift in (True, False):
+        whole = run(tmp_path / "whole", Trainer, make_model, hift=hift, **options)
+        run(tmp_path, Trainer, make_model, hift=hift, stop_at=4, **options)
+        again = run(tmp_path, Trainer, make_model, hift=hift, resume=4, **options)
+        assert [e["loss"] for e in again.logs[-3:]] == pytest.approx([e["loss"] for e in whole.logs[-3:]])
+        for name, value in whole.weights.items():
+            torch.testing.assert_close(again.weights[name], value, atol=1e-6, rtol=0, msg=name)
+        pair.append(again)
+    same(*pair)
