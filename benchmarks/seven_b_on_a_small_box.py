@@ -234,7 +234,7 @@ def go_to(engine: Any, index: int) -> None:
     schedule = engine.schedule
     schedule.cursor = Cursor(schedule.cursor.cycle, schedule.order_of_cycle.index(index), 0)
     engine.optimizer.activate()
-    engine.optimizer.store.prefetch(engine.optimizer.units[index].chunks[0].id)
+    engine.optimizer.store.prefetch(engine.optimizer.groups[index].chunks[0].id)
 
 
 class MemoryWatch:

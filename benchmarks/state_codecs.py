@@ -121,9 +121,9 @@ def masters(engine: Any) -> dict[str, Any]:
     store = engine.optimizer.store
     store.synchronize()
     return {
-        f"{unit.name}/{chunk.id}": store.read(chunk.id)[MASTER].clone()
-        for unit in engine.optimizer.units.values()
-        for chunk in unit.chunks
+        f"{group.name}/{chunk.id}": store.read(chunk.id)[MASTER].clone()
+        for group in engine.optimizer.groups.values()
+        for chunk in group.chunks
     }
 
 

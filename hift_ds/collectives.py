@@ -104,9 +104,13 @@ def reduce_scatter_shards(
     buckets: Sequence[Sequence[Column]],
     dtype: torch.dtype,  # of the sum on the wire
     device: torch.device,
-) -> list[Tensor]:
-    """This rank's shard of the *mean* gradient of each parameter, flat, fp32, unpadded."""
+) -> list[Tensor | None]:
+    """This rank's shard of the *mean* gradient of each parameter, flat, fp32, unpadded; ``None`` where it has no
+    element. On one rank the gradients themselves, flat, in the dtypes they have, and ``None`` where there is none.
+    """
     world_size, rank = ranks.world_size, ranks.rank
+    if world_size == 1:
+        return [None if grad is None else grad.reshape(-1) for grad in grads]
     bounds = [shard_bounds(n, world_size, rank) for n in numels]
     shards = [torch.empty(end - start, dtype=torch.float32, device=device) for start, end in bounds]
     for bucket in buckets:
@@ -131,9 +135,7 @@ def reduce_scatter_shards(
             if length:
                 shard[column.start : column.start + length].copy_(received[offset : offset + length])
             offset += column.length
-    for shard in shards:
-        shard.div_(ranks.num_batches)
-    return shards
+    return [shard.div_(ranks.num_batches) if shard.numel() else None for shard in shards]
 
 
 def all_gather_shards(
@@ -167,14 +169,17 @@ def all_gather_shards(
 
 def reduce_to_owner(
     ranks: Ranks,
-    grad: Tensor | None,  # full size; None counts as zeros
-    shape: Sequence[int],
+    grad: Tensor | None,  # full size, any shape and float dtype; None counts as zeros
+    numel: int,
     device: torch.device,
     owner: int,
     dtype: torch.dtype,  # of the sum on the wire
 ) -> Tensor | None:
-    """The mean gradient (fp32, of ``shape``) on rank ``owner``, ``None`` elsewhere."""
-    buffer = torch.zeros(tuple(shape), dtype=dtype, device=device) if grad is None else grad.to(dtype)
+    """The mean gradient on rank ``owner``, flat, fp32; ``None`` elsewhere. On one rank the gradient itself, flat, in
+    the dtype it has, and ``None`` if there is none."""
+    if ranks.world_size == 1:
+        return None if grad is None else grad.reshape(-1)
+    buffer = torch.zeros(numel, dtype=dtype, device=device) if grad is None else grad.reshape(-1).to(dtype)
     ranks.grad_numel_sent += 0 if grad is None else grad.numel()
     ranks.comm.reduce(buffer, dst=ranks.global_rank(owner), group=ranks.process_group)
     return buffer.float().div_(ranks.num_batches) if ranks.rank == owner else None
@@ -209,11 +214,22 @@ def scatter_from_owner(ranks: Ranks, weight: Tensor | None, numel: int, like: Te
     return received[: end - start]
 
 
-def sum_over_ranks(ranks: Ranks, values: Tensor) -> Tensor:
-    """Sum of a small tensor over ranks, on every rank."""
-    if ranks.world_size > 1:
-        ranks.comm.all_reduce(values, group=ranks.process_group)
-    return values
+def join_norms_and_flags(ranks: Ranks, norm: Tensor, flags: Sequence[bool]) -> tuple[Tensor, list[bool]]:
+    """One small all-reduce for two questions; every rank gets the same answers.
+
+    Args:
+        norm: 0-dim, fp32: the 2-norm of the elements that this rank holds, and no other rank does.
+        flags: as many on every rank.
+
+    Returns:
+        The 2-norm of all ranks' elements, on ``norm``'s device, and for each flag whether any rank raised it.
+    """
+    if ranks.world_size == 1:
+        return norm, list(flags)
+    raised = torch.tensor([float(flag) for flag in flags], dtype=torch.float32, device=norm.device)
+    summed = torch.cat([norm.square().reshape(1), raised])
+    ranks.comm.all_reduce(summed, group=ranks.process_group)
+    return summed[0].sqrt(), [count > 0 for count in summed[1:].tolist()]
 
 
 def assign_owners(numels: Sequence[int], world_size: int) -> list[int]:

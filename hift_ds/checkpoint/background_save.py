@@ -1,8 +1,8 @@
-"""An asynchronous save: training goes on while a snapshot is copied unit by unit and written by a thread.
+"""An asynchronous save: training goes on while a snapshot is copied group by group and written by a thread.
 
-Only the active group changes in a step. So the main thread copies each unit to host memory before its next
+Only the active group changes in a step. So the main thread copies each group to host memory before its next
 update, in the order in which the schedule comes to them, and the thread writes the copies: a snapshot of one
-moment, with at most ``UNITS_IN_MEMORY`` copies at a time. State stores and collectives stay in the main
+moment, with at most ``GROUPS_IN_MEMORY`` copies at a time. State stores and collectives stay in the main
 thread; the thread only touches files.
 """
 
@@ -20,11 +20,13 @@ from torch import Tensor
 
 from hift_ds.checkpoint.writer import CheckpointWriter
 from hift_ds.errors import CheckpointError
-from hift_ds.optim.parameters import Unit
+from hift_ds.optim.parameters import GroupShard
 
 logger = logging.getLogger(__name__)
 
-UNITS_IN_MEMORY = 2  # one being written, one waiting: the main thread copies the next while the thread writes
+GROUPS_IN_MEMORY = (
+    2  # one being written, one waiting: the main thread copies the next while the thread writes
+)
 PATIENCE_AT_EXIT_S = 30.0  # for other ranks' files, when a program ends without asking for its checkpoint
 _END = None
 
@@ -45,9 +47,9 @@ class BackgroundSave:
         self._writer = writer
         self._publish = publish
         self._collective = collective
-        self._remaining: deque[Unit] = deque(writer.snapshot.units)
+        self._remaining: deque[GroupShard] = deque(writer.snapshot.groups)
         self._copies: queue.Queue[list[tuple[str, Tensor]] | None] = queue.Queue()
-        self._room = threading.Semaphore(UNITS_IN_MEMORY)
+        self._room = threading.Semaphore(GROUPS_IN_MEMORY)
         self._given_up = threading.Event()
         self._written = threading.Event()  # this rank's files are complete, or have failed
         self.failure: CheckpointError | None = None
@@ -57,8 +59,8 @@ class BackgroundSave:
         atexit.register(self._finish_at_exit)
 
     def before_step(self, active: Collection[int]) -> None:
-        """Copy the units that the coming step changes, and one more if the thread has nothing to do."""
-        while any(unit.index in active for unit in self._remaining):
+        """Copy the groups that the coming step changes, and one more if the thread has nothing to do."""
+        while any(group.index in active for group in self._remaining):
             self._copy_next()
         if self._remaining and (self._collective or self._copies.empty()):
             self._copy_next()
@@ -103,8 +105,8 @@ class BackgroundSave:
         self._thread.join(PATIENCE_AT_EXIT_S)
 
     def _copy_next(self) -> None:
-        unit = self._remaining.popleft()
-        self._put_copies(self._writer.snapshot.of_unit(unit))
+        group = self._remaining.popleft()
+        self._put_copies(self._writer.snapshot.of_group(group))
         if not self._remaining:
             self._copies.put(_END)
 

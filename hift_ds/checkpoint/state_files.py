@@ -23,8 +23,8 @@ from torch import Tensor
 from hift_ds.checkpoint.files import TensorSpec
 from hift_ds.checkpoint.json_state import decode, encode
 from hift_ds.errors import CheckpointError
-from hift_ds.optim.group_optimizer import ALWAYS, MASTER, GroupOptimizer, PieceRecord, Slot
-from hift_ds.optim.parameters import Chunk, Unit
+from hift_ds.optim.group_optimizer import ALWAYS, MASTER, GroupOptimizer, PieceRecord, StateView
+from hift_ds.optim.parameters import Chunk, GroupShard
 
 _RANGE = re.compile(r"(?P<param>.*)/(?P<key>[^/\[]+)\[(?P<start>\d+):(?P<end>\d+)\]")
 
@@ -34,7 +34,7 @@ class StoredTensor:
     """One state tensor of one piece: its name in the file and its place in the state store."""
 
     spec: TensorSpec
-    slot: Slot
+    slot: StateView
     flat: bool  # has an entry per weight: saved without the parameter's shape
 
     def view(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -60,11 +60,11 @@ def class_name(optimizer: torch.optim.Optimizer) -> str:
 # -- out -------------------------------------------------------------------------------------------
 
 
-def states_of_chunk(optimizer: GroupOptimizer, unit: Unit, chunk: Chunk) -> list[StoredTensor]:
+def states_of_chunk(optimizer: GroupOptimizer, group: GroupShard, chunk: Chunk) -> list[StoredTensor]:
     """This rank's masters and states of ``chunk`` that hold values."""
     stored = []
     for piece, record in zip(chunk.pieces, optimizer.records[chunk.id], strict=True):
-        name, bounds = unit.members[piece.member].name, f"[{piece.start}:{piece.start + piece.numel}]"
+        name, bounds = group.members[piece.member].name, f"[{piece.start}:{piece.start + piece.numel}]"
         if record.master is not None and chunk.id in optimizer.masters_filled:
             spec = TensorSpec(f"{name}/{MASTER}{bounds}", torch.float32, (piece.numel,))
             stored.append(StoredTensor(spec, record.master, flat=True))
@@ -77,10 +77,10 @@ def states_of_chunk(optimizer: GroupOptimizer, unit: Unit, chunk: Chunk) -> list
 
 
 def read_chunk(
-    optimizer: GroupOptimizer, unit: Unit, chunk: Chunk, stored: Iterable[StoredTensor]
+    optimizer: GroupOptimizer, group: GroupShard, chunk: Chunk, stored: Iterable[StoredTensor]
 ) -> Iterator[Tensor]:
     """The current values, one tensor at a time. The store is synchronized."""
-    tensors = optimizer.store_of(unit.index).read(chunk.id)
+    tensors = optimizer.store_of(group.index).read(chunk.id)
     for item in stored:
         yield item.view(tensors)
 
@@ -88,10 +88,10 @@ def read_chunk(
 def scalars_by_parameter(optimizer: GroupOptimizer) -> dict[str, Any]:
     """``{parameter: {key: value}}``, JSON-able: "step" and its like, of parameters with a piece here."""
     scalars: dict[str, Any] = {}
-    for unit in optimizer.units.values():
-        for chunk in unit.chunks:
+    for group in optimizer.groups.values():
+        for chunk in group.chunks:
             for piece, record in zip(chunk.pieces, optimizer.records[chunk.id], strict=True):
-                name = unit.members[piece.member].name
+                name = group.members[piece.member].name
                 if name not in scalars and (record.scalars or record.slots):
                     scalars[name] = _encode_scalars(name, record.scalars)
     return scalars
@@ -108,7 +108,7 @@ def _encode_scalars(name: str, scalars: Mapping[str, Any]) -> Any:
     return encode(dict(scalars))
 
 
-def extras_by_unit(optimizer: GroupOptimizer) -> list[dict[str, Any]]:
+def extras_by_group(optimizer: GroupOptimizer) -> list[dict[str, Any]]:
     """What the optimizer keeps in its param_groups, per layer group."""
     return [
         {"group": index, "param_group": position, "values": encode(values)}
@@ -241,9 +241,9 @@ def check_reachable(
     Raises:
         CheckpointError: they do not; with node-local storage the rest is on other nodes.
     """
-    for unit in optimizer.units.values():
-        for piece in (piece for chunk in unit.chunks for piece in chunk.pieces):
-            name = unit.members[piece.member].name
+    for group in optimizer.groups.values():
+        for piece in (piece for chunk in group.chunks for piece in chunk.pieces):
+            name = group.members[piece.member].name
             keys = saved.keys(name)
             lost = next((key for key in keys if not saved.covers(name, key, piece.start, piece.numel)), None)
             if lost is None and (keys or not saved.has_states or name not in updated):
@@ -264,21 +264,21 @@ def restore_states(optimizer: GroupOptimizer, saved: SavedStates, *, load_states
     Args:
         load_states: ``False``: masters only; optimizer states stay as they are.
     """
-    for unit in optimizer.units.values():
-        store = optimizer.store_of(unit.index)
+    for group in optimizer.groups.values():
+        store = optimizer.store_of(group.index)
         store.synchronize()
-        optimizer.parameters.begin_update(unit)
-        for chunk in unit.chunks:
-            _restore_masters(optimizer, unit, chunk, saved)
+        optimizer.parameters.begin_update(group)
+        for chunk in group.chunks:
+            _restore_masters(optimizer, group, chunk, saved)
             if load_states:
-                _restore_chunk(optimizer, unit, chunk, saved)
-        optimizer.parameters.abandon_update(unit)
+                _restore_chunk(optimizer, group, chunk, saved)
+        optimizer.parameters.abandon_update(group)
 
 
-def _restore_masters(optimizer: GroupOptimizer, unit: Unit, chunk: Chunk, saved: SavedStates) -> None:
+def _restore_masters(optimizer: GroupOptimizer, group: GroupShard, chunk: Chunk, saved: SavedStates) -> None:
     """All masters of a chunk, or none. One not saved is made from the weight, as a first visit would."""
     records = optimizer.records[chunk.id]
-    names = [unit.members[piece.member].name for piece in chunk.pieces]
+    names = [group.members[piece.member].name for piece in chunk.pieces]
     optimizer.masters_filled.discard(chunk.id)
     if not any(saved.has_master(name) for name, record in zip(names, records, strict=True) if record.master):
         return
@@ -289,29 +289,31 @@ def _restore_masters(optimizer: GroupOptimizer, unit: Unit, chunk: Chunk, saved:
         if saved.has_master(name):
             parts.append(saved.master(name, piece.start, piece.numel))
         else:
-            parts.append(optimizer.parameters.weight(unit, piece).reshape(-1).float().cpu())
-    optimizer.store_of(unit.index).write(chunk.id, MASTER, torch.cat(parts))
+            parts.append(optimizer.parameters.weight(group, piece).reshape(-1).float().cpu())
+    optimizer.store_of(group.index).write(chunk.id, MASTER, torch.cat(parts))
     optimizer.masters_filled.add(chunk.id)
 
 
-def _restore_chunk(optimizer: GroupOptimizer, unit: Unit, chunk: Chunk, saved: SavedStates) -> None:
+def _restore_chunk(optimizer: GroupOptimizer, group: GroupShard, chunk: Chunk, saved: SavedStates) -> None:
     records = [PieceRecord(record.master) for record in optimizer.records[chunk.id]]
     optimizer.records[chunk.id] = records
-    names = [unit.members[piece.member].name for piece in chunk.pieces]
+    names = [group.members[piece.member].name for piece in chunk.pieces]
     for key in sorted(set().union(*(saved.keys(name) for name in names)) - {MASTER}):
-        _restore_key(optimizer, unit, chunk, saved, key)
+        _restore_key(optimizer, group, chunk, saved, key)
     for piece, record, name in zip(chunk.pieces, records, names, strict=True):
-        param_group = optimizer.param_groups[unit.members[piece.member].param_group]
+        param_group = optimizer.param_groups[group.members[piece.member].param_group]
         scalars = saved.scalars(name) or {}
         record.scalars = {k: _placed(k, v, param_group, optimizer.update_device) for k, v in scalars.items()}
 
 
-def _restore_key(optimizer: GroupOptimizer, unit: Unit, chunk: Chunk, saved: SavedStates, key: str) -> None:
+def _restore_key(
+    optimizer: GroupOptimizer, group: GroupShard, chunk: Chunk, saved: SavedStates, key: str
+) -> None:
     """One state of all pieces of a chunk: assembled on the host, then written in one go."""
-    store = optimizer.store_of(unit.index)
+    store = optimizer.store_of(group.index)
     buffers: dict[str, Tensor] = {}  # by store key
     for i, piece in enumerate(chunk.pieces):
-        name = unit.members[piece.member].name
+        name = group.members[piece.member].name
         if key not in saved.keys(name):
             continue
         flat = saved.is_flat(name, key)
@@ -320,7 +322,7 @@ def _restore_key(optimizer: GroupOptimizer, unit: Unit, chunk: Chunk, saved: Sav
             if flat
             else saved.shaped(name, key)
         )
-        slot = optimizer.new_slot(unit, chunk, i, key, value)
+        slot = optimizer.new_view(group, chunk, i, key, value)
         if slot.key not in buffers:
             numel = sum(p.numel for p in chunk.pieces) if slot.key == key else value.numel()
             store.ensure(chunk.id, slot.key, numel, value.dtype)
@@ -343,7 +345,7 @@ def restore_extras(
     optimizer: GroupOptimizer, saved: Iterable[Mapping[str, Any]], group_of_saved: Mapping[int, int | None]
 ) -> None:
     """Args: group_of_saved: where each saved group's parameters are now; ``None`` for nowhere."""
-    optimizer.extras = {index: {} for index in optimizer.units}
+    optimizer.extras = {index: {} for index in optimizer.groups}
     for entry in saved:
         index = entry["group"] if entry["group"] == ALWAYS else group_of_saved.get(entry["group"])
         if index in optimizer.extras and entry["param_group"] < len(optimizer.param_groups):
@@ -351,5 +353,5 @@ def restore_extras(
 
 
 def restore_coverage(optimizer: GroupOptimizer, updates: Mapping[str, int]) -> None:
-    for index, unit in optimizer.units.items():
-        optimizer.num_updates[index] = [updates.get(member.name, 0) for member in unit.members]
+    for index, group in optimizer.groups.items():
+        optimizer.num_updates[index] = [updates.get(member.name, 0) for member in group.members]

@@ -1,7 +1,7 @@
 """What one rank writes of a training state, tensor by tensor, in the order in which training will change it.
 
 Only the active group changes in a step, so a snapshot that is always ahead of the schedule stays one of a
-single moment even while training goes on. Memory: one tensor when it is written at once, one unit when it is
+single moment even while training goes on. Memory: one tensor when it is written at once, one group when it is
 copied first.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hift_ds.checkpoint.files import TensorSpec
 from hift_ds.checkpoint.state_files import StoredTensor, read_chunk, states_of_chunk
 from hift_ds.optim.group_optimizer import ALWAYS, GroupOptimizer
-from hift_ds.optim.parameters import Unit
+from hift_ds.optim.parameters import GroupShard
 
 WEIGHTS, STATES = "weights", "states"  # the two files of tensors
 
@@ -57,17 +57,17 @@ class Snapshot:
         self._whole = whole
         self._stored: dict[int, list[StoredTensor]] = {}
         self.writes_weights = writes_weights
-        self.units = self._units_by_next_turn()
-        trained = [member.name for unit in self.units for member in unit.members]
+        self.groups = self._groups_by_next_turn()
+        trained = [member.name for group in self.groups for member in group.members]
         self._fixed = {name: tensor for name, tensor in tensors.items() if name not in set(trained)}
         ordered = {**self._fixed, **{name: tensors[name] for name in trained}}
-        for unit in self.units:
-            for chunk in unit.chunks:
-                self._stored[chunk.id] = states_of_chunk(optimizer, unit, chunk)
+        for group in self.groups:
+            for chunk in group.chunks:
+                self._stored[chunk.id] = states_of_chunk(optimizer, group, chunk)
         self.specs = {
             WEIGHTS: [TensorSpec(n, t.dtype, shape_of(t)) for n, t in ordered.items() if writes_weights],
             STATES: [
-                item.spec for unit in self.units for chunk in unit.chunks for item in self._stored[chunk.id]
+                item.spec for group in self.groups for chunk in group.chunks for item in self._stored[chunk.id]
             ],
         }  # fmt: skip
 
@@ -77,7 +77,7 @@ class Snapshot:
         return sum(spec.num_bytes for specs in self.specs.values() for spec in specs)
 
     def frozen(self) -> Iterator[tuple[str, Tensor]]:
-        """(file, tensor): parameters that are in no unit; live."""
+        """(file, tensor): parameters that are in no group; live."""
         return self._weights(tensor for tensor in self._fixed.values() if isinstance(tensor, nn.Parameter))
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
@@ -86,13 +86,13 @@ class Snapshot:
             tensor for tensor in self._fixed.values() if not isinstance(tensor, nn.Parameter)
         )
 
-    def of_unit(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
-        """(file, tensor): the weights of a unit and this rank's states. Views of live tensors."""
-        yield from self._weights(member.param for member in unit.members)
-        self._optimizer.store_of(unit.index).synchronize()
-        for chunk in unit.chunks:
+    def of_group(self, group: GroupShard) -> Iterator[tuple[str, Tensor]]:
+        """(file, tensor): the weights of a group and this rank's states. Views of live tensors."""
+        yield from self._weights(member.param for member in group.members)
+        self._optimizer.store_of(group.index).synchronize()
+        for chunk in group.chunks:
             if stored := self._stored[chunk.id]:
-                for tensor in read_chunk(self._optimizer, unit, chunk, stored):
+                for tensor in read_chunk(self._optimizer, group, chunk, stored):
                     yield STATES, tensor
 
     def _weights(self, tensors: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -101,8 +101,8 @@ class Snapshot:
             if self.writes_weights:
                 yield WEIGHTS, whole
 
-    def _units_by_next_turn(self) -> list[Unit]:
+    def _groups_by_next_turn(self) -> list[GroupShard]:
         """Always-active first, then as the schedule will visit them."""
-        units, schedule = self._optimizer.units, self._optimizer.schedule
+        groups, schedule = self._optimizer.groups, self._optimizer.schedule
         order = [ALWAYS, schedule.active, *schedule.upcoming(2 * schedule.num_groups)]
-        return [units[index] for index in dict.fromkeys(order) if index in units]
+        return [groups[index] for index in dict.fromkeys(order) if index in groups]

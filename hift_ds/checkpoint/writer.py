@@ -92,8 +92,8 @@ class CheckpointWriter:
         try:
             self.add(self.snapshot.frozen())
             self.add(self.snapshot.buffers())
-            for unit in self.snapshot.units:
-                self.add(self.snapshot.of_unit(unit))
+            for group in self.snapshot.groups:
+                self.add(self.snapshot.of_group(group))
             self.close()
         except BaseException:
             self.discard()

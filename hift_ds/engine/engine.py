@@ -87,8 +87,8 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
             if self.global_rank == 0 and logger.isEnabledFor(logging.INFO):
                 logger.info(self.state_arithmetic.line())
             names = {
-                index: [member.name for member in unit.members]
-                for index, unit in self.optimizer.units.items()
+                index: [member.name for member in group.members]
+                for index, group in self.optimizer.groups.items()
             }
             self.savings = ActivationSavings(self.module, self.hift.activations, names)
         except BaseException:
@@ -219,13 +219,13 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         hift, device = self.hift, self._update_device()
         rounding_seed = hift.seed * 65_537 + self.global_rank
         parameters = self._weights_made = self._build_parameters(base)
-        units = self._units(base, parameters)
-        self._watch_entrances([member.param for member in unit.members] for unit in units.values())
+        groups = self._group_shards(base, parameters)
+        self._watch_entrances([member.param for member in group.members] for group in groups.values())
         return HiFTOptimizer(
             base,
             parameters,
             flags,
-            units=units,
+            groups=groups,
             schedule=GroupSchedule(
                 len(self.partition.groups), hift.order, hift.reshuffle, hift.seed, hift.steps_per_group
             ),
@@ -240,9 +240,9 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
             pin_memory=hift.state.pin_memory,
         )
 
-    def _watch_entrances(self, units: Iterable[list[nn.Parameter]]) -> None:
+    def _watch_entrances(self, groups: Iterable[list[nn.Parameter]]) -> None:
         """A forward may enter the model elsewhere than through the engine (TRL calls its backbone, say)."""
-        for module in [self.module, *containers_of(self.module, units)]:
+        for module in [self.module, *containers_of(self.module, groups)]:
             self._entrances.append(module.register_forward_pre_hook(self._enter, prepend=True))
 
     def _enter(self, *_: Any) -> None:
@@ -270,12 +270,12 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
             replicated.accumulate_in_fp32(trainable)
         return replicated
 
-    def _units(self, base: torch.optim.Optimizer, parameters: ReplicatedParameters) -> dict[int, Any]:
+    def _group_shards(self, base: torch.optim.Optimizer, parameters: ReplicatedParameters) -> dict[int, Any]:
         weights = dict(self.module.named_parameters())
         param_group_of = {p: i for i, group in enumerate(base.param_groups) for p in group["params"]}
         groups = list(self.partition.groups) + ([self.partition.always] if self.partition.always else [])
         return {
-            (ALWAYS if group is self.partition.always else group.index): parameters.unit(
+            (ALWAYS if group is self.partition.always else group.index): parameters.group_shard(
                 ALWAYS if group is self.partition.always else group.index,
                 group.name,
                 [(name, weights[name], param_group_of[weights[name]]) for name in group.param_names],
@@ -324,7 +324,7 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
             return self.module(*inputs, **kwargs)
         self._enter()
         self.note_shape([*inputs, *kwargs.values()])
-        active = [unit.index for unit in self.optimizer.active_units]
+        active = [group.index for group in self.optimizer.active_groups]
         try:
             with self.savings.during_forward(active), self.optimizer.parameters.saved_by_reference():
                 return super().forward(*inputs, **kwargs)

@@ -94,7 +94,7 @@ class Loading:
         restore_states(self.optimizer, saved.states, load_states=with_states)
         if not load_module_only:
             self._load_progress(saved, with_states, load_lr_scheduler_states)
-        self.optimizer.store.prefetch(self.optimizer.units[self.schedule.active].chunks[0].id)
+        self.optimizer.store.prefetch(self.optimizer.groups[self.schedule.active].chunks[0].id)
         self.last_checkpoint = folder
         return str(folder), client_state
 
@@ -207,7 +207,7 @@ class Loading:
         common, steps = saved.common, self.gradient_accumulation_steps()
         self.micro_steps = common["micro_steps"]
         gradients = saved.gradients(self.global_rank, self.world_size)
-        active = {m.name: m.param for unit in self.optimizer.active_units for m in unit.members}
+        active = {m.name: m.param for group in self.optimizer.active_groups for m in group.members}
         if common["gradient_accumulation_steps"] == steps and gradients.keys() <= active.keys():
             for name, grad in gradients.items():
                 self.optimizer.parameters.set_pending(active[name], grad)

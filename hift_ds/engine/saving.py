@@ -21,7 +21,7 @@ from hift_ds.checkpoint.files import write_errors
 from hift_ds.checkpoint.json_state import encode, split_encodable
 from hift_ds.checkpoint.random_state import random_state
 from hift_ds.checkpoint.shared_folder import VISIBLE_AFTER_S, Staging
-from hift_ds.checkpoint.state_files import class_name, extras_by_unit, options_of, scalars_by_parameter
+from hift_ds.checkpoint.state_files import class_name, extras_by_group, options_of, scalars_by_parameter
 from hift_ds.checkpoint.write_plan import Snapshot, saved_tensors, shape_of
 from hift_ds.checkpoint.writer import CheckpointWriter
 from hift_ds.engine.rank_agreement import gather, on_all_ranks
@@ -121,7 +121,7 @@ class Saving:
         """What the coming step changes, for the asynchronous save under way."""
         if self._background is not None and self.is_gradient_accumulation_boundary():
             started = time.perf_counter()
-            self._background.before_step({unit.index for unit in self.optimizer.active_units})
+            self._background.before_step({group.index for group in self.optimizer.active_groups})
             self._checkpoint_s += time.perf_counter() - started
 
     def take_checkpoint_s(self) -> float:
@@ -245,15 +245,15 @@ class Saving:
             "optimizer": {
                 "class": class_name(optimizer.optimizer),
                 "param_groups": [encode(options_of(group)) for group in optimizer.param_groups],
-                "extras": extras_by_unit(optimizer),
+                "extras": extras_by_group(optimizer),
             },
         }
 
     def _pending_gradients(self) -> dict[str, Tensor]:
         """Of a run saved between two micro-batches of one step."""
         pending = {}
-        for unit in self.optimizer.active_units:
-            for member in unit.members:
+        for group in self.optimizer.active_groups:
+            for member in group.members:
                 grad = self.optimizer.parameters.pending(member.param)
                 if grad is not None:
                     pending[member.name] = grad

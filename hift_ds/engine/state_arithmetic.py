@@ -29,11 +29,11 @@ def gather_state_arithmetic(
     """
     store = optimizer.store
     assert isinstance(store, EncodedStateStore)
-    rotating = [unit for index, unit in optimizer.units.items() if index != ALWAYS]
-    numels = [sum(member.numel for member in unit.members) for unit in rotating]
-    chunk_bytes = [store.num_bytes(chunk.id) for unit in rotating for chunk in unit.chunks]
+    rotating = [group for index, group in optimizer.groups.items() if index != ALWAYS]
+    numels = [sum(member.numel for member in group.members) for group in rotating]
+    chunk_bytes = [store.num_bytes(chunk.id) for group in rotating for chunk in group.chunks]
     model_numel = sum(math.prod(optimizer.parameters.shape_of(param)) for param in module.parameters())
-    dtype = next(param.dtype for unit in rotating for param in (m.param for m in unit.members))
+    dtype = next(param.dtype for group in rotating for param in (m.param for m in group.members))
     on_cpu = device.type == "cpu"
     largest = max(numels)
     host_s = measure_update(_CPU, max(largest, 1))

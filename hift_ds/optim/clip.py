@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from hift_ds.collectives import Ranks, sum_over_ranks
+from hift_ds.collectives import Ranks, join_norms_and_flags
 
 
 def agree_on_norm(
     ranks: Ranks,
     grads: Sequence[Tensor | None],  # this rank's disjoint shards, any float dtype
-    present: Sequence[bool],  # per parameter: did this rank's backward reach it
-    device: torch.device,
-) -> tuple[Tensor, list[bool]]:
-    """One small all-reduce for both: the 2-norm (fp32) of the whole gradient, and which parameters any rank reached.
+    present: Sequence[Sequence[bool]],  # per group and parameter: did this rank's backward reach it
+    device: torch.device,  # where ranks talk to each other
+) -> tuple[Tensor, list[list[bool]]]:
+    """One small all-reduce for both: the 2-norm (0-dim, fp32) of the whole gradient, and, in the form of ``present``,
+    which parameters any rank reached.
 
     Every rank gets the same numbers, so all skip or clip alike. A parameter that no rank reached is skipped by the
     update, as ``torch.optim`` skips a missing gradient.
     """
     have = [grad for grad in grads if grad is not None]
-    norm = _norm(have) if have else torch.zeros((), dtype=torch.float32, device=device)
-    if ranks.world_size == 1:
-        return norm, list(present)
-    flags = torch.tensor([float(p) for p in present], dtype=torch.float32, device=device)
-    summed = sum_over_ranks(ranks, torch.cat([norm.square().reshape(1).to(device), flags]))
-    return summed[0].sqrt(), [flag > 0 for flag in summed[1:].tolist()]
+    norm = _norm(have).to(device) if have else torch.zeros((), dtype=torch.float32, device=device)
+    norm, reached = join_norms_and_flags(ranks, norm, [flag for flags in present for flag in flags])
+    ends = list(itertools.accumulate(map(len, present)))
+    return norm, [reached[end - len(flags) : end] for flags, end in zip(present, ends, strict=True)]
 
 
 def _norm(grads: Sequence[Tensor]) -> Tensor:

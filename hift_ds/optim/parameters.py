@@ -24,7 +24,7 @@ DEFAULT_BUCKET_NUMEL = 1 << 25  # 128 MiB in fp32
 
 @dataclass(frozen=True)
 class Member:
-    """One parameter of a unit, and this rank's shard of it: elements [start, start + numel), or none (numel 0)."""
+    """One parameter of a group, and this rank's shard of it: elements [start, start + numel), or none (numel 0)."""
 
     name: str
     param: nn.Parameter = field(repr=False)
@@ -43,7 +43,7 @@ class Member:
 class Piece:
     """A contiguous part of a member's shard that is updated at once: elements [start, start + numel) of the parameter."""
 
-    member: int  # position in Unit.members
+    member: int  # position in GroupShard.members
     start: int
     numel: int
     # Of the tensor handed to the optimizer: flat, or the parameter's own for a whole tensor.
@@ -52,14 +52,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What is fetched, updated and evicted together: a whole unit, or a slice of a large one."""
+    """What is fetched, updated and evicted together: a whole group, or a slice of a large one."""
 
-    id: int  # unique over all units: the state store's key
+    id: int  # unique over all groups: the state store's key
     pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
-class Unit:
+class GroupShard:
     """The parameters that are trained together: a layer group, or the always-active ones (index -1)."""
 
     index: int
@@ -129,8 +129,10 @@ class ReplicatedParameters:
         self._accumulated: dict[nn.Parameter, Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    def unit(self, index: int, name: str, entries: Sequence[tuple[str, nn.Parameter, int]]) -> Unit:
-        """The unit of ``entries``: (name, parameter, param_group index)."""
+    def group_shard(
+        self, index: int, name: str, entries: Sequence[tuple[str, nn.Parameter, int]]
+    ) -> GroupShard:
+        """This rank's shard of a group of ``entries``: (name, parameter, param_group index)."""
         world_size, rank = self.ranks.world_size, self.ranks.rank
         shapes = [self.shape_of(param) for _, param, _ in entries]
         numels = [math.prod(shape) for shape in shapes]
@@ -153,7 +155,7 @@ class ReplicatedParameters:
             dtype: collectives.plan_buckets(numels_of[dtype], world_size, self.bucket_numel)
             for dtype in sorted(numels_of, key=str)
         }
-        return Unit(
+        return GroupShard(
             index, name, tuple(members), cut_into_chunks(members, self.slice_numel, self._chunk_ids), buckets
         )
 
@@ -161,10 +163,10 @@ class ReplicatedParameters:
         """Of the whole parameter."""
         return tuple(param.shape)
 
-    def begin_update(self, unit: Unit) -> None:  # noqa: B027
-        """The unit's weights are about to be read or changed through ``weight``. Every rank calls this."""
+    def begin_update(self, group: GroupShard) -> None:  # noqa: B027
+        """The group's weights are about to be read or changed through ``weight``. Every rank calls this."""
 
-    def abandon_update(self, unit: Unit) -> None:  # noqa: B027
+    def abandon_update(self, group: GroupShard) -> None:  # noqa: B027
         """After ``begin_update``: the weights were only read."""
 
     @property
@@ -172,9 +174,9 @@ class ReplicatedParameters:
         """``weight`` may be asked for outside of an update too."""
         return True
 
-    def weight(self, unit: Unit, piece: Piece) -> Tensor:
+    def weight(self, group: GroupShard, piece: Piece) -> Tensor:
         """The piece of the weight: a view, in the weight's dtype, of ``piece.shape``."""
-        weight = unit.members[piece.member].param.detach()
+        weight = group.members[piece.member].param.detach()
         return weight.view(-1)[piece.start : piece.start + piece.numel].view(piece.shape)
 
     def whole_weight(self, weight: Tensor) -> Tensor:
@@ -192,9 +194,9 @@ class ReplicatedParameters:
         """Take over ``value`` (whole, any float dtype, on the host); the same on every rank."""
         weight.detach().copy_(value)
 
-    def grad(self, unit: Unit, piece: Piece, shard: Tensor) -> Tensor:
+    def grad(self, group: GroupShard, piece: Piece, shard: Tensor) -> Tensor:
         """The piece of a reduced gradient: a view of ``piece.shape``, in the gradient's dtype."""
-        offset = piece.start - unit.members[piece.member].start
+        offset = piece.start - group.members[piece.member].start
         return shard.view(-1)[offset : offset + piece.numel].view(piece.shape)
 
     # -- gradients --------------------------------------------------------------------------------------------
@@ -237,39 +239,37 @@ class ReplicatedParameters:
         else:
             param.grad = grad.to(param.device)
 
-    def drop_grads(self, units: Iterable[Unit]) -> None:
-        for unit in units:
-            for member in unit.members:
+    def drop_grads(self, groups: Iterable[GroupShard]) -> None:
+        for group in groups:
+            for member in group.members:
                 self._take_grad(member.param)
 
-    def reduce(self, unit: Unit) -> tuple[list[Tensor | None], list[bool]]:
+    def reduce(self, group: GroupShard) -> tuple[list[Tensor | None], list[bool]]:
         """Mean gradients over ranks, and which parameters had one here. Takes the gradients off the parameters.
 
         Returns:
             Per member: this rank's shard, flat (fp32; on one rank the gradient as it is), ``None`` where this rank
             has no part or (on one rank) no gradient; and whether this rank's backward reached the parameter.
         """
-        grads = [self._take_grad(member.param) for member in unit.members]
+        grads = [self._take_grad(member.param) for member in group.members]
         present = [grad is not None for grad in grads]
-        if self.ranks.world_size == 1:
-            return [None if grad is None else grad.reshape(-1) for grad in grads], present
         if self.whole_tensors:
-            return self._reduce_to_owners(unit, grads), present
-        return self._reduce_scatter(unit, grads), present
+            return self._reduce_to_owners(group, grads), present
+        return self._reduce_scatter(group, grads), present
 
-    def _reduce_to_owners(self, unit: Unit, grads: list[Tensor | None]) -> list[Tensor | None]:
+    def _reduce_to_owners(self, group: GroupShard, grads: list[Tensor | None]) -> list[Tensor | None]:
         return [
             collectives.reduce_to_owner(
-                self.ranks, grad, member.shape, member.param.device, member.owner, self.comm_dtype
+                self.ranks, grad, member.whole_numel, member.param.device, member.owner, self.comm_dtype
             )
-            for grad, member in zip(grads, unit.members, strict=True)
+            for grad, member in zip(grads, group.members, strict=True)
         ]
 
-    def _reduce_scatter(self, unit: Unit, grads: list[Tensor | None]) -> list[Tensor | None]:
+    def _reduce_scatter(self, group: GroupShard, grads: list[Tensor | None]) -> list[Tensor | None]:
         reduced: list[Tensor | None] = [None] * len(grads)
-        for dtype, buckets in unit.buckets.items():
-            positions = unit.of_dtype(dtype)
-            members = [unit.members[i] for i in positions]
+        for dtype, buckets in group.buckets.items():
+            positions = group.of_dtype(dtype)
+            members = [group.members[i] for i in positions]
             shards = collectives.reduce_scatter_shards(
                 self.ranks,
                 [grads[i] for i in positions],
@@ -279,19 +279,19 @@ class ReplicatedParameters:
                 members[0].param.device,
             )
             for position, shard in zip(positions, shards, strict=True):
-                reduced[position] = shard if shard.numel() else None
+                reduced[position] = shard
         return reduced
 
     # -- weights ----------------------------------------------------------------------------------------------
 
-    def publish(self, unit: Unit) -> None:
+    def publish(self, group: GroupShard) -> None:
         """Bring the updated pieces to every rank's replica. Ends what ``begin_update`` began."""
         if self.whole_tensors:
-            for member in unit.members:
+            for member in group.members:
                 collectives.broadcast_from_owner(self.ranks, member.param.data, member.owner)
             return
-        for dtype, buckets in unit.buckets.items():
-            weights = [unit.members[i].param.data for i in unit.of_dtype(dtype)]
+        for dtype, buckets in group.buckets.items():
+            weights = [group.members[i].param.data for i in group.of_dtype(dtype)]
             collectives.all_gather_shards(self.ranks, weights, buckets)
 
     def saved_by_reference(self) -> contextlib.AbstractContextManager[None]:

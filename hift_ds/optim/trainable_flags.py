@@ -75,13 +75,13 @@ class TrainableFlags:
             self._wanted[param] = param.requires_grad
 
 
-def containers_of(model: nn.Module, units: Iterable[Iterable[nn.Parameter]]) -> list[nn.Module]:
-    """The modules below ``model`` that hold weights of several ``units``: where a forward may enter the model."""
-    unit_of = {param: index for index, params in enumerate(units) for param in params}
+def containers_of(model: nn.Module, groups: Iterable[Iterable[nn.Parameter]]) -> list[nn.Module]:
+    """The modules below ``model`` that hold weights of several ``groups``: where a forward may enter the model."""
+    group_of = {param: index for index, params in enumerate(groups) for param in params}
     return [
         module
         for module in model.modules()
         if module is not model
         and not isinstance(module, nn.ModuleList | nn.ModuleDict)
-        and len({unit_of[p] for p in module.parameters() if p in unit_of}) > 1
+        and len({group_of[p] for p in module.parameters() if p in group_of}) > 1
     ]

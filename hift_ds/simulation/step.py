@@ -235,8 +235,8 @@ def _mark_states(engine: Any, tracker: MemoryTracker) -> None:
     optimizer = engine.optimizer
     for store in {id(s): s for s in (optimizer.store, optimizer.always_store)}.values():
 
-        def watched(unit: int, fetch: Any = store.fetch) -> dict[str, Tensor]:
-            tensors = fetch(unit)
+        def watched(chunk: int, fetch: Any = store.fetch) -> dict[str, Tensor]:
+            tensors = fetch(chunk)
             tracker.see_all(tensors.values(), STATES)
             return tensors
 
@@ -285,8 +285,8 @@ def _numel_gathered(engine: Any) -> int:
 def _warm_up(engine: Any, tracker: MemoryTracker) -> None:
     """What prefetching keeps on the device exists from the first update on; let it exist now, as state."""
     optimizer = engine.optimizer
-    for unit in list(optimizer.units.values())[:2]:  # two slots at most
-        optimizer.store.prefetch(unit.chunks[0].id)
+    for group in list(optimizer.groups.values())[:2]:  # two slots at most
+        optimizer.store.prefetch(group.chunks[0].id)
     tracker.see_all((slot.memory for slot in getattr(optimizer.store, "_slots", ())), STATES)
 
 
@@ -303,7 +303,7 @@ def state_bytes(engine: Any, index: int) -> int:
     """Of the group's master and states, in the form in which they rest."""
     optimizer = engine.optimizer
     store = optimizer.store_of(index)
-    return sum(store.num_bytes(chunk.id) for chunk in optimizer.units[index].chunks)
+    return sum(store.num_bytes(chunk.id) for chunk in optimizer.groups[index].chunks)
 
 
 def _step(engine: Any, setting: Setting, tracker: MemoryTracker, flops: FlopCounter) -> None:
@@ -326,8 +326,8 @@ def _update_again(engine: Any, setting: Setting, tracker: MemoryTracker) -> None
     """The update alone, with gradients as backward would leave them."""
     optimizer = engine.optimizer
     tracker.mark("gradients")
-    for unit in optimizer.active_units:
-        for member in unit.members:
+    for group in optimizer.active_groups:
+        for member in group.members:
             sums = setting.micro_batches > 1 and member.param.is_floating_point()
             dtype = torch.float32 if sums else member.param.dtype
             grad = torch.empty(member.shape, dtype=dtype, device=tracker.device_type)

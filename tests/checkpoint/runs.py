@@ -82,11 +82,11 @@ def states_of(engine) -> dict[str, Tensor]:
     from hift_ds.checkpoint.state_files import read_chunk, states_of_chunk
 
     found = {}
-    for unit in engine.optimizer.units.values():
-        engine.optimizer.store_of(unit.index).synchronize()
-        for chunk in unit.chunks:
-            stored = states_of_chunk(engine.optimizer, unit, chunk)
-            for item, tensor in zip(stored, read_chunk(engine.optimizer, unit, chunk, stored), strict=True):
+    for group in engine.optimizer.groups.values():
+        engine.optimizer.store_of(group.index).synchronize()
+        for chunk in group.chunks:
+            stored = states_of_chunk(engine.optimizer, group, chunk)
+            for item, tensor in zip(stored, read_chunk(engine.optimizer, group, chunk, stored), strict=True):
                 found[item.spec.name] = tensor.clone()
     return found
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from hift_ds.checkpoint.background_save import UNITS_IN_MEMORY, BackgroundSave
+from hift_ds.checkpoint.background_save import GROUPS_IN_MEMORY, BackgroundSave
 from hift_ds.checkpoint.writer import CheckpointWriter
 from hift_ds.errors import CheckpointError
 from tests.checkpoint.runs import Case, advance, states_of, whole_weights
@@ -26,7 +26,7 @@ def engine():
 
 
 def test_training_waits_for_a_slow_disk_before_it_holds_more_copies(engine, tmp_path, monkeypatch):
-    """The thread is stopped at its first tensors; the main thread may then copy two units' worth and no
+    """The thread is stopped at its first tensors; the main thread may then copy two groups' worth and no
     more."""
     disk_works, alive, most = threading.Event(), 0, 0
     lock = threading.Lock()
@@ -57,7 +57,7 @@ def test_training_waits_for_a_slow_disk_before_it_holds_more_copies(engine, tmp_
     engine.save_checkpoint(tmp_path)
     advance(engine, 3, 8)
     assert disk_works.is_set()  # the steps could not all be made before
-    assert 1 <= most <= UNITS_IN_MEMORY
+    assert 1 <= most <= GROUPS_IN_MEMORY
     assert engine.wait_for_checkpoint() and (tmp_path / "latest").read_text() == "global_step3"
 
 

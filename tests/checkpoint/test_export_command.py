@@ -25,11 +25,11 @@ def trained(tmp_path_factory):
     engine.save_checkpoint(str(folder / "saved"))
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     masters = {}
-    for unit in engine.optimizer.units.values():
-        for chunk in unit.chunks:
+    for group in engine.optimizer.groups.values():
+        for chunk in group.chunks:
             tensors = engine.optimizer.store.read(chunk.id)
             for piece, record in zip(chunk.pieces, engine.optimizer.records[chunk.id], strict=True):
-                masters[unit.members[piece.member].name] = record.master.view(tensors).clone()
+                masters[group.members[piece.member].name] = record.master.view(tensors).clone()
     engine.destroy()
     return folder / "input", folder / "saved", weights, masters
 

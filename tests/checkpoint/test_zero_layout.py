@@ -24,14 +24,16 @@ def test_zero_to_fp32_gives_the_masters(tmp_path, stage, low, part_bytes):
         train_step(engine, [batch])
     engine.save_checkpoint(tmp_path / "ours")
     optimizer, expected = engine.optimizer, {}
-    for unit in optimizer.units.values():
-        for chunk in unit.chunks:
-            tensors = optimizer.store_of(unit.index).read(chunk.id)
+    for group in optimizer.groups.values():
+        for chunk in group.chunks:
+            tensors = optimizer.store_of(group.index).read(chunk.id)
             for piece, record in zip(chunk.pieces, optimizer.records[chunk.id], strict=True):
                 master = (
-                    record.master.view(tensors) if record.master else optimizer.parameters.weight(unit, piece)
+                    record.master.view(tensors)
+                    if record.master
+                    else optimizer.parameters.weight(group, piece)
                 )
-                expected[unit.members[piece.member].name] = master.flatten().clone()
+                expected[group.members[piece.member].name] = master.flatten().clone()
     engine.destroy()
 
     folder = write_zero_layout(tmp_path / "ours", tmp_path / "zero", part_bytes=part_bytes)

@@ -179,14 +179,14 @@ def states_are_sharded(rank: int, world_size: int) -> list[str]:
         train_step(engine, [batch], rank, world_size)
     store = engine.optimizer.store
     errors = []
-    for unit in engine.optimizer.units.values():
-        for chunk in unit.chunks:
+    for group in engine.optimizer.groups.values():
+        for chunk in group.chunks:
             tensors = store.read(chunk.id)
-            mine = sum(member.numel for member in unit.members)
+            mine = sum(member.numel for member in group.members)
             for key in ("master", "exp_avg", "exp_avg_sq"):
                 if tensors[key].numel() != mine:
-                    errors.append(f"{unit.name} {key}: {tensors[key].numel()}, shard has {mine}")
-    total = torch.tensor(sum(m.numel for u in engine.optimizer.units.values() for m in u.members))
+                    errors.append(f"{group.name} {key}: {tensors[key].numel()}, shard has {mine}")
+    total = torch.tensor(sum(m.numel for g in engine.optimizer.groups.values() for m in g.members))
     dist.all_reduce(total)
     if int(total) != sum(p.numel() for p in model.parameters()):
         errors.append(f"shards of all ranks hold {int(total)} elements")
@@ -200,11 +200,11 @@ def fp32_bits_survive_on_every_rank(rank: int, world_size: int, optimizer: str) 
     model = Toy()
     engine = make_engine(model, ds_config(world_size=world_size, optimizer=optimizer, bf16={"enabled": True}))
     errors = []
-    for unit in engine.optimizer.units.values():
-        for chunk in unit.chunks:
+    for group in engine.optimizer.groups.values():
+        for chunk in group.chunks:
             tensors = engine.optimizer.store.read(chunk.id)
             for piece, record in zip(chunk.pieces, engine.optimizer.records[chunk.id], strict=True):
-                name = unit.members[piece.member].name
+                name = group.members[piece.member].name
                 expected = exact[name].detach().flatten()[piece.start : piece.start + piece.numel]
                 if not torch.equal(record.master.view(tensors).flatten(), expected):
                     errors.append(f"{optimizer}: {name}")

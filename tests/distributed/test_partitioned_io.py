@@ -37,12 +37,12 @@ def zero(folder: Path, where: str) -> dict[str, Any]:
 def masters_of(engine: Any) -> dict[tuple[str, int], torch.Tensor]:
     """fp32 masters by (parameter, first element)."""
     optimizer, found = engine.optimizer, {}
-    for unit in optimizer.units.values():
-        for chunk in unit.chunks:
-            tensors = optimizer.store_of(unit.index).read(chunk.id)
+    for group in optimizer.groups.values():
+        for chunk in group.chunks:
+            tensors = optimizer.store_of(group.index).read(chunk.id)
             for piece, record in zip(chunk.pieces, optimizer.records[chunk.id], strict=True):
                 if record.master is not None:
-                    found[unit.members[piece.member].name, piece.start] = record.master.view(tensors).clone()
+                    found[group.members[piece.member].name, piece.start] = record.master.view(tensors).clone()
     return found
 
 

@@ -57,7 +57,7 @@ def test_stages_one_and_two_are_the_same_computation(stage):
 
 @pytest.mark.parametrize("order", ["top2down", "random"])
 def test_orders_and_ragged_last_group(order):
-    """Five units in groups of two: the last has one."""
+    """Five groups in groups of two: the last has one."""
     hift = {"order": order, "reshuffle": order == "random", "seed": 5, "group_size": 2}
     options = {"order": order, "reshuffle": order == "random", "seed": 5}
     engine = compare(ds_config(hift=hift), adamw(), reference_options=options)
@@ -78,7 +78,7 @@ def test_accumulation_clipping_and_turns_together():
 def test_updates_in_slices_change_nothing():
     config = ds_config(clip=0.05, hift={"state": {"slice_numel": 17}})
     engine = compare(config, adamw(), reference_options={"max_grad_norm": 0.05})
-    assert max(len(unit.chunks) for unit in engine.optimizer.units.values()) > 5
+    assert max(len(group.chunks) for group in engine.optimizer.groups.values()) > 5
 
 
 @pytest.mark.parametrize("state", [{"residency": "device"}, {"step_on": "host"}, {"pin_memory": False}])

@@ -107,8 +107,8 @@ def test_evaluation_and_reading_all_states_between_steps(resident, tmp_path):
         engine.train()
         if step % 3 == 1:
             engine.optimizer.store.synchronize()
-            for unit in engine.optimizer.units.values():
-                for chunk in unit.chunks:
+            for group in engine.optimizer.groups.values():
+                for chunk in group.chunks:
                     read = engine.optimizer.store.read(chunk.id)
                     assert len(read) == 3 and all(t.isfinite().all() for t in read.values())
 

@@ -19,7 +19,7 @@ from hift_ds import collectives
 from hift_ds.collectives import Ranks
 from hift_ds.engine.zero3.seam import WeightShards
 from hift_ds.engine.zero3.shards import is_partitioned, whole_shape
-from hift_ds.optim.parameters import Piece, ReplicatedParameters, Unit
+from hift_ds.optim.parameters import GroupShard, Piece, ReplicatedParameters
 
 
 class PartitionedParameters(ReplicatedParameters):
@@ -68,26 +68,26 @@ class PartitionedParameters(ReplicatedParameters):
 
     # -- weights ----------------------------------------------------------------------------------------------
 
-    def begin_update(self, unit: Unit) -> None:
-        """Release every whole copy of the unit; an optimizer that looks at shapes gets the whole weights it owns."""
-        self.shards.release(member.param for member in unit.members)
+    def begin_update(self, group: GroupShard) -> None:
+        """Release every whole copy of the group; an optimizer that looks at shapes gets the whole weights it owns."""
+        self.shards.release(member.param for member in group.members)
         if self.whole_tensors:
-            for member in unit.members:
+            for member in group.members:
                 whole = self.shards.whole(member.param)
                 if member.owner == self.ranks.rank:
                     self._owned[member.param] = whole
 
-    def abandon_update(self, unit: Unit) -> None:
+    def abandon_update(self, group: GroupShard) -> None:
         self._owned.clear()
 
     @property
     def weights_are_always_here(self) -> bool:
         return not self.whole_tensors  # which are gathered for the update
 
-    def weight(self, unit: Unit, piece: Piece) -> Tensor:
+    def weight(self, group: GroupShard, piece: Piece) -> Tensor:
         """The piece of the weight: a view, in the weight's dtype, of ``piece.shape``; where the shard is (the host,
         with ``offload_param``), or on the accelerator for a whole tensor."""
-        member = unit.members[piece.member]
+        member = group.members[piece.member]
         if member.owner is not None:
             return self._owned[member.param].view(piece.shape)
         offset = piece.start - member.start
@@ -109,10 +109,10 @@ class PartitionedParameters(ReplicatedParameters):
         start, end = collectives.shard_bounds(value.numel(), self.ranks.world_size, self.ranks.rank)
         self.shards.shard(weight).copy_(value.reshape(-1)[start:end])
 
-    def publish(self, unit: Unit) -> None:
+    def publish(self, group: GroupShard) -> None:
         """Whole tensors go back into shards; shards are where they belong already."""
         if self.whole_tensors:
-            for member in unit.members:
+            for member in group.members:
                 new = collectives.scatter_from_owner(
                     self.ranks,
                     self._owned.pop(member.param, None),
