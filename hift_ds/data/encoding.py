@@ -154,7 +154,8 @@ class Encoder:
         if all(span.lies_in(whole) for span in spans):
             marked = [self._mark(sample, whole, spans)]
         else:
-            marked = [self._alone(sample, index, origin) for index in answers]
+            marked, passed_over = self._each_alone(sample, answers, origin)
+            remarks += passed_over
         return [dataclasses.replace(encoded, remarks=remarks) for encoded in marked]
 
     def _in_the_templates_form(self, sample: Conversation, answers: list[int], origin: str) -> Conversation:
@@ -189,13 +190,25 @@ class Encoder:
     def _unprinted_calls(self, sample: Conversation, origin: str) -> dict[int, str]:
         """Index of each message whose calls the template does not print as it should -> what is wrong."""
         whole = self._render(sample, len(sample.messages), False, origin)
+        objects = tool_calls.with_objects(sample)
         wrong = {}
         for index, message in enumerate(sample.messages):
             if message.get("tool_calls"):
-                what = tool_calls.not_printed(message, self._span(sample, index, whole, origin).printed)
+                printed = self._span(sample, index, whole, origin).printed
+                of_objects = self._printed_calls(objects, index) if objects is not None else None
+                what = tool_calls.not_printed(message, printed, of_objects)
                 if what is not None:
                     wrong[index] = what
         return wrong
+
+    def _printed_calls(self, sample: Conversation, index: int) -> str | None:
+        """What the template prints for a message with calls; None if it refuses it or leaves calls out."""
+        try:
+            whole = self._render(sample, len(sample.messages), False, "")
+            printed = self._span(sample, index, whole, "").printed
+        except DataError:
+            return None
+        return printed if tool_calls.not_printed(sample.messages[index], printed) is None else None
 
     def _all_but_masked(self, sample: Conversation, whole: str, origin: str) -> Encoded:
         ids = self._tokens(whole)
@@ -220,8 +233,29 @@ class Encoder:
 
     def _span(self, sample: Conversation, index: int, whole: str, origin: str) -> _Span:
         last = index + 1 == len(sample.messages)
-        through = whole if last else self._render(sample, index + 1, False, origin)
+        try:
+            through = whole if last else self._render(sample, index + 1, False, origin)
+        except DataError:
+            inside = self._inside(sample, index, whole)
+            if inside is None:
+                raise
+            return inside
         return _Span(index, self._before(sample, index, origin), through)
+
+    def _each_alone(
+        self, sample: Conversation, answers: list[int], origin: str
+    ) -> tuple[list[Encoded], tuple[str, ...]]:
+        """A sample for each answer, and what there is to say if the template cannot end with some of them."""
+        marked, refusals = [], []
+        for index in answers:
+            try:
+                marked.append(self._alone(sample, index, origin))
+            except DataError as refusal:
+                refusals.append(refusal)
+        if refusals and not marked:
+            raise refusals[0]
+        remark = "answers that the chat template refuses to end with are context only"
+        return marked, (remark,) if refusals else ()
 
     def _alone(self, sample: Conversation, answer: int, origin: str) -> Encoded:
         """The conversation up to one answer; learned from where it departs from its prompt."""
@@ -304,36 +338,63 @@ class Encoder:
         template accepts alone (only a system prompt): then what stands before it in the conversation.
         """
         is_answer = sample.messages[index]["role"] == "assistant"
+        around = None
         try:
             if index:
                 return self._render(sample, index, is_answer, origin)
         except DataError:
-            if self._around(sample, index) is None:
+            around = self._around(sample, index, index + 1)
+            if around is None:
                 raise
-        header = (self._around(sample, index) or ("", ""))[0]
-        if not is_answer:
-            return os.path.commonprefix([header, self._render(sample, index + 1, False, origin)])
-        # Up to and including the generation prompt: what else stands before the text is part of the answer.
-        count = len(sample.messages[: index + 1])
-        silent = self._render(sample, count, False, origin)
-        prompt = self._render(sample, count, True, origin)
+        around = around or self._around(sample, index, index + 1)
+        return self._prompt_in(around[0], sample, is_answer) if around is not None else ""
+
+    def _prompt_in(self, front: str, sample: Conversation, is_answer: bool) -> str:
+        """``front``, what stands before a text, up to and including the generation prompt: what else the
+        template writes before the text of an answer (the marks of empty thoughts) is part of the answer."""
+        question = dataclasses.replace(sample, messages=[{"role": "user", "content": PROBE}])
+        try:
+            silent, prompt = (self._render(question, 1, prompted, "") for prompted in (False, is_answer))
+        except DataError:
+            return front
         prompt = prompt[len(silent) :] if prompt.startswith(silent) else ""
-        at = header.rfind(prompt) if prompt else -1
-        return header if at < 0 else header[: at + len(prompt)]
+        for length in range(len(prompt), len(prompt) // 2, -1):  # it may end with the first mark of thoughts
+            if prompt[:length] in front:
+                return front[: front.rindex(prompt[:length]) + length]
+        return front
+
+    def _inside(self, sample: Conversation, index: int, whole: str) -> _Span | None:
+        """A message's place in a conversation of which the part that ends with it cannot be rendered."""
+        around = self._around(sample, index, len(sample.messages))
+        if around is None:
+            return None
+        front, back = around
+        if not (whole.startswith(front) and whole.endswith(back) and len(front) + len(back) <= len(whole)):
+            return None
+        end = len(whole) - len(back)
+        first = next((token for token in self._tokens(back) if token in self.control_ids), None)
+        if first is not None:  # the mark that ends the turn, if nothing but white space stands before it
+            space, _, _ = back.partition(self.tokenizer.added_tokens_decoder[first].content)
+            end += (
+                0 if space.strip() else len(space) + len(self.tokenizer.added_tokens_decoder[first].content)
+            )
+        before = self._prompt_in(front, sample, sample.messages[index]["role"] == "assistant")
+        return _Span(index, before, whole[:end])
 
     def _written_behind(self, sample: Conversation, answer: int) -> list[int]:
         """The tokens that the template itself writes behind a text in the place of an answer."""
-        return self._tokens((self._around(sample, answer) or ("", ""))[1])
+        return self._tokens((self._around(sample, answer, answer + 1) or ("", ""))[1])
 
-    def _around(self, sample: Conversation, index: int) -> tuple[str, str] | None:
-        """What stands before and behind a message's text, in the conversation that ends with it; None if the
-        template does not print such a text."""
+    def _around(self, sample: Conversation, index: int, count: int) -> tuple[str, str] | None:
+        """What stands before and behind a message's text, in the first ``count`` messages; None if the template
+        does not print such a text."""
         probe = {"role": sample.messages[index]["role"], "content": PROBE}
-        asked = dataclasses.replace(sample, messages=[*sample.messages[:index], probe])
+        messages = [*sample.messages[:index], probe, *sample.messages[index + 1 : count]]
         try:
-            front, found, back = self._render(asked, index + 1, False, "").rpartition(PROBE)
+            rendered = self._render(dataclasses.replace(sample, messages=messages), count, False, "")
         except DataError:
             return None
+        front, found, back = rendered.rpartition(PROBE)
         return (front, back) if found else None
 
     def _render(self, sample: Conversation, count: int, generation_prompt: bool, origin: str) -> str:

@@ -31,9 +31,20 @@ def forms(sample: Conversation) -> Iterator[Conversation]:
                 yield dataclasses.replace(sample, messages=messages)
 
 
-def not_printed(message: Message, text: str) -> str | None:
+def with_objects(sample: Conversation) -> Conversation | None:
+    """The conversation with objects in place of texts of objects; None if it has no such texts."""
+    messages = [_with_calls(message, _as_object, True) for message in sample.messages]
+    given = [_with_calls(message, _as_it_is, True) for message in sample.messages]
+    return None if _same(messages, given) else dataclasses.replace(sample, messages=messages)
+
+
+def not_printed(message: Message, text: str, text_of_objects: str | None = None) -> str | None:
     """What is wrong with ``text``, where the template should have printed the calls of ``message``; None if
-    nothing is."""
+    nothing is.
+
+    Args:
+        text_of_objects: what it prints where arguments are objects and not their texts; None if it cannot.
+    """
     for call in message.get("tool_calls") or ():
         function = _function(call)
         name, arguments = function.get("name"), function.get("arguments")
@@ -44,6 +55,12 @@ def not_printed(message: Message, text: str) -> str | None:
         ):
             return f"quotes the arguments of {name!r} as a text, and they are not the text of an object"
         said = _as_object(arguments)
+        if isinstance(arguments, str) and said is not arguments and text_of_objects is not None:
+            written = [json.dumps(said, ensure_ascii=ascii) for ascii in (False, True)]
+            written += [json.dumps(said, ensure_ascii=False, separators=(",", ":")), str(said)]
+            written += [json.dumps(said, ensure_ascii=False, indent=spaces) for spaces in (2, 4)]
+            if not any(form in text_of_objects for form in written):
+                return f"has its own way to write the arguments of {name!r}, as an object"
         names = list(said) if isinstance(said, Mapping) else []
         plain = (key for key in names if key.isascii() and key.isidentifier())  # others may be escaped
         lost = next((key for key in plain if key not in text), None)

@@ -7,6 +7,7 @@ to it. Rows are the awkward ones that people have, read from files as they have 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -676,3 +677,100 @@ def test_a_source_that_cannot_be_read_is_not_taken_for_the_cache(tmp_path):
     (tmp_path / "a.jsonl" / "b.jsonl").symlink_to("b.jsonl")  # to itself
     with pytest.raises(DataError, match=r"data.train: .*b.jsonl"):
         prepared(tmp_path / "a.jsonl", tokenizer_of(CHATML))
+
+
+# -- published templates -------------------------------------------------------------------------------------
+
+MARKS = (
+    "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>", "<｜User｜>",
+    "<｜Assistant｜>", "<｜end▁of▁sentence｜>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>",
+    "<|call|>", "<start_of_turn>", "<end_of_turn>", "<|turn>", "<turn|>", "<|tool_response>", "<|user|>",
+    "<|assistant|>", "<|system|>", "<|observation|>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>",
+    "<|eot|>", "<|eom|>", "<end_of_utterance>",
+)  # fmt: skip
+
+
+def published() -> list[Path]:
+    """TRL's copies of the chat templates of published models."""
+    import trl
+
+    return sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+
+
+@functools.cache
+def as_published(file: Path) -> Any:
+    tokenizer = byte_level(file.read_text(encoding="utf-8"), special=MARKS)
+    tokenizer.add_tokens(["<think>", "</think>", *TOOL_TOKENS])
+    return tokenizer
+
+
+def accepted(file: Path, row: dict[str, Any]) -> bool:
+    """Whether the template renders a conversation, and all of its texts and calls."""
+    tokenizer = as_published(file)
+    try:
+        for tools in (
+            row.get("tools"),
+            None,
+        ):  # last without the list of tools, whose names are not the calls'
+            text = tokenizer.apply_chat_template(row["messages"], tools=tools, tokenize=False)
+    except Exception:
+        return False
+    said = [word for message in row["messages"] for word in (message["content"] or "").split()]
+    said += [c["function"]["name"] for message in row["messages"] for c in message.get("tool_calls", ())]
+    return all(word in text for word in said)
+
+
+def described(row: dict[str, Any]) -> dict[str, Any]:
+    """With the descriptions that some templates insist on."""
+    tools = [{**t, "function": {**t["function"], "description": "of it"}} for t in row.get("tools", ())]
+    return {**row, "tools": tools} if tools else row
+
+
+PUBLISHED_ROWS = {
+    "two turns": {"messages": TWO_TURNS},
+    "system": {"messages": [SYSTEM, *TWO_TURNS]},
+    "assistant first": {"messages": [ANSWER, *TWO_TURNS]},
+    "a call and its answer": described(CALLED[0]),
+    "text and a call": described(CALLED[1]),
+}
+
+
+@pytest.mark.parametrize(("name", "enough"), zip(PUBLISHED_ROWS, (60, 50, 30, 20, 20), strict=True))
+def test_published_templates(name, enough):
+    """Each answer is learned from where it departs from the prompt that the model will have through the token that
+    ends it, in the rendering that the tokenizer's own template gives for the conversation up to it."""
+    row = PUBLISHED_ROWS[name]
+    messages, tools = row["messages"], row.get("tools")
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    tried = 0
+    for file in filter(lambda file: accepted(file, row), published()):
+        tokenizer = as_published(file)
+
+        def ids_of(part: Any, prompt: bool = False, tokenizer: Any = tokenizer) -> list[int]:
+            return tokenizer.apply_chat_template(part, tools=tools, add_generation_prompt=prompt)["input_ids"]
+
+        found = Encoder(tokenizer)(Conversation(messages, tools), "x")
+        labels = [
+            [token if flag else IGNORED for token, flag in zip(sample.ids, sample.learned, strict=True)]
+            for sample in found
+        ]
+        learned = [stretch for sample in labels for stretch in stretches(tokenizer, sample)]
+        whole = len(found) == 1
+        if whole:
+            assert found[0].ids[: len(ids_of(messages))] == ids_of(messages), file.name
+        assert len(learned) == len(answers) or found[0].remarks, file.name
+        for index, text in zip(answers[-len(learned) :], learned, strict=True):
+            answer = messages[index]
+            assert (answer["content"] or "").strip() in text, (file.name, text)
+            for said in answer.get("tool_calls", ()):
+                assert said["function"]["name"] in text, (file.name, text)
+            assert "Be brief" not in text and "system" not in text, (file.name, text)
+            if index:
+                prompt, through = ids_of(messages[:index], prompt=True), ids_of(messages[: index + 1])
+                begin = next(
+                    i for i, (a, b) in enumerate(zip(prompt + [-1], through + [-2], strict=False)) if a != b
+                )
+                rest = tokenizer.decode(through[begin:]).rstrip()
+                assert text.startswith(rest) or rest.startswith(text), (file.name, text, rest)
+        tried += 1
+    assert tried >= enough, tried
