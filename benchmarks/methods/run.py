@@ -1,0 +1,157 @@
+"""One run of the study: train, judge along the way, print one JSON line.
+
+python benchmarks/methods/run.py '{"task": "stdlib", "method": "full", "rate": 1e-4, "steps": 100, ...}' --model DIR [--data DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+
+import methods  # noqa: E402
+import tasks  # noqa: E402
+
+WARMUP = 0.05  # of the steps
+EVALUATIONS = 4  # evenly along the run, the last at its end; one more before it
+
+
+def rate_at(step: int, steps: int, rate: float) -> float:
+    """Linear warm-up over the first twentieth, then linear decay to 0."""
+    warmup = max(int(steps * WARMUP), 1)
+    return rate * min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
+
+
+def load(spec: dict[str, Any], folder: Path, data: Path | None) -> tuple[nn.Module, tasks.Task, int]:
+    """The model in bf16, the tokenized task, the id to pad with."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    task = tasks.load_task(spec["task"], tokenizer, spec["max_length"], data)
+    torch.manual_seed(spec["seed"])  # of a new head
+    if task.kind == "classes":
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=task.num_labels, dtype=torch.float32
+        )
+        model.config.pad_token_id = pad
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.config.use_cache = False
+    return model.to(torch.bfloat16).train(), task, pad
+
+
+def flops_of_steps(method: methods.Method, batches: Iterator[dict[str, Tensor]], count: int) -> float:
+    """Mean FLOPs of matrix products in one step, over ``count`` steps."""
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(count):
+            method.step(next(batches), 0.0)
+    return counter.get_total_flops() / count
+
+
+def run(spec: dict[str, Any], folder: Path, data: Path | None) -> dict[str, Any]:
+    """Train as ``spec`` says.
+
+    Returns:
+        ``spec`` with ``curve`` (step, CPU seconds of training so far, held-out loss), ``final``, ``best``, ``tokens``,
+        ``cpu_s``, ``peak_gib`` above what the process held before the method was built, ``bytes_moved``, and where it ran.
+    """
+    model, task, pad = load(spec, folder, data)
+    batches = tasks.batches(task.train, spec["batch_size"], pad, spec["seed"])
+    before = tasks.judge(model, task, pad)
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    method = methods.build(spec["method"], model, spec["seed"], spec.get("settings", {}))
+    curve = [{"step": 0, "cpu_s": 0.0, **before}]
+    steps, tokens, cpu_s, losses = spec["steps"], 0, 0.0, []
+    marks = {math.ceil(steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
+    for step in range(steps):
+        batch = next(batches)
+        tokens += int(batch["attention_mask"].sum())
+        started = time.process_time()
+        losses.append(method.step(batch, rate_at(step, steps, spec["rate"])))
+        cpu_s += time.process_time() - started
+        if not math.isfinite(losses[-1]):
+            break
+        if step + 1 in marks:
+            curve.append({"step": step + 1, "cpu_s": round(cpu_s, 2), **tasks.judge(method.model, task, pad)})
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = {
+        **spec, "curve": curve, "final": curve[-1]["loss"], "best": min(point["loss"] for point in curve),
+        "diverged": not math.isfinite(losses[-1]), "tokens": tokens, "cpu_s": round(cpu_s, 2),
+        "peak_gib": round((peak - held) / 2**20, 3), "bytes_moved": method.bytes_moved,
+        "where": {"machine": platform.processor() or platform.machine(), "torch": torch.__version__,
+                  "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")},
+    }  # fmt: skip
+    method.close()
+    return result
+
+
+def seconds(
+    specs: list[dict[str, Any]], folder: Path, data: Path | None, rounds: int
+) -> list[dict[str, Any]]:
+    """CPU seconds and FLOPs of a step of each spec's method: all in this process, in turn, medians of ``rounds``.
+
+    A round of a method that trains layer groups is a whole cycle, so that every group counts once.
+    """
+    made = []
+    for spec in specs:
+        model, task, pad = load(spec, folder, data)
+        batches = tasks.batches(task.train, spec["batch_size"], pad, 0)
+        method = methods.build(spec["method"], model, 0, spec.get("settings", {}))
+        engine = getattr(method, "engine", None)
+        cycle = len(engine.groups) if engine is not None else 8
+        made.append((spec, method, batches, cycle, []))
+    for number in range(rounds + 1):
+        for _, method, batches, cycle, times in made:
+            rows = [next(batches) for _ in range(cycle)]
+            started = time.process_time()
+            for batch in rows:
+                method.step(batch, 0.0)
+            if number:  # the first is warm-up
+                times.append((time.process_time() - started) / cycle)
+    return [
+        {
+            **{key: spec[key] for key in ("task", "method", "name", "settings")},
+            "seconds": sorted(times)[len(times) // 2],
+            "flops": flops_of_steps(method, batches, cycle),
+        }
+        for spec, method, batches, cycle, times in made
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("spec", help="a run as JSON, or a list of runs with --seconds")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--seconds", type=int, metavar="ROUNDS", help="time steps instead, interleaved")
+    args = parser.parse_args()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    torch.set_num_threads(1)
+    spec = json.loads(args.spec)
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print is not the answer
+    result = (
+        seconds(spec, args.model, args.data, args.seconds)
+        if args.seconds
+        else run(spec, args.model, args.data)
+    )
+    print(json.dumps(result), file=answers, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""The study: which runs of the plan are missing, their step times, and the tables and pictures made from their lines.
+
+    python benchmarks/methods/study.py seconds --models DIR [--data DIR]   # on a quiet machine
+    python benchmarks/methods/study.py run     --models DIR [--data DIR] [--only TASK/METHOD] [--limit N] [--jobs J]
+    python benchmarks/methods/study.py table
+
+``--models`` is a folder with a Hugging Face folder for each model that the plan names (``smollm2``: what `make demo` fetches).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+LINES, SECONDS = HERE / "lines.jsonl", HERE / "seconds.json"
+RESULTS = HERE.parent / "results"
+KEY = ("task", "name", "rate", "seed", "budget_s")
+
+
+def read_lines(path: Path = LINES) -> list[dict[str, Any]]:
+    """The runs that are done; a line that a kill cut short is none."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    done = []
+    for line in lines:
+        try:
+            done.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return done
+
+
+def key_of(spec: dict[str, Any]) -> tuple:
+    """What makes two runs the same run."""
+    return tuple(spec[k] for k in KEY)
+
+
+def specs_of(plan: dict[str, Any], task: str, name: str, seed: int) -> list[dict[str, Any]]:
+    """One method on one task, a run for each of its rates; without the number of steps."""
+    entry = plan["methods"][name]
+    common = {
+        "task": task, "name": name, "method": entry["method"], "settings": entry.get("settings", {}), "seed": seed,
+        "batch_size": plan["batch_size"], "max_length": plan["max_length"], "budget_s": plan["tasks"][task]["budget_s"],
+    }  # fmt: skip
+    return [{**common, "rate": float(rate)} for rate in entry["rates"]]
+
+
+def missing(
+    plan: dict[str, Any], seconds: dict[str, float], done: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What is still to be run: all rates with the first seed, then the best rate with the others."""
+    have = {key_of(line) for line in done}
+    wanted = []
+    for task in plan["tasks"]:
+        for name in plan["methods"]:
+            if f"{task}/{name}" not in seconds:
+                continue
+            first = specs_of(plan, task, name, plan["seeds"][0])
+            wanted += first
+            if (best := best_rate(done, first)) is not None:
+                wanted += [
+                    {**spec, "seed": s} for s in plan["seeds"][1:] for spec in first if spec["rate"] == best
+                ]
+    for spec in wanted:
+        spec["steps"] = max(int(spec["budget_s"] / seconds[f"{spec['task']}/{spec['name']}"]), 1)
+    return [spec for spec in wanted if key_of(spec) not in have]
+
+
+def best_rate(done: list[dict[str, Any]], specs: list[dict[str, Any]]) -> float | None:
+    """The rate with the lowest final held-out loss, once all of them have been run."""
+    finals = {key_of(line): line["final"] for line in done}
+    if not all(key_of(spec) in finals for spec in specs):
+        return None
+    return min(specs, key=lambda spec: finals[key_of(spec)])["rate"]
+
+
+def run_missing(args: argparse.Namespace, plan: dict[str, Any]) -> None:
+    """Run them, ``--jobs`` at a time, each line added as soon as it is there; a run that fails is said and passed over."""
+    if not SECONDS.is_file():
+        raise SystemExit(f"no {SECONDS.name}: run `study.py seconds` first, on a quiet machine")
+    seconds = {f"{s['task']}/{s['name']}": s["seconds"] for s in json.loads(SECONDS.read_text())}
+    failed: set[tuple] = set()
+    left = args.limit
+    while left > 0:
+        todo = [
+            s for s in missing(plan, seconds, read_lines()) if key_of(s) not in failed and _chosen(args, s)
+        ]
+        if not todo:
+            return
+        wave = todo[: min(args.jobs, left)]
+        left -= len(wave)
+        with ThreadPoolExecutor(len(wave)) as pool:
+            for spec, line in zip(wave, pool.map(lambda s: _start(s, args, plan), wave), strict=True):
+                if line is None:
+                    failed.add(key_of(spec))
+                    continue
+                with open(LINES, "a") as file:
+                    file.write(line + "\n")
+
+
+def _chosen(args: argparse.Namespace, spec: dict[str, Any]) -> bool:
+    return args.only is None or args.only in f"{spec['task']}/{spec['name']}"
+
+
+def _command(args: argparse.Namespace, plan: dict[str, Any], task: str, what: Any, *more: str) -> list[str]:
+    folder = Path(args.models) / plan["tasks"][task]["model"]
+    data = ["--data", args.data] if args.data else []
+    return [sys.executable, str(HERE / "run.py"), json.dumps(what), "--model", str(folder), *data, *more]
+
+
+def _start(spec: dict[str, Any], args: argparse.Namespace, plan: dict[str, Any]) -> str | None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    job = subprocess.run(_command(args, plan, spec["task"], spec), capture_output=True, text=True, env=env)
+    label = f"{spec['task']}/{spec['name']} rate {spec['rate']:g} seed {spec['seed']}"
+    if job.returncode:
+        print(f"{label}: failed: {(job.stderr.strip().splitlines() or ['no message'])[-1]}", flush=True)
+        return None
+    line = job.stdout.strip().splitlines()[-1]
+    print(f"{label}: {json.loads(line)['final']:.4f} after {spec['steps']} steps", flush=True)
+    return line
+
+
+def measure_seconds(args: argparse.Namespace, plan: dict[str, Any]) -> None:
+    """Time a step of every method of every task, interleaved in one process a task."""
+    found = []
+    for task in plan["tasks"]:
+        specs = [specs_of(plan, task, name, 0)[0] for name in plan["methods"]]
+        specs = [spec for spec in specs if _chosen(args, spec)]
+        if specs:
+            command = _command(args, plan, task, specs, "--seconds", str(args.rounds))
+            job = subprocess.run(
+                command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
+            if job.returncode:
+                raise SystemExit(job.returncode)
+            found += json.loads(job.stdout.strip().splitlines()[-1])
+    old = json.loads(SECONDS.read_text()) if SECONDS.is_file() else []
+    new = {(s["task"], s["name"]) for s in found}
+    kept = [s for s in old if (s["task"], s["name"]) not in new]
+    SECONDS.write_text(json.dumps(kept + found, indent=1) + "\n")
+
+
+def rows_of(done: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
+    """One row a method on ``task``: its best rate's held-out loss (mean and range over seeds), steps and peak."""
+    rows = []
+    for name in dict.fromkeys(line["name"] for line in done if line["task"] == task):
+        lines = [line for line in done if (line["task"], line["name"]) == (task, name)]
+        first = min(
+            (line for line in lines if line["seed"] == 0), key=lambda line: line["final"], default=None
+        )
+        if first is None:
+            continue
+        same = [line for line in lines if line["rate"] == first["rate"]]
+        finals = [line["final"] for line in same]
+        rows.append({
+            "name": name, "rate": first["rate"], "steps": first["steps"], "seeds": len(same), "tokens": first["tokens"],
+            "loss": statistics.fmean(finals), "low": min(finals), "high": max(finals), "start": first["curve"][0]["loss"],
+            "accuracy": first["curve"][-1].get("accuracy"), "peak_gib": max(line["peak_gib"] for line in same),
+            "tried": {line["rate"]: line["final"] for line in lines if line["seed"] == 0},
+        })  # fmt: skip
+    return sorted(rows, key=lambda row: row["loss"])
+
+
+def table(done: list[dict[str, Any]], seconds: list[dict[str, Any]]) -> str:
+    """The page, in Markdown."""
+    cost = {(s["task"], s["name"]): s for s in seconds}
+    out = ["# Methods compared at equal CPU time", "",
+           "Made by `python benchmarks/methods/study.py table` from `benchmarks/methods/lines.jsonl`; how: "
+           "`benchmarks/methods/README.md`. Lower held-out loss is better."]  # fmt: skip
+    for task in dict.fromkeys(line["task"] for line in done):
+        rows = rows_of(done, task)
+        some = next(line for line in done if line["task"] == task)
+        where = some["where"]
+        out += ["", f"## {task}: {some['budget_s']} CPU-seconds, {some['batch_size']} rows a step, from a loss of "
+                f"{rows[0]['start']:.4f}", "",
+                f"One thread, torch {where['torch']}, {where['machine']}, {where['date']}.", "",
+                "| method | held-out loss | range over seeds | rate | steps | s a step | TFLOP a step | peak GiB | all rates (seed 0) |",
+                "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        for row in rows:
+            step = cost.get((task, row["name"]), {})
+            tried = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in sorted(row["tried"].items()))
+            spread = (
+                f"{row['low']:.4f} to {row['high']:.4f} ({row['seeds']})" if row["seeds"] > 1 else "one seed"
+            )
+            out.append(
+                f"| {row['name']} | {row['loss']:.4f} | {spread} | {row['rate']:g} | {row['steps']} | "
+                f"{step.get('seconds', float('nan')):.3f} | {step.get('flops', float('nan')) / 1e12:.3f} | "
+                f"{row['peak_gib']:.2f} | {tried} |"
+            )
+    return "\n".join(out) + "\n"
+
+
+def draw(done: list[dict[str, Any]], seconds: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """A picture a task: held-out loss against the CPU-seconds of its steps, each method at its best rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cost = {(s["task"], s["name"]): s["seconds"] for s in seconds}
+    made = []
+    for task in dict.fromkeys(line["task"] for line in done):
+        figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+        for row in rows_of(done, task):
+            line = next(
+                x
+                for x in done
+                if (x["task"], x["name"], x["rate"], x["seed"]) == (task, row["name"], row["rate"], 0)
+            )
+            x = [point["step"] * cost[task, row["name"]] for point in line["curve"]]
+            style = "-" if row["name"].startswith("hift") else "--"
+            axes.plot(
+                x, [point["loss"] for point in line["curve"]], style, marker="o", ms=3, label=row["name"]
+            )
+        axes.set(
+            xlabel="CPU-seconds of training",
+            ylabel="held-out loss",
+            title=f"{task}: each method at its best rate",
+        )
+        axes.legend(fontsize=8, ncols=2)
+        made.append(folder / f"methods_{task}.png")
+        figure.savefig(made[-1], dpi=110)
+        pyplot.close(figure)
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("seconds", "run", "table"))
+    parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml")
+    parser.add_argument("--models", default="demo")
+    parser.add_argument("--data")
+    parser.add_argument("--only", metavar="TASK/METHOD", help="only runs whose task/method contains this")
+    parser.add_argument("--limit", type=int, default=10**6, help="stop after so many runs")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--rounds", type=int, default=5, help="of `seconds`: cycles timed a method")
+    args = parser.parse_args()
+    plan = yaml.safe_load(args.plan.read_text())
+    if args.what == "seconds":
+        measure_seconds(args, plan)
+    elif args.what == "run":
+        run_missing(args, plan)
+    else:
+        done, seconds = read_lines(), json.loads(SECONDS.read_text())
+        (RESULTS / "methods.md").write_text(table(done, seconds))
+        draw(done, seconds, RESULTS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
