@@ -88,21 +88,8 @@ class ActivationSavings:
 def lowest_blocks(model: nn.Module, arch: ArchSpec, groups: dict[int, Sequence[str]]) -> dict[int, int]:
     """For each group the lowest block that its gradients pass: 0 for the first block or anything below it, the number
     of blocks for the head alone. A tied weight counts where it is used lowest."""
-    owners = arch.owners()
-    names: dict[int, list[str]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(param), []).append(name)
-
-    def unit_of(name: str) -> int:
-        parts = name.split(".")
-        prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-        return next((owners[prefix] for prefix in prefixes if prefix in owners), arch.num_units - 1)
-
-    weights = dict(model.named_parameters())
-    return {
-        index: max(min(unit_of(alias) for name in members for alias in names[id(weights[name])]) - 1, 0)
-        for index, members in groups.items()
-    }
+    unit_of = arch.unit_of(model)
+    return {index: max(min(unit_of[name] for name in names) - 1, 0) for index, names in groups.items()}
 
 
 def build_offload(model: nn.Module, recomputes: bool) -> Any:

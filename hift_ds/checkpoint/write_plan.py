@@ -13,15 +13,11 @@ from torch import Tensor, nn
 
 from hift_ds.checkpoint.files import TensorSpec
 from hift_ds.checkpoint.state_files import StoredTensor, read_chunk, states_of_chunk
+from hift_ds.layers.arch import whole_shape
 from hift_ds.optim.group_optimizer import ALWAYS, GroupOptimizer
 from hift_ds.optim.parameters import GroupShard
 
 WEIGHTS, STATES = "weights", "states"  # the two files of tensors
-
-
-def shape_of(tensor: Tensor) -> tuple[int, ...]:
-    """Of the whole tensor, where only a part of it is here (ZeRO-3)."""
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -65,7 +61,7 @@ class Snapshot:
             for chunk in group.chunks:
                 self._stored[chunk.id] = states_of_chunk(optimizer, group, chunk)
         self.specs = {
-            WEIGHTS: [TensorSpec(n, t.dtype, shape_of(t)) for n, t in ordered.items() if writes_weights],
+            WEIGHTS: [TensorSpec(n, t.dtype, whole_shape(t)) for n, t in ordered.items() if writes_weights],
             STATES: [
                 item.spec for group in self.groups for chunk in group.chunks for item in self._stored[chunk.id]
             ],

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hift_ds.errors import ConfigError
+from hift_ds.ranks import free_port, rank_and_world_size
 from hift_ds.train.processes import RankProcesses
-from hift_ds.train.ranks import free_port, rank_and_world_size
 from hift_ds.train.run_config import load_run_config
 
 WORKER = "hift_ds.train.worker"

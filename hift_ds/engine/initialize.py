@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import inspect
 import os
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,13 +17,13 @@ from hift_ds.config import BLOCK, check_against_deepspeed, parse_block, refuse_a
 from hift_ds.engine.deepspeed_seam import config_dict, engine_class, initialize_becomes, nothing_compiled
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.errors import ConfigError
+from hift_ds.ranks import free_port, launch_variables
 
 # (processes, this one's number) as MPI and SLURM's srun tell them.
 _OTHER_LAUNCHERS = {
     "mpirun": (("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "PMI_RANK")),
     "srun": (("SLURM_STEP_NUM_TASKS",), ("SLURM_PROCID",)),
 }
-_LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def initialize(
@@ -78,7 +77,7 @@ def _building(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> Iterat
             'initialize: a PipelineModule (pipeline engine) is not supported with a "hift" block'
         )
     mpu = arguments.get("mpu")
-    # DeepSpeed's: calls those ranks model-parallel.
+    # mpu may be DeepSpeed's Ulysses module, whose sequence ranks answer to model-parallel names.
     shares_sequences = hasattr(mpu, "initialize_sequence_parallel")
     if (
         mpu is not None
@@ -103,12 +102,9 @@ def as_single_process() -> Iterator[None]:
     if "RANK" in os.environ or in_job or _launched_otherwise():
         yield
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    before = {name: os.environ.get(name) for name in _LAUNCH_VARIABLES}
-    values = ("0", "0", "1", "127.0.0.1", str(port))
-    os.environ.update(zip(_LAUNCH_VARIABLES, values, strict=True))
+    variables = launch_variables(rank=0, world_size=1, port=free_port())
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:

@@ -31,9 +31,10 @@ from hift_ds.checkpoint.state_files import (
     restore_extras,
     restore_states,
 )
-from hift_ds.checkpoint.write_plan import saved_tensors, shape_of
-from hift_ds.engine.rank_agreement import gather, on_all_ranks
+from hift_ds.checkpoint.write_plan import saved_tensors
 from hift_ds.errors import CheckpointError
+from hift_ds.layers.arch import whole_shape
+from hift_ds.ranks import gather, on_all_ranks
 from hift_ds.schedule import Cursor
 
 logger = logging.getLogger(__name__)
@@ -82,12 +83,12 @@ class Loading:
         saved = SavedCheckpoint(folder)
         with_states = load_optimizer_states and not load_module_only
         check_same_model(
-            saved, {n: shape_of(t) for n, t in saved_tensors(self.module).items()}, load_module_strict
+            saved, {n: whole_shape(t) for n, t in saved_tensors(self.module).items()}, load_module_strict
         )
         if with_states:
             check_same_optimizer(saved, class_name(self.optimizer.optimizer))
         updated = {name for name, entry in saved.parameters.items() if entry["updates"]}
-        on_all_ranks(lambda: check_reachable(self.optimizer, saved.states, updated, folder))
+        on_all_ranks(lambda: check_reachable(self.optimizer, saved.states, updated, folder), CheckpointError)
         client_state = saved.client_state()
         self.optimizer.drop_gradients()
         self._load_weights(saved, custom_load_fn)
@@ -137,7 +138,7 @@ class Loading:
             manifests.verify_files(folder, manifest, names)
 
         try:
-            on_all_ranks(check)
+            on_all_ranks(check, CheckpointError)
         except manifests.DamagedCheckpoint as error:
             return str(error)
         return None

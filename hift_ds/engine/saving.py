@@ -22,10 +22,11 @@ from hift_ds.checkpoint.json_state import encode, split_encodable
 from hift_ds.checkpoint.random_state import random_state
 from hift_ds.checkpoint.shared_folder import VISIBLE_AFTER_S, Staging
 from hift_ds.checkpoint.state_files import class_name, extras_by_group, options_of, scalars_by_parameter
-from hift_ds.checkpoint.write_plan import Snapshot, saved_tensors, shape_of
+from hift_ds.checkpoint.write_plan import Snapshot, saved_tensors
 from hift_ds.checkpoint.writer import CheckpointWriter
-from hift_ds.engine.rank_agreement import gather, on_all_ranks
 from hift_ds.errors import CheckpointError
+from hift_ds.layers.arch import whole_shape
+from hift_ds.ranks import gather, on_all_ranks
 from hift_ds.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -101,8 +102,10 @@ class Saving:
         background, self._background = self._background, None
         started = time.perf_counter()
         try:
-            on_all_ranks(background.finish_files)  # a rank that has died is noticed here, and not waited for
-            self.last_checkpoint = on_all_ranks(background.finish)
+            on_all_ranks(
+                background.finish_files, CheckpointError
+            )  # a rank that has died is noticed here, and not waited for
+            self.last_checkpoint = on_all_ranks(background.finish, CheckpointError)
         except CheckpointError as error:
             self._report_failure(error)
             return False
@@ -145,15 +148,15 @@ class Saving:
                 logger.info("saved %s (%.2f GiB by this rank)", staging.final, writer.num_bytes / 2**30)
 
         try:
-            writer = on_all_ranks(lambda: self._open_writer(staging, client_state, exclude))
+            writer = on_all_ranks(lambda: self._open_writer(staging, client_state, exclude), CheckpointError)
             if self.hift.checkpoint.asynchronous:
                 collective = self.zero_optimization_partition_weights()
                 self._background = BackgroundSave(
                     writer, functools.partial(publish, SLOWEST_RANK_S), collective
                 )
                 return
-            on_all_ranks(writer.write_all)
-            on_all_ranks(lambda: publish(VISIBLE_AFTER_S))
+            on_all_ranks(writer.write_all, CheckpointError)
+            on_all_ranks(lambda: publish(VISIBLE_AFTER_S), CheckpointError)
             self.last_checkpoint = staging.final
         except CheckpointError:
             if staging.leads:
@@ -180,9 +183,9 @@ class Saving:
                         )
                     staging.create()
 
-        on_all_ranks(create)
+        on_all_ranks(create, CheckpointError)
         try:
-            staging.join(gather(on_all_ranks(staging.find_leader)))
+            staging.join(gather(on_all_ranks(staging.find_leader, CheckpointError)))
         except CheckpointError:
             if may_lead:
                 staging.discard()
@@ -227,7 +230,7 @@ class Saving:
             "precision": optimizer.precision.name,
             "tensors": {
                 name: {
-                    "shape": list(shape_of(tensor)),
+                    "shape": list(whole_shape(tensor)),
                     "dtype": str(tensor.dtype).removeprefix("torch."),
                     "trained": name in coverage,
                     "updates": coverage.get(name, 0),

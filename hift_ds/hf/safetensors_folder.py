@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from hift_ds.errors import CheckpointError
 from hift_ds.hf.weight_names import plan_load
+from hift_ds.layers.arch import whole_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -161,7 +162,7 @@ def stream_weights(
                 f"do not make {unit.first_name!r} ({error})"
             ) from error
         for name, tensor in converted.items():
-            expected = tuple(getattr(tensors[name], "ds_shape", tensors[name].shape))
+            expected = whole_shape(tensors[name])
             if tuple(tensor.shape) != expected:
                 raise CheckpointError(
                     f"{headers[unit.sources[0]].file}: tensor {unit.sources[0]!r} gives {name!r} the shape "

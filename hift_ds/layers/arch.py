@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 
-from torch import nn
+from torch import Tensor, nn
 
 from hift_ds.errors import GroupingError
 from hift_ds.layers.forward_order import Use, forward_uses
@@ -53,6 +53,21 @@ class ArchSpec:
             found.update(dict.fromkeys(names, unit))
         return found | dict.fromkeys(self.head, self.num_units - 1)
 
+    def unit_of(self, model: nn.Module) -> dict[str, int]:
+        """Each parameter name of ``model.named_parameters()`` with its unit. A tied parameter belongs to the lowest
+        unit that uses it; what no name of this spec covers belongs to the head."""
+        owners = self.owners()
+
+        def owner(name: str) -> int:
+            parts = name.split(".")
+            prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+            return next((owners[prefix] for prefix in prefixes if prefix in owners), self.num_units - 1)
+
+        lowest: dict[nn.Parameter, int] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            lowest[parameter] = min(owner(name), lowest.get(parameter, self.num_units))
+        return {name: lowest[parameter] for name, parameter in model.named_parameters()}
+
 
 def find_arch(model: nn.Module) -> ArchSpec:
     """Finds embeddings, blocks and head of ``model`` by its structure.
@@ -63,7 +78,7 @@ def find_arch(model: nn.Module) -> ArchSpec:
     return _assemble(list(_walk(model, "", stacks, []))) if stacks else _without_stacks(model)
 
 
-def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """The shape of the whole tensor, also where ZeRO-3 keeps shards (and notes the shape as ``ds_shape``)."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
@@ -97,7 +112,7 @@ class _Stack:
 
 
 def _numel(module: nn.Module) -> int:
-    return sum(prod(full_shape(parameter)) for parameter in module.parameters())
+    return sum(prod(whole_shape(parameter)) for parameter in module.parameters())
 
 
 def _has_parameters(module: nn.Module) -> bool:

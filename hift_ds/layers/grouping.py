@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from hift_ds.errors import GroupingError
-from hift_ds.layers.arch import ArchSpec, check_arch, find_arch, full_shape
+from hift_ds.layers.arch import ArchSpec, check_arch, find_arch, whole_shape
 from hift_ds.schedule import GroupSchedule
 
 ALWAYS_INDEX = -1
@@ -143,24 +143,9 @@ def describe(partition: Partition, *, order: str = "bottom2up", seed: int = 0) -
 # Units
 
 
-def _unit_of_each(model: nn.Module, arch: ArchSpec) -> dict[str, int]:
-    """Each parameter name with its unit; a tied parameter belongs to the lowest unit that uses it."""
-    owners = arch.owners()
-
-    def owner(name: str) -> int:
-        parts = name.split(".")
-        prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-        return next((owners[prefix] for prefix in prefixes if prefix in owners), arch.num_units - 1)
-
-    lowest: dict[nn.Parameter, int] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        lowest[parameter] = min(owner(name), lowest.get(parameter, arch.num_units))
-    return {name: lowest[parameter] for name, parameter in model.named_parameters()}
-
-
 def _units(model: nn.Module, arch: ArchSpec, wanted: list[str]) -> list[_Unit]:
     """The units that hold any of the ``wanted`` parameters, bottom to top."""
-    unit_of = _unit_of_each(model, arch)
+    unit_of = arch.unit_of(model)
     members: dict[int, list[str]] = {}
     for name in wanted:
         members.setdefault(unit_of[name], []).append(name)
@@ -237,17 +222,17 @@ def _unique(names: list[str]) -> list[str]:
 
 def _group(index: int, name: str, params: Iterable[str], trainable: Mapping[str, nn.Parameter]) -> LayerGroup:
     params = tuple(params)
-    return LayerGroup(index, name, params, sum(prod(full_shape(trainable[param])) for param in params))
+    return LayerGroup(index, name, params, sum(prod(whole_shape(trainable[param])) for param in params))
 
 
 def _matrices(model: nn.Module, arch: ArchSpec, trainable: Mapping[str, nn.Parameter]) -> frozenset[str]:
-    unit_of = _unit_of_each(model, arch)
+    unit_of = arch.unit_of(model)
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     in_blocks = range(1, arch.num_units - 1)
     return frozenset(
         name
         for name, parameter in trainable.items()
-        if unit_of[name] in in_blocks and len(full_shape(parameter)) == 2 and parameter not in tables
+        if unit_of[name] in in_blocks and len(whole_shape(parameter)) == 2 and parameter not in tables
     )
 
 

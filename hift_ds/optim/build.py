@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hift_ds.errors import ConfigError, unknown_key
+from hift_ds.layers.arch import whole_shape
 from hift_ds.optim.lion import Lion
 from hift_ds.optim.muon import MuonWithAuxAdamW
 
@@ -141,7 +142,7 @@ def _hollow(params: Sequence[torch.nn.Parameter]):
     try:
         for param in params:
             # ZeRO-3 leaves a partitioned weight without its shape.
-            dim = len(getattr(param, "ds_shape", param.shape))
+            dim = len(whole_shape(param))
             param.data = param.data.new_empty((0,) * dim) if dim else param.data
         yield
     finally:

@@ -35,10 +35,10 @@ from hift_ds.hf.safetensors_folder import load_pretrained, tensor_dtypes
 from hift_ds.hf.weight_names import skeleton
 from hift_ds.layers.grouping import partition_model
 from hift_ds.out_of_memory import no_traceback_when_full
+from hift_ds.ranks import gather, on_all_ranks, rank_and_world_size
 from hift_ds.report.groups import record_movement
 from hift_ds.report.plots import plot_run
 from hift_ds.train.preflight import CheckedRun, check_run
-from hift_ds.train.ranks import gather, on_all_ranks, rank_and_world_size
 from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig
 from hift_ds.train.run_folder_lock import RunFolderLock
 from hift_ds.train.settings import hift_block

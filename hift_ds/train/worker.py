@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from hift_ds.errors import ConfigError, HiFTError, OutOfMemory
+from hift_ds.ranks import free_port, launch_variables, rank_and_world_size
 from hift_ds.report.quiet import escape_what_cannot_be_shown, quiet_libraries
 from hift_ds.train.processes import end_with_launcher
-from hift_ds.train.ranks import free_port, rank_and_world_size
 
 PROG = "hift-ds"
 USER_ERROR = 2
@@ -74,9 +74,7 @@ def _join_job(local_rank: int | None) -> None:
     rank."""
     env = os.environ
     if "RANK" not in env:
-        env.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
-        )
+        env.update(launch_variables(rank=0, world_size=1, port=free_port()))
     elif "LOCAL_RANK" not in env and local_rank is not None:
         env["LOCAL_RANK"] = str(local_rank)
 

@@ -23,7 +23,7 @@ import model_zoo
 from hift_ds.cli.export import export_checkpoint
 from hift_ds.errors import CheckpointError
 from hift_ds.layers.grouping import partition_model
-from hift_ds.train.ranks import free_port
+from hift_ds.ranks import free_port
 from tests.helpers.tiny_tokenizers import byte_level
 
 pytestmark = pytest.mark.distributed

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hift_ds.train.ranks import free_port
+from hift_ds.ranks import free_port
 
 TIMEOUT_S = 300
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hift_ds.train.ranks import free_port
+from hift_ds.ranks import free_port
 
 
 @dataclass

@@ -21,10 +21,10 @@ import model_zoo
 from hift_ds.cli import train as command
 from hift_ds.errors import CheckpointError
 from hift_ds.hf.safetensors_folder import tensor_dtypes
+from hift_ds.ranks import free_port
 from hift_ds.report.metrics import read_metrics
 from hift_ds.train import worker
 from hift_ds.train.finetune import finetune
-from hift_ds.train.ranks import free_port
 from hift_ds.train.run_config import load_run_config
 from tests.helpers.tiny_tokenizers import LLAMA_LIKE, byte_level, sentencepiece_folder
 

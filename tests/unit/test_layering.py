@@ -16,6 +16,7 @@ LAYERS = [
     ["hift_ds.errors", "hift_ds.version", "hift_ds.step_report"],
     [
         "hift_ds.out_of_memory",
+        "hift_ds.ranks",
         "hift_ds.collectives",
         "hift_ds.schedule",
         "hift_ds.lr",

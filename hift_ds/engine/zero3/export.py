@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from hift_ds.checkpoint.write_plan import saved_tensors
 from hift_ds.engine.deepspeed_seam import world_rank_and_size
-from hift_ds.engine.rank_agreement import on_all_ranks
 from hift_ds.engine.zero3.shards import is_partitioned, whole_of
+from hift_ds.errors import CheckpointError
 from hift_ds.hf.export import export_model, parse_size
 from hift_ds.hf.weight_names import skeleton
+from hift_ds.ranks import on_all_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +50,7 @@ def export_partitioned(model: PreTrainedModel, out_dir: str | Path, **options: A
             for _ in weights:  # take part in what is left to gather, also when rank 0 could not write
                 pass
 
-    return on_all_ranks(write)
+    return on_all_ranks(write, CheckpointError)
 
 
 @torch.no_grad()

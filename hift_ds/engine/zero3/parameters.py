@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from hift_ds import collectives
 from hift_ds.collectives import Ranks
 from hift_ds.engine.zero3.seam import WeightShards
-from hift_ds.engine.zero3.shards import is_partitioned, whole_shape
+from hift_ds.engine.zero3.shards import is_partitioned
+from hift_ds.layers.arch import whole_shape
 from hift_ds.optim.parameters import GroupShard, Piece, ReplicatedParameters
 
 

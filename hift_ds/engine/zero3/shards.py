@@ -31,10 +31,6 @@ def is_partitioned(param: nn.Parameter) -> bool:
     return hasattr(param, "ds_id")
 
 
-def whole_shape(param: nn.Parameter) -> tuple[int, ...]:
-    return tuple(param.ds_shape) if is_partitioned(param) else tuple(param.shape)
-
-
 def num_shards(param: nn.Parameter) -> int:
     """Ranks over which the weight is cut."""
     return param.ds_zero_partition_world_size
