@@ -109,7 +109,8 @@ class Encoder:
         ids = self._with_end(self._text_ids(sample.prompt + sample.completion))
         # A token with the prompt's last letters and the answer's first in it belongs to the answer.
         begin = 0 if self.train_on_prompt else common_prefix_length(prompt, ids)
-        return Encoded(ids, [index >= begin for index in range(len(ids))])
+        remarks = () if sample.completion else ("an answer is empty",)
+        return Encoded(ids, [index >= begin for index in range(len(ids))], remarks=remarks)
 
     def _text_ids(self, text: str, goes_on: bool = False) -> list[int]:
         """With what the tokenizer puts around it, once: a text rendered in advance may have it already.
@@ -454,6 +455,8 @@ def _remarks(sample: Conversation, whole: str) -> tuple[str, ...]:
             break
     for message in sample.messages:
         if message["role"] == "assistant":
+            if not (message["content"] or message.get("tool_calls") or _further_texts(message)):
+                remarks.append("an answer is empty")
             lost = (key for key, value in _further_texts(message) if not _is_printed(value, whole))
             remarks += [f"the chat template leaves out {key!r} of answers" for key in lost]
         elif not _is_printed(message["content"], whole):

@@ -46,7 +46,8 @@ class DataReport:
     longest_tokens: int
     max_length: int
     remarks: tuple[tuple[str, int], ...] = ()
-    """What the chat template leaves out of rows, and of how many samples."""
+    """What looks like a mistake in rows (an empty answer, tools that the template does not print), and in how
+    many samples."""
 
     def __str__(self) -> str:
         parts = [

@@ -302,7 +302,11 @@ def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype | Non
         ]:
             if part is not None:
                 part.dtype = name
-    if type(model).__module__.startswith("transformers_modules"):
+    if not type(model).__module__.startswith("transformers_modules"):
+        vars(config).pop(
+            "auto_map", None
+        )  # names code that the input brought, that was not used, and is not here
+    else:
         from transformers.dynamic_module_utils import custom_object_save
 
         custom_object_save(model, str(folder), config=config)

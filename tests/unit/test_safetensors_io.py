@@ -427,3 +427,13 @@ def test_distances_by_parameter_whatever_the_files_call_it(family, tmp_path):
     for parameter in model.parameters():
         distance = measured[id(parameter)][0]
         assert distance == pytest.approx(0.5 * norm if parameter is moved else 0.0, rel=1e-5)
+
+
+def test_an_export_names_no_code_that_it_does_not_bring(llama, tmp_path):
+    """auto_map of an input whose class transformers has itself, as Phi-3's."""
+    llama.config.auto_map = {"AutoModelForCausalLM": "modeling_x.X"}
+    try:
+        export_model(llama, tmp_path / "out")
+    finally:
+        del llama.config.auto_map
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
