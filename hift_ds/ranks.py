@@ -11,12 +11,17 @@ import os
 import random
 import socket
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from hift_ds.errors import ConfigError, HiFTError
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
+HOST_TIMEOUT = timedelta(
+    days=30
+)  # who waits for a rank that lives waits rightly; one that hangs has its own watchdog
+_host_groups: dict[str, Any] = {}
 
 
 def rank_and_world_size(env: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -51,14 +56,43 @@ def free_port() -> int:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's picklable ``value``, by rank, on every rank; only this one's where there is no process group."""
+    """Every rank's picklable ``value``, by rank, on every rank; only this one's where there is no process group. It
+    travels through host memory (:func:`host_group`)."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=host_group())
     return values
+
+
+def host_group() -> Any:
+    """A process group of all ranks for what is in host memory: ``None``, the default one, where that is gloo's; else a
+    gloo group beside it, which the first call makes, on every rank alike.
+
+    NCCL would take such values through device memory, on a stream of the training. Its watchdog would kill a rank that
+    waits for long, or leave it waiting for ever for one that has died; gloo raises at once.
+    """
+    import torch.distributed as dist
+
+    if "nccl" not in dist.get_backend():
+        return None
+    world = dist.group.WORLD
+    if _host_groups.get("of") is not world:
+        _host_groups.update(of=world, group=dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
+    return _host_groups["group"]
+
+
+def avoid_broken_links() -> None:
+    """Several consumer GPUs under an old driver cannot talk to each other directly; NCCL is told not to try, as
+    ``accelerate launch`` does, where accelerate would refuse to begin. Before the first collective."""
+    import torch
+    from accelerate import utils
+
+    if torch.cuda.is_available() and not utils.check_cuda_p2p_ib_support():
+        for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+            os.environ.setdefault(name, "1")
 
 
 def on_all_ranks(action: Callable[[], Result], failures_are: type[HiFTError] | None = None) -> Result:

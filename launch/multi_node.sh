@@ -39,5 +39,10 @@ fi
 if [ -z "${SKIP_SSH_CHECK:-}" ]; then
     "$python" "$root/launch/hostfile.py" "$hostfile" --ssh --python "$python" >/dev/null
 fi
+if [ "$launcher" = pdsh ]; then
+    # A shell on every node would evaluate $(...) and backticks in overrides: they travel as one word without such signs.
+    set -- "--encoded=$("$python" -c 'import base64, json, sys
+print(base64.urlsafe_b64encode(json.dumps(sys.argv[1:]).encode()).decode())' "$@")"
+fi
 # --force_multi: also when the hostfile names one node that is not this one.
 exec "${runner[@]}" --force_multi --launcher "$launcher" "$root/launch" "$@"

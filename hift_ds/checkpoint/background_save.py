@@ -99,7 +99,17 @@ class BackgroundSave:
             raise self.failure
 
     def _finish_at_exit(self) -> None:
-        """A program that ends without asking for its last checkpoint gets it, if all ranks end well."""
+        """A program that ends without asking for its last checkpoint gets it, if all ranks end well.
+
+        Not if copying is a collective: a rank that has died, or ends otherwise, would be waited for for ever.
+        """
+        if self._collective and self._remaining:
+            logger.error(
+                "checkpoint %s is not finished: the program ended without wait_for_checkpoint(), which all ranks call "
+                "together", self._writer.staging.final,
+            )  # fmt: skip
+            self._given_up.set()
+            return
         while self._remaining:
             self._copy_next()
         self._thread.join(PATIENCE_AT_EXIT_S)

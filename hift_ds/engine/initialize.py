@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -132,11 +133,19 @@ def _launched_otherwise() -> bool:
     return False
 
 
-def ensure_process_group() -> None:
-    """The process group that an engine would make, for collectives before there is an engine (evaluation, say)."""
+def ensure_process_group(timeout_s: float | None = None) -> None:
+    """The process group that an engine would make, for collectives before there is an engine (evaluation, say).
+
+    Args:
+        timeout_s: of its collectives, unless DEEPSPEED_TIMEOUT says another. DeepSpeed's is 10 minutes, after which NCCL
+            kills a rank without a word while it waits for one that prepares data, exports, or writes a checkpoint.
+    """
+    options = {}
+    if timeout_s is not None and "DEEPSPEED_TIMEOUT" not in os.environ:
+        options["timeout"] = timedelta(seconds=timeout_s)
     with as_single_process(), nothing_compiled():
         get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        deepspeed.init_distributed()
+        deepspeed.init_distributed(**options)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from hift_ds.hf.safetensors_folder import load_pretrained, tensor_dtypes
 from hift_ds.hf.weight_names import skeleton
 from hift_ds.layers.grouping import partition_model
 from hift_ds.out_of_memory import no_traceback_when_full
-from hift_ds.ranks import gather, on_all_ranks, rank_and_world_size
+from hift_ds.ranks import avoid_broken_links, gather, on_all_ranks, rank_and_world_size
 from hift_ds.report.groups import record_movement
 from hift_ds.report.plots import plot_run
 from hift_ds.train.preflight import CheckedRun, check_run
@@ -44,7 +44,7 @@ from hift_ds.train.run_folder_lock import RunFolderLock
 from hift_ds.train.settings import hift_block
 from hift_ds.train.spread_masters import gathered_weights
 from hift_ds.train.trainer import build_trainer, make_arguments, zero_stage
-from hift_ds.train.watchdog import lost_rank_error
+from hift_ds.train.watchdog import collective_timeout_s, lost_rank_error
 from hift_ds.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,8 @@ def finetune(run: RunConfig) -> dict[str, Any]:
     Raises:
         HiFTError: one line for the user, on every rank alike wherever the ranks could agree on it.
     """
-    ensure_process_group()
+    avoid_broken_links()
+    ensure_process_group(collective_timeout_s(run.train.hang_timeout_s))
     checked = on_all_ranks(lambda: _check(run))
     is_first = rank_and_world_size()[0] == 0
     lock = on_all_ranks(lambda: RunFolderLock(run.output_dir) if is_first else None)

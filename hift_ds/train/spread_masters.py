@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hift_ds.checkpoint.saved_checkpoint import SavedCheckpoint
+from hift_ds.ranks import host_group
 from hift_ds.store.base import MASTER
 
 
@@ -24,7 +25,7 @@ def gathered_weights(saved: SavedCheckpoint) -> Iterator[tuple[str, Tensor]]:
     own = saved.states_of(rank)
     for name in saved.weight_names:
         pieces = [None] * world_size if rank == 0 else None
-        dist.gather_object(own.pieces(name, MASTER), pieces)
+        dist.gather_object(own.pieces(name, MASTER), pieces, group=host_group())
         yield name, torch.empty(0) if pieces is None else _assembled(saved.weight(name), sum(pieces, []))
 
 

@@ -285,7 +285,9 @@ def lost_rank_error(error: BaseException, engine: Any) -> TrainingError | None:
     """The one line for an error that says that another rank is gone (its process died, its node went away, it
     hung until the collective's timeout); ``None`` for any other error."""
     text = str(error)
-    lost = isinstance(error, dist.DistError) or any(word in text for word in _LOST_WORDS)
+    lost = isinstance(error, dist.DistNetworkError | dist.DistStoreError) or any(
+        word in text for word in _LOST_WORDS
+    )
     if not isinstance(error, RuntimeError) or not lost:
         return None
     return TrainingError(
@@ -294,13 +296,23 @@ def lost_rank_error(error: BaseException, engine: Any) -> TrainingError | None:
     )
 
 
+# gloo's and the store's; then NCCL's, of which an error of memory or of a call is none.
 _LOST_WORDS = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Timed out waiting",
-    "NCCL",
     "Broken pipe",
+    "ncclRemoteError",
+    "NCCL communicator was aborted",
+    "Watchdog caught collective operation timeout",
+    "Some NCCL operations have failed or timed out",
 )
+
+
+def collective_timeout_s(hang_timeout_s: float) -> float:
+    """For the process group: longer than the :class:`HangWatchdog` waits (0: for ever), which names step, group and
+    checkpoint, where NCCL's own watchdog ends a process without a word of Python."""
+    return 1.25 * hang_timeout_s + 600 if hang_timeout_s else 365 * 86400.0
 
 
 def _any_rank(flag: bool, device: torch.device) -> bool:

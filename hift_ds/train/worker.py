@@ -2,12 +2,16 @@
 
     RUN.yaml [section.key=value ...] [--local_rank N]
 
+launch/multi_node.sh gives all of that as ``--encoded=`` and the base64 of a JSON list, which no shell changes on the way.
+
 The first rank speaks for all. An error of the user's is one line and exit code 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import json
 import logging
 import os
 import sys
@@ -60,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    argv = [word for given in argv for word in _decoded(given)]
     parser = _Parser(prog=PROG, description="Fine-tune as a run file says; started once per rank.")
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, default=None, help="given by some launchers"
@@ -67,6 +72,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("run_file", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_args(argv)
+
+
+def _decoded(word: str) -> list[str]:
+    prefix = "--encoded="
+    if not word.startswith(prefix):
+        return [word]
+    return json.loads(base64.urlsafe_b64decode(word.removeprefix(prefix)))
 
 
 def _join_job(local_rank: int | None) -> None:

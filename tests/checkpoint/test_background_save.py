@@ -131,3 +131,18 @@ def test_a_program_that_just_ends_gets_its_checkpoint(tmp_path):
     call = f"from {__name__} import end_without_asking; end_without_asking({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", call], check=True, timeout=120, env=env)
     assert (tmp_path / "latest").read_text() == "global_step3"
+
+
+def test_a_program_that_ends_starts_no_collective(engine, tmp_path, monkeypatch, caplog):
+    """Copies of partitioned weights are gathers: at the end of a program nobody may be there to take part."""
+    copied = []
+    monkeypatch.setattr(BackgroundSave, "_copy_next", lambda self: copied.append(self))
+    engine.save_checkpoint(tmp_path)
+    background = engine._background
+    background._collective = True
+    background._finish_at_exit()
+    assert not copied and "ended without wait_for_checkpoint()" in caplog.text
+    monkeypatch.undo()
+    engine._background = None
+    background.forget()
+    assert not (tmp_path / "latest").exists()

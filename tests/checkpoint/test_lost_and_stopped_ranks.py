@@ -4,14 +4,22 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from hift_ds import ranks
 from hift_ds.errors import TrainingError
 from hift_ds.train.preemption import StopRequest
-from hift_ds.train.watchdog import HANG_EXIT_CODE, DivergenceGuard, HangWatchdog, lost_rank_error
+from hift_ds.train.watchdog import (
+    HANG_EXIT_CODE,
+    DivergenceGuard,
+    HangWatchdog,
+    collective_timeout_s,
+    lost_rank_error,
+)
 from tests.helpers.engines import ds_config, make_engine, weights_of
 from tests.helpers.toy import Toy, loss_of, make_batches, rows_of_rank
 
@@ -102,6 +110,105 @@ def test_a_rank_that_hangs_ends_all_of_them_with_a_reason(launcher, tmp_path):
         assert line.startswith(f"rank {rank}: nothing has happened for 4 s in step 6 (group layers.0)")
         assert line.endswith(f"last good checkpoint: {tmp_path}/global_step6")
     assert "(hang_on_rank_1)" in job.output(1)  # where it hangs
+
+
+def agree_as_if_on_gpus() -> tuple[list, list, bool]:
+    """With a default group that says it is NCCL's: values in host memory travel over a gloo group, made once."""
+    from datetime import timedelta
+    from unittest import mock
+
+    made, used = [], []
+    new_group, gather = dist.new_group, dist.all_gather_object
+
+    def count_new(*args, **kwargs):
+        made.append(kwargs)
+        return new_group(*args, **kwargs)
+
+    def note_group(values, value, group=None):
+        used.append(group)
+        return gather(values, value, group=group)
+
+    with (
+        mock.patch.object(dist, "get_backend", lambda group=None: "cpu:gloo,cuda:nccl"),
+        mock.patch.object(dist, "new_group", count_new),
+        mock.patch.object(dist, "all_gather_object", note_group),
+    ):
+        values = [ranks.gather(dist.get_rank()), ranks.gather("same")]
+    own_group = all(
+        group is used[0] and group is not None and group is not dist.group.WORLD for group in used
+    )
+    assert [kwargs["backend"] for kwargs in made] == ["gloo"] and made[0]["timeout"] > timedelta(days=1)
+    assert ranks.host_group() is None  # gloo's own
+    return values, made, own_group
+
+
+def test_agreement_about_host_matters_needs_no_gpu(launcher):
+    for values, made, own_group in launcher.run(agree_as_if_on_gpus, 2):
+        assert values == [[0, 1], ["same", "same"]] and len(made) == 1 and own_group
+
+
+def test_a_lost_rank_and_other_errors_of_its_library():
+    engine = SimpleNamespace(
+        global_steps=3,
+        groups=[SimpleNamespace(name="head")],
+        schedule=SimpleNamespace(active=0),
+        last_checkpoint=None,
+    )
+    lost = (
+        dist.DistNetworkError("x"),
+        RuntimeError("[../third_party/gloo/pair.cc:589] Connection closed by peer [127.0.0.1]:1234"),
+        dist.DistBackendError("NCCL communicator was aborted on rank 1."),
+        RuntimeError(
+            "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting"
+        ),
+    )
+    for error in lost:
+        assert "another rank is gone or hangs, noticed in step 3 (group head)" in str(
+            lost_rank_error(error, engine)
+        )
+    others = (
+        dist.DistBackendError(
+            "NCCL error: ncclUnhandledCudaError: Failed to CUDA calloc async 6 bytes; out of memory"
+        ),
+        RuntimeError("Tensors must be CUDA and dense for NCCL"),
+        ValueError("Connection closed by peer"),
+    )
+    assert [lost_rank_error(error, engine) for error in others] == [None] * 3
+
+
+def test_collectives_wait_longer_than_the_watchdog(monkeypatch):
+    import deepspeed
+
+    from hift_ds.engine.initialize import ensure_process_group
+
+    for hang_timeout_s in (1.0, 7200.0, 10**6):
+        assert collective_timeout_s(hang_timeout_s) > hang_timeout_s
+    assert collective_timeout_s(0) > 10**7
+    given = []
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **options: given.append(options))
+    monkeypatch.delenv("DEEPSPEED_TIMEOUT", raising=False)
+    ensure_process_group(collective_timeout_s(7200.0))
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "60")
+    ensure_process_group(collective_timeout_s(7200.0))
+    assert [options.get("timeout") and options["timeout"].total_seconds() for options in given] == [
+        9600.0,
+        None,
+    ]
+
+
+def test_consumer_gpus_that_cannot_talk_to_each_other(monkeypatch):
+    from accelerate import utils
+
+    names = ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(utils, "check_cuda_p2p_ib_support", lambda: True)
+    ranks.avoid_broken_links()
+    assert not any(name in os.environ for name in names)
+    monkeypatch.setattr(utils, "check_cuda_p2p_ib_support", lambda: False)
+    ranks.avoid_broken_links()
+    assert [os.environ.pop(name) for name in names] == ["1", "1"]
 
 
 def die_on_rank_1() -> str:

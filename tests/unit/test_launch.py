@@ -418,6 +418,60 @@ def test_train_command_counts_and_refuses(inputs, tmp_path, monkeypatch):
         worker._parse([])
 
 
+def test_every_rank_gets_the_variables_of_a_launcher(tmp_path, monkeypatch):
+    started: list[Any] = []
+
+    class Ranks:
+        def __init__(self, command, environments, progress_file):
+            started.append((command, environments))
+
+        def wait(self):
+            return None
+
+    monkeypatch.setattr(command, "RankProcesses", Ranks)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    for on_cpu in (False, True):
+        assert command._launch(["3", "5"], 1234, ["run.yaml"], on_cpu=on_cpu, output_dir=tmp_path) == 0
+        words, environments = started.pop()
+        assert words[-3:] == ["-m", "hift_ds.train.worker", "run.yaml"]
+        for rank, env in enumerate(environments):
+            assert (env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"], env["LOCAL_WORLD_SIZE"]) == (
+                str(rank), str(rank), "2", "2",
+            )  # fmt: skip
+            assert env["OMP_NUM_THREADS"] == "6" and env["MASTER_PORT"] == "1234"
+            assert on_cpu or env["CUDA_VISIBLE_DEVICES"] == "3,5"
+
+
+def test_no_shell_on_the_way_evaluates_an_override(tmp_path):
+    """DeepSpeed gives its words to pdsh as they are; pdsh gives them to a shell on every node."""
+    (tmp_path / "bin").mkdir()
+    pdsh = tmp_path / "bin" / "pdsh"
+    pdsh.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {tmp_path}/words\n')
+    pdsh.chmod(0o755)
+    ssh = tmp_path / "bin" / "ssh"  # DeepSpeed asks the first host for its name
+    ssh.write_text("#!/bin/sh\necho 127.0.0.1\n")
+    ssh.chmod(0o755)
+    (tmp_path / "hostfile").write_text("node1 slots=2\nnode2 slots=2\n")
+    overrides = [f"train.run=$(touch {tmp_path}/executed)", "data.columns={a: b}", "x=`id`;'\"", "*"]
+    env = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "SKIP_SSH_CHECK": "1",
+    }
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "multi_node.sh"), str(tmp_path / "hostfile"), "run.yaml", *overrides],
+        env=env, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    words = (tmp_path / "words").read_text().splitlines()
+    encoded = [word for word in words if word.startswith("--encoded=")]
+    assert len(encoded) == 1 and not any("touch" in word or "`" in word for word in words)
+    args = worker._parse(["--local_rank=1", *encoded])
+    assert (args.run_file, args.overrides, args.local_rank) == ("run.yaml", overrides, 1)
+
+
 def test_worker_takes_local_rank_wherever_the_launcher_puts_it():
     for argv in (
         ["--local_rank=1", "run.yaml", "train.seed=2"],
@@ -447,6 +501,14 @@ def test_multi_node_checks_the_hostfile_first(tmp_path, lines, message):
 
 
 def test_scripts_parse_and_the_example_is_a_hostfile(tmp_path):
+    slurm = (ROOT / "launch" / "slurm.sbatch").read_text()
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+    ):  # the last: ranks that share host memory
+        assert f" {name}=$SLURM_" in slurm.replace("'", " ")
     for script in ("single_node.sh", "multi_node.sh", "slurm.sbatch"):
         subprocess.run(["bash", "-n", ROOT / "launch" / script], check=True)
         assert os.access(ROOT / "launch" / script, os.X_OK)
