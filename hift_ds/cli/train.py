@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hift_ds.errors import ConfigError
-from hift_ds.ranks import free_port, rank_and_world_size
+from hift_ds.ranks import free_port, launch_variables, rank_and_world_size
 from hift_ds.train.processes import RankProcesses
 from hift_ds.train.run_config import load_run_config
 
@@ -77,11 +77,8 @@ def _launch(
     env.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // len(devices), 1)))
     if not on_cpu:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    env |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(len(devices)), "LOCAL_WORLD_SIZE": str(len(devices)),
-    }  # fmt: skip
-    environments = [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(len(devices))]
+    env["LOCAL_WORLD_SIZE"] = str(len(devices))
+    environments = [{**env, **launch_variables(rank, len(devices), port)} for rank in range(len(devices))]
     command = [sys.executable, "-u", "-m", WORKER, *arguments]
     with tempfile.TemporaryDirectory(prefix="hift-ds-") as folder:
         ranks = RankProcesses(command, environments, Path(folder) / "progress")
