@@ -19,6 +19,7 @@ _LAZY = {
     "HiFTMixin": "hift_ds.integrations.transformers",
     "LayerGroup": "hift_ds.layers.grouping",
     "partition_model": "hift_ds.layers.grouping",
+    "deepspeed_config": "hift_ds.shipped",
     "HiFTError": "hift_ds.errors",
     "ConfigError": "hift_ds.errors",
 }

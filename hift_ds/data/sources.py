@@ -21,12 +21,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hift_ds.data.formats import check_format, detect_format, present, rename
 from hift_ds.errors import ConfigError, DataError, unknown_key
+from hift_ds.shipped import BUNDLED, find
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,7 +49,7 @@ class Source:
 
     Attributes:
         key: of the run file, for messages.
-        path: a local file or folder, or ``hub:owner/name``.
+        path: a local file or folder (that of ``bundled:NAME`` is in the package), or ``hub:owner/name``.
         split: of a folder or Hub data set.
         subset: of a Hub data set (its "config").
         format: a name of ``formats.FORMATS``; None: found from the columns.
@@ -91,6 +92,8 @@ def parse_sources(value: Any, key: str, **defaults: Any) -> list[Source]:
         if not isinstance(given, known[name]):
             raise ConfigError(f"{key}.{name}: expected {known[name].__name__.lower()}, got {given!r}")
     source = Source(key=key, **(defaults | dict(entry)))
+    if source.path.startswith(BUNDLED):
+        source = replace(source, path=str(find(source.path, "data")))
     check_format(source.format)
     return [source]
 

@@ -23,6 +23,7 @@ from pydantic import (
 
 from hift_ds.data.config import DataConfig
 from hift_ds.errors import ConfigError
+from hift_ds.shipped import file_or_shipped
 from hift_ds.train.run_file import apply_overrides, explain, read_yaml
 
 RUN_FILE_COPY = "run.yaml"  # in the run folder: every key, defaults included
@@ -227,13 +228,13 @@ def load_run_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (
     """Read and check a run file.
 
     Args:
-        path: of the YAML file.
+        path: of the YAML file, or the name of one that comes with the package: ``llama3_8b``.
         overrides: ``section.key=value`` texts; values are YAML: ``data.train=[a.jsonl, b.jsonl]``.
 
     Raises:
         ConfigError: one line with file or override, key, what was given and what is expected.
     """
-    file = Path(path).expanduser()
+    file = file_or_shipped(path, "preset")
     content = read_yaml(file)
     overridden = apply_overrides(content, overrides)
     try:

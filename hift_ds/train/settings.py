@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hift_ds.config import BLOCK, HiFTConfig, check_against_deepspeed, parse_block, read_json_file
 from hift_ds.errors import ConfigError
 from hift_ds.hf.model_folder import Dtype
+from hift_ds.shipped import file_or_shipped
 from hift_ds.train.run_config import RunConfig
 
 DEFAULT_MAX_LENGTH = 2048
@@ -41,11 +41,10 @@ def read_deepspeed(run: RunConfig) -> dict[str, Any]:
         return {}
     if isinstance(run.deepspeed, Mapping):
         return deepcopy(dict(run.deepspeed))
-    given = Path(run.deepspeed).expanduser()
-    beside = run.file.parent / given if run.file is not None else given
-    file = next((candidate for candidate in (given, beside) if candidate.is_file()), None)
-    if file is None:
-        raise ConfigError(f"deepspeed: no such file: {run.deepspeed!r}, neither here nor beside the run file")
+    try:
+        file = file_or_shipped(run.deepspeed, "deepspeed", *([run.file.parent] if run.file else []))
+    except ConfigError as error:
+        raise ConfigError(f"deepspeed: {error}") from None
     content = read_json_file(file)
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected an object, got {type(content).__name__}")
