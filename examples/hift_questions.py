@@ -25,7 +25,10 @@ TABLES = {
     ("ds_configs/README.md", "DeepSpeed configs"): "What is the DeepSpeed config `{}` of hift_ds?",
     ("docs/concepts.md", "Words"): "In hift_ds, what does the word `{}` mean?",
     ("docs/data.md", "Formats"): "What does a row of training data in the format `{}` look like for hift_ds?",
-    ("docs/states.md", "Optimizer states off the accelerator"): 'What does `{}` in the "state" part of the "hift" block do?',
+    (
+        "docs/states.md",
+        "Optimizer states off the accelerator",
+    ): 'What does `{}` in the "state" part of the "hift" block do?',
     ("docs/metrics.md", None): "What is `{}` in a run folder of hift_ds?",
 }
 
@@ -60,7 +63,9 @@ def _answer(columns: list[str], cells: list[str]) -> str:
     parts = []
     for column, cell in zip(columns[1:], cells[1:], strict=True):
         if cell:
-            parts.append(f"{column.capitalize()}: {_sentence(cell)}" if column not in ("", "what") else _sentence(cell))
+            parts.append(
+                f"{column.capitalize()}: {_sentence(cell)}" if column not in ("", "what") else _sentence(cell)
+            )
     return " ".join(reversed(parts) if columns[1] == "default" else parts)
 
 

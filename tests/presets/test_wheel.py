@@ -16,7 +16,7 @@ from hift_ds import deepspeed_config, shipped
 from hift_ds.data.prepare import prepare_data
 from hift_ds.data.sources import parse_sources
 from hift_ds.errors import ConfigError
-from hift_ds.train.ranks import free_port
+from hift_ds.ranks import free_port
 from hift_ds.train.run_config import load_run_config
 from hift_ds.train.settings import read_deepspeed
 from tests.helpers.tiny_tokenizers import byte_level
@@ -88,7 +88,12 @@ def test_an_installed_wheel_runs_every_command_from_an_empty_folder(wheel, tiny_
     home.mkdir()
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
     subprocess.run([*pip, str(wheel)], check=True, timeout=300)
-    env = {**os.environ, "PYTHONPATH": str(site), "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(site),
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
     hift_ds = [sys.executable, str(site / "bin" / "hift-ds")]
     model = f"model.path={tiny_model}"
 
@@ -102,9 +107,26 @@ def test_an_installed_wheel_runs_every_command_from_an_empty_folder(wheel, tiny_
     run(*hift_ds, "train", "smollm2_135m", model, *steps, "train.max_steps=6")
     run_folder = home / "runs" / "smollm2_135m"
     assert (run_folder / "model" / "model.safetensors").is_file() and (run_folder / "loss.png").is_file()
-    launched = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
+    launched = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     more = ["train.max_steps=8", "train.output_dir=runs/two", "deepspeed=bf16_host"]
-    run(*launched, "--module", "hift_ds.launch", "llama3_8b", model, "data.train=bundled:hift_questions", *steps, *more)
+    run(
+        *launched,
+        "--module",
+        "hift_ds.launch",
+        "llama3_8b",
+        model,
+        "data.train=bundled:hift_questions",
+        *steps,
+        *more,
+    )
     assert (home / "runs" / "two" / "model" / "model.safetensors").is_file()
     assert "learned" in run(*hift_ds, "preview", "smollm2_135m", model)
     assert "layers.31" in run(*hift_ds, "groups", "llama2_7b")
