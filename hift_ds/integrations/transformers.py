@@ -24,7 +24,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from hift_ds.config import BLOCK
 from hift_ds.engine.deepspeed_seam import nothing_compiled
 from hift_ds.engine.engine import HiFTEngine
-from hift_ds.engine.initialize import as_single_process, ensure_process_group, hift_engines
+from hift_ds.engine.initialize import ensure_process_group, hift_engines
+from hift_ds.engine.single_process import as_single_process
 from hift_ds.engine.zero3.export import export_partitioned
 from hift_ds.engine.zero3.shards import is_partitioned
 from hift_ds.errors import ConfigError, OutOfMemory

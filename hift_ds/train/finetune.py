@@ -26,7 +26,8 @@ from hift_ds.checkpoint.trainer_folder import find_checkpoints
 from hift_ds.data.packing import packed_samples_are_isolated
 from hift_ds.data.prepare import PreparedData, prepare_data
 from hift_ds.data.tokenizers import load_tokenizer
-from hift_ds.engine.initialize import as_single_process, ensure_process_group
+from hift_ds.engine.initialize import ensure_process_group
+from hift_ds.engine.single_process import as_single_process
 from hift_ds.engine.zero3.load import load_partitioned
 from hift_ds.errors import CheckpointError, ConfigError
 from hift_ds.hf.export import check_files_can_be_written, export_model

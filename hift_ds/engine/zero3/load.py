@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hift_ds.collectives import shard_bounds
 from hift_ds.engine.deepspeed_seam import broadcast_from_first_rank, world_rank_and_size
-from hift_ds.engine.initialize import as_single_process, ensure_process_group
+from hift_ds.engine.initialize import ensure_process_group
+from hift_ds.engine.single_process import as_single_process
 from hift_ds.engine.zero3.exact_values import ExactValues, remember_exact_values
 from hift_ds.engine.zero3.shards import (
     accelerator_device,

@@ -36,6 +36,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
+from hift_ds.engine.single_process import as_single_process
 from hift_ds.engine.zero3.shards import shard_of, weight_file_of, whole_of
 from hift_ds.engine.zero3.weight_file import WeightFile
 
@@ -93,7 +94,8 @@ class _Coordinator(PartitionedParameterCoordinator):
             yield entry.param
 
     def reset_step(self) -> None:
-        super().reset_step()
+        with as_single_process():  # it compares traces over the ranks, and reads LOCAL_RANK for that
+            super().reset_step()
         self.had_trace = self.had_trace or self.is_complete_trace()
 
     def _PartitionedParameterCoordinator__all_gather_params(self, params: Any, forward: bool) -> None:  # noqa: N802

@@ -1,0 +1,277 @@
+"""Whichever way ``train()`` ends, its caller finds everything as before; and another trainer goes on with the model."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import accelerate
+import deepspeed
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import hift_ds
+import model_zoo
+from hift_ds import HiFTTrainer
+from hift_ds.engine.single_process import as_single_process
+from hift_ds.errors import ConfigError, HiFTError
+from tests.helpers.trainer import AUTO, arguments, ragged_dataset
+from tests.numerics.test_engine_life import hooks_of
+
+LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def surroundings(model: nn.Module) -> dict[str, Any]:
+    gc.collect()
+    return {
+        "flags": {name: param.requires_grad for name, param in model.named_parameters()},
+        "gradients": [name for name, param in model.named_parameters() if param.grad is not None],
+        "hooks": hooks_of(model),
+        "environment": dict(os.environ),
+        "names": (deepspeed.initialize, deepspeed.DeepSpeedEngine, nn.functional.linear, nn.Linear.forward),
+        "default dtype": torch.get_default_dtype(),
+        "threads": {thread.name for thread in threading.enumerate() if not thread.name.startswith("pt_")},
+        "config": AcceleratorState().deepspeed_plugin.deepspeed_config.get("hift"),
+        "operators": vars(deepspeed.ops).get("__compatible_ops__"),
+    }
+
+
+class Interrupt(TrainerCallback):
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3 and self.error is not None:
+            raise self.error
+
+
+def interrupt_inside(model: nn.Module, where: str) -> Any:
+    """Ctrl-C in the fourth step."""
+    calls = []
+
+    def stop(module, args, output):
+        calls.append(0)
+        if len(calls) == 4:
+            if where == "forward":
+                raise KeyboardInterrupt
+            output.register_hook(lambda grad: (_ for _ in ()).throw(KeyboardInterrupt()))
+
+    return (model.lm_head if where == "backward" else model.model.norm).register_forward_hook(stop)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("way", ["return", "error", "Ctrl-C", "forward", "backward", "no engine"])
+def test_as_before(tmp_path, way, stage):
+    model = model_zoo.tiny.build("llama")
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    error = {"error": RuntimeError("mine"), "Ctrl-C": KeyboardInterrupt()}.get(way)
+    ds = {**AUTO, "zero_optimization": {"stage": stage}, "hift": {"state": {"io": "auto"}}}
+    if way == "no engine":
+        ds["hift"] = {"groups": [["nothing"]]}
+    trainer = HiFTTrainer(
+        model,
+        arguments(tmp_path, ds, max_steps=7, neftune_noise_alpha=1.0 if way == "Ctrl-C" else None),
+        train_dataset=ragged_dataset(12),
+        callbacks=[Interrupt(error)],
+    )
+    handle = interrupt_inside(model, way) if way in ("forward", "backward") else None
+    before = surroundings(model)
+    try:
+        trainer.train()
+        ended = None
+    except BaseException as raised:
+        ended = raised
+    expected = {"return": type(None), "error": RuntimeError, "no engine": HiFTError}
+    assert isinstance(ended, expected.get(way, KeyboardInterrupt)), repr(ended)
+    del ended
+    after = surroundings(model)
+    if stage == 3 and way != "no engine":  # the weights stay in shards, which hooks gather for evaluation
+        after["hooks"] = before["hooks"]
+        assert trainer.evaluate(ragged_dataset(3))["eval_loss"] > 0
+        trainer.engine.destroy()
+        after["hooks"] = hooks_of(model)
+    for what, value in before.items():
+        assert after[what] == value, what
+    if way == "no engine":
+        return
+    optimizer = trainer.engine.optimizer
+    assert not optimizer.store._host and not optimizer.always_store._memory
+    with pytest.raises(HiFTError, match="training has ended"):
+        trainer.engine.step()
+    if handle is not None:
+        handle.remove()
+    if stage == 0:
+        assert trainer.evaluate(ragged_dataset(3))["eval_loss"] > 0
+
+
+def test_a_second_trainer_of_ours_or_a_plain_one_trains_every_weight(tmp_path):
+    model = model_zoo.tiny.build("llama")
+    data = ragged_dataset(12)
+    HiFTTrainer(model, arguments(tmp_path, max_steps=3), train_dataset=data).train()
+    second = HiFTTrainer(model, arguments(tmp_path, max_steps=5), train_dataset=data)
+    second.train()
+    assert len(second.engine.groups) == 5 and set(second.engine.coverage().values()) == {1}
+    for plain_args in ({}, {"deepspeed": {k: v for k, v in AUTO.items() if k != "hift"}}):
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED")  # transformers leaves it behind
+        args = TrainingArguments(
+            str(tmp_path), max_steps=2, use_cpu=True, report_to=[], save_strategy="no", **plain_args
+        )
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with as_single_process():
+            Trainer(model, args, train_dataset=data).train()
+        assert all(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+
+
+def test_libraries_unwrap_the_engine_while_it_trains(tmp_path):
+    class Asks(HiFTTrainer):
+        def training_step(self, model, *args, **kwargs):
+            assert self.accelerator.unwrap_model(model) is accelerate.utils.extract_model_from_parallel(model)
+            assert self.accelerator.unwrap_model(model) is self.model
+            assert isinstance(model, deepspeed.DeepSpeedEngine) and issubclass(
+                type(model), deepspeed.DeepSpeedEngine
+            )
+            assert deepspeed.DeepSpeedEngine is deepspeed.runtime.engine.DeepSpeedEngine
+            return super().training_step(model, *args, **kwargs)
+
+    Asks(
+        model_zoo.tiny.build("llama"), arguments(tmp_path, max_steps=1), train_dataset=ragged_dataset(4)
+    ).train()
+
+
+SHELLS = [
+    {"SLURM_PROCID": "0"},
+    {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"},  # a batch script: srun was not called
+    {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "0"},  # srun --pty bash
+    {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+    {"PMI_RANK": "0", "PMI_SIZE": "1"},
+]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_script_that_nobody_launched_is_one_rank_in_any_shell(monkeypatch, shell):
+    for name in LAUNCH:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in shell.items():
+        monkeypatch.setenv(name, value)
+    with as_single_process():
+        assert [os.environ[name] for name in LAUNCH[:4]] == ["0", "0", "1", "127.0.0.1"]
+    assert not set(LAUNCH) & set(os.environ)
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+        {"SLURM_PROCID": "3"},
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"},
+    ],
+)
+def test_one_of_several_processes_is_not_taken_for_the_only_one(monkeypatch, shell):
+    for name, value in shell.items():
+        monkeypatch.setenv(name, value)
+    for name in LAUNCH:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="RANK, LOCAL_RANK, WORLD_SIZE"), as_single_process():
+        pass
+
+
+UNLAUNCHED = """
+import json, os, sys
+import torch
+import hift_ds, trl
+from pathlib import Path
+from tests.helpers.engines import ds_config, make_engine, train_step
+from tests.helpers.parity import ONE_GROUP
+from tests.helpers.toy import Toy, make_batches
+from tests.parity.test_trl import TRAINERS, folder_of, rows, tokenizer
+from transformers import AutoModelForCausalLM
+
+names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+folder = Path(sys.argv[1])
+class HiFTDPOTrainer(hift_ds.HiFTMixin, trl.DPOTrainer): pass
+model = AutoModelForCausalLM.from_pretrained(folder_of("dpo", folder / "model"), dtype="float32")
+args = trl.DPOConfig(str(folder), deepspeed={"zero_optimization": {"stage": 0}, "hift": {}}, max_steps=2, use_cpu=True,
+                     bf16=False, report_to=[], save_strategy="no", per_device_train_batch_size=2)
+trainer = HiFTDPOTrainer(model=model, args=args, train_dataset=rows("dpo"), processing_class=tokenizer())
+assert type(trainer.ref_model).__name__ == "DeepSpeedEngine", type(trainer.ref_model)
+assert not names & set(os.environ)
+trainer.train()
+assert not names & set(os.environ)
+engine = make_engine(Toy(), ds_config())  # and a loop of one's own
+train_step(engine, make_batches(1))
+engine.destroy()
+assert not names & set(os.environ)
+print("done", trainer.state.global_step)
+"""
+
+
+def test_a_trainer_with_a_reference_model_in_a_script_that_nobody_launched(tmp_path):
+    """Nothing is compiled, nobody asks for mpi4py; the config leaves out what the arguments say."""
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCH and k != "ACCELERATE_USE_DEEPSPEED"}
+    extensions = tmp_path / "extensions"
+    done = subprocess.run(
+        [sys.executable, "-c", UNLAUNCHED, str(tmp_path)],
+        env={**env, "SLURM_PROCID": "0", "TORCH_EXTENSIONS_DIR": str(extensions)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.strip().endswith("done 2"), done.stderr[-3000:]
+    assert not extensions.exists() or not list(extensions.rglob("*.so"))
+
+
+def test_every_auto_that_is_left_is_named():
+    config = {
+        "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto",
+        "zero_optimization": {"stage": 0, "reduce_bucket_size": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
+        "hift": {"state": {"io": "auto"}},
+    }  # fmt: skip
+    named = '"train_micro_batch_size_per_gpu", "gradient_clipping", "zero_optimization.reduce_bucket_size", '
+    with pytest.raises(ConfigError, match=named + '"optimizer.params.lr", "optimizer.params.betas"$'):
+        hift_ds.initialize(model=nn.Linear(2, 2), config=config)
+
+
+def test_a_callback_that_freezes_a_block_is_heard(tmp_path):
+    class Freeze(TrainerCallback):
+        kept: Any = None
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 5:
+                for param in model.model.layers[1].parameters():
+                    param.requires_grad = False
+                self.kept = [param.clone() for param in model.model.layers[1].parameters()]
+
+    model, freeze = model_zoo.tiny.build("llama"), Freeze()
+    trainer = HiFTTrainer(
+        model, arguments(tmp_path, max_steps=15, gradient_accumulation_steps=2), train_dataset=ragged_dataset(12),
+        callbacks=[freeze],
+    )  # fmt: skip
+    trainer.train()
+    assert all(map(torch.equal, freeze.kept, model.model.layers[1].parameters()))
+    assert {trainer.engine.coverage()[f"model.layers.{i}.mlp.up_proj.weight"] for i in (0, 2)} == {3}
+    assert not model.model.layers[1].mlp.up_proj.weight.requires_grad
+
+
+def test_what_the_log_and_its_readers_get(tmp_path, caplog):
+    caplog.set_level("INFO", logger="hift_ds")
+    trainer = HiFTTrainer(
+        model_zoo.tiny.build("llama"), arguments(tmp_path, max_steps=4, logging_steps=2),
+        train_dataset=ragged_dataset(12),
+    )  # fmt: skip
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry in logged:
+        assert entry["step_time_s"] > 0 and entry["peak_memory_gib"] > 0 and entry["stalled_s"] >= 0
+    assert [entry["group"] for entry in logged] == [1, 3]
+    assert "one cycle over the 5 layer groups takes 5 steps and the run has 4" in caplog.text
+    assert "27 of 30 trainable parameters updated in 4 steps" in caplog.text or "NEVER UPDATED" in caplog.text
+    json.dumps(trainer.state.log_history)
