@@ -16,9 +16,9 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     train: Any
-    """A file (JSON lines, JSON, CSV, TSV, parquet, arrow), a folder of these, ``hub:owner/name``, an object
-    with ``path`` and ``split``, ``subset``, ``format``, ``columns``, ``max_samples``, or a list of any of
-    these."""
+    """A file (JSON lines, JSON, CSV, TSV, parquet, arrow, txt, md), a folder of these, ``hub:owner/name``,
+    LLaMA-Factory's dataset_info.json, an object with ``path`` and ``split``, ``subset``, ``format``, ``columns``,
+    ``max_samples``, ``weight``, ``documents``, ``name``, or a list of any of these."""
     eval: Any = None
     """Held-out data, written like ``train``."""
     val_size: float = Field(0.0, ge=0)
@@ -60,7 +60,8 @@ class DataConfig(BaseModel):
         if self.val_size and self.eval is not None:
             raise ValueError("val_size and eval both given; remove one")
         self.train_sources()  # raises on what is not a source
-        self.eval_sources()
+        if any(source.weight is not None for source in self.eval_sources()):
+            raise ValueError("eval: weight has no meaning there; every row is evaluated once")
         return self
 
     def train_sources(self) -> list[Source]:

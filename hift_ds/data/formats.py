@@ -126,11 +126,42 @@ def detect_format(columns: set[str], origin: str) -> str:
     for format, (required, _) in FORMATS.items():
         if columns.issuperset(required):
             return format
+    if {"chosen", "rejected"} <= columns:
+        raise DataError(
+            f"{origin}: chosen and rejected are preference data, which a run file does not train on; see "
+            "docs/trainer.md for DPO"
+        )
     expected = "; ".join(f"{name} ({', '.join(required)})" for name, (required, _) in FORMATS.items())
     raise DataError(
         f"{origin}: no known format has the columns {', '.join(sorted(columns)) or 'none'}; "
         f"expected {expected}; rename with data.columns"
     )
+
+
+# Question and answer as data sets name them, with what stands beside the question in some.
+_PAIRS = (
+    ("instruction", "response"), ("question", "answer"), ("query", "response"), ("query", "answer"),
+    ("problem", "solution"), ("input", "output"), ("inputs", "targets"), ("prompt", "response"),
+    ("prompt", "answer"), ("question", "response"), ("user", "assistant"), ("human", "assistant"),
+)  # fmt: skip
+_BESIDE = ("context", "input")
+
+
+def guess_columns(row: Row) -> dict[str, str]:
+    """Our names -> the names in the data, where no format has a row's columns but one pair of them reads like
+    question and answer; empty if there is no such pair, or more than one."""
+    names = {name.lower(): name for name, value in present(row).items() if isinstance(value, str)}
+    if {"chosen", "rejected"} <= set(names) or any(names.keys() >= set(r) for r, _ in FORMATS.values()):
+        return {}
+    if any(name in row for name in ("messages", "conversations", "chosen", "rejected")):
+        return {}
+    pairs = [pair for pair in _PAIRS if set(pair) <= set(names)]
+    if len(pairs) != 1:
+        return {}
+    [(question, answer)] = pairs
+    guess = {"instruction": names[question], "output": names[answer]}
+    beside = next((name for name in _BESIDE if name in names and name != question), None)
+    return guess | ({"input": names[beside]} if beside is not None else {})
 
 
 def rename(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:

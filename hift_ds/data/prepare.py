@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hift_ds.data import packing
@@ -18,7 +18,7 @@ from hift_ds.data.chat_templates import set_chat_template
 from hift_ds.data.config import DataConfig
 from hift_ds.data.encoding import Encoded, Encoder
 from hift_ds.data.formats import to_sample
-from hift_ds.data.sources import cache_in_use, code_stamp, load_rows
+from hift_ds.data.sources import cache_in_use, code_stamp, guessed, load_mixture, load_rows, mix
 from hift_ds.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ class DataReport:
     """What looks like a mistake in rows (an empty answer, tools that the template does not print), and in how
     many samples."""
 
+    notes: tuple[str, ...] = ()
+    """What was guessed of the sources."""
+
     def __str__(self) -> str:
         parts = [
             f"{self.name}: {self.num_samples:,} samples of {self.num_rows:,} rows",
@@ -65,6 +68,7 @@ class DataReport:
             )
         if self.num_dropped:
             parts.append(f"{self.num_dropped:,} dropped: nothing to learn within {self.max_length:,} tokens")
+        parts += self.notes
         parts += [f"in {count:,} samples {remark}" for remark, count in self.remarks]
         return "; ".join(parts)
 
@@ -96,10 +100,15 @@ def prepare_data(
         ConfigError: no such chat template.
     """
     template = set_chat_template(tokenizer, config.template)
-    train_rows = load_rows(config.train_sources())
+    sources = config.train_sources()
+    weights = [source.weight for source in sources]
+    weighted = any(weight is not None for weight in weights)
+    train_rows = load_mixture(sources) if weighted else load_rows(sources)
     eval_rows = load_rows(config.eval_sources()) if config.eval is not None else None
     if config.val_size:
         train_rows, eval_rows = _hold_out(train_rows, config.val_size, config.seed)
+    if weighted:  # after the split: no held-out row is trained on
+        train_rows = mix(train_rows, [1.0 if weight is None else weight for weight in weights], config.seed)
     tokenize = Tokenize(
         Encoder(tokenizer, config.train_on_prompt, config.mask_history),
         max_length,
@@ -109,7 +118,7 @@ def prepare_data(
     evaluated = None
     with cache_in_use():
         train, train_report = _prepare_one("train", train_rows, tokenize, config, vocab_size)
-        reports = [train_report]
+        reports = [replace(train_report, notes=tuple(filter(None, map(guessed, sources))))]
         if eval_rows is not None:
             evaluated, report = _prepare_one("eval", eval_rows, tokenize, config, vocab_size)
             reports.append(report)

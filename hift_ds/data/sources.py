@@ -1,31 +1,32 @@
 """Training data as users have it -> rows of one shape, each knowing where it came from.
 
 Every row becomes ``{"row": its columns as JSON, "format": ..., "origin": "train.jsonl, line 3"}``, so that
-sources of any kind can be mixed, split and shuffled before they are tokenised. JSON and CSV files are read
-here, line by line: the readers of ``datasets`` turn texts that look like dates or numbers into dates or
-numbers, and do not say which line is broken. Parquet and arrow files are read by pyarrow, without a copy in
-the cache; saved datasets and the Hub by ``datasets``.
-
-A table has one set of fields for all rows: where rows differ (the arguments of different functions), Arrow
-fills what a row does not have with null. Those nulls are taken out again; a null that a line of JSON says
-itself stays.
+sources of any kind can be mixed, split and shuffled before they are tokenised. How files are read stands in
+``files``; saved datasets and the Hub go through ``datasets``.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from hift_ds.data.formats import check_format, detect_format, present, rename
+from hift_ds.data import llama_factory
+from hift_ds.data.files import (
+    COLUMN_FORMATS,
+    DOCUMENT_FORMATS,
+    LINE_FORMATS,
+    Documents,
+    rows_of_file,
+    without_filling,
+)
+from hift_ds.data.formats import check_format, detect_format, guess_columns, present, rename
 from hift_ds.errors import ConfigError, DataError, unknown_key
 from hift_ds.shipped import BUNDLED, find
 
@@ -33,9 +34,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 HUB = "hub:"
-_LINE_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-_COLUMN_FORMATS = (".parquet", ".arrow")
-_ROWS_AT_ONCE = 1000
+_NOT_DATA = re.compile(r"(readme|license|licence|changelog|requirements|notice)\b", re.IGNORECASE)
 _SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
@@ -55,6 +54,11 @@ class Source:
         format: a name of ``formats.FORMATS``; None: found from the columns.
         columns: our column name -> the name in the data.
         max_samples: rows to take from the beginning; None: all.
+        weight: how often its rows are trained on, relative to the other sources' weights and numbers of rows;
+            None: 1 if another source has one.
+        documents: what is one text in a file of plain text: ``file``, ``paragraph`` or ``line``.
+        name: of a data set in LLaMA-Factory's dataset_info.json.
+        tags: how that file says that messages are spelled.
     """
 
     key: str
@@ -64,6 +68,10 @@ class Source:
     format: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     max_samples: int | None = None
+    weight: float | None = None
+    documents: Documents = "file"
+    name: str | None = None
+    tags: llama_factory.Tags | None = None
 
 
 def parse_sources(value: Any, key: str, **defaults: Any) -> list[Source]:
@@ -85,12 +93,17 @@ def parse_sources(value: Any, key: str, **defaults: Any) -> list[Source]:
     entry = {"path": value} if isinstance(value, str) else value
     if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str) or not entry["path"]:
         raise ConfigError(f"{key}: expected a path, an object with a path, or a list of these, got {value!r}")
-    known = {"path": str, "split": str, "subset": str, "format": str, "columns": Mapping, "max_samples": int}
     for name, given in entry.items():
-        if name not in known:
-            raise unknown_key(str(name), known, key)
-        if not isinstance(given, known[name]):
-            raise ConfigError(f"{key}.{name}: expected {known[name].__name__.lower()}, got {given!r}")
+        if name not in _KEYS:
+            raise unknown_key(str(name), _KEYS, key)
+        kind, expected = _KEYS[name]
+        if not isinstance(given, kind) or isinstance(given, bool):
+            raise ConfigError(f"{key}.{name}: expected {expected}, got {given!r}")
+    if entry.get("documents", "file") not in get_args(Documents):
+        expected = ", ".join(get_args(Documents))
+        raise ConfigError(f"{key}.documents: expected one of {expected}, got {entry['documents']!r}")
+    if entry.get("weight", 1) <= 0:
+        raise ConfigError(f"{key}.weight: expected a number above 0, got {entry['weight']!r}")
     source = Source(key=key, **(defaults | dict(entry)))
     if source.path.startswith(BUNDLED):
         source = replace(source, path=str(find(source.path, "data")))
@@ -98,14 +111,43 @@ def parse_sources(value: Any, key: str, **defaults: Any) -> list[Source]:
     return [source]
 
 
+_KEYS: dict[str, tuple[Any, str]] = {
+    "path": (str, "str"),
+    "split": (str, "str"),
+    "subset": (str, "str"),
+    "format": (str, "str"),
+    "columns": (Mapping, "mapping"),
+    "max_samples": (int, "int"),
+    "weight": ((int, float), "a number"),
+    "documents": (str, "str"),
+    "name": (str, "str"),
+}
+
+
 def check_source(source: Source) -> None:
-    """Raises DataError if a local source is not there. Reads nothing."""
+    """Raises DataError if a local source is not there. Reads no data."""
+    source = resolve(source)
     local = Path(source.path).expanduser()
     if not source.path.startswith(HUB) and not local.exists():
         hint = (
             "" if local.is_absolute() else f"; a data set of the Hugging Face Hub is written {HUB}owner/name"
         )
         raise DataError(f"{source.key}: no such file or folder: {source.path!r}{hint}")
+
+
+def resolve(source: Source) -> Source:
+    """What a source that names a data set of LLaMA-Factory's dataset_info.json stands for; any other itself.
+
+    Raises:
+        DataError: that file has no such data set, or says something that is not supported.
+    """
+    if source.path.startswith(HUB):
+        return source
+    info = llama_factory.info_file(Path(source.path).expanduser())
+    if info is None:
+        return source
+    entry = llama_factory.read_entry(info, source.name, source.key)
+    return replace(source, name=None, **llama_factory.source_fields(entry, info, source))
 
 
 def load_rows(sources: list[Source]) -> Dataset:
@@ -138,6 +180,38 @@ def load_rows(sources: list[Source]) -> Dataset:
     return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 
+def load_mixture(sources: list[Source]) -> Dataset:
+    """As :func:`load_rows`, with a column ``source``, the index of the source that a row is of."""
+    from datasets import concatenate_datasets
+
+    parts = [load_rows([source]) for source in sources]
+    return concatenate_datasets(
+        [part.add_column("source", [index] * len(part)) for index, part in enumerate(parts)]
+    )
+
+
+def mix(rows: Dataset, weights: list[float], seed: int) -> Dataset:
+    """Rows in proportion to ``weights``: the source with the most rows for its weight is there once, the others
+    are repeated, whole and then a part drawn with ``seed``.
+
+    Args:
+        rows: from :func:`load_mixture`, or some of them.
+        weights: of each source by its index; above 0.
+    """
+    import numpy as np
+
+    source = np.asarray(rows.with_format("numpy")["source"][:])
+    members = [np.flatnonzero(source == index) for index in range(len(weights))]
+    most = max(len(indices) / weight for indices, weight in zip(members, weights, strict=True))
+    generator = np.random.default_rng(seed)
+    chosen = []
+    for indices, weight in zip(members, weights, strict=True):
+        if len(indices):
+            times, more = divmod(max(round(weight * most), 1), len(indices))
+            chosen += [indices] * times + [np.sort(generator.permutation(indices)[:more])]
+    return rows.select(np.concatenate(chosen))
+
+
 @contextmanager
 def cache_in_use() -> Iterator[None]:
     """For what writes to the cache of ``datasets``: says which folder that is, if it cannot be written.
@@ -167,14 +241,19 @@ def iterate_rows(source: Source) -> Iterator[dict[str, str]]:
     Raises:
         DataError: as :func:`load_rows`, when the bad row is reached.
     """
-    format = source.format
+    source = resolve(source)
+    format, columns = source.format, source.columns
     count = 0
     for count, (row, origin) in enumerate(_raw_rows(source), start=1):
         if not isinstance(row, Mapping):
             raise DataError(f"{origin}: expected an object with named columns, got {type(row).__name__}")
+        if source.tags is not None:
+            row = source.tags.apply(row)
         if count == 1:
             _check_columns(row, source, origin)
-        row = present(rename(row, source.columns))
+            if format is None and not columns:
+                columns = guess_columns(row)
+        row = present(rename(row, columns))
         format = format or detect_format(set(row), origin)
         # surrogates: a lone half of a pair, which JSON can write and UTF-8 cannot
         text = json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace").decode("utf-8")
@@ -183,6 +262,19 @@ def iterate_rows(source: Source) -> Iterator[dict[str, str]]:
             return
     if count == 0:
         raise DataError(f"{source.key}: no rows in {source.path!r}")
+
+
+def guessed(source: Source) -> str | None:
+    """How the columns of a source are read, if that is a guess; in words. Reads one row."""
+    source = resolve(source)
+    row = next(iter(_raw_rows(source)), ({}, ""))[0]
+    if source.format is not None or source.columns or source.tags is not None or not isinstance(row, Mapping):
+        return None
+    columns = guess_columns(row)
+    if not columns:
+        return None
+    theirs, ours = ", ".join(columns.values()), ", ".join(columns)
+    return f"{source.path}: columns {theirs} read as {ours} (a guess; set data.columns to say otherwise)"
 
 
 def _check_columns(row: Mapping[str, Any], source: Source, origin: str) -> None:
@@ -210,7 +302,7 @@ def _generate(source: Source, stamp: str) -> Iterator[dict[str, str]]:
 def _stamp(source: Source) -> list[tuple[str, int, int]]:
     if source.path.startswith(HUB):
         return []
-    files = [Path(source.path).expanduser()]
+    files = [Path(resolve(source).path).expanduser()]
     files = sorted(files[0].rglob("*")) if files[0].is_dir() else files
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
@@ -235,14 +327,18 @@ def _local_rows(source: Source) -> Iterator[tuple[Any, str]]:
         yield from _dataset_rows(load_from_disk(str(path)), source.path)
         return
     for file in _files_of_split(path, source) if path.is_dir() else [path]:
-        yield from _file_rows(file, source)
+        yield from rows_of_file(file, source.key, source.documents)
 
 
 def _files_of_split(folder: Path, source: Source) -> list[Path]:
     """The folder's data files; where names say train, test or validation, only those of ``source.split``."""
-    suffixes = (*_LINE_FORMATS, *_COLUMN_FORMATS)
+    suffixes = LINE_FORMATS + COLUMN_FORMATS
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes)
+    if not files:  # documents then; beside data they describe it
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in DOCUMENT_FORMATS)
+        files = [file for file in files if not _NOT_DATA.match(file.name)]
     if not files:
+        suffixes += DOCUMENT_FORMATS
         raise DataError(
             f"{source.key}: no data in folder {source.path!r}; expected files {', '.join(suffixes)}"
         )
@@ -265,144 +361,13 @@ def _split_in_name(name: str) -> str | None:
     return next((split for split, spellings in _SPLIT_WORDS.items() if words.intersection(spellings)), None)
 
 
-def _file_rows(file: Path, source: Source) -> Iterator[tuple[Any, str]]:
-    suffix = file.suffix.lower()
-    if suffix in _COLUMN_FORMATS:
-        yield from _table_rows(file, source)
-        return
-    if suffix not in _LINE_FORMATS:
-        expected = ", ".join((*_LINE_FORMATS, *_COLUMN_FORMATS))
-        raise DataError(
-            f"{source.key}: {str(file)!r}: unknown kind of file {suffix!r}; expected one of {expected}"
-        )
-    try:
-        if suffix in (".csv", ".tsv"):
-            yield from _csv_rows(file, "," if suffix == ".csv" else "\t")
-        else:
-            yield from _json_rows(file)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text: byte {error.start}: {error.reason}") from None
-
-
-def _table_rows(file: Path, source: Source) -> Iterator[tuple[Any, str]]:
-    """Of a parquet or arrow file, a part at a time; decoded as ``datasets`` decodes its own files."""
-    from datasets import Dataset
-
-    count = 0
-    tables = _tables(file)
-    while True:
-        try:
-            dataset = next((Dataset(table) for table in tables), None)
-        except Exception as error:  # pyarrow's errors have no common base
-            reason = " ".join(str(error).split())
-            raise DataError(
-                f"{source.key}: cannot read {str(file)!r} as {file.suffix[1:]}: {reason[:200]}"
-            ) from error
-        if dataset is None:
-            return
-        for row in dataset:
-            count += 1
-            yield _without_filling(row, dataset.features), f"{file}, row {count}"
-
-
-def _tables(file: Path) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if file.suffix.lower() == ".parquet":
-        with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=_ROWS_AT_ONCE):
-                yield pa.Table.from_batches([batch], schema=parquet.schema_arrow)
-        return
-    with pa.memory_map(str(file)) as mapped:
-        try:
-            reader = pa.ipc.open_stream(mapped)  # as datasets writes them
-        except pa.ArrowInvalid:
-            reader = pa.ipc.open_file(mapped)  # as pyarrow.feather and pandas do
-            for index in range(reader.num_record_batches):
-                yield pa.Table.from_batches([reader.get_batch(index)])
-            return
-        for batch in reader:
-            yield pa.Table.from_batches([batch])
-
-
-def _without_filling(value: Any, feature: Any) -> Any:
-    """``value`` without the nulls that Arrow puts in place of absent fields.
-
-    Args:
-        feature: what ``datasets`` knows of its type. A ``Json`` value was stored as text and has no such
-            nulls.
-    """
-    from datasets import LargeList, List
-
-    if isinstance(feature, dict) and isinstance(value, dict):
-        return {
-            name: _without_filling(part, feature.get(name))
-            for name, part in value.items()
-            if part is not None
-        }
-    if isinstance(feature, (List, LargeList)) and isinstance(value, list):
-        return [_without_filling(part, feature.feature) for part in value]
-    return value
-
-
-def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:
-    """One object a line, or one list of objects; the first character decides, not the file's name."""
-    with file.open(encoding="utf-8-sig") as lines:
-        if _first_character(file) == "[":
-            try:
-                rows = json.load(lines)
-            except ValueError as error:
-                raise DataError(
-                    f"{file}, line {getattr(error, 'lineno', 1)}: not valid JSON: {error}"
-                ) from None
-            yield from ((row, f"{file}, row {number}") for number, row in enumerate(rows, start=1))
-            return
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            origin = f"{file}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(
-                    f"{origin}: not valid JSON: {error}; expected one object on each line"
-                ) from None
-            yield row, origin
-
-
-def _first_character(file: Path) -> str:
-    with file.open(encoding="utf-8-sig") as text:
-        while character := text.read(1):
-            if not character.isspace():
-                return character
-    return ""
-
-
-def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[Any, str]]:
-    # Documents are longer than the 128 KiB that csv expects.
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
-        try:
-            for row in reader:
-                origin = f"{file}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise DataError(
-                        f"{origin}: expected {len(reader.fieldnames or [])} fields as in the first line"
-                    )
-                yield row, origin
-        except csv.Error as error:
-            raise DataError(f"{file}, line {reader.line_num}: not valid CSV: {error}") from None
-
-
 def _dataset_rows(dataset: Any, name: str) -> Iterator[tuple[Any, str]]:
     if isinstance(dataset, dict):
         raise DataError(
             f"{name}: has splits {', '.join(dataset)}; set split, or give the path of one of them"
         )
     for number, row in enumerate(dataset, start=1):
-        yield _without_filling(row, dataset.features), f"{name}, row {number}"
+        yield without_filling(row, dataset.features), f"{name}, row {number}"
 
 
 def _from_hub(source: Source) -> Any:

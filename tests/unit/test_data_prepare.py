@@ -235,3 +235,30 @@ def test_packing_is_refused_where_it_gives_other_positions():
     torch.manual_seed(0)
     config = RobertaConfig(**sizes, vocab_size=60, is_decoder=True, max_position_embeddings=40)
     assert packed_samples_are_isolated(RobertaForCausalLM(config)) is False
+
+
+def test_a_weighted_mixture_repeats_rows_but_no_held_out_one(tmp_path):
+    def rows(name: str, count: int) -> str:
+        (tmp_path / f"{name}.jsonl").write_text(
+            "\n".join(json.dumps({"text": f"{name}{index:02d}"}) for index in range(count))
+        )
+        return str(tmp_path / f"{name}.jsonl")
+
+    train = [{"path": rows("a", 20), "weight": 1}, {"path": rows("b", 8), "weight": 2.0}]
+    prepared = prepare_data(DataConfig(train=train, val_size=7, template="alpaca"), byte_level(), 64)
+    texts = [byte_level().decode(row["input_ids"])[:3] for row in prepared.train]
+    held_out = {byte_level().decode(row["input_ids"])[:3] for row in prepared.eval}
+    counts = [sum(text.startswith(name) for text in texts) for name in "ab"]
+    assert counts[1] == 2 * counts[0] == 2 * (20 - sum(text.startswith("a") for text in held_out))
+    assert len(held_out) == 7 and not held_out & set(texts) and len(held_out | set(texts)) == 28
+    again = prepare_data(DataConfig(train=train, val_size=7, template="alpaca"), byte_level(), 64)
+    assert again.train[:] == prepared.train[:]
+    with pytest.raises(ValueError, match="eval: weight has no meaning"):
+        DataConfig(train=train, eval=train)
+
+
+def test_a_guess_of_the_columns_is_said(tmp_path):
+    prepared = prepare(tmp_path, [{"question": "2+2?", "answer": "4"}], max_length=400)
+    assert "columns question, answer read as instruction, output (a guess" in str(prepared.reports[0])
+    whole = byte_level().decode(prepared.train[0]["input_ids"])
+    assert "user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>" in whole

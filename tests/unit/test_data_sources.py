@@ -11,7 +11,15 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from hift_ds.data.sources import Source, check_source, iterate_rows, load_rows, parse_sources
+from hift_ds.data.sources import (
+    Source,
+    check_source,
+    guessed,
+    iterate_rows,
+    load_rows,
+    parse_sources,
+    resolve,
+)
 from hift_ds.errors import ConfigError, DataError
 
 ROWS = [{"prompt": "2020-01-01", "completion": "007"}, {"prompt": "null", "completion": "1e5"}]
@@ -173,3 +181,224 @@ def test_the_cache_notices_an_edited_file(tmp_path):
 def test_what_is_no_source(value, message):
     with pytest.raises(ConfigError, match=message):
         parse_sources(value, "data.train")
+
+
+# -- data as people have it ----------------------------------------------------------------------------------
+
+
+def test_documents(tmp_path):
+    text = "Once upon\na time.\n\n  \nThere was é.\r\n\nEnd"
+    file = write(tmp_path / "a.txt", text)
+    file.write_text(text, encoding="utf-8-sig", newline="")
+    assert read(file) == [{"text": text.replace("\r\n", "\n")}]
+    paragraphs = [{"text": "Once upon\na time."}, {"text": "There was é."}, {"text": "End"}]
+    assert read(file, documents="paragraph") == paragraphs
+    origins = [row["origin"] for row in iterate_rows(Source("data.train", str(file), documents="paragraph"))]
+    assert [origin.rpartition(" ")[2] for origin in origins] == ["1", "5", "7"]
+    assert [row["text"] for row in read(file, documents="line")] == [
+        "Once upon", "a time.", "There was é.", "End",
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="no rows in"):
+        read(write(tmp_path / "empty.md", " \n"))
+    # a folder of documents, whose README is none of them; beside data it describes them
+    write(tmp_path / "d" / "one.md", "# One")
+    write(tmp_path / "d" / "two.txt", "Two")
+    write(tmp_path / "d" / "README.md", "about")
+    assert read(tmp_path / "d") == [{"text": "# One"}, {"text": "Two"}]
+    write(tmp_path / "d" / "rows.jsonl", '{"text": "row"}')
+    assert read(tmp_path / "d") == [{"text": "row"}]
+    with pytest.raises(ConfigError, match="documents: expected one of file, paragraph, line, got 'page'"):
+        parse_sources({"path": "a.txt", "documents": "page"}, "data.train")
+
+
+def test_a_document_that_is_too_large_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("hift_ds.data.files._LARGEST_DOCUMENT", 10)
+    file = write(tmp_path / "a.txt", "eleven signs")
+    with pytest.raises(DataError, match="is one document of .* documents: paragraph, or line"):
+        read(file)
+    assert len(read(file, documents="line")) == 1
+
+
+def test_json_that_is_one_object_with_the_rows_in_it(tmp_path):
+    rows = [{"text": "a"}, {"text": "b"}]
+    for indent in (None, 2):
+        content = json.dumps({"version": 1, "data": rows}, indent=indent)
+        if indent is not None:
+            assert read(write(tmp_path / "a.json", content)) == rows
+        assert read(write(tmp_path / "b.json", json.dumps(rows, indent=indent))) == rows
+    two = json.dumps({"train": rows, "test": rows}, indent=2)
+    with pytest.raises(DataError, match="line 1: not valid JSON"):
+        read(write(tmp_path / "c.json", two))
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"question": "q", "answer": "a"}, {"instruction": "q", "output": "a"}),
+        ({"Question": "q", "Answer": "a", "id": 3}, {"instruction": "q", "output": "a", "id": 3}),
+        ({"instruction": "q", "response": "a"}, {"instruction": "q", "output": "a"}),
+        (
+            {"instruction": "q", "context": "c", "response": "a", "category": "x"},
+            {"instruction": "q", "input": "c", "output": "a", "category": "x"},
+        ),
+        ({"input": "q", "output": "a"}, {"instruction": "q", "output": "a"}),
+        ({"problem": "q", "solution": "a"}, {"instruction": "q", "output": "a"}),
+    ],
+)
+def test_columns_that_read_like_question_and_answer_are_guessed_and_said(tmp_path, row, expected):
+    file = write(tmp_path / "a.jsonl", json.dumps(row) + "\n" + json.dumps(row))
+    assert read(file) == [expected, expected]
+    assert {r["format"] for r in iterate_rows(Source("data.train", str(file)))} == {"alpaca"}
+    said = guessed(Source("data.train", str(file)))
+    names = {name.lower() for name in row} - {"id", "category"}
+    assert said.startswith(f"{file}: columns ") and all(name in said.lower() for name in names)
+    assert guessed(Source("data.train", str(file), columns={"prompt": next(iter(row))})) is None
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q", "answer": "a", "response": "b"},  # which of the two?
+        {"question": "q", "answers": ["a"]},
+        {"question": "q", "answer": {"text": "a"}},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_what_is_not_guessed(tmp_path, row):
+    file = write(tmp_path / "a.jsonl", json.dumps(row))
+    match = "preference data" if "chosen" in row else "no known format has the columns"
+    with pytest.raises(DataError, match=f"line 1: .*{match}"):
+        read(file)
+    assert guessed(Source("data.train", str(file))) is None
+
+
+def test_known_columns_are_not_guessed_about(tmp_path):
+    file = write(tmp_path / "a.jsonl", '{"text": "t", "question": "q", "answer": "a"}')
+    assert guessed(Source("data.train", str(file))) is None
+    assert read(file) == [{"text": "t", "question": "q", "answer": "a"}]
+
+
+INFO = {
+    "alpaca_en": {"file_name": "alpaca.json"},
+    "renamed": {
+        "file_name": "renamed.jsonl",
+        "columns": {"prompt": "q", "query": "more", "response": "a", "system": "s", "history": "h"},
+    },
+    "glaive": {
+        "file_name": "glaive.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "turns", "tools": "functions"},
+        "tags": {"role_tag": "who", "content_tag": "what", "user_tag": "me", "assistant_tag": "you",
+                 "observation_tag": "result", "function_tag": "call"},
+    },
+    "openai": {
+        "file_name": "openai.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
+                 "system_tag": "system"},
+    },
+    "c4": {"file_name": "c4.jsonl", "columns": {"prompt": "content"}, "num_samples": 1},
+    "dpo": {"file_name": "dpo.json", "ranking": True, "formatting": "sharegpt"},
+    "hub": {"hf_hub_url": "owner/name", "subset": "main", "split": "validation"},
+    "script": {"script_url": "x"},
+    "odd": {"file_name": "c4.jsonl", "formatting": "odd"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def factory(tmp_path) -> Path:
+    """A data folder as LLaMA-Factory has it."""
+    folder = tmp_path / "data"
+    write(folder / "dataset_info.json", json.dumps(INFO, indent=2))
+    write(folder / "alpaca.json", json.dumps([{"instruction": "Hi", "input": "", "output": "Hello"}]))
+    write(
+        folder / "renamed.jsonl",
+        json.dumps({"q": "Sum", "more": "2+2", "a": "4", "s": "S", "h": [["a", "b"]]}),
+    )
+    turns = [{"who": "me", "what": "w?"}, {"who": "call", "what": '{"name": "f", "arguments": {"x": 1}}'},
+             {"who": "result", "what": "1"}, {"who": "you", "what": "one", "weight": 0}]  # fmt: skip
+    write(folder / "glaive.json", json.dumps([{"turns": turns, "functions": '[{"name": "f"}]'}]))
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hello"}]  # fmt: skip
+    write(folder / "openai.jsonl", json.dumps({"messages": messages}))
+    write(folder / "c4.jsonl", '{"content": "Once"}\n{"content": "Twice"}')
+    return folder
+
+
+def test_llama_factorys_dataset_info(factory):
+    from hift_ds.data.formats import Conversation, Text, to_sample
+
+    user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+
+    def sample_of(name: str):
+        [row] = iterate_rows(Source("data.train", str(factory), name=name))
+        return to_sample(json.loads(row["row"]), row["format"], row["origin"])
+
+    assert sample_of("alpaca_en") == Conversation([user, answer])
+    assert [message["content"] for message in sample_of("renamed").messages] == [
+        "S",
+        "a",
+        "b",
+        "Sum\n2+2",
+        "4",
+    ]
+    called = sample_of("glaive")
+    assert [message["role"] for message in called.messages] == ["user", "assistant", "tool", "assistant"]
+    assert called.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+    assert called.tools == [{"name": "f"}] and called.masked == {3}
+    assert sample_of("openai") == Conversation([{"role": "system", "content": "S"}, user, answer])
+    assert sample_of("c4") == Text("Once")  # num_samples
+    file = factory / "dataset_info.json"
+    [source] = parse_sources({"path": str(file), "name": "hub"}, "data.train")
+    assert resolve(source).path == "hub:owner/name"
+    assert (resolve(source).subset, resolve(source).split) == ("main", "validation")
+    check_source(source)
+    rows = load_rows(
+        parse_sources([{"path": str(file), "name": "c4"}, {"path": str(factory), "name": "alpaca_en"}], "x")
+    )
+    assert rows["format"][:] == ["text", "alpaca"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (None, "lists data sets; say which with name: one of alpaca_en, renamed"),
+        ("alpaca", "no data set 'alpaca' in .*; it has alpaca_en"),
+        ("dpo", "'dpo' is preference data"),
+        ("script", "'script' has neither file_name nor hf_hub_url"),
+        ("odd", "formatting 'odd' is not known; expected alpaca, sharegpt or openai"),
+    ],
+)
+def test_what_a_dataset_info_does_not_give(factory, name, message):
+    with pytest.raises(DataError, match=message) as caught:
+        check_source(Source("data.train", str(factory), name=name))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights(tmp_path):
+    from hift_ds.data.sources import load_mixture, mix
+
+    sizes = {"a": 10, "b": 4, "c": 3}
+    for name, count in sizes.items():
+        write(tmp_path / f"{name}.jsonl", "\n".join(json.dumps({"text": f"{name}{i}"}) for i in range(count)))
+    sources = parse_sources([{"path": str(tmp_path / f"{name}.jsonl")} for name in sizes], "data.train")
+    rows = load_mixture(sources)
+
+    def mixed(*weights: float, seed: int = 0) -> list[str]:
+        return [json.loads(row)["text"] for row in mix(rows, list(weights), seed)["row"]]
+
+    found = mixed(1, 1, 2)  # 10 rows for a weight of 1: c's three rows 20 times over in all
+    counts = {name: sum(text[0] == name for text in found) for name in sizes}
+    assert counts == {"a": 10, "b": 10, "c": 20}
+    assert {found.count(f"b{i}") for i in range(4)} == {2, 3} and {
+        found.count(f"a{i}") for i in range(10)
+    } == {1}
+    assert mixed(1, 1, 2) == found != mixed(1, 1, 2, seed=1)
+    assert len(mixed(10, 4, 3)) == 17  # in proportion to their rows: each once
+    assert {name: sum(t[0] == name for t in mixed(0.1, 4, 1)) for name in sizes} == {
+        "a": 10,
+        "b": 400,
+        "c": 100,
+    }
+    for weight in (0, -1, "x", True):
+        with pytest.raises(ConfigError, match="data.train.weight: expected a number"):
+            parse_sources({"path": "a", "weight": weight}, "data.train")

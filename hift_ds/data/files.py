@@ -1,0 +1,216 @@
+"""Rows of one file of data: JSON lines and lists, CSV, parquet, arrow, and documents as they are.
+
+JSON and CSV files are read here, line by line: the readers of ``datasets`` turn texts that look like dates or
+numbers into dates or numbers, and do not say which line is broken. Parquet and arrow files are read by pyarrow,
+without a copy in the cache.
+
+A table has one set of fields for all rows: where rows differ (the arguments of different functions), Arrow
+fills what a row does not have with null. Those nulls are taken out again; a null that a line of JSON says
+itself stays.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from hift_ds.errors import DataError
+
+LINE_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+COLUMN_FORMATS = (".parquet", ".arrow")
+DOCUMENT_FORMATS = (".txt", ".md")
+_ROWS_AT_ONCE = 1000
+_LARGEST_DOCUMENT = 64 * 2**20  # bytes; its tokens are made in memory at once
+Documents = Literal["file", "paragraph", "line"]
+"""What is one text in a file of plain text."""
+
+
+def rows_of_file(file: Path, key: str, documents: Documents = "file") -> Iterator[tuple[Any, str]]:
+    """The rows of a file, each with its place in words.
+
+    Args:
+        key: of the run file, for messages.
+        documents: what is one text in a .txt or .md file: all of it, what stands between blank lines, or a
+            line.
+
+    Raises:
+        DataError: it is of an unknown kind, or broken; names the line.
+    """
+    suffix = file.suffix.lower()
+    if suffix in COLUMN_FORMATS:
+        yield from _table_rows(file, key)
+        return
+    if suffix not in LINE_FORMATS + DOCUMENT_FORMATS:
+        expected = ", ".join(LINE_FORMATS + COLUMN_FORMATS + DOCUMENT_FORMATS)
+        raise DataError(f"{key}: {str(file)!r}: unknown kind of file {suffix!r}; expected one of {expected}")
+    try:
+        if suffix in DOCUMENT_FORMATS:
+            yield from _documents(file, key, documents)
+        elif suffix in (".csv", ".tsv"):
+            yield from _csv_rows(file, "," if suffix == ".csv" else "\t")
+        else:
+            yield from _json_rows(file)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text: byte {error.start}: {error.reason}") from None
+
+
+def _documents(file: Path, key: str, documents: Documents) -> Iterator[tuple[Any, str]]:
+    if documents == "file":
+        if file.stat().st_size > _LARGEST_DOCUMENT:
+            raise DataError(
+                f"{key}: {str(file)!r} is one document of {file.stat().st_size / 2**20:,.0f} MiB; write it as "
+                "several files, or say documents: paragraph, or line"
+            )
+        text = file.read_text(encoding="utf-8-sig")
+        if text.strip():
+            yield {"text": text}, str(file)
+        return
+    begin, lines = 1, []
+    with file.open(encoding="utf-8-sig") as opened:
+        for number, line in enumerate(opened, start=1):
+            if documents == "line":
+                if line.strip():
+                    yield {"text": line.rstrip("\r\n")}, f"{file}, line {number}"
+            elif line.strip():
+                begin = begin if lines else number
+                lines.append(line)
+            elif lines:
+                yield {"text": "".join(lines).rstrip("\r\n")}, f"{file}, line {begin}"
+                lines = []
+    if lines:
+        yield {"text": "".join(lines).rstrip("\r\n")}, f"{file}, line {begin}"
+
+
+def _table_rows(file: Path, key: str) -> Iterator[tuple[Any, str]]:
+    """Of a parquet or arrow file, a part at a time; decoded as ``datasets`` decodes its own files."""
+    from datasets import Dataset
+
+    count = 0
+    tables = _tables(file)
+    while True:
+        try:
+            dataset = next((Dataset(table) for table in tables), None)
+        except Exception as error:  # pyarrow's errors have no common base
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"{key}: cannot read {str(file)!r} as {file.suffix[1:]}: {reason[:200]}"
+            ) from error
+        if dataset is None:
+            return
+        for row in dataset:
+            count += 1
+            yield without_filling(row, dataset.features), f"{file}, row {count}"
+
+
+def _tables(file: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if file.suffix.lower() == ".parquet":
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(batch_size=_ROWS_AT_ONCE):
+                yield pa.Table.from_batches([batch], schema=parquet.schema_arrow)
+        return
+    with pa.memory_map(str(file)) as mapped:
+        try:
+            reader = pa.ipc.open_stream(mapped)  # as datasets writes them
+        except pa.ArrowInvalid:
+            reader = pa.ipc.open_file(mapped)  # as pyarrow.feather and pandas do
+            for index in range(reader.num_record_batches):
+                yield pa.Table.from_batches([reader.get_batch(index)])
+            return
+        for batch in reader:
+            yield pa.Table.from_batches([batch])
+
+
+def without_filling(value: Any, feature: Any) -> Any:
+    """``value`` without the nulls that Arrow puts in place of absent fields.
+
+    Args:
+        feature: what ``datasets`` knows of its type. A ``Json`` value was stored as text and has no such
+            nulls.
+    """
+    from datasets import LargeList, List
+
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {
+            name: without_filling(part, feature.get(name)) for name, part in value.items() if part is not None
+        }
+    if isinstance(feature, (List, LargeList)) and isinstance(value, list):
+        return [without_filling(part, feature.feature) for part in value]
+    return value
+
+
+def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:
+    """One object a line; or one list of objects, alone or as the only list of an object that spans lines. The
+    first characters decide, not the file's name."""
+    with file.open(encoding="utf-8-sig") as lines:
+        if _first_character(file) == "[":
+            try:
+                rows = json.load(lines)
+            except ValueError as error:
+                raise DataError(
+                    f"{file}, line {getattr(error, 'lineno', 1)}: not valid JSON: {error}"
+                ) from None
+            yield from _numbered(rows, file)
+            return
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            origin = f"{file}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                rows = _only_list(file) if line.strip() == "{" or number == 1 else None
+                if rows is not None:
+                    yield from _numbered(rows, file)
+                    return
+                raise DataError(
+                    f"{origin}: not valid JSON: {error}; expected one object on each line"
+                ) from None
+            yield row, origin
+
+
+def _numbered(rows: list[Any], file: Path) -> Iterator[tuple[Any, str]]:
+    yield from ((row, f"{file}, row {number}") for number, row in enumerate(rows, start=1))
+
+
+def _only_list(file: Path) -> list[Any] | None:
+    """The rows of a file that is one object with one list of objects in it (``{"data": [...]}``)."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError:
+        return None
+    lists = (
+        [value for value in content.values() if isinstance(value, list)] if isinstance(content, dict) else []
+    )
+    return lists[0] if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]) else None
+
+
+def _first_character(file: Path) -> str:
+    with file.open(encoding="utf-8-sig") as text:
+        while character := text.read(1):
+            if not character.isspace():
+                return character
+    return ""
+
+
+def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[Any, str]]:
+    # Documents are longer than the 128 KiB that csv expects.
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        try:
+            for row in reader:
+                origin = f"{file}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{origin}: expected {len(reader.fieldnames or [])} fields as in the first line"
+                    )
+                yield row, origin
+        except csv.Error as error:
+            raise DataError(f"{file}, line {reader.line_num}: not valid CSV: {error}") from None
