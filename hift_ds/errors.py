@@ -6,6 +6,7 @@ The command line turns every :class:`HiFTError` into that line and exit code 2; 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -51,3 +52,24 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
     return ConfigError(f"{where}: unknown key {key!r}; {hint}")
+
+
+# What only the commands import, by the name it is imported under; pyproject.toml's extra "train" installs them.
+COMMANDS_IMPORT = ("datasets", "matplotlib", "rich", "sentencepiece", "trl")
+_EXTRA = "pip install 'hift_ds[train]'"
+
+
+def check_that_commands_can_run(*packages: str) -> None:
+    """Raises :class:`ConfigError` if one of ``packages`` is not installed: before a run, not where it ends."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"this needs {', '.join(missing)}, not installed here; {_EXTRA}")
+
+
+def as_missing_extra(error: ModuleNotFoundError) -> ConfigError | None:
+    """The line for an import that failed because hift_ds was installed without what its commands need; None for any
+    other."""
+    name = (error.name or "").split(".")[0]
+    return (
+        ConfigError(f"this needs {name}, not installed here; {_EXTRA}") if name in COMMANDS_IMPORT else None
+    )

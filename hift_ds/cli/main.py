@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from hift_ds.errors import ConfigError, HiFTError
+from hift_ds.errors import ConfigError, HiFTError, as_missing_extra
 from hift_ds.report.quiet import escape_what_cannot_be_shown
 from hift_ds.version import __version__
 
@@ -89,6 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except HiFTError as error:
         print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    except ModuleNotFoundError as error:
+        if (line := as_missing_extra(error)) is None:
+            raise
+        print(f"{PROG}: error: {line}", file=sys.stderr)
         return USER_ERROR
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)

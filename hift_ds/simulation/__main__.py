@@ -9,6 +9,7 @@ as long as dozens of steps.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import sys
@@ -17,11 +18,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
-import trl.models.activation_offloading  # noqa: F401
-
 from hift_ds import errors
 from hift_ds.forecast.setting import Result, Setting
 from hift_ds.simulation.step import run
+
+with contextlib.suppress(
+    ImportError
+):  # it is needed where a setting offloads activations, which then says so
+    import trl.models.activation_offloading  # noqa: F401
 
 
 def _run_all(settings: Sequence[Setting], num_processes: int) -> list[Result]:

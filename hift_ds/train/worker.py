@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from hift_ds.errors import ConfigError, HiFTError, OutOfMemory
+from hift_ds.errors import ConfigError, HiFTError, OutOfMemory, check_that_commands_can_run
 from hift_ds.ranks import free_port, launch_variables, rank_and_world_size
 from hift_ds.report.quiet import escape_what_cannot_be_shown, quiet_libraries
 from hift_ds.train.processes import end_with_launcher
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # It compares the accumulation that the Trainer does itself with DeepSpeed's, and warns at every
         # start.
         logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+        check_that_commands_can_run("datasets", "matplotlib", "rich")
 
         from hift_ds.train.run_config import load_run_config
 
