@@ -28,8 +28,8 @@ class DataConfig(BaseModel):
     columns: dict[str, str] = {}
     """Our column name: the name in the data, as in ``{prompt: question, completion: answer}``."""
     template: str = "auto"
-    """auto: the tokenizer's chat template, else alpaca. Or alpaca, chatml, or a file with a Jinja
-    template."""
+    """auto: the tokenizer's chat template, else alpaca. Or alpaca, chatml (qwen), gemma, llama3, mistral, vicuna,
+    zephyr, or a file with a Jinja template."""
     max_length: int | None = Field(None, ge=2)
     """Tokens of the longest sample; null: 2048, or what the model allows if that is less."""
     truncation: Literal["keep_start", "keep_end", "drop"] = "keep_start"

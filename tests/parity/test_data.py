@@ -776,3 +776,46 @@ def test_published_templates(name, enough):
                 assert text.startswith(rest) or rest.startswith(text), (file.name, text, rest)
         tried += 1
     assert tried >= enough, tried
+
+
+NAMED = ("alpaca", "chatml", "gemma", "llama3", "mistral", "qwen", "vicuna", "zephyr")
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("bos", [False, True])
+def test_templates_by_name_for_base_models(name, bos, tmp_path):
+    """Every answer is learned through a token that then is the end token, behind the prompt that the template gives."""
+    tokenizer = byte_level(None, bos=bos, special=MARKS)
+    tokenizer.eos_token = "<|end|>"  # of documents, as base models have it
+    for messages in (TWO_TURNS, [SYSTEM, *TWO_TURNS]):
+        file = lines(tmp_path, {"messages": messages})
+        [(ids, labels)] = prepared(file, tokenizer, template=name)
+        asked = len(messages) - 1
+        whole = tokenizer.apply_chat_template(messages)["input_ids"]
+        prompt = tokenizer.apply_chat_template(messages[:asked], add_generation_prompt=True)["input_ids"]
+        assert ids[: len(whole)] == whole and ids[: len(prompt)] == prompt
+        assert ids.count(tokenizer.bos_token_id) == bos == (ids[0] == tokenizer.bos_token_id)
+        texts = stretches(tokenizer, labels)
+        assert [text.removesuffix(tokenizer.eos_token).strip() for text in texts] == [
+            "Hello",
+            UNICODE.strip(),
+        ]
+        assert all(text.endswith(tokenizer.eos_token) for text in texts)
+        assert "Be brief" in tokenizer.decode(ids) or messages is TWO_TURNS
+    if name in ("alpaca", "gemma", "mistral", "vicuna"):
+        with pytest.raises(DataError, match="line 1: .*no role tool"):
+            prepared(
+                lines(tmp_path, {"messages": [USER, {"role": "tool", "content": "x"}, ANSWER]}), tokenizer
+            )
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma"])
+def test_a_template_by_name_writes_what_the_published_one_does(name):
+    from hift_ds.data.chat_templates import set_chat_template
+
+    [file] = [file for file in published() if file.name == f"{name}.jinja"]
+    theirs = as_published(file).apply_chat_template(TWO_TURNS, tokenize=False)
+    tokenizer = byte_level(None, bos=True, special=MARKS)
+    end = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}[name]
+    assert set_chat_template(tokenizer, name) == f"{name} ({end} is the end token now)"
+    assert tokenizer.apply_chat_template(TWO_TURNS, tokenize=False) == theirs
