@@ -11,14 +11,23 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def preview(run: RunConfig, console: Console, num_samples: int = 3) -> None:
-    """Print a run's first training samples; reads the model's config and its tokenizer, no weights.
+COUNTED_ROWS = 1000
+
+
+def preview(
+    run: RunConfig, console: Console, num_samples: int = 3, counted_rows: int | None = COUNTED_ROWS
+) -> None:
+    """Print a run's first training samples and what becomes of each source's rows; reads the model's config and
+    its tokenizer, no weights.
+
+    Args:
+        counted_rows: of each source; None: all.
 
     Raises:
         ConfigError: no tokenizer, or a setting is wrong.
         DataError: data is missing or a row is malformed.
     """
-    from hift_ds.data.preview import show_samples
+    from hift_ds.data.preview import show_samples, show_totals
     from hift_ds.data.tokenizers import load_tokenizer
     from hift_ds.hf.model_folder import max_sequence_length, read_config, resolve_model
     from hift_ds.train.preflight import resolve_tokenizer_folder
@@ -29,6 +38,7 @@ def preview(run: RunConfig, console: Console, num_samples: int = 3) -> None:
     max_length = resolve_max_length(run, max_sequence_length(read_config(folder)))
     tokenizer = load_tokenizer(resolve_tokenizer_folder(run, folder), trust_remote_code=trust)
     show_samples(run.data, tokenizer, max_length, console, num_samples)
+    show_totals(run.data, tokenizer, max_length, console, counted_rows)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,10 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-n", "--num-samples", type=int, default=3, help="rows to print (default: %(default)s)"
     )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help=f"count all rows of each source, not only the first {COUNTED_ROWS:,}",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    preview(load_run_config(args.run_file, args.overrides), Console(), args.num_samples)
+    run = load_run_config(args.run_file, args.overrides)
+    preview(run, Console(), args.num_samples, None if args.all else COUNTED_ROWS)
     return 0

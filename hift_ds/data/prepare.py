@@ -9,8 +9,10 @@ and this code: of several processes let one come here first, and the others read
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from hift_ds.data import packing
@@ -18,7 +20,16 @@ from hift_ds.data.chat_templates import set_chat_template
 from hift_ds.data.config import DataConfig
 from hift_ds.data.encoding import Encoded, Encoder
 from hift_ds.data.formats import to_sample
-from hift_ds.data.sources import cache_in_use, code_stamp, guessed, load_mixture, load_rows, mix
+from hift_ds.data.sources import (
+    Source,
+    cache_in_use,
+    code_stamp,
+    guessed,
+    iterate_rows,
+    load_mixture,
+    load_rows,
+    mix,
+)
 from hift_ds.errors import DataError
 
 if TYPE_CHECKING:
@@ -50,7 +61,7 @@ class DataReport:
     many samples."""
 
     notes: tuple[str, ...] = ()
-    """What was guessed of the sources."""
+    """What was guessed of the sources, and whether these are all rows."""
 
     def __str__(self) -> str:
         parts = [
@@ -174,6 +185,39 @@ class Tokenize:
             yield ids[excess:], learned[excess:], excess
         else:
             yield ids[:limit], learned[:limit], excess
+
+
+def count_source(source: Source, tokenize: Tokenize, num_rows: int | None = None) -> DataReport:
+    """What becomes of the first ``num_rows`` rows of a source (None: of all), without the cache.
+
+    Raises:
+        DataError: the source is missing, or one of the rows is malformed.
+    """
+    lengths, learned, cut, remarks = [], [], [], Counter[str]()
+    rows = 0
+    for row in islice(iterate_rows(source), num_rows):
+        rows += 1
+        out = tokenize({name: [value] for name, value in row.items()})
+        lengths += map(len, out["input_ids"])
+        learned += out["learned"]
+        cut += out["cut"]
+        remarks.update(remark for sample in out["remarks"] for remark in sample)
+    first = [f"the first {rows:,} rows"] if rows == num_rows else []
+    return DataReport(
+        name=source.path if source.name is None else f"{source.path}: {source.name}",
+        num_rows=rows,
+        num_samples=sum(count > 0 for count in learned),
+        num_packed_rows=None,
+        num_truncated=sum(lost > 0 and count > 0 for lost, count in zip(cut, learned, strict=True)),
+        cut_tokens=sum(lost for lost, count in zip(cut, learned, strict=True) if count),
+        num_dropped=sum(count == 0 for count in learned),
+        tokens=sum(lengths),
+        learned_tokens=sum(learned),
+        longest_tokens=max(lengths, default=0),
+        max_length=tokenize.max_length,
+        remarks=tuple(remarks.items()),
+        notes=tuple(note for note in (*first, guessed(source)) if note),
+    )
 
 
 def _hold_out(rows: Dataset, val_size: float, seed: int) -> tuple[Dataset, Dataset]:

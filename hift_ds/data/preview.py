@@ -10,8 +10,9 @@ from hift_ds.data.chat_templates import set_chat_template
 from hift_ds.data.config import DataConfig
 from hift_ds.data.encoding import Encoder
 from hift_ds.data.formats import to_sample
-from hift_ds.data.prepare import IGNORED, Tokenize
+from hift_ds.data.prepare import IGNORED, Tokenize, count_source
 from hift_ds.data.sources import iterate_rows
+from hift_ds.errors import DataError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,6 +68,34 @@ def show_samples(
                 )
                 show(whole, "red")
             console.print(marked(tokenizer, ids, labels, colour=colour, encoding=encoding), soft_wrap=True)
+
+
+def show_totals(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    console: Console,
+    num_rows: int | None = 1000,
+) -> None:
+    """Print what becomes of each source's rows: learned share, what is cut, dropped or looks like a mistake.
+
+    Args:
+        num_rows: of each source, from its beginning; None: all.
+    """
+    from rich.text import Text
+
+    set_chat_template(tokenizer, config.template)
+    tokenize = Tokenize(
+        Encoder(tokenizer, config.train_on_prompt, config.mask_history), max_length, config.truncation
+    )
+    console.rule(characters=_either("─", "-", console.encoding), style=_CONTEXT)
+    for source in config.train_sources():
+        try:
+            report = count_source(source, tokenize, num_rows)
+            line, suspicious = str(report), bool(report.remarks or report.num_dropped)
+        except DataError as error:  # the samples above may still be worth seeing
+            line, suspicious = str(error), True
+        console.print(Text(encodable(line, console.encoding), style="yellow" if suspicious else ""))
 
 
 def encodable(text: str, encoding: str) -> str:

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from hift_ds.cli import main as cli
 from hift_ds.data.config import DataConfig
-from hift_ds.data.preview import BEGIN, END, marked, show_samples
+from hift_ds.data.preview import BEGIN, END, marked, show_samples, show_totals
 from tests.helpers.tiny_tokenizers import LLAMA_LIKE, byte_level, sentencepiece_folder
 
 MESSAGES = [
@@ -70,6 +70,25 @@ def test_no_command_fails_at_a_character(tmp_path):
     assert done.returncode == 0 and rb"\u4f60" in done.stdout
 
 
+def test_totals_of_each_source(tmp_path):
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    rows = [{"prompt": "p" * 6, "completion": "c" * count} for count in (3, 9, 0)] + [
+        {"prompt": "p" * 20, "completion": "c"}
+    ]
+    first.write_text("\n".join(map(json.dumps, rows)))
+    second.write_text("\n".join(json.dumps({"question": "q", "answer": str(i)}) for i in range(5)))
+    out = io.StringIO()
+    config = DataConfig(train=[str(first), str(second)], max_length=12)
+    show_totals(config, byte_level(), 12, Console(file=out, width=4000), 4)
+    one, two = out.getvalue().splitlines()[1:]
+    assert f"{first}: 3 samples of 4 rows; 29 tokens, 38% of them learned; longest 12; 1 cut to" in one
+    assert (
+        "12 (4 tokens lost); 1 dropped" in one
+        and "; the first 4 rows; in 1 samples an answer is empty" in one
+    )
+    assert "0 samples of 4 rows" in two and "columns question, answer read as instruction, output" in two
+
+
 def test_what_is_dropped_says_so(config):
     text = shown(config, byte_level(), max_length=20, num_samples=1)
     assert "dropped: nothing to learn within 20 tokens" in text
@@ -101,7 +120,9 @@ def test_the_command(tmp_path, config, capsys):
         "train: {output_dir: out}\n"
     )
     assert cli.main(["preview", str(run_file), "-n", "1", "data.max_length=80"]) == 0
-    assert f"{BEGIN}Hello [you]<|im_end|>{END}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{BEGIN}Hello [you]<|im_end|>{END}" in printed
+    assert "a.jsonl, line 3: no 'messages'" in " ".join(printed.split())  # what the totals come upon
     assert cli.main(["preview", str(run_file), "data.max_length=91"]) == 2
     assert "data.max_length: 91 is longer than the 90 positions" in capsys.readouterr().err
     assert cli.main(["preview", str(run_file), "-n", "9"]) == 2
