@@ -5,9 +5,15 @@ The command line turns every :class:`HiFTError` into that line and exit code 2; 
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib.util
 from collections.abc import Iterable
+from typing import NoReturn
+
+PROG = "hift-ds"  # what a line on stderr begins with
+USER_ERROR = 2  # exit codes
+INTERRUPTED = 130
 
 
 class HiFTError(Exception):
@@ -73,3 +79,14 @@ def as_missing_extra(error: ModuleNotFoundError) -> ConfigError | None:
     return (
         ConfigError(f"this needs {name}, not installed here; {_EXTRA}") if name in COMMANDS_IMPORT else None
     )
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser for which a wrong argument is like any other error of the user.
+
+    Raises:
+        ConfigError: from :meth:`parse_args`, in place of printing the usage and exiting.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (try: {self.prog} --help)")

@@ -20,24 +20,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
-from torch import Tensor
-
+from hift_ds.dtypes import safetensors_code
 from hift_ds.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 BLOCK_BYTES = 1 << 24  # checksummed and written at once: stays in the processor's cache
 ALIGNMENT = 8  # of tensors in a file: no element straddles, whatever its dtype
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 PADDING = "$padding."  # names of the tensors that fill the gaps
-
-_CODES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,7 @@ class SafetensorsWriter:
             assert spec.name not in header, spec.name
             end = offset + spec.num_bytes
             header[spec.name] = {
-                "dtype": _CODES[spec.dtype],
+                "dtype": safetensors_code(spec.dtype),
                 "shape": list(spec.shape),
                 "data_offsets": [offset, end],
             }
@@ -127,6 +122,8 @@ class SafetensorsWriter:
 
     def write(self, tensor: Tensor) -> None:
         """The next tensor, from any device."""
+        import torch
+
         spec, padding = self._plan[self._next]
         assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), (spec, tensor.dtype)
         flat = tensor.detach().cpu().contiguous().reshape(-1)

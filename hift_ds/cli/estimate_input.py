@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from hift_ds.dtypes import TORCH_NAMES, short_name
 from hift_ds.errors import ConfigError
 from hift_ds.forecast.setting import SWITCHES, Setting, with_hift, with_switch
 
 PRECISIONS = ("fp32", "mixed", "mixed_hi", "bf16")
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-TRANSFORMERS_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +81,7 @@ def _from_run_file(args: argparse.Namespace) -> Setting:
     run = load_run_config(args.run_file, args.overrides)
     source = args.model or run.model.path
     config = read_config(source, trust_remote_code=run.model.trust_remote_code)
-    stored = TRANSFORMERS_DTYPES.get(str(getattr(config, "dtype", None)).removeprefix("torch."), "fp32")
+    stored = short_name(getattr(config, "dtype", None)) or "fp32"
     dtype = resolve_dtype(run, stored)
     engine_config = deepspeed_config(run, world_size=args.gpus, dtype=dtype)
     if "hift" not in engine_config:
@@ -91,7 +90,7 @@ def _from_run_file(args: argparse.Namespace) -> Setting:
         engine_config["hift"]["activations"]["checkpointing"] = True
     sizes = check_batch_sizes(run, args.gpus)
     setting = Setting(
-        source, engine_config, DTYPES[dtype], sizes.micro_batch_size,
+        source, engine_config, TORCH_NAMES[dtype], sizes.micro_batch_size,
         resolve_max_length(run, max_sequence_length(config.to_dict())), world_size=args.gpus,
         micro_batches=min(sizes.gradient_accumulation_steps, 2),
         eager_attention=args.eager_attention or run.model.attn_implementation == "eager",

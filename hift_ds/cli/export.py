@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hift_ds.dtypes import TORCH_NAMES, torch_dtype
 from hift_ds.errors import CheckpointError, ConfigError
 
-DTYPES = ("auto", "fp32", "bf16", "fp16")
+DTYPES = ("auto", *TORCH_NAMES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +109,7 @@ def export_checkpoint(
     has_generation_config = (config_dir / "generation_config.json").is_file()
     wanted: Any = None
     if dtype != "auto":
-        wanted = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        wanted = torch_dtype(dtype)
     elif input_dir is not None:
         wanted = tensor_dtypes(input_dir)
     any_fp32 = torch.float32 in (wanted.values() if isinstance(wanted, dict) else [wanted])

@@ -13,15 +13,10 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
-from hift_ds.errors import ConfigError, HiFTError, as_missing_extra
+from hift_ds.errors import INTERRUPTED, PROG, USER_ERROR, HiFTError, OneLineParser, as_missing_extra
 from hift_ds.report.quiet import escape_what_cannot_be_shown
 from hift_ds.version import __version__
-
-PROG = "hift-ds"
-USER_ERROR = 2
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -51,15 +46,8 @@ COMMANDS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument like any other error of the user: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (try: {self.prog} --help)")
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = OneLineParser(
         prog=PROG, description="Full-parameter fine-tuning, one layer group at a time, on DeepSpeed."
     )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")

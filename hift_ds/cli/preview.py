@@ -29,13 +29,13 @@ def preview(
     """
     from hift_ds.data.preview import show_samples, show_totals
     from hift_ds.data.tokenizers import load_tokenizer
-    from hift_ds.hf.model_folder import max_sequence_length, read_config, resolve_model
+    from hift_ds.hf.model_folder import max_sequence_length, read_config_json, resolve_model
     from hift_ds.train.preflight import resolve_tokenizer_folder
     from hift_ds.train.settings import resolve_max_length
 
     trust = run.model.trust_remote_code
     folder = resolve_model(run.model.path, trust_remote_code=trust)
-    max_length = resolve_max_length(run, max_sequence_length(read_config(folder)))
+    max_length = resolve_max_length(run, max_sequence_length(read_config_json(folder)))
     tokenizer = load_tokenizer(resolve_tokenizer_folder(run, folder), trust_remote_code=trust)
     show_samples(run.data, tokenizer, max_length, console, num_samples)
     show_totals(run.data, tokenizer, max_length, console, counted_rows)

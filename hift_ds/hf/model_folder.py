@@ -8,18 +8,16 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from hift_ds.dtypes import TORCH_NAMES, Dtype, short_name, torch_name
 from hift_ds.errors import CheckpointError, ConfigError
 from hift_ds.hf.safetensors_folder import check_weights
-
-Dtype = Literal["fp32", "bf16", "fp16"]
 
 HUB = "hub:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What a model needs from the Hub; code only if the user trusts it, pickled weights never.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-DTYPE_NAMES: dict[str, Dtype] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 # Where configs keep the longest sequence, in order of trust.
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
 # Their positions are counted from pad_token_id + 1, so that the first rows of the table are never used.
@@ -111,12 +109,12 @@ def check_model_folder(
         raise _gguf(key, folder.parent, folder.name)
     if not folder.is_dir():
         raise ConfigError(f"{key}: no such folder: {str(path)!r}")
-    config = read_config(folder, key)
+    config = read_config_json(folder, key)
     _check_architecture(config, folder, key, trust_remote_code)
     tensors = check_weights(folder)
     numel_by_dtype: Counter[str] = Counter()
     for tensor in tensors.values():
-        numel_by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.numel
+        numel_by_dtype[torch_name(tensor.dtype)] += tensor.numel
     return ModelFolder(
         path=folder,
         config=config,
@@ -158,7 +156,7 @@ def _default_length(model_type: Any) -> list[int]:
     return [length for length in found if isinstance(length, int) and length > 0]
 
 
-def read_config(folder: Path, key: str = "model.path") -> dict[str, Any]:
+def read_config_json(folder: Path, key: str = "model.path") -> dict[str, Any]:
     """The contents of config.json.
 
     Raises:
@@ -256,12 +254,13 @@ def _gguf(key: str, folder: Path, name: str) -> ConfigError:
 
 def _main_dtype(numel_by_dtype: Counter[str], folder: Path) -> Dtype:
     main = numel_by_dtype.most_common(1)[0][0] if numel_by_dtype else "nothing"
-    if main not in DTYPE_NAMES:
+    name = short_name(main)
+    if name is None:
         raise CheckpointError(
-            f"{folder}: most weights are stored as {main}, expected {', '.join(DTYPE_NAMES)}; use an "
+            f"{folder}: most weights are stored as {main}, expected {', '.join(TORCH_NAMES.values())}; use an "
             "unquantized model"
         )
-    return DTYPE_NAMES[main]
+    return name
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

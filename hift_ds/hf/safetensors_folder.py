@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hift_ds.dtypes import CODES, from_safetensors
 from hift_ds.errors import CheckpointError
 from hift_ds.hf.weight_names import plan_load
 from hift_ds.layers.arch import whole_shape
@@ -29,21 +30,6 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True)
@@ -317,11 +303,12 @@ def _read_headers(file: Path) -> dict[str, TensorHeader]:
             for name in reader.keys():  # noqa: SIM118 (it is no mapping)
                 piece = reader.get_slice(name)
                 code = piece.get_dtype()
-                if code not in _DTYPES:
+                dtype = from_safetensors(code)
+                if dtype is None:
                     raise CheckpointError(
-                        f"{file}: tensor {name!r} has dtype {code}, expected one of {list(_DTYPES)}"
+                        f"{file}: tensor {name!r} has dtype {code}, expected one of {list(CODES)}"
                     )
-                out[name] = TensorHeader(file, tuple(piece.get_shape()), _DTYPES[code])
+                out[name] = TensorHeader(file, tuple(piece.get_shape()), dtype)
             return out
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: truncated or not a safetensors file ({error})") from None

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+from hift_ds.checkpoint.files import replace_text
+
+if TYPE_CHECKING:
+    from hift_ds.layers.grouping import LayerGroup
 
 FILE_NAME = "coverage.json"
-
-
-class Group(Protocol):
-    """What is used of a ``LayerGroup``."""
-
-    name: str
-    param_names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class Coverage:
         return "\n".join(lines)
 
 
-def make_coverage(updates: Mapping[str, int], num_steps: int, groups: Iterable[Group] = ()) -> Coverage:
+def make_coverage(updates: Mapping[str, int], num_steps: int, groups: Iterable[LayerGroup] = ()) -> Coverage:
     """``updates``: what ``HiFTEngine.coverage()`` returns."""
     group_of = {name: group.name for group in groups for name in group.param_names}
     return Coverage(dict(updates), num_steps, group_of)
@@ -80,9 +77,7 @@ def write_coverage(run_dir: str | Path, coverage: Coverage) -> Path:
         "never_updated": coverage.never_updated,
         "updates": coverage.updates,
     }
-    scratch = path.with_suffix(".json.tmp")
-    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    replace_text(path, json.dumps(content, indent=1) + "\n")
     return path
 
 

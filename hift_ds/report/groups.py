@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
+
+from hift_ds.checkpoint.files import replace_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from hift_ds.layers.grouping import LayerGroup
+
 FILE_NAME = "groups.json"
-
-
-class Group(Protocol):
-    """What is used of a ``LayerGroup``."""
-
-    index: int
-    name: str
-    param_names: tuple[str, ...]
-    numel: int
 
 
 @dataclass
@@ -43,7 +37,7 @@ class GroupSummary:
         return self.moved / self.norm
 
 
-def summarize(groups: Iterable[Group]) -> list[GroupSummary]:
+def summarize(groups: Iterable[LayerGroup]) -> list[GroupSummary]:
     return [GroupSummary(g.index, g.name, g.numel, list(g.param_names)) for g in groups]
 
 
@@ -101,9 +95,7 @@ def _under_all_names(
 def write_groups(run_dir: str | Path, groups: list[GroupSummary]) -> Path:
     path = Path(run_dir) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".json.tmp")
-    scratch.write_text(json.dumps([asdict(group) for group in groups], indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    replace_text(path, json.dumps([asdict(group) for group in groups], indent=1) + "\n")
     return path
 
 

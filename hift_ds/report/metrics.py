@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypedDict
+
+from hift_ds.checkpoint.files import replace_text
 
 FILE_NAME = "metrics.jsonl"
 
@@ -111,12 +112,7 @@ class MetricsWriter:
             record = _parse(line)
             if record is not None and line.endswith(b"\n") and record.get("step", 0) <= step:
                 kept.append(line)
-        scratch = self.path.with_suffix(".jsonl.tmp")
-        with open(scratch, "wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, self.path)
+        replace_text(self.path, b"".join(kept).decode("utf-8"))
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

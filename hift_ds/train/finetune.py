@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from hift_ds.checkpoint.trainer_folder import find_checkpoints
 from hift_ds.data.packing import packed_samples_are_isolated
 from hift_ds.data.prepare import PreparedData, prepare_data
 from hift_ds.data.tokenizers import load_tokenizer
+from hift_ds.dtypes import torch_dtype
 from hift_ds.engine.initialize import ensure_process_group
 from hift_ds.engine.single_process import as_single_process
 from hift_ds.engine.zero3.load import load_partitioned
@@ -50,7 +50,6 @@ from hift_ds.version import __version__
 
 logger = logging.getLogger(__name__)
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESULTS_FILE = "all_results.json"
 
 
@@ -208,11 +207,11 @@ def _load_model(checked: CheckedRun, arguments: TrainingArguments) -> Any:
     options = {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
     if zero_stage(arguments) == 3 and block is not None:
         return load_partitioned(
-            checked.model.path, arguments.deepspeed, dtype=TORCH_DTYPES[checked.dtype],
+            checked.model.path, arguments.deepspeed, dtype=torch_dtype(checked.dtype),
             trust_remote_code=run.model.trust_remote_code, **options,
         )  # fmt: skip
     keeps_bits = stored == "fp32" and checked.dtype != "fp32" and block is not None and block.master_weights
-    dtype = TORCH_DTYPES["fp32" if keeps_bits else checked.dtype]
+    dtype = torch_dtype("fp32" if keeps_bits else checked.dtype)
     is_partitioned = zero_stage(arguments) == 3  # while it loads, by transformers
     model = load_pretrained(
         checked.model.path,
@@ -348,7 +347,7 @@ def _write_export(checked: CheckedRun, model: Any, tensors: Any, tokenizer: Any)
         max_shard_size=run.export.max_shard_size,
         dtype=tensor_dtypes(checked.model.path)
         if run.export.dtype == "auto"
-        else TORCH_DTYPES[checked.export_dtype],
+        else torch_dtype(checked.export_dtype),
     )
     record_movement(run.output_dir, checked.model.path, run.export_dir, model)
     plot_run(run.output_dir)
@@ -374,9 +373,7 @@ def _write_results(run: RunConfig, results: dict[str, Any]) -> None:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _silent(*_: Any) -> None:

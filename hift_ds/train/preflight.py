@@ -10,8 +10,9 @@ from typing import Any
 from hift_ds.checkpoint.sealed_folder import broken_seal
 from hift_ds.data.sources import check_source
 from hift_ds.data.tokenizers import check_tokenizer_folder
+from hift_ds.dtypes import Dtype
 from hift_ds.errors import CheckpointError, ConfigError
-from hift_ds.hf.model_folder import Dtype, ModelFolder, check_model_folder, resolve_model
+from hift_ds.hf.model_folder import ModelFolder, check_model_folder, resolve_model
 from hift_ds.train.run_config import RunConfig
 from hift_ds.train.settings import (
     BatchSizes,

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from hift_ds.data.config import DataConfig
+from hift_ds.dtypes import Dtype
 from hift_ds.errors import ConfigError
 from hift_ds.shipped import file_or_shipped
 from hift_ds.train.run_file import apply_overrides, explain, read_yaml
@@ -41,7 +42,7 @@ class ModelConfig(Section):
     exists)."""
     tokenizer: str | None = None
     """Its folder, if not the model's."""
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    dtype: Literal["auto", Dtype] = "auto"
     """Of the weights in training. auto: what the DeepSpeed JSON says, else as stored."""
     attn_implementation: str | None = None
     """eager, sdpa, flash_attention_2, ...; null: transformers' choice."""
@@ -152,7 +153,7 @@ class ExportConfig(Section):
 
     dir: str | None = None
     """Its folder; null: ``model`` in train.output_dir."""
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    dtype: Literal["auto", Dtype] = "auto"
     """Of the written weights. auto: as in the input."""
     max_shard_size: str = "5GB"
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hift_ds.config import BLOCK, HiFTConfig, check_against_deepspeed, parse_block, read_json_file
+from hift_ds.dtypes import Dtype
 from hift_ds.errors import ConfigError
-from hift_ds.hf.model_folder import Dtype
 from hift_ds.shipped import file_or_shipped
 from hift_ds.train.run_config import RunConfig
 

@@ -17,22 +17,21 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn
 
-from hift_ds.errors import ConfigError, HiFTError, OutOfMemory, check_that_commands_can_run
+from hift_ds.errors import (
+    INTERRUPTED,
+    PROG,
+    USER_ERROR,
+    HiFTError,
+    OneLineParser,
+    OutOfMemory,
+    check_that_commands_can_run,
+)
 from hift_ds.ranks import free_port, launch_variables, rank_and_world_size
 from hift_ds.report.quiet import escape_what_cannot_be_shown, quiet_libraries
 from hift_ds.train.processes import end_with_launcher
 
-PROG = "hift-ds"
-USER_ERROR = 2
-INTERRUPTED = 130
 PATIENCE_S = 5.0  # for the first rank to say what is wrong and for the launcher to stop the others
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; expected RUN.yaml [section.key=value ...]")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     argv = [word for given in argv for word in _decoded(given)]
-    parser = _Parser(prog=PROG, description="Fine-tune as a run file says; started once per rank.")
+    parser = OneLineParser(prog=PROG, description="Fine-tune as a run file says; started once per rank.")
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, default=None, help="given by some launchers"
     )
