@@ -55,7 +55,7 @@ class StateStoreError(HiFTError):
 def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
     """The error for a key that does not exist, naming the nearest one that does."""
     known = sorted(known)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
     return ConfigError(f"{where}: unknown key {key!r}; {hint}")
 

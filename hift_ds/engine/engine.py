@@ -68,6 +68,8 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
     optimizer: HiFTOptimizer
     step_loss: Tensor | None = None
     restores_generators = True
+    _mean_of_losses = True
+    _said_not_finite = False
     _ended = _destroyed = False
     _weights_made: ReplicatedParameters | None = None
 
@@ -143,6 +145,7 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
                 patterns=self.hift.groups,
                 always_active=self.hift.always_active,
             )
+            self._say_if_one_group()
             base = client_optimizer or self._build_from_config(model_parameters)
             optimizer = self._build_group_optimizer(base, flags)
         if self._fp32_shards:
@@ -150,6 +153,13 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         elif self.hift.master_weights and (exact := exact_values(self.module)) is not None:
             optimizer.set_masters(exact)
         return base, optimizer
+
+    def _say_if_one_group(self) -> None:
+        if len(self.groups) == 1 and self.hift.group_size > 1 and self.global_rank == 0:
+            logger.warning(
+                '"hift.group_size": %d is more than the model has: all weights are one group, which is full fine-tuning',
+                self.hift.group_size,
+            )
 
     @functools.cached_property
     def state_arithmetic(self) -> StateArithmetic:
@@ -341,6 +351,7 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         """
         self._refuse_if_ended()
         self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
+        self._mean_of_losses = scale_wrt_gas
         # Never the tensor that the model returned: DeepSpeed divides its gradient by the accumulation steps (0.19.8).
         scaled = loss * self.optimizer.scaler.scale if self.optimizer.scaler.active else loss.view_as(loss)
         self.optimizer.activate()  # for blocks that are recomputed, and in case no forward entered the model
@@ -361,8 +372,30 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         before = self._report_before_step() if is_boundary else None
         super().step(lr_kwargs)
         if before is not None:
+            self._write_loss()
             self.step_loss = None
             self.last_report = self._report_after_step(before)
+            self._say_if_not_finite(self.last_report)
+
+    def _write_loss(self) -> None:
+        """To DeepSpeed's monitors (``"csv_monitor"`` and the others), which get the rate from DeepSpeed alone: the loss
+        of this step on the first rank."""
+        if self.monitor.enabled and self.global_rank == 0 and self.step_loss is not None:
+            parts = self.gradient_accumulation_steps() if self._mean_of_losses else 1
+            self.monitor.write_events(
+                [("Train/Samples/train_loss", self.step_loss.item() / parts, self.global_samples)]
+            )
+
+    def _say_if_not_finite(self, report: StepReport) -> None:
+        """At once: a Trainer's logs leave such losses out, and the group's weights are lost from here on."""
+        if self._said_not_finite or report.skipped or math.isfinite(report.grad_norm) or self.global_rank:
+            return
+        self._said_not_finite = True
+        logger.warning(
+            "step %d (group %s): the gradient norm is %s and no loss scale skips the step: its weights are not numbers "
+            "any more; lower the learning rate, clip gradients, or look at this step's rows",
+            report.step + 1, report.group_name, report.grad_norm,
+        )  # fmt: skip
 
     def _report_before_step(self) -> StepReport:
         cursor, group = self.schedule.cursor, self.groups[self.schedule.active]

@@ -439,3 +439,39 @@ def test_nothing_is_clipped_unless_the_config_says_so(key):
         assert engine.last_report.grad_norm > 1.0
     assert engine.gradient_clipping() == 0.0 and largest_difference(model, twin) == 0.0
     engine.destroy()
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_deepspeeds_monitors_get_the_loss(tmp_path, scaled):
+    monitor = {"enabled": True, "output_path": str(tmp_path), "job_name": "run"}
+    engine = make_engine(Toy(), ds_config(gas=2, csv_monitor=monitor))
+    means = []
+    for batch in make_batches(3):
+        losses = []
+        for _ in range(2):
+            loss = loss_of(engine, batch)
+            losses.append(loss.item())
+            engine.backward(loss if scaled else loss / 2, scale_wrt_gas=scaled)
+            engine.step()
+        means.append(sum(losses) / 2)
+    engine.destroy()
+    lines = (tmp_path / "run" / "Train_Samples_train_loss.csv").read_text().split()[1:]
+    assert [float(line.split(",")[1]) for line in lines] == pytest.approx(means)
+    assert [int(line.split(",")[0]) for line in lines] == [24, 48, 72]
+
+
+def test_weights_that_stop_being_numbers_are_said_at_once_and_once(caplog):
+    engine = make_engine(Toy(), ds_config())
+    for factor in (1.0, float("nan"), float("nan")):
+        engine.backward(loss_of(engine, make_batches(1)[0]) * factor)
+        engine.step()
+    assert caplog.text.count("the gradient norm is nan") == 1
+    assert "step 2 (group layers.0)" in caplog.text
+    engine.destroy()
+
+
+def test_a_group_size_beyond_the_model_is_said(caplog):
+    for size, said in ((5, 1), (100, 2), (4, 2), (1, 2)):
+        engine = make_engine(Toy(), ds_config(hift={"group_size": size}))
+        assert caplog.text.count("which is full fine-tuning") == said, size
+        engine.destroy()
