@@ -148,10 +148,8 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
             self._say_if_one_group()
             base = client_optimizer or self._build_from_config(model_parameters)
             optimizer = self._build_group_optimizer(base, flags)
-        if self._fp32_shards:
+        if self._fp32_shards or (self.hift.master_weights and exact_values(self.module) is not None):
             self._give_masters_their_bits(optimizer)
-        elif self.hift.master_weights and (exact := exact_values(self.module)) is not None:
-            optimizer.set_masters(exact)
         return base, optimizer
 
     def _say_if_one_group(self) -> None:
@@ -178,9 +176,11 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
                 name: gather_whole(shard, numel_of[name], self.device) for name, shard in shards.items()
             }
 
+        exact = exact_values(self.module)
+
         def values(name: str, start: int, numel: int) -> Tensor | None:
             if name not in shards:
-                return None
+                return exact(name, start, numel) if exact is not None else None
             whole = shards[name].numel() == numel_of[name]
             offset = 0 if whole else collectives.shard_bounds(numel_of[name], world_size, self.global_rank)[0]
             return shards[name][start - offset : start - offset + numel]

@@ -28,11 +28,11 @@ from hift_ds.data.tokenizers import load_tokenizer
 from hift_ds.dtypes import torch_dtype
 from hift_ds.engine.initialize import ensure_process_group
 from hift_ds.engine.single_process import as_single_process
-from hift_ds.engine.zero3.load import load_partitioned
+from hift_ds.engine.zero3.load import load_partitioned, remember_rounded_weights
 from hift_ds.errors import CheckpointError, ConfigError
 from hift_ds.hf.export import check_files_can_be_written, export_model
 from hift_ds.hf.model_structure import build_on_meta, read_config, turn_cache_off
-from hift_ds.hf.safetensors_folder import load_pretrained, tensor_dtypes
+from hift_ds.hf.safetensors_folder import SafetensorsFolder, load_pretrained, tensor_dtypes
 from hift_ds.hf.weight_names import skeleton
 from hift_ds.layers.grouping import partition_model
 from hift_ds.out_of_memory import no_traceback_when_full
@@ -220,6 +220,8 @@ def _load_model(checked: CheckedRun, arguments: TrainingArguments) -> Any:
         trust_remote_code=run.model.trust_remote_code,
         **options,
     )
+    if not keeps_bits and not is_partitioned and block is not None and block.master_weights:
+        remember_rounded_weights(model, SafetensorsFolder(checked.model.path))
     if run.data.packing and not is_partitioned and not packed_samples_are_isolated(model):
         raise ConfigError(
             f"data.packing: true, but in {type(model).__name__} with attention "
@@ -320,13 +322,13 @@ def _evaluate(trainer: Any, data: PreparedData) -> dict[str, Any]:
 def _export(checked: CheckedRun, trainer: Any, model: Any, tokenizer: Any) -> None:
     """By the first rank: the weights as safetensors, and how far each layer group has moved. The others send it their
     masters where each node keeps its own checkpoints."""
-    wanted, tensors = checked.export_dtype, None
-    first, spread = trainer.args.process_index == 0, trainer.args.save_on_each_node and wanted == "fp32"
+    tensors, best = None, _exports_masters(checked)
+    first, spread = trainer.args.process_index == 0, trainer.args.save_on_each_node and best
     if not (first or spread):
         return
     if zero_stage(trainer.args) == 3:  # no rank has whole weights
-        tensors, model = _saved_weights(trainer, best=wanted == "fp32"), skeleton(model.config, model)
-    elif wanted == "fp32" and checked.dtype != "fp32":
+        tensors, model = _saved_weights(trainer, best=best), skeleton(model.config, model)
+    elif best and checked.dtype != "fp32":
         tensors = _saved_weights(trainer, best=True)
     try:
         if first:
@@ -335,6 +337,13 @@ def _export(checked: CheckedRun, trainer: Any, model: Any, tokenizer: Any) -> No
         if spread:
             for _ in tensors or ():  # what is left to send, also when the first rank could not write
                 pass
+
+
+def _exports_masters(checked: CheckedRun) -> bool:
+    """Some tensor is written as fp32: "auto" writes those that the input has as fp32, be it but a few."""
+    if checked.run.export.dtype != "auto":
+        return checked.export_dtype == "fp32"
+    return torch.float32 in tensor_dtypes(checked.model.path).values()
 
 
 def _write_export(checked: CheckedRun, model: Any, tensors: Any, tokenizer: Any) -> None:

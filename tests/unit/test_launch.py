@@ -520,3 +520,29 @@ def test_scripts_parse_and_the_example_is_a_hostfile(tmp_path):
     assert done.stdout == "2 nodes, 16 slots: node-1 x 8, node-2 x 8\n"
     no_arguments = subprocess.run([ROOT / "launch" / "single_node.sh"], capture_output=True, text=True)
     assert no_arguments.returncode == 2 and "RUN.yaml" in no_arguments.stderr
+
+
+def test_the_few_fp32_weights_of_a_folder_in_bf16_keep_their_bits(inputs, tmp_path):
+    """At a rate too small to move anything, every tensor comes out as it went in."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(inputs, tmp_path / "inputs")
+    (file,) = (tmp_path / "inputs" / "model").glob("*.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: 1 + torch.rand(value.shape, generator=generator) if "norm" in name else value.bfloat16()
+        for name, value in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+    out = tmp_path / "run"
+    run = write_run(
+        tmp_path / "inputs", out, train__learning_rate=1e-30, train__weight_decay=0.0, train__max_steps=6,
+        train__eval_steps=None, data__val_size=0,
+    )  # fmt: skip
+    finetune(load_run_config(run, []))
+    after = {
+        name: value for f in (out / "model").glob("*.safetensors") for name, value in load_file(f).items()
+    }
+    assert any(value.dtype == torch.float32 for value in after.values())
+    for name, value in after.items():
+        assert value.dtype == tensors[name].dtype and torch.equal(value, tensors[name]), name

@@ -142,7 +142,7 @@ def _fill(model: PreTrainedModel, folder: str | Path) -> None:
             )
         filled[id(target)] = name
         here.copy_(mine)
-    _remember_exact_values(model, files, plain, targets)
+    remember_rounded_weights(model, files, plain, targets)
 
 
 def _part_of_this_rank(target: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,9 +165,19 @@ def _from_first_rank(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return sent
 
 
-def _remember_exact_values(
-    model: PreTrainedModel, files: SafetensorsFolder, plain: dict[str, str], targets: dict[str, Tensor]
+def remember_rounded_weights(
+    model: PreTrainedModel,
+    files: SafetensorsFolder,
+    plain: dict[str, str] | None = None,
+    targets: dict[str, Tensor] | None = None,
 ) -> None:
+    """Let the masters of ``model``, which was loaded from the folder ``files``, have the bits of fp32 tensors that loading
+    rounded to 16: all of them, or the few of a folder that is in bf16 otherwise."""
+    if plain is None:
+        plain = {
+            unit.first_name: unit.sources[0] for unit in plan_load(model, files.headers) if unit.is_plain
+        }
+    targets = targets or model.state_dict(keep_vars=True)
     parameter_names = {id(param): name for name, param in model.named_parameters()}
     rounded = {
         parameter_names[id(targets[name])]: source
