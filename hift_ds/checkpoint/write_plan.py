@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from torch import Tensor, nn
 
 from hift_ds.checkpoint.files import TensorSpec
-from hift_ds.checkpoint.state_files import StoredTensor, read_chunk, states_of_chunk
+from hift_ds.checkpoint.state_files import spec_of
 from hift_ds.layers.arch import whole_shape
-from hift_ds.optim.group_optimizer import ALWAYS, GroupOptimizer
+from hift_ds.layers.grouping import ALWAYS
+from hift_ds.optim.group_optimizer import GroupOptimizer
+from hift_ds.optim.group_states import StateTensor
 from hift_ds.optim.parameters import GroupShard
 
 WEIGHTS, STATES = "weights", "states"  # the two files of tensors
@@ -51,7 +53,7 @@ class Snapshot:
     ) -> None:
         self._optimizer = optimizer
         self._whole = whole
-        self._stored: dict[int, list[StoredTensor]] = {}
+        self._states: dict[int, list[StateTensor]] = {}  # by chunk id
         self.writes_weights = writes_weights
         self.groups = self._groups_by_next_turn()
         trained = [member.name for group in self.groups for member in group.members]
@@ -59,11 +61,11 @@ class Snapshot:
         ordered = {**self._fixed, **{name: tensors[name] for name in trained}}
         for group in self.groups:
             for chunk in group.chunks:
-                self._stored[chunk.id] = states_of_chunk(optimizer, group, chunk)
+                self._states[chunk.id] = optimizer.states.tensors_of(group, chunk)
         self.specs = {
             WEIGHTS: [TensorSpec(n, t.dtype, whole_shape(t)) for n, t in ordered.items() if writes_weights],
             STATES: [
-                item.spec for group in self.groups for chunk in group.chunks for item in self._stored[chunk.id]
+                spec_of(tensor) for group in self.groups for chunk in group.chunks for tensor in self._states[chunk.id]
             ],
         }  # fmt: skip
 
@@ -85,10 +87,11 @@ class Snapshot:
     def of_group(self, group: GroupShard) -> Iterator[tuple[str, Tensor]]:
         """(file, tensor): the weights of a group and this rank's states. Views of live tensors."""
         yield from self._weights(member.param for member in group.members)
-        self._optimizer.store_of(group.index).synchronize()
+        states = self._optimizer.states
+        states.store_of(group).synchronize()
         for chunk in group.chunks:
-            if stored := self._stored[chunk.id]:
-                for tensor in read_chunk(self._optimizer, group, chunk, stored):
+            if tensors := self._states[chunk.id]:
+                for tensor in states.read(group, chunk, tensors):
                     yield STATES, tensor
 
     def _weights(self, tensors: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -37,8 +37,9 @@ from hift_ds.errors import HiFTError
 from hift_ds.layers.grouping import LayerGroup, Partition, partition_model
 from hift_ds.lr import CycleLR
 from hift_ds.optim.build import build_optimizer, is_elementwise
-from hift_ds.optim.group_optimizer import ALWAYS
-from hift_ds.optim.parameters import DEFAULT_BUCKET_NUMEL, ReplicatedParameters
+from hift_ds.optim.group_states import GroupStates
+from hift_ds.optim.parameters import DEFAULT_BUCKET_NUMEL, GroupShard, ReplicatedParameters
+from hift_ds.optim.piecewise import PiecewiseOptimizer
 from hift_ds.optim.trainable_flags import TrainableFlags, containers_of
 from hift_ds.out_of_memory import explains_out_of_memory, says_when_no_room
 from hift_ds.precision import LossScaler, PrecisionPolicy
@@ -185,7 +186,7 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
             offset = 0 if whole else collectives.shard_bounds(numel_of[name], world_size, self.global_rank)[0]
             return shards[name][start - offset : start - offset + numel]
 
-        optimizer.set_masters(values)
+        optimizer.states.set_masters(values)
 
     @contextlib.contextmanager
     def _unmanaged_set_aside(self, managed: set[nn.Parameter]) -> Iterator[None]:
@@ -231,20 +232,23 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         parameters = self._weights_made = self._build_parameters(base)
         groups = self._group_shards(base, parameters)
         self._watch_entrances([member.param for member in group.members] for group in groups.values())
-        return HiFTOptimizer(
-            base,
+        states = GroupStates(
+            groups,
             parameters,
-            flags,
-            groups=groups,
-            schedule=GroupSchedule(
-                len(self.partition.groups), hift.order, hift.reshuffle, hift.seed, hift.steps_per_group
-            ),
+            PiecewiseOptimizer(base),
+            self._precision(),
+            device,
             store=build_store(hift.state, device, seed=rounding_seed),
             always_store=build_resident_store(hift.state, device, seed=rounding_seed),
-            lr=CycleLR(hift.lr_update, base.param_groups),
-            precision=self._precision(),
-            scaler=self._loss_scaler(),
-            update_device=device,
+        )
+        return HiFTOptimizer(
+            states,
+            flags,
+            GroupSchedule(
+                len(self.partition.groups), hift.order, hift.reshuffle, hift.seed, hift.steps_per_group
+            ),
+            CycleLR(hift.lr_update, base.param_groups),
+            self._loss_scaler(),
             max_grad_norm=self.gradient_clipping(),
             seed=hift.seed,
             pin_memory=hift.state.pin_memory,
@@ -280,17 +284,19 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
             replicated.accumulate_in_fp32(trainable)
         return replicated
 
-    def _group_shards(self, base: torch.optim.Optimizer, parameters: ReplicatedParameters) -> dict[int, Any]:
+    def _group_shards(
+        self, base: torch.optim.Optimizer, parameters: ReplicatedParameters
+    ) -> dict[int, GroupShard]:
         weights = dict(self.module.named_parameters())
         param_group_of = {p: i for i, group in enumerate(base.param_groups) for p in group["params"]}
-        groups = list(self.partition.groups) + ([self.partition.always] if self.partition.always else [])
+        always = [self.partition.always] if self.partition.always else []
         return {
-            (ALWAYS if group is self.partition.always else group.index): parameters.group_shard(
-                ALWAYS if group is self.partition.always else group.index,
+            group.index: parameters.group_shard(
+                group.index,
                 group.name,
                 [(name, weights[name], param_group_of[weights[name]]) for name in group.param_names],
             )
-            for group in groups
+            for group in [*self.partition.groups, *always]
         }
 
     def _update_device(self) -> torch.device:

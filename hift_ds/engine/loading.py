@@ -27,9 +27,7 @@ from hift_ds.checkpoint.state_files import (
     check_reachable,
     class_name,
     options_of,
-    restore_coverage,
     restore_extras,
-    restore_states,
 )
 from hift_ds.checkpoint.write_plan import saved_tensors
 from hift_ds.errors import CheckpointError
@@ -88,14 +86,16 @@ class Loading:
         if with_states:
             check_same_optimizer(saved, class_name(self.optimizer.optimizer))
         updated = {name for name, entry in saved.parameters.items() if entry["updates"]}
-        on_all_ranks(lambda: check_reachable(self.optimizer, saved.states, updated, folder), CheckpointError)
+        on_all_ranks(
+            lambda: check_reachable(self.optimizer.states, saved.states, updated, folder), CheckpointError
+        )
         client_state = saved.client_state()
         self.optimizer.drop_gradients()
         self._load_weights(saved, custom_load_fn)
-        restore_states(self.optimizer, saved.states, load_states=with_states)
+        self.optimizer.states.load(saved.states, with_states=with_states)
         if not load_module_only:
             self._load_progress(saved, with_states, load_lr_scheduler_states)
-        self.optimizer.store.prefetch(self.optimizer.groups[self.schedule.active].chunks[0].id)
+        self.optimizer.states.prefetch(self.optimizer.groups[self.schedule.active])
         self.last_checkpoint = folder
         return str(folder), client_state
 
@@ -158,11 +158,11 @@ class Loading:
         common, optimizer = saved.common, self.optimizer
         self.global_steps, self.global_samples = common["global_steps"], common["global_samples"]
         self.skipped_steps, optimizer.num_applied = common["skipped_steps"], common["applied_steps"]
-        restore_coverage(optimizer, {name: entry["updates"] for name, entry in common["tensors"].items()})
+        optimizer.set_coverage({name: entry["updates"] for name, entry in common["tensors"].items()})
         optimizer.scaler.load_state_dict(decode(common["loss_scaler"]))
         if with_states:
             self._load_options(common["optimizer"]["param_groups"], with_scheduler)
-            restore_extras(optimizer, common["optimizer"]["extras"], groups_now(saved, self.groups))
+            restore_extras(optimizer.states, common["optimizer"]["extras"], groups_now(saved, self.groups))
         if with_scheduler:
             optimizer.lr.load_state_dict(decode(common["learning_rate"]))
             if self.lr_scheduler is not None and common["scheduler"] is not None:

@@ -209,7 +209,7 @@ class Saving:
         snapshot = Snapshot(self.optimizer, tensors, staging.leads, self.optimizer.parameters.whole_weight)
         encoded, rest = split_encodable(client_state)
         common = {**self._common_state(tensors), "excluded": excluded, "client_state": encoded}
-        own = {"scalars": scalars_by_parameter(self.optimizer), "random": random_state(self.device)}
+        own = {"scalars": scalars_by_parameter(self.optimizer.states), "random": random_state(self.device)}
         writer = CheckpointWriter(staging, snapshot, common, own, rest)
         writer.open(self._pending_gradients())
         return writer
@@ -248,7 +248,7 @@ class Saving:
             "optimizer": {
                 "class": class_name(optimizer.optimizer),
                 "param_groups": [encode(options_of(group)) for group in optimizer.param_groups],
-                "extras": extras_by_group(optimizer),
+                "extras": extras_by_group(optimizer.states),
             },
         }
 

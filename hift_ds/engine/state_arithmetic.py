@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from hift_ds.config import StateConfig
-from hift_ds.optim.group_optimizer import ALWAYS, GroupOptimizer
+from hift_ds.layers.grouping import ALWAYS
+from hift_ds.optim.group_optimizer import GroupOptimizer
 from hift_ds.store.arithmetic import StateArithmetic, measure_flops, measure_link, measure_update
 from hift_ds.store.disk import DiskStateStore
 from hift_ds.store.encoded import EncodedStateStore

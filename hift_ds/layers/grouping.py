@@ -20,7 +20,7 @@ from hift_ds.errors import GroupingError
 from hift_ds.layers.arch import ArchSpec, check_arch, find_arch, whole_shape
 from hift_ds.schedule import GroupSchedule
 
-ALWAYS_INDEX = -1
+ALWAYS = -1  # index of the group that is trained in every turn
 ALWAYS_NAME = "always"
 MAX_PIECES_IN_NAME = 3
 MAX_PATTERN_IN_NAME = 40
@@ -115,7 +115,7 @@ def partition_model(
     members = [params for _, params in named]
     return Partition(
         groups=tuple(_group(i, names[i], members[i], trainable) for i in range(len(named))),
-        always=_group(ALWAYS_INDEX, ALWAYS_NAME, always, trainable) if always else None,
+        always=_group(ALWAYS, ALWAYS_NAME, always, trainable) if always else None,
         matrices=_matrices(model, arch, trainable),
     )
 

@@ -89,6 +89,15 @@ class PiecewiseOptimizer:
         assert probe.state is not None
         return {k: v.dtype for k, v in probe.state.items() if isinstance(v, Tensor) and v.shape == (3,)}
 
+    def placed(self, key: str, value: Any, param_group: int, device: torch.device) -> Any:
+        """A saved state scalar where ``Optimizer.load_state_dict`` puts it: tensors on the device, the step count only
+        for kernels that read it there."""
+        if not isinstance(value, Tensor):
+            return value
+        options = self.base.param_groups[param_group]
+        on_device = key != "step" or options.get("fused") or options.get("capturable")
+        return value.to(device) if on_device else value
+
     def _options(self, index: int) -> dict[str, Any]:
         return {k: v for k, v in self.base.param_groups[index].items() if k != "params"}
 

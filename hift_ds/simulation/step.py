@@ -233,7 +233,7 @@ def _mark_gradients(engine: Any, tracker: MemoryTracker) -> None:
 def _mark_states(engine: Any, tracker: MemoryTracker) -> None:
     """What a store hands out for an update is state."""
     optimizer = engine.optimizer
-    for store in {id(s): s for s in (optimizer.store, optimizer.always_store)}.values():
+    for store in {id(s): s for s in (optimizer.states.store, optimizer.states.always_store)}.values():
 
         def watched(chunk: int, fetch: Any = store.fetch) -> dict[str, Tensor]:
             tensors = fetch(chunk)
@@ -286,7 +286,7 @@ def _warm_up(engine: Any, tracker: MemoryTracker) -> None:
     """What prefetching keeps on the device exists from the first update on; let it exist now, as state."""
     optimizer = engine.optimizer
     for group in list(optimizer.groups.values())[:2]:  # two slots at most
-        optimizer.store.prefetch(group.chunks[0].id)
+        optimizer.states.prefetch(group)
     tracker.see_all((slot.memory for slot in getattr(optimizer.store, "_slots", ())), STATES)
 
 
@@ -302,7 +302,7 @@ def activate(engine: Any, index: int) -> None:
 def state_bytes(engine: Any, index: int) -> int:
     """Of the group's master and states, in the form in which they rest."""
     optimizer = engine.optimizer
-    store = optimizer.store_of(index)
+    store = optimizer.states.store_of(optimizer.groups[index])
     return sum(store.num_bytes(chunk.id) for chunk in optimizer.groups[index].chunks)
 
 

@@ -72,22 +72,22 @@ def end_of(engine, losses: list[float]) -> End:
         "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler else None,
         "counters": (engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps),
         "applied": optimizer.num_applied,
-        "extras": optimizer.extras,
+        "extras": optimizer.states.extras,
     }
     return End(whole_weights(engine), engine.coverage(), losses, facts)
 
 
 def states_of(engine) -> dict[str, Tensor]:
     """This rank's masters and states by name, cloned."""
-    from hift_ds.checkpoint.state_files import read_chunk, states_of_chunk
+    from hift_ds.checkpoint.state_files import spec_of
 
-    found = {}
+    found, states = {}, engine.optimizer.states
     for group in engine.optimizer.groups.values():
-        engine.optimizer.store_of(group.index).synchronize()
+        states.store_of(group).synchronize()
         for chunk in group.chunks:
-            stored = states_of_chunk(engine.optimizer, group, chunk)
-            for item, tensor in zip(stored, read_chunk(engine.optimizer, group, chunk, stored), strict=True):
-                found[item.spec.name] = tensor.clone()
+            tensors = states.tensors_of(group, chunk)
+            for tensor, values in zip(tensors, states.read(group, chunk, tensors), strict=True):
+                found[spec_of(tensor).name] = values.clone()
     return found
 
 

@@ -28,7 +28,7 @@ def trained(tmp_path_factory):
     for group in engine.optimizer.groups.values():
         for chunk in group.chunks:
             tensors = engine.optimizer.store.read(chunk.id)
-            for piece, record in zip(chunk.pieces, engine.optimizer.records[chunk.id], strict=True):
+            for piece, record in zip(chunk.pieces, engine.optimizer.states.records[chunk.id], strict=True):
                 masters[group.members[piece.member].name] = record.master.view(tensors).clone()
     engine.destroy()
     return folder / "input", folder / "saved", weights, masters

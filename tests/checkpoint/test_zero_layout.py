@@ -26,8 +26,8 @@ def test_zero_to_fp32_gives_the_masters(tmp_path, stage, low, part_bytes):
     optimizer, expected = engine.optimizer, {}
     for group in optimizer.groups.values():
         for chunk in group.chunks:
-            tensors = optimizer.store_of(group.index).read(chunk.id)
-            for piece, record in zip(chunk.pieces, optimizer.records[chunk.id], strict=True):
+            tensors = optimizer.states.store_of(group).read(chunk.id)
+            for piece, record in zip(chunk.pieces, optimizer.states.records[chunk.id], strict=True):
                 master = (
                     record.master.view(tensors)
                     if record.master

@@ -203,7 +203,7 @@ def fp32_bits_survive_on_every_rank(rank: int, world_size: int, optimizer: str) 
     for group in engine.optimizer.groups.values():
         for chunk in group.chunks:
             tensors = engine.optimizer.store.read(chunk.id)
-            for piece, record in zip(chunk.pieces, engine.optimizer.records[chunk.id], strict=True):
+            for piece, record in zip(chunk.pieces, engine.optimizer.states.records[chunk.id], strict=True):
                 name = group.members[piece.member].name
                 expected = exact[name].detach().flatten()[piece.start : piece.start + piece.numel]
                 if not torch.equal(record.master.view(tensors).flatten(), expected):

@@ -39,8 +39,8 @@ def masters_of(engine: Any) -> dict[tuple[str, int], torch.Tensor]:
     optimizer, found = engine.optimizer, {}
     for group in optimizer.groups.values():
         for chunk in group.chunks:
-            tensors = optimizer.store_of(group.index).read(chunk.id)
-            for piece, record in zip(chunk.pieces, optimizer.records[chunk.id], strict=True):
+            tensors = optimizer.states.store_of(group).read(chunk.id)
+            for piece, record in zip(chunk.pieces, optimizer.states.records[chunk.id], strict=True):
                 if record.master is not None:
                     found[group.members[piece.member].name, piece.start] = record.master.view(tensors).clone()
     return found

@@ -300,7 +300,9 @@ def train_pure_bf16(stochastic: bool) -> dict[str, torch.Tensor]:
     hift = {"master_weights": False, "stochastic_rounding": stochastic}
     model = Toy()
     engine = make_engine(model, ds_config(lr=1e-3, bf16={"enabled": True}, hift=hift, optimizer="SGD"))
-    assert all(record.master is None for records in engine.optimizer.records.values() for record in records)
+    assert all(
+        record.master is None for records in engine.optimizer.states.records.values() for record in records
+    )
     for batch in make_batches(20):
         train_step(engine, [batch])
     engine.destroy()

@@ -103,7 +103,7 @@ def test_as_before(tmp_path, way, stage):
     if way == "no engine":
         return
     optimizer = trainer.engine.optimizer
-    assert not optimizer.store._host and not optimizer.always_store._memory
+    assert not optimizer.store._host and not optimizer.states.always_store._memory
     with pytest.raises(HiFTError, match="training has ended"):
         trainer.engine.step()
     if handle is not None:

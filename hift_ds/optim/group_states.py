@@ -1,0 +1,375 @@
+"""Masters and optimizer states of the layer groups: where each tensor lies in a state store, and which hold values.
+
+A store keeps flat buffers, by chunk and key. States with an entry per weight share one buffer per key, piece after
+piece; a state with a shape of its own (Adafactor's factors) has one to itself. Here the buffers are cut into the
+tensors that an optimizer sees, and a checkpoint reads and writes them by parameter name.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hift_ds.layers.grouping import ALWAYS
+from hift_ds.optim.parameters import Chunk, GroupShard, Piece, ReplicatedParameters
+from hift_ds.optim.piecewise import PieceState, PiecewiseOptimizer
+from hift_ds.precision import PrecisionPolicy
+from hift_ds.store.base import MASTER, StateStore, Weights
+
+
+@dataclass(frozen=True)
+class StateView:
+    """Where one state tensor of one piece is: elements [offset, offset + numel) of the store's buffer ``key``."""
+
+    key: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    def view(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The tensor, a view of ``shape`` into a chunk's buffers by key."""
+        return tensors[self.key][self.offset : self.offset + math.prod(self.shape)].view(self.shape)
+
+
+@dataclass
+class PieceRecord:
+    """What is known of a piece's state between its turns."""
+
+    master: StateView | None
+    slots: dict[str, StateView] = field(default_factory=dict)  # state tensors, by the optimizer's key
+    scalars: PieceState = field(default_factory=dict)  # "step" and the like: tiny, they stay where they are
+
+    def copy(self) -> PieceRecord:
+        """The record as it is now, which later changes of this one do not touch; scalars are shared."""
+        return PieceRecord(self.master, dict(self.slots), dict(self.scalars))
+
+    def state(self, tensors: Mapping[str, Tensor], piece: Piece, run: Piece) -> PieceState | None:
+        """What the optimizer knows of ``run``, a part of ``piece``; ``None`` before the first update."""
+        if not (self.slots or self.scalars):
+            return None
+        state = {key: part_of(slot.view(tensors), piece, run) for key, slot in self.slots.items()}
+        # Each run counts its own step.
+        return state | (self.scalars if run is piece else _copied(self.scalars))
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """A master or state tensor that holds values, as a checkpoint names it."""
+
+    param: str
+    key: str  # the optimizer's, or MASTER
+    piece: Piece
+    place: StateView
+    flat: bool  # has an entry per weight: read flat, without the parameter's shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.piece.numel,) if self.flat else self.place.shape
+
+    def view(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The tensor, a view of ``shape`` into the chunk's buffers by key."""
+        return self.place.view(tensors).view(self.shape)
+
+
+class SavedStates(Protocol):
+    """What :meth:`GroupStates.load` reads: masters and states of whole parameters, by name and range."""
+
+    def keys(self, param: str) -> set[str]: ...
+
+    def scalars(self, param: str) -> PieceState | None: ...
+
+    def has_master(self, param: str) -> bool: ...
+
+    def master(self, param: str, start: int, numel: int) -> Tensor: ...
+
+    def is_flat(self, param: str, key: str) -> bool: ...
+
+    def elements(self, param: str, key: str, start: int, numel: int) -> Tensor: ...
+
+    def shaped(self, param: str, key: str) -> Tensor: ...
+
+
+class GroupStates:
+    """The states of all layer groups on this rank.
+
+    Args:
+        groups: by group index, and ``ALWAYS`` if some parameters are trained in every turn.
+        parameters: how weights are reached; masters begin as copies of them.
+        piecewise: the optimizer whose states these are.
+        precision: which weights have an fp32 master.
+        update_device: where the arithmetic runs.
+        store: of the rotating groups.
+        always_store: of the always-active group; its states never leave the update device.
+
+    Attributes:
+        records: by chunk id, one per piece of the chunk.
+        extras: scalars that the optimizer keeps in its param_groups, by group index and param_group index.
+    """
+
+    def __init__(
+        self,
+        groups: Mapping[int, GroupShard],
+        parameters: ReplicatedParameters,
+        piecewise: PiecewiseOptimizer,
+        precision: PrecisionPolicy,
+        update_device: torch.device,
+        store: StateStore,
+        always_store: StateStore,
+    ) -> None:
+        self.groups = dict(groups)
+        self.parameters = parameters
+        self.piecewise = piecewise
+        self.precision = precision
+        self.update_device = update_device
+        self.store = store
+        self.always_store = always_store
+        self.records: dict[int, list[PieceRecord]] = {}
+        self.extras: dict[int, dict[int, dict[str, Any]]] = {index: {} for index in self.groups}
+        self._masters_filled: set[int] = set()  # chunks whose masters hold values
+        self._reserve()
+
+    def store_of(self, group: GroupShard) -> StateStore:
+        return self.always_store if group.index == ALWAYS else self.store
+
+    # -- layout -----------------------------------------------------------------------------------------------
+
+    def _reserve(self) -> None:
+        """Lay out every chunk's states and reserve their buffers now, not in the middle of a backward."""
+        elementwise = (
+            {} if self.parameters.whole_tensors else self.piecewise.elementwise_keys(self.update_device)
+        )
+        for group in self.groups.values():
+            store = self.store_of(group)
+            for chunk in group.chunks:
+                if num_mastered := self._lay_out_masters(group, chunk):
+                    weights = self._weights_of_masters(group, chunk)
+                    store.ensure(chunk.id, MASTER, num_mastered, torch.float32, weights)
+                for key, dtype in elementwise.items():
+                    store.ensure(chunk.id, key, sum(piece.numel for piece in chunk.pieces), dtype)
+        self.store = self.store.start()
+        self.always_store = self.always_store.start()
+
+    def _lay_out_masters(self, group: GroupShard, chunk: Chunk) -> int:
+        """Returns the elements that have one."""
+        offset, records = 0, []
+        for piece in chunk.pieces:
+            needs_master = self._needs_master(group.members[piece.member].param)
+            records.append(PieceRecord(StateView(MASTER, offset, piece.shape) if needs_master else None))
+            offset += piece.numel if needs_master else 0
+        self.records[chunk.id] = records
+        return offset
+
+    def _needs_master(self, param: nn.Parameter) -> bool:
+        elsewhere = param.device.type != self.update_device.type  # step_on host: mirror fp32 weights too
+        return self.precision.has_master(param.dtype) or (elsewhere and param.dtype == torch.float32)
+
+    def _weights_of_masters(self, group: GroupShard, chunk: Chunk) -> Weights | None:
+        """For stores that keep of a master only what its bf16 weight lacks."""
+        mastered = [piece for piece, record in self._pieces(chunk) if record.master is not None]
+        in_bf16 = all(group.members[piece.member].param.dtype == torch.bfloat16 for piece in mastered)
+        if not (in_bf16 and self.parameters.weights_are_always_here):
+            return None
+        return lambda: [self.parameters.weight(group, piece).reshape(-1) for piece in mastered]
+
+    def _pieces(self, chunk: Chunk) -> Iterable[tuple[Piece, PieceRecord]]:
+        return zip(chunk.pieces, self.records[chunk.id], strict=True)
+
+    def _new_view(self, group: GroupShard, chunk: Chunk, i: int, key: str, like: Tensor) -> StateView:
+        """Room for a state of piece ``i`` with the shape and dtype of ``like``: in the buffer that all pieces share,
+        if it has an entry per weight; else in one of its own."""
+        piece = chunk.pieces[i]
+        if not self.parameters.whole_tensors and like.shape == piece.shape:
+            return StateView(key, sum(p.numel for p in chunk.pieces[:i]), piece.shape, like.dtype)
+        own_key = f"{key}:{group.members[piece.member].name}"
+        self.store_of(group).ensure(chunk.id, own_key, like.numel(), like.dtype)
+        return StateView(own_key, 0, tuple(like.shape), like.dtype)
+
+    # -- in a step --------------------------------------------------------------------------------------------
+
+    def fetch(self, group: GroupShard, position: int) -> Mapping[str, Tensor]:
+        """Bring the states of the group's chunk at ``position`` to the update device, and the next chunk's on their way.
+
+        Returns:
+            The chunk's buffers by key, flat. On the first visit the masters are made from the weights.
+        """
+        store, chunk = self.store_of(group), group.chunks[position]
+        tensors = store.fetch(chunk.id)
+        if position + 1 < len(group.chunks):
+            store.prefetch(group.chunks[position + 1].id)
+        if chunk.id not in self._masters_filled:
+            for piece, record in self._pieces(chunk):
+                if record.master is not None:
+                    record.master.view(tensors).copy_(self.parameters.weight(group, piece))
+            self._masters_filled.add(chunk.id)
+        return tensors
+
+    def keep(self, group: GroupShard, chunk: Chunk, i: int, run: Piece, state: PieceState) -> None:
+        """Take over what a step left in ``state`` for ``run``, a part of piece ``i``: tensors that it replaced or
+        created go into the chunk's buffers, scalars stay as they are."""
+        record, piece, store = self.records[chunk.id][i], chunk.pieces[i], self.store_of(group)
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                record.scalars[key] = value
+                continue
+            if key not in record.slots:
+                # ``_new_view`` looks at shape and dtype alone: of the whole piece's state, which needs no memory here.
+                like = value if run is piece else value[:1].expand(piece.shape)
+                record.slots[key] = self._new_view(group, chunk, i, key, like)
+            view = part_of(record.slots[key].view(store.fetch(chunk.id)), piece, run)
+            if view.data_ptr() != value.data_ptr():
+                view.copy_(value)
+
+    def evict(self, group: GroupShard, position: int, version: int) -> None:
+        """Send the states of the group's chunk at ``position`` back to where they rest.
+
+        Args:
+            version: a number that changes from update to update.
+        """
+        self.store_of(group).evict(group.chunks[position].id, version)
+
+    def prefetch(self, group: GroupShard) -> None:
+        """The group will be updated next: its first states may be on their way."""
+        self.store_of(group).prefetch(group.chunks[0].id)
+
+    # -- out --------------------------------------------------------------------------------------------------
+
+    def tensors_of(self, group: GroupShard, chunk: Chunk) -> list[StateTensor]:
+        """This rank's masters and states of ``chunk`` that hold values."""
+        found = []
+        for piece, record in self._pieces(chunk):
+            name = group.members[piece.member].name
+            if record.master is not None and chunk.id in self._masters_filled:
+                found.append(StateTensor(name, MASTER, piece, record.master, flat=True))
+            for key, view in record.slots.items():
+                found.append(StateTensor(name, key, piece, view, flat=view.shape == piece.shape))
+        return found
+
+    def read(self, group: GroupShard, chunk: Chunk, tensors: Iterable[StateTensor]) -> Iterator[Tensor]:
+        """The current values of ``tensors``, one at a time, flat if they are. The store is synchronized."""
+        buffers = self.store_of(group).read(chunk.id)
+        for tensor in tensors:
+            yield tensor.view(buffers)
+
+    def pieces(self) -> Iterator[tuple[str, Piece, PieceRecord]]:
+        """(parameter name, piece, its record) of everything that this rank updates."""
+        for group in self.groups.values():
+            for chunk in group.chunks:
+                for piece, record in self._pieces(chunk):
+                    yield group.members[piece.member].name, piece, record
+
+    # -- in ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def set_masters(self, whole: Callable[[str, int, int], Tensor | None]) -> None:
+        """Fill all masters from fp32 values that the weights themselves no longer have.
+
+        Args:
+            whole: (parameter name, start, numel) -> those elements, flat, or ``None`` to take the weight's.
+        """
+        for group in self.groups.values():
+            self.parameters.begin_update(group)
+            for chunk in group.chunks:
+                for piece, record in self._pieces(chunk):
+                    if record.master is None:
+                        continue
+                    values = whole(group.members[piece.member].name, piece.start, piece.numel)
+                    if values is None:
+                        values = self.parameters.weight(group, piece)
+                    flat = values.reshape(-1).float()
+                    self.store_of(group).write(chunk.id, MASTER, flat, record.master.offset)
+                self._masters_filled.add(chunk.id)
+            self.parameters.abandon_update(group)
+
+    @torch.no_grad()
+    def load(self, saved: SavedStates, *, with_states: bool = True) -> None:
+        """Give every chunk of this rank the saved masters and states of its pieces; forget what it had.
+
+        The weights have been loaded. The host holds one state of one chunk at a time. A whole key is written at
+        once, so that a store which encodes values in blocks encodes each block once.
+
+        Args:
+            with_states: ``False``: masters only; optimizer states stay as they are.
+        """
+        for group in self.groups.values():
+            self.store_of(group).synchronize()
+            self.parameters.begin_update(group)
+            for chunk in group.chunks:
+                self._load_masters(group, chunk, saved)
+                if with_states:
+                    self._load_states(group, chunk, saved)
+            self.parameters.abandon_update(group)
+
+    def _load_masters(self, group: GroupShard, chunk: Chunk, saved: SavedStates) -> None:
+        """All masters of a chunk, or none. One not saved is made from the weight, as a first visit would."""
+        self._masters_filled.discard(chunk.id)
+        mastered = [
+            (piece, group.members[piece.member].name)
+            for piece, record in self._pieces(chunk)
+            if record.master is not None
+        ]
+        if not any(saved.has_master(name) for _, name in mastered):
+            return
+        parts = [
+            saved.master(name, piece.start, piece.numel)
+            if saved.has_master(name)
+            else self.parameters.weight(group, piece).reshape(-1).float().cpu()
+            for piece, name in mastered
+        ]
+        self.store_of(group).write(chunk.id, MASTER, torch.cat(parts))
+        self._masters_filled.add(chunk.id)
+
+    def _load_states(self, group: GroupShard, chunk: Chunk, saved: SavedStates) -> None:
+        self.records[chunk.id] = [PieceRecord(record.master) for record in self.records[chunk.id]]
+        names = [group.members[piece.member].name for piece in chunk.pieces]
+        for key in sorted(set().union(*(saved.keys(name) for name in names)) - {MASTER}):
+            self._load_key(group, chunk, saved, key)
+        for piece, record in self._pieces(chunk):
+            member = group.members[piece.member]
+            record.scalars = {
+                key: self.piecewise.placed(key, value, member.param_group, self.update_device)
+                for key, value in (saved.scalars(member.name) or {}).items()
+            }
+
+    def _load_key(self, group: GroupShard, chunk: Chunk, saved: SavedStates, key: str) -> None:
+        """One state of all pieces of a chunk: assembled on the host, then written in one go."""
+        store = self.store_of(group)
+        buffers: dict[str, Tensor] = {}  # by the store's key
+        for i, (piece, record) in enumerate(self._pieces(chunk)):
+            name = group.members[piece.member].name
+            if key not in saved.keys(name):
+                continue
+            if saved.is_flat(name, key):
+                value = saved.elements(name, key, piece.start, piece.numel).view(piece.shape)
+            else:
+                value = saved.shaped(name, key)
+            view = record.slots[key] = self._new_view(group, chunk, i, key, value)
+            if view.key not in buffers:
+                numel = sum(p.numel for p in chunk.pieces) if view.key == key else value.numel()
+                store.ensure(chunk.id, view.key, numel, value.dtype)
+                buffers[view.key] = torch.zeros(numel, dtype=value.dtype)
+            buffers[view.key][view.offset : view.offset + value.numel()] = value.reshape(-1)
+        for store_key, values in buffers.items():
+            store.write(chunk.id, store_key, values)
+
+    def close(self) -> None:
+        """Give back the states' memory and files, and what moves them."""
+        self.store.close()
+        self.always_store.close()
+
+
+def part_of(whole: Tensor, piece: Piece, run: Piece) -> Tensor:
+    """The elements of ``run``, a part of ``piece``, in a tensor with one entry per element of ``piece``."""
+    return whole if run is piece else whole[run.start - piece.start :][: run.numel]
+
+
+def _copied(scalars: PieceState) -> PieceState:
+    return {
+        key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        for key, value in scalars.items()
+    }
