@@ -27,7 +27,8 @@ from hift_ds.data.files import (
     without_filling,
 )
 from hift_ds.data.formats import check_format, detect_format, guess_columns, present, rename
-from hift_ds.errors import ConfigError, DataError, unknown_key
+from hift_ds.errors import ConfigError, DataError, HiFTError, unknown_key
+from hift_ds.hf.model_folder import CANNOT_WRITE
 from hift_ds.shipped import BUNDLED, find
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def load_rows(sources: list[Source]) -> Dataset:
             try:
                 part = Dataset.from_generator(_generate, gen_kwargs=kwargs, features=features)
             except DatasetGenerationError as error:
-                if isinstance(error.__cause__, (DataError, OSError)):
+                if isinstance(error.__cause__, (HiFTError, OSError)):
                     raise error.__cause__ from None
                 raise
         parts.append(part)
@@ -377,6 +378,11 @@ def _from_hub(source: Source) -> Any:
     try:
         return load_dataset(name, source.subset, split=source.split)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            raise ConfigError(
+                f"{source.key}: the cache for {source.path!r} cannot be written: {error}; set the environment "
+                "variables HF_HOME and HF_DATASETS_CACHE to folders that can"
+            ) from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"{source.key}: cannot load {source.path!r} (split {source.split!r}): {reason[:300]}"

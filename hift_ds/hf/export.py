@@ -125,24 +125,26 @@ def check_files_can_be_written(model: PreTrainedModel, tokenizer: Any = None) ->
 
 
 @contextmanager
-def savable_generation_config(model: PreTrainedModel) -> Iterator[GenerationConfig | None]:
+def savable_generation_config(model: PreTrainedModel, folder: str | Path | None) -> Iterator[None]:
     """Inside, ``save_pretrained`` of ``model`` does not fail on its generation config.
 
     Published models ship settings that transformers refuses to save once the special tokens have been aligned
     with a tokenizer (a temperature without sampling). They came with the input and go out as they came.
 
-    Yields:
-        The model's own config, to be written by the caller with ``to_json_file``; None if transformers will.
+    Args:
+        folder: where the model is saved inside, and its config then written; None: another rank writes.
     """
     own = getattr(model, "generation_config", None)
     if own is None or _passes(own):
-        yield None
+        yield
         return
     model.generation_config = type(own)()
     try:
-        yield own
+        yield
     finally:
         model.generation_config = own
+    if folder is not None:
+        own.to_json_file(str(Path(folder) / GENERATION_CONFIG))
 
 
 def _passes(config: GenerationConfig) -> bool:

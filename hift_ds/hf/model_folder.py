@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections import Counter
@@ -15,6 +16,8 @@ from hift_ds.errors import CheckpointError, ConfigError
 from hift_ds.hf.safetensors_folder import check_weights
 
 HUB = "hub:"
+CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
+"""What a folder that cannot be written answers, by the system's numbers."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What a model needs from the Hub; code only if the user trusts it, pickled weights never.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -85,6 +88,11 @@ def resolve_model(path: str, *, key: str = "model.path", trust_remote_code: bool
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            raise ConfigError(
+                f"{key}: the cache of the Hugging Face Hub cannot be written: {error}; set the environment variable "
+                "HF_HOME to a folder that can"
+            ) from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
             f"{key}: {path!r} is not a folder here, and the Hugging Face Hub does not give it: {reason[:200]}"

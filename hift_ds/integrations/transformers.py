@@ -29,6 +29,7 @@ from hift_ds.engine.single_process import as_single_process
 from hift_ds.engine.zero3.export import export_partitioned
 from hift_ds.engine.zero3.shards import is_partitioned
 from hift_ds.errors import ConfigError, OutOfMemory
+from hift_ds.hf.export import savable_generation_config
 from hift_ds.integrations.arguments import check_arguments
 from hift_ds.integrations.checkpoint_rotation import WholeCheckpointsStay
 from hift_ds.integrations.events import EngineEvents, disable_input_require_grads
@@ -125,10 +126,12 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's: safetensors that ``from_pretrained`` loads. Rank 0 writes its replica of the
         weights; with DeepSpeed the Trainer would first copy the whole model to the host, on every rank."""
+        folder = output_dir or self.args.output_dir
         if self.engine is not None and self.engine.zero_optimization_stage() == 3:
-            self._save_partitioned(output_dir or self.args.output_dir, is_checkpoint=_internal_call)
+            self._save_partitioned(folder, is_checkpoint=_internal_call)
             return
-        with self._deepspeed_set_aside():
+        written = savable_generation_config(self.model, folder if self.args.should_save else None)
+        with self._deepspeed_set_aside(), written:
             super().save_model(output_dir, _internal_call)
 
     def _save_partitioned(self, output_dir: str, is_checkpoint: bool) -> None:

@@ -3,7 +3,6 @@ reports."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
@@ -11,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 from hift_ds.data.packing import collator
 from hift_ds.engine.deepspeed_seam import checkpoints_without_code
 from hift_ds.errors import ConfigError
-from hift_ds.hf.export import GENERATION_CONFIG, savable_generation_config
+from hift_ds.hf.export import savable_generation_config
 from hift_ds.integrations.finished_run import StopsWhenDone
 from hift_ds.integrations.transformers import HiFTMixin
 from hift_ds.report.callback import ReportCallback, report_instead_of_printing
@@ -50,29 +49,20 @@ class _RefusesToGoBack:
             )
 
 
-class _GenerationConfigAsItCame:
-    """Mixin: a checkpoint does not fail on a generation config that transformers refuses to save."""
+class FullTrainer(_RefusesToGoBack, StopsWhenDone, TokenMeanEvaluation, _DecayMatricesOnly, Trainer):
+    """``hift: false``: every weight in every step, by DeepSpeed alone; what HiFT is compared with."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        with savable_generation_config(self.model) as own:
+        folder = output_dir or self.args.output_dir
+        with savable_generation_config(self.model, folder if self.args.should_save else None):
             super().save_model(output_dir, _internal_call)
-        if own is not None and self.args.should_save:
-            own.to_json_file(os.path.join(output_dir or self.args.output_dir, GENERATION_CONFIG))
-
-
-class _OurWay(_RefusesToGoBack, TokenMeanEvaluation, _DecayMatricesOnly, _GenerationConfigAsItCame):
-    """Mixin: what a run file's Trainer does otherwise than transformers'."""
-
-
-class FullTrainer(_OurWay, StopsWhenDone, Trainer):
-    """``hift: false``: every weight in every step, by DeepSpeed alone; what HiFT is compared with."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with checkpoints_without_code():
             return super().train(*args, **kwargs)
 
 
-class GroupTrainer(_OurWay, HiFTMixin, Trainer):
+class GroupTrainer(_RefusesToGoBack, TokenMeanEvaluation, _DecayMatricesOnly, HiFTMixin, Trainer):
     """One layer group in every step."""
 
     says_coverage = False  # the report does

@@ -674,6 +674,20 @@ def test_a_cache_that_cannot_be_written_is_named_with_its_variable(tmp_path, mon
     assert "\n" not in str(caught.value)
 
 
+def test_a_hub_cache_that_cannot_be_written_is_named_with_its_variable(tmp_path, monkeypatch):
+    from hift_ds.hf.model_folder import resolve_model
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied", "/cache/hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(ConfigError, match="model.path: .*/cache/hub.*HF_HOME"):
+        resolve_model("hub:owner/name")
+    with pytest.raises(ConfigError, match="data.train: .*/cache/hub.*HF_HOME and HF_DATASETS_CACHE"):
+        prepared(Path("hub:owner/name"), tokenizer_of(CHATML))
+
+
 def test_a_source_that_cannot_be_read_is_not_taken_for_the_cache(tmp_path):
     (tmp_path / "a.jsonl").mkdir()
     (tmp_path / "a.jsonl" / "b.jsonl").symlink_to("b.jsonl")  # to itself

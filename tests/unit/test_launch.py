@@ -18,6 +18,7 @@ import torch
 import yaml
 
 import model_zoo
+from hift_ds.activations.switches import _without_cache
 from hift_ds.cli import train as command
 from hift_ds.errors import CheckpointError
 from hift_ds.hf.safetensors_folder import tensor_dtypes
@@ -285,7 +286,9 @@ def test_a_multimodal_folder_learns_texts_without_a_cache(inputs, tmp_path):
               "image_size": 16, "patch_size": 8}  # fmt: skip
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     assert not hasattr(config, "use_cache") and config.text_config.use_cache
-    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    model = Gemma3ForConditionalGeneration(config).train()
+    assert _without_cache(model, (), {}) == ((), {"use_cache": False})  # also in a loop of one's own
+    model.save_pretrained(tmp_path / "model")
     byte_level().save_pretrained(tmp_path / "model")
     options = {"train__max_steps": 2, "train__eval_steps": None, "data__val_size": 0, "deepspeed": None}
     run = write_run(inputs, tmp_path / "run", model__path=str(tmp_path / "model"), **options)
