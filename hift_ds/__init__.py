@@ -17,6 +17,8 @@ _LAZY = {
     "HiFTConfig": "hift_ds.config",
     "HiFTTrainer": "hift_ds.integrations.transformers",
     "HiFTMixin": "hift_ds.integrations.transformers",
+    "HiFTCallback": "hift_ds.integrations.callback",
+    "accelerate": "hift_ds.integrations.loops",
     "LayerGroup": "hift_ds.layers.grouping",
     "partition_model": "hift_ds.layers.grouping",
     "deepspeed_config": "hift_ds.shipped",

@@ -106,6 +106,11 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         return self.partition.groups
 
     @property
+    def has_ended(self) -> bool:
+        """Training is over: :meth:`end_training` or :meth:`destroy` was called."""
+        return self._ended
+
+    @property
     def schedule(self) -> GroupSchedule:
         return self.optimizer.schedule
 

@@ -68,6 +68,7 @@ class Loading:
             CheckpointError: a damaged checkpoint asked for by tag, no whole one, one of another model or
                 optimizer, or one of a newer version. The run is as it was.
         """
+        self._refuse_if_ended()
         self.wait_for_checkpoint()
         folder = self._choose_checkpoint(Path(load_dir), tag)
         if folder is None and (Path(load_dir) / manifests.MANIFEST).exists():

@@ -71,6 +71,7 @@ class Saving:
             CheckpointError: on all ranks, naming the rank and the reason; nothing of the new checkpoint
                 stays.
         """
+        self._refuse_if_ended()
         if not save_dir:
             raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
         if self.optimizer.is_mid_step:

@@ -31,6 +31,7 @@ from hift_ds.engine.zero3.shards import is_partitioned
 from hift_ds.errors import ConfigError, OutOfMemory
 from hift_ds.hf.export import savable_generation_config
 from hift_ds.integrations.arguments import check_arguments
+from hift_ds.integrations.callback import HiFTCallback
 from hift_ds.integrations.checkpoint_rotation import WholeCheckpointsStay
 from hift_ds.integrations.events import EngineEvents, disable_input_require_grads
 from hift_ds.integrations.finished_run import StopsWhenDone
@@ -61,6 +62,10 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay):
             nothing_compiled(),
         ):  # some trainers make an engine for a reference model here
             super().__init__(*args, **kwargs)
+        while (
+            callback := self.pop_callback(HiFTCallback)
+        ) is not None:  # launch_with gives one to every Trainer
+            callback.leave()
         self._events = EngineEvents(lambda: self.engine, self.says_coverage)
         self.add_callback(self._events)
 

@@ -1,0 +1,23 @@
+"""A plug-in for Axolotl's own slot:
+
+    plugins: [hift_ds.integrations.axolotl.HiFTPlugin]
+    deepspeed: bf16_host.json      # with a "hift" block
+
+Without a block the plug-in does nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+
+from hift_ds.integrations.callback import AnnouncedCallback
+
+
+class HiFTPlugin(BasePlugin):
+    """Gives Axolotl's trainer our callback."""
+
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
+        """The callbacks that the trainer is made with."""
+        return [AnnouncedCallback()]

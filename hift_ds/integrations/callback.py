@@ -1,0 +1,160 @@
+"""``HiFTCallback``: any Trainer trains through our engine, by a callback alone.
+
+    SFTTrainer(model, args=SFTConfig(deepspeed="bf16_host.json", ...), callbacks=[HiFTCallback()])
+
+transformers calls ``on_init_end`` of its callbacks before accelerate builds an engine with ``deepspeed.initialize``, and
+``on_train_begin`` once it has. Between the two ``deepspeed.initialize`` is ours; afterwards nothing is. No trainer class
+and no method of one is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import UserDict
+from pathlib import Path
+from typing import Any
+
+from hift_ds.checkpoint.sealed_folder import seal_folder
+from hift_ds.config import BLOCK
+from hift_ds.engine.engine import HiFTEngine
+from hift_ds.engine.initialize import hift_engines
+from hift_ds.errors import ConfigError
+from hift_ds.integrations.arguments import check_arguments
+from hift_ds.integrations.events import EngineEvents, disable_input_require_grads
+from hift_ds.ranks import gather
+from hift_ds.version import __version__
+
+
+class HiFTCallback(EngineEvents):
+    """Give it to a Trainer whose DeepSpeed config (``TrainingArguments(deepspeed=...)``) has a ``"hift"`` block.
+
+    The result is :class:`HiFTMixin`'s, bit for bit. Reference and reward models, which have no optimizer, get DeepSpeed's
+    own engine. What only the mixin has: evaluation before training, several ``train()`` calls of one trainer, states
+    given back when training ends in an exception, rotation that counts whole checkpoints only, and ``save_model``
+    without a copy of the model.
+
+    Args:
+        optional: do nothing for a Trainer whose config has no block, instead of raising an error.
+
+    Attributes:
+        engine: the engine of the training, or None before it begins. As :attr:`HiFTMixin.engine`.
+
+    Raises:
+        ConfigError: when the Trainer is made: no block, a bad one, or settings that contradict it; when a second
+            ``train()`` of the same trainer begins.
+    """
+
+    def __init__(self, optional: bool = False) -> None:
+        super().__init__(lambda: self.engine)
+        self.engine: HiFTEngine | None = None
+        self.optional = optional
+        self.is_on = False
+        self._entered = contextlib.ExitStack()
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        plugin = getattr(args, "deepspeed_plugin", None)
+        if self.optional and (plugin is None or BLOCK not in plugin.deepspeed_config):
+            return
+        check_arguments(args)
+        self.is_on = True
+        zero = plugin.deepspeed_config["zero_optimization"]
+        if (
+            zero["stage"] == 3
+        ):  # else transformers' save_model has no weights to write once training has ended
+            zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
+        self._entered.enter_context(_kept_from_accelerate(plugin.deepspeed_config))
+        self._entered.enter_context(hift_engines(on_made=self._took))
+        if model is not None:
+            disable_input_require_grads(model)
+
+    def leave(self) -> None:
+        """Undo ``on_init_end``."""
+        self._entered.close()
+
+    def _took(self, engine: HiFTEngine) -> None:
+        engine.restores_generators = False  # the Trainer does, once it has drawn an epoch's order
+        self.engine = engine
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.is_on:
+            return
+        if self.engine is not None and self.engine.has_ended:
+            raise ConfigError(
+                "HiFTCallback serves one train(): for another make a new trainer with a new callback, or a trainer class "
+                "with HiFTMixin"
+            )
+        super().on_train_begin(args, state, control, **kwargs)
+        if not args.auto_find_batch_size:  # which may have another engine built
+            self.leave()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_on:
+            super().on_step_begin(*args, **kwargs)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_on:
+            super().on_step_end(*args, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.is_on and logs is not None and "learning_rate" in logs:
+            fields = self.fields()
+            logs.update(fields)  # for the callbacks after this one
+            if state.log_history:
+                state.log_history[-1].update(fields)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.is_on:
+            return
+        gather(None)  # each rank has written its random state
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and folder.is_dir():
+            seal_folder(folder)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.leave()
+        if not self.is_on or self.engine is None:
+            return
+        super().on_train_end(args, state, control, **kwargs)
+        self.engine.end_training()
+        if (
+            self.engine.zero_optimization_stage() != 3
+        ):  # partitioned weights are still gathered for evaluation
+            self.engine.destroy()
+
+
+@contextlib.contextmanager
+def _kept_from_accelerate(config: dict[str, Any]):
+    """accelerate would fill in every "auto" in the dicts of ``config``, those of our block too."""
+    block = config[BLOCK]
+    config[BLOCK] = UserDict(block)
+    try:
+        yield
+    finally:
+        config[BLOCK] = block
+
+
+class AnnouncedCallback(HiFTCallback):
+    """For a program that does not know of us: acts if there is a block, and says so.
+
+    Attributes:
+        num_on: Trainers of this process that train through our engine.
+    """
+
+    num_on = 0
+
+    def __init__(self) -> None:
+        super().__init__(optional=True)
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_init_end(args, state, control, **kwargs)
+        AnnouncedCallback.num_on += self.is_on
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.is_on and state.is_world_process_zero:
+            groups = self.engine.groups
+            print(
+                f"hift_ds {__version__}: HiFT is on, {len(groups)} layer groups, one trained per optimizer step",
+                file=sys.stderr,
+            )
