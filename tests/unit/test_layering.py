@@ -32,7 +32,7 @@ LAYERS = [
     ["hift_ds.engine."],
     ["hift_ds.simulation.", "hift_ds.report.", "hift_ds.data.", "hift_ds.integrations."],
     ["hift_ds.train."],
-    ["hift_ds.cli.", "hift_ds.__main__", "hift_ds.launch"],
+    ["hift_ds.cli.", "hift_ds.__main__", "hift_ds.launch", "hift_ds.launch_with"],
 ]
 
 # Imports against the order, each with its reason. This list only shrinks.
