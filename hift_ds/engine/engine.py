@@ -38,7 +38,7 @@ from hift_ds.layers.grouping import LayerGroup, Partition, partition_model
 from hift_ds.lr import CycleLR
 from hift_ds.optim.build import build_optimizer, is_elementwise
 from hift_ds.optim.group_states import GroupStates
-from hift_ds.optim.parameters import DEFAULT_BUCKET_NUMEL, GroupShard, ReplicatedParameters
+from hift_ds.optim.parameters import DEFAULT_BUCKET_NUMEL, GroupShard, Parameters, ReplicatedParameters
 from hift_ds.optim.piecewise import PiecewiseOptimizer
 from hift_ds.optim.trainable_flags import TrainableFlags, containers_of
 from hift_ds.out_of_memory import explains_out_of_memory, says_when_no_room
@@ -72,7 +72,7 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
     _mean_of_losses = True
     _said_not_finite = False
     _ended = _destroyed = False
-    _weights_made: ReplicatedParameters | None = None
+    _weights_made: Parameters | None = None
 
     def __init__(self, *args: Any, config: Any = None, **kwargs: Any) -> None:
         self.hift: HiFTConfig = parse_block(config[BLOCK])
@@ -270,7 +270,7 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
                 restart_peak_bytes()
             self.optimizer.activate()
 
-    def _build_parameters(self, base: torch.optim.Optimizer) -> ReplicatedParameters:
+    def _build_parameters(self, base: torch.optim.Optimizer) -> Parameters:
         options = {
             "ranks": self.replica_ranks(),
             "comm_dtype": self.requested_comm_dtype(),
@@ -289,9 +289,7 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
             replicated.accumulate_in_fp32(trainable)
         return replicated
 
-    def _group_shards(
-        self, base: torch.optim.Optimizer, parameters: ReplicatedParameters
-    ) -> dict[int, GroupShard]:
+    def _group_shards(self, base: torch.optim.Optimizer, parameters: Parameters) -> dict[int, GroupShard]:
         weights = dict(self.module.named_parameters())
         param_group_of = {p: i for i, group in enumerate(base.param_groups) for p in group["params"]}
         always = [self.partition.always] if self.partition.always else []

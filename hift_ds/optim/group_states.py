@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hift_ds.layers.grouping import ALWAYS
-from hift_ds.optim.parameters import Chunk, GroupShard, Piece, ReplicatedParameters
+from hift_ds.optim.parameters import Chunk, GroupShard, Parameters, Piece
 from hift_ds.optim.piecewise import PieceState, PiecewiseOptimizer
 from hift_ds.precision import PrecisionPolicy
 from hift_ds.store.base import MASTER, StateStore, Weights
@@ -115,7 +115,7 @@ class GroupStates:
     def __init__(
         self,
         groups: Mapping[int, GroupShard],
-        parameters: ReplicatedParameters,
+        parameters: Parameters,
         piecewise: PiecewiseOptimizer,
         precision: PrecisionPolicy,
         update_device: torch.device,

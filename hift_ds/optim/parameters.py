@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hift_ds import collectives
 from hift_ds.collectives import Column, Ranks
@@ -101,8 +103,56 @@ def cut_into_chunks(
     return tuple(Chunk(next(ids), tuple(pieces)) for pieces in chunks)
 
 
-class ReplicatedParameters:
-    """Whole weights on every rank; states and updates sharded.
+class GradientSums:
+    """What the micro-batches since the last step have summed up, where ``param.grad`` cannot hold it. Only the active
+    group ever has gradients, so only its sums exist."""
+
+    def __init__(self) -> None:
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    def watch(self, params: Iterable[nn.Parameter], add: Callable[[Tensor | None, Tensor], Tensor]) -> None:
+        """From now on take each gradient off its parameter as soon as backward has made it.
+
+        Args:
+            add: (the sum so far or ``None``, a gradient) -> the new sum.
+        """
+
+        def take(param: nn.Parameter) -> None:
+            assert param.grad is not None
+            self._sums[param] = add(self._sums.get(param), param.grad)
+            param.grad = None
+
+        for param in params:
+            self._hooks.append(param.register_post_accumulate_grad_hook(take))
+
+    def get(self, param: nn.Parameter) -> Tensor | None:
+        """The sum, whole, of the parameter's shape; ``None`` where backward has not come by."""
+        return self._sums.get(param, param.grad)
+
+    def set(self, param: nn.Parameter, grad: Tensor) -> None:
+        """Go on from ``grad``, which may have another dtype than the parameter."""
+        self._sums[param] = grad.to(param.device)
+
+    def take(self, param: nn.Parameter) -> Tensor | None:
+        """As :meth:`get`; none is left."""
+        grad = self._sums.pop(param, None)
+        if grad is None:
+            grad = param.grad
+        param.grad = None
+        return grad
+
+    def close(self) -> None:
+        """Take no gradient any more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._sums.clear()
+
+
+class Parameters(ABC):
+    """How the gradients and weights of layer groups are reached. Below: whole weights on every rank; in
+    ``engine/zero3/parameters.py``: weights of which each rank holds a shard.
 
     Args:
         ranks: the data-parallel ranks.
@@ -110,6 +160,7 @@ class ReplicatedParameters:
             over ranks lose up to 2e-3 of a weight's size.
         bucket_numel: elements in one collective, over all ranks.
         whole_tensors: give each parameter to one rank instead of a shard to each.
+        slice_numel: elements of a chunk at most; ``None`` for one chunk to a group.
     """
 
     def __init__(
@@ -126,8 +177,7 @@ class ReplicatedParameters:
         self.whole_tensors = whole_tensors
         self.slice_numel = slice_numel
         self._chunk_ids = itertools.count()
-        self._accumulated: dict[nn.Parameter, Tensor] = {}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.sums = GradientSums()
 
     def group_shard(
         self, index: int, name: str, entries: Sequence[tuple[str, nn.Parameter, int]]
@@ -159,41 +209,6 @@ class ReplicatedParameters:
             index, name, tuple(members), cut_into_chunks(members, self.slice_numel, self._chunk_ids), buckets
         )
 
-    def shape_of(self, param: nn.Parameter) -> tuple[int, ...]:
-        """Of the whole parameter."""
-        return tuple(param.shape)
-
-    def begin_update(self, group: GroupShard) -> None:  # noqa: B027
-        """The group's weights are about to be read or changed through ``weight``. Every rank calls this."""
-
-    def abandon_update(self, group: GroupShard) -> None:  # noqa: B027
-        """After ``begin_update``: the weights were only read."""
-
-    @property
-    def weights_are_always_here(self) -> bool:
-        """``weight`` may be asked for outside of an update too."""
-        return True
-
-    def weight(self, group: GroupShard, piece: Piece) -> Tensor:
-        """The piece of the weight: a view, in the weight's dtype, of ``piece.shape``."""
-        weight = group.members[piece.member].param.detach()
-        return weight.view(-1)[piece.start : piece.start + piece.numel].view(piece.shape)
-
-    def whole_weight(self, weight: Tensor) -> Tensor:
-        """All elements of a parameter or buffer, for a checkpoint. Every rank calls this."""
-        return weight.detach()
-
-    def begin_loading(self, weights: Iterable[Tensor]) -> None:  # noqa: B027
-        """These are about to be changed by ``set_weight``."""
-
-    def held(self, weights: Iterable[Tensor]) -> list[Tensor]:
-        """What this rank keeps of parameters or buffers from step to step; may be in host memory."""
-        return list(weights)
-
-    def set_weight(self, weight: Tensor, value: Tensor) -> None:
-        """Take over ``value`` (whole, any float dtype, on the host); the same on every rank."""
-        weight.detach().copy_(value)
-
     def grad(self, group: GroupShard, piece: Piece, shard: Tensor) -> Tensor:
         """The piece of a reduced gradient: a view of ``piece.shape``, in the gradient's dtype."""
         offset = piece.start - group.members[piece.member].start
@@ -201,48 +216,23 @@ class ReplicatedParameters:
 
     # -- gradients --------------------------------------------------------------------------------------------
 
-    def end_backward(self) -> None:  # noqa: B027
+    @abstractmethod
+    def end_backward(self) -> None:
         """A micro-batch's backward is over."""
-
-    def accumulate_in_fp32(self, params: Iterable[nn.Parameter]) -> None:
-        """From now on sum the micro-batches of 16-bit weights in fp32: sums in bf16 drop small gradients.
-
-        Only the active group ever has gradients, so only its accumulators exist.
-        """
-        for param in params:
-            if param.dtype != torch.float32:
-                self._hooks.append(param.register_post_accumulate_grad_hook(self._accumulate))
-
-    def _accumulate(self, param: nn.Parameter) -> None:
-        total = self._accumulated.get(param)
-        if total is None:
-            self._accumulated[param] = param.grad.float()
-        else:
-            total.add_(param.grad)
-        param.grad = None
-
-    def _take_grad(self, param: nn.Parameter) -> Tensor | None:
-        grad = self._accumulated.pop(param, None)
-        if grad is None:
-            grad = param.grad
-        param.grad = None
-        return grad
 
     def pending(self, param: nn.Parameter) -> Tensor | None:
         """What the micro-batches since the last step have summed up so far, whole."""
-        return self._accumulated.get(param, param.grad)
+        return self.sums.get(param)
 
+    @abstractmethod
     def set_pending(self, param: nn.Parameter, grad: Tensor) -> None:
         """The inverse of ``pending``."""
-        if grad.dtype != param.dtype:
-            self._accumulated[param] = grad.to(param.device)
-        else:
-            param.grad = grad.to(param.device)
 
     def drop_grads(self, groups: Iterable[GroupShard]) -> None:
+        """Forget all gradients of ``groups``."""
         for group in groups:
             for member in group.members:
-                self._take_grad(member.param)
+                self.sums.take(member.param)
 
     def reduce(self, group: GroupShard) -> tuple[list[Tensor | None], list[bool]]:
         """Mean gradients over ranks, and which parameters had one here. Takes the gradients off the parameters.
@@ -251,7 +241,7 @@ class ReplicatedParameters:
             Per member: this rank's shard, flat (fp32; on one rank the gradient as it is), ``None`` where this rank
             has no part or (on one rank) no gradient; and whether this rank's backward reached the parameter.
         """
-        grads = [self._take_grad(member.param) for member in group.members]
+        grads = [self.sums.take(member.param) for member in group.members]
         present = [grad is not None for grad in grads]
         if self.whole_tensors:
             return self._reduce_to_owners(group, grads), present
@@ -284,15 +274,46 @@ class ReplicatedParameters:
 
     # -- weights ----------------------------------------------------------------------------------------------
 
+    @abstractmethod
+    def shape_of(self, param: nn.Parameter) -> tuple[int, ...]:
+        """The shape of the whole parameter."""
+
+    @abstractmethod
+    def begin_update(self, group: GroupShard) -> None:
+        """The group's weights are about to be read or changed through ``weight``. Every rank calls this."""
+
+    @abstractmethod
+    def abandon_update(self, group: GroupShard) -> None:
+        """End what ``begin_update`` began: the weights were only read."""
+
+    @abstractmethod
     def publish(self, group: GroupShard) -> None:
-        """Bring the updated pieces to every rank's replica. Ends what ``begin_update`` began."""
-        if self.whole_tensors:
-            for member in group.members:
-                collectives.broadcast_from_owner(self.ranks, member.param.data, member.owner)
-            return
-        for dtype, buckets in group.buckets.items():
-            weights = [group.members[i].param.data for i in group.of_dtype(dtype)]
-            collectives.all_gather_shards(self.ranks, weights, buckets)
+        """End what ``begin_update`` began: bring the updated pieces to where every rank's next forward finds them."""
+
+    @property
+    @abstractmethod
+    def weights_are_always_here(self) -> bool:
+        """``weight`` may be asked for outside of an update too."""
+
+    @abstractmethod
+    def weight(self, group: GroupShard, piece: Piece) -> Tensor:
+        """The piece of the weight: a view, in the weight's dtype, of ``piece.shape``."""
+
+    @abstractmethod
+    def whole_weight(self, weight: Tensor) -> Tensor:
+        """All elements of a parameter or buffer, for a checkpoint. Every rank calls this."""
+
+    @abstractmethod
+    def begin_loading(self, weights: Iterable[Tensor]) -> None:
+        """These are about to be changed by ``set_weight``."""
+
+    @abstractmethod
+    def set_weight(self, weight: Tensor, value: Tensor) -> None:
+        """Take over ``value`` (whole, any float dtype, on the host); the same on every rank."""
+
+    @abstractmethod
+    def held(self, weights: Iterable[Tensor]) -> list[Tensor]:
+        """What this rank keeps of parameters or buffers from step to step; may be in host memory."""
 
     def saved_by_reference(self) -> contextlib.AbstractContextManager[None]:
         """Around a forward: how autograd saves weights."""
@@ -300,11 +321,66 @@ class ReplicatedParameters:
 
     def end_training(self) -> None:
         """No gradient is taken any more."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._accumulated.clear()
+        self.sums.close()
 
     def close(self) -> None:
         """The weights are used as a plain model's from now on."""
         self.end_training()
+
+
+class ReplicatedParameters(Parameters):
+    """Whole weights on every rank; states and updates sharded. For DeepSpeed's stages 0, 1 and 2."""
+
+    def accumulate_in_fp32(self, params: Iterable[nn.Parameter]) -> None:
+        """From now on sum the micro-batches of 16-bit weights in fp32: sums in bf16 drop small gradients."""
+        low = [param for param in params if param.dtype != torch.float32]
+        self.sums.watch(low, lambda total, grad: grad.float() if total is None else total.add_(grad))
+
+    def end_backward(self) -> None:
+        """Whole weights have nothing to release."""
+
+    def set_pending(self, param: nn.Parameter, grad: Tensor) -> None:
+        if grad.dtype != param.dtype:
+            self.sums.set(param, grad)
+        else:
+            param.grad = grad.to(param.device)
+
+    def shape_of(self, param: nn.Parameter) -> tuple[int, ...]:
+        return tuple(param.shape)
+
+    def begin_update(self, group: GroupShard) -> None:
+        """Weights are whole and where they are used."""
+
+    def abandon_update(self, group: GroupShard) -> None:
+        """Nothing was made for the update."""
+
+    def publish(self, group: GroupShard) -> None:
+        """Bring the updated pieces to every rank's replica."""
+        for member in group.members:
+            if member.owner is not None:
+                collectives.broadcast_from_owner(self.ranks, member.param.data, member.owner)
+        if self.whole_tensors:
+            return
+        for dtype, buckets in group.buckets.items():
+            weights = [group.members[i].param.data for i in group.of_dtype(dtype)]
+            collectives.all_gather_shards(self.ranks, weights, buckets)
+
+    @property
+    def weights_are_always_here(self) -> bool:
+        return True
+
+    def weight(self, group: GroupShard, piece: Piece) -> Tensor:
+        weight = group.members[piece.member].param.detach()
+        return weight.view(-1)[piece.start : piece.start + piece.numel].view(piece.shape)
+
+    def whole_weight(self, weight: Tensor) -> Tensor:
+        return weight.detach()
+
+    def begin_loading(self, weights: Iterable[Tensor]) -> None:
+        """Whole weights are changed where they are."""
+
+    def set_weight(self, weight: Tensor, value: Tensor) -> None:
+        weight.detach().copy_(value)
+
+    def held(self, weights: Iterable[Tensor]) -> list[Tensor]:
+        return list(weights)

@@ -20,14 +20,14 @@ from hift_ds.collectives import Ranks
 from hift_ds.engine.zero3.seam import WeightShards
 from hift_ds.engine.zero3.shards import is_partitioned
 from hift_ds.layers.arch import whole_shape
-from hift_ds.optim.parameters import GroupShard, Piece, ReplicatedParameters
+from hift_ds.optim.parameters import GroupShard, Parameters, Piece
 
 
-class PartitionedParameters(ReplicatedParameters):
-    """As :class:`ReplicatedParameters`, over weights of which each rank holds a shard.
+class PartitionedParameters(Parameters):
+    """Weights of which each rank holds a shard; states and updates sharded alike. For DeepSpeed's stage 3.
 
     Args:
-        shards: the weights. The other arguments are those of :class:`ReplicatedParameters`.
+        shards: the weights. The other arguments are those of :class:`Parameters`.
     """
 
     def __init__(
@@ -51,17 +51,11 @@ class PartitionedParameters(ReplicatedParameters):
     def take_gradients(self, params: Iterable[nn.Parameter]) -> None:
         """From now on take each gradient off its parameter as soon as it is there: ZeRO-3 releases the weight next,
         and a whole gradient does not belong to an empty one."""
-        for param in params:
-            self._hooks.append(param.register_post_accumulate_grad_hook(self._take))
-
-    def _take(self, param: nn.Parameter) -> None:
-        total = self._accumulated.get(param)
-        # A second micro-batch: sums of 16-bit gradients drop small ones.
-        self._accumulated[param] = param.grad if total is None else total.float().add_(param.grad)
-        param.grad = None
+        # From the second micro-batch on in fp32: sums of 16-bit gradients drop small ones.
+        self.sums.watch(params, lambda total, grad: grad if total is None else total.float().add_(grad))
 
     def set_pending(self, param: nn.Parameter, grad: Tensor) -> None:
-        self._accumulated[param] = grad.to(param.device)
+        self.sums.set(param, grad)
 
     def end_backward(self) -> None:
         """Release what modules without a gradient to their input left gathered."""
