@@ -234,6 +234,21 @@ def publish_folder(staging: Path, final: Path) -> None:
         remove_folder(replaced)
 
 
+def second_name(file: Path, name: Path) -> None:
+    """``name`` becomes the same file as ``file`` (a hard link; a copy where the file system has no links), in one step."""
+    temporary = temporary_folder(name, uuid.uuid4().hex[:12])
+    try:
+        os.link(file, temporary)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES):
+            raise
+        shutil.copyfile(file, temporary)
+        with open(temporary, "rb") as copy:
+            os.fsync(copy.fileno())
+    os.replace(temporary, name)
+    sync_folder(name.parent)
+
+
 def temporary_folder(final: Path, token: str) -> Path:
     """The hidden name of a folder that is being written or removed. ``token``: 12 hexadecimal digits."""
     return final.with_name(f".{final.name}.{token}.tmp")

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from hift_ds.checkpoint import manifest as manifests
 from hift_ds.checkpoint.background_save import BackgroundSave
-from hift_ds.checkpoint.files import write_errors
+from hift_ds.checkpoint.files import second_name, write_errors
 from hift_ds.checkpoint.json_state import encode, split_encodable
 from hift_ds.checkpoint.random_state import random_state
 from hift_ds.checkpoint.shared_folder import VISIBLE_AFTER_S, Staging
 from hift_ds.checkpoint.state_files import class_name, extras_by_group, options_of, scalars_by_parameter
 from hift_ds.checkpoint.write_plan import Snapshot, saved_tensors
-from hift_ds.checkpoint.writer import CheckpointWriter
+from hift_ds.checkpoint.writer import WEIGHTS_FILE, CheckpointWriter
 from hift_ds.errors import CheckpointError
 from hift_ds.layers.arch import whole_shape
 from hift_ds.ranks import gather, on_all_ranks
@@ -37,6 +37,9 @@ SLOWEST_RANK_S = 3600.0  # an asynchronous save waits so long for the files of a
 class Saving:
     """The part of :class:`HiFTEngine` that saves."""
 
+    weights_beside = False
+    """The weights of a checkpoint get a second name, in its parent folder, where ``from_pretrained`` looks for them. For a
+    caller who knows that they have the names and the form that it reads."""
     last_checkpoint: Path | None = None  # the last folder that this run has saved or loaded whole
     _background: BackgroundSave | None = None
     _checkpoint_s = 0.0  # that training waited for checkpoints since the last report
@@ -142,10 +145,14 @@ class Saving:
         staging = self._stage(save_dir, tag)
         steps, node_local = self.global_steps, self.use_node_local_storage()
 
+        beside = self.weights_beside
+
         def publish(timeout_s: float, given_up: Callable[[], bool] = lambda: False) -> None:
             if staging.leads:
                 with write_errors(save_dir):
                     staging.publish(steps, save_latest, node_local, timeout_s, given_up)
+                    if beside:
+                        second_name(staging.final / WEIGHTS_FILE, save_dir / WEIGHTS_FILE)
                 logger.info("saved %s (%.2f GiB by this rank)", staging.final, writer.num_bytes / 2**30)
 
         try:

@@ -35,12 +35,13 @@ from hift_ds.integrations.callback import HiFTCallback
 from hift_ds.integrations.checkpoint_rotation import WholeCheckpointsStay
 from hift_ds.integrations.events import EngineEvents, disable_input_require_grads
 from hift_ds.integrations.finished_run import StopsWhenDone
+from hift_ds.integrations.weights_once import WeightsOnce
 from hift_ds.out_of_memory import explains_evaluation
 
 NO_BATCH_FITS = "No executable batch size found"  # accelerate's words
 
 
-class HiFTMixin(StopsWhenDone, WholeCheckpointsStay):
+class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
     """Put it before a Trainer class: ``class MyTrainer(HiFTMixin, Seq2SeqTrainer)``.
 
     The DeepSpeed config of the TrainingArguments (``deepspeed=`` a dict or a path) must have a ``"hift"``

@@ -1,0 +1,75 @@
+"""The tests of engine and Trainer with other versions of what they stand on: ``make matrix [ROWS="name ..."]``.
+
+Each row is installed into a folder of its own that goes before the environment's packages, so that only what is named
+differs from constraints.txt. docs/versions.md has the results; pyproject.toml's lower bounds are the oldest rows that pass.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path(os.environ.get("HIFT_MATRIX", ROOT / ".venv" / "matrix"))
+
+ENGINE = ["tests/numerics/test_engine_one_rank.py", "tests/unit/test_deepspeed_seam.py",
+          "tests/unit/test_deepspeed_zero3_seam.py"]  # fmt: skip
+TRAINER = ["tests/unit/test_trainer.py", "tests/unit/test_grouping.py"]
+TRL = ["tests/parity/test_trl.py", "tests/unit/test_data_prepare.py"]
+
+# What older releases of huggingface_hub import and the newest does not.
+_HTTPX = ["httpx", "httpcore", "h11", "anyio", "sniffio"]
+
+# name: (what to install beside constraints.txt, tests)
+ROWS: dict[str, tuple[list[str], list[str]]] = {
+    "constraints.txt": ([], ENGINE + TRAINER + TRL),
+    "newest transformers": (["transformers"], TRAINER),
+    "deepspeed 0.18.3": (["deepspeed==0.18.3"], ENGINE + TRAINER),
+    "deepspeed 0.18.0": (["deepspeed==0.18.0"], ENGINE + TRAINER),
+    "deepspeed 0.17.6": (["deepspeed==0.17.6"], ENGINE + TRAINER),
+    "deepspeed 0.16.9": (["deepspeed==0.16.9"], ENGINE + TRAINER),
+    "transformers 5.8.1": (["transformers==5.8.1", "tokenizers==0.22.2", *_HTTPX], TRAINER),
+    "transformers 5.2.0": (["transformers==5.2.0", "tokenizers==0.22.2", *_HTTPX], TRAINER),
+    "transformers 5.0.0": (["transformers==5.0.0", "tokenizers==0.22.2", *_HTTPX], TRAINER),
+    "accelerate 1.10.1": (["accelerate==1.10.1"], TRAINER),
+    "accelerate 1.6.0": (["accelerate==1.6.0"], TRAINER),
+    "trl 1.0.0": (["trl==1.0.0"], TRL),
+    "trl 0.29.1": (["trl==0.29.1"], TRL),
+    "trl 0.24.0": (["trl==0.24.0"], TRL),
+}  # fmt: skip
+
+
+def main(wanted: list[str]) -> int:
+    unknown = set(wanted) - set(ROWS)
+    if unknown:
+        print(f"matrix: no row named {sorted(unknown)}; rows: {sorted(ROWS)}", file=sys.stderr)
+        return 2
+    failed = 0
+    for name in wanted or ROWS:
+        packages, tests = ROWS[name]
+        folder = FOLDER / re.sub(r"[^\w.]+", "_", name)
+        if packages and not folder.exists():
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+            subprocess.run([*pip, *packages], check=True, env={**os.environ, "DS_BUILD_OPS": "0"})
+        path = os.pathsep.join([str(folder), str(ROOT)])
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=ROOT, text=True,
+            env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        failed += done.returncode != 0
+        lines = done.stdout.strip().splitlines()
+        print(f"| {name} | {lines[-1].strip('= ') if lines else 'no output'} |", flush=True)
+        for line in lines:
+            if line.startswith(("FAILED", "ERROR", "E   ")):
+                print(f"    {line[:200]}", flush=True)
+        print(f"    {time.monotonic() - began:.0f} s", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
