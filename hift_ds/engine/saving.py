@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -117,6 +118,11 @@ class Saving:
             background.forget()
             self._checkpoint_s += time.perf_counter() - started
         return True
+
+    def checkpoint_bytes(self) -> int:
+        """Of a checkpoint's tensors over all ranks, once every group has its states. All ranks call this together."""
+        weights = sum(t.element_size() * math.prod(whole_shape(t)) for t in saved_tensors(self.module).values())
+        return weights + sum(gather(self.optimizer.states.num_bytes()))
 
     def _report_failure(self, error: CheckpointError) -> None:
         if self.hift.checkpoint.on_error == "raise":

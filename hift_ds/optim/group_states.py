@@ -141,7 +141,7 @@ class GroupStates:
 
     def _reserve(self) -> None:
         """Lay out every chunk's states and reserve their buffers now, not in the middle of a backward."""
-        elementwise = (
+        self._elementwise = elementwise = (
             {} if self.parameters.whole_tensors else self.piecewise.elementwise_keys(self.update_device)
         )
         for group in self.groups.values():
@@ -189,6 +189,17 @@ class GroupStates:
         own_key = f"{key}:{group.members[piece.member].name}"
         self.store_of(group).ensure(chunk.id, own_key, like.numel(), like.dtype)
         return StateView(own_key, 0, tuple(like.shape), like.dtype)
+
+    def num_bytes(self) -> int:
+        """Of this rank's masters and states in a checkpoint, once all are filled. What an optimizer gives a shape of its
+        own (Adafactor's rows and columns) is known after the first visits only, and counted then."""
+        total = 0
+        for _, piece, record in self.pieces():
+            total += 4 * piece.numel if record.master is not None else 0
+            total += sum(dtype.itemsize for dtype in self._elementwise.values()) * piece.numel
+            shaped = [view for key, view in record.slots.items() if key not in self._elementwise]
+            total += sum(view.dtype.itemsize * math.prod(view.shape) for view in shaped)
+        return total
 
     # -- in a step --------------------------------------------------------------------------------------------
 

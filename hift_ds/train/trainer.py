@@ -13,7 +13,9 @@ from hift_ds.errors import ConfigError
 from hift_ds.hf.export import savable_generation_config
 from hift_ds.integrations.finished_run import StopsWhenDone
 from hift_ds.integrations.transformers import HiFTMixin
+from hift_ds.integrations.weights_once import has_the_form_of_a_checkpoint
 from hift_ds.report.callback import ReportCallback, report_instead_of_printing
+from hift_ds.train.disk_room import DiskRoomCallback
 from hift_ds.train.evaluate import TokenMeanEvaluation
 from hift_ds.train.preemption import PreemptionCallback
 from hift_ds.train.preflight import CheckedRun
@@ -86,6 +88,16 @@ def build_trainer(
         eval_collator=collator(tokenizer, packing=False),
         processing_class=tokenizer,
     )
+    if cls is GroupTrainer:
+        trainer.add_callback(
+            DiskRoomCallback(
+                lambda: trainer.engine,
+                zero_stage(arguments) != 3 and not has_the_form_of_a_checkpoint(model),
+                checked.run.export_dir,
+                checked.model.numel * TORCH_DTYPES[checked.export_dtype].itemsize,
+                say=print if arguments.process_index == 0 else lambda line: None,
+            )
+        )
     report = ReportCallback(
         checked.run.output_dir,
         get_engine=lambda: trainer.model_wrapped,

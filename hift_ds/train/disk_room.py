@@ -1,0 +1,109 @@
+"""Is there room on disk for what a run will leave? Counted and said before the first step, not found out hours later."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from hift_ds.errors import CheckpointError
+from hift_ds.ranks import on_all_ranks
+
+GIB = 2**30
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+
+class DiskRoomCallback(TrainerCallback):
+    """Refuses a run whose checkpoints and export will not fit.
+
+    Args:
+        get_engine: the engine in training; asked for a checkpoint's size.
+        weights_twice: the Trainer writes the weights a second time, beside the engine's.
+        export_dir: of the fine-tuned model.
+        export_bytes: of its weights.
+        say: prints a line; on the first rank.
+    """
+
+    def __init__(
+        self, get_engine: Callable[[], Any], weights_twice: bool, export_dir: Path, export_bytes: int,
+        say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self._get_engine = get_engine
+        self._weights_twice = weights_twice
+        self._export_dir, self._export_bytes = export_dir, export_bytes
+        self._say = say
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Raises CheckpointError on all ranks: too little is free."""
+        each = self._get_engine().checkpoint_bytes()
+        if self._weights_twice:
+            each += sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        every = math.ceil(args.save_steps) if args.save_steps >= 1 else math.ceil(args.save_steps * state.max_steps)
+        left = max(state.max_steps - state.global_step, 0)
+        saves = math.ceil(left / every) if args.save_strategy == "steps" else 1
+        count = checkpoints_at_once(saves, args.save_total_limit, bool(args.load_best_model_at_end))
+        on_all_ranks(lambda: self._check(Path(args.output_dir), each, count, args.should_save), CheckpointError)
+
+    def _check(self, folder: Path, each: int, count: int, writes: bool) -> None:
+        if not writes:
+            return
+        existing = [path for path in _existing(folder) if _CHECKPOINT.fullmatch(path.name)]
+        needed = count * each - sum(map(bytes_on_disk, existing))
+        export = self._export_bytes - bytes_on_disk(self._export_dir)
+        there, here = _existing_parent(self._export_dir), _existing_parent(folder)
+        together = os.stat(there).st_dev == os.stat(here).st_dev
+        what = f"{count} checkpoint{'s' if count > 1 else ''} of {_gib(each)}"
+        exported = f" and a model of {_gib(self._export_bytes)}"
+        free = shutil.disk_usage(here).free
+        self._say(f"disk: {what}{exported}; {_gib(free)} free in {folder}")
+        if needed + (export if together else 0) > free:
+            raise CheckpointError(
+                f"train.output_dir: {str(folder)!r} will need {what}{exported if together else ''} at a time, and "
+                f"{_gib(free)} are free: choose another folder, fewer of them (train.save_total_limit, train.save_steps) "
+                "or a smaller form of the states"
+            )
+        if not together and export > (free := shutil.disk_usage(there).free):
+            raise CheckpointError(
+                f"export.dir: {str(self._export_dir)!r} will need {_gib(export)}, and {_gib(free)} are free"
+            )
+
+
+def checkpoints_at_once(saves: int, limit: int | None, keeps_best: bool) -> int:
+    """The most that are on disk together: a new one is written before the oldest goes.
+
+    Args:
+        saves: checkpoints that the run will write.
+        limit: that are kept; None: all.
+        keeps_best: the one with the best evaluation stays whatever its age.
+    """
+    if not limit:
+        return saves
+    return min(saves, max(limit, 2 if keeps_best else 1) + 1)
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Of the files below ``folder``, one with two names once."""
+    files = {}
+    for path in folder.rglob("*") if folder.is_dir() else ():
+        if path.is_file() and not path.is_symlink():
+            status = path.stat()
+            files[status.st_dev, status.st_ino] = status.st_size
+    return sum(files.values())
+
+
+def _existing(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _existing_parent(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
