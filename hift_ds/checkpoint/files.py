@@ -240,7 +240,14 @@ def second_name(file: Path, name: Path) -> None:
     try:
         os.link(file, temporary)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES):
+        if error.errno not in (
+            errno.EPERM,
+            errno.EOPNOTSUPP,
+            errno.ENOSYS,
+            errno.EMLINK,
+            errno.EXDEV,
+            errno.EACCES,
+        ):
             raise
         shutil.copyfile(file, temporary)
         with open(temporary, "rb") as copy:

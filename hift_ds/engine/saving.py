@@ -121,7 +121,9 @@ class Saving:
 
     def checkpoint_bytes(self) -> int:
         """Of a checkpoint's tensors over all ranks, once every group has its states. All ranks call this together."""
-        weights = sum(t.element_size() * math.prod(whole_shape(t)) for t in saved_tensors(self.module).values())
+        weights = sum(
+            t.element_size() * math.prod(whole_shape(t)) for t in saved_tensors(self.module).values()
+        )
         return weights + sum(gather(self.optimizer.states.num_bytes()))
 
     def _report_failure(self, error: CheckpointError) -> None:

@@ -43,7 +43,8 @@ class WeightsOnce:
             _internal_call
             and engine is not None
             and not self.args.save_only_model  # else the engine writes nothing
-            and getattr(super()._save, "__func__", None) is Trainer._save  # a trainer that writes more, writes all
+            and getattr(super()._save, "__func__", None)
+            is Trainer._save  # a trainer that writes more, writes all
             and has_the_form_of_a_checkpoint(self.model)
         )
         if engine is not None:

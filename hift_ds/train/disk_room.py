@@ -44,11 +44,17 @@ class DiskRoomCallback(TrainerCallback):
         each = self._get_engine().checkpoint_bytes()
         if self._weights_twice:
             each += sum(t.numel() * t.element_size() for t in model.state_dict().values())
-        every = math.ceil(args.save_steps) if args.save_steps >= 1 else math.ceil(args.save_steps * state.max_steps)
+        every = (
+            math.ceil(args.save_steps)
+            if args.save_steps >= 1
+            else math.ceil(args.save_steps * state.max_steps)
+        )
         left = max(state.max_steps - state.global_step, 0)
         saves = math.ceil(left / every) if args.save_strategy == "steps" else 1
         count = checkpoints_at_once(saves, args.save_total_limit, bool(args.load_best_model_at_end))
-        on_all_ranks(lambda: self._check(Path(args.output_dir), each, count, args.should_save), CheckpointError)
+        on_all_ranks(
+            lambda: self._check(Path(args.output_dir), each, count, args.should_save), CheckpointError
+        )
 
     def _check(self, folder: Path, each: int, count: int, writes: bool) -> None:
         if not writes:

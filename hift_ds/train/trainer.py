@@ -8,6 +8,7 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from hift_ds.data.packing import collator
+from hift_ds.dtypes import torch_dtype
 from hift_ds.engine.deepspeed_seam import checkpoints_without_code
 from hift_ds.errors import ConfigError
 from hift_ds.hf.export import savable_generation_config
@@ -94,7 +95,7 @@ def build_trainer(
                 lambda: trainer.engine,
                 zero_stage(arguments) != 3 and not has_the_form_of_a_checkpoint(model),
                 checked.run.export_dir,
-                checked.model.numel * TORCH_DTYPES[checked.export_dtype].itemsize,
+                checked.model.numel * torch_dtype(checked.export_dtype).itemsize,
                 say=print if arguments.process_index == 0 else lambda line: None,
             )
         )

@@ -29,16 +29,22 @@ def test_a_file_with_two_names_is_one(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
 def test_the_forecast_is_what_is_there_and_a_run_that_will_not_fit_does_not_begin(
-    inputs, tmp_path, monkeypatch, capsys, optimizer  # noqa: F811
+    inputs,
+    tmp_path,
+    monkeypatch,
+    capsys,
+    optimizer,  # noqa: F811
 ):
     """The tiny model's small files (tokenizer, JSON) outweigh nothing but it; tensors are compared."""
     asked = []
     check = disk_room.DiskRoomCallback._check
-    monkeypatch.setattr(disk_room.DiskRoomCallback, "_check", lambda *args: (asked.append(args), check(*args)))
+    monkeypatch.setattr(
+        disk_room.DiskRoomCallback, "_check", lambda *args: (asked.append(args), check(*args))
+    )
     file = write_run(inputs, tmp_path / "run", train__max_steps=7, train__save_steps=2, train__optimizer=optimizer,
                      train__save_total_limit=1, train__eval_steps=7)  # fmt: skip
     finetune(load_run_config(file))
-    (_, folder, each, count, writes), = asked
+    ((_, folder, each, count, writes),) = asked
     assert (count, writes) == (2, True)
     checkpoint = tmp_path / "run" / "checkpoint-7"
     (tensors,) = [path for path in checkpoint.iterdir() if path.is_dir()]
@@ -48,7 +54,9 @@ def test_the_forecast_is_what_is_there_and_a_run_that_will_not_fit_does_not_begi
 
     free = disk_room.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(disk_room.shutil, "disk_usage", lambda path: free._replace(free=each))
-    other = write_run(inputs, tmp_path / "other", train__max_steps=7, train__save_steps=2, train__optimizer=optimizer)
+    other = write_run(
+        inputs, tmp_path / "other", train__max_steps=7, train__save_steps=2, train__optimizer=optimizer
+    )
     with pytest.raises(CheckpointError, match=r"train.output_dir: .* will need 3 checkpoints .* free"):
         finetune(load_run_config(other))
     assert not list((tmp_path / "other").glob("checkpoint-*"))
