@@ -475,9 +475,10 @@ def _is_printed(text: str, rendered: str) -> bool:
 
 
 def _last_word(text: str) -> str:
-    """The last word, of no more than 40 letters; where there is none, the last sign; "" of an empty text."""
-    words = re.findall(r"\w+", text)
-    return words[-1][-40:] if words else text.strip()[-1:]
+    """The last word, of no more than 40 letters; where no word is near the end, the last sign; "" of an empty text."""
+    end = text.rstrip()[-200:]
+    words = re.findall(r"\w+", end)
+    return words[-1][-40:] if words else end[-1:]
 
 
 def common_prefix_length(first: list[int], second: list[int]) -> int:

@@ -81,6 +81,28 @@ def test_a_run_folder_names_the_model_whose_dtype_counts(trained, tmp_path, monk
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "trained", dtype="auto").dtype == torch.bfloat16
 
 
+def test_the_sentencepiece_model_of_the_input_goes_along(trained, tmp_path):
+    """The Trainer's checkpoints hold the tokenizer that was made of it, and not the model itself."""
+    from hift_ds.data.tokenizers import load_tokenizer
+    from tests.helpers.tiny_tokenizers import LLAMA_LIKE, sentencepiece_folder
+
+    source, saved, _, _ = trained
+    given = shutil.copytree(source, tmp_path / "input")
+    tokenizer = load_tokenizer(sentencepiece_folder(given, **LLAMA_LIKE))
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    shutil.copytree(saved / "global_step3", checkpoint / "global_step3")
+    (tmp_path / "run" / "run.yaml").write_text(f"model: {{path: {given}}}\n")
+    shutil.copy(source / "config.json", checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
+    (checkpoint / "latest").write_text("global_step3")
+    assert not (checkpoint / "tokenizer.model").exists()
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    exported = tmp_path / "out" / "tokenizer.model"
+    assert exported.read_bytes() == (given / "tokenizer.model").read_bytes()
+    assert load_tokenizer(tmp_path / "out")("Hi there").input_ids == tokenizer("Hi there").input_ids
+
+
 def test_what_cannot_be_exported_is_one_line(trained, tmp_path, capsys):
     source, saved, *_ = trained
     out = str(tmp_path / "out")
