@@ -95,7 +95,8 @@ def show_totals(
             line, suspicious = str(report), bool(report.remarks or report.num_dropped)
         except DataError as error:  # the samples above may still be worth seeing
             line, suspicious = str(error), True
-        console.print(Text(encodable(line, console.encoding), style="yellow" if suspicious else ""))
+        text = Text(encodable(line, console.encoding), style="yellow" if suspicious else "")
+        console.print(text, soft_wrap=True)
 
 
 def encodable(text: str, encoding: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,11 @@ def resolve_tokenizer_folder(run: RunConfig, model_folder: Path) -> Path:
 
 
 def _check_output(run: RunConfig) -> None:
+    if glob.has_magic(str(run.output_dir.absolute())):
+        raise ConfigError(
+            f"train.output_dir: {str(run.output_dir.absolute())!r} has one of * ? [ in it, which transformers takes "
+            "for a pattern when it looks for a checkpoint to resume from; choose another folder"
+        )
     for key, folder in (("train.output_dir", run.output_dir), ("export.dir", run.export_dir)):
         existing = next(
             parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.exists(parent)

@@ -339,6 +339,7 @@ def pickle_weights(folder: Path) -> None:
         ({"hift": {"state": {"residenz": "host"}}}, None, "residency"),
         ({"train__optimizer": "AdamX"}, None, "'AdamX'"),
         ({"train__report_to": "paper"}, None, "train.report_to: paper"),
+        ({"train__output_dir": "runs/first[1]"}, None, "has one of * ? [ in it"),
         ({}, truncate_weights, "model.safetensors"),
         ({}, pickle_weights, "safetensors"),
     ],
