@@ -1,10 +1,10 @@
 """Where the fp32 masters and optimizer states of the layer groups are, and how they move.
 
-A store keeps, for every unit (a chunk of a layer group: its id) and every key (``master``, ``exp_avg`` ...),
+A store keeps, for every chunk of a layer group (by its id) and every key (``master``, ``exp_avg`` ...),
 one flat 1-D tensor holding this rank's shard of all the chunk's parameters. It knows nothing of parameters or
 optimizers; :mod:`hift_ds.optim.group_optimizer` cuts the tensors into views.
 
-Life of a unit: PARKED --prefetch--> ARRIVING --fetch--> RESIDENT --evict--> PARKED. Each transition may be
+Life of a chunk: PARKED --prefetch--> ARRIVING --fetch--> RESIDENT --evict--> PARKED. Each transition may be
 called again in the state it leads to.
 
 Who does what below this interface: ``encoded`` turns tensors into the bytes that are kept (``codecs``,
@@ -75,14 +75,14 @@ class Traffic:
 
 @dataclass
 class StateStore(ABC):
-    """One rank's states of all units."""
+    """One rank's states of all chunks."""
 
     device: torch.device  # where updates run
     traffic: Traffic = field(default_factory=Traffic, init=False)
 
     @abstractmethod
     def ensure(
-        self, unit: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None
+        self, chunk: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None
     ) -> None:
         """Reserve ``numel`` elements under ``key``, if that has not been done. Contents are undefined.
 
@@ -102,37 +102,37 @@ class StateStore(ABC):
         return self
 
     @abstractmethod
-    def keys(self, unit: int) -> list[str]:
-        """The keys reserved for ``unit``."""
+    def keys(self, chunk: int) -> list[str]:
+        """The keys reserved for ``chunk``."""
 
     @abstractmethod
-    def fetch(self, unit: int) -> dict[str, Tensor]:
-        """All tensors of ``unit`` on the update device, to be changed in place; valid until ``evict``."""
+    def fetch(self, chunk: int) -> dict[str, Tensor]:
+        """All tensors of ``chunk`` on the update device, to be changed in place; valid until ``evict``."""
 
     @abstractmethod
-    def evict(self, unit: int, step: int = 0) -> None:
-        """Send the changed tensors of ``unit`` back to their resting place.
+    def evict(self, chunk: int, step: int = 0) -> None:
+        """Send the changed tensors of ``chunk`` back to their resting place.
 
         Args:
             step: optimizer steps applied so far; seeds stochastic rounding, so that a resumed run rounds
                 alike.
         """
 
-    def prefetch(self, unit: int) -> None:  # noqa: B027  (a hint: stores that cannot use it ignore it)
-        """``unit`` will be fetched next."""
+    def prefetch(self, chunk: int) -> None:  # noqa: B027  (a hint: stores that cannot use it ignore it)
+        """``chunk`` will be fetched next."""
 
     def synchronize(self) -> None:  # noqa: B027
         """Wait for every transfer under way. Before anything reads or writes parked states."""
 
     @abstractmethod
-    def read(self, unit: int) -> Mapping[str, Tensor]:
+    def read(self, chunk: int) -> Mapping[str, Tensor]:
         """The current values by key, flat, for a checkpoint; not to be changed. ``synchronize`` first."""
 
     @abstractmethod
-    def write(self, unit: int, key: str, values: Tensor, start: int = 0) -> None:
+    def write(self, chunk: int, key: str, values: Tensor, start: int = 0) -> None:
         """Set elements [start, start + len(values)) of ``key``. Call ``synchronize`` first.
 
-        A compact form is made when the next unit is written, or at ``synchronize``: so write a unit's pieces
+        A compact form is made when the next chunk is written, or at ``synchronize``: so write a chunk's pieces
         one after the other, in any order of keys.
         """
 

@@ -40,7 +40,7 @@ def build_store(state: StateConfig, device: torch.device, *, seed: int = 0) -> S
 
 
 def build_resident_store(state: StateConfig, device: torch.device, *, seed: int = 0) -> StateStore:
-    """The store of the always-active unit: never moved, in the same compact form."""
+    """The store of the always-active group: never moved, in the same compact form."""
     return DeviceStateStore(device, state.codec, seed)
 
 
@@ -113,9 +113,9 @@ class AutoStateStore(StateStore):
     _wanted: list[tuple] = field(default_factory=list, init=False)
 
     def ensure(
-        self, unit: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None
+        self, chunk: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None
     ) -> None:
-        self._wanted.append((unit, key, numel, dtype, weights))
+        self._wanted.append((chunk, key, numel, dtype, weights))
 
     def start(self) -> StateStore:
         on_cpu = self.device.type == "cpu"

@@ -53,7 +53,7 @@ class Part:
 
 
 class Codec(ABC):
-    """One key of one unit, in and out of its compact form. Zero bytes are zeros (of a master: its weight)."""
+    """One key of one chunk, in and out of its compact form. Zero bytes are zeros (of a master: its weight)."""
 
     in_place = False  # the form is the tensor itself: decoding gives a view, and encoding does nothing
 

@@ -18,30 +18,30 @@ class DeviceStateStore(EncodedStateStore):
     _memory: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def start(self) -> StateStore:
-        for unit in self._layouts:
-            self._bring(unit)
+        for chunk in self._layouts:
+            self._bring(chunk)
         return super().start()
 
-    def _bring(self, unit: int) -> Tensor:
-        if unit not in self._memory:
-            self._memory[unit] = torch.zeros(self.num_bytes(unit), dtype=torch.uint8, device=self.device)
-        self._memory[unit] = self._grow(unit, self._memory[unit])
-        return self._memory[unit]
+    def _bring(self, chunk: int) -> Tensor:
+        if chunk not in self._memory:
+            self._memory[chunk] = torch.zeros(self.num_bytes(chunk), dtype=torch.uint8, device=self.device)
+        self._memory[chunk] = self._grow(chunk, self._memory[chunk])
+        return self._memory[chunk]
 
-    def _grow(self, unit: int, memory: Tensor) -> Tensor:
-        missing = self.num_bytes(unit) - memory.numel()
+    def _grow(self, chunk: int, memory: Tensor) -> Tensor:
+        missing = self.num_bytes(chunk) - memory.numel()
         if missing:
-            self._memory[unit] = torch.cat([memory, memory.new_zeros(missing)])
-        return self._memory[unit]
+            self._memory[chunk] = torch.cat([memory, memory.new_zeros(missing)])
+        return self._memory[chunk]
 
-    def _send(self, unit: int) -> None:
+    def _send(self, chunk: int) -> None:
         pass
 
-    def _at_rest(self, unit: int) -> Tensor:
-        return self._bring(unit)
+    def _at_rest(self, chunk: int) -> Tensor:
+        return self._bring(chunk)
 
-    def _replace_at_rest(self, unit: int, memory: Tensor) -> None:
-        self._memory[unit] = memory
+    def _replace_at_rest(self, chunk: int, memory: Tensor) -> None:
+        self._memory[chunk] = memory
 
     def close(self) -> None:
         super().close()

@@ -1,7 +1,7 @@
-"""States in files, one per unit and rank, for models whose states no host memory holds.
+"""States in files, one per chunk and rank, for models whose states no host memory holds.
 
-A unit is written to a new file that then takes the old one's name, so the only good copy is never
-overwritten. Host memory holds the slots on a CPU (one or two units, and what the update decodes), and with an
+A chunk is written to a new file that then takes the old one's name, so the only good copy is never
+overwritten. Host memory holds the slots on a CPU (one or two chunks, and what the update decodes), and with an
 accelerator one page-locked buffer per direction.
 """
 
@@ -36,7 +36,7 @@ BUFFER_BYTES = (1 << 28) - PAGE_BYTES
 
 @dataclass
 class DiskStateStore(ParkedStateStore):
-    """One file per unit, in a folder of this process.
+    """One file per chunk, in a folder of this process.
 
     Args:
         path: where that folder is made, and removed at the end.
@@ -52,9 +52,9 @@ class DiskStateStore(ParkedStateStore):
     # Per direction; with an accelerator only.
     _buffers: dict[str, Tensor] = field(default_factory=dict, init=False)
     _sides: dict[str, Any] = field(default_factory=dict, init=False)  # streams, likewise
-    # Bytes in the file of each unit that has one.
+    # Bytes in the file of each chunk that has one.
     _written: dict[int, int] = field(default_factory=dict, init=False)
-    # Of each unit's file: a disk that gives back other bytes must not train on.
+    # Of each chunk's file: a disk that gives back other bytes must not train on.
     _checksums: dict[int, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -70,8 +70,8 @@ class DiskStateStore(ParkedStateStore):
         return super().start()
 
     def needed_bytes(self) -> int:
-        """On disk: all units, and the largest once more while it is rewritten."""
-        sizes = [self._file_bytes(unit) for unit in self._layouts]
+        """On disk: all chunks, and the largest once more while it is rewritten."""
+        sizes = [self._file_bytes(chunk) for chunk in self._layouts]
         return sum(sizes) + max(sizes, default=0)
 
     def close(self) -> None:
@@ -96,43 +96,43 @@ class DiskStateStore(ParkedStateStore):
     def _new_memory(self, num_bytes: int) -> Tensor:
         return page_aligned(num_bytes) if self._on_cpu else super()._new_memory(num_bytes)
 
-    def _copy_in(self, unit: int, memory: Tensor) -> None:
+    def _copy_in(self, chunk: int, memory: Tensor) -> None:
         if self._on_cpu:
-            self._read(unit, [self._whole_pages(unit, memory)])
+            self._read(chunk, [self._whole_pages(chunk, memory)])
         else:
-            self._read(unit, self._through_buffer(IN, memory))
+            self._read(chunk, self._through_buffer(IN, memory))
 
-    def _copy_out(self, unit: int, memory: Tensor) -> None:
+    def _copy_out(self, chunk: int, memory: Tensor) -> None:
         if self._on_cpu:
-            self._write(unit, [self._whole_pages(unit, memory)])
+            self._write(chunk, [self._whole_pages(chunk, memory)])
         else:
-            self._write(unit, self._through_buffer(OUT, memory))
+            self._write(chunk, self._through_buffer(OUT, memory))
 
-    def _at_rest(self, unit: int) -> Tensor:
-        memory = page_aligned(self.num_bytes(unit))
-        self._read(unit, [memory])
-        return memory[: self.num_bytes(unit)]
+    def _at_rest(self, chunk: int) -> Tensor:
+        memory = page_aligned(self.num_bytes(chunk))
+        self._read(chunk, [memory])
+        return memory[: self.num_bytes(chunk)]
 
-    def _put(self, unit: int, memory: Tensor) -> None:
-        self._write(unit, [self._whole_pages(unit, memory)])
+    def _put(self, chunk: int, memory: Tensor) -> None:
+        self._write(chunk, [self._whole_pages(chunk, memory)])
 
     # -- files ---------------------------------------------------------------------------------------------
 
-    def _file_bytes(self, unit: int) -> int:
-        return whole_pages(self.num_bytes(unit))
+    def _file_bytes(self, chunk: int) -> int:
+        return whole_pages(self.num_bytes(chunk))
 
-    def _file(self, unit: int) -> Path:
-        return self._folder.file(f"unit-{unit:05d}")
+    def _file(self, chunk: int) -> Path:
+        return self._folder.file(f"chunk-{chunk:05d}")
 
-    def _read(self, unit: int, pieces: Iterable[Tensor]) -> None:
-        known = self._written.get(unit, 0)
-        if known and known == self.num_bytes(unit):
-            read_file(self._file(unit), pieces, self._measure().direct, self._checksums[unit])
+    def _read(self, chunk: int, pieces: Iterable[Tensor]) -> None:
+        known = self._written.get(chunk, 0)
+        if known and known == self.num_bytes(chunk):
+            read_file(self._file(chunk), pieces, self._measure().direct, self._checksums[chunk])
             return
         # Zeros before the first update, and for what has grown since the last.
         whole, done = page_aligned(known), 0
         if known:
-            read_file(self._file(unit), [whole], self._measure().direct, self._checksums[unit])
+            read_file(self._file(chunk), [whole], self._measure().direct, self._checksums[chunk])
         for piece in pieces:
             # NumPy: an operation of torch would leave this thread with a pool of its own, and more threads
             # than cores make OpenMP put them all to sleep after each operation of the computation.
@@ -141,13 +141,13 @@ class DiskStateStore(ParkedStateStore):
             target[there.size :] = 0
             done += piece.numel()
 
-    def _write(self, unit: int, pieces: Iterable[Tensor]) -> None:
-        self._checksums[unit] = write_file(self._file(unit), pieces, self._measure().direct)
-        self._written[unit] = self.num_bytes(unit)
+    def _write(self, chunk: int, pieces: Iterable[Tensor]) -> None:
+        self._checksums[chunk] = write_file(self._file(chunk), pieces, self._measure().direct)
+        self._written[chunk] = self.num_bytes(chunk)
 
-    def _whole_pages(self, unit: int, memory: Tensor) -> Tensor:
+    def _whole_pages(self, chunk: int, memory: Tensor) -> Tensor:
         """``memory`` up to the end of its last page, which belongs to it (``page_aligned``)."""
-        return memory.as_strided((self._file_bytes(unit),), (1,), memory.storage_offset())
+        return memory.as_strided((self._file_bytes(chunk),), (1,), memory.storage_offset())
 
     def _through_buffer(self, direction: str, memory: Tensor) -> Iterator[Tensor]:
         """One page-locked buffer, again and again: handed out with the next bytes of ``memory`` (which is on

@@ -14,14 +14,14 @@ from torch import Tensor
 from hift_ds.errors import ConfigError
 from hift_ds.store.base import StateStore, Weights
 from hift_ds.store.codecs import BF16_MOMENTS, INT8_MOMENTS, SPLIT_MASTER, Exact, SplitMaster, codec_for
-from hift_ds.store.layout import UnitLayout
+from hift_ds.store.layout import ChunkLayout
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Working:
-    """A fetched unit: its tensors, those of them that are views of ``memory``, and that memory (uint8)."""
+    """A fetched chunk: its tensors, those of them that are views of ``memory``, and that memory (uint8)."""
 
     tensors: dict[str, Tensor]
     in_place: set[str]
@@ -30,7 +30,7 @@ class Working:
 
 @dataclass
 class EncodedStateStore(StateStore):
-    """Keeps each unit as one run of bytes (:class:`UnitLayout`); subclasses say where.
+    """Keeps each chunk as one run of bytes (:class:`ChunkLayout`); subclasses say where.
 
     Args:
         codecs: names of compact forms (:mod:`hift_ds.store.codecs`).
@@ -39,45 +39,45 @@ class EncodedStateStore(StateStore):
 
     codecs: tuple[str, ...] = ()
     seed: int = 0
-    _layouts: dict[int, UnitLayout] = field(default_factory=dict, init=False)
+    _layouts: dict[int, ChunkLayout] = field(default_factory=dict, init=False)
     _working: dict[int, Working] = field(default_factory=dict, init=False)
-    # Written, not yet encoded: a unit and its decoded tensors.
+    # Written, not yet encoded: a chunk and its decoded tensors.
     _staged: tuple[int, dict[str, Tensor]] | None = field(default=None, init=False)
 
     # -- where the bytes rest ------------------------------------------------------------------------------
 
     @abstractmethod
-    def _bring(self, unit: int) -> Tensor:
-        """Memory on the update device (uint8) with the unit's bytes; the caller's until ``_send``."""
+    def _bring(self, chunk: int) -> Tensor:
+        """Memory on the update device (uint8) with the chunk's bytes; the caller's until ``_send``."""
 
     @abstractmethod
-    def _grow(self, unit: int, memory: Tensor) -> Tensor:
+    def _grow(self, chunk: int, memory: Tensor) -> Tensor:
         """What ``_bring`` gave; if the layout has outgrown it, larger memory that starts with its bytes."""
 
     @abstractmethod
-    def _send(self, unit: int) -> None:
-        """The bytes in the unit's memory have changed."""
+    def _send(self, chunk: int) -> None:
+        """The bytes in the chunk's memory have changed."""
 
     @abstractmethod
-    def _at_rest(self, unit: int) -> Tensor:
-        """The unit's bytes (uint8) in its resting place. Who changes them gives them to
+    def _at_rest(self, chunk: int) -> Tensor:
+        """The chunk's bytes (uint8) in its resting place. Who changes them gives them to
         ``_replace_at_rest``."""
 
     @abstractmethod
-    def _replace_at_rest(self, unit: int, memory: Tensor) -> None:
+    def _replace_at_rest(self, chunk: int, memory: Tensor) -> None:
         """New bytes for the resting place."""
 
     # -- StateStore ----------------------------------------------------------------------------------------
 
     def ensure(
-        self, unit: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None
+        self, chunk: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None
     ) -> None:
-        layout = self._layouts.setdefault(unit, UnitLayout())
+        layout = self._layouts.setdefault(chunk, ChunkLayout())
         if key in layout.entries:
             return
         layout.add(key, numel, dtype, codec_for(self.codecs, key, dtype, weights))
-        if unit in self._working:  # reserved while the unit is updated for the first time
-            self._working[unit].tensors[key] = torch.zeros(numel, dtype=dtype, device=self.device)
+        if chunk in self._working:  # reserved while the chunk is updated for the first time
+            self._working[chunk].tensors[key] = torch.zeros(numel, dtype=dtype, device=self.device)
 
     def start(self) -> StateStore:
         kept = [entry.codec for layout in self._layouts.values() for entry in layout.entries.values()]
@@ -92,60 +92,60 @@ class EncodedStateStore(StateStore):
             logger.warning("hift.state.codec: no moment among the states so far for %s", list(self.codecs))
         return self
 
-    def keys(self, unit: int) -> list[str]:
-        return list(self._layouts[unit].entries) if unit in self._layouts else []
+    def keys(self, chunk: int) -> list[str]:
+        return list(self._layouts[chunk].entries) if chunk in self._layouts else []
 
-    def num_bytes(self, unit: int) -> int:
-        """Bytes kept for ``unit``."""
-        return self._layouts[unit].num_bytes if unit in self._layouts else 0
+    def num_bytes(self, chunk: int) -> int:
+        """Bytes kept for ``chunk``."""
+        return self._layouts[chunk].num_bytes if chunk in self._layouts else 0
 
     def total_bytes(self) -> int:
         return sum(layout.num_bytes for layout in self._layouts.values())
 
     def largest_bytes(self) -> int:
-        """Bytes kept for the largest unit."""
+        """Bytes kept for the largest chunk."""
         return max((layout.num_bytes for layout in self._layouts.values()), default=0)
 
-    def fetch(self, unit: int) -> dict[str, Tensor]:
-        if unit not in self._layouts:
+    def fetch(self, chunk: int) -> dict[str, Tensor]:
+        if chunk not in self._layouts:
             return {}
-        if unit not in self._working:
+        if chunk not in self._working:
             self._encode_staged()
-            memory = self._bring(unit)
-            entries = self._layouts[unit].entries
+            memory = self._bring(chunk)
+            entries = self._layouts[chunk].entries
             in_place = {key for key, entry in entries.items() if entry.codec.in_place}
-            self._working[unit] = Working(self._decode(unit, memory), in_place, memory)
-        return self._working[unit].tensors
+            self._working[chunk] = Working(self._decode(chunk, memory), in_place, memory)
+        return self._working[chunk].tensors
 
-    def evict(self, unit: int, step: int = 0) -> None:
-        working = self._working.pop(unit, None)
+    def evict(self, chunk: int, step: int = 0) -> None:
+        working = self._working.pop(chunk, None)
         if working is None:
             return
-        memory = self._grow(unit, working.memory)
+        memory = self._grow(chunk, working.memory)
         for key, values in working.tensors.items():
             if key not in working.in_place:
-                self._encode(unit, key, values, memory, step)
-        self._send(unit)
+                self._encode(chunk, key, values, memory, step)
+        self._send(chunk)
 
     def synchronize(self) -> None:
         self._encode_staged()
 
-    def read(self, unit: int) -> Mapping[str, Tensor]:
-        if unit in self._working:
-            return self._working[unit].tensors
+    def read(self, chunk: int) -> Mapping[str, Tensor]:
+        if chunk in self._working:
+            return self._working[chunk].tensors
         self._encode_staged()
-        return self._decode(unit, self._at_rest(unit)) if unit in self._layouts else {}
+        return self._decode(chunk, self._at_rest(chunk)) if chunk in self._layouts else {}
 
-    def write(self, unit: int, key: str, values: Tensor, start: int = 0) -> None:
-        if unit in self._working:
-            self._working[unit].tensors[key][start : start + values.numel()].copy_(values)
+    def write(self, chunk: int, key: str, values: Tensor, start: int = 0) -> None:
+        if chunk in self._working:
+            self._working[chunk].tensors[key][start : start + values.numel()].copy_(values)
             return
-        if self._staged is None or self._staged[0] != unit:
+        if self._staged is None or self._staged[0] != chunk:
             self._encode_staged()
-            self._staged = (unit, {})
+            self._staged = (chunk, {})
         staged = self._staged[1]
         if key not in staged:
-            staged.update({k: v.clone() for k, v in self._decode(unit, self._at_rest(unit), [key]).items()})
+            staged.update({k: v.clone() for k, v in self._decode(chunk, self._at_rest(chunk), [key]).items()})
         staged[key][start : start + values.numel()].copy_(values)
 
     def close(self) -> None:
@@ -155,24 +155,24 @@ class EncodedStateStore(StateStore):
 
     # -- bytes ---------------------------------------------------------------------------------------------
 
-    def _decode(self, unit: int, memory: Tensor, keys: list[str] | None = None) -> dict[str, Tensor]:
-        layout = self._layouts[unit]
+    def _decode(self, chunk: int, memory: Tensor, keys: list[str] | None = None) -> dict[str, Tensor]:
+        layout = self._layouts[chunk]
         return {
             key: layout.entries[key].codec.decode(layout.parts(key, memory))
             for key in (layout.entries if keys is None else keys)
         }
 
-    def _encode(self, unit: int, key: str, values: Tensor, memory: Tensor, step: int) -> None:
-        layout = self._layouts[unit]
-        digest = hashlib.blake2b(f"{self.seed}:{step}:{unit}:{key}".encode(), digest_size=8).digest()
+    def _encode(self, chunk: int, key: str, values: Tensor, memory: Tensor, step: int) -> None:
+        layout = self._layouts[chunk]
+        digest = hashlib.blake2b(f"{self.seed}:{step}:{chunk}:{key}".encode(), digest_size=8).digest()
         seed = int.from_bytes(digest, "little") >> 1
         layout.entries[key].codec.encode(values, layout.parts(key, memory), seed)
 
     def _encode_staged(self) -> None:
         if self._staged is None:
             return
-        (unit, tensors), self._staged = self._staged, None
-        memory = self._at_rest(unit)
+        (chunk, tensors), self._staged = self._staged, None
+        memory = self._at_rest(chunk)
         for key, values in tensors.items():
-            self._encode(unit, key, values, memory, step=0)
-        self._replace_at_rest(unit, memory)
+            self._encode(chunk, key, values, memory, step=0)
+        self._replace_at_rest(chunk, memory)

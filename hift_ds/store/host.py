@@ -24,7 +24,7 @@ SLAB_BYTES = 1 << 28
 
 @dataclass
 class HostStateStore(ParkedStateStore):
-    """One run of host memory per unit, all reserved when training starts.
+    """One run of host memory per chunk, all reserved when training starts.
 
     Args:
         pin_memory: page-lock it: needed for copies that overlap with compute. No effect without an
@@ -54,8 +54,8 @@ class HostStateStore(ParkedStateStore):
                 '"hift.state.codec" to a compact form or '
                 f'"hift.state.residency" to "disk"'
             )
-        for unit in self._layouts:
-            self._reserve(unit)
+        for chunk in self._layouts:
+            self._reserve(chunk)
         return super().start()
 
     def close(self) -> None:
@@ -66,31 +66,31 @@ class HostStateStore(ParkedStateStore):
     def measured_link(self) -> Link:
         return measure_link(self.device, self.largest_bytes(), self.pin_memory)
 
-    def _copy_in(self, unit: int, memory: Tensor) -> None:
+    def _copy_in(self, chunk: int, memory: Tensor) -> None:
         offset = 0
-        for segment in self._reserve(unit):
+        for segment in self._reserve(chunk):
             copy_bytes(memory[offset : offset + segment.numel()], segment[: memory.numel() - offset])
             offset += segment.numel()
 
-    def _copy_out(self, unit: int, memory: Tensor) -> None:
+    def _copy_out(self, chunk: int, memory: Tensor) -> None:
         # The old bytes are overwritten: from memory to memory nothing fails half way.
         offset = 0
-        for segment in self._reserve(unit):
+        for segment in self._reserve(chunk):
             copy_bytes(segment[: memory.numel() - offset], memory[offset : offset + segment.numel()])
             offset += segment.numel()
 
-    def _at_rest(self, unit: int) -> Tensor:
-        segments = self._reserve(unit)
+    def _at_rest(self, chunk: int) -> Tensor:
+        segments = self._reserve(chunk)
         return segments[0] if len(segments) == 1 else torch.cat(segments)
 
-    def _put(self, unit: int, memory: Tensor) -> None:
-        if memory is not self._reserve(unit)[0]:
-            self._copy_out(unit, memory)
+    def _put(self, chunk: int, memory: Tensor) -> None:
+        if memory is not self._reserve(chunk)[0]:
+            self._copy_out(chunk, memory)
 
-    def _reserve(self, unit: int) -> list[Tensor]:
-        """The unit's segments, made or extended to its size. Zeros at first."""
-        segments = self._host.setdefault(unit, [])
-        missing = self.num_bytes(unit) - sum(segment.numel() for segment in segments)
+    def _reserve(self, chunk: int) -> list[Tensor]:
+        """The chunk's segments, made or extended to its size. Zeros at first."""
+        segments = self._host.setdefault(chunk, [])
+        missing = self.num_bytes(chunk) - sum(segment.numel() for segment in segments)
         if not self.pin_memory:
             if missing or not segments:
                 segments.append(torch.zeros(missing, dtype=torch.uint8))

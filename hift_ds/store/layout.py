@@ -1,4 +1,4 @@
-"""How the tensors of one unit lie in one run of bytes, so that a unit moves in one copy and is one file."""
+"""How the tensors of one chunk lie in one run of bytes, so that a chunk moves in one copy and is one file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def aligned(num_bytes: int, alignment: int = ALIGNMENT) -> int:
 
 @dataclass(frozen=True)
 class Entry:
-    """One key of a unit: its tensor, and where the parts of its compact form are."""
+    """One key of a chunk: its tensor, and where the parts of its compact form are."""
 
     numel: int
     dtype: torch.dtype
@@ -27,7 +27,7 @@ class Entry:
 
 
 @dataclass
-class UnitLayout:
+class ChunkLayout:
     """Grows at its end only, so that bytes laid out earlier stay valid."""
 
     entries: dict[str, Entry] = field(default_factory=dict)

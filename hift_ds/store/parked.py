@@ -1,12 +1,12 @@
 """States that rest somewhere else than where updates run, and come and go through slots.
 
-A slot is a run of bytes on the update device that holds one unit at a time. With prefetch the slots are
+A slot is a run of bytes on the update device that holds one chunk at a time. With prefetch the slots are
 allocated once; while one group computes, its predecessor leaves its slot and its successor arrives. One slot
 serves: states are needed in the update only, so the old group leaves and the new one arrives between two
 updates. With two, both directions run at once. Without prefetch a slot exists from ``fetch`` to ``evict`` and
 every copy is waited for.
 
-A slot is written back when another unit is announced, not before: a group that is updated several times in a
+A slot is written back when another chunk is announced, not before: a group that is updated several times in a
 row (a turn of several steps, a model of one group) stays where it is.
 """
 
@@ -30,12 +30,12 @@ from hift_ds.store.movers import IN, OUT, InlineMover, Mover
 class Slot:
     """Memory on the update device, and whose bytes are in it.
 
-    A unit is in one slot at a time and a slot is loaded after its write-back, so no unit arrives before it
+    A chunk is in one slot at a time and a slot is loaded after its write-back, so no chunk arrives before it
     has left.
     """
 
     memory: Tensor  # uint8
-    unit: int | None = None
+    chunk: int | None = None
     fetched: bool = False  # lent out between fetch and evict
     dirty: bool = False  # newer than the resting place
     arrival: Any = None  # tickets of the last copies into and out of it
@@ -64,37 +64,37 @@ class ParkedStateStore(EncodedStateStore):
     # -- the resting place ---------------------------------------------------------------------------------
 
     @abstractmethod
-    def _copy_in(self, unit: int, memory: Tensor) -> None:
-        """Fill ``memory`` (on the update device) with the unit's bytes. Runs in the mover."""
+    def _copy_in(self, chunk: int, memory: Tensor) -> None:
+        """Fill ``memory`` (on the update device) with the chunk's bytes. Runs in the mover."""
 
     @abstractmethod
-    def _copy_out(self, unit: int, memory: Tensor) -> None:
-        """Make ``memory`` the unit's bytes. Runs in the mover. If it fails the old bytes stay."""
+    def _copy_out(self, chunk: int, memory: Tensor) -> None:
+        """Make ``memory`` the chunk's bytes. Runs in the mover. If it fails the old bytes stay."""
 
     @abstractmethod
     def measured_link(self) -> Link:
-        """How fast units can come and go."""
+        """How fast chunks can come and go."""
 
     def _new_memory(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     # -- StateStore ----------------------------------------------------------------------------------------
 
-    def residency(self, unit: int) -> Residency:
-        slot = self._slot_of(unit)
+    def residency(self, chunk: int) -> Residency:
+        slot = self._slot_of(chunk)
         if slot is None:
             return Residency.PARKED
         return Residency.RESIDENT if slot.fetched else Residency.ARRIVING
 
-    def prefetch(self, unit: int) -> None:
-        if self.num_slots == 0 or self.num_bytes(unit) == 0:
+    def prefetch(self, chunk: int) -> None:
+        if self.num_slots == 0 or self.num_bytes(chunk) == 0:
             return
         self._encode_staged()
         for slot in self._slots:
-            if slot.unit != unit:
+            if slot.chunk != chunk:
                 self._write_back(slot)
-        if self._slot_of(unit) is None and (slot := self._vacant()) is not None:
-            self._load(unit, slot)
+        if self._slot_of(chunk) is None and (slot := self._vacant()) is not None:
+            self._load(chunk, slot)
 
     def synchronize(self) -> None:
         super().synchronize()
@@ -111,83 +111,83 @@ class ParkedStateStore(EncodedStateStore):
 
     # -- EncodedStateStore ---------------------------------------------------------------------------------
 
-    def _bring(self, unit: int) -> Tensor:
-        slot = self._slot_of(unit)
+    def _bring(self, chunk: int) -> Tensor:
+        slot = self._slot_of(chunk)
         if slot is None:
             slot = self._vacant() or self._passing_slot()
-            self._load(unit, slot)
+            self._load(chunk, slot)
         self.mover.wait(slot.arrival)
         self.mover.wait(slot.departure)  # a write-back may still read what the update is going to change
         self._fetches += 1
         slot.fetched, slot.last_fetch = True, self._fetches
-        assert slot.memory.numel() >= self.num_bytes(unit), "a state was reserved and not written"
-        return slot.memory[: self.num_bytes(unit)]
+        assert slot.memory.numel() >= self.num_bytes(chunk), "a state was reserved and not written"
+        return slot.memory[: self.num_bytes(chunk)]
 
-    def _grow(self, unit: int, memory: Tensor) -> Tensor:
-        num_bytes, slot = self.num_bytes(unit), self._slot_of(unit)
+    def _grow(self, chunk: int, memory: Tensor) -> Tensor:
+        num_bytes, slot = self.num_bytes(chunk), self._slot_of(chunk)
         if slot.memory.numel() < num_bytes:
             larger = self._new_memory(num_bytes)
             larger[: memory.numel()].copy_(memory)
             slot.memory = larger
         return slot.memory[:num_bytes]
 
-    def _send(self, unit: int) -> None:
-        slot = self._slot_of(unit)
+    def _send(self, chunk: int) -> None:
+        slot = self._slot_of(chunk)
         slot.fetched, slot.dirty = False, True
         if not slot.lasting:
             self._write_back(slot)
             self.mover.settle(slot.departure)
             self._slots.remove(slot)
 
-    def _replace_at_rest(self, unit: int, memory: Tensor) -> None:
+    def _replace_at_rest(self, chunk: int, memory: Tensor) -> None:
         """Between steps only: nothing is fetched. A slot with the old bytes, or one that they are on their
         way to, is free for others."""
-        slot = self._slot_of(unit)
+        slot = self._slot_of(chunk)
         if slot is not None:
-            slot.unit, slot.dirty = None, False
-        self._put(unit, memory)
+            slot.chunk, slot.dirty = None, False
+        self._put(chunk, memory)
 
     @abstractmethod
-    def _put(self, unit: int, memory: Tensor) -> None:
-        """Make ``memory`` (on the host) the unit's bytes."""
+    def _put(self, chunk: int, memory: Tensor) -> None:
+        """Make ``memory`` (on the host) the chunk's bytes."""
 
     # -- slots ---------------------------------------------------------------------------------------------
 
-    def _slot_of(self, unit: int) -> Slot | None:
-        return next((slot for slot in self._slots if slot.unit == unit), None)
+    def _slot_of(self, chunk: int) -> Slot | None:
+        return next((slot for slot in self._slots if slot.chunk == chunk), None)
 
     def _vacant(self) -> Slot | None:
         """A slot to load into: an empty one, else the one fetched longest ago: its write-back ends first."""
         if len([slot for slot in self._slots if slot.lasting]) < self.num_slots:
             self._slots.append(Slot(self._new_memory(0)))
         free = [slot for slot in self._slots if slot.lasting and not slot.fetched]
-        return min(free, key=lambda slot: (slot.unit is not None, slot.last_fetch), default=None)
+        return min(free, key=lambda slot: (slot.chunk is not None, slot.last_fetch), default=None)
 
     def _passing_slot(self) -> Slot:
         """Without prefetch, or when all slots are lent."""
         self._slots.append(Slot(self._new_memory(0), lasting=False))
         return self._slots[-1]
 
-    def _load(self, unit: int, slot: Slot) -> None:
-        num_bytes = self.num_bytes(unit)
+    def _load(self, chunk: int, slot: Slot) -> None:
+        num_bytes = self.num_bytes(chunk)
         self._write_back(slot)
         self._fit(slot, num_bytes)
         memory = slot.memory[:num_bytes]
-        slot.unit = unit
-        slot.arrival = self.mover.submit(IN, lambda: self._copy_in(unit, memory), after=(slot.departure,))
+        slot.chunk = chunk
+        slot.arrival = self.mover.submit(IN, lambda: self._copy_in(chunk, memory), after=(slot.departure,))
         self.traffic.add(bytes_in=num_bytes)
 
     def _write_back(self, slot: Slot) -> None:
         """Start it, if the slot is newer than the resting place."""
         if not slot.dirty or slot.fetched:
             return
-        unit, memory = slot.unit, slot.memory[: self.num_bytes(slot.unit)]
-        slot.departure = self.mover.submit(OUT, lambda: self._copy_out(unit, memory))
+        chunk, memory = slot.chunk, slot.memory[: self.num_bytes(slot.chunk)]
+        slot.departure = self.mover.submit(OUT, lambda: self._copy_out(chunk, memory))
         slot.dirty = False
         self.traffic.add(bytes_out=memory.numel())
 
     def _fit(self, slot: Slot, num_bytes: int) -> None:
-        """Slots that last get room for the largest unit at once."""
+        """Slots that last get room for the largest chunk at once."""
         if slot.memory.numel() >= num_bytes:
             return
         self.mover.settle(slot.arrival)

@@ -628,7 +628,7 @@ def installed(machine: Machine) -> Iterator[Machine]:
         (
             disk.DiskStateStore,
             "_read",
-            lambda self, unit, pieces: disk.read_file(self._file(unit), pieces, True),
+            lambda self, chunk, pieces: disk.read_file(self._file(chunk), pieces, True),
         ),
     ]
     for name in (

@@ -48,9 +48,9 @@ def test_auto_makes_way_for_the_store_it_chose(available, kind, tmp_path, monkey
     monkeypatch.setattr(choose, "host_bytes", lambda: HostBytes(1 << 40, available))
     caplog.set_level(logging.INFO)
     store = build_store(StateConfig(residency="auto", path=str(tmp_path), codec="bf16_moments"), CPU)
-    for unit in range(2):
-        store.ensure(unit, "exp_avg", 1000, torch.float32)
-        store.ensure(unit, "exp_avg_sq", 1000, torch.float32)
+    for chunk in range(2):
+        store.ensure(chunk, "exp_avg", 1000, torch.float32)
+        store.ensure(chunk, "exp_avg_sq", 1000, torch.float32)
     chosen = store.start()
     assert (
         isinstance(chosen, kind)

@@ -10,12 +10,12 @@ from hift_ds import config
 from hift_ds.store import codecs, eight_bit
 from hift_ds.store.codecs import Bfloat16Moment, Exact, Int8Moment, SplitMaster, codec_for
 from hift_ds.store.eight_bit import BLOCK_NUMEL
-from hift_ds.store.layout import UnitLayout
+from hift_ds.store.layout import ChunkLayout
 
 
 def kept(codec, values, seed=0):
     """The parts after encoding, as the memory of a slot."""
-    layout = UnitLayout()
+    layout = ChunkLayout()
     layout.add("key", values.numel(), values.dtype, codec)
     memory = torch.randint(0, 256, (layout.num_bytes,), dtype=torch.uint8)  # what was there must not matter
     parts = layout.parts("key", memory)
@@ -184,7 +184,7 @@ def test_bytes_a_parameter():
     """The figures in docs/states.md, for AdamW with masters."""
 
     def per_parameter(*names):
-        numel, layout = BLOCK_NUMEL * 4096, UnitLayout()
+        numel, layout = BLOCK_NUMEL * 4096, ChunkLayout()
         for key in ("master", "exp_avg", "exp_avg_sq"):
             layout.add(key, numel, torch.float32, codec_for(names, key, torch.float32, lambda: []))
         return layout.num_bytes / numel

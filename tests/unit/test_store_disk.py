@@ -102,22 +102,22 @@ def test_a_write_that_fails_half_way_leaves_the_old_bytes(tmp_path, monkeypatch)
 
 def small_store(path, **options):
     store = DiskStateStore(CPU, (), 0, 2, path=path, **options)
-    for unit, numel in enumerate((100, 3000, 7)):
-        store.ensure(unit, "master", numel, torch.float32)
+    for chunk, numel in enumerate((100, 3000, 7)):
+        store.ensure(chunk, "master", numel, torch.float32)
     return store.start()
 
 
 @pytest.mark.parametrize("io", ["direct", "buffered"])
 def test_one_file_per_unit_removed_at_the_end(io, tmp_path):
     store = small_store(tmp_path, io=io)
-    for unit in range(3):
-        store.fetch(unit)["master"].fill_(unit)
-        store.evict(unit)
-        store.prefetch((unit + 1) % 3)
+    for chunk in range(3):
+        store.fetch(chunk)["master"].fill_(chunk)
+        store.evict(chunk)
+        store.prefetch((chunk + 1) % 3)
     store.synchronize()
     (folder,) = folders_in(tmp_path)
-    assert sorted(p.name for p in folder.iterdir() if p.name.startswith("unit")) == [
-        f"unit-0000{i}" for i in range(3)
+    assert sorted(p.name for p in folder.iterdir() if p.name.startswith("chunk")) == [
+        f"chunk-0000{i}" for i in range(3)
     ]
     assert store.read(1)["master"].eq(1).all() and store.speed.direct == (io == "direct")
     store.close()
@@ -139,7 +139,7 @@ def test_a_disk_that_gives_back_other_bytes_does_not_train_on(tmp_path, slots):
         store.fetch(1)
         store.evict(1)
         store.synchronize()
-        (file,) = tmp_path.glob("hift-states-*/unit-00000")
+        (file,) = tmp_path.glob("hift-states-*/chunk-00000")
         versions.append(file.read_bytes())
     older, good = versions
     page = PAGE_BYTES
@@ -150,7 +150,7 @@ def test_a_disk_that_gives_back_other_bytes_does_not_train_on(tmp_path, slots):
         good[:-1] + bytes([good[-1] ^ 128]),
     ):
         file.write_bytes(damaged)
-        with pytest.raises(StateStoreError, match="unit-00000 is not what was written"):
+        with pytest.raises(StateStoreError, match="chunk-00000 is not what was written"):
             store.read(0)
     with pytest.raises(StateStoreError, match="is not what was written"):
         store.fetch(0)
@@ -206,7 +206,7 @@ RUN = """
 import sys, time
 from hift_ds.store.state_folder import StateFolder
 folder = StateFolder(sys.argv[1])
-folder.file("unit-00000").write_bytes(bytes(5000))
+folder.file("chunk-00000").write_bytes(bytes(5000))
 print("ready", flush=True)
 if sys.argv[2] == "raise":
     raise RuntimeError("training failed")
@@ -260,20 +260,20 @@ def test_a_forked_child_leaves_its_parents_files(tmp_path):
 
 
 def test_memory_is_bounded_by_the_slots(tmp_path):
-    """Sixteen units of 8 MB through two slots: resident memory must not grow with the number of units."""
+    """Sixteen chunks of 8 MB through two slots: resident memory must not grow with the number of chunks."""
     store = DiskStateStore(CPU, (), 0, 2, path=tmp_path)
-    for unit in range(16):
-        store.ensure(unit, "exp_avg", 1 << 21, torch.float32)
+    for chunk in range(16):
+        store.ensure(chunk, "exp_avg", 1 << 21, torch.float32)
     store.start()
 
     def resident_bytes():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     before = resident_bytes()
-    for unit in [*range(16)] * 2:
-        store.fetch(unit)["exp_avg"].add_(unit)
-        store.evict(unit)
-        store.prefetch((unit + 1) % 16)
+    for chunk in [*range(16)] * 2:
+        store.fetch(chunk)["exp_avg"].add_(chunk)
+        store.evict(chunk)
+        store.prefetch((chunk + 1) % 16)
     grown = resident_bytes() - before
     assert store.fetch(5)["exp_avg"].eq(10).all()
     assert grown < 3 * (8 << 20)
@@ -284,7 +284,7 @@ def test_the_slow_disk_is_not_waited_for_when_compute_is_slower(tmp_path):
     """Same order of events as in training; sleeping threads stand for a slow disk and a slow model."""
     store = small_store(tmp_path)
     copy_in = store._copy_in
-    store._copy_in = lambda unit, memory: (time.sleep(0.05), copy_in(unit, memory))
+    store._copy_in = lambda chunk, memory: (time.sleep(0.05), copy_in(chunk, memory))
     for step in range(5):
         store.fetch(step % 3)
         store.evict(step % 3)

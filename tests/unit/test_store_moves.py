@@ -19,7 +19,7 @@ from hift_ds.store.movers import IN, OUT, Mover, StreamMover, ThreadMover
 from tests.helpers.fake_streams import use_fake_streams
 
 CPU = torch.device("cpu")
-SIZES = [700, 3, 1290, 41, 700, 1]  # elements per key of each unit: ragged, tiny, repeated
+SIZES = [700, 3, 1290, 41, 700, 1]  # elements per key of each chunk: ragged, tiny, repeated
 KEYS = {"master": torch.float32, "exp_avg": torch.float32, "codes": torch.uint8}
 
 
@@ -63,7 +63,7 @@ MOVERS = {
 
 
 def behind_a_buffer(path, slots):
-    """As between disk and accelerator, through a buffer smaller than most units."""
+    """As between disk and accelerator, through a buffer smaller than most chunks."""
     store = DiskStateStore(CPU, (), 0, slots, path=path)
     store._on_cpu = False
     store._buffers = {direction: page_aligned(4096) for direction in (IN, OUT)}
@@ -78,28 +78,28 @@ PLACES = {
 
 
 def filled(store, sizes=SIZES):
-    """Units with known values; and those values."""
+    """Chunks with known values; and those values."""
     expected = {}
-    for unit, numel in enumerate(sizes):
+    for chunk, numel in enumerate(sizes):
         for key, dtype in KEYS.items():
-            store.ensure(unit, key, numel, dtype)
-        expected[unit] = {key: torch.full((numel,), unit, dtype=dtype) for key, dtype in KEYS.items()}
+            store.ensure(chunk, key, numel, dtype)
+        expected[chunk] = {key: torch.full((numel,), chunk, dtype=dtype) for key, dtype in KEYS.items()}
     assert store.start() is store
-    for unit, values in expected.items():
+    for chunk, values in expected.items():
         for key, tensor in values.items():
-            store.write(unit, key, tensor)
+            store.write(chunk, key, tensor)
     store.synchronize()
     return expected
 
 
-def visit(store, expected, unit):
-    tensors = store.fetch(unit)
-    assert tensors.keys() == expected[unit].keys()
+def visit(store, expected, chunk):
+    tensors = store.fetch(chunk)
+    assert tensors.keys() == expected[chunk].keys()
     for key, tensor in tensors.items():
-        assert torch.equal(tensor, expected[unit][key]), (unit, key)
+        assert torch.equal(tensor, expected[chunk][key]), (chunk, key)
         tensor.add_(1)
-        expected[unit][key] = tensor.clone()
-    store.evict(unit)
+        expected[chunk][key] = tensor.clone()
+    store.evict(chunk)
 
 
 def tensors_in(thing, seen=None):
@@ -158,10 +158,10 @@ def test_fetch_gives_what_was_evicted(place, mover, slots, tmp_path, monkeypatch
     order = []
     for _ in range(
         12
-    ):  # cycles in one order, in changing orders, over few units, and one unit again and again
+    ):  # cycles in one order, in changing orders, over few chunks, and one chunk again and again
         order += rng.choice([range(6), rng.sample(range(6), 6), [0, 2] * 3, [2] * 4, [5, 4, 3, 2, 1, 0]])
-    for position, unit in enumerate(order):
-        visit(store, expected, unit)
+    for position, chunk in enumerate(order):
+        visit(store, expected, chunk)
         what = rng.random()
         if what < 0.8:
             store.prefetch((order + [0])[position + 1])
@@ -228,7 +228,7 @@ def rotate(store, order, steps):
 def test_each_step_moves_one_unit_in_and_one_out():
     store = HostStateStore(CPU, (), 0, 1)
     filled(store)
-    sizes = [store.num_bytes(unit) for unit in range(6)]
+    sizes = [store.num_bytes(chunk) for chunk in range(6)]
     for step, traffic in enumerate(rotate(store, range(6), 18)):
         first = sizes[0] if step == 0 else 0  # nobody announced the first
         assert traffic.bytes_in == sizes[(step + 1) % 6] + first and traffic.bytes_out == sizes[step % 6]
@@ -251,7 +251,7 @@ def test_a_group_that_stays_active_does_not_move():
 
 
 def test_a_write_back_keeps_what_was_evicted():
-    """Also if the unit is updated again before the copy has begun."""
+    """Also if the chunk is updated again before the copy has begun."""
     store = HostStateStore(CPU, (), 0, 2)
     store.mover = Lazy(store.traffic)
     expected = filled(store)
@@ -276,7 +276,7 @@ def test_hidden_and_stalled_seconds():
     store = HostStateStore(CPU, (), 0, 2)
     filled(store, [64, 64, 64])
     copy_in = store._copy_in
-    store._copy_in = lambda unit, memory: (time.sleep(0.05), copy_in(unit, memory))
+    store._copy_in = lambda chunk, memory: (time.sleep(0.05), copy_in(chunk, memory))
     rotate(store, range(3), 3)
     time.sleep(0.07)
     store.fetch(0)
@@ -312,9 +312,9 @@ def test_more_units_at_once_than_slots(mover):
     store.prefetch(1)  # no slot free: ignored
     store.evict(2)
     store.evict(0)
-    for unit in (0, 2):
-        expected[unit]["master"].fill_(50 + unit)
-        visit(store, expected, unit)
+    for chunk in (0, 2):
+        expected[chunk]["master"].fill_(50 + chunk)
+        visit(store, expected, chunk)
     assert len(store._slots) == 1
     store.close()
 
@@ -327,10 +327,10 @@ def test_page_locked_memory_is_cut_from_slabs(monkeypatch):
     store = HostStateStore(CPU, (), 0, 2)
     store.pin_memory = True
     expected = filled(store)
-    assert max(len(segments) for segments in store._host.values()) > 1  # a unit lies across slabs
-    for unit in [0, 1, 2, 3, 4, 5] * 3:
-        visit(store, expected, unit)
-        store.prefetch((unit + 1) % 6)
+    assert max(len(segments) for segments in store._host.values()) > 1  # a chunk lies across slabs
+    for chunk in [0, 1, 2, 3, 4, 5] * 3:
+        visit(store, expected, chunk)
+        store.prefetch((chunk + 1) % 6)
     store.close()
 
 
@@ -339,7 +339,7 @@ def test_a_failed_transfer_is_an_error_of_the_step_that_needs_it(direction):
     store = HostStateStore(CPU, (), 0, 1)
     filled(store)
 
-    def fail(unit, memory):
+    def fail(chunk, memory):
         raise OSError("bus error")
 
     setattr(store, "_copy_in" if direction == IN else "_copy_out", fail)
