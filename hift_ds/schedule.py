@@ -53,6 +53,10 @@ class GroupSchedule:
         self.steps_per_group = steps_per_group
         self.cursor = Cursor()
 
+    def move_to(self, group: int) -> None:
+        """Let it be the turn of ``group``, in the cycle under way."""
+        self.cursor = Cursor(self.cursor.cycle, self.order_of_cycle.index(group), 0)
+
     @property
     def steps_per_cycle(self) -> int:
         return self.num_groups * self.steps_per_group

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hift_ds.cli.estimate_input import add_input_arguments, setting_from
-from hift_ds.forecast.setting import SWITCHES, GroupStep, Setting, is_on, with_switch
+from hift_ds.forecast.setting import SWITCHES, GroupStep, Setting, is_on, torch_has_fake_devices, with_switch
 from hift_ds.forecast.steps import (
     GIB,
     FewBlocks,
@@ -21,7 +21,6 @@ from hift_ds.forecast.steps import (
     run_requests,
     worst_step,
 )
-from hift_ds.simulation import device as fake_device
 
 CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80)
 CONTEXT_GIB = 0.6  # of the driver, cuBLAS and NCCL: assumed
@@ -38,13 +37,13 @@ ASSUMPTIONS = (
 
 
 @dataclass(frozen=True)
-class Measured:
+class Counted:
     """The steps behind an estimate.
 
     Attributes:
         steps: under the setting asked about.
         batch, length: peaks at other batches and lengths.
-        without: for each switch, the steps with it the other way.
+        switched: for each switch, the steps with it the other way; "everything": with all switches on.
         full: full fine-tuning, all states resident, with the same switches for activations.
     """
 
@@ -60,9 +59,9 @@ class Measured:
         return [self.steps.step(index) for index in range(self.structure.num_groups)]
 
 
-def measure(setting: Setting) -> Measured:
+def count(setting: Setting) -> Counted:
     """Step the setting and its neighbours on the fake device, or on fake host tensors where torch has none."""
-    setting = replace(setting, on_host=not fake_device.is_available())
+    setting = replace(setting, on_host=not torch_has_fake_devices())
     structure = read_structure(setting)
 
     def ends(changed: Setting) -> Request:
@@ -97,7 +96,7 @@ def measure(setting: Setting) -> Measured:
     found = dict(zip(requests, run_requests(list(requests.values()), NUM_PROCESSES), strict=True))
     here, batch, length = found["steps"], setting.batch, setting.length
     lengths = [(n * length, found[f"length x {n}"]) for n in (2, 3) if f"length x {n}" in found]
-    return Measured(
+    return Counted(
         setting,
         structure,
         here,
@@ -128,8 +127,8 @@ def _scores_matter(setting: Setting, structure: Structure) -> bool:
 
 def estimate(setting: Setting) -> dict[str, Any]:
     """All figures, as plain data. ``docs/memory.md`` says what each key means."""
-    measured = measure(setting)
-    steps = measured.all_steps()
+    counted = count(setting)
+    steps = counted.all_steps()
     worst = max(steps, key=lambda step: step.peak_bytes)
     state_bytes = sum(step.state_bytes for step in steps)
     weight_bytes = worst_weights(worst)
@@ -139,22 +138,22 @@ def estimate(setting: Setting) -> dict[str, Any]:
         "batch": setting.batch,
         "length": setting.length,
         "gpus": setting.world_size,
-        "numel": sum(measured.structure.group_numels),
+        "numel": sum(counted.structure.group_numels),
         "num_groups": len(steps),
         "peak_gib": peak,
         "phases": {phase: max(step.phases.get(phase, 0) for step in steps) / GIB for phase in worst.phases},
         "categories": {name: num_bytes / GIB for name, num_bytes in worst.categories.items()},
-        "worst_group": {"index": worst.index, "name": worst.name, "numel": measured.structure.group_numels[worst.index]},
-        "groups": [{"index": step.index, "name": measured.structure.group_names[step.index], "peak_gib": step.peak_bytes / GIB}
+        "worst_group": {"index": worst.index, "name": worst.name, "numel": counted.structure.group_numels[worst.index]},
+        "groups": [{"index": step.index, "name": counted.structure.group_names[step.index], "peak_gib": step.peak_bytes / GIB}
                    for step in steps],
         "weights_gib": weight_bytes / GIB,
         **_elsewhere(setting, steps, weight_bytes, state_bytes),
-        **_flops(measured, steps),
-        "full_fine_tuning_peak_gib": worst_step(measured.full).peak_bytes / GIB,
+        **_flops(counted, steps),
+        "full_fine_tuning_peak_gib": worst_step(counted.full).peak_bytes / GIB,
         "switches": {switch: is_on(setting, switch) for switch in SWITCHES},
-        "switched": {name: worst_step(steps).peak_bytes / GIB for name, steps in measured.switched.items()},
-        "fits": _fits(measured, peak),
-        "method": _method(measured),
+        "switched": {name: worst_step(steps).peak_bytes / GIB for name, steps in counted.switched.items()},
+        "fits": _fits(counted, peak),
+        "method": _method(counted),
         "assumptions": list(ASSUMPTIONS),
     }  # fmt: skip
 
@@ -184,14 +183,14 @@ def _elsewhere(
     }
 
 
-def _flops(measured: Measured, steps: list[GroupStep]) -> dict[str, float]:
+def _flops(counted: Counted, steps: list[GroupStep]) -> dict[str, float]:
     """Matrix products of one micro-batch, averaged over a cycle, against full fine-tuning and LoRA."""
     mean = sum(sum(step.flops.values()) for step in steps) / len(steps)
-    full = sum(measured.full.step(0).flops.values())
+    full = sum(counted.full.step(0).flops.values())
     # Forward, and backward through every block without its weights' gradients.
     lowest = sum(steps[0].flops.values())
-    tokens = measured.setting.batch * measured.setting.length
-    adapters = 6 * LORA_RANK * measured.structure.matrix_sides * tokens
+    tokens = counted.setting.batch * counted.setting.length
+    adapters = 6 * LORA_RANK * counted.structure.matrix_sides * tokens
     return {
         "flops_per_step": mean,
         "flops_ratio_full": mean / full,
@@ -199,31 +198,31 @@ def _flops(measured: Measured, steps: list[GroupStep]) -> dict[str, float]:
     }
 
 
-def _fits(measured: Measured, peak: float) -> list[dict[str, Any]]:
+def _fits(counted: Counted, peak: float) -> list[dict[str, Any]]:
     """For each card: does it fit, what is the most it takes, and if not, which switch would make it."""
-    limit = measured.structure.max_length
+    limit = counted.structure.max_length
     rows = []
     for card in CARDS_GIB:
         budget = (card - CONTEXT_GIB) / (1 + FRAGMENTATION)
         fits = peak <= budget
         enough = [
-            name for name, steps in measured.switched.items() if worst_step(steps).peak_bytes / GIB <= budget
+            name for name, steps in counted.switched.items() if worst_step(steps).peak_bytes / GIB <= budget
         ]
         rows.append(
             {
                 "card_gib": card,
                 "fits": fits,
-                "largest_batch": measured.batch.largest(budget * GIB),
-                "largest_length": measured.length.largest(budget * GIB, LENGTH_UNIT, limit or 1 << 20),
+                "largest_batch": counted.batch.largest(budget * GIB),
+                "largest_length": counted.length.largest(budget * GIB, LENGTH_UNIT, limit or 1 << 20),
                 "would_fit_with": [] if fits else enough,
             }
         )
     return rows
 
 
-def _method(measured: Measured) -> str:
-    steps, where = measured.steps, "on fake GPU tensors"
-    if measured.setting.on_host:
+def _method(counted: Counted) -> str:
+    steps, where = counted.steps, "on fake GPU tensors"
+    if counted.setting.on_host:
         where = "on fake host tensors, since this torch has no fake devices (2.8 has): up to 1 % off"
     if not isinstance(steps, FewBlocks):
         return f"counted {where}, on the whole model"

@@ -1,4 +1,4 @@
-"""One real step of one layer group on this machine's device, to hold against the simulated one.
+"""One real step of one layer group on this machine's device, measured, to compare with the simulated one.
 
     python -m hift_ds.cli.probe < job.json
 
@@ -18,9 +18,19 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from hift_ds.errors import ConfigError
-from hift_ds.forecast.setting import Result, Setting, SimulationError, last_error, simulate, with_switch
+from hift_ds.forecast.setting import (
+    Result,
+    Setting,
+    SimulationError,
+    deepspeed_config,
+    last_error,
+    make_batch,
+    model_config,
+    simulate,
+    torch_has_fake_devices,
+    with_switch,
+)
 from hift_ds.forecast.steps import GIB, Request, read_structure, run_requests, worst_step
-from hift_ds.simulation import device as fake_device
 from hift_ds.store import machine as room
 
 STEP = "hift_ds_probed_step"
@@ -47,7 +57,7 @@ def probe(setting: Setting, index: int | None = None) -> dict[str, Any]:
             f"--probe: takes a step on one rank, and the estimate is for {setting.world_size}; leave --gpus out"
         )
     on_cpu = _accelerator() is None
-    setting = replace(setting, on_host=not fake_device.is_available())
+    setting = replace(setting, on_host=not torch_has_fake_devices())
     if on_cpu:
         setting = with_switch(setting, "offload", on=False)
     if index is None:
@@ -133,19 +143,16 @@ def _build(setting: Setting, device: Any) -> Any:
     import torch
 
     import hift_ds
-    from hift_ds.hf.model_structure import build_on_meta, read_config
-    from hift_ds.simulation.step import engine_config
+    from hift_ds.hf.model_structure import build_on_meta
 
-    config = read_config(setting.model, trust_remote_code=setting.trust_remote_code)
-    if setting.eager_attention:
-        config._attn_implementation = "eager"
+    config = model_config(setting)
     model_class = type(build_on_meta(config, trust_remote_code=setting.trust_remote_code))
     torch.set_default_dtype(getattr(torch, setting.weight_dtype))
     with torch.device(device):
         model = model_class(config).train()
     torch.set_default_dtype(torch.float32)
     engine, *_ = hift_ds.initialize(
-        model=model, model_parameters=list(model.parameters()), config=engine_config(setting)
+        model=model, model_parameters=list(model.parameters()), config=deepspeed_config(setting)
     )
     return engine
 
@@ -153,9 +160,8 @@ def _build(setting: Setting, device: Any) -> Any:
 def _step(engine: Any, setting: Setting, device: Any) -> None:
     import torch
 
-    from hift_ds.simulation.step import activate, make_batch
-
-    activate(engine, setting.groups[0])
+    engine.schedule.move_to(setting.groups[0])
+    engine.optimizer.activate()
     batch = make_batch(engine.module, setting.batch, setting.length, device)
     with torch.profiler.record_function(STEP):
         for _ in range(setting.micro_batches):

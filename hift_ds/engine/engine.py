@@ -47,6 +47,7 @@ from hift_ds.schedule import GroupSchedule
 from hift_ds.step_report import StepReport
 from hift_ds.store.arithmetic import StateArithmetic
 from hift_ds.store.choose import build_resident_store, build_store
+from hift_ds.store.machine import THIS_MACHINE, Machine
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,11 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         restores_generators: ``load_checkpoint`` also sets the global random generators, to where they were when the
             checkpoint was saved. A loop that draws before it goes on (the Trainer, an epoch's order) does so itself.
     """
+
+    # What a simulation has otherwise: what the state store knows of where it runs, and whether an optimizer's constructor
+    # is shown weights without elements.
+    machine: Machine = THIS_MACHINE
+    hollow_weights = True
 
     optimizer: HiFTOptimizer
     step_loss: Tensor | None = None
@@ -229,6 +235,7 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
             matrices=frozenset(id(weights[name]) for name in self.partition.matrices),
             update_device=self._update_device().type,
             on_accelerator=self.device.type != "cpu",
+            hollow_weights=self.hollow_weights,
         )
 
     def _build_group_optimizer(self, base: torch.optim.Optimizer, flags: TrainableFlags) -> HiFTOptimizer:
@@ -243,7 +250,7 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
             PiecewiseOptimizer(base),
             self._precision(),
             device,
-            store=build_store(hift.state, device, seed=rounding_seed),
+            store=build_store(hift.state, device, seed=rounding_seed, machine=self.machine),
             always_store=build_resident_store(hift.state, device, seed=rounding_seed),
         )
         return HiFTOptimizer(

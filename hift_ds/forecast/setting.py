@@ -14,9 +14,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hift_ds import errors
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PretrainedConfig
 
 Bytes = dict[str, int]  # by category
 # A place that cannot hold the peak: memory is linear from one of its ends to the other.
@@ -160,6 +164,56 @@ class Result:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Result:
         return cls(**{**data, "steps": [GroupStep(**step) for step in data["steps"]]})
+
+
+def torch_has_fake_devices() -> bool:
+    """Whether this torch lets Python be a backend, as 2.8 and later do."""
+    import torch
+    from torch.utils import backend_registration
+
+    in_python = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+    return in_python and hasattr(torch._C, "_acc")  # what it needs in C++
+
+
+def deepspeed_config(setting: Setting) -> dict[str, Any]:
+    """The DeepSpeed config with the setting's batch, and the optimizer's kernel that is the default on a GPU: on a
+    device that it does not know torch would take one that copies."""
+    block = setting.engine_config["optimizer"]
+    params = dict(block.get("params") or {})
+    plain = block["type"].lower() in ("adam", "adamw", "sgd")
+    if plain and not params.keys() & {"fused", "foreach", "differentiable"}:
+        params["fused"] = True
+    return {
+        **{k: v for k, v in setting.engine_config.items() if k != "train_batch_size"},
+        "train_micro_batch_size_per_gpu": setting.batch,
+        "gradient_accumulation_steps": setting.micro_batches,
+        "optimizer": {**block, "params": params},
+    }
+
+
+def model_config(setting: Setting) -> PretrainedConfig:
+    """The config of the setting's model, with the attention that the setting wants."""
+    from hift_ds.hf.model_structure import read_config
+
+    config = read_config(setting.model, trust_remote_code=setting.trust_remote_code)
+    if setting.eager_attention:
+        config._attn_implementation = "eager"
+    return config
+
+
+def make_batch(model: nn.Module, batch: int, length: int, device: Any) -> dict[str, Tensor]:
+    """Tokens and the labels that the model's head wants, no padding: int64, all zero, (batch, length); one label a
+    sequence, of shape (batch,), for heads that classify or answer."""
+    import torch
+
+    tokens = torch.zeros(batch, length, dtype=torch.long, device=device)
+    one_each = torch.zeros(batch, dtype=torch.long, device=device)
+    kind = type(model).__name__
+    if kind.endswith("ForSequenceClassification"):
+        return {"input_ids": tokens, "labels": one_each}
+    if kind.endswith("ForQuestionAnswering"):
+        return {"input_ids": tokens, "start_positions": one_each, "end_positions": one_each}
+    return {"input_ids": tokens, "labels": tokens}
 
 
 def simulate(settings: Sequence[Setting], num_processes: int = 1) -> list[Result]:

@@ -58,6 +58,7 @@ def build_optimizer(
     matrices: frozenset[int] = frozenset(),
     update_device: str = "cpu",
     on_accelerator: bool = False,
+    hollow_weights: bool = True,
 ) -> torch.optim.Optimizer:
     """The optimizer of a DeepSpeed ``"optimizer": {"type": name, "params": options}`` block.
 
@@ -69,6 +70,8 @@ def build_optimizer(
         update_device: device type on which updates run.
         on_accelerator: the model is on an accelerator; then the fused kernels are the default, since the others
             need one more copy of the states (and are ten times slower on a host).
+        hollow_weights: take the elements from the weights while the optimizer is constructed, so that a constructor
+            that makes states does not make them for the whole model. Fake tensors cannot be without.
 
     Raises:
         ConfigError: unknown name or option.
@@ -81,14 +84,14 @@ def build_optimizer(
             '"optimizer.params.max_grad_norm": clip with "gradient_clipping" at the top level instead'
         )
     if name.lower() == "muon":
-        return _build_muon(options, param_groups, matrices)
+        return _build_muon(options, param_groups, matrices, hollow_weights)
     cls = _optimizer_class(name, options)
     if cls in _FUSED and on_accelerator and not options.keys() & {"fused", "foreach", "differentiable"}:
         options["fused"] = update_device in ("cuda", "cpu")
     if isinstance(options.get("betas"), list):
         options["betas"] = tuple(options["betas"])
     _check_options(name, cls, options)
-    return _construct(name, cls, options, list(param_groups))
+    return _construct(name, cls, options, list(param_groups), hollow_weights)
 
 
 def _optimizer_class(name: str, options: dict[str, Any]) -> type:
@@ -124,11 +127,13 @@ def _check_options(name: str, cls: type, options: Mapping[str, Any]) -> None:
             raise unknown_key(key, known, f'"optimizer.params" of {name}')
 
 
-def _construct(name: str, cls: type, options: Mapping[str, Any], param_groups: list[dict[str, Any]]):
+def _construct(
+    name: str, cls: type, options: Mapping[str, Any], param_groups: list[dict[str, Any]], hollow_weights: bool
+):
     params = [p for key in ("adamw_groups",) for group in options.get(key, ()) for p in group["params"]]
     params += [p for group in param_groups for p in group["params"]]
     try:
-        with _hollow(params):
+        with _hollow(params if hollow_weights else ()):
             return cls(param_groups, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f'"optimizer.params" of {name}: {error}') from None
@@ -151,7 +156,10 @@ def _hollow(params: Sequence[torch.nn.Parameter]):
 
 
 def _build_muon(
-    options: dict[str, Any], param_groups: Sequence[dict[str, Any]], matrices: frozenset[int]
+    options: dict[str, Any],
+    param_groups: Sequence[dict[str, Any]],
+    matrices: frozenset[int],
+    hollow_weights: bool,
 ) -> MuonWithAuxAdamW:
     """Options without prefix are Muon's; ``adam_lr``, ``betas`` and ``adam_eps`` are for the AdamW part."""
     options.pop("adam_w_mode", None)
@@ -171,5 +179,9 @@ def _build_muon(
             if params:
                 members.append({**group, "params": params})
     return _construct(
-        "Muon", MuonWithAuxAdamW, {"muon": muon, "adamw": adamw, "adamw_groups": split[False]}, split[True]
+        "Muon",
+        MuonWithAuxAdamW,
+        {"muon": muon, "adamw": adamw, "adamw_groups": split[False]},
+        split[True],
+        hollow_weights,
     )

@@ -71,6 +71,7 @@ class GroupOptimizer:
         self.num_applied = 0  # applied optimizer steps
         self.overflow = False  # the last step was skipped
         self.grad_norm = 0.0
+        self.skip_updates = False  # steps drop the gradients instead of using them
         self._reduced: dict[int, tuple[list[Tensor | None], list[bool]]] = {}
         self.host_step = self._build_host_step(pin_memory)
 
@@ -109,6 +110,9 @@ class GroupOptimizer:
         4. update this rank's pieces, bringing their states in and sending them back;  5. publish the weights;
         6. rotate.
         """
+        if self.skip_updates:
+            self.drop_gradients()
+            return False
         reduced = self._take_reduced()
         self.flags.end_step()
         norm, reached = agree_on_norm(

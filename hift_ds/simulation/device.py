@@ -24,22 +24,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import backend_registration
 
 from hift_ds.errors import ConfigError
+from hift_ds.forecast.setting import torch_has_fake_devices
 
 NAME = "fakegpu"
 _registered: list[Any] = []  # what must outlive registration: torch keeps no reference
-
-
-def is_available() -> bool:
-    """Does this torch let Python be a backend (2.8 and later)?"""
-    return _register_backend() is not None and hasattr(torch._C, "_acc")  # what it needs in C++
-
-
-def _register_backend() -> Any:
-    from torch.utils import backend_registration
-
-    return getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
 
 
 def register() -> None:
@@ -50,12 +41,12 @@ def register() -> None:
     """
     if _registered:
         return
-    if not is_available():
+    if not torch_has_fake_devices():
         raise ConfigError(
             f"torch {torch.__version__} has no fake devices; counting memory needs torch 2.8 or later"
         )
     module = _DeviceModule()
-    _register_backend()(NAME, backend_module=module)
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=module)
     from hift_ds.simulation import autocast as fake_autocast
 
     _registered.extend([module, _in_place_kernels(), *fake_autocast.register(NAME)])

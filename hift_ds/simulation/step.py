@@ -5,19 +5,34 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import deepspeed
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from hift_ds.forecast.setting import BETWEEN, Bytes, GroupStep, Result, Setting
+from hift_ds.engine.deepspeed_seam import engine_class, nothing_compiled
+from hift_ds.engine.engine import HiFTEngine
+from hift_ds.forecast.setting import (
+    BETWEEN,
+    Bytes,
+    GroupStep,
+    Result,
+    Setting,
+    deepspeed_config,
+    make_batch,
+    model_config,
+)
+from hift_ds.hf.model_structure import build_on_meta
 from hift_ds.layers.arch import ArchSpec, find_arch
+from hift_ds.ranks import launch_variables
 from hift_ds.simulation import device as fake_device
+from hift_ds.simulation.accelerator import join_fake_ranks, use_fake_accelerator
 from hift_ds.simulation.flops import FlopCounter
 from hift_ds.simulation.tracker import GRADIENTS, STATES, WEIGHTS, MemoryTracker, Timeline, Watch
-from hift_ds.store.movers import InlineMover, ThreadMover
+from hift_ds.store.machine import HostBytes, Machine
 
 PHASES = ("forward", "backward", "update")
 PARKED = "parked"  # a category that is not reported
@@ -42,8 +57,7 @@ def run(setting: Setting) -> Result:
             _mark_parked(engine, device)
             result = Result(len(arch.blocks), len(engine.groups), weight_bytes, numel)
             _warm_up(engine, device)
-            if not setting.updates:
-                engine.optimizer.step = engine.optimizer.drop_gradients
+            engine.optimizer.skip_updates = not setting.updates
             for index in _indices(setting, len(engine.groups)):
                 for _ in range(setting.visits):
                     step = _train(engine, setting, index, device, host, flops)
@@ -57,13 +71,7 @@ def run(setting: Setting) -> Result:
 
 def build_model(setting: Setting, device: str) -> nn.Module:
     """The model that the setting names, on ``device``, in training mode."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    from hift_ds.hf.model_structure import build_on_meta, read_config
-
-    config = read_config(setting.model, trust_remote_code=setting.trust_remote_code)
-    if setting.eager_attention:
-        config._attn_implementation = "eager"
+    config = model_config(setting)
     with unset_fake_temporarily():
         model = build_on_meta(config, trust_remote_code=setting.trust_remote_code)
     if setting.num_blocks is not None:
@@ -99,31 +107,16 @@ def make_real(model: nn.Module, dtype: torch.dtype, device: str) -> None:
                     tensors[key] = fake(tensor)
 
 
-def make_batch(model: nn.Module, batch: int, length: int, device: str) -> dict[str, Tensor]:
-    """Tokens and the labels that the model's head wants, no padding. (batch, length) int64, all zero."""
-    tokens = torch.zeros(batch, length, dtype=torch.long, device=device)
-    one_each = torch.zeros(batch, dtype=torch.long, device=device)
-    kind = type(model).__name__
-    if kind.endswith("ForSequenceClassification"):
-        return {"input_ids": tokens, "labels": one_each}
-    if kind.endswith("ForQuestionAnswering"):
-        return {"input_ids": tokens, "start_positions": one_each, "end_positions": one_each}
-    return {"input_ids": tokens, "labels": tokens}
-
-
 # -- the engine -----------------------------------------------------------------------------------------------
 
 
 def _join(setting: Setting) -> None:
     """Be rank 0 in a process group that moves nothing."""
-    import torch.distributed as dist
-
-    from hift_ds.simulation.accelerator import join_fake_ranks, use_fake_accelerator
-
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(setting.world_size)}
-    os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    os.environ.update(
+        launch_variables(rank=0, world_size=setting.world_size, port=29500)
+    )  # no socket is made
     if not dist.is_initialized():
         join_fake_ranks(setting.world_size)
         if not setting.on_host:
@@ -131,26 +124,20 @@ def _join(setting: Setting) -> None:
     assert dist.get_world_size() == setting.world_size, "one process simulates one number of ranks"
 
 
-def engine_config(setting: Setting) -> dict[str, Any]:
-    """The DeepSpeed config with the setting's batch, and the optimizer's kernel that is the default on a GPU."""
-    return {
-        **{k: v for k, v in setting.engine_config.items() if k != "train_batch_size"},
-        "train_micro_batch_size_per_gpu": setting.batch,
-        "gradient_accumulation_steps": setting.micro_batches,
-        "optimizer": _with_fused_kernel(setting.engine_config["optimizer"]),
-    }
+class SimulatedEngine(HiFTEngine):
+    """The real engine where this machine's memory says nothing about the one that is asked about."""
+
+    machine = Machine(HostBytes(1 << 60, 1 << 60), copies_on_threads=False)  # fake tensors are for one thread
+    hollow_weights = False
 
 
 def _engine(setting: Setting, model: nn.Module) -> Any:
-    import hift_ds
-
-    config = engine_config(setting)
+    config = deepspeed_config(setting)
     config["hift"] = _parked_in_host_memory(config["hift"])
-    with _replaced():
-        engine, *_ = hift_ds.initialize(model=model, model_parameters=list(model.parameters()), config=config)
-    store = engine.optimizer.store
-    if isinstance(getattr(store, "mover", None), ThreadMover):  # fake tensors are for one thread
-        store.mover = InlineMover(store.traffic, store.device)
+    with nothing_compiled(), engine_class(SimulatedEngine):
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=list(model.parameters()), config=config
+        )
     return engine
 
 
@@ -162,37 +149,6 @@ def _parked_in_host_memory(block: dict[str, Any]) -> dict[str, Any]:
         state.pop("path", None)
         state.pop("io", None)
     return {**block, "state": state}
-
-
-def _with_fused_kernel(block: dict[str, Any]) -> dict[str, Any]:
-    """On an unknown device torch would take a kernel that copies."""
-    params = dict(block.get("params") or {})
-    plain = block["type"].lower() in ("adam", "adamw", "sgd")
-    if plain and not params.keys() & {"fused", "foreach", "differentiable"}:
-        params["fused"] = True
-    return {**block, "params": params}
-
-
-@contextmanager
-def _replaced() -> Iterator[None]:
-    """While the engine is built: this machine's memory says nothing about the one that is asked about, and weights
-    without elements, which keep some optimizers' constructors from making states, cannot be had of fake tensors."""
-    from hift_ds.optim import build
-    from hift_ds.store import machine as room
-
-    replacements = [
-        (room, "_physical", lambda proc: room.HostBytes(1 << 60, 1 << 60)),
-        (room, "_number", lambda path: None),
-        (build, "_hollow", lambda params: nullcontext()),
-    ]
-    saved = [(module, name, getattr(module, name)) for module, name, _ in replacements]
-    for module, name, function in replacements:
-        setattr(module, name, function)
-    try:
-        yield
-    finally:
-        for module, name, function in saved:
-            setattr(module, name, function)
 
 
 # -- watching -------------------------------------------------------------------------------------------------
@@ -232,21 +188,13 @@ def _mark_gradients(engine: Any, tracker: MemoryTracker) -> None:
 
 def _mark_states(engine: Any, tracker: MemoryTracker) -> None:
     """What a store hands out for an update is state."""
-    optimizer = engine.optimizer
-    for store in {id(s): s for s in (optimizer.states.store, optimizer.states.always_store)}.values():
-
-        def watched(chunk: int, fetch: Any = store.fetch) -> dict[str, Tensor]:
-            tensors = fetch(chunk)
-            tracker.see_all(tensors.values(), STATES)
-            return tensors
-
-        store.fetch = watched
+    for store in (engine.optimizer.states.store, engine.optimizer.states.always_store):
+        store.on_fetch = lambda tensors: tracker.see_all(tensors.values(), STATES)
 
 
 def _mark_parked(engine: Any, tracker: MemoryTracker) -> None:
     """States at rest in host memory are not on the device, even where the host stands in for it."""
-    for segments in getattr(engine.optimizer.store, "_host", {}).values():
-        tracker.see_all(segments, PARKED)
+    tracker.see_all(engine.optimizer.states.store.tensors_at_rest(), PARKED)
 
 
 # -- stepping -------------------------------------------------------------------------------------------------
@@ -264,12 +212,12 @@ def _train(
     """A step of one group."""
     first_mark, host_start, host_bytes = len(device.marks), len(host.events), host.live_bytes
     gathered = -_numel_gathered(engine)
-    activate(engine, index)
+    _activate(engine, index)
     _step(engine, setting, device, flops)
     gathered += _numel_gathered(engine)
     flops.phase = None
     if setting.updates and setting.second_update:
-        activate(engine, index)
+        _activate(engine, index)
         _update_again(engine, setting, device)
     offloaded = Timeline(host).peak(host_start, len(host.events)).num_bytes - host_bytes
     group, places = engine.groups[index], _places(engine, setting, index, device, first_mark)
@@ -283,19 +231,16 @@ def _numel_gathered(engine: Any) -> int:
 
 
 def _warm_up(engine: Any, tracker: MemoryTracker) -> None:
-    """What prefetching keeps on the device exists from the first update on; let it exist now, as state."""
+    """Allocate the prefetch slots before the first counted step: in a run they exist from the first update on."""
     optimizer = engine.optimizer
     for group in list(optimizer.groups.values())[:2]:  # two slots at most
         optimizer.states.prefetch(group)
-    tracker.see_all((slot.memory for slot in getattr(optimizer.store, "_slots", ())), STATES)
+    tracker.see_all(optimizer.states.store.slot_tensors(), STATES)
 
 
-def activate(engine: Any, index: int) -> None:
+def _activate(engine: Any, index: int) -> None:
     """Make ``index`` the active group, wherever the schedule stands."""
-    from hift_ds.schedule import Cursor
-
-    schedule = engine.optimizer.schedule
-    schedule.cursor = Cursor(schedule.cursor.cycle, schedule.order_of_cycle.index(index), 0)
+    engine.schedule.move_to(index)
     engine.optimizer.activate()
 
 

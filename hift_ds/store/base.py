@@ -75,10 +75,15 @@ class Traffic:
 
 @dataclass
 class StateStore(ABC):
-    """One rank's states of all chunks."""
+    """One rank's states of all chunks.
+
+    Attributes:
+        on_fetch: called with the tensors of every ``fetch``, by key; for who watches memory.
+    """
 
     device: torch.device  # where updates run
     traffic: Traffic = field(default_factory=Traffic, init=False)
+    on_fetch: Callable[[Mapping[str, Tensor]], None] | None = field(default=None, init=False, repr=False)
 
     @abstractmethod
     def ensure(
@@ -120,6 +125,14 @@ class StateStore(ABC):
 
     def prefetch(self, chunk: int) -> None:  # noqa: B027  (a hint: stores that cannot use it ignore it)
         """``chunk`` will be fetched next."""
+
+    def tensors_at_rest(self) -> list[Tensor]:
+        """The memory of this process in which states rest, as far as that is not where updates run."""
+        return []
+
+    def slot_tensors(self) -> list[Tensor]:
+        """The memory where updates run that is kept for states to arrive in."""
+        return []
 
     def synchronize(self) -> None:  # noqa: B027
         """Wait for every transfer under way. Before anything reads or writes parked states."""

@@ -15,7 +15,7 @@ from hift_ds.store.device import DeviceStateStore
 from hift_ds.store.disk import DiskStateStore
 from hift_ds.store.encoded import EncodedStateStore
 from hift_ds.store.host import HostStateStore
-from hift_ds.store.machine import HostBytes, disk_bytes_free, host_bytes, processes_on_node
+from hift_ds.store.machine import THIS_MACHINE, HostBytes, Machine, disk_bytes_free, processes_on_node
 
 logger = logging.getLogger(__name__)
 
@@ -23,20 +23,23 @@ logger = logging.getLogger(__name__)
 DEVICE_SHARE, HOST_SHARE, DISK_SHARE = 0.5, 0.7, 0.95
 
 
-def build_store(state: StateConfig, device: torch.device, *, seed: int = 0) -> StateStore:
+def build_store(
+    state: StateConfig, device: torch.device, *, seed: int = 0, machine: Machine = THIS_MACHINE
+) -> StateStore:
     """The store of the rotating groups.
 
     Args:
         device: where updates run. With ``step_on: host`` that is the CPU, and host memory is where states
             rest.
         seed: of stochastic rounding; different on every rank.
+        machine: what it has room for.
 
     Raises:
         StateStoreError: the folder for the disk tier cannot be written.
     """
     if state.residency == "auto":
-        return AutoStateStore(device, state, seed)
-    return _build(state, state.residency, device, seed)
+        return AutoStateStore(device, state, seed, machine)
+    return _build(state, state.residency, device, seed, machine)
 
 
 def build_resident_store(state: StateConfig, device: torch.device, *, seed: int = 0) -> StateStore:
@@ -44,7 +47,9 @@ def build_resident_store(state: StateConfig, device: torch.device, *, seed: int 
     return DeviceStateStore(device, state.codec, seed)
 
 
-def _build(state: StateConfig, residency: str, device: torch.device, seed: int) -> EncodedStateStore:
+def _build(
+    state: StateConfig, residency: str, device: torch.device, seed: int, machine: Machine
+) -> EncodedStateStore:
     num_slots = state.slots if state.prefetch else 0
     if residency == "disk":
         assert state.path is not None
@@ -52,7 +57,9 @@ def _build(state: StateConfig, residency: str, device: torch.device, seed: int) 
             device, state.codec, seed, num_slots, path=state.path, io=state.io, pin_memory=state.pin_memory
         )
     if residency == "host" and state.step_on == "device":
-        return HostStateStore(device, state.codec, seed, num_slots, pin_memory=state.pin_memory)
+        return HostStateStore(
+            device, state.codec, seed, num_slots, pin_memory=state.pin_memory, machine=machine
+        )
     return DeviceStateStore(device, state.codec, seed)  # states rest where updates run: nothing to move
 
 
@@ -110,6 +117,7 @@ class AutoStateStore(StateStore):
 
     state: StateConfig
     seed: int
+    machine: Machine = THIS_MACHINE
     _wanted: list[tuple] = field(default_factory=list, init=False)
 
     def ensure(
@@ -123,11 +131,11 @@ class AutoStateStore(StateStore):
             self._laid_out(DeviceStateStore(self.device, self.state.codec, self.seed)).total_bytes(),
             processes_on_node(),
             None if on_cpu else device_bytes_free(self.device),
-            host_bytes(),
+            self.machine.host_bytes(),
             disk_bytes_free(self.state.path) if self.state.path else None,
         )
         logger.info("hift.state.residency: auto takes %s: %s", residency, reason)
-        return self._laid_out(_build(self.state, residency, self.device, self.seed)).start()
+        return self._laid_out(_build(self.state, residency, self.device, self.seed, self.machine)).start()
 
     def _laid_out(self, store: EncodedStateStore) -> EncodedStateStore:
         for reservation in self._wanted:

@@ -115,7 +115,10 @@ class EncodedStateStore(StateStore):
             entries = self._layouts[chunk].entries
             in_place = {key for key, entry in entries.items() if entry.codec.in_place}
             self._working[chunk] = Working(self._decode(chunk, memory), in_place, memory)
-        return self._working[chunk].tensors
+        tensors = self._working[chunk].tensors
+        if self.on_fetch is not None:
+            self.on_fetch(tensors)
+        return tensors
 
     def evict(self, chunk: int, step: int = 0) -> None:
         working = self._working.pop(chunk, None)

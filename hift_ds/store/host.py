@@ -14,7 +14,7 @@ from torch import Tensor
 from hift_ds.errors import StateStoreError
 from hift_ds.store.arithmetic import Link, measure_link
 from hift_ds.store.base import StateStore
-from hift_ds.store.machine import host_bytes, processes_on_node
+from hift_ds.store.machine import THIS_MACHINE, Machine, processes_on_node
 from hift_ds.store.movers import InlineMover, StreamMover, ThreadMover, streams_of
 from hift_ds.store.parked import ParkedStateStore
 
@@ -29,9 +29,11 @@ class HostStateStore(ParkedStateStore):
     Args:
         pin_memory: page-lock it: needed for copies that overlap with compute. No effect without an
             accelerator.
+        machine: where this runs.
     """
 
     pin_memory: bool = True
+    machine: Machine = THIS_MACHINE
     _host: dict[int, list[Tensor]] = field(default_factory=dict, init=False)  # segments, uint8
     _slab: Tensor | None = field(default=None, init=False)  # what is left of the last one
 
@@ -40,13 +42,13 @@ class HostStateStore(ParkedStateStore):
         self.pin_memory = self.pin_memory and self.device.type != "cpu"
         if self.num_slots and streams_of(self.device) is not None:
             self.mover = StreamMover(self.traffic, self.device)
-        elif self.num_slots and self.device.type == "cpu":
+        elif self.num_slots and self.device.type == "cpu" and self.machine.copies_on_threads:
             self.mover = ThreadMover(self.traffic, self.device)
-        elif self.num_slots:  # an accelerator that torch gives no streams for
+        elif self.num_slots:  # or an accelerator that torch gives no streams for
             self.mover = InlineMover(self.traffic, self.device)
 
     def start(self) -> StateStore:
-        processes, total = processes_on_node(), host_bytes().total
+        processes, total = processes_on_node(), self.machine.host_bytes().total
         if self.total_bytes() * processes > total:
             raise StateStoreError(
                 f"the optimizer states need {self.total_bytes() * processes / 1e9:.1f} GB of host memory on "
@@ -62,6 +64,9 @@ class HostStateStore(ParkedStateStore):
         super().close()
         self._host.clear()
         self._slab = None
+
+    def tensors_at_rest(self) -> list[Tensor]:
+        return [segment for segments in self._host.values() for segment in segments]
 
     def measured_link(self) -> Link:
         return measure_link(self.device, self.largest_bytes(), self.pin_memory)

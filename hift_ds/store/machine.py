@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,26 @@ def host_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
             total = limit
             available = min(available, max(limit - (used or 0), 0))
     return HostBytes(total, available)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a store knows of where it runs. The default is this machine; a simulation hands in another.
+
+    Attributes:
+        host: the host memory that there is, in bytes; ``None``: what the system says when it is asked.
+        copies_on_threads: copies on the CPU may run on threads beside the computation.
+    """
+
+    host: HostBytes | None = None
+    copies_on_threads: bool = True
+
+    def host_bytes(self) -> HostBytes:
+        """The memory of this machine, in bytes."""
+        return host_bytes() if self.host is None else self.host
+
+
+THIS_MACHINE = Machine()
 
 
 def disk_bytes_free(path: str | os.PathLike[str]) -> int:

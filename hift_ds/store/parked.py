@@ -96,6 +96,9 @@ class ParkedStateStore(EncodedStateStore):
         if self._slot_of(chunk) is None and (slot := self._vacant()) is not None:
             self._load(chunk, slot)
 
+    def slot_tensors(self) -> list[Tensor]:
+        return [slot.memory for slot in self._slots]
+
     def synchronize(self) -> None:
         super().synchronize()
         for slot in self._slots:

@@ -145,7 +145,8 @@ def _syncs_of(machine: Any, mark: str) -> dict[str, int]:
 def step(row: Row, device: str, machine: Any, folder: str, model: Any = None, batch: Any = None) -> Any:
     """Build an engine and take the steps, each under a mark of its own."""
     import hift_ds
-    from hift_ds.simulation.step import make_batch, make_real
+    from hift_ds.forecast.setting import make_batch
+    from hift_ds.simulation.step import make_real
 
     if model is None:
         model = tiny_llama()
@@ -172,7 +173,8 @@ def run_readme(row: Row, device: str, machine: Any, folder: str) -> None:
     import transformers
 
     from hift_ds.engine.engine import HiFTEngine
-    from hift_ds.simulation.step import make_batch, make_real
+    from hift_ds.forecast.setting import make_batch
+    from hift_ds.simulation.step import make_real
 
     _, _, rest = (ROOT / "README.md").read_text().partition("**A DeepSpeed JSON and your own loop.**")
     code = rest.partition("```python\n")[2].partition("```")[0]

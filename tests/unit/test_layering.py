@@ -39,10 +39,7 @@ LAYERS = [
 ALLOWED: dict[tuple[str, str], str] = {}
 
 # Who may import the simulation, which is a process of its own; with the reason. This list only shrinks.
-IMPORTS_THE_SIMULATION = {
-    "hift_ds.cli.estimate": "asks whether this torch has a fake device",
-    "hift_ds.cli.probe": "steps the real engine as the simulation does, on a real device",
-}
+IMPORTS_THE_SIMULATION: dict[str, str] = {}
 
 
 def module_name(path: Path) -> str:

@@ -7,13 +7,12 @@ import torch
 
 from hift_ds.config import StateConfig
 from hift_ds.errors import StateStoreError
-from hift_ds.store import choose
 from hift_ds.store import machine as room
 from hift_ds.store.choose import build_resident_store, build_store, pick_residency
 from hift_ds.store.device import DeviceStateStore
 from hift_ds.store.disk import DiskStateStore
 from hift_ds.store.host import HostStateStore
-from hift_ds.store.machine import HostBytes, host_bytes, processes_on_node
+from hift_ds.store.machine import HostBytes, Machine, host_bytes, processes_on_node
 
 CPU = torch.device("cpu")
 GIB = 1 << 30
@@ -44,10 +43,12 @@ def test_no_room_anywhere_says_what_was_found():
 
 
 @pytest.mark.parametrize(("available", "kind"), [(1 << 40, DeviceStateStore), (4096, DiskStateStore)])
-def test_auto_makes_way_for_the_store_it_chose(available, kind, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(choose, "host_bytes", lambda: HostBytes(1 << 40, available))
+def test_auto_makes_way_for_the_store_it_chose(available, kind, tmp_path, caplog):
+    machine = Machine(HostBytes(1 << 40, available))
     caplog.set_level(logging.INFO)
-    store = build_store(StateConfig(residency="auto", path=str(tmp_path), codec="bf16_moments"), CPU)
+    store = build_store(
+        StateConfig(residency="auto", path=str(tmp_path), codec="bf16_moments"), CPU, machine=machine
+    )
     for chunk in range(2):
         store.ensure(chunk, "exp_avg", 1000, torch.float32)
         store.ensure(chunk, "exp_avg_sq", 1000, torch.float32)
@@ -70,9 +71,8 @@ def test_by_name():
     assert isinstance(build_resident_store(StateConfig(), CPU), DeviceStateStore)
 
 
-def test_a_node_with_too_little_memory_is_refused(monkeypatch):
-    monkeypatch.setattr("hift_ds.store.host.host_bytes", lambda: HostBytes(1000, 1000))
-    store = HostStateStore(CPU)
+def test_a_node_with_too_little_memory_is_refused():
+    store = HostStateStore(CPU, machine=Machine(HostBytes(1000, 1000)))
     store.ensure(0, "exp_avg", 1000, torch.float32)
     with pytest.raises(StateStoreError, match="disk"):
         store.start()
