@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.errors import ConfigError
 from hift_ds.forecast.advice import Adviser
-from hift_ds.report.coverage import make_coverage
+from hift_ds.report.coverage import kept_step, make_coverage
 from hift_ds.step_report import StepReport
 
 logger = logging.getLogger(__name__)
@@ -91,10 +91,7 @@ class EngineEvents(TrainerCallback):
         engine = self.get_engine()
         if engine is None or not self.says_coverage or not state.is_world_process_zero:
             return
-        # The weights of the best checkpoint have its counts.
-        best = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        step = state.best_global_step if best and state.best_global_step else state.global_step
-        coverage = make_coverage(engine.coverage(), step, engine.groups)
+        coverage = make_coverage(engine.coverage(), kept_step(args, state), engine.groups)
         logger.info(coverage.summary())
         if (warning := coverage.warning(written=False)) is not None:
             logger.warning(warning)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from hift_ds.report.coverage import make_coverage, write_coverage
+from hift_ds.report.coverage import kept_step, make_coverage, write_coverage
 from hift_ds.report.groups import GroupSummary, summarize, write_groups
 from hift_ds.report.metrics import EvalRecord, MetricsWriter, StepRecord
 from hift_ds.report.plots import plot_run
@@ -65,6 +65,7 @@ class ReportCallback(TrainerCallback):
         self._pending: StepRecord | None = None
         self._mark = self._began = time.monotonic()
         self._tokens = 0
+        self._kept_step: int | None = None  # after training
 
     # --- the Trainer's events, in the order in which they come -----------------------------------------
 
@@ -74,7 +75,7 @@ class ReportCallback(TrainerCallback):
         if not state.is_world_process_zero:
             self._progress = SilentProgress()
             return
-        self._writer = MetricsWriter(self.run_dir, resume_step=state.global_step)
+        self._writer, self._kept_step = MetricsWriter(self.run_dir, resume_step=state.global_step), None
         self._progress = self._progress or make_progress()
         self._tokens = self._tokens_seen(state)
         if (
@@ -137,6 +138,12 @@ class ReportCallback(TrainerCallback):
         if not state.is_world_process_zero or not metrics or "eval_loss" not in metrics:
             return
         self._flush()
+        if state.global_step != (step := self._kept_step or state.global_step):  # the best weights, once more
+            progress = self._progress or make_progress()
+            progress.note(
+                f"evaluation of step {step}'s weights: loss {metrics['eval_loss']:.4f}", style="bold"
+            )
+            return
         numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
         record: EvalRecord = {"step": state.global_step, **numbers}  # type: ignore[typeddict-item]
         # An evaluation after training finds the writer closed and is appended all the same.
@@ -165,7 +172,13 @@ class ReportCallback(TrainerCallback):
         self._writer = None
         self._progress.close()
         self._progress.note(f"trained to step {state.global_step} in {clock(time.monotonic() - self._began)}")
-        self._report_coverage(state)
+        self._kept_step = kept_step(args, state)
+        if args.load_best_model_at_end and state.best_metric is not None:
+            self._progress.note(
+                f"best: {args.metric_for_best_model} {state.best_metric:.4f} at step {self._kept_step}, whose weights are kept",
+                style="bold",
+            )
+        self._report_coverage(self._kept_step)
         if self._plots and state.global_step > 0:
             drawn = plot_run(self.run_dir)
             self._progress.note("drawn: " + ", ".join(str(path) for path in drawn))
@@ -227,12 +240,12 @@ class ReportCallback(TrainerCallback):
         if (arithmetic := getattr(self._get_engine(), "state_arithmetic", None)) is not None:
             self._progress.note(arithmetic.line())
 
-    def _report_coverage(self, state: TrainerState) -> None:
+    def _report_coverage(self, step: int) -> None:
         assert self._progress is not None
         engine = self._get_engine()
         if not hasattr(engine, "coverage"):
             return
-        coverage = make_coverage(engine.coverage(), state.global_step, getattr(engine, "groups", ()))
+        coverage = make_coverage(engine.coverage(), step, getattr(engine, "groups", ()))
         write_coverage(self.run_dir, coverage)
         self._progress.note(coverage.summary())
         warning = coverage.warning()

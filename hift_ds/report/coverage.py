@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hift_ds.checkpoint.files import replace_text
 
@@ -59,6 +59,13 @@ class Coverage:
                 f"  ...{_more(missed, max_names)}" + (f" (all of them: {FILE_NAME})" if written else "")
             )
         return "\n".join(lines)
+
+
+def kept_step(args: Any, state: Any) -> int:
+    """The step whose weights a Trainer has when its training has ended: the last, or with ``load_best_model_at_end`` the
+    best one's, from whose checkpoint the counts of :meth:`HiFTEngine.coverage` are then too."""
+    best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return state.best_global_step if best and state.best_global_step else state.global_step
 
 
 def make_coverage(updates: Mapping[str, int], num_steps: int, groups: Iterable[LayerGroup] = ()) -> Coverage:

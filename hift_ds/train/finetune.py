@@ -37,6 +37,7 @@ from hift_ds.hf.weight_names import skeleton
 from hift_ds.layers.grouping import partition_model
 from hift_ds.out_of_memory import no_traceback_when_full
 from hift_ds.ranks import avoid_broken_links, gather, on_all_ranks, rank_and_world_size
+from hift_ds.report.coverage import kept_step
 from hift_ds.report.groups import record_movement
 from hift_ds.report.plots import plot_run
 from hift_ds.train.preflight import CheckedRun, check_run
@@ -288,6 +289,8 @@ def _unreadable(folder: Path, error: Exception) -> CheckpointError:
 def _summary(trainer: Any, output: Any) -> dict[str, Any]:
     state = trainer.state
     results = {**output.metrics, "steps": state.global_step}
+    if trainer.args.load_best_model_at_end and state.best_metric is not None:
+        results["best_step"] = kept_step(trainer.args, state)
     if trainer.had_no_step_left:  # neither a loss nor a time to report
         results = {"steps": state.global_step}
     results.pop("total_flos", None)  # transformers' estimate is of full fine-tuning
@@ -312,8 +315,9 @@ def _evaluate(trainer: Any, data: PreparedData) -> dict[str, Any]:
     """At the end, unless the last evaluation was of these very weights."""
     if data.eval is None:
         return {}
-    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
-    if last is None or last["step"] != trainer.state.global_step or trainer.args.load_best_model_at_end:
+    step, history = kept_step(trainer.args, trainer.state), reversed(trainer.state.log_history)
+    last = next((entry for entry in history if "eval_loss" in entry and entry["step"] == step), None)
+    if last is None:
         last = trainer.evaluate()
     return {key: value for key, value in last.items() if key.startswith("eval_")}
 

@@ -404,6 +404,27 @@ def test_a_run_leaves_everything_behind(tmp_path, capsys):
     assert len(metrics.steps) == steps and metrics.evals[-1]["step"] == 7
 
 
+def test_a_run_that_ends_with_its_best_weights(tmp_path):
+    """Its step and loss are named, the counts are said to be that step's, and evaluating them again draws no cliff."""
+    trainer, progress = hift_trainer(
+        tmp_path, max_steps=9, learning_rate=1.0, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant",
+        eval_strategy="steps", save_strategy="steps", eval_steps=3, save_steps=3, load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )  # fmt: skip
+    trainer.train()
+    best = trainer.state.best_global_step
+    assert best < 9
+    loss = trainer.state.best_metric
+    assert any(
+        f"best: loss {loss:.4f} at step {best}, whose weights are kept" in note for note in progress.notes
+    )
+    assert any(f"trainable parameters updated in {best} steps" in note for note in progress.notes)
+    assert json.loads((tmp_path / "coverage.json").read_text())["num_steps"] == best
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-6)
+    assert [r["step"] for r in read_metrics(tmp_path).evals] == [3, 6, 9]
+    assert f"evaluation of step {best}'s weights" in progress.notes[-1]
+
+
 def test_a_run_too_short_for_its_groups_says_so_before_and_after(tmp_path):
     trainer, progress = hift_trainer(tmp_path, max_steps=3)
     trainer.train()
