@@ -455,6 +455,8 @@ def _remarks(sample: Conversation, whole: str) -> tuple[str, ...]:
             break
     for message in sample.messages:
         if message["role"] == "assistant":
+            if tool_calls.not_printed(message, whole) is not None:
+                remarks.append("the chat template leaves out tool calls")
             if not (message["content"] or message.get("tool_calls") or _further_texts(message)):
                 remarks.append("an answer is empty")
             lost = (key for key, value in _further_texts(message) if not _is_printed(value, whole))

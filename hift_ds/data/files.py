@@ -69,7 +69,8 @@ def _documents(file: Path, key: str, documents: Documents) -> Iterator[tuple[Any
         if text.strip():
             yield {"text": text}, str(file)
         return
-    begin, lines = 1, []
+    begin = 1
+    lines: list[str] = []
     with file.open(encoding="utf-8-sig") as opened:
         for number, line in enumerate(opened, start=1):
             if documents == "line":

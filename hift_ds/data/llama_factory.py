@@ -40,7 +40,7 @@ class Tags:
         if not isinstance(message, Mapping):
             return message
         rest = {key: value for key, value in message.items() if key not in (self.role, self.content)}
-        role = message.get(self.role)
+        role: Any = message.get(self.role)
         said = {"from": dict(self.roles).get(role, role), "value": message.get(self.content)}
         return {**rest, **said}
 

@@ -193,7 +193,10 @@ def count_source(source: Source, tokenize: Tokenize, num_rows: int | None = None
     Raises:
         DataError: the source is missing, or one of the rows is malformed.
     """
-    lengths, learned, cut, remarks = [], [], [], Counter[str]()
+    lengths: list[int] = []
+    learned: list[int] = []
+    cut: list[int] = []
+    remarks = Counter[str]()
     rows = 0
     for row in islice(iterate_rows(source), num_rows):
         rows += 1

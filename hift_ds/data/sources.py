@@ -103,7 +103,7 @@ def parse_sources(value: Any, key: str, **defaults: Any) -> list[Source]:
     if entry.get("documents", "file") not in get_args(Documents):
         expected = ", ".join(get_args(Documents))
         raise ConfigError(f"{key}.documents: expected one of {expected}, got {entry['documents']!r}")
-    if entry.get("weight", 1) <= 0:
+    if float(entry.get("weight", 1)) <= 0:
         raise ConfigError(f"{key}.weight: expected a number above 0, got {entry['weight']!r}")
     source = Source(key=key, **(defaults | dict(entry)))
     if source.path.startswith(BUNDLED):
@@ -268,7 +268,7 @@ def iterate_rows(source: Source) -> Iterator[dict[str, str]]:
 def guessed(source: Source) -> str | None:
     """How the columns of a source are read, if that is a guess; in words. Reads one row."""
     source = resolve(source)
-    row = next(iter(_raw_rows(source)), ({}, ""))[0]
+    row: Any = next(iter(_raw_rows(source)), (None, ""))[0]
     if source.format is not None or source.columns or source.tags is not None or not isinstance(row, Mapping):
         return None
     columns = guess_columns(row)
@@ -333,7 +333,7 @@ def _local_rows(source: Source) -> Iterator[tuple[Any, str]]:
 
 def _files_of_split(folder: Path, source: Source) -> list[Path]:
     """The folder's data files; where names say train, test or validation, only those of ``source.split``."""
-    suffixes = LINE_FORMATS + COLUMN_FORMATS
+    suffixes: tuple[str, ...] = LINE_FORMATS + COLUMN_FORMATS
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes)
     if not files:  # documents then; beside data they describe it
         files = sorted(file for file in folder.iterdir() if file.suffix.lower() in DOCUMENT_FORMATS)

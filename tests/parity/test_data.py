@@ -445,6 +445,7 @@ def test_what_is_left_out_of_the_context_is_said(tmp_path):
         {"messages": [USER, {**ANSWER, "reasoning_content": "I think so"}]},
         {"messages": [SYSTEM, USER, ANSWER]},
         {"messages": [USER, {"role": "assistant", "content": ""}]},
+        {"messages": [USER, call("weather", {"city": "Oslo"}, weight=0), USER, ANSWER]},
     )
     users_only = CHATML.replace(
         "{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"
@@ -455,6 +456,7 @@ def test_what_is_left_out_of_the_context_is_said(tmp_path):
         "the chat template leaves out 'reasoning_content' of answers": 1,
         "the chat template leaves out messages of role 'system'": 1,
         "an answer is empty": 1,
+        "the chat template leaves out tool calls": 1,
     }
     assert "in 1 samples the chat template does not print the tools" in str(report)
 
