@@ -116,3 +116,19 @@ def test_no_other_file_uses_underscored_engine_names():
         )
         defined = set(re.findall(r"def (_[a-z]\w*)\(", path.read_text()))
         assert not used - defined, f"{path.name} uses {used - defined}"
+
+
+def test_defaults_of_others_that_docs_and_messages_state_as_facts(tmp_path):
+    """Each was another one once, or may become one."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from transformers import TrainingArguments
+
+    config = DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1})
+    assert config.gradient_clipping == 1.0  # docs/trainer.md; ours is 0
+    assert config.gradient_accumulation_steps == 1 and config.zero_optimization_stage == 0
+    zero = DeepSpeedZeroConfig(stage=3)
+    assert zero.max_reuse_distance == 10**9 and zero.prefetch_bucket_size == 5 * 10**7  # docs/zero3.md
+    assert zero.param_persistence_threshold == 10**5 and not zero.gather_16bit_weights_on_model_save
+    args = TrainingArguments(str(tmp_path), report_to=[])
+    assert args.max_grad_norm == 1.0 and args.average_tokens_across_devices and args.logging_nan_inf_filter
