@@ -117,7 +117,10 @@ def _add_sentencepiece_model(tokenizer: Any, folder: Path) -> None:
 def _compare(tokenizer: PreTrainedTokenizerBase, made: Path, folder: Path, own_code: bool) -> None:
     from transformers import AutoTokenizer
 
-    advice = "copy the tokenizer files of the input model instead"
+    advice = (
+        "transformers takes a class of its own for this type of model; set model.tokenizer to a folder with "
+        "files that it reads right, or copy those of the input model"
+    )
     try:
         again = AutoTokenizer.from_pretrained(made, local_files_only=True, trust_remote_code=own_code)
     except Exception as error:  # whatever a class that does not fit makes of the files
