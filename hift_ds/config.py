@@ -114,8 +114,16 @@ class HiFTConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    group_size: int = Field(1, ge=1)
-    """m: consecutive layers trained together; k = ceil(n / m) groups, the last one ragged."""
+    group_size: int | Literal["all"] = 1
+    """m: consecutive layers trained together; k = ceil(n / m) groups, the last one ragged. ``all``: one group, full
+    fine-tuning."""
+    update: Literal["after_backward", "in_backward"] = "after_backward"
+    """``in_backward``: each embedding, block and head of the active group is updated as soon as its gradients are
+    complete, while backward goes on below. See docs/update_in_backward.md."""
+    clipping: Literal["exact", "last_visit", "per_part"] = "exact"
+    """With ``update: in_backward``, what ``gradient_clipping`` compares: the norm of the group (``exact``), which is known
+    when backward has ended, so that updates begin then; the norm of the group at its last visit; or the norm of each
+    embedding, block and head by itself."""
     order: Literal["bottom2up", "top2down", "random"] = "bottom2up"
     reshuffle: bool = False
     """With ``order: random``: a new order for every cycle."""
@@ -136,8 +144,22 @@ class HiFTConfig(BaseModel):
     activations: ActivationsConfig = ActivationsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @field_validator("group_size", mode="before")
+    @classmethod
+    def _count_or_all(cls, value: Any) -> Any:
+        number = int(value) if isinstance(value, str) and value.isdigit() else value
+        if number != "all" and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise ValueError(
+                f'hift.group_size: expected a whole number of at least 1 or "all", got {value!r}'
+            )
+        return number
+
     @model_validator(mode="after")
     def _agree(self) -> HiFTConfig:
+        if self.clipping != "exact" and self.update != "in_backward":
+            raise ValueError(
+                f'clipping: "{self.clipping}" needs update: "in_backward"; after backward the exact norm is known'
+            )
         if self.reshuffle and self.order != "random":
             raise ValueError(f"reshuffle: true needs order: random, got order: {self.order}")
         if self.stochastic_rounding and self.master_weights:
@@ -284,6 +306,11 @@ def _check_precision(hift: HiFTConfig, ds: Mapping[str, Any]) -> None:
         given = '"fp16.enabled": true' if fp16 else '"hift.master_weights": false'
         raise ConfigError(
             f'"hift.state.codec": split_master needs bf16 weights with fp32 masters; remove it, or {given}'
+        )
+    if hift.update == "in_backward" and fp16 and ds["fp16"].get("loss_scale", 0) != 1:
+        raise ConfigError(
+            '"hift.update": in_backward is not supported with the loss scale of fp16, since an overflow could not be '
+            'taken back; use bf16, or "update": "after_backward"'
         )
     if not hift.master_weights and fp16:
         raise ConfigError(

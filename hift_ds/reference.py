@@ -9,6 +9,9 @@ Algorithm 1 of arXiv 2401.15207, with the points it leaves open decided as the e
 * one learning rate per cycle;
 * low-precision weights have an fp32 master, which the optimizer updates (the paper's Mixed^Hi).
 
+``"update": "in_backward"`` is another order of the same arithmetic, so this file is its specification too: what a step
+computes does not depend on when a part of the group is updated, except for clipping by less than the group's norm.
+
 Everything is resident and nothing is fast. The engine is tested against this file step by step.
 """
 
@@ -33,6 +36,9 @@ class ReferenceHiFT:
             they are fp32 (or ``master_weights`` is off) and fp32 masters otherwise.
         rate: learning rate as a function of the optimizer step; ``None`` keeps the optimizer's.
         max_grad_norm: 0 for no clipping.
+        clipping: by which norm: the group's (``"exact"``), the group's at its last visit (``"last_visit"``, at the first
+            its own), or that of each part by itself (``"per_part"``).
+        parts: of ``"per_part"``: the parameter names of each embedding, block and head.
     """
 
     def __init__(
@@ -48,6 +54,8 @@ class ReferenceHiFT:
         rate: Callable[[int], float] | None = None,
         max_grad_norm: float = 0.0,
         master_weights: bool = True,
+        clipping: str = "exact",
+        parts: Sequence[Sequence[str]] = (),
     ) -> None:
         self.model = model
         self.weights = dict(model.named_parameters())
@@ -56,6 +64,9 @@ class ReferenceHiFT:
         self.rate = rate
         self.max_grad_norm = max_grad_norm
         self.num_steps = 0
+        self.clipping = clipping
+        self.parts = [list(names) for names in parts]
+        self.norm_at_last_visit: dict[int, Tensor] = {}
 
         self.updated: dict[str, nn.Parameter] = {}  # what the optimizer updates, by parameter name
         for name in (n for group in self.groups for n in group):
@@ -88,7 +99,7 @@ class ReferenceHiFT:
         for name, grad in grads.items():
             self.updated[name].grad = grad.to(self.updated[name].dtype)
         if self.max_grad_norm > 0:
-            nn.utils.clip_grad_norm_([self.updated[name] for name in grads], self.max_grad_norm)
+            self._clip(list(grads))
         if self.rate is not None and self.schedule.starts_cycle:
             for param_group in self.optimizer.param_groups:
                 param_group["lr"] = self.rate(self.num_steps)
@@ -103,3 +114,17 @@ class ReferenceHiFT:
         self.num_steps += 1
         self.schedule.advance()
         return total_loss
+
+    def _clip(self, names: list[str]) -> None:
+        if self.clipping == "per_part":
+            for part in self.parts:
+                together = [self.updated[name] for name in names if name in part]
+                nn.utils.clip_grad_norm_(together, self.max_grad_norm)
+            return
+        params = [self.updated[name] for name in names]
+        norm = nn.utils.get_total_norm([param.grad for param in params])
+        if self.clipping == "last_visit":
+            group = self.schedule.active
+            before, self.norm_at_last_visit[group] = self.norm_at_last_visit.get(group, norm), norm
+            norm = before
+        nn.utils.clip_grads_with_norm_(params, self.max_grad_norm, norm)

@@ -34,12 +34,13 @@ from hift_ds.engine.zero3.seam import WeightShards
 from hift_ds.engine.zero3.shards import as_if_parked_on_host, num_shards, weights_folder
 from hift_ds.errors import ConfigError
 from hift_ds.optim.group_optimizer import GroupOptimizer
+from hift_ds.optim.in_backward import InBackwardOptimizer
 
 logger = logging.getLogger(__name__)
 
 
 class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
-    """What ``engine.optimizer`` is: :class:`GroupOptimizer` under the names that DeepSpeed's engine reads.
+    """What ``engine.optimizer`` is: a :class:`GroupOptimizer` under the names that DeepSpeed's engine reads.
 
     Not a ``ZeROOptimizer``: that would make the engine count gradient hooks, which change between releases.
     """
@@ -111,6 +112,10 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
         self.close()
 
 
+class HiFTInBackwardOptimizer(HiFTOptimizer, InBackwardOptimizer):
+    """The same names over the update in backward."""
+
+
 class SeamEngine(DeepSpeedEngine):
     """DeepSpeed's engine with its optimizer, gradient reduction and clipping handed over to hooks."""
 
@@ -172,9 +177,7 @@ class SeamEngine(DeepSpeedEngine):
         self.optimizer.dp_process_group = self.seq_data_parallel_group
 
     def allreduce_gradients(self, bucket_size: int = 0) -> None:
-        self.optimizer.parameters.end_backward()
-        if self.is_gradient_accumulation_boundary():
-            self.optimizer.reduce_gradients()
+        self.optimizer.end_backward(self.is_gradient_accumulation_boundary())
 
     def gradient_clipping(self) -> float:
         """What the config says, and 0 if it says nothing: DeepSpeed's own default became 1.0."""

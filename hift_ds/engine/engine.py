@@ -21,6 +21,7 @@ from hift_ds.activations.switches import ActivationSavings
 from hift_ds.config import BLOCK, HiFTConfig, check_against_deepspeed, parse_block
 from hift_ds.engine.checkpointing import Checkpointing
 from hift_ds.engine.deepspeed_seam import (
+    HiFTInBackwardOptimizer,
     HiFTOptimizer,
     SeamEngine,
     broadcast_from_first_rank,
@@ -33,7 +34,7 @@ from hift_ds.engine.memory_reports import MemoryReports
 from hift_ds.engine.state_arithmetic import gather_state_arithmetic
 from hift_ds.engine.zero3.exact_values import exact_values
 from hift_ds.engine.zero3.parameters import PartitionedParameters
-from hift_ds.errors import HiFTError
+from hift_ds.errors import ConfigError, HiFTError
 from hift_ds.layers.grouping import LayerGroup, Partition, partition_model
 from hift_ds.lr import CycleLR
 from hift_ds.optim.build import build_optimizer, is_elementwise
@@ -50,6 +51,8 @@ from hift_ds.store.choose import build_resident_store, build_store
 from hift_ds.store.machine import THIS_MACHINE, Machine
 
 logger = logging.getLogger(__name__)
+
+_SUM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 _engine_of: weakref.WeakKeyDictionary[nn.Module, weakref.ref[HiFTEngine]] = weakref.WeakKeyDictionary()
 
@@ -165,7 +168,7 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         return base, optimizer
 
     def _say_if_one_group(self) -> None:
-        if len(self.groups) == 1 and self.hift.group_size > 1 and self.global_rank == 0:
+        if len(self.groups) == 1 and self.hift.group_size not in (1, "all") and self.global_rank == 0:
             logger.warning(
                 '"hift.group_size": %d is more than the model has: all weights are one group, which is full fine-tuning',
                 self.hift.group_size,
@@ -253,7 +256,12 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
             store=build_store(hift.state, device, seed=rounding_seed, machine=self.machine),
             always_store=build_resident_store(hift.state, device, seed=rounding_seed),
         )
-        return HiFTOptimizer(
+        make: Callable[..., HiFTOptimizer] = HiFTOptimizer
+        if hift.update == "in_backward":
+            make = functools.partial(
+                HiFTInBackwardOptimizer, clipping=hift.clipping, sum_dtype=self._sum_dtype()
+            )
+        return make(
             states,
             flags,
             GroupSchedule(
@@ -284,15 +292,17 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
             "bucket_numel": self._bucket_numel(),
             "whole_tensors": not is_elementwise(base),
             "slice_numel": self.hift.state.slice_numel,
+            "by_part": self.hift.update == "in_backward",
         }
         trainable = [p for p in self.module.parameters() if p.requires_grad]
         if self.zero_optimization_partition_weights():
             shards = self.partition_weights(active_group=lambda: self.schedule.active)
             partitioned = PartitionedParameters(shards, **options)
-            partitioned.take_gradients(trainable)
+            if self.hift.update == "after_backward":
+                partitioned.take_gradients(trainable)
             return partitioned
         replicated = ReplicatedParameters(**options)
-        if self.gradient_accumulation_steps() > 1:
+        if self.gradient_accumulation_steps() > 1 and self.hift.update == "after_backward":
             replicated.accumulate_in_fp32(trainable)
         return replicated
 
@@ -305,9 +315,17 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
                 group.index,
                 group.name,
                 [(name, weights[name], param_group_of[weights[name]]) for name in group.param_names],
+                group.parts,
             )
             for group in [*self.partition.groups, *always]
         }
+
+    def _sum_dtype(self) -> torch.dtype:
+        """Of gradients of several micro-batches in host memory: DeepSpeed's ``data_types.grad_accum_dtype``, or fp32."""
+        name = (self.config.get("data_types") or {}).get("grad_accum_dtype") or "fp32"
+        if name not in _SUM_DTYPES:
+            raise ConfigError(f'"data_types.grad_accum_dtype": expected fp32 or bf16, got {name!r}')
+        return _SUM_DTYPES[name]
 
     def _update_device(self) -> torch.device:
         return torch.device("cpu") if self.hift.state.step_on == "host" else self.device
@@ -372,10 +390,17 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         scaled = loss * self.optimizer.scaler.scale if self.optimizer.scaler.active else loss.view_as(loss)
         self.optimizer.activate()  # for blocks that are recomputed, and in case no forward entered the model
         try:
+            is_boundary = self.is_gradient_accumulation_boundary()
+            if self.optimizer.updates_in_backward:
+                self._copy_before_step()
+            self.optimizer.begin_backward(scaled, self.step_loss, is_boundary, retain_graph)
             if loss.requires_grad:
                 super().backward(scaled, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
             else:  # the active group did not take part in this loss (an unused pooler, say)
                 self.finish_backward_without_graph()
+        except BaseException as error:
+            self.optimizer.backward_failed(error)
+            raise
         finally:
             self.optimizer.flags.show()
         return loss / self.gradient_accumulation_steps() if scale_wrt_gas else loss

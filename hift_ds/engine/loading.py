@@ -198,6 +198,8 @@ class Loading:
         schedule = self.schedule
         differences = grouping_differences(saved, self.groups, schedule.differences(saved.common["schedule"]))
         schedule.load_state_dict(saved.common["schedule"])
+        norms = {} if differences else saved.common["optimizer"].get("last_norms", {})
+        self.optimizer.last_norms = {int(index): norm for index, norm in norms.items()}
         if differences:
             schedule.cursor = Cursor(schedule.cursor.cycle)
             self._say(
@@ -212,7 +214,7 @@ class Loading:
         active = {m.name: m.param for group in self.optimizer.active_groups for m in group.members}
         if common["gradient_accumulation_steps"] == steps and gradients.keys() <= active.keys():
             for name, grad in gradients.items():
-                self.optimizer.parameters.set_pending(active[name], grad)
+                self.optimizer.set_pending(active[name], grad)
             return
         self.micro_steps = self.global_steps * steps
         if gradients:

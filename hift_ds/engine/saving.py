@@ -78,6 +78,7 @@ class Saving:
         self._refuse_if_ended()
         if not save_dir:
             raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
+        self.optimizer.check_whole()
         if self.optimizer.is_mid_step:
             raise CheckpointError(
                 "save_checkpoint between backward() and step(): call it after engine.step()"
@@ -265,6 +266,7 @@ class Saving:
                 "class": class_name(optimizer.optimizer),
                 "param_groups": [encode(options_of(group)) for group in optimizer.param_groups],
                 "extras": extras_by_group(optimizer.states),
+                "last_norms": {str(index): norm for index, norm in optimizer.last_norms.items()},
             },
         }
 
@@ -273,7 +275,7 @@ class Saving:
         pending = {}
         for group in self.optimizer.active_groups:
             for member in group.members:
-                grad = self.optimizer.parameters.pending(member.param)
+                grad = self.optimizer.pending(member.param)
                 if grad is not None:
                     pending[member.name] = grad
         return pending

@@ -36,12 +36,15 @@ class LayerGroup:
         param_names: the trainable parameters, with the names and in the order of ``named_parameters()``, tied
             ones once.
         numel: elements in them, of the whole tensors where ZeRO-3 keeps shards.
+        parts: the same names, bottom to top, by the embedding, block or head that they belong to: (its index in the
+            model, the names).
     """
 
     index: int
     name: str
     param_names: tuple[str, ...]
     numel: int
+    parts: tuple[tuple[int, tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class _Unit:
 def partition_model(
     model: nn.Module,
     *,
-    group_size: int = 1,
+    group_size: int | str = 1,
     patterns: Sequence[Sequence[str]] | None = None,
     always_active: Sequence[str] = (),
     arch: ArchSpec | None = None,
@@ -80,7 +83,7 @@ def partition_model(
 
     Args:
         model: any module; weights may be real, on ``meta``, or cut up by ZeRO-3.
-        group_size: units a group.
+        group_size: units a group, or ``"all"``.
         patterns: in place of units, the groups bottom to top, each a list of regular expressions searched in
             parameter names; ``group_size`` then counts for nothing.
         always_active: regular expressions of the parameters to train in every turn.
@@ -90,6 +93,8 @@ def partition_model(
         GroupingError: nothing is trainable or left to rotate; ``group_size`` is below 1; a pattern is no
             regular expression or matches nothing; no group matches a parameter, or two do.
     """
+    if group_size == "all":
+        group_size = sum(1 for _ in model.parameters())  # never fewer than there are units
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise GroupingError(f"group_size: expected a whole number of at least 1, got {group_size!r}")
     if arch is not None:
@@ -113,9 +118,10 @@ def partition_model(
         named = _by_patterns(model, rotating, always, patterns)
     names = _unique([name for name, _ in named])
     members = [params for _, params in named]
+    unit_of = arch.unit_of(model)
     return Partition(
-        groups=tuple(_group(i, names[i], members[i], trainable) for i in range(len(named))),
-        always=_group(ALWAYS, ALWAYS_NAME, always, trainable) if always else None,
+        groups=tuple(_group(i, names[i], members[i], trainable, unit_of) for i in range(len(named))),
+        always=_group(ALWAYS, ALWAYS_NAME, always, trainable, unit_of) if always else None,
         matrices=_matrices(model, arch, trainable),
     )
 
@@ -220,9 +226,19 @@ def _unique(names: list[str]) -> list[str]:
     return result
 
 
-def _group(index: int, name: str, params: Iterable[str], trainable: Mapping[str, nn.Parameter]) -> LayerGroup:
+def _group(
+    index: int,
+    name: str,
+    params: Iterable[str],
+    trainable: Mapping[str, nn.Parameter],
+    unit_of: Mapping[str, int],
+) -> LayerGroup:
     params = tuple(params)
-    return LayerGroup(index, name, params, sum(prod(whole_shape(trainable[param])) for param in params))
+    parts: dict[int, list[str]] = {}
+    for param in params:
+        parts.setdefault(unit_of[param], []).append(param)
+    numel = sum(prod(whole_shape(trainable[param])) for param in params)
+    return LayerGroup(index, name, params, numel, tuple((unit, tuple(parts[unit])) for unit in sorted(parts)))
 
 
 def _matrices(model: nn.Module, arch: ArchSpec, trainable: Mapping[str, nn.Parameter]) -> frozenset[str]:

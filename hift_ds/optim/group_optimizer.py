@@ -9,11 +9,12 @@ each rank updates its pieces, the new weights are gathered (ZeRO, arXiv 1910.020
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hift_ds.layers.grouping import ALWAYS
 from hift_ds.lr import CycleLR
@@ -72,6 +73,8 @@ class GroupOptimizer:
         self.overflow = False  # the last step was skipped
         self.grad_norm = 0.0
         self.skip_updates = False  # steps drop the gradients instead of using them
+        # By group, at its last visit, if gradients are clipped by that.
+        self.last_norms: dict[int, float] = {}
         self._reduced: dict[int, tuple[list[Tensor | None], list[bool]]] = {}
         self.host_step = self._build_host_step(pin_memory)
 
@@ -91,6 +94,31 @@ class GroupOptimizer:
         return self.states.store
 
     # -- one step ---------------------------------------------------------------------------------------------
+
+    updates_in_backward = False
+
+    def check_whole(self) -> None:
+        """No update was cut short."""
+
+    def begin_backward(self, loss: Tensor, step_loss: Tensor, is_boundary: bool, retain_graph: bool) -> None:
+        """Before each backward."""
+
+    def end_backward(self, is_boundary: bool) -> None:
+        """A micro-batch's backward is over; at the boundary gradients are reduced, once."""
+        self.parameters.end_backward()
+        if is_boundary:
+            self.reduce_gradients()
+
+    def backward_failed(self, error: BaseException) -> None:
+        """An error has ended a backward."""
+
+    def pending(self, param: nn.Parameter) -> Tensor | None:
+        """What the micro-batches since the last step have summed up so far, whole."""
+        return self.parameters.pending(param)
+
+    def set_pending(self, param: nn.Parameter, grad: Tensor) -> None:
+        """The inverse of ``pending``."""
+        self.parameters.set_pending(param, grad)
 
     def activate(self) -> None:
         """Let gradients flow to the active groups and to no other, so that backward stops at the lowest of them."""
@@ -137,7 +165,8 @@ class GroupOptimizer:
             self.num_updates[group.index] = [n + flag for n, flag in zip(counts, flags, strict=True)]
             shards = [grad if flag else None for grad, flag in zip(grads, flags, strict=True)]
             self.parameters.begin_update(group)
-            self._update(group, shards, factor, rates)
+            self.states.extras[group.index] |= self.update(group, shards, factor, rates)
+            self.finish_copies()
             self.parameters.publish(group)
         self.num_applied += 1
         self.schedule.advance()
@@ -154,14 +183,31 @@ class GroupOptimizer:
     def _weight_device(self) -> torch.device:
         return self.active_groups[0].members[0].param.device
 
-    def _update(
-        self, group: GroupShard, shards: list[Tensor | None], factor: Tensor | None, rates: list[float]
-    ) -> None:
-        """Chunk by chunk: states in, step, weights out, states back."""
-        states, generator = self.states, self._rounding_generator()
-        extras = after = states.extras[group.index]
+    def update(
+        self,
+        group: GroupShard,
+        shards: list[Tensor | None],
+        factor: Tensor | None,
+        rates: list[float],
+        then: GroupShard | None = None,
+    ) -> dict[int, dict[str, Any]]:
+        """Chunk by chunk: states in, step, weights out, states back.
+
+        Args:
+            shards: this rank's part of each member's gradient; ``None``: the member is left alone.
+            factor: of the gradients.
+            rates: per param_group.
+            then: what is updated next, in the same step.
+
+        Returns:
+            By param_group, the scalars that the optimizer has changed there: for ``extras`` when the step is over.
+        """
+        states, extras = self.states, self.states.extras[group.index]
+        changed: dict[int, dict[str, Any]] = {}
         for position, chunk in enumerate(group.chunks):
             tensors = states.fetch(group, position)
+            if then is not None and chunk is group.chunks[-1]:
+                states.prefetch(then)
             for i, piece in enumerate(chunk.pieces):
                 if (shard := shards[piece.member]) is None:
                     continue
@@ -173,17 +219,23 @@ class GroupOptimizer:
                         param_group=group.members[piece.member].param_group,
                         state=before.state(tensors, piece, run),
                     )
-                    after = {**after, **self.piecewise.step([update], rates, extras)}
+                    changed |= self.piecewise.step([update], rates, extras)
                     assert update.state is not None
                     states.keep(group, chunk, i, run, update.state)
                     update.state = None
                     weight = self.parameters.weight(group, run)
                     if update.target.data_ptr() != weight.data_ptr():
+                        generator = self._rounding_generator(group.members[piece.member].name, run.start)
                         self._write_weight(weight, update.target, generator)
             states.evict(group, position, self.num_applied)
+        if then is not None:  # with one slot there was no room before
+            states.prefetch(then)
+        return changed
+
+    def finish_copies(self) -> None:
+        """What is computed from here on sees the new weights."""
         if self.host_step is not None:
             self.host_step.finish()
-        states.extras[group.index] = after
 
     def _write_weight(self, weight: Tensor, value: Tensor, generator: torch.Generator | None) -> None:
         if self.host_step is not None and weight.device != self.update_device:
@@ -225,14 +277,14 @@ class GroupOptimizer:
         grad = grad.to(self.update_device, torch.float32)
         return grad if factor is None else grad.mul_(factor.to(grad.device))
 
-    def _rounding_generator(self) -> torch.Generator | None:
-        """Seeded by (seed, step, rank) alone, so that a resumed run rounds alike."""
+    def _rounding_generator(self, name: str, start: int) -> torch.Generator | None:
+        """Seeded by the run's seed, the step and the first element that is rounded, so that a resumed run rounds alike,
+        and one that updates in another order too."""
         if not self.precision.stochastic_rounding:
             return None
+        what = f"{self.seed}:{self.num_applied}:{name}:{start}".encode()
         generator = torch.Generator(device=self.update_device)
-        generator.manual_seed(
-            ((self.seed * 1_000_003 + self.num_applied) * 65_537 + self.parameters.ranks.rank) % (1 << 63)
-        )
+        generator.manual_seed(int.from_bytes(hashlib.blake2b(what, digest_size=8).digest(), "little") >> 1)
         return generator
 
     def _build_host_step(self, pin_memory: bool) -> HostStep | None:

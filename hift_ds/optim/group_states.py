@@ -1,12 +1,14 @@
 """Masters and optimizer states of the layer groups: where each tensor lies in a state store, and which hold values.
 
-A store keeps flat buffers, by chunk and key. States with an entry per weight share one buffer per key, piece after
-piece; a state with a shape of its own (Adafactor's factors) has one to itself. Here the buffers are cut into the
+A store keeps flat buffers, by chunk and key. States with an entry per weight share one buffer per key and embedding,
+block or head, piece after piece, so that a compact form (blocks, stochastic rounding) does not depend on what else is
+in the chunk; a state with a shape of its own (Adafactor's factors) has one to itself. Here the buffers are cut into the
 tensors that an optimizer sees, and a checkpoint reads and writes them by parameter name.
 """
 
 from __future__ import annotations
 
+import bisect
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -147,31 +149,34 @@ class GroupStates:
         for group in self.groups.values():
             store = self.store_of(group)
             for chunk in group.chunks:
-                if num_mastered := self._lay_out_masters(group, chunk):
-                    weights = self._weights_of_masters(group, chunk)
-                    store.ensure(chunk.id, MASTER, num_mastered, torch.float32, weights)
-                for key, dtype in elementwise.items():
-                    store.ensure(chunk.id, key, sum(piece.numel for piece in chunk.pieces), dtype)
+                self.records[chunk.id] = [PieceRecord(None) for _ in chunk.pieces]
+                for shared in _by_part(group, chunk):
+                    self._lay_out_masters(group, chunk, shared)
+                    for key, dtype in elementwise.items():
+                        numel = sum(chunk.pieces[i].numel for i in shared)
+                        store.ensure(chunk.id, _shared_key(group, chunk, shared, key), numel, dtype)
         self.store = self.store.start()
         self.always_store = self.always_store.start()
 
-    def _lay_out_masters(self, group: GroupShard, chunk: Chunk) -> int:
-        """Returns the elements that have one."""
-        offset, records = 0, []
-        for piece in chunk.pieces:
-            needs_master = self._needs_master(group.members[piece.member].param)
-            records.append(PieceRecord(StateView(MASTER, offset, piece.shape) if needs_master else None))
-            offset += piece.numel if needs_master else 0
-        self.records[chunk.id] = records
-        return offset
+    def _lay_out_masters(self, group: GroupShard, chunk: Chunk, shared: list[int]) -> None:
+        """Of the pieces at ``shared``, in one buffer."""
+        key, offset, mastered = _shared_key(group, chunk, shared, MASTER), 0, []
+        for i in shared:
+            piece = chunk.pieces[i]
+            if self._needs_master(group.members[piece.member].param):
+                self.records[chunk.id][i].master = StateView(key, offset, piece.shape)
+                offset += piece.numel
+                mastered.append(piece)
+        if mastered:
+            weights = self._weights_of_masters(group, mastered)
+            self.store_of(group).ensure(chunk.id, key, offset, torch.float32, weights)
 
     def _needs_master(self, param: nn.Parameter) -> bool:
         elsewhere = param.device.type != self.update_device.type  # step_on host: mirror fp32 weights too
         return self.precision.has_master(param.dtype) or (elsewhere and param.dtype == torch.float32)
 
-    def _weights_of_masters(self, group: GroupShard, chunk: Chunk) -> Weights | None:
+    def _weights_of_masters(self, group: GroupShard, mastered: list[Piece]) -> Weights | None:
         """For stores that keep of a master only what its bf16 weight lacks."""
-        mastered = [piece for piece, record in self._pieces(chunk) if record.master is not None]
         in_bf16 = all(group.members[piece.member].param.dtype == torch.bfloat16 for piece in mastered)
         if not (in_bf16 and self.parameters.weights_are_always_here):
             return None
@@ -185,7 +190,9 @@ class GroupStates:
         if it has an entry per weight; else in one of its own."""
         piece = chunk.pieces[i]
         if not self.parameters.whole_tensors and like.shape == piece.shape:
-            return StateView(key, sum(p.numel for p in chunk.pieces[:i]), piece.shape, like.dtype)
+            shared = next(together for together in _by_part(group, chunk) if i in together)
+            offset = sum(chunk.pieces[j].numel for j in shared if j < i)
+            return StateView(_shared_key(group, chunk, shared, key), offset, piece.shape, like.dtype)
         own_key = f"{key}:{group.members[piece.member].name}"
         self.store_of(group).ensure(chunk.id, own_key, like.numel(), like.dtype)
         return StateView(own_key, 0, tuple(like.shape), like.dtype)
@@ -293,7 +300,7 @@ class GroupStates:
                     if values is None:
                         values = self.parameters.weight(group, piece)
                     flat = values.reshape(-1).float()
-                    self.store_of(group).write(chunk.id, MASTER, flat, record.master.offset)
+                    self.store_of(group).write(chunk.id, record.master.key, flat, record.master.offset)
                 self._masters_filled.add(chunk.id)
             self.parameters.abandon_update(group)
 
@@ -320,19 +327,21 @@ class GroupStates:
         """All masters of a chunk, or none. One not saved is made from the weight, as a first visit would."""
         self._masters_filled.discard(chunk.id)
         mastered = [
-            (piece, group.members[piece.member].name)
+            (piece, record.master.key, group.members[piece.member].name)
             for piece, record in self._pieces(chunk)
             if record.master is not None
         ]
-        if not any(saved.has_master(name) for _, name in mastered):
+        if not any(saved.has_master(name) for _, _, name in mastered):
             return
-        parts = [
-            saved.master(name, piece.start, piece.numel)
-            if saved.has_master(name)
-            else self.parameters.weight(group, piece).reshape(-1).float().cpu()
-            for piece, name in mastered
-        ]
-        self.store_of(group).write(chunk.id, MASTER, torch.cat(parts))
+        for key in dict.fromkeys(key for _, key, _ in mastered):
+            values = [
+                saved.master(name, piece.start, piece.numel)
+                if saved.has_master(name)
+                else self.parameters.weight(group, piece).reshape(-1).float().cpu()
+                for piece, its_key, name in mastered
+                if its_key == key
+            ]
+            self.store_of(group).write(chunk.id, key, torch.cat(values))
         self._masters_filled.add(chunk.id)
 
     def _load_states(self, group: GroupShard, chunk: Chunk, saved: SavedStates) -> None:
@@ -361,7 +370,9 @@ class GroupStates:
                 value = saved.shaped(name, key)
             view = record.slots[key] = self._new_view(group, chunk, i, key, value)
             if view.key not in buffers:
-                numel = sum(p.numel for p in chunk.pieces) if view.key == key else value.numel()
+                shared = next(together for together in _by_part(group, chunk) if i in together)
+                is_shared = view.key == _shared_key(group, chunk, shared, key)
+                numel = sum(chunk.pieces[j].numel for j in shared) if is_shared else value.numel()
                 store.ensure(chunk.id, view.key, numel, value.dtype)
                 buffers[view.key] = torch.zeros(numel, dtype=value.dtype)
             buffers[view.key][view.offset : view.offset + value.numel()] = value.reshape(-1)
@@ -372,6 +383,21 @@ class GroupStates:
         """Give back the states' memory and files, and what moves them."""
         self.store.close()
         self.always_store.close()
+
+
+def _by_part(group: GroupShard, chunk: Chunk) -> list[list[int]]:
+    """Positions of the chunk's pieces, those of one embedding, block or head together."""
+    starts = [part.first for part in group.parts]
+    together: dict[int, list[int]] = {}
+    for i, piece in enumerate(chunk.pieces):
+        together.setdefault(bisect.bisect_right(starts, piece.member), []).append(i)
+    return list(together.values())
+
+
+def _shared_key(group: GroupShard, chunk: Chunk, shared: list[int], key: str) -> str:
+    """Of the buffer that the pieces at ``shared`` have together: no other of the model has that name."""
+    first = chunk.pieces[shared[0]]
+    return f"{key}:{group.members[first.member].name}[{first.start}:]"
 
 
 def part_of(whole: Tensor, piece: Piece, run: Piece) -> Tensor:

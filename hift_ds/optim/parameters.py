@@ -12,7 +12,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,10 @@ class GroupShard:
     chunks: tuple[Chunk, ...]
     # By weight dtype: columns of its parameters.
     buckets: dict[torch.dtype, list[list[Column]]] = field(repr=False)
+    # Bottom to top, its embedding, blocks and head, each with the group's index; none of a part.
+    parts: tuple[GroupShard, ...] = ()
+    first: int = 0  # of a part: the position of its first member among the group's
+    height: int = 0  # of a part: which embedding, block or head of the model it is, counted from the bottom
 
     def of_dtype(self, dtype: torch.dtype) -> list[int]:
         """Positions of the members whose weights have ``dtype``."""
@@ -101,6 +105,11 @@ def cut_into_chunks(
             chunks[-1].append(Piece(index, start, length, (length,)))
             start, left = start + length, left - length
     return tuple(Chunk(next(ids), tuple(pieces)) for pieces in chunks)
+
+
+def _of_group(chunk: Chunk, first: int) -> Chunk:
+    """A part's chunk, its pieces counted as the group counts them."""
+    return replace(chunk, pieces=tuple(replace(piece, member=piece.member + first) for piece in chunk.pieces))
 
 
 class GradientSums:
@@ -161,6 +170,8 @@ class Parameters(ABC):
         bucket_numel: elements in one collective, over all ranks.
         whole_tensors: give each parameter to one rank instead of a shard to each.
         slice_numel: elements of a chunk at most; ``None`` for one chunk to a group.
+        by_part: chunks end where an embedding, block or head does, for updates of one at a time. With slices they always
+            do, so that what a slice holds does not depend on what it is trained with.
     """
 
     def __init__(
@@ -170,19 +181,31 @@ class Parameters(ABC):
         bucket_numel: int,
         whole_tensors: bool,
         slice_numel: int | None = None,
+        by_part: bool = False,
     ) -> None:
         self.ranks = ranks
         self.comm_dtype = comm_dtype
         self.bucket_numel = bucket_numel
         self.whole_tensors = whole_tensors
         self.slice_numel = slice_numel
+        self.by_part = by_part or slice_numel is not None
         self._chunk_ids = itertools.count()
         self.sums = GradientSums()
 
     def group_shard(
-        self, index: int, name: str, entries: Sequence[tuple[str, nn.Parameter, int]]
+        self,
+        index: int,
+        name: str,
+        entries: Sequence[tuple[str, nn.Parameter, int]],
+        parts: Sequence[tuple[int, Sequence[str]]] = (),
     ) -> GroupShard:
-        """This rank's shard of a group of ``entries``: (name, parameter, param_group index)."""
+        """This rank's shard of a group of ``entries``: (name, parameter, param_group index).
+
+        Args:
+            parts: bottom to top, which embedding, block or head of the model, and the names that belong to it.
+        """
+        place = {name: at for at, (_, names) in enumerate(parts) for name in names}
+        entries = sorted(entries, key=lambda entry: place.get(entry[0], 0))  # stable
         world_size, rank = self.ranks.world_size, self.ranks.rank
         shapes = [self.shape_of(param) for _, param, _ in entries]
         numels = [math.prod(shape) for shape in shapes]
@@ -198,16 +221,29 @@ class Parameters(ABC):
             else:
                 start, end = 0, numel if owner == rank else 0
             members.append(Member(param_name, param, shape, param_group, start, end - start, owner))
+        shards, first = [], 0
+        for height, names in parts:
+            part = tuple(members[first : first + len(names)])
+            chunks = self._chunks(part) if self.by_part else ()
+            shards.append(GroupShard(index, name, part, chunks, self._buckets(part), (), first, height))
+            first += len(names)
+        if self.by_part and parts:
+            chunks = tuple(_of_group(chunk, part.first) for part in shards for chunk in part.chunks)
+        else:
+            chunks = self._chunks(members)
+        return GroupShard(index, name, tuple(members), chunks, self._buckets(members), tuple(shards))
+
+    def _chunks(self, members: Sequence[Member]) -> tuple[Chunk, ...]:
+        return cut_into_chunks(members, self.slice_numel, self._chunk_ids)
+
+    def _buckets(self, members: Sequence[Member]) -> dict[torch.dtype, list[list[Column]]]:
         numels_of: dict[torch.dtype, list[int]] = {}
         for member in members:
             numels_of.setdefault(member.param.dtype, []).append(member.whole_numel)
-        buckets = {
-            dtype: collectives.plan_buckets(numels_of[dtype], world_size, self.bucket_numel)
+        return {
+            dtype: collectives.plan_buckets(numels_of[dtype], self.ranks.world_size, self.bucket_numel)
             for dtype in sorted(numels_of, key=str)
         }
-        return GroupShard(
-            index, name, tuple(members), cut_into_chunks(members, self.slice_numel, self._chunk_ids), buckets
-        )
 
     def grad(self, group: GroupShard, piece: Piece, shard: Tensor) -> Tensor:
         """The piece of a reduced gradient: a view of ``piece.shape``, in the gradient's dtype."""
@@ -281,6 +317,9 @@ class Parameters(ABC):
     @abstractmethod
     def begin_update(self, group: GroupShard) -> None:
         """The group's weights are about to be read or changed through ``weight``. Every rank calls this."""
+
+    def begin_part(self, part: GroupShard) -> None:  # noqa: B027
+        """As ``begin_update``, while backward goes on below."""
 
     @abstractmethod
     def abandon_update(self, group: GroupShard) -> None:

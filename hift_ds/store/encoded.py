@@ -167,7 +167,7 @@ class EncodedStateStore(StateStore):
 
     def _encode(self, chunk: int, key: str, values: Tensor, memory: Tensor, step: int) -> None:
         layout = self._layouts[chunk]
-        digest = hashlib.blake2b(f"{self.seed}:{step}:{chunk}:{key}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{self.seed}:{step}:{key}".encode(), digest_size=8).digest()
         seed = int.from_bytes(digest, "little") >> 1
         layout.entries[key].codec.encode(values, layout.parts(key, memory), seed)
 

@@ -86,7 +86,7 @@ class ThreadMover(Mover):
 
     def __init__(self, traffic: Traffic, device: torch.device) -> None:
         super().__init__(traffic)
-        self._threads = {d: ThreadPoolExecutor(1, thread_name_prefix=f"states-{d}") for d in (IN, OUT)}
+        self._threads = {d: one_thread(f"states-{d}") for d in (IN, OUT)}
         self._device = device
         self._streams = streams_of(device)
 
@@ -191,6 +191,11 @@ class StreamMover(Mover):
             else:
                 pending.append((counter, start, end))
         self._timed = pending
+
+
+def one_thread(name: str) -> ThreadPoolExecutor:
+    """Runs what it is given, one after the other, beside the caller."""
+    return ThreadPoolExecutor(1, thread_name_prefix=name)
 
 
 def streams_of(device: torch.device) -> Any:

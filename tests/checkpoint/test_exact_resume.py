@@ -127,6 +127,16 @@ CASES = {
     "asynchronous, stage 3": Case(
         ds_config(stage=3, hift={"checkpoint": ASYNC}), model=partly_frozen, at=(1, 5, 7)
     ),
+    "in backward": Case(
+        ds_config(gas=3, bf16=BF16, hift={"update": "in_backward", "group_size": "all"}), num_micro_batches=27, at=(6, 16, 17)
+    ),
+    "in backward, asynchronous, clipped by the last norm": Case(
+        ds_config(
+            clip=0.05,
+            hift={"update": "in_backward", "clipping": "last_visit", "group_size": 2, "checkpoint": ASYNC},
+        ),
+        at=(1, 5, 7),
+    ),
     "SGD": Case(ds_config(optimizer="SGD")),
     "SGD, momentum": Case(ds_config(optimizer="SGD", params={"momentum": 0.9, "nesterov": True})),
     "AdamW, amsgrad": Case(ds_config(params={"amsgrad": True})),

@@ -38,10 +38,12 @@ class PartitionedParameters(Parameters):
         bucket_numel: int,
         whole_tensors: bool,
         slice_numel: int | None = None,
+        by_part: bool = False,
     ) -> None:
-        super().__init__(ranks, comm_dtype, bucket_numel, whole_tensors, slice_numel)
+        super().__init__(ranks, comm_dtype, bucket_numel, whole_tensors, slice_numel, by_part)
         self.shards = shards
         self._owned: dict[nn.Parameter, Tensor] = {}  # whole weights during an update, on their owners
+        self._changed: set[nn.Parameter] = set()  # whose whole copies, if there are any, are old
 
     def shape_of(self, param: nn.Parameter) -> tuple[int, ...]:
         return whole_shape(param)
@@ -59,13 +61,23 @@ class PartitionedParameters(Parameters):
 
     def end_backward(self) -> None:
         """Release what modules without a gradient to their input left gathered."""
-        self.shards.release()
+        self.shards.release(self._changed)
+        self._changed.clear()
 
     # -- weights ----------------------------------------------------------------------------------------------
 
     def begin_update(self, group: GroupShard) -> None:
         """Release every whole copy of the group; an optimizer that looks at shapes gets the whole weights it owns."""
         self.shards.release(member.param for member in group.members)
+        self._gather_owned(group)
+
+    def begin_part(self, part: GroupShard) -> None:
+        """Whole copies stay until backward ends: what of it is left may read them, old as they are, and no more."""
+        self._changed.update(member.param for member in part.members)
+        self.shards.written(member.param for member in part.members)
+        self._gather_owned(part)
+
+    def _gather_owned(self, group: GroupShard) -> None:
         if self.whole_tensors:
             for member in group.members:
                 whole = self.shards.whole(member.param)

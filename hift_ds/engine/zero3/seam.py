@@ -129,6 +129,7 @@ class WeightShards:
         self._storage_of: dict[nn.Parameter, int] = {}
         self._param_in: dict[int, nn.Parameter] = {}  # by address of the storage of a gathered weight
         self._file: WeightFile | None = None
+        self._num_written: dict[nn.Parameter, int] = {}
         self.numel_gathered = 0
         if not keep_linear:
             restore_torch_linear()
@@ -207,6 +208,11 @@ class WeightShards:
         """As :func:`whole_of`."""
         return whole_of(param)
 
+    def written(self, params: Iterable[nn.Parameter]) -> None:
+        """Their shards are changed while backward goes on: what it has saved of them may not be read any more."""
+        for param in params:
+            self._num_written[param] = self._num_written.get(param, 0) + 1
+
     # -- weights in a file ------------------------------------------------------------------------------------
 
     def park_in_file(self, folder: Path) -> None:
@@ -278,13 +284,19 @@ class WeightShards:
                 or not _shares(tensor, param)
             ):
                 return pack_other(tensor)
-            return _WeightView(
-                param, tensor.shape, tensor.stride(), tensor.storage_offset() - param.storage_offset()
-            )
+            offset = tensor.storage_offset() - param.storage_offset()
+            return _WeightView(param, tensor.shape, tensor.stride(), offset, self._num_written.get(param, 0))
 
         def unpack(saved: Any) -> Tensor:
             if not isinstance(saved, _WeightView):
                 return unpack_other(saved)
+            if saved.version != self._num_written.get(
+                saved.param, 0
+            ):  # as autograd says it of what it saves itself
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                    f"weight of shape {tuple(saved.param.ds_shape)} whose gradient was complete"
+                )
             available = saved.param.ds_status is ZeroParamStatus.AVAILABLE
             return saved.of(saved.param.data if available else self.whole(saved.param))
 
@@ -307,10 +319,13 @@ class WeightShards:
 class _WeightView:
     """A view of a weight that may be released and gathered again meanwhile."""
 
-    __slots__ = ("param", "shape", "strides", "offset")
+    __slots__ = ("param", "shape", "strides", "offset", "version")
 
-    def __init__(self, param: nn.Parameter, shape: torch.Size, strides: tuple[int, ...], offset: int) -> None:
-        self.param, self.shape, self.strides, self.offset = param, shape, strides, offset
+    def __init__(
+        self, param: nn.Parameter, shape: torch.Size, strides: tuple[int, ...], offset: int, version: int
+    ) -> None:
+        self.param, self.shape, self.strides = param, shape, strides
+        self.offset, self.version = offset, version
 
     def of(self, weight: Tensor) -> Tensor:
         return weight.as_strided(self.shape, self.strides, weight.storage_offset() + self.offset)

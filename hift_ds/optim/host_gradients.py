@@ -1,0 +1,143 @@
+"""Gradients that rest in host memory while backward goes on: sums over micro-batches, or gradients whose update waits for
+the norm of all.
+
+On an accelerator each travels to a page-locked buffer on a side stream, and a thread adds it to its sum; the computation
+waits only where gradients come faster than they leave.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hift_ds.store.base import Traffic
+from hift_ds.store.movers import IN, OUT, InlineMover, Mover, StreamMover, one_thread, streams_of
+
+IN_FLIGHT = 4  # gradients on their way at once
+
+
+class HostGradients:
+    """Tensors by key.
+
+    Args:
+        device: where the gradients come from.
+        dtype: of sums; ``None`` keeps each gradient's own, for gradients that are not summed.
+        pin_memory: page-lock the buffers, without which nothing overlaps.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype | None, pin_memory: bool = True) -> None:
+        self.dtype = dtype
+        self.traffic = Traffic()
+        self._streams = streams_of(device)
+        self._mover: Mover = (
+            InlineMover(self.traffic, device) if self._streams is None else StreamMover(self.traffic, device)
+        )
+        self._pin_memory = pin_memory and device.type != "cpu"
+        self._thread = None if self._streams is None else one_thread("gradients")
+        self._kept: dict[Hashable, Tensor] = {}
+        self._arriving: dict[Hashable, Callable[[], Any]] = {}  # waits until what is kept is all there
+        # Tickets, and the gradients that must not be freed yet.
+        self._leaving: deque[tuple[Any, Tensor]] = deque()
+        # Buffers that were used before, by shape and dtype, each with what waits until it may be used again.
+        self._used: dict[tuple[torch.Size, torch.dtype], deque[tuple[Callable[[], Any], Tensor]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def add(self, key: Hashable, grad: Tensor) -> None:
+        """Keep ``grad``, or add it to what is kept under ``key``: the first in the sum's dtype, the others rounded into
+        it once, as ``sum.add_(grad)`` does."""
+        self.traffic.add(bytes_out=grad.nbytes)
+        dtype = self.dtype or grad.dtype
+        if self._thread is None:
+            if key in self._kept:
+                self._kept[key].add_(grad)
+            else:
+                self._kept[key] = grad.to("cpu", dtype, copy=True)
+            return
+        total = self.get(key)
+        staged = self._buffer(grad.shape, grad.dtype)
+        ticket = self._mover.submit(OUT, lambda: staged.copy_(grad, non_blocking=True))
+        self._leaving.append((ticket, grad))
+        if len(self._leaving) > IN_FLIGHT:
+            self._wait_for_oldest()
+        if total is None and dtype == grad.dtype:
+            self._kept[key], self._arriving[key] = staged, partial(self._mover.settle, ticket)
+            return
+        first = total is None
+        if total is None:
+            total = self._kept[key] = self._buffer(grad.shape, dtype)
+        added = self._thread.submit(self._add, ticket, staged, total, first)
+        self._arriving[key] = added.result
+        self._give_back(staged, added.result)
+
+    def _wait_for_oldest(self) -> None:
+        ticket, grad = self._leaving.popleft()
+        self._mover.settle(ticket)
+        del grad  # not before
+
+    def _add(self, ticket: Any, staged: Tensor, total: Tensor, first: bool) -> None:
+        self._mover.settle(ticket)
+        if first:
+            total.copy_(staged)
+        else:
+            total.add_(staged)
+
+    def get(self, key: Hashable) -> Tensor | None:
+        """What is kept, on the host; not to be changed."""
+        wait = self._arriving.pop(key, None)
+        if wait is not None:
+            wait()
+        return self._kept.get(key)
+
+    def take(self, key: Hashable, device: torch.device) -> Tensor | None:
+        """What was kept, on ``device``; forgotten here."""
+        total = self.get(key)
+        if total is None:
+            return None
+        del self._kept[key]
+        self.traffic.add(bytes_in=total.nbytes)
+        if self._thread is None:
+            return total.to(device)
+        there = torch.empty_like(total, device=device, pin_memory=False)
+        ticket = self._mover.submit(IN, lambda: there.copy_(total, non_blocking=True))
+        self._mover.wait(ticket)
+        self._give_back(total, partial(self._mover.settle, ticket))
+        return there
+
+    def set(self, key: Hashable, value: Tensor) -> None:
+        """The inverse of ``get``."""
+        self._kept[key] = value.to("cpu", self.dtype or value.dtype, copy=True)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for wait in self._arriving.values():
+            wait()
+        self._arriving.clear()
+        while self._leaving:
+            self._wait_for_oldest()
+        self._kept.clear()
+
+    def close(self) -> None:
+        """No gradient comes any more."""
+        self.clear()
+        self._mover.close()
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+        self._used.clear()
+
+    def _buffer(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        used = self._used.get((shape, dtype))
+        if not used:
+            return torch.empty(shape, dtype=dtype, pin_memory=self._pin_memory)
+        wait, buffer = used.popleft()
+        wait()
+        return buffer
+
+    def _give_back(self, buffer: Tensor, wait: Callable[[], Any]) -> None:
+        self._used.setdefault((buffer.shape, buffer.dtype), deque()).append((wait, buffer))

@@ -1,0 +1,421 @@
+"""The update in backward: each embedding, block and head of the active groups (a part) is updated as soon as its gradients
+are complete, top to bottom, while backward goes on below.
+
+At no time do the gradients and states of more than one part exist on the device (and what prefetching holds there), so a
+group may be as large as the link to the states allows: all layers is exact full fine-tuning. LOMO (arXiv 2306.09782)
+updates so without states; here it is any optimizer, on any number of ranks, and the same bits as after backward.
+
+The order of updates, and so of collectives, is by position and never by arrival: ranks whose batches reach other weights
+still meet. Which weights a backward will reach is read from the graph before it begins, and agreed on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hift_ds.collectives import join_norms_and_flags
+from hift_ds.errors import ConfigError, HiFTError, TrainingError
+from hift_ds.optim.clip import grad_factor
+from hift_ds.optim.group_optimizer import GroupOptimizer
+from hift_ds.optim.host_gradients import HostGradients
+from hift_ds.optim.parameters import GroupShard
+
+
+@dataclass
+class Backward:
+    """The backward pass that ends a step: how far it has come.
+
+    Attributes:
+        parts: of the active groups, top to bottom.
+        reached: by part and member, whether any rank's graph leads to it.
+        waiting: by part, the weights whose gradients are still to come on this rank.
+        num_done: parts whose gradients have been taken.
+        num_updated: parts whose weights have changed.
+        norms: by (group, position of the member), of this rank's shard of the gradient.
+        present: by (group, position), whether backward brought a gradient here.
+        changed: by group, see ``GroupOptimizer.update``.
+        rates: per param_group, from the first update on.
+        consumed: gradients of earlier micro-batches have been added in, which cannot be done twice.
+    """
+
+    parts: list[GroupShard]
+    reached: list[list[bool]]
+    waiting: list[set[nn.Parameter]]
+    num_done: int = 0
+    num_updated: int = 0
+    norms: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    present: dict[tuple[int, int], bool] = field(default_factory=dict)
+    changed: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    rates: list[float] = field(default_factory=list)
+    consumed: bool = False
+
+
+class InBackwardOptimizer(GroupOptimizer):
+    """As :class:`GroupOptimizer`, with its arguments, and:
+
+    Args:
+        clipping: by which norm gradients are clipped: ``"exact"``, ``"last_visit"`` or ``"per_part"``.
+        sum_dtype: in which gradients of micro-batches are summed, in host memory.
+
+    Raises:
+        ConfigError: there is a loss scale, whose overflows could not be taken back.
+    """
+
+    updates_in_backward = True
+
+    def __init__(
+        self, *args: Any, clipping: str = "exact", sum_dtype: torch.dtype = torch.float32, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if self.scaler.active:
+            raise ConfigError(
+                '"hift.update": in_backward is not supported with a loss scale (float16), since an overflow could not be '
+                'taken back; use bf16, or "update": "after_backward"'
+            )
+        self.clipping = clipping
+        parts = [part for group in self.groups.values() for part in group.parts]
+        self._part_of = {member.param: part for part in parts for member in part.members}
+        device, pin_memory = next(iter(self._part_of)).device, kwargs.get("pin_memory", True)
+        self.sums = HostGradients(device, sum_dtype, pin_memory)  # by weight
+        self.parked = HostGradients(
+            device, None, pin_memory
+        )  # by (group, position): gradients that wait for the norm
+        self._accumulating = False  # a backward that is not the step's last is under way
+        self._backward: Backward | None = None
+        self._interrupted = ""
+        self._hooks = [param.register_post_accumulate_grad_hook(self._arrived) for param in self._part_of]
+
+    # -- backward -----------------------------------------------------------------------------------------------
+
+    def activate(self) -> None:
+        self.check_whole()
+        super().activate()
+
+    @torch.no_grad()
+    def begin_backward(self, loss: Tensor, step_loss: Tensor, is_boundary: bool, retain_graph: bool) -> None:
+        """Before each backward.
+
+        Args:
+            loss: what backward starts from.
+            step_loss: of all micro-batches of the step so far.
+            is_boundary: this backward ends the step: it updates.
+
+        Raises:
+            HiFTError: this backward cannot be followed, or comes after the one that has updated.
+            TrainingError: the loss is not finite on some rank; nothing has changed.
+        """
+        if retain_graph:
+            raise HiFTError(
+                "backward(retain_graph=True): a second backward through this graph would meet updated weights; "
+                'leave it out, or use "hift": {"update": "after_backward"}'
+            )
+        if self._backward is not None:
+            raise HiFTError(
+                "a second backward() before step(): the first has updated the weights; add the losses up, or call "
+                "engine.set_gradient_accumulation_boundary(False) before all but the last"
+            )
+        reached = weights_below(loss)
+        if not is_boundary:
+            self._accumulating = True
+            return
+        self._begin(reached, step_loss)
+
+    def _begin(self, reached: set[Tensor], step_loss: Tensor | None) -> None:
+        groups = {group.index: group for group in self.active_groups}
+        parts = sorted(
+            (part for group in groups.values() for part in group.parts),
+            key=lambda part: (part.height, part.index),
+            reverse=True,
+        )
+        params = [member.param for part in parts for member in part.members]
+        flags = [param in reached and param.requires_grad for param in params]
+        by_any = iter(self._agree_before(flags, step_loss))
+        here = iter(flags)
+        self._backward = Backward(
+            parts,
+            [[next(by_any) for _ in part.members] for part in parts],
+            [{member.param for member in part.members if next(here)} for part in parts],
+        )
+
+    def _agree_before(self, flags: list[bool], step_loss: Tensor | None) -> list[bool]:
+        """Over ranks: which weights any rank's graph leads to; and that the loss is finite on all."""
+        ranks, device = self.parameters.ranks, self._weight_device()
+        good = (
+            torch.ones((), device=device)
+            if step_loss is None
+            else torch.isfinite(step_loss.to(device)).float()
+        )
+        share, flags = join_norms_and_flags(ranks, good / ranks.world_size**0.5, flags)
+        if num_bad := round(ranks.world_size * (1 - float(share) ** 2)):
+            self.drop_gradients()
+            raise TrainingError(
+                f"the loss is not finite on {num_bad} of {ranks.world_size} ranks (optimizer step {self.num_applied + 1}): "
+                "nothing was updated; lower the learning rate, or look at that batch"
+            )
+        return flags
+
+    @torch.no_grad()
+    def _arrived(self, param: nn.Parameter) -> None:
+        """Autograd has added all that this backward brings ``param``."""
+        grad, param.grad = param.grad, None
+        if self._accumulating:
+            self.sums.add(param, grad)
+            return
+        backward = self._backward
+        if backward is None:
+            raise HiFTError(
+                '"hift.update": in_backward needs engine.backward(loss) in place of loss.backward()'
+            )
+        index = next(i for i, part in enumerate(backward.parts) if part is self._part_of[param])
+        if param not in backward.waiting[index]:
+            raise HiFTError(
+                f"{self._name_of(param)}: a gradient came that the graph did not promise (a backward within a backward); "
+                'use "hift": {"update": "after_backward"}'
+            )
+        total = self.sums.take(param, grad.device)
+        backward.consumed |= total is not None
+        self.parameters.set_pending(param, grad if total is None else total.add_(grad))
+        backward.waiting[index].discard(param)
+        while backward.num_done < len(backward.parts) and not backward.waiting[backward.num_done]:
+            self._take_part(backward)
+
+    def _take_part(self, backward: Backward) -> None:
+        """The next part's gradients are complete: reduce them, and update unless that waits for the norm."""
+        part, reached = backward.parts[backward.num_done], backward.reached[backward.num_done]
+        for member in part.members:  # summed up by earlier micro-batches, and not reached by the last
+            if (total := self.sums.take(member.param, member.param.device)) is not None:
+                backward.consumed = True
+                self.parameters.set_pending(member.param, total)
+        shards, present = self.parameters.reduce(part)
+        if self.parameters.ranks.world_size == 1:
+            reached = backward.reached[backward.num_done] = present
+        backward.num_done += 1
+        for i, (shard, flag, here) in enumerate(zip(shards, reached, present, strict=True)):
+            backward.present[part.index, part.first + i] = here
+            if shard is not None and flag:
+                norm = torch.linalg.vector_norm(shard, dtype=torch.float32)
+                backward.norms[part.index, part.first + i] = norm
+        shards = [shard if flag else None for shard, flag in zip(shards, reached, strict=True)]
+        if self._waits_for_norm:
+            for i, shard in enumerate(shards):
+                if shard is not None:
+                    self.parked.add((part.index, part.first + i), shard)
+            return
+        self.parameters.begin_part(part)
+        self.update_part(part, shards, self._factor_now(backward, part))
+
+    def update_part(self, part: GroupShard, shards: list[Tensor | None], factor: Tensor | None) -> None:
+        """States in, update, weights out; autograd is told that the weights have changed."""
+        backward = self._backward
+        assert backward is not None
+        if not backward.rates:
+            backward.rates = list(self._rates())
+        backward.num_updated += 1
+        below = backward.parts[backward.parts.index(part) + 1 :][:1]
+        changed = self.update(part, shards, factor, backward.rates, below[0] if below else None)
+        before = backward.changed.setdefault(part.index, {})
+        backward.changed[part.index] = {**changed, **before}  # the topmost part's last, as after backward
+        if self.parameters.ranks.world_size > 1:
+            self.finish_copies()
+        self.parameters.publish(part)
+        for member, shard in zip(part.members, shards, strict=True):
+            if shard is not None or self.parameters.ranks.world_size > 1:
+                torch.autograd.graph.increment_version(member.param)
+
+    @torch.no_grad()
+    def end_backward(self, is_boundary: bool) -> None:
+        """A micro-batch's backward is over."""
+        self._accumulating = False
+        if is_boundary and self._backward is not None:
+            self._finish_parts(self._backward)
+        self.parameters.end_backward()
+
+    def _finish_parts(self, backward: Backward) -> None:
+        while backward.num_done < len(backward.parts):
+            self._take_part(backward)
+
+    def backward_failed(self, error: BaseException) -> None:
+        """An error has ended a backward.
+
+        Raises:
+            HiFTError: weights had been updated already: this run can only go on from a checkpoint.
+        """
+        self._accumulating = False
+        backward, self._backward = self._backward, None
+        if backward is None:
+            return
+        if not backward.num_updated and not backward.consumed:  # as if it had not begun
+            self.drop_gradients()
+            return
+        self._interrupted = (
+            f"backward of optimizer step {self.num_applied + 1} failed after {backward.num_updated} of "
+            f"{len(backward.parts)} parts were updated ({str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            "); go on from load_checkpoint()"
+        )
+        if "modified by an inplace operation" in str(error):
+            self._interrupted += ', with "hift": {"update": "after_backward"}: this graph needs a weight after its gradient is complete'
+        if isinstance(error, Exception):
+            raise HiFTError(self._interrupted) from error
+
+    def check_whole(self) -> None:
+        if self._interrupted:
+            raise HiFTError(self._interrupted)
+
+    # -- clipping -----------------------------------------------------------------------------------------------
+
+    @property
+    def _waits_for_norm(self) -> bool:
+        if self.max_grad_norm <= 0:
+            return False
+        first_visit = self.clipping == "last_visit" and self.schedule.active not in self.last_norms
+        return self.clipping == "exact" or first_visit
+
+    def _factor_now(self, backward: Backward, part: GroupShard) -> Tensor | None:
+        if self.max_grad_norm <= 0:
+            return None
+        device = self._weight_device()
+        if self.clipping == "last_visit":
+            norm = torch.tensor(self.last_norms[self.schedule.active], dtype=torch.float32, device=device)
+        else:
+            keys = [(part.index, part.first + i) for i in range(len(part.members))]
+            norm = self._norm_over_ranks([backward.norms[key] for key in keys if key in backward.norms], [])[
+                0
+            ]
+        return grad_factor(norm, self.max_grad_norm, 1.0)
+
+    def _norm_over_ranks(self, norms: list[Tensor], flags: list[bool]) -> tuple[Tensor, list[bool]]:
+        """The norm of ``norms``, all ranks' together, and for each flag whether it is set on any."""
+        device = self._weight_device()
+        norm = (
+            torch.linalg.vector_norm(torch.stack(norms)).to(device)
+            if norms
+            else torch.zeros((), device=device)
+        )
+        return join_norms_and_flags(self.parameters.ranks, norm, flags)
+
+    # -- the end of a step --------------------------------------------------------------------------------------
+
+    def reduce_gradients(self) -> None:
+        """``end_backward`` has."""
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """1. agree on the norm;  2. update what has waited for it;  3. count and rotate."""
+        self.check_whole()
+        if self._backward is None:  # no backward: every rank does the same nothing
+            self._begin(set(), None)
+            self._finish_parts(self._backward)
+        backward = self._backward
+        self.flags.end_step()
+        norm = self._agree_after(backward)
+        if self._waits_for_norm:
+            self._update_parked(backward, grad_factor(norm, self.max_grad_norm, 1.0))
+        elif not backward.rates:
+            self._rates()
+        if self.clipping == "last_visit":
+            self.last_norms[self.schedule.active] = self.grad_norm
+        self.finish_copies()
+        for index, changed in backward.changed.items():
+            self.states.extras[index] |= changed
+        for part, reached in zip(backward.parts, backward.reached, strict=True):
+            for i, flag in enumerate(reached):
+                self.num_updates[part.index][part.first + i] += flag
+        self._backward = None
+        self.num_applied += 1
+        self.schedule.advance()
+        self.states.prefetch(self.groups[self.schedule.active].parts[-1])
+        return True
+
+    def _agree_after(self, backward: Backward) -> Tensor:
+        """The norm over all ranks; and that backward has brought what the graph promised."""
+        in_order = [(g.index, i) for g in self.active_groups for i in range(len(g.members))]
+        norms = [backward.norms[key] for key in in_order if key in backward.norms]
+        norm, present = self._norm_over_ranks(norms, [backward.present[key] for key in in_order])
+        self.grad_norm = float(norm)
+        reached = {
+            (part.index, part.first + i): flag
+            for part, flags in zip(backward.parts, backward.reached, strict=True)
+            for i, flag in enumerate(flags)
+        }
+        for (group, i), flag in zip(in_order, present, strict=True):
+            if (
+                reached[group, i] and not flag
+            ):  # on several ranks it has been updated as if by a gradient of zeros
+                self._interrupted = (
+                    f"{self.groups[group].members[i].name}: the graph leads to it and backward brought no gradient, on "
+                    'any rank; go on from load_checkpoint(), with "hift": {"update": "after_backward"}'
+                )
+                raise HiFTError(self._interrupted)
+        return norm
+
+    def _update_parked(self, backward: Backward, factor: Tensor | None) -> None:
+        for part in backward.parts:
+            self.parameters.begin_update(part)
+            keys = [(part.index, part.first + i) for i in range(len(part.members))]
+            self.update_part(part, [self.parked.take(key, self._weight_device()) for key in keys], factor)
+
+    def _rates(self) -> list[float]:
+        schedule = self.schedule
+        return self.lr.before_step(schedule.starts_cycle, schedule.cursor.cycle, schedule.steps_per_cycle)
+
+    # -- bookkeeping --------------------------------------------------------------------------------------------
+
+    @property
+    def is_mid_step(self) -> bool:
+        return self._backward is not None
+
+    def pending(self, param: nn.Parameter) -> Tensor | None:
+        return self.sums.get(param)
+
+    def set_pending(self, param: nn.Parameter, grad: Tensor) -> None:
+        self.sums.set(param, grad)
+
+    def drop_gradients(self) -> None:
+        self._backward, self._interrupted = None, ""
+        super().drop_gradients()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self._backward is None:
+            self.sums.clear()
+            self.parked.clear()
+        super().zero_grad(set_to_none)
+
+    def end_training(self, keep_states: bool = False) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().end_training(keep_states)
+        self.sums.close()
+        self.parked.close()
+
+    def _name_of(self, param: nn.Parameter) -> str:
+        return next(member.name for member in self._part_of[param].members if member.param is param)
+
+
+def weights_below(loss: Tensor) -> set[Tensor]:
+    """The leaves that backward from ``loss`` will bring gradients to.
+
+    Raises:
+        HiFTError: some of the graph is built within backward (reentrant checkpointing).
+    """
+    found: set[Tensor] = set()
+    seen: set[Any] = set()
+    left = [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+            continue
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise HiFTError(
+                '"hift.update": in_backward cannot follow a block that is recomputed with use_reentrant=True; pass '
+                'use_reentrant=False, or set "hift": {"activations": {"checkpointing": true}} instead'
+            )
+        left.extend(function for function, _ in node.next_functions)
+    return found

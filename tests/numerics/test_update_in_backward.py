@@ -1,0 +1,338 @@
+"""``"update": "in_backward"`` is another order of the same arithmetic: bit for bit torch's for all weights, and bit for
+bit ``after_backward`` for any other group, with every switch; what cannot be the same is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hift_ds.errors import ConfigError, HiFTError, TrainingError
+from hift_ds.reference import ReferenceHiFT
+from tests.helpers.engines import ds_config, largest_difference, make_engine, train_step, weights_of
+from tests.helpers.toy import Toy, loss_of, make_batches
+
+
+def in_backward(config, **more):
+    return {**config, "hift": {**config["hift"], "update": "in_backward", **more}}
+
+
+# -- full fine-tuning ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_layers_are_torch_adamw_bit_for_bit(tied):
+    model = Toy(tied=tied)
+    twin = copy.deepcopy(model)
+    engine = make_engine(model, in_backward(ds_config(params={"weight_decay": 0.1}), group_size="all"))
+    assert len(engine.groups) == 1
+    plain = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.1)
+    for batch in make_batches(6):
+        assert train_step(engine, [batch]) == float(loss_of(twin, batch).detach())
+        loss_of(twin, batch).backward()
+        norm = nn.utils.get_total_norm([param.grad for param in twin.parameters()])
+        plain.step()
+        plain.zero_grad()
+        assert largest_difference(model, twin) == 0.0
+        assert engine.last_report.grad_norm == float(norm)
+    assert set(engine.coverage().values()) == {6}
+    engine.destroy()
+
+
+# -- every other group: after_backward, bit for bit ----------------------------------------------------------------
+
+BF16 = {"bf16": {"enabled": True}}
+# name -> options of ds_config; of the "hift" block; of the model
+CASES = {
+    "two layers a group, ragged": ({}, {"group_size": 2}, {}),
+    "random, turns of two": ({}, {"group_size": 2, "order": "random", "reshuffle": True, "steps_per_group": 2}, {}),
+    "top down, one layer": ({}, {"order": "top2down"}, {}),
+    "always active": ({}, {"group_size": 2, "always_active": ["^embed", "^head", "gain"]}, {}),
+    "explicit groups": ({}, {"groups": [["layers", "embed"], ["norm", "head"]]}, {}),
+    "on the device": ({}, {"group_size": "all", "state": {"residency": "device"}}, {}),
+    "on disk, no prefetch": ({}, {"group_size": "all", "state": {"residency": "disk", "prefetch": False}}, {}),
+    "on disk": ({}, {"group_size": 3, "state": {"residency": "disk", "slots": 2}}, {}),
+    "slices, two slots": ({}, {"group_size": 3, "state": {"slice_numel": 17, "slots": 2}}, {}),
+    "step on the host": (BF16, {"group_size": "all", "state": {"step_on": "host"}}, {}),
+    "split master, int8 moments": (BF16, {"group_size": 2, "state": {"codec": "split_master+int8_moments"}}, {}),
+    "bf16 moments, slices": (BF16, {"group_size": "all", "state": {"codec": "bf16_moments", "slice_numel": 40}}, {}),
+    "no masters, stochastic": (BF16, {"group_size": 2, "master_weights": False, "stochastic_rounding": True}, {}),
+    "accumulation in bf16, tied": ({**BF16, "gas": 3}, {"group_size": 2}, {"tied": True}),
+    "accumulation in fp32, clipping": ({"gas": 3, "clip": 0.05}, {"group_size": "all"}, {}),
+    "clipping": ({**BF16, "clip": 0.05}, {"group_size": 2, "state": {"slice_numel": 30}}, {}),
+    "Muon": ({"optimizer": "Muon", "params": {"weight_decay": 0.1}}, {"group_size": "all"}, {}),
+    "Adafactor": ({"optimizer": "Adafactor", "clip": 0.05}, {"group_size": 3}, {}),
+    "Adagrad": ({"optimizer": "Adagrad"}, {"group_size": 3}, {}),
+    "Lion": ({"optimizer": "Lion", "params": {"weight_decay": 0.1}}, {"group_size": "all"}, {}),
+    "SGD": ({"optimizer": "SGD", "params": {"momentum": 0.9}}, {"group_size": 2}, {}),
+    "RMSprop": ({"optimizer": "RMSprop"}, {"group_size": 2}, {}),
+    "stage 3": ({"stage": 3}, {"group_size": "all"}, {"tied": True}),
+    "recomputed": ({}, {"group_size": "all", "activations": {"checkpointing": True}}, {}),
+}  # fmt: skip
+
+
+def same_weights(*engines):
+    first, second = ([e.optimizer.parameters.whole_weight(p) for p in e.module.parameters()] for e in engines)
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_bits_as_after_backward(name):
+    options, hift, model_options = copy.deepcopy(CASES[name])
+    gas = options.get("gas", 1)
+    with tempfile.TemporaryDirectory() as folder:
+        if hift.get("state", {}).get("residency") == "disk":
+            hift["state"]["path"] = folder
+        config = ds_config(lr=1e-3, hift=hift, **options)
+        pair = [make_engine(Toy(**model_options), c) for c in (copy.deepcopy(config), in_backward(config))]
+        batches = make_batches(5 * gas)
+        for step in range(3 * pair[0].schedule.steps_per_cycle + 1):
+            micro_batches = [batches[(step * gas + i) % len(batches)] for i in range(gas)]
+            losses = [train_step(engine, micro_batches) for engine in pair]
+            after, during = (engine.last_report for engine in pair)
+            assert losses[0] == losses[1] and after.grad_norm == during.grad_norm, step
+            assert (after.group, after.lr) == (during.group, during.lr)
+            assert same_weights(*pair), step
+            assert all(param.grad is None for param in pair[1].module.parameters())
+        assert pair[0].coverage() == pair[1].coverage()
+        for engine in pair:
+            engine.destroy()
+
+
+@pytest.mark.parametrize("clipping", ["last_visit", "per_part"])
+def test_cheap_clipping_is_the_references(clipping):
+    model = Toy()
+    twin = copy.deepcopy(model)
+    config = in_backward(ds_config(clip=0.05), group_size=2, clipping=clipping)
+    engine = make_engine(model, config)
+    parts = [[m.name for m in part.members] for g in engine.optimizer.groups.values() for part in g.parts]
+    assert len(parts) == 5
+    reference = ReferenceHiFT(
+        twin,
+        [group.param_names for group in engine.groups],
+        lambda named: torch.optim.AdamW([p for _, p in named], lr=1e-2),
+        max_grad_norm=0.05,
+        clipping=clipping,
+        parts=parts,
+    )
+    for batch in make_batches(9):
+        train_step(engine, [batch])
+        reference.step([batch], loss_of)
+        assert largest_difference(model, twin) == 0.0
+    engine.destroy()
+
+
+# -- graphs that a naive update gets wrong --------------------------------------------------------------------------
+
+
+class UsedTwice(Toy):
+    """The lowest block runs again above all others."""
+
+    def forward(self, tokens, targets):
+        h = self.embed(tokens)
+        for layer in [*self.layers, self.layers[0]]:
+            h = layer(h)
+        return nn.functional.cross_entropy(self.head(self.norm(h)).flatten(0, 1), targets.flatten())
+
+
+class SkipsABlock(Toy):
+    """A batch whose first token is odd does not reach block 1."""
+
+    def forward(self, tokens, targets):
+        h = self.embed(tokens)
+        for i, layer in enumerate(self.layers):
+            if i != 1 or int(tokens[0, 0]) % 2 == 0:
+                h = layer(h)
+        return nn.functional.cross_entropy(self.head(self.norm(h)).flatten(0, 1), targets.flatten())
+
+
+class Recomputed(Toy):
+    def forward(self, tokens, targets):
+        h = self.embed(tokens)
+        for layer in self.layers:
+            h = checkpoint(layer, h, use_reentrant=False)
+        return nn.functional.cross_entropy(self.head(self.norm(h)).flatten(0, 1), targets.flatten())
+
+
+class NeedsAWeightLater(Toy):
+    """The head's weight is also a constant of the lowest block: backward reads it after its gradient is complete."""
+
+    def forward(self, tokens, targets):
+        h = self.embed(tokens)
+        h = h + nn.functional.linear(
+            nn.functional.linear(h, self.head.weight.detach()), self.layers[0].up.weight[:7, :1].expand(7, 11)
+        )
+        for layer in self.layers:
+            h = layer(h)
+        return nn.functional.cross_entropy(self.head(self.norm(h)).flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize("cls", [UsedTwice, SkipsABlock, Recomputed])
+@pytest.mark.parametrize("group_size", [2, "all"])
+def test_graphs_of_many_shapes(cls, group_size):
+    config = ds_config(params={"weight_decay": 0.1}, hift={"group_size": group_size})
+    pair = [make_engine(cls(), c) for c in (config, in_backward(config))]
+    for batch in make_batches(8):
+        assert len({train_step(engine, [batch]) for engine in pair}) == 1
+        assert largest_difference(*(engine.module for engine in pair)) == 0.0
+    assert pair[0].coverage() == pair[1].coverage()
+    for engine in pair:
+        engine.destroy()
+
+
+def test_two_forwards_before_one_backward():
+    config = ds_config(hift={"group_size": "all"})
+    pair = [make_engine(Toy(), c) for c in (config, in_backward(config))]
+    for first, second in zip(make_batches(4), make_batches(4, seed=9), strict=True):
+        for engine in pair:
+            engine.backward(loss_of(engine, first) - 0.5 * loss_of(engine, second))
+            engine.step()
+        assert largest_difference(*(engine.module for engine in pair)) == 0.0
+    for engine in pair:
+        engine.destroy()
+
+
+def test_a_backward_in_several_calls():
+    """As DeepSpeed has it: all but the last are not the boundary."""
+    config = ds_config(hift={"group_size": "all"})
+    pair = [make_engine(Toy(), c) for c in (config, in_backward(config))]
+    for first, second in zip(make_batches(4), make_batches(4, seed=9), strict=True):
+        for engine in pair:
+            engine.set_gradient_accumulation_boundary(False)
+            engine.backward(loss_of(engine, first))
+            engine.set_gradient_accumulation_boundary(True)
+            engine.backward(loss_of(engine, second))
+            engine.step()
+        assert largest_difference(*(engine.module for engine in pair)) == 0.0
+    engine = pair[1]
+    engine.backward(loss_of(engine, first))
+    with pytest.raises(HiFTError, match="second backward"):
+        engine.backward(loss_of(engine, second))
+    for engine in pair:
+        engine.destroy()
+
+
+def test_a_graph_that_needs_an_updated_weight_fails_and_says_so():
+    model = NeedsAWeightLater()
+    engine = make_engine(model, in_backward(ds_config(), group_size="all"))
+    batches = make_batches(2)
+    with pytest.raises(HiFTError, match="after_backward") as caught:
+        train_step(engine, [batches[0]])
+    assert "\n" not in str(caught.value) and isinstance(caught.value.__cause__, RuntimeError)
+    for action in (lambda: engine(*batches[1]), engine.step, lambda: engine.save_checkpoint("never")):
+        with pytest.raises(HiFTError, match="load_checkpoint"):
+            action()
+    engine.destroy()
+
+
+# -- what is alive when ---------------------------------------------------------------------------------------------
+
+
+def test_gradients_and_states_of_one_part_at_a_time():
+    model = Toy(num_layers=4)
+    engine = make_engine(model, in_backward(ds_config(), group_size="all", state={"slots": 2}))
+    optimizer, seen = engine.optimizer, []
+    update, params = optimizer.update_part, dict(model.named_parameters())
+
+    def watched(part, *args, **kwargs):
+        alive = [n for n, p in params.items() if optimizer.parameters.pending(p) is not None]
+        seen.append((part.members[0].name.rpartition(".")[0], len(alive)))
+        before = len([slot for slot in optimizer.store._slots if slot.fetched])
+        update(part, *args, **kwargs)
+        assert before == 0 and len(optimizer.store._slots) <= 2
+
+    optimizer.update_part = watched
+    train_step(engine, [make_batches(1)[0]])
+    # Those of the part have been taken; none of another has come.
+    assert seen == [("norm", 0), *[(f"layers.{i}.up", 0) for i in (3, 2, 1, 0)][:0], *seen[1:]]
+    assert [count for _, count in seen] == [0] * 6 and len(seen) == 6
+    engine.destroy()
+
+
+def test_backward_goes_on_after_a_part_was_updated():
+    """Top to bottom, each before the gradients of the next exist."""
+    model = Toy()
+    engine = make_engine(model, in_backward(ds_config(), group_size="all"))
+    start, seen = weights_of(model), []
+
+    def see(name):
+        def hook(grad):
+            seen.append((name, [n for n, p in model.named_parameters() if not torch.equal(p, start[n])]))
+
+        return hook
+
+    model.layers[0].register_forward_hook(lambda m, args, out: out.register_hook(see("layers.0")) and None)
+    train_step(engine, [make_batches(1)[0]])
+    ((_, changed),) = seen
+    assert {n.split(".")[0] for n in changed} == {"layers", "norm", "head"}
+    assert not any(n.startswith("layers.0") for n in changed) and "layers.1.down.weight" in changed
+    engine.destroy()
+
+
+# -- refused --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (ds_config(fp16={"enabled": True}), "loss scale"),
+        (ds_config(torch_autocast={"enabled": True, "dtype": "float16"}), "loss scale"),
+    ],
+)
+def test_a_loss_scale_is_refused(config, words):
+    with pytest.raises(ConfigError, match=words):
+        make_engine(Toy(), in_backward(config))
+
+
+def test_clipping_names_need_in_backward():
+    with pytest.raises(ConfigError, match="clipping"):
+        make_engine(Toy(), ds_config(hift={"clipping": "per_part"}))
+
+
+def test_retained_graphs_and_plain_backward_are_refused():
+    model = Toy()
+    engine = make_engine(model, in_backward(ds_config(stage=1), group_size="all"))
+    start, batch = weights_of(model), make_batches(1)[0]
+    with pytest.raises(HiFTError, match="retain_graph"):
+        engine.backward(loss_of(engine, batch), retain_graph=True)
+    with pytest.raises(HiFTError, match=r"engine\.backward"):
+        loss_of(model, batch).backward()
+    assert all(torch.equal(param, start[name]) for name, param in model.named_parameters())
+    engine.destroy()
+
+
+def test_a_loss_that_is_not_finite_changes_nothing():
+    model = Toy()
+    engine = make_engine(model, in_backward(ds_config(gas=2), group_size="all"))
+    batches = make_batches(4)
+    train_step(engine, batches[:2])
+    start = weights_of(model)
+    engine.backward(loss_of(engine, batches[2]) * float("nan"))
+    engine.step()
+    with pytest.raises(TrainingError, match="not finite"):
+        engine.backward(loss_of(engine, batches[3]))
+    assert all(torch.equal(param, start[name]) for name, param in model.named_parameters())
+    with contextlib.suppress(Exception):
+        engine.destroy()
+
+
+def test_reentrant_recomputation_is_refused_before_anything_changes():
+    class Reentrant(Toy):
+        def forward(self, tokens, targets):
+            h = self.embed(tokens)
+            for layer in self.layers:
+                h = checkpoint(layer, h, use_reentrant=True)
+            return nn.functional.cross_entropy(self.head(self.norm(h)).flatten(0, 1), targets.flatten())
+
+    model = Reentrant()
+    engine = make_engine(model, in_backward(ds_config(), group_size="all"))
+    start = weights_of(model)
+    with pytest.raises(HiFTError, match="use_reentrant"):
+        train_step(engine, make_batches(1))
+    assert all(torch.equal(param, start[name]) for name, param in model.named_parameters())
+    engine.destroy()
