@@ -70,7 +70,7 @@ def _from_run_file(args: argparse.Namespace) -> Setting:
     from hift_ds.hf.model_folder import max_sequence_length
     from hift_ds.hf.model_structure import read_config
     from hift_ds.train.run_config import load_run_config
-    from hift_ds.train.settings import check_batch_sizes, deepspeed_config, resolve_dtype, resolve_max_length
+    from hift_ds.train.settings import deepspeed_config, resolve, resolve_dtype, resolve_max_length
 
     decided = {"batch": "train.micro_batch_size", "length": "data.max_length", "optimizer": "train.optimizer",
                "accumulation": "train.gradient_accumulation_steps", "precision": "model.dtype",
@@ -82,13 +82,14 @@ def _from_run_file(args: argparse.Namespace) -> Setting:
     source = args.model or run.model.path
     config = read_config(source, trust_remote_code=run.model.trust_remote_code)
     stored = short_name(getattr(config, "dtype", None)) or "fp32"
-    dtype = resolve_dtype(run, stored)
-    engine_config = deepspeed_config(run, world_size=args.gpus, dtype=dtype)
+    settings = resolve(run, args.gpus)
+    dtype = resolve_dtype(settings, stored)
+    engine_config = deepspeed_config(settings, dtype)
     if "hift" not in engine_config:
         raise ConfigError("hift: false is ordinary full fine-tuning, which this does not estimate; remove it")
     if run.train.gradient_checkpointing:
         engine_config["hift"]["activations"]["checkpointing"] = True
-    sizes = check_batch_sizes(run, args.gpus)
+    sizes = settings.batch
     setting = Setting(
         source, engine_config, TORCH_NAMES[dtype], sizes.micro_batch_size,
         resolve_max_length(run, max_sequence_length(config.to_dict())), world_size=args.gpus,

@@ -43,7 +43,6 @@ from hift_ds.report.plots import plot_run
 from hift_ds.train.preflight import CheckedRun, check_run
 from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig
 from hift_ds.train.run_folder_lock import RunFolderLock
-from hift_ds.train.settings import hift_block
 from hift_ds.train.spread_masters import gathered_weights
 from hift_ds.train.trainer import build_trainer, make_arguments, zero_stage
 from hift_ds.train.watchdog import collective_timeout_s, lost_rank_error
@@ -120,7 +119,7 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]
 
 def _check(run: RunConfig) -> CheckedRun:
     checked = check_run(run, rank_and_world_size()[1])
-    block = hift_block(run)
+    block = checked.settings.hift
     if block is not None:
         trust = run.model.trust_remote_code
         structure = build_on_meta(
@@ -204,7 +203,7 @@ def _load_model(checked: CheckedRun, arguments: TrainingArguments) -> Any:
     memory of its own until the engine casts: fp32 weights that train in 16 bits keep their bits in the
     masters."""
     run, stored = checked.run, checked.model.dtype
-    block = hift_block(run)
+    block = checked.settings.hift
     options = {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
     if zero_stage(arguments) == 3 and block is not None:
         return load_partitioned(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from hift_ds.hf.model_folder import ModelFolder, check_model_folder, resolve_mod
 from hift_ds.train.run_config import RunConfig
 from hift_ds.train.settings import (
     BatchSizes,
-    check_batch_sizes,
-    deepspeed_config,
+    Settings,
+    resolve,
     resolve_dtype,
     resolve_max_length,
     training_arguments,
@@ -27,10 +28,9 @@ from hift_ds.train.settings import (
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """A run file together with what its inputs turned out to be."""
+    """The settings of a run together with what its inputs turned out to be."""
 
-    run: RunConfig
-    world_size: int
+    settings: Settings
     model: ModelFolder
     tokenizer_folder: Path
     dtype: Dtype
@@ -38,19 +38,32 @@ class CheckedRun:
     export_dtype: Dtype
     max_length: int
     """Tokens of the longest sample."""
-    batch: BatchSizes
+    arguments: Mapping[str, Any]
+    """Of ``transformers.TrainingArguments``, with the DeepSpeed config; not to be changed."""
+
+    @property
+    def run(self) -> RunConfig:
+        """The run file."""
+        return self.settings.run
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self.settings.world_size
+
+    @property
+    def batch(self) -> BatchSizes:
+        """The batch sizes on these ranks."""
+        return self.settings.batch
 
     @property
     def has_eval(self) -> bool:
-        return self.run.data.eval is not None or self.run.data.val_size > 0
+        """Whether there is evaluation data."""
+        return _has_eval(self.run)
 
-    def deepspeed_config(self) -> dict[str, Any]:
-        return deepspeed_config(self.run, world_size=self.world_size, dtype=self.dtype)
 
-    def training_arguments(self) -> dict[str, Any]:
-        return training_arguments(
-            self.run, world_size=self.world_size, dtype=self.dtype, has_eval=self.has_eval
-        )
+def _has_eval(run: RunConfig) -> bool:
+    return run.data.eval is not None or run.data.val_size > 0
 
 
 def check_run(run: RunConfig, world_size: int) -> CheckedRun:
@@ -64,7 +77,7 @@ def check_run(run: RunConfig, world_size: int) -> CheckedRun:
         DataError: a data file is not there.
     """
     trust = run.model.trust_remote_code
-    batch = check_batch_sizes(run, world_size)
+    settings = resolve(run, world_size)
     for source in [*run.data.train_sources(), *run.data.eval_sources()]:
         check_source(source)
     _check_output(run)
@@ -73,20 +86,18 @@ def check_run(run: RunConfig, world_size: int) -> CheckedRun:
     if reason := broken_seal(folder, weights=True):  # of a run's checkpoint-N, the only folders that have one
         raise CheckpointError(f"model.path: {reason}")
     tokenizer = resolve_tokenizer_folder(run, folder)
-    dtype = resolve_dtype(run, model.dtype)
+    dtype = resolve_dtype(settings, model.dtype)
     checked = CheckedRun(
-        run=run,
-        world_size=world_size,
+        settings=settings,
         model=model,
         tokenizer_folder=tokenizer,
         dtype=dtype,
         export_dtype=model.dtype if run.export.dtype == "auto" else run.export.dtype,
         max_length=resolve_max_length(run, model.max_length),
-        batch=batch,
+        arguments=training_arguments(settings, dtype, has_eval=_has_eval(run)),
     )
-    settings = checked.training_arguments()["deepspeed"]
-    if run.hift is not False:
-        _check_optimizer(settings["optimizer"])
+    if settings.hift is not None:
+        _check_optimizer(checked.arguments["deepspeed"]["optimizer"])
     return checked
 
 

@@ -51,13 +51,41 @@ def read_deepspeed(run: RunConfig) -> dict[str, Any]:
     return content
 
 
-def check_batch_sizes(run: RunConfig, world_size: int) -> BatchSizes:
-    """The three batch sizes, which must multiply out: global = micro x accumulation x ``world_size``.
+@dataclass(frozen=True)
+class Settings:
+    """What a run file and its DeepSpeed JSON come to on so many ranks. Made once in a run, by :func:`resolve`; whoever
+    needs a setting afterwards is given this, or values out of it.
+
+    Attributes:
+        run: the run file.
+        world_size: ranks of the job.
+        written: the DeepSpeed JSON as it was read; not to be changed.
+        batch: the three batch sizes, which multiply out.
+        hift: the "hift" block: the run file's keys over the JSON's; ``None`` with ``hift: false``.
+    """
+
+    run: RunConfig
+    world_size: int
+    written: Mapping[str, Any]
+    batch: BatchSizes
+    hift: HiFTConfig | None
+
+
+def resolve(run: RunConfig, world_size: int) -> Settings:
+    """Read the DeepSpeed JSON of ``run`` and settle what can be settled without its model.
 
     Raises:
-        ConfigError: they do not, or the run file and the DeepSpeed JSON disagree.
+        ConfigError: no such file or no JSON in it; the run file and the JSON disagree; the batch sizes do not multiply
+            out; an unknown key or a wrong value in the "hift" block.
     """
-    ds = read_deepspeed(run)
+    written = read_deepspeed(run)
+    return Settings(
+        run, world_size, written, _batch_sizes(run, written, world_size), _hift_block(run, written)
+    )
+
+
+def _batch_sizes(run: RunConfig, ds: Mapping[str, Any], world_size: int) -> BatchSizes:
+    """global = micro x accumulation x ``world_size``."""
     micro = _agreed(run, "train.micro_batch_size", ds, "train_micro_batch_size_per_gpu")
     accumulation = _agreed(run, "train.gradient_accumulation_steps", ds, "gradient_accumulation_steps")
     total = _agreed(run, "train.global_batch_size", ds, "train_batch_size")
@@ -91,7 +119,7 @@ def check_batch_sizes(run: RunConfig, world_size: int) -> BatchSizes:
     return BatchSizes(one // world_size, total // one, total)
 
 
-def resolve_dtype(run: RunConfig, stored: Dtype) -> Dtype:
+def resolve_dtype(settings: Settings, stored: Dtype) -> Dtype:
     """The dtype of the weights in training.
 
     Args:
@@ -100,11 +128,11 @@ def resolve_dtype(run: RunConfig, stored: Dtype) -> Dtype:
     Raises:
         ConfigError: ``model.dtype`` and the DeepSpeed JSON disagree.
     """
-    ds = read_deepspeed(run)
+    ds = settings.written
     means: dict[str, Dtype] = {"torch_autocast": "fp32", "bf16": "bf16", "fp16": "fp16"}
     why = next((name for name in means if (ds.get(name) or {}).get("enabled") is True), None)
     from_json = means[why] if why else None
-    wanted = run.model.dtype
+    wanted = settings.run.model.dtype
     if wanted == "auto":
         return from_json or stored
     if from_json is not None and wanted != from_json:
@@ -140,18 +168,13 @@ def resolve_max_length(run: RunConfig, limit: int | None) -> int:
     return wanted
 
 
-def hift_block(run: RunConfig) -> HiFTConfig | None:
-    """The "hift" block: the run file's keys over the DeepSpeed JSON's. None if ``hift: false``.
-
-    Raises:
-        ConfigError: an unknown key or a wrong value.
-    """
+def _hift_block(run: RunConfig, ds: Mapping[str, Any]) -> HiFTConfig | None:
     if run.hift is False:
         return None
-    return parse_block(_merged(read_deepspeed(run).get(BLOCK) or {}, run.hift))
+    return parse_block(_merged(ds.get(BLOCK) or {}, run.hift))
 
 
-def deepspeed_config(run: RunConfig, *, world_size: int, dtype: Dtype) -> dict[str, Any]:
+def deepspeed_config(settings: Settings, dtype: Dtype) -> dict[str, Any]:
     """The DeepSpeed config of a run, with nothing left "auto" that the run file decides.
 
     Args:
@@ -160,8 +183,7 @@ def deepspeed_config(run: RunConfig, *, world_size: int, dtype: Dtype) -> dict[s
     Raises:
         ConfigError: the run file and the JSON disagree, or the "hift" block contradicts the keys beside it.
     """
-    ds = read_deepspeed(run)
-    batch = check_batch_sizes(run, world_size)
+    run, batch, ds = settings.run, settings.batch, deepcopy(dict(settings.written))
     ds["train_micro_batch_size_per_gpu"] = batch.micro_batch_size
     ds["gradient_accumulation_steps"] = batch.gradient_accumulation_steps
     ds["train_batch_size"] = batch.global_batch_size
@@ -174,14 +196,13 @@ def deepspeed_config(run: RunConfig, *, world_size: int, dtype: Dtype) -> dict[s
     if run.is_given("train.lr_scheduler") and ds.get("scheduler"):
         raise ConfigError('train.lr_scheduler: the DeepSpeed config has a "scheduler" too; remove one')
     ds.pop(BLOCK, None)
-    block = hift_block(run)
-    if block is not None:
-        ds[BLOCK] = block.model_dump(mode="json")
-        check_against_deepspeed(block, ds)
+    if settings.hift is not None:
+        ds[BLOCK] = settings.hift.model_dump(mode="json")
+        check_against_deepspeed(settings.hift, ds)
     return ds
 
 
-def training_arguments(run: RunConfig, *, world_size: int, dtype: Dtype, has_eval: bool) -> dict[str, Any]:
+def training_arguments(settings: Settings, dtype: Dtype, *, has_eval: bool) -> dict[str, Any]:
     """Keyword arguments of ``transformers.TrainingArguments``, its DeepSpeed config included.
 
     Args:
@@ -193,13 +214,13 @@ def training_arguments(run: RunConfig, *, world_size: int, dtype: Dtype, has_eva
     """
     import torch
 
-    train = run.train
+    run, train = settings.run, settings.run.train
     if not has_eval and (train.eval_steps or train.load_best_model_at_end):
         name = "eval_steps" if train.eval_steps else "load_best_model_at_end"
         raise ConfigError(f"train.{name}: {getattr(train, name)} needs data.eval or data.val_size")
-    ds = deepspeed_config(run, world_size=world_size, dtype=dtype)
+    ds = deepspeed_config(settings, dtype)
     if train.auto_find_batch_size:
-        _check_finding_a_batch(ds, world_size)
+        _check_finding_a_batch(ds, settings.world_size)
     options = ds["optimizer"]["params"]
     betas = options.get("betas", (0.9, 0.999))
     return {

@@ -3,6 +3,7 @@ reports."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
@@ -21,6 +22,10 @@ from hift_ds.train.evaluate import TokenMeanEvaluation
 from hift_ds.train.preemption import PreemptionCallback
 from hift_ds.train.preflight import CheckedRun
 from hift_ds.train.watchdog import NotesProgress, WatchdogCallback
+
+ONLY_AT_THE_END = (
+    1_000_000_000  # save_steps that no run reaches; with "steps" the Trainer saves after the last step too
+)
 
 
 class _DecayMatricesOnly:
@@ -123,8 +128,7 @@ def zero_stage(arguments: TrainingArguments) -> int:
 
 def make_arguments(checked: CheckedRun, *, fresh: bool) -> TrainingArguments:
     """Args: fresh: the run begins at step 0."""
-    options = checked.training_arguments()
-    options["deepspeed"].setdefault("zero_optimization", {"stage": 0})  # accelerate insists on it
+    options = deepcopy(dict(checked.arguments))
     if checked.run.hift is False and options["deepspeed"]["zero_optimization"].get("stage", 0) == 3:
         raise ConfigError(
             'hift: false with "zero_optimization.stage": 3 in the DeepSpeed config: use stage 0, 1 or 2'
@@ -136,7 +140,7 @@ def make_arguments(checked: CheckedRun, *, fresh: bool) -> TrainingArguments:
     saving = options["deepspeed"].get("checkpoint") or {}
     options["save_on_each_node"] = bool(saving.get("use_node_local_storage"))
     if options["save_strategy"] == "no":  # "null: only at the end"
-        options |= {"save_strategy": "steps", "save_steps": 1_000_000_000}
+        options |= {"save_strategy": "steps", "save_steps": ONLY_AT_THE_END}
     if (
         "activation_checkpointing" not in TrainingArguments.__dataclass_fields__
     ):  # its name in the first releases of transformers 5

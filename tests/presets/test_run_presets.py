@@ -13,9 +13,8 @@ from hift_ds.hf.model_structure import build_on_meta
 from hift_ds.layers.grouping import partition_model
 from hift_ds.train.run_config import load_run_config
 from hift_ds.train.settings import (
-    check_batch_sizes,
-    hift_block,
     read_deepspeed,
+    resolve,
     resolve_dtype,
     training_arguments,
 )
@@ -35,14 +34,14 @@ def test_preset_is_complete(file, tmp_path, monkeypatch):
     ds = read_deepspeed(run)
     assert ds["hift"] and (ROOT / "ds_configs" / f"{run.deepspeed}.json").is_file()
     assert re.fullmatch(r"[\w.-]+/[\w.-]+", run.model.path)  # a hub name, which needs no folder here
-    dtype = resolve_dtype(run, "bf16" if "fp32" not in run.deepspeed else "fp32")
+    dtype = resolve_dtype(resolve(run, 1), "bf16" if "fp32" not in run.deepspeed else "fp32")
     for world_size in (1, 2, 4, 8):
-        batch = check_batch_sizes(run, world_size)
+        batch = resolve(run, world_size).batch
         assert (
             batch.micro_batch_size * batch.gradient_accumulation_steps * world_size
             == run.train.global_batch_size
         )
-        options = training_arguments(run, world_size=world_size, dtype=dtype, has_eval=True)
+        options = training_arguments(resolve(run, world_size), dtype, has_eval=True)
         assert options["deepspeed"]["train_batch_size"] == run.train.global_batch_size
         assert options["bf16"] == (dtype == "bf16") == ("bf16" in run.deepspeed)
     assert run.data.max_length <= model_zoo.config(size_of(file)).max_position_embeddings
@@ -56,7 +55,7 @@ def test_header_gives_the_command_and_true_numbers(file):
     assert f"deepspeed --module hift_ds.launch {file.stem} " in header[2]
     model = build_on_meta(model_zoo.config(size_of(file)))
     run = load_run_config(file)
-    block = hift_block(run)
+    block = resolve(run, 1).hift
     partition = partition_model(
         model, group_size=block.group_size, patterns=block.groups, always_active=block.always_active
     )

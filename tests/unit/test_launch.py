@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from hift_ds.errors import CheckpointError
 from hift_ds.hf.safetensors_folder import tensor_dtypes
 from hift_ds.ranks import free_port
 from hift_ds.report.metrics import read_metrics
-from hift_ds.train import worker
+from hift_ds.train import preflight, settings, worker
 from hift_ds.train.finetune import finetune
 from hift_ds.train.run_config import load_run_config
 from tests.helpers.tiny_tokenizers import LLAMA_LIKE, byte_level, sentencepiece_folder
@@ -550,3 +551,28 @@ def test_the_few_fp32_weights_of_a_folder_in_bf16_keep_their_bits(inputs, tmp_pa
     assert any(value.dtype == torch.float32 for value in after.values())
     for name, value in after.items():
         assert value.dtype == tensors[name].dtype and torch.equal(value, tensors[name]), name
+
+
+def test_a_run_reads_its_deepspeed_json_once_and_builds_its_config_once(inputs, tmp_path, monkeypatch):
+    """From the check of the run file to the export, with a hift block in the JSON."""
+    (tmp_path / "ds.json").write_text(json.dumps({"hift": {"order": "top2down"}}))
+    calls = Counter()
+
+    def counted(name):
+        function = getattr(settings, name)
+        return lambda *args, **kwargs: (calls.update([name]), function(*args, **kwargs))[1]
+
+    for name in ("read_json_file", "parse_block", "deepspeed_config", "training_arguments"):
+        monkeypatch.setattr(settings, name, counted(name))
+    monkeypatch.setattr(preflight, "training_arguments", settings.training_arguments)
+    file = write_run(
+        inputs,
+        tmp_path / "run",
+        deepspeed=str(tmp_path / "ds.json"),
+        train__max_steps=1,
+        train__save_steps=None,
+    )
+    finetune(load_run_config(file))
+    written = json.loads((tmp_path / "run" / "deepspeed.json").read_text())
+    assert written["hift"]["order"] == "top2down"
+    assert set(calls.values()) == {1} and len(calls) == 4, calls

@@ -186,7 +186,7 @@ def test_a_checked_run(run_file, monkeypatch):
     checked = check_run(load_run_config(run_file, ["train.global_batch_size=6"]), world_size=3)
     assert (checked.dtype, checked.export_dtype, checked.max_length) == ("bf16", "bf16", 64)
     assert checked.batch.gradient_accumulation_steps == 2 and not checked.has_eval
-    assert checked.training_arguments()["bf16"] and checked.deepspeed_config()["bf16"] == {"enabled": True}
+    assert checked.arguments["bf16"] and checked.arguments["deepspeed"]["bf16"] == {"enabled": True}
     assert not (run_file.parent / "out").exists()  # checking makes nothing
 
 

@@ -12,9 +12,8 @@ import yaml
 from hift_ds.errors import ConfigError
 from hift_ds.train.run_config import RunConfig, load_run_config
 from hift_ds.train.settings import (
-    check_batch_sizes,
     deepspeed_config,
-    hift_block,
+    resolve,
     resolve_dtype,
     resolve_max_length,
     training_arguments,
@@ -36,7 +35,7 @@ def load(tmp_path):
 def arguments(
     run: RunConfig, world_size: int = 1, dtype: Any = "fp32", has_eval: bool = False
 ) -> dict[str, Any]:
-    return training_arguments(run, world_size=world_size, dtype=dtype, has_eval=has_eval)
+    return training_arguments(resolve(run, world_size), dtype, has_eval=has_eval)
 
 
 def test_defaults_and_overrides(load):
@@ -44,7 +43,7 @@ def test_defaults_and_overrides(load):
         "train.learning_rate=1e-4", "data.train=[a.jsonl, b.jsonl]", "hift.group_size=2", "model.dtype=bf16"
     )
     assert run.train.learning_rate == 1e-4 and run.data.train == ["a.jsonl", "b.jsonl"]
-    assert hift_block(run).group_size == 2 and hift_block(run).order == "bottom2up"
+    assert resolve(run, 1).hift.group_size == 2 and resolve(run, 1).hift.order == "bottom2up"
     assert run.export_dir == Path("out/model") and run.tokenizer_path == "m"
     assert run.is_given("train.learning_rate") and not run.is_given("train.epochs")
     assert run.overrides[0] == "train.learning_rate=1e-4" and run.file.name == "run.yaml"
@@ -142,9 +141,9 @@ def test_a_missing_file(tmp_path):
     ],
 )
 def test_batch_sizes_multiply_out(load, overrides, world_size, expected):
-    batch = check_batch_sizes(load(*overrides), world_size)
+    batch = resolve(load(*overrides), world_size).batch
     assert (batch.micro_batch_size, batch.gradient_accumulation_steps, batch.global_batch_size) == expected
-    ds = deepspeed_config(load(*overrides), world_size=world_size, dtype="fp32")
+    ds = deepspeed_config(resolve(load(*overrides), world_size), "fp32")
     keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
     assert tuple(ds[key] for key in keys) == expected
 
@@ -176,7 +175,7 @@ def test_batch_sizes_multiply_out(load, overrides, world_size, expected):
 )
 def test_batch_sizes_that_do_not(load, overrides, message):
     with pytest.raises(ConfigError, match=message):
-        check_batch_sizes(load(*overrides), 2)
+        resolve(load(*overrides), 2)
 
 
 @pytest.mark.parametrize(
@@ -191,8 +190,8 @@ def test_batch_sizes_that_do_not(load, overrides, message):
 )
 def test_the_dtype_of_training(load, overrides, stored, expected):
     run = load(*overrides)
-    assert resolve_dtype(run, stored) == expected
-    ds = deepspeed_config(run, world_size=1, dtype=expected)
+    assert resolve_dtype(resolve(run, 1), stored) == expected
+    ds = deepspeed_config(resolve(run, 1), expected)
     for name in ("bf16", "fp16"):
         assert ds.get(name, {}).get("enabled", False) is (expected == name)
 
@@ -207,7 +206,7 @@ def test_the_dtype_of_training(load, overrides, stored, expected):
 )
 def test_dtypes_that_contradict(load, overrides):
     with pytest.raises(ConfigError, match="model.dtype: .*in the DeepSpeed config.*change one"):
-        resolve_dtype(load(*overrides), "fp32")
+        resolve_dtype(resolve(load(*overrides), 1), "fp32")
 
 
 def test_the_longest_sample(load):
@@ -235,7 +234,7 @@ def test_the_run_file_goes_over_the_json_and_the_json_over_defaults(load, tmp_pa
     run = load(
         "deepspeed=ds.json", "hift.reshuffle=true", "hift.state.pin_memory=true", "train.weight_decay=0.3"
     )
-    merged = deepspeed_config(run, world_size=1, dtype="fp32")
+    merged = deepspeed_config(resolve(run, 1), "fp32")
     assert merged["optimizer"] == {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.3}}
     assert merged["gradient_clipping"] == 0.5 and merged["wall_clock_breakdown"] is True
     assert merged["hift"]["order"] == "random" and merged["hift"]["reshuffle"] is True
@@ -274,13 +273,13 @@ def test_the_run_file_goes_over_the_json_and_the_json_over_defaults(load, tmp_pa
 )
 def test_settings_that_contradict_each_other(load, overrides, message):
     with pytest.raises(ConfigError, match=message):
-        deepspeed_config(load(*overrides), world_size=1, dtype="fp32")
+        deepspeed_config(resolve(load(*overrides), 1), "fp32")
 
 
 def test_a_json_that_is_none(load, tmp_path):
     (tmp_path / "ds.json").write_text("{]")
     with pytest.raises(ConfigError, match="ds.json: not valid JSON"):
-        deepspeed_config(load(f"deepspeed={tmp_path / 'ds.json'}"), world_size=1, dtype="fp32")
+        deepspeed_config(resolve(load(f"deepspeed={tmp_path / 'ds.json'}"), 1), "fp32")
 
 
 def test_a_deepspeed_json_may_have_what_deepspeed_reads(load, tmp_path):
@@ -292,7 +291,7 @@ def test_a_deepspeed_json_may_have_what_deepspeed_reads(load, tmp_path):
     for encoding in ("utf-8", "utf-8-sig"):
         file.write_text(text, encoding=encoding)
         for config in (
-            deepspeed_config(load(f"deepspeed='{file}'"), world_size=1, dtype="fp32"),
+            deepspeed_config(resolve(load(f"deepspeed='{file}'"), 1), "fp32"),
             config_dict(file, None, None),
             config_dict(str(file), None, None),
         ):
@@ -323,10 +322,8 @@ def test_merge_keys_of_yaml(tmp_path):
 
 
 def test_full_fine_tuning_has_no_hift_block(load):
-    assert hift_block(load("hift=false")) is None
-    assert "hift" not in deepspeed_config(
-        load("hift=false", "deepspeed={hift: {}}"), world_size=1, dtype="fp32"
-    )
+    assert resolve(load("hift=false"), 1).hift is None
+    assert "hift" not in deepspeed_config(resolve(load("hift=false", "deepspeed={hift: {}}"), 1), "fp32")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
