@@ -64,6 +64,18 @@ class CycleLR:
             self.latched = [max(a, b) for a, b in zip(now, last, strict=True)]
         return self.latched
 
+    def catch_up(self) -> None:
+        """Give the param_groups the rates of this very step, where the schedule is a function of the step.
+
+        A run that goes on with more steps has another schedule than the one whose last value was saved; torch would use
+        that value for one step, and a latch for a whole cycle. Without a change the values stay as they are.
+        """
+        functions, bases = (getattr(self.scheduler, name, None) for name in ("lr_lambdas", "base_lrs"))
+        if functions is None or bases is None or not len(functions) == len(bases) == len(self.param_groups):
+            return
+        for group, base, function in zip(self.param_groups, bases, functions, strict=True):
+            group["lr"] = base * function(self.scheduler.last_epoch)
+
     def state_dict(self) -> dict[str, Any]:
         return {"mode": self.mode, "latched": self.latched, "history": self._history}
 

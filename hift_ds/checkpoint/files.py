@@ -273,24 +273,43 @@ def remove_folder(path: Path) -> None:
 
 
 @contextmanager
-def write_errors(folder: Path) -> Iterator[None]:
-    """Errors of the file system as one line."""
+def write_errors(folder: Path, what: str = "a checkpoint") -> Iterator[None]:
+    """Errors of the file system as one line, also those that torch and safetensors have put into their own words.
+
+    Raises:
+        CheckpointError: the file system refused something.
+    """
     try:
         yield
-    except OSError as error:
-        raise CheckpointError(_explain(error, folder)) from error
+    except CheckpointError:
+        raise
+    except Exception as error:
+        refusal = refusal_of(error)
+        if refusal is None:
+            raise
+        raise CheckpointError(explain_refusal(refusal, folder, what)) from error
 
 
-def _explain(error: OSError, folder: Path) -> str:
+def refusal_of(error: BaseException) -> OSError | None:
+    """What the file system said; None for an error that it has nothing to do with."""
+    if isinstance(error, OSError):
+        return None if isinstance(error, ConnectionError | TimeoutError) else error
+    text = str(error)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
+        if f"(os error {number})" in text or os.strerror(number) in text:
+            return OSError(number, os.strerror(number))
+    if "PytorchStreamWriter failed" in text:  # torch.save does not say why; it is hardly ever anything else
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return None
+
+
+def explain_refusal(error: OSError, folder: Path, what: str) -> str:
+    """One line, with the way out, for ``what`` that could not be written into ``folder``."""
     where = error.filename or folder
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free_gib = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 2**30
-        return (
-            f"no space left for a checkpoint in {folder} ({free_gib:.2f} GiB free); "
-            "free some or save elsewhere"
-        )
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free_gib = shutil.disk_usage(existing).free / 2**30
+        return f"no space left for {what} in {folder} ({free_gib:.2f} GiB free); free some or save elsewhere"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return (
-            f"cannot write a checkpoint to {where}: {error.strerror}; choose a folder this user may write to"
-        )
-    return f"cannot write a checkpoint to {where}: {error.strerror or error}"
+        return f"cannot write {what} to {where}: {error.strerror}; choose a folder this user may write to"
+    return f"cannot write {what} to {where}: {error.strerror or error}"

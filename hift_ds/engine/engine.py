@@ -360,6 +360,7 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
             steps_left: optimizer steps that the run still makes, the coming one included: no look goes further.
         """
         self.optimizer.lr.scheduler, self.optimizer.lr.steps_left = scheduler, steps_left
+        self.optimizer.lr.catch_up()
 
     @explains_out_of_memory("forward")
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:

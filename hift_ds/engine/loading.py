@@ -168,6 +168,7 @@ class Loading:
             optimizer.lr.load_state_dict(decode(common["learning_rate"]))
             if self.lr_scheduler is not None and common["scheduler"] is not None:
                 self.lr_scheduler.load_state_dict(decode(common["scheduler"]))
+                optimizer.lr.catch_up()
         self._load_cursor(saved)
         self._load_pending_gradients(saved)
         own = saved.of_rank(self.global_rank)

@@ -15,12 +15,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from hift_ds.checkpoint.files import write_errors
 from hift_ds.config import BLOCK
 from hift_ds.engine.deepspeed_seam import nothing_compiled
 from hift_ds.engine.engine import HiFTEngine
@@ -28,7 +30,7 @@ from hift_ds.engine.initialize import ensure_process_group, hift_engines
 from hift_ds.engine.single_process import as_single_process
 from hift_ds.engine.zero3.export import export_partitioned
 from hift_ds.engine.zero3.shards import is_partitioned
-from hift_ds.errors import ConfigError, OutOfMemory
+from hift_ds.errors import CheckpointError, ConfigError, OutOfMemory
 from hift_ds.hf.export import savable_generation_config
 from hift_ds.integrations.arguments import check_arguments
 from hift_ds.integrations.callback import HiFTCallback
@@ -37,6 +39,7 @@ from hift_ds.integrations.events import EngineEvents, disable_input_require_grad
 from hift_ds.integrations.finished_run import StopsWhenDone
 from hift_ds.integrations.weights_once import WeightsOnce
 from hift_ds.out_of_memory import explains_evaluation
+from hift_ds.ranks import on_all_ranks
 
 NO_BATCH_FITS = "No executable batch size found"  # accelerate's words
 
@@ -136,9 +139,21 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         if self.engine is not None and self.engine.zero_optimization_stage() == 3:
             self._save_partitioned(folder, is_checkpoint=_internal_call)
             return
+        if not _internal_call:
+            self._write_model(output_dir)
+            return
+        # Of a checkpoint, for which the ranks meet next: none must wait for a first one whose disk is full.
+        on_all_ranks(lambda: self._write_checkpoints_model(folder), CheckpointError)
+
+    def _write_checkpoints_model(self, folder: str) -> None:
+        with write_errors(Path(folder)):
+            self._write_model(folder, _internal_call=True)
+
+    def _write_model(self, output_dir: str | None, **options: Any) -> None:
+        folder = output_dir or self.args.output_dir
         written = savable_generation_config(self.model, folder if self.args.should_save else None)
         with self._deepspeed_set_aside(), written:
-            super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, **options)
 
     def _save_partitioned(self, output_dir: str, is_checkpoint: bool) -> None:
         """All ranks gather, one weight at a time; rank 0 writes. The Trainer's checkpoints hold the weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from hift_ds.checkpoint.files import explain_refusal
+from hift_ds.errors import TrainingError
 from hift_ds.report.coverage import kept_step, make_coverage, write_coverage
 from hift_ds.report.groups import GroupSummary, summarize, write_groups
 from hift_ds.report.metrics import EvalRecord, MetricsWriter, StepRecord
@@ -18,6 +21,8 @@ from hift_ds.report.progress import Progress, SilentProgress, clock, make_progre
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 _SAME_NAME = (
     "cycle", "position", "group", "group_name", "lr", "grad_norm", "loss_scale", "skipped",
@@ -63,6 +68,7 @@ class ReportCallback(TrainerCallback):
         self._plots = plots
         self._writer: MetricsWriter | None = None
         self._pending: StepRecord | None = None
+        self._unwritten = False  # the last line was left out
         self._mark = self._began = time.monotonic()
         self._tokens = 0
         self._kept_step: int | None = None  # after training
@@ -148,7 +154,7 @@ class ReportCallback(TrainerCallback):
         record: EvalRecord = {"step": state.global_step, **numbers}  # type: ignore[typeddict-item]
         # An evaluation after training finds the writer closed and is appended all the same.
         writer = self._writer or MetricsWriter(self.run_dir, resume_step=state.global_step)
-        writer.write(record)
+        self._write(writer, record)
         if writer is not self._writer:
             writer.close()
         progress = self._progress or make_progress()
@@ -207,9 +213,27 @@ class ReportCallback(TrainerCallback):
 
     def _flush(self) -> None:
         if self._pending is not None and self._writer is not None and self._progress is not None:
-            self._writer.write(self._pending)
+            self._write(self._writer, self._pending)
             self._progress.update(self._pending)
         self._pending = None
+
+    def _write(self, writer: MetricsWriter, record: StepRecord | EvalRecord) -> None:
+        """A line that cannot be written is left out and said once, if a checkpoint that cannot be may be too.
+
+        Raises:
+            TrainingError: "hift.checkpoint.on_error" is not "continue".
+        """
+        try:
+            writer.write(record)
+            self._unwritten = False
+        except OSError as error:
+            line = explain_refusal(error, self.run_dir, "metrics")
+            hift = getattr(self._get_engine(), "hift", None)
+            if hift is None or hift.checkpoint.on_error == "raise":
+                raise TrainingError(line) from error
+            if not self._unwritten:
+                logger.error("metrics not written, training goes on: %s", line)
+            self._unwritten = True
 
     # --- beginning and end -----------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from dataclasses import dataclass, field
@@ -88,16 +89,23 @@ class MetricsWriter:
         self.path = Path(run_dir) / FILE_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._drop_after(resume_step)
-        self._file: IO[str] | None = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (see close)
+        self._file: IO[bytes] | None = open(self.path, "ab", buffering=0)  # noqa: SIM115 (see close)
 
     def write(self, record: StepRecord | EvalRecord) -> None:
+        """Raises OSError if the file system refuses the line, of which nothing stays then."""
         assert self._file is not None, "writer is closed"
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(finite, allow_nan=False).encode() + b"\n"
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self._file.truncate(before)  # or the next line would be glued to the half of this one
+            raise
 
     def close(self) -> None:
         if self._file is not None:

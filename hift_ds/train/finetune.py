@@ -7,6 +7,7 @@ weight is read; the loop is transformers' (:mod:`hift_ds.train.trainer`), the st
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import pickle
@@ -41,6 +42,7 @@ from hift_ds.report.coverage import kept_step
 from hift_ds.report.groups import record_movement
 from hift_ds.report.plots import plot_run
 from hift_ds.train.preflight import CheckedRun, check_run
+from hift_ds.train.resumed_settings import SETTINGS_FILE, compare, fingerprint, read_settings, settings_of
 from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig
 from hift_ds.train.run_folder_lock import RunFolderLock
 from hift_ds.train.spread_masters import gathered_weights
@@ -100,7 +102,8 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]
     )
     restore_cache = turn_cache_off(model.config)
     trainer = build_trainer(checked, arguments, model, tokenizer, data)
-    results = _train(trainer, run, checkpoints)
+    settings = settings_of(run, arguments.deepspeed, model.config.to_dict(), fingerprint(data.train))
+    results = _train(trainer, run, checkpoints, settings)
     if trainer.preemption.stopped_by is not None:
         results["stopped_by"] = trainer.preemption.stopped_by
         say(f"saved after step {results['steps']}; the same command goes on from there")
@@ -235,12 +238,19 @@ def _load_model(checked: CheckedRun, arguments: TrainingArguments) -> Any:
 
 
 class _Began(TrainerCallback):
-    """Whether training got past the loading of its checkpoint; then the run folder is this run's."""
+    """Whether training got past the loading of its checkpoint; then the run folder is this run's, and so is every
+    checkpoint, beside which stands what it was saved with."""
 
     began = False
 
-    def __init__(self, run: RunConfig) -> None:
-        self.run = run
+    def __init__(self, run: RunConfig, settings: dict[str, Any]) -> None:
+        self.run, self.settings = run, settings
+
+    def on_save(self, args: TrainingArguments, state: Any, *rest: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.process_index == 0 and folder.is_dir():
+            with contextlib.suppress(OSError):  # it says what would differ, no more
+                replace_text(folder / SETTINGS_FILE, json.dumps(self.settings, indent=1))
 
     def on_train_begin(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
         if not self.began and args.process_index == 0:
@@ -249,13 +259,14 @@ class _Began(TrainerCallback):
 
 
 @no_traceback_when_full("in training")
-def _train(trainer: Any, run: RunConfig, checkpoints: list[Path]) -> dict[str, Any]:
+def _train(trainer: Any, run: RunConfig, checkpoints: list[Path], settings: dict[str, Any]) -> dict[str, Any]:
     """From the newest checkpoint whose checksums are right, else from the start."""
-    progress = _Began(run)
+    progress = _Began(run, settings)
     trainer.add_callback(progress)
     try:
         for position, folder in enumerate(checkpoints):
             try:
+                on_all_ranks(lambda folder=folder: _compare_settings(folder, settings))
                 return _summary(trainer, trainer.train(resume_from_checkpoint=str(folder)))
             except (CheckpointError, pickle.UnpicklingError, EOFError) as found:
                 error = found if isinstance(found, CheckpointError) else _unreadable(folder, found)
@@ -269,6 +280,17 @@ def _train(trainer: Any, run: RunConfig, checkpoints: list[Path]) -> dict[str, A
         if lost is None:
             raise
         raise lost from error
+
+
+def _compare_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Say what is another than when ``folder`` was saved; refuse what cannot be."""
+    then = read_settings(folder)
+    if rank_and_world_size()[0] != 0 or then is None:
+        return
+    differences = compare(then, settings)
+    differences.raise_refused(folder)
+    for line in differences.lines(folder):
+        logger.warning("%s", line)
 
 
 def _unreadable(folder: Path, error: Exception) -> CheckpointError:

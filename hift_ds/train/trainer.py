@@ -36,7 +36,7 @@ class _DecayMatricesOnly:
         from accelerate.utils import DummyOptim
 
         optimizer = super().create_optimizer(*args, **kwargs)
-        if isinstance(optimizer, DummyOptim) and self.args.weight_decay:
+        if isinstance(optimizer, DummyOptim):  # without decay too: a run that goes on may have another
             decayed = set(self.get_decay_parameter_names(self.model))
             trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
             optimizer.params = [

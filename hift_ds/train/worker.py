@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import base64
+import errno
 import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from hift_ds.errors import (
     INTERRUPTED,
@@ -25,12 +27,14 @@ from hift_ds.errors import (
     HiFTError,
     OneLineParser,
     OutOfMemory,
+    TrainingError,
     check_that_commands_can_run,
 )
 from hift_ds.ranks import free_port, launch_variables, rank_and_world_size
 from hift_ds.report.quiet import escape_what_cannot_be_shown, quiet_libraries
 from hift_ds.train.processes import end_with_launcher
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # never a bug, wherever they come from
 PATIENCE_S = 5.0  # for the first rank to say what is wrong and for the launcher to stop the others
 
 
@@ -62,6 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Exception as error:
+        from hift_ds.checkpoint.files import explain_refusal, refusal_of
+
+        refusal = refusal_of(error)
+        if refusal is None or refusal.errno not in DISK_ERRORS:
+            raise
+        where = Path(refusal.filename) if refusal.filename else Path.cwd()
+        _report(TrainingError(explain_refusal(refusal, where, "files of the run")))
+        return USER_ERROR
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
