@@ -194,6 +194,35 @@ def grouping_differences(
     return differences
 
 
+_OF_THE_GROUPS = ("group_size", "groups", "always_active", "order", "reshuffle", "seed", "steps_per_group")
+
+
+def block_differences(
+    saved: SavedCheckpoint, block: Mapping[str, Any], groups_are_said: bool = False
+) -> list[str]:
+    """Settings of the "hift" block, as ``key: saved -> now``, whatever they do; a checkpoint of an earlier version does
+    not say what it was saved with.
+
+    Args:
+        block: of the run, with every key.
+        groups_are_said: leave out those that make layer groups and their order.
+    """
+    theirs, ours = dict(_flat(saved.common.get("hift") or block)), dict(_flat(block))
+    return [
+        f"{key}: {theirs.get(key)} -> {ours.get(key)}"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key) and not (groups_are_said and key in _OF_THE_GROUPS)
+    ]
+
+
+def _flat(block: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in block.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
 def option_differences(saved: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
     """Optimizer options that a config change and not a scheduler made different."""
     scheduled = {"lr", "initial_lr", "betas", "momentum", "max_lr", "min_lr", "max_momentum", "base_momentum"}

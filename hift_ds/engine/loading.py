@@ -17,6 +17,7 @@ from hift_ds.checkpoint.json_state import decode
 from hift_ds.checkpoint.random_state import set_random_state
 from hift_ds.checkpoint.saved_checkpoint import (
     SavedCheckpoint,
+    block_differences,
     check_same_model,
     check_same_optimizer,
     grouping_differences,
@@ -201,6 +202,9 @@ class Loading:
         schedule.load_state_dict(saved.common["schedule"])
         norms = {} if differences else saved.common["optimizer"].get("last_norms", {})
         self.optimizer.last_norms = {int(index): norm for index, norm in norms.items()}
+        block = block_differences(saved, self.hift.model_dump(mode="json"), bool(differences))
+        if block:
+            self._say(f"\"hift\" settings are the run's, not the checkpoint's: {'; '.join(block)}")
         if differences:
             schedule.cursor = Cursor(schedule.cursor.cycle)
             self._say(

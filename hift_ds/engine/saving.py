@@ -237,6 +237,7 @@ class Saving:
         return {
             "format": manifests.FORMAT,
             "hift_ds": __version__,
+            "hift": self.hift.model_dump(mode="json"),
             "world_size": self.world_size,
             "global_steps": self.global_steps,
             "global_samples": self.global_samples,

@@ -1,15 +1,19 @@
 """A checkpoint that meets another model, another config or another precision: what fits is kept, what
 does not is said."""
 
+import copy
 import functools
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import BaseModel
 from torch import nn
 
-from hift_ds.checkpoint.saved_checkpoint import SavedCheckpoint
+from hift_ds.checkpoint.saved_checkpoint import SavedCheckpoint, block_differences
+from hift_ds.config import HiFTConfig
 from hift_ds.errors import CheckpointError
 from hift_ds.schedule import Cursor
 from tests.checkpoint.runs import Case, advance, assert_same_end, end_of, states_of, whole_weights
@@ -315,4 +319,38 @@ def test_the_folder_can_be_read_without_this_package(tmp_path):
     assert len(parts) >= 2  # 91 elements in slices of at most 50
     whole = torch.cat([parts[n] for n in sorted(parts, key=lambda n: int(n.split("[")[1].split(":")[0]))])
     assert torch.equal(whole.view(common["tensors"][name]["shape"]).bfloat16(), weights[name])
+    engine.destroy()
+
+
+# -- settings of the block -------------------------------------------------------------------------------------
+
+
+def keys_of_block(model, prefix=""):
+    for name, info in model.model_fields.items():
+        nested = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+        yield from keys_of_block(info.annotation, f"{prefix}{name}.") if nested else [prefix + name]
+
+
+def test_every_key_of_the_block_that_differs_is_said():
+    block = HiFTConfig().model_dump(mode="json")
+    saved = SimpleNamespace(common={"hift": block})
+    assert block_differences(saved, block) == [] == block_differences(SimpleNamespace(common={}), block)
+    keys = list(keys_of_block(HiFTConfig))
+    assert len(keys) > 20
+    for key in keys:
+        now = copy.deepcopy(block)
+        *above, last = key.split(".")
+        functools.reduce(lambda place, part: place[part], above, now)[last] = "another"
+        (line,) = block_differences(saved, now)
+        assert line.startswith(f"{key}: ") and line.endswith(" -> another")
+
+
+def test_settings_that_differ_are_the_runs_and_said_in_one_line(tmp_path, caplog):
+    save(Case(hift()), tmp_path).destroy()
+    block = {"lr_update": "step", "seed": 3, "state": {"slots": 2}, "checkpoint": {"on_error": "continue"}}
+    engine, lines = load(Case(hift(**block)), tmp_path, caplog)
+    assert lines == [
+        "checkpoint: \"hift\" settings are the run's, not the checkpoint's: checkpoint.on_error: raise -> continue; "
+        "lr_update: cycle -> step; seed: 0 -> 3; state.slots: 1 -> 2"
+    ]
     engine.destroy()
