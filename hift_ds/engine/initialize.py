@@ -56,6 +56,10 @@ def initialize(
         with as_single_process():
             return stock(**arguments, **given)
     refuse_auto(config)
+    if not ({"train_batch_size", "train_micro_batch_size_per_gpu"} & config.keys()):
+        raise ConfigError(
+            '"train_micro_batch_size_per_gpu": missing; how many rows does a rank take at a time?'
+        )
     with _building(arguments, config):
         return stock(**arguments, **given)
 

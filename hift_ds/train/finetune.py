@@ -12,6 +12,7 @@ import json
 import logging
 import pickle
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +126,28 @@ def _check(run: RunConfig) -> CheckedRun:
     block = checked.settings.hift
     if block is not None:
         trust = run.model.trust_remote_code
-        structure = build_on_meta(
-            read_config(str(checked.model.path), trust_remote_code=trust), trust_remote_code=trust
-        )
+        config = read_config(str(checked.model.path), trust_remote_code=trust)
+        if run.model.attn_implementation:
+            _check_attention(config, run)
+        structure = build_on_meta(config, trust_remote_code=trust)
         partition_model(
             structure, group_size=block.group_size, patterns=block.groups, always_active=block.always_active
         )
     return checked
+
+
+def _check_attention(config: Any, run: RunConfig) -> None:
+    """The kernel is there, and the model takes it."""
+    wanted = deepcopy(config)
+    wanted._attn_implementation = run.model.attn_implementation
+    try:
+        build_on_meta(wanted, trust_remote_code=run.model.trust_remote_code)
+    except ConfigError as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ConfigError(
+            f"model.attn_implementation: {run.model.attn_implementation!r} cannot be used here ({reason[:200]}); leave "
+            "the key out for transformers' choice"
+        ) from error
 
 
 def _results_of_finished(run: RunConfig, checkpoints: list[Path]) -> dict[str, Any] | None:

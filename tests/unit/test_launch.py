@@ -330,6 +330,13 @@ def pickle_weights(folder: Path) -> None:
     ("changes", "spoil", "message"),
     [
         ({"train__learning_rat": 1}, None, "learning_rate"),
+        ({"train__early_stopping_patience": 2}, None, "'early_stopping_patience'; known keys"),
+        (
+            {"model__attn_implementation": "flesh"},
+            None,
+            "model.attn_implementation: 'flesh' cannot be used here",
+        ),
+        ({"model__attn_implementation": "flash_attention_2"}, None, "package for FlashAttention2"),
         ({"model__path": "nowhere"}, None, "model.path"),
         ({"data__train": "nowhere.jsonl"}, None, "nowhere.jsonl"),
         ({"data__max_length": 4096}, None, "256 positions"),

@@ -240,6 +240,22 @@ def test_every_auto_that_is_left_is_named():
         hift_ds.initialize(model=nn.Linear(2, 2), config=config)
 
 
+def test_what_a_config_lacks_is_named():
+    with pytest.raises(ConfigError, match='"train_micro_batch_size_per_gpu": missing'):
+        hift_ds.initialize(model=nn.Linear(2, 2), config={"hift": {}})
+    with pytest.raises(ConfigError, match='"optimizer": missing'):
+        hift_ds.initialize(model=nn.Linear(2, 2), config={"train_batch_size": 1, "hift": {}})
+
+
+def test_accelerate_told_to_leave_deepspeed_out(tmp_path, monkeypatch):
+    """``accelerate launch --cpu``."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ConfigError, match="accelerate launch.*use_cpu=True"):
+        HiFTTrainer(
+            model_zoo.tiny.build("llama"), arguments(tmp_path), train_dataset=ragged_dataset(2)
+        ).train()
+
+
 def test_a_callback_that_freezes_a_block_is_heard(tmp_path):
     class Freeze(TrainerCallback):
         kept: Any = None
