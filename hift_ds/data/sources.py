@@ -142,10 +142,19 @@ def resolve(source: Source) -> Source:
     Raises:
         DataError: that file has no such data set, or says something that is not supported.
     """
-    if source.path.startswith(HUB):
-        return source
-    info = llama_factory.info_file(Path(source.path).expanduser())
+    path = Path(source.path).expanduser()
+    info = None if source.path.startswith(HUB) else llama_factory.info_file(path)
     if info is None:
+        if source.name is not None:
+            raise ConfigError(
+                f"{source.key}.name: {source.name!r} names a data set of a {llama_factory.FILE}, which "
+                f"{source.path!r} is not and does not hold"
+            )
+        if source.documents != "file" and path.is_file() and path.suffix.lower() not in DOCUMENT_FORMATS:
+            raise ConfigError(
+                f"{source.key}.documents: {source.documents!r} is for {' and '.join(DOCUMENT_FORMATS)} files; "
+                f"{source.path!r} has rows"
+            )
         return source
     entry = llama_factory.read_entry(info, source.name, source.key)
     return replace(source, name=None, **llama_factory.source_fields(entry, info, source))

@@ -374,6 +374,14 @@ def test_what_a_dataset_info_does_not_give(factory, name, message):
     assert "\n" not in str(caught.value)
 
 
+def test_keys_that_have_no_meaning_for_a_source(tmp_path):
+    file = write(tmp_path / "a.jsonl", '{"text": "a"}')
+    with pytest.raises(ConfigError, match="data.train.name: 'x' names a data set of a dataset_info.json"):
+        check_source(Source("data.train", str(file), name="x"))
+    with pytest.raises(ConfigError, match="data.train.documents: 'line' is for .txt and .md files"):
+        check_source(Source("data.train", str(file), documents="line"))
+
+
 def test_weights(tmp_path):
     from hift_ds.data.sources import load_mixture, mix
 
