@@ -215,8 +215,10 @@ class Encoder:
         ids = self._tokens(whole)
         learned = [True] * len(ids)
         for index in sorted(sample.masked):
-            span = self._span(sample, index, whole, origin)
+            span: _Span | None = self._span(sample, index, whole, origin)
             if not span.lies_in(whole):
+                span = self._inside(sample, index, whole)
+            if span is None:
                 raise DataError(
                     f"{origin}: message {index + 1} is not to be learned, but the chat template renders it "
                     "differently at another place; set data.train_on_prompt: false"

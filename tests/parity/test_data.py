@@ -283,6 +283,9 @@ def test_a_masked_answer_stays_masked_when_prompts_are_learned_and_when_a_templa
                 {"role": "assistant", "content": "<think>b</think>good"}]  # fmt: skip
     [(_, labels)] = prepared(lines(tmp_path, {"messages": thoughts}), tokenizer)
     assert stretches(tokenizer, labels) == ["<think>b</think>good<|im_end|>"]
+    [(ids, labels)] = prepared(lines(tmp_path, {"messages": thoughts}), tokenizer, train_on_prompt=True)
+    masked = [token for token, label in zip(ids, labels, strict=True) if label == IGNORED]
+    assert tokenizer.decode(masked) == "bad<|im_end|>"
 
 
 @pytest.mark.parametrize(
