@@ -200,6 +200,10 @@ EXPLAINED = [
         "There is less disk or memory than is needed. Free some, or choose another folder.",
     ),
     (
+        r"documents: … is for … files|names a data set of a",
+        "The key says how one kind of source is read, and the source is of another kind. Remove it, or name the other file.",
+    ),
+    (
         r"comes with hift_ds",
         "A file or a size that is given by name alone is looked up among those in the package. The line lists the names.",
     ),
