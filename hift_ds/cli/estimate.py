@@ -12,7 +12,6 @@ from hift_ds.cli.estimate_input import add_input_arguments, setting_from
 from hift_ds.forecast.setting import SWITCHES, GroupStep, Setting, is_on, torch_has_fake_devices, with_switch
 from hift_ds.forecast.steps import (
     GIB,
-    FewBlocks,
     Request,
     Slope,
     Steps,
@@ -221,16 +220,10 @@ def _fits(counted: Counted, peak: float) -> list[dict[str, Any]]:
 
 
 def _method(counted: Counted) -> str:
-    steps, where = counted.steps, "on fake GPU tensors"
+    where = "on fake GPU tensors"
     if counted.setting.on_host:
         where = "on fake host tensors, since this torch has no fake devices (2.8 has): up to 1 % off"
-    if not isinstance(steps, FewBlocks):
-        return f"counted {where}, on the whole model"
-    small, large = steps.model.small.num_blocks, steps.model.large.num_blocks
-    return (
-        f"counted {where}, with {small} and {large} of {steps.num_blocks} blocks, and extrapolated; checked on a step that "
-        f"was left out: off by {steps.model.error():.1e}"
-    )
+    return f"counted {where}, on the whole model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,21 +1,22 @@
 """How much memory a run will take: the steps of its layer groups, counted, and what follows from them.
 
-A model of like blocks is stepped with few of them (:mod:`hift_ds.forecast.extrapolation`), any other one whole. Steps at
-twice the batch and twice the length give the slopes from which the largest batch and length of a card follow.
+The whole model is stepped, some of its groups: between those everything lies on a line
+(:mod:`hift_ds.forecast.lines`). Steps at twice the batch and twice the length give the slopes from which the largest
+batch and length of a card follow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
-from hift_ds.forecast.extrapolation import BlockModel, between, nodes, through
+from hift_ds.forecast.lines import between, through
 from hift_ds.forecast.setting import GroupStep, Result, Setting, simulate
 
 GIB = 2**30
-ALL_GROUPS_UP_TO = 8  # groups of a model that is not extrapolated; of more, some are stepped
-STASHED = 3  # blocks above a group from which on offloading holds as much on the device as it ever does
+ALL_GROUPS_UP_TO = 8  # of a model with more groups, some are stepped
+STASHED = 3  # with so many blocks above a group the offload stash is full; with fewer the lines bend
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,6 @@ class Structure:
 
     Attributes:
         group_names, group_numels: of its layer groups, bottom to top.
-        num_blocks: repeated blocks.
-        is_regular: one group each for the embedding, every block and the head, all blocks alike.
         max_length: tokens that its positions allow; ``None`` if it does not say.
         matrix_sides: sum of rows and columns over all matrices in blocks, for the size of LoRA's adapters.
         window: tokens that some layer's attention is limited to, below which no mask is needed.
@@ -34,8 +33,6 @@ class Structure:
 
     group_names: tuple[str, ...]
     group_numels: tuple[int, ...]
-    num_blocks: int
-    is_regular: bool
     max_length: int | None
     matrix_sides: int
     window: int | None = None
@@ -50,7 +47,6 @@ def read_structure(setting: Setting) -> Structure:
     """From the model's config and the ``"hift"`` block; no weights."""
     from hift_ds.config import parse_block
     from hift_ds.hf.model_structure import build_on_meta, read_config
-    from hift_ds.layers.arch import find_arch
     from hift_ds.layers.grouping import partition_model
 
     config = read_config(setting.model, trust_remote_code=setting.trust_remote_code)
@@ -59,17 +55,10 @@ def read_structure(setting: Setting) -> Structure:
     partition = partition_model(
         model, group_size=hift.group_size, patterns=hift.groups, always_active=hift.always_active
     )
-    arch = find_arch(model)
-    blocks = [model.get_submodule(names[0]) for names in arch.blocks]
-    alike = len({(type(block), sum(p.numel() for p in block.parameters())) for block in blocks}) == 1
-    plain = hift.group_size == 1 and hift.groups is None and not hift.always_active
-    one_stack = len({names[0].rpartition(".")[0] for names in arch.blocks}) == 1
     weights = dict(model.named_parameters())
     return Structure(
         tuple(group.name for group in partition.groups),
         tuple(group.numel for group in partition.groups),
-        len(blocks),
-        alike and plain and one_stack and len(partition.groups) == len(blocks) + 2,
         getattr(config.get_text_config(), "max_position_embeddings", None),
         sum(sum(weights[name].shape) for name in partition.matrices),
         getattr(config.get_text_config(), "sliding_window", None),
@@ -89,7 +78,7 @@ class Steps(Protocol):
 
 @dataclass(frozen=True)
 class WholeModel:
-    """Stepped as it is; groups that were left out lie on a line between their neighbours."""
+    """Some groups as they were counted; the others lie on a line between their neighbours."""
 
     result: Result
 
@@ -100,24 +89,6 @@ class WholeModel:
 
     def known(self) -> Sequence[int]:
         return [step.index for step in self.result.steps]
-
-
-@dataclass(frozen=True)
-class FewBlocks:
-    """Extrapolated to ``num_blocks``."""
-
-    model: BlockModel
-    num_blocks: int
-    ends_only: bool
-
-    def step(self, index: int) -> GroupStep:
-        return self.model.step(self.num_blocks, index)
-
-    def known(self) -> Sequence[int]:
-        last = self.num_blocks + 1
-        if self.model.large.num_groups == 1:
-            return [0]
-        return [0, 1, last] if self.ends_only else range(last + 1)
 
 
 @dataclass(frozen=True)
@@ -150,64 +121,35 @@ class Request:
     ends_only: bool = False
     updates_as: Setting | None = None
 
-    def settings(self) -> list[Setting]:
-        """What has to be simulated for it."""
-        sizes = self._sizes()
+    def to_simulate(self) -> Setting:
+        """The setting to step, with the groups that are wanted."""
         setting = replace(self.setting, second_update=not self.ends_only, updates=self.updates_as is None)
-        if self._is_partitioned():
+        if (setting.engine_config.get("zero_optimization") or {}).get("stage", 0) == 3:
             setting = replace(setting, visits=max(setting.visits, 2))  # ZeRO-3 prefetches from the second on
-        if sizes is None:
-            return [replace(setting, groups=self._whole_groups())]
-        return [replace(setting, num_blocks=size, groups=self._groups(size)) for size in sizes]
+        return replace(setting, groups=self._groups())
 
-    def steps(self, results: Sequence[Result]) -> Steps:
-        """From the results of ``settings()``."""
-        if len(results) == 1:
-            return WholeModel(results[0])
-        return FewBlocks(BlockModel(*results), self.structure.num_blocks, self.ends_only)
-
-    def _activations(self) -> dict[str, Any]:
-        return self.setting.engine_config["hift"].get("activations") or {}
-
-    def _is_partitioned(self) -> bool:
-        """Then prefetching holds weights of several blocks, in places that differ with their number: stepped whole."""
-        return (self.setting.engine_config.get("zero_optimization") or {}).get("stage", 0) == 3
-
-    def _settled(self) -> int:
-        """Blocks above a group from which on every line is straight."""
-        kept = self._activations().get("blocks_kept", 0)
-        return max(kept + 2, STASHED if self._activations().get("offload") else 0)
-
-    def _sizes(self) -> tuple[int, int] | None:
-        """Numbers of blocks to build; ``None``: so many that extrapolating is not worth it."""
-        small = self._settled() + (1 if self.ends_only else 3)
-        if self._is_partitioned() or not self.structure.is_regular or small + 1 >= self.structure.num_blocks:
-            return None
-        return small, small + 1
-
-    def _groups(self, size: int) -> tuple[int, ...]:
-        if self.ends_only:
-            return (0, 1, size + 1)
-        return tuple(nodes(size, self._activations().get("blocks_kept", 0), self._settled()))
-
-    def _whole_groups(self) -> tuple[int, ...]:
+    def _groups(self) -> tuple[int, ...]:
+        """All of a small model; of others the lowest, one in the middle, and those near the top, where lines bend."""
         count = self.structure.num_groups
         if self.ends_only:
             return (0, 1, -1)
-        return tuple(range(count)) if count <= ALL_GROUPS_UP_TO else (0, 1, 2, count // 2, -2, -1)
+        if count <= ALL_GROUPS_UP_TO:
+            return tuple(range(count))
+        activations = self.setting.engine_config["hift"].get("activations") or {}
+        kept = activations.get("blocks_kept", 0)
+        settled = max(kept + 2, STASHED if activations.get("offload") else 0)
+        above = (0, 1, kept, kept + 1, settled, settled + 1)  # groups between one and the head
+        wanted = {0, 1, 2, count // 2, count - 1, *(count - 2 - n for n in above)}
+        return tuple(sorted(index for index in wanted if index >= 0))
 
 
 def run_requests(requests: Sequence[Request], num_processes: int = 2) -> list[Steps]:
     """The steps of each request. Those that ``updates_as`` names are among the requests."""
-    settings = [request.settings() for request in requests]
-    flat = [setting for several in settings for setting in several]
+    settings = [request.to_simulate() for request in requests]
     # The longest first, so that the processes end together.
-    order = sorted(range(len(flat)), key=lambda i: -((flat[i].num_blocks or 100) * len(flat[i].groups or ())))
-    results = dict(zip(order, simulate([flat[i] for i in order], num_processes), strict=True))
-    steps, start = [], 0
-    for request, several in zip(requests, settings, strict=True):
-        steps.append(request.steps([results[i] for i in range(start, start + len(several))]))
-        start += len(several)
+    order = sorted(range(len(settings)), key=lambda i: -len(settings[i].groups or ()))
+    results = dict(zip(order, simulate([settings[i] for i in order], num_processes), strict=True))
+    steps: list[Steps] = [WholeModel(results[i]) for i in range(len(settings))]
     whole = {id(request.setting): found for request, found in zip(requests, steps, strict=True)}
     return [
         found if request.updates_as is None else WithUpdates(found, whole[id(request.updates_as)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -167,14 +168,24 @@ def test_switches_on_and_off():
     assert is_on(setting, "checkpointing")  # unchanged
 
 
-def test_partitioned_weights_are_stepped_whole_and_with_prefetching():
-    """Prefetching holds weights of several blocks: few blocks do not tell of many."""
+def test_partitioned_weights_are_stepped_with_prefetching():
+    """Stage 3 prefetches from a group's second visit on."""
     from hift_ds.forecast.steps import Request, Structure
 
-    structure = Structure(tuple("abcdefghijklmnopqrst"), (1,) * 20, 18, True, None, 1)
-    few, whole = (
-        Request(Setting("m", {"zero_optimization": {"stage": stage}, "hift": {}}), structure).settings()
+    structure = Structure(tuple("abcdefghijklmnopqrst"), (1,) * 20, None, 1)
+    replicated, partitioned = (
+        Request(Setting("m", {"zero_optimization": {"stage": stage}, "hift": {}}), structure).to_simulate()
         for stage in (2, 3)
     )
-    assert len(few) == 2 and all(setting.num_blocks and setting.visits == 1 for setting in few)
-    assert [(setting.num_blocks, setting.visits) for setting in whole] == [(None, 2)]
+    assert (replicated.visits, partitioned.visits) == (1, 2)
+
+
+def test_groups_near_the_top_are_stepped_where_lines_bend():
+    """With kept blocks and with a full offload stash the memory of a step has bends, counted from the head."""
+    from hift_ds.forecast.steps import Request, Structure
+
+    structure = Structure(("group",) * 34, (1,) * 34, None, 1)
+    activations = {"checkpointing": True, "blocks_kept": 4, "offload": True}
+    request = Request(Setting("m", {"hift": {"activations": activations}}), structure)
+    assert request.to_simulate().groups == (0, 1, 2, 17, 25, 26, 27, 28, 31, 32, 33)
+    assert replace(request, ends_only=True).to_simulate().groups == (0, 1, -1)
