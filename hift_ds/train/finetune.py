@@ -283,6 +283,8 @@ def _train(trainer: Any, run: RunConfig, checkpoints: list[Path], settings: dict
         for position, folder in enumerate(checkpoints):
             try:
                 on_all_ranks(lambda folder=folder: _compare_settings(folder, settings))
+                if trainer.args.process_index == 0:
+                    print(f"resuming from {folder}", flush=True)
                 return _summary(trainer, trainer.train(resume_from_checkpoint=str(folder)))
             except (CheckpointError, pickle.UnpicklingError, EOFError) as found:
                 error = found if isinstance(found, CheckpointError) else _unreadable(folder, found)

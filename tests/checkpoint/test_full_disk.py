@@ -135,6 +135,35 @@ def test_half_a_line_of_metrics_does_not_stay(small_disk):
     assert (small_disk / "metrics.jsonl").read_bytes().count(b"\n") == number
 
 
+def first_rank_cannot_make_the_folder(folder: str) -> tuple[list[str], list[int]]:
+    """On this rank: what two runs of four steps said, where ``checkpoint-2`` is a file; what was saved."""
+    said = []
+    for on_error in ("raise", "continue"):
+        trainer = make_trainer(
+            Path(folder),
+            {"checkpoint": {"on_error": on_error}},
+            max_steps=4,
+            save_steps=2,
+            gradient_accumulation_steps=1,
+        )
+        try:
+            trainer.train()
+            said.append(f"trained to step {trainer.state.global_step}")
+        except CheckpointError as error:
+            said.append(str(error))
+    return said, checkpoints(Path(folder))
+
+
+@pytest.mark.distributed
+def test_no_rank_waits_for_one_that_cannot_write(launcher, tmp_path):
+    """The first rank alone writes the Trainer's files; the other learns of its failure."""
+    (tmp_path / "checkpoint-2").touch()
+    launcher.preload(__name__)
+    for said, saved in launcher.run(first_rank_cannot_make_the_folder, 2, str(tmp_path)):
+        assert said[0].startswith("rank 0: cannot write a checkpoint to") and said[0].endswith("File exists")
+        assert said[1] == "trained to step 4" and 4 in saved
+
+
 def test_the_words_of_torch_and_safetensors():
     class SafetensorError(Exception):
         pass
