@@ -295,3 +295,27 @@ def test_the_longest_sequence_is_the_longest_that_runs(model_type):
     model(ids[:, :limit])
     with pytest.raises((IndexError, RuntimeError)):
         model(ids)
+
+
+def test_the_cache_is_off_in_every_part_of_every_config_and_comes_back():
+    """Of the causal types some keep use_cache in the text part only, two in several parts, three nowhere."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from hift_ds.hf.model_structure import configs_with_cache, turn_cache_off
+
+    without = 0
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = CONFIG_MAPPING[model_type]()
+        except Exception:  # one has no defaults
+            continue
+        if hasattr(config, "use_cache") and not getattr(config, "sub_configs", None):
+            continue
+        before, without = config.to_dict(), without + (not hasattr(config, "use_cache"))
+        restore = turn_cache_off(config)
+        assert not any(part.use_cache for part in configs_with_cache(config)), model_type
+        config.use_cache = False  # as transformers' Trainer does
+        restore()
+        assert config.to_dict() == before, model_type
+    assert without >= 10
