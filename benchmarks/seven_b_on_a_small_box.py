@@ -80,9 +80,10 @@ def main(argv: list[str] | None = None) -> int:
 def model_config(name: str) -> Any:
     from transformers import AutoConfig
 
-    from model_zoo.llama import LLAMA
+    from model_zoo import FAMILIES
 
-    entries = LLAMA.tiny if name == "tiny" else LLAMA.sizes[name]
+    llama = FAMILIES["llama"]
+    entries = llama.tiny if name == "tiny" else llama.sizes[name]
     return AutoConfig.for_model("llama", architectures=["LlamaForCausalLM"], **entries)
 
 

@@ -152,9 +152,10 @@ def build_model(name: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from model_zoo.llama import LLAMA
+    from model_zoo import FAMILIES
 
-    entries = LLAMA.tiny if name == "tiny" else LLAMA.sizes[name]
+    llama = FAMILIES["llama"]
+    entries = llama.tiny if name == "tiny" else llama.sizes[name]
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -15,41 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from hift_ds.errors import unknown_key
 
-from .bert import BERT
-from .bloom import BLOOM
-from .deberta_v2 import DEBERTA_V2
-from .falcon import FALCON
-from .family import HEADS, Family
-from .gemma2 import GEMMA2
-from .gemma3 import GEMMA3
-from .gpt2 import GPT2
-from .gpt_neo import GPT_NEO
-from .gpt_neox import GPT_NEOX
-from .llama import LLAMA
-from .mistral import MISTRAL
-from .mixtral import MIXTRAL
-from .opt import OPT, OPT_350M
-from .phi import PHI
-from .phi3 import PHI3
-from .qwen2 import QWEN2
-from .qwen3 import QWEN3
-from .roberta import ROBERTA
-from .t5 import T5
+from .families import FAMILIES, HEADS, SIZES, Family
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 __all__ = ["FAMILIES", "HEADS", "SIZES", "Family", "config", "tiny"]
-
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI, PHI3, OPT, OPT_350M, GPT2, GPT_NEO,
-        GPT_NEOX, BLOOM, FALCON, BERT, ROBERTA, DEBERTA_V2, T5,
-    )
-}  # fmt: skip
-
-SIZES: dict[str, Family] = {size: family for family in FAMILIES.values() for size in family.sizes}
 
 
 def config(size: str, head: str | None = None, **overrides: Any) -> PretrainedConfig:

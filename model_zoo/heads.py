@@ -10,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from hift_ds.errors import unknown_key
 
-from .family import Family
+from .families import Family
 
 MODEL_CLASSES = {  # each maps a config class to a model class
     "causal_lm": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
