@@ -12,7 +12,7 @@ export OMP_NUM_THREADS        ?= 1
 export TORCH_EXTENSIONS_DIR   ?= $(abspath $(VENV))/torch_extensions
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup test test-slow test-kernels test-gpu demo demo-short lint clean
+.PHONY: setup test test-slow test-kernels test-hosts test-gpu demo demo-short lint clean
 
 setup: $(VENV)/.ready
 
@@ -31,6 +31,11 @@ test-slow: setup
 # The default tests with the kernels of other processors: what asks for bits must get them there too. An hour.
 test-kernels: setup
 	$(PY) -m tests.kernels
+
+# HiFT inside other programs, at their own pins (needs the network once).
+test-hosts: setup
+	$(PY) -m pip install --quiet --no-deps --target .hosts/llamafactory -r tests/hosts/llamafactory.txt
+	$(PY) -m pytest -q -m slow tests/hosts
 
 test-gpu: setup
 	$(PY) -m pytest -q -m gpu tests/gpu

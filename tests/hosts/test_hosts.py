@@ -1,0 +1,108 @@
+"""HiFT inside other programs: the real ones, at their own pins, started as their users start them.
+
+``make test-hosts`` lays LLaMA-Factory and what it pins over the test environment; without that its tests are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from hift_ds.ranks import free_port
+from tests.parity.test_trl import folder_of, tokenizer, words
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+LLAMAFACTORY = Path(os.environ.get("HIFT_HOSTS", ROOT / ".hosts")) / "llamafactory"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hosts")
+    folder_of("sft", folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    data = folder / "data"
+    data.mkdir()
+    completions = [{"prompt": words(i, 3) + " ", "completion": words(i + 20, 4)} for i in range(12)]
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in completions))
+    factory = folder / "factory"
+    factory.mkdir()
+    rows = [{"instruction": words(i, 3), "input": "", "output": words(i + 20, 4)} for i in range(12)]
+    pairs = [
+        {"instruction": words(i, 3), "input": "", "chosen": words(i + 20, 4), "rejected": words(i + 50, 4)}
+        for i in range(12)
+    ]
+    columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
+    (factory / "rows.json").write_text(json.dumps(rows))
+    (factory / "pairs.json").write_text(json.dumps(pairs))
+    (factory / "dataset_info.json").write_text(
+        json.dumps(
+            {
+                "sft": {"file_name": "rows.json"},
+                "dpo": {"file_name": "pairs.json", "ranking": True, "columns": columns},
+            }
+        )
+    )
+    ds: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+        "zero_optimization": {"stage": 0}, "hift": {},
+    }  # fmt: skip
+    (folder / "ds.json").write_text(json.dumps(ds))
+    return folder
+
+
+def start(command: list[str], over: Path | None = None, **variables: str) -> str:
+    path = [str(over)] if over else []
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*path, str(ROOT)]), **variables}
+    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "HiFT is on, 5 layer groups" in done.stderr
+    return done.stdout + done.stderr
+
+
+def all_moved(before: Path, after: Path) -> bool:
+    old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    return all(not torch.equal(value, new[name]) for name, value in old.items())
+
+
+def test_trl_command_line(inputs, tmp_path):
+    options = {
+        "model_name_or_path": inputs / "model", "dataset_name": inputs / "data", "output_dir": tmp_path,
+        "max_steps": 5, "per_device_train_batch_size": 2, "deepspeed": inputs / "ds.json", "bf16": False,
+        "report_to": "none", "save_strategy": "no", "learning_rate": 1e-2, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    arguments = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
+    start(["-m", "hift_ds.launch_with", "trl.scripts.sft", *arguments, "--use_cpu"])
+    assert all_moved(inputs / "model", tmp_path)
+
+
+@pytest.mark.skipif(not LLAMAFACTORY.is_dir(), reason="make test-hosts installs LLaMA-Factory")
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_llamafactory(inputs, tmp_path, stage):
+    run = {
+        "model_name_or_path": str(inputs / "model"), "stage": stage, "do_train": True, "finetuning_type": "full",
+        "dataset": stage, "dataset_dir": str(inputs / "factory"), "template": "empty", "cutoff_len": 64,
+        "output_dir": str(tmp_path / "out"), "max_steps": 5, "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2, "lr_scheduler_type": "constant", "deepspeed": str(inputs / "ds.json"),
+        "use_cpu": True, "report_to": "none", "save_strategy": "no",
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    # It imports torchaudio, of which no wheel fits every torch; nothing here needs it.
+    (tmp_path / "stub" / "torchaudio").mkdir(parents=True)
+    (tmp_path / "stub" / "torchaudio" / "__init__.py").write_text("")
+    over = Path(os.pathsep.join([str(LLAMAFACTORY), str(tmp_path / "stub")]))
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", str(free_port())]
+    start(
+        [*launcher, "-m", "hift_ds.launch_with", "llamafactory.launcher", str(tmp_path / "run.yaml")],
+        over, DISABLE_VERSION_CHECK="1",
+    )  # fmt: skip
+    assert all_moved(inputs / "model", tmp_path / "out")
