@@ -214,22 +214,32 @@ def scatter_from_owner(ranks: Ranks, weight: Tensor | None, numel: int, like: Te
     return received[: end - start]
 
 
-def join_norms_and_flags(ranks: Ranks, norm: Tensor, flags: Sequence[bool]) -> tuple[Tensor, list[bool]]:
-    """One small all-reduce for two questions; every rank gets the same answers.
+def join_norms_and_flags(
+    ranks: Ranks, norm: Tensor, flags: Sequence[bool]
+) -> tuple[Tensor, float | None, list[bool]]:
+    """One small all-reduce for two questions, and one wait of the host for the device; every rank gets the same answers.
 
     Args:
         norm: 0-dim, fp32: the 2-norm of the elements that this rank holds, and no other rank does.
         flags: as many on every rank.
 
     Returns:
-        The 2-norm of all ranks' elements, on ``norm``'s device, and for each flag whether any rank raised it.
+        The 2-norm of all ranks' elements, on ``norm``'s device; its value, where it has been read with the flags; and
+        for each flag whether any rank raised it.
     """
     if ranks.world_size == 1:
-        return norm, list(flags)
-    raised = torch.tensor([float(flag) for flag in flags], dtype=torch.float32, device=norm.device)
+        return norm, None, list(flags)
+    raised = torch.ones(len(flags), dtype=torch.float32, device=norm.device)
+    for position, flag in enumerate(flags):
+        if not flag:  # seldom; copying the flags from the host would wait for the device
+            raised[position].zero_()
     summed = torch.cat([norm.square().reshape(1), raised])
     ranks.comm.all_reduce(summed, group=ranks.process_group)
-    return summed[0].sqrt(), [count > 0 for count in summed[1:].tolist()]
+    norm = summed[0].sqrt()
+    if not flags:
+        return norm, None, []
+    value, *counts = torch.cat([norm.reshape(1), summed[1:]]).cpu().tolist()
+    return norm, value, [count > 0 for count in counts]
 
 
 def assign_owners(numels: Sequence[int], world_size: int) -> list[int]:

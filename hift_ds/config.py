@@ -39,8 +39,10 @@ class StateConfig(BaseModel):
     prefetch: bool = True
     """Move states while the model computes: needs ``slots`` times the largest group's states on the update
     device all the time. ``false``: they are there for the update only, and every move is waited for."""
-    slots: Literal[1, 2] = 1
-    """Groups that have room on the update device: with 2, one leaves while the next arrives."""
+    slots: int | None = Field(None, ge=1)
+    """Groups (with ``slice_numel``: slices) that have room on the update device: with 2, one leaves while the next
+    arrives; slices are fetched ahead as far as there are slots, and the others are waited for. ``null``: 1, and
+    with the Trainer on an accelerator more as soon as the forecast says how much memory is left."""
     codec: tuple[str, ...] = ()
     """Compact forms, one or several of ``split_master`` (lossless), ``bf16_moments`` or ``int8_moments``; none,
     or ``fp32``: everything as it is. A string may name several: ``"split_master+int8_moments"``."""
@@ -71,6 +73,11 @@ class StateConfig(BaseModel):
             given = f'state.path: {self.path!r} has no effect with residency "{self.residency}"'
             raise ValueError(f'{given}; use "disk" or "auto"')
         return self
+
+    @property
+    def first_slots(self) -> int:
+        """That a run starts with; 0 without prefetch."""
+        return (self.slots or 1) if self.prefetch else 0
 
 
 class ActivationsConfig(BaseModel):

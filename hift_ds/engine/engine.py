@@ -283,6 +283,7 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         if self.optimizer.flags.shown and torch.is_grad_enabled() and not self._ended:
             if not self.optimizer.flags.step_began:  # what came before, an evaluation say, is not this step's
                 restart_peak_bytes()
+                self.optimizer.store.busy()
             self.optimizer.activate()
 
     def _build_parameters(self, base: torch.optim.Optimizer) -> Parameters:
@@ -416,8 +417,10 @@ class HiFTEngine(Checkpointing, MemoryReports, SeamEngine):
         if before is not None:
             self._write_loss()
             self.step_loss = None
+            self.optimizer.store.idle()
             self.last_report = self._report_after_step(before)
             self._say_if_not_finite(self.last_report)
+            self.use_spare_memory()
 
     def _write_loss(self) -> None:
         """To DeepSpeed's monitors (``"csv_monitor"`` and the others), which get the rate from DeepSpeed alone: the loss

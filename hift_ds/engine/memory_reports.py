@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import tempfile
 from typing import Any
 
@@ -12,7 +13,14 @@ from hift_ds.engine.deepspeed_seam import device_bytes
 from hift_ds.forecast.advice import Adviser
 from hift_ds.forecast.background import BackgroundForecast
 from hift_ds.forecast.setting import Setting
+from hift_ds.store.parked import ParkedStateStore
 
+logger = logging.getLogger(__name__)
+
+CONTEXT_BYTES = int(
+    0.6 * 2**30
+)  # of the driver and its libraries, and what the allocator holds more than is asked for
+FRAGMENTATION = 0.05
 # Keys of the DeepSpeed config that decide what is allocated.
 CONFIG_KEYS = (
     "optimizer",
@@ -35,6 +43,7 @@ class MemoryReports:
     """
 
     last_shape: tuple[int, int] | None = None
+    _slots_settled = False
     _forecast: BackgroundForecast | None = None
     _folder: tempfile.TemporaryDirectory | None = None  # the model's config, for the process that forecasts
 
@@ -65,6 +74,24 @@ class MemoryReports:
     def forecast_bytes(self, group: int) -> int | None:
         """The expected peak while ``group`` trains, if it is known."""
         return None if self._forecast is None else self._forecast.peak_bytes(group)
+
+    def use_spare_memory(self) -> None:
+        """Once the forecast is there, more slots for states in half of the memory that it leaves, as far as they help;
+        only where ``"state.slots"`` is left to us, and on an accelerator. Called after each step."""
+        state, store = self.hift.state, self.optimizer.store
+        if self._slots_settled or not isinstance(store, ParkedStateStore):
+            return
+        if state.slots is not None or not state.prefetch or store.device.type == "cpu":
+            self._slots_settled = True
+            return
+        peaks = [self.forecast_bytes(group.index) for group in self.groups]
+        if None in peaks:
+            return
+        self._slots_settled = True
+        spare = (device_bytes() - CONTEXT_BYTES) / (1 + FRAGMENTATION) - max(peaks)
+        most_chunks = max(len(self.optimizer.groups[group.index].chunks) for group in self.groups)
+        if store.grow(max(int(spare / 2), 0), useful=2 * most_chunks):
+            logger.info("states: %d slots in the memory that the forecast leaves", store.num_slots)
 
     def stop_forecast(self) -> None:
         if self._forecast is not None:

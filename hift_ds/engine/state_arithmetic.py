@@ -44,7 +44,7 @@ def gather_state_arithmetic(
         step_bytes=sum(chunk_bytes) / len(rotating),
         link=store.measured_link() if isinstance(store, ParkedStateStore) else None,
         prefetch=state.prefetch,
-        slots=state.slots,
+        slots=state.first_slots,
         model_numel=model_numel,
         flops_s=measure_flops(device, dtype, _side(device, model_numel)),
         update_numel=sum(numels) / len(numels),

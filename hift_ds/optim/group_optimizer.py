@@ -143,14 +143,16 @@ class GroupOptimizer:
             return False
         reduced = self._take_reduced()
         self.flags.end_step()
-        norm, reached = agree_on_norm(
+        norm, value, reached = agree_on_norm(
             self.parameters.ranks,
             [grad for grads, _ in reduced for grad in grads],
             [present for _, present in reduced],
             self._weight_device(),
         )
+        self.grad_norm = value / self.scaler.scale  # a power of two
+        if norm.device != self.update_device:
+            norm = torch.tensor(value, dtype=torch.float32, device=self.update_device)
         norm = norm / self.scaler.scale
-        self.grad_norm = float(norm)
         self.overflow = self.scaler.overflowed(self.grad_norm)
         factor = grad_factor(norm, self.max_grad_norm, self.scaler.scale)
         self.scaler.update(self.overflow)
@@ -275,7 +277,7 @@ class GroupOptimizer:
         if self.host_step is not None and grad.device != self.update_device:
             grad = self.host_step.gradient(grad)
         grad = grad.to(self.update_device, torch.float32)
-        return grad if factor is None else grad.mul_(factor.to(grad.device))
+        return grad if factor is None else grad.mul_(factor)
 
     def _rounding_generator(self, name: str, start: int) -> torch.Generator | None:
         """Seeded by the run's seed, the step and the first element that is rounded, so that a resumed run rounds alike,

@@ -211,15 +211,15 @@ class GroupStates:
     # -- in a step --------------------------------------------------------------------------------------------
 
     def fetch(self, group: GroupShard, position: int) -> Mapping[str, Tensor]:
-        """Bring the states of the group's chunk at ``position`` to the update device, and the next chunk's on their way.
+        """Bring the states of the group's chunk at ``position`` to the update device, and the next chunks' on their way.
 
         Returns:
             The chunk's buffers by key, flat. On the first visit the masters are made from the weights.
         """
         store, chunk = self.store_of(group), group.chunks[position]
+        # First, so that the last chunk leaves and the next ones arrive while this one is updated.
+        self.prefetch(group, position)
         tensors = store.fetch(chunk.id)
-        if position + 1 < len(group.chunks):
-            store.prefetch(group.chunks[position + 1].id)
         if chunk.id not in self._masters_filled:
             for piece, record in self._pieces(chunk):
                 if record.master is not None:
@@ -251,9 +251,9 @@ class GroupStates:
         """
         self.store_of(group).evict(group.chunks[position].id, version)
 
-    def prefetch(self, group: GroupShard) -> None:
-        """The group will be updated next: its first states may be on their way."""
-        self.store_of(group).prefetch(group.chunks[0].id)
+    def prefetch(self, group: GroupShard, position: int = 0) -> None:
+        """The group will be updated next, from its chunk at ``position`` on: the first states may be on their way."""
+        self.store_of(group).prefetch(*(chunk.id for chunk in group.chunks[position:]))
 
     # -- out --------------------------------------------------------------------------------------------------
 

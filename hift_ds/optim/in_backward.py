@@ -149,8 +149,9 @@ class InBackwardOptimizer(GroupOptimizer):
             if step_loss is None
             else torch.isfinite(step_loss.to(device)).float()
         )
-        share, flags = join_norms_and_flags(ranks, good / ranks.world_size**0.5, flags)
-        if num_bad := round(ranks.world_size * (1 - float(share) ** 2)):
+        norm, share, flags = join_norms_and_flags(ranks, good / ranks.world_size**0.5, flags)
+        share = float(norm) if share is None else share
+        if num_bad := round(ranks.world_size * (1 - share**2)):
             self.drop_gradients()
             raise TrainingError(
                 f"the loss is not finite on {num_bad} of {ranks.world_size} ranks (optimizer step {self.num_applied + 1}): "
@@ -295,7 +296,8 @@ class InBackwardOptimizer(GroupOptimizer):
             if norms
             else torch.zeros((), device=device)
         )
-        return join_norms_and_flags(self.parameters.ranks, norm, flags)
+        norm, _, flags = join_norms_and_flags(self.parameters.ranks, norm, flags)
+        return norm, flags
 
     # -- the end of a step --------------------------------------------------------------------------------------
 

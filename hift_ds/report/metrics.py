@@ -36,7 +36,7 @@ class StepRecord(TypedDict, total=False):
     state_bytes_out: int
     grad_numel_sent: int  # gradient elements this rank put into a reduction
     transfer_s: float  # state transfers, whether hidden or not
-    stalled_s: float  # the part of transfer_s the step waited for
+    stalled_s: float  # the part of transfer_s the step waited for, on the device or on the host
     # Training waited for checkpoints since the last step: copying, and writing unless asynchronous.
     checkpoint_s: float
     # Highest allocation on the device in this step, this rank; without one resident memory at its end.

@@ -233,7 +233,7 @@ def _numel_gathered(engine: Any) -> int:
 def _warm_up(engine: Any, tracker: MemoryTracker) -> None:
     """Allocate the prefetch slots before the first counted step: in a run they exist from the first update on."""
     optimizer = engine.optimizer
-    for group in list(optimizer.groups.values())[:2]:  # two slots at most
+    for group in list(optimizer.groups.values())[:2]:  # as many as there are slots
         optimizer.states.prefetch(group)
     tracker.see_all(optimizer.states.store.slot_tensors(), STATES)
 

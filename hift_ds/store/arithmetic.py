@@ -66,7 +66,7 @@ class StateArithmetic:
         if self.link is None:
             return 0.0
         one_way = (self.step_bytes / self.link.into, self.step_bytes / self.link.out)
-        return max(one_way) if self.slots == 2 else sum(one_way)
+        return max(one_way) if self.slots > 1 else sum(one_way)
 
     @property
     def token_s(self) -> float:

@@ -123,8 +123,14 @@ class StateStore(ABC):
                 alike.
         """
 
-    def prefetch(self, chunk: int) -> None:  # noqa: B027  (a hint: stores that cannot use it ignore it)
-        """``chunk`` will be fetched next."""
+    def prefetch(self, *chunks: int) -> None:  # noqa: B027  (a hint: stores that cannot use it ignore it)
+        """``chunks`` will be fetched next, in this order."""
+
+    def idle(self) -> None:  # noqa: B027
+        """A step's work has been given to the update device, all of it."""
+
+    def busy(self) -> None:  # noqa: B027
+        """The next step begins."""
 
     def tensors_at_rest(self) -> list[Tensor]:
         """The memory of this process in which states rest, as far as that is not where updates run."""

@@ -50,7 +50,7 @@ def build_resident_store(state: StateConfig, device: torch.device, *, seed: int 
 def _build(
     state: StateConfig, residency: str, device: torch.device, seed: int, machine: Machine
 ) -> EncodedStateStore:
-    num_slots = state.slots if state.prefetch else 0
+    num_slots = state.first_slots
     if residency == "disk":
         assert state.path is not None
         return DiskStateStore(

@@ -115,10 +115,9 @@ class SplitMaster(Codec):
         found = []
         for start, end in passes(values):
             low = parts["low"][start:end].copy_(bits[start:end])  # an int32's low half
-            ties = (low == self.TIE).nonzero().view(-1)
-            rounded_down = bits[start:end][ties].bitwise_and(1 << 16) == 0
-            found.append((ties[rounded_down] + start).to("cpu", dtype))
-        self._ties_down = torch.cat(found) if found else None
+            down = (bits[start:end] & (1 << 16) == 0).logical_and_(low == self.TIE)
+            found.append(down.nonzero().view(-1).to(dtype).add_(start))  # the host waits here, once a pass
+        self._ties_down = torch.cat(found).cpu() if found else None
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         low = parts["low"]
@@ -126,7 +125,7 @@ class SplitMaster(Codec):
         bits, offset = values.view(torch.int32), 0
         for weight in self.weights():
             high, here = weight.view(torch.int16), slice(offset, offset + weight.numel())
-            for start, end in passes(weight):
+            for start, end in passes(low[here]):  # where the values are made: the weight may be on the host
                 part = bits[here][start:end].copy_(high[start:end])
                 part.bitwise_left_shift_(16).add_(low[here][start:end].int())
             offset += weight.numel()

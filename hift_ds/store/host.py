@@ -20,6 +20,8 @@ from hift_ds.store.parked import ParkedStateStore
 
 # torch rounds page-locked allocations up to a power of two: large ones are cut from slabs of one.
 SLAB_BYTES = 1 << 28
+# A copy engine serves one copy at a time: activations and weights of ZeRO-3 wait no longer than for one of these.
+COPY_BYTES = 1 << 25
 
 
 @dataclass
@@ -114,5 +116,7 @@ def copy_bytes(target: Tensor, source: Tensor) -> None:
     """On the CPU on one thread, whatever torch's number of threads: this runs beside the computation."""
     if type(target) is type(source) is Tensor and target.device.type == source.device.type == "cpu":
         target.numpy()[:] = source.numpy()
-    else:
-        target.copy_(source, non_blocking=True)
+        return
+    for start in range(0, target.numel(), COPY_BYTES):
+        end = start + COPY_BYTES
+        target[start:end].copy_(source[start:end], non_blocking=True)

@@ -26,6 +26,7 @@ from hift_ds.errors import HiFTError, StateStoreError
 from hift_ds.store.base import Traffic
 
 IN, OUT = "in", "out"
+RESUMES_WITHIN_MS = 2.0  # of the end of a copy: then the computation has waited for it
 
 
 class Mover(ABC):
@@ -47,8 +48,15 @@ class Mover(ABC):
         """
 
     def settle(self, ticket: Any) -> None:
-        """The caller waits until the copy has ended. Raises as ``wait`` does."""
+        """The caller waits until the copy has ended, which is a stall too. Raises as ``wait`` does."""
         self.wait(ticket)
+
+    def idle(self) -> None:  # noqa: B027
+        """A step has ended: the computation has been given all of it."""
+
+    def busy(self) -> None:  # noqa: B027
+        """The next step begins. If the computation stood still since ``idle`` until a copy ended, somebody
+        synchronized the device: that is a stall."""
 
     def close(self) -> None:  # noqa: B027
         """No copy is submitted any more."""
@@ -117,10 +125,6 @@ class ThreadMover(Mover):
         finally:
             self.traffic.add(stalled_s=time.perf_counter() - started)
 
-    def settle(self, ticket: Future | None) -> None:
-        if ticket is not None:
-            ticket.result()
-
     def close(self) -> None:
         for thread in self._threads.values():
             thread.shutdown(wait=True)
@@ -145,6 +149,11 @@ class StreamMover(Mover):
         assert self._streams is not None
         self._sides = {d: self._streams.Stream(device) for d in (IN, OUT)}
         self._timed: list[tuple[str, Any, Any]] = []  # (counter of the traffic, start, end), not yet read
+        self._idle_since: Any = None  # event at the end of the last step
+        self._gaps: list[
+            tuple[Any, Any, list[StreamTicket]]
+        ] = []  # between two steps, and copies that may explain them
+        self._recent: list[StreamTicket] = []  # copies since the step before the last ended
         traffic.collect = self._collect
 
     def submit(self, direction: str, copy: Callable[[], None], after: Iterable[Any] = ()) -> StreamTicket:
@@ -159,7 +168,20 @@ class StreamMover(Mover):
             _run(copy)
             ticket.end.record(side)
         self._timed.append(("transfer_s", ticket.start, ticket.end))
+        self._recent.append(ticket)
         return ticket
+
+    def idle(self) -> None:
+        self._idle_since = self._event()
+        self._idle_since.record(self._streams.current_stream(self._device))
+
+    def busy(self) -> None:
+        if self._idle_since is None:
+            return
+        resumed = self._event()
+        resumed.record(self._streams.current_stream(self._device))
+        self._gaps.append((self._idle_since, resumed, self._recent))
+        self._idle_since, self._recent = None, []
 
     def wait(self, ticket: StreamTicket | None) -> None:
         if ticket is None:
@@ -173,7 +195,9 @@ class StreamMover(Mover):
 
     def settle(self, ticket: StreamTicket | None) -> None:
         if ticket is not None:
+            started = time.perf_counter()
             ticket.end.synchronize()
+            self.traffic.add(stalled_s=time.perf_counter() - started)
 
     def close(self) -> None:
         for side in self._sides.values():
@@ -191,6 +215,17 @@ class StreamMover(Mover):
             else:
                 pending.append((counter, start, end))
         self._timed = pending
+        waiting = []
+        for idle, resumed, copies in self._gaps:
+            if not resumed.query():
+                waiting.append((idle, resumed, copies))
+                continue
+            # A computation that goes on as the last of the copies ends has waited for it.
+            ended = [copy for copy in copies if copy.end.query() and copy.end.elapsed_time(resumed) >= 0]
+            last_s = min((copy.end.elapsed_time(resumed) for copy in ended), default=None)
+            if last_s is not None and last_s <= RESUMES_WITHIN_MS:
+                self.traffic.add(stalled_s=idle.elapsed_time(resumed) / 1e3)
+        self._gaps = waiting
 
 
 def one_thread(name: str) -> ThreadPoolExecutor:

@@ -3,7 +3,8 @@
 A slot is a run of bytes on the update device that holds one chunk at a time. With prefetch the slots are
 allocated once; while one group computes, its predecessor leaves its slot and its successor arrives. One slot
 serves: states are needed in the update only, so the old group leaves and the new one arrives between two
-updates. With two, both directions run at once. Without prefetch a slot exists from ``fetch`` to ``evict`` and
+updates. With two, both directions run at once. Where groups are cut into slices, the slots are a ring: filled ahead
+with the first slices of the next group, and each again as soon as its slice has left. Without prefetch a slot exists from ``fetch`` to ``evict`` and
 every copy is waited for.
 
 A slot is written back when another chunk is announced, not before: a group that is updated several times in a
@@ -13,6 +14,7 @@ row (a turn of several steps, a model of one group) stays where it is.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +32,7 @@ from hift_ds.store.movers import IN, OUT, InlineMover, Mover
 class Slot:
     """Memory on the update device, and whose bytes are in it.
 
-    A chunk is in one slot at a time and a slot is loaded after its write-back, so no chunk arrives before it
-    has left.
+    A chunk is in one slot at a time. A slot is loaded after its write-back, and after that of the chunk that comes.
     """
 
     memory: Tensor  # uint8
@@ -55,6 +56,7 @@ class ParkedStateStore(EncodedStateStore):
     num_slots: int = 0
     mover: Mover = None  # type: ignore[assignment]  (subclasses choose one by device and place)
     _slots: list[Slot] = field(default_factory=list, init=False)
+    _departures: dict[int, Any] = field(default_factory=dict, init=False)  # of each chunk, the last
     _fetches: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -86,15 +88,34 @@ class ParkedStateStore(EncodedStateStore):
             return Residency.PARKED
         return Residency.RESIDENT if slot.fetched else Residency.ARRIVING
 
-    def prefetch(self, chunk: int) -> None:
-        if self.num_slots == 0 or self.num_bytes(chunk) == 0:
+    def prefetch(self, *chunks: int) -> None:
+        # As many as there are slots: what comes later must not keep a slot from what comes first.
+        coming = [chunk for chunk in chunks if self.num_bytes(chunk)][: self.num_slots]
+        if not coming:
             return
         self._encode_staged()
         for slot in self._slots:
-            if slot.chunk != chunk:
+            if slot.chunk not in coming:
                 self._write_back(slot)
-        if self._slot_of(chunk) is None and (slot := self._vacant()) is not None:
-            self._load(chunk, slot)
+        for chunk in coming:
+            if self._slot_of(chunk) is None:
+                slot = self._vacant(keeping=coming)
+                if slot is None:
+                    break
+                self._load(chunk, slot)
+
+    def grow(self, spare_bytes: int, useful: int) -> int:
+        """Take as many more slots as fit into ``spare_bytes``, up to ``useful`` in all; how many came."""
+        room = aligned(max(self.largest_bytes(), 1))
+        more = max(min(spare_bytes // room, useful - self.num_slots), 0)
+        self.num_slots += more
+        return more
+
+    def idle(self) -> None:
+        self.mover.idle()
+
+    def busy(self) -> None:
+        self.mover.busy()
 
     def slot_tensors(self) -> list[Tensor]:
         return [slot.memory for slot in self._slots]
@@ -106,11 +127,13 @@ class ParkedStateStore(EncodedStateStore):
         for slot in self._slots:
             self.mover.settle(slot.arrival)
             self.mover.settle(slot.departure)
+        self._departures.clear()
 
     def close(self) -> None:
         self.mover.close()
         super().close()
         self._slots.clear()
+        self._departures.clear()
 
     # -- EncodedStateStore ---------------------------------------------------------------------------------
 
@@ -159,11 +182,14 @@ class ParkedStateStore(EncodedStateStore):
     def _slot_of(self, chunk: int) -> Slot | None:
         return next((slot for slot in self._slots if slot.chunk == chunk), None)
 
-    def _vacant(self) -> Slot | None:
-        """A slot to load into: an empty one, else the one fetched longest ago: its write-back ends first."""
+    def _vacant(self, keeping: Sequence[int] = ()) -> Slot | None:
+        """A slot to load into that has none of the chunks ``keeping``: an empty one, else the one fetched longest ago,
+        whose write-back ends first."""
         if len([slot for slot in self._slots if slot.lasting]) < self.num_slots:
             self._slots.append(Slot(self._new_memory(0)))
-        free = [slot for slot in self._slots if slot.lasting and not slot.fetched]
+        free = [
+            slot for slot in self._slots if slot.lasting and not slot.fetched and slot.chunk not in keeping
+        ]
         return min(free, key=lambda slot: (slot.chunk is not None, slot.last_fetch), default=None)
 
     def _passing_slot(self) -> Slot:
@@ -177,7 +203,9 @@ class ParkedStateStore(EncodedStateStore):
         self._fit(slot, num_bytes)
         memory = slot.memory[:num_bytes]
         slot.chunk = chunk
-        slot.arrival = self.mover.submit(IN, lambda: self._copy_in(chunk, memory), after=(slot.departure,))
+        slot.arrival = self.mover.submit(
+            IN, lambda: self._copy_in(chunk, memory), after=(slot.departure, self._departures.get(chunk))
+        )
         self.traffic.add(bytes_in=num_bytes)
 
     def _write_back(self, slot: Slot) -> None:
@@ -185,7 +213,9 @@ class ParkedStateStore(EncodedStateStore):
         if not slot.dirty or slot.fetched:
             return
         chunk, memory = slot.chunk, slot.memory[: self.num_bytes(slot.chunk)]
-        slot.departure = self.mover.submit(OUT, lambda: self._copy_out(chunk, memory))
+        slot.departure = self._departures[chunk] = self.mover.submit(
+            OUT, lambda: self._copy_out(chunk, memory)
+        )
         slot.dirty = False
         self.traffic.add(bytes_out=memory.numel())
 

@@ -35,6 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from hift_ds.simulation import device as fake_device
 
@@ -172,11 +173,7 @@ class Machine(TorchDispatchMode):
         self._last: dict[Agent, int] = {}  # index in the log of each agent's last entry
         self._communicator: Stream | None = None
         self._unseen: Any = None
-        self._count = None
-        if count_flops:
-            from torch.utils.flop_counter import flop_registry
-
-            self._count = flop_registry
+        self._count_flops = count_flops
 
     # -- agents -----------------------------------------------------------------------------------------------
 
@@ -315,10 +312,9 @@ class Machine(TorchDispatchMode):
             self.host_waits(agent.clock, f"value read by {name}", self.last(agent))
 
     def _flops(self, func: Any, args: Any, kwargs: Any, results: list) -> int:
-        if self._count is None or func.overloadpacket not in self._count:
+        if not self._count_flops or (formula := flop_registry.get(func.overloadpacket)) is None:
             return 0
-        out = results[0] if len(results) == 1 else tuple(results)
-        return int(self._count[func.overloadpacket](*args, **kwargs, out_val=out))
+        return int(formula(*args, **kwargs, out_val=results[0] if len(results) == 1 else tuple(results)))
 
     def _is_asynchronous(
         self, name: str, args: Any, kwargs: Any, reads: list, writes: list, made: list

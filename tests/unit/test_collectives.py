@@ -50,5 +50,5 @@ def test_on_one_rank_every_collective_hands_back_what_it_was_given():
     collectives.broadcast_from_owner(alone, grad, 0)
     assert torch.equal(grad, before)
     norm = torch.tensor(0.1)  # whose square's root is another number
-    assert collectives.join_norms_and_flags(alone, norm, [True, False]) == (norm, [True, False])
+    assert collectives.join_norms_and_flags(alone, norm, [True, False]) == (norm, None, [True, False])
     assert alone.grad_numel_sent == 0

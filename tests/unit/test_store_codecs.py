@@ -205,3 +205,22 @@ def test_only_moments_and_masters_have_a_compact_form():
     assert codec_for(names, "momentum_buffer:layers.0.up.weight", torch.float32, None).stochastic is False
     assert codec_for(names, "exp_avg_sq", torch.float32, None).stochastic is True
     assert {codecs.SPLIT_MASTER, codecs.BF16_MOMENTS, codecs.INT8_MOMENTS, "fp32"} == set(config.CODECS)
+
+
+def test_weights_elsewhere_are_copied_in_large_pieces():
+    """Where values are made decides how much is decoded at once: a weight in host memory would be brought to an
+    accelerator in 256 kB."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Copies(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.found += func is torch.ops.aten.copy_.default
+            return func(*args, **(kwargs or {}))
+
+    weight = torch.zeros(1 << 20, dtype=torch.bfloat16)
+    low = torch.zeros(1 << 20, dtype=torch.int16, device="meta")
+    with Copies() as copies:
+        SplitMaster(lambda: [weight]).decode({"low": low})
+    assert copies.found == 1

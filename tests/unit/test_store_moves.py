@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from hift_ds.errors import StateStoreError
-from hift_ds.store.base import Residency
+from hift_ds.store.base import Residency, Traffic
 from hift_ds.store.device import DeviceStateStore
 from hift_ds.store.disk import DiskStateStore
 from hift_ds.store.file_io import page_aligned
 from hift_ds.store.host import HostStateStore
+from hift_ds.store.layout import aligned
 from hift_ds.store.movers import IN, OUT, Mover, StreamMover, ThreadMover
 from tests.helpers.fake_streams import use_fake_streams
 
@@ -143,7 +144,7 @@ def test_a_closed_store_keeps_no_tensor(place, slots, tmp_path):
     assert not tensors_in(store)
 
 
-@pytest.mark.parametrize("slots", [0, 1, 2])
+@pytest.mark.parametrize("slots", [0, 1, 2, 4])
 @pytest.mark.parametrize("mover", MOVERS)
 @pytest.mark.parametrize("place", PLACES)
 def test_fetch_gives_what_was_evicted(place, mover, slots, tmp_path, monkeypatch):
@@ -164,7 +165,7 @@ def test_fetch_gives_what_was_evicted(place, mover, slots, tmp_path, monkeypatch
         visit(store, expected, chunk)
         what = rng.random()
         if what < 0.8:
-            store.prefetch((order + [0])[position + 1])
+            store.prefetch(*(order + [0])[position + 1 : position + 1 + rng.randrange(1, 6)])
         elif what < 0.9:  # a wrong guess, twice
             store.prefetch(rng.randrange(6))
             store.prefetch(rng.randrange(6))
@@ -181,6 +182,7 @@ def test_fetch_gives_what_was_evicted(place, mover, slots, tmp_path, monkeypatch
             store.write(target, "master", expected[target]["master"][half:], half)
             store.write(target, "master", expected[target]["master"][:half])
             store.prefetch(target)
+    store.synchronize()
     store.write(3, "exp_avg", torch.zeros(SIZES[3]))
     expected[3]["exp_avg"].zero_()
     store.synchronize()
@@ -288,6 +290,53 @@ def test_hidden_and_stalled_seconds():
     stalled = store.traffic.take()
     assert stalled.transfer_s > 0.045 and stalled.stalled_s > 0.03
     store.close()
+
+
+def test_slices_are_fetched_ahead_as_far_as_there_are_slots():
+    """Of a group's slices those that have a slot have arrived before its update, and each slot is filled again as soon as
+    its slice has left; a group that is trained again starts with its first slices too."""
+    store = HostStateStore(CPU, (), 0, 4)
+    slices = range(6)
+    filled(store, [64] * 6)
+    for _ in range(2):
+        store.prefetch(*slices)
+        arriving = [unit for unit in slices if store.residency(unit) is Residency.ARRIVING]
+        assert arriving == [0, 1, 2, 3]
+        for position, unit in enumerate(slices):
+            store.prefetch(*slices[position:])
+            store.fetch(unit)
+            store.evict(unit)
+            ahead = [u for u in slices[position + 1 :] if store.residency(u) is not Residency.PARKED]
+            assert len(ahead) >= min(3, len(slices) - position - 1), (position, ahead)
+    store.close()
+
+
+def test_slots_come_as_memory_is_found_for_them():
+    store = HostStateStore(CPU, (), 0, 1)
+    filled(store, [64] * 6)
+    room = aligned(store.largest_bytes())
+    assert store.grow(2 * room + 1, useful=12) == 2 and store.num_slots == 3
+    assert store.grow(100 * room, useful=4) == 1 and store.grow(room, useful=4) == 0 and store.grow(0, 9) == 0
+    store.prefetch(0, 1, 2, 3)
+    assert len(store._slots) == store.num_slots == 4
+    store.close()
+
+
+def test_a_computation_that_is_made_to_wait_for_copies_is_a_stall(monkeypatch):
+    """Somebody synchronizes the device between two steps: what the next step begins late is told; a copy that is over
+    before it begins is not."""
+    use_fake_streams(monkeypatch)
+    for synchronizes in (True, False):
+        traffic = Traffic()
+        mover = StreamMover(traffic, CPU)
+        mover.submit(IN, lambda: time.sleep(0.03))
+        mover.idle()
+        mover._sides[IN].synchronize()
+        if not synchronizes:
+            time.sleep(0.03)  # the next batch comes late, and of itself
+        mover.busy()
+        stalled = traffic.take().stalled_s
+        assert (stalled > 0.025) is synchronizes, stalled
 
 
 def test_slots_exist_with_prefetch_only(monkeypatch):

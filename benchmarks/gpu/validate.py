@@ -1,0 +1,683 @@
+"""Is it right and fast on this accelerator? Checks with pass criteria, each a line of JSON; docs/gpu_validation.md is the page.
+
+    python benchmarks/gpu/validate.py                        all that need no model and no second GPU
+    python benchmarks/gpu/validate.py races overlap          these
+    python benchmarks/gpu/validate.py two_ranks run --model PATH --data FILE
+    python benchmarks/gpu/validate.py --device cpu --tiny    what can run without an accelerator (the tests do)
+
+Exit code 0 if everything passed. Results go to ``--out`` (results.jsonl and results.md); ``--tiny`` keeps every check and its
+criteria but those of speed, which a CPU says nothing about.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+HERE = Path(__file__).resolve()
+SLEEP_CYCLES = 80_000_000  # of ``torch.cuda._sleep``: about 50 ms
+
+
+@dataclass
+class Found:
+    """What one check found. ``rows`` are its table; it passed if ``failures`` is empty."""
+
+    name: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def require(self, holds: bool, otherwise: str) -> None:
+        if not holds:
+            self.failures.append(otherwise)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command line."""
+
+    device: str
+    tiny: bool
+    model: str | None
+    data: str | None
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
+
+
+# -- the engine, and a loop without it ------------------------------------------------------------------------------
+
+
+def config_of(state: dict[str, Any], *, stage: int = 0, **more: Any) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": stage},
+        "timers": {"throughput": {"enabled": False}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+        "hift": {"state": state, **more.pop("hift", {})},
+        **more,
+    }
+
+
+def engine_of(model: Any, config: dict[str, Any]) -> Any:
+    import hift_ds
+
+    return hift_ds.initialize(model=model.train(), model_parameters=list(model.parameters()), config=config)[
+        0
+    ]
+
+
+def llama(size: str, device: str, **changes: Any) -> Any:
+    """Random weights in bf16, on the device."""
+    import torch
+
+    import model_zoo
+
+    config = model_zoo.config(size, **changes)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            from transformers import AutoModelForCausalLM
+
+            return AutoModelForCausalLM.from_config(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "vocab_size": 128}  # fmt: skip
+
+
+def tokens_of(model: Any, batch: int, length: int, device: str, seed: int = 0) -> dict[str, Any]:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, model.config.vocab_size, (batch, length), generator=generator).to(device)
+    return {"input_ids": ids, "labels": ids}
+
+
+def synchronize(device: str) -> None:
+    import torch
+
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+# -- 1: the link ----------------------------------------------------------------------------------------------------
+
+
+def link(asked: Asked) -> Found:
+    """Page-locked copies in, out and both at once, in 32 and 256 MiB."""
+    import torch
+
+    found = Found("link")
+    for mib in (1, 2) if asked.tiny else (32, 256):
+        size = mib << 20
+        host = [torch.zeros(size, dtype=torch.uint8, pin_memory=asked.on_gpu) for _ in range(2)]
+        there = [torch.zeros(size, dtype=torch.uint8, device=asked.device) for _ in range(2)]
+        times = 2 if asked.tiny else max(1, 2048 // mib)
+        row: dict[str, Any] = {"piece_mib": mib}
+        for way in ("in", "out", "both"):
+            streams = [torch.cuda.Stream() for _ in range(2)] if asked.on_gpu else [None, None]
+            synchronize(asked.device)
+            started = time.perf_counter()
+            for _ in range(times):
+                for direction, stream in zip(("in", "out"), streams, strict=True):
+                    if way not in (direction, "both"):
+                        continue
+                    with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+                        target, source = (there[0], host[0]) if direction == "in" else (host[1], there[1])
+                        target.copy_(source, non_blocking=True)
+            synchronize(asked.device)
+            row[f"{way}_gb_s"] = times * size / (time.perf_counter() - started) / 1e9
+        found.rows.append(row)
+    best = found.rows[-1]
+    if asked.on_gpu and not asked.tiny:
+        found.require(
+            min(best["in_gb_s"], best["out_gb_s"]) >= 20, "a direction is below 20 GB/s (PCIe 4 x16)"
+        )
+        slowest = 0.8 * min(best["in_gb_s"], best["out_gb_s"])
+        found.require(best["both_gb_s"] >= slowest, "both at once are slower than 80 % of one")
+    return found
+
+
+# -- 2: races -------------------------------------------------------------------------------------------------------
+
+
+def races(asked: Asked) -> Found:
+    """No bit depends on where states rest, also when each kind of work is held back in turn; and with the wait taken out
+    that orders copies without prefetch, a delay must show."""
+    import torch
+
+    found = Found("races")
+    width, steps = (64, 9) if asked.tiny else (8192, 12)
+    delays = ("none", "updates", "writes", "copies") if asked.on_gpu else ("none",)
+    with tempfile.TemporaryDirectory() as folder:
+        for codec, slice_numel in itertools.product(
+            ("fp32", "split_master+int8_moments"), (None, width * width // 3)
+        ):
+            base = {"codec": codec, **({"slice_numel": slice_numel} if slice_numel else {})}
+            expected = _trajectory(asked, width, steps, {**base, "residency": "device"}, "none")
+            for residency, slots, delay in itertools.product(("host", "disk"), (0, 1, 2, 4), delays):
+                if slots == 4 and not slice_numel:
+                    continue
+                state = {
+                    **base,
+                    "residency": residency,
+                    "prefetch": slots > 0,
+                    **({"slots": slots} if slots else {}),
+                }
+                if residency == "disk":
+                    state["path"] = folder
+                same = _same(_trajectory(asked, width, steps, state, delay), expected)
+                found.rows.append({"residency": residency, "slots": slots, "codec": codec,
+                                   "sliced": bool(slice_numel), "held back": delay, "same bits": same})  # fmt: skip
+                found.require(same, f"{state} with {delay} held back: other weights")
+        if asked.on_gpu:
+            state = {"residency": "disk", "prefetch": False, "path": folder}
+            expected = _trajectory(asked, width, steps, {"residency": "device"}, "none")
+            with _without_the_wait():
+                same = _same(_trajectory(asked, width, steps, state, "updates"), expected)
+            found.rows.append({"residency": "disk", "slots": 0, "codec": "fp32", "sliced": False,
+                               "held back": "updates, and the wait for them is taken out", "same bits": same})  # fmt: skip
+            found.require(not same, "a wait was taken out and no bit changed: the delays show nothing")
+            torch.cuda.empty_cache()
+    return found
+
+
+def _trajectory(asked: Asked, width: int, steps: int, state: dict[str, Any], delay: str) -> list[Any]:
+    """Weights at the end, on the host."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(4))
+    model.forward = lambda x: sum(layer(x).float().square().mean() for layer in model.layers)
+    model.to(asked.device, torch.bfloat16)
+    groups = [[f"layers.{i}."] for i in range(4)]
+    engine = engine_of(model, config_of(state, hift={"groups": groups}))
+    with _held_back(delay):
+        for step in range(steps):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(4, width, generator=generator).to(asked.device, torch.bfloat16)
+            engine.backward(engine(x))
+            engine.step()
+    weights = [p.detach().cpu() for p in model.parameters()]
+    engine.destroy()
+    return weights
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    import torch
+
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@contextlib.contextmanager
+def _held_back(delay: str) -> Iterator[None]:
+    """Inside, a kernel that does nothing for 50 ms stands in front of each of these."""
+    import torch
+
+    from hift_ds.optim import group_optimizer, piecewise
+    from hift_ds.store import movers
+
+    owner, name = {
+        "updates": (piecewise.PiecewiseOptimizer, "step"),
+        "writes": (group_optimizer, "write_weight_"),
+        "copies": (movers, "_run"),
+    }.get(delay, (None, ""))
+    if owner is None:
+        yield
+        return
+    real = getattr(owner, name)
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda._sleep(SLEEP_CYCLES)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, late)
+    try:
+        yield
+    finally:
+        setattr(owner, name, real)
+
+
+@contextlib.contextmanager
+def _without_the_wait() -> Iterator[None]:
+    from hift_ds.store import movers
+
+    real = movers.InlineMover.submit
+
+    def submit(self: Any, direction: str, copy: Callable[[], None], after: Any = ()) -> None:
+        copy()
+
+    movers.InlineMover.submit = submit
+    try:
+        yield
+    finally:
+        movers.InlineMover.submit = real
+
+
+# -- 3: overlap -----------------------------------------------------------------------------------------------------
+
+
+def overlap(asked: Asked) -> Found:
+    """Steps of a 7B model with random weights against a bare loop with the same groups."""
+    import torch
+
+    found = Found("overlap")
+    size, changes = ("llama2_7b", TINY if asked.tiny else {})
+    for batch, length in ((2, 16),) if asked.tiny else ((8, 512), (1, 2048)):
+        bare = _seconds_of_bare_loop(asked, size, changes, batch, length)
+        found.rows.append({"tokens": f"{batch} x {length}", "states": "bare loop", "seconds": bare})
+        for name, state in {
+            "device": {"residency": "device"} if asked.tiny else None,
+            "host, 1 slot": {"slots": 1},
+            "host, 2 slots": {"slots": 2},
+            "host, slices of 2^24, 26 slots": {"slice_numel": 1 << 24, "slots": 26},
+        }.items():
+            if state is None:
+                continue
+            row = _seconds_of_engine(asked, size, changes, batch, length, state)
+            row = {"tokens": f"{batch} x {length}", "states": name, "factor": row["seconds"] / bare, **row}
+            found.rows.append(row)
+            found.require(
+                row["synchronized"] == 0, f"{name}: the device was synchronized {row['synchronized']} times"
+            )
+            if asked.on_gpu and not asked.tiny and name != "host, 1 slot":
+                found.require(
+                    row["factor"] <= 1.05, f"{name}, {batch} x {length}: {row['factor']:.3f} of the bare loop"
+                )
+    if asked.on_gpu:
+        torch.cuda.empty_cache()
+    return found
+
+
+def _seconds_of_engine(
+    asked: Asked, size: str, changes: dict[str, Any], batch: int, length: int, state: dict[str, Any]
+) -> dict[str, Any]:
+    """The mean step of the second cycle."""
+    import torch
+
+    model = llama(size, asked.device, **changes)
+    engine = engine_of(model, config_of(state, train_micro_batch_size_per_gpu=batch))
+    inputs, num = tokens_of(model, batch, length, asked.device), len(engine.groups)
+    counted, stalled, real = 0, 0.0, torch.cuda.synchronize
+
+    def counting(*args: Any) -> None:
+        nonlocal counted
+        counted += 1
+        real(*args)
+
+    for step in range(2 * num):
+        if step == num:
+            synchronize(asked.device)
+            torch.cuda.synchronize = counting
+            started, stalled = time.perf_counter(), 0.0
+        engine.backward(engine(**inputs).loss)
+        engine.step()
+        stalled += engine.last_report.stalled_s
+    torch.cuda.synchronize = real
+    synchronize(asked.device)
+    seconds = (time.perf_counter() - started) / num
+    peak = engine.last_report.peak_bytes
+    engine.destroy()
+    return {"seconds": seconds, "stalled_s": stalled / num, "synchronized": counted, "peak_gib": peak / 2**30}
+
+
+def _seconds_of_bare_loop(asked: Asked, size: str, changes: dict[str, Any], batch: int, length: int) -> float:
+    """Forward, backward, clip and a fused AdamW on fp32 masters, one group a step, one group's states for all."""
+    import torch
+
+    from hift_ds.layers.grouping import partition_model
+
+    model = llama(size, asked.device, **changes)
+    model.config.use_cache = False
+    groups = [
+        [dict(model.named_parameters())[n] for n in g.param_names] for g in partition_model(model).groups
+    ]
+    inputs, states = tokens_of(model, batch, length, asked.device), {}
+    model.requires_grad_(False)
+    for step in range(2 * len(groups)):
+        if step == len(groups):
+            synchronize(asked.device)
+            started = time.perf_counter()
+        params = groups[step % len(groups)]
+        for param in params:
+            param.requires_grad_(True)
+        model(**inputs).loss.backward()
+        key = tuple(param.shape for param in params)
+        if key not in states:
+            masters = [torch.nn.Parameter(param.detach().float()) for param in params]
+            states[key] = masters, torch.optim.AdamW(masters, lr=1e-4, fused=True)
+        masters, optimizer = states[key]
+        for master, param in zip(masters, params, strict=True):
+            master.grad, param.grad = param.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.step()
+        for master, param in zip(masters, params, strict=True):
+            param.data.copy_(master.data)
+            master.grad = None
+            param.requires_grad_(False)
+    synchronize(asked.device)
+    return (time.perf_counter() - started) / len(groups)
+
+
+# -- 4: memory ------------------------------------------------------------------------------------------------------
+
+
+def memory(asked: Asked) -> Found:
+    """What the estimator counts against the largest allocation of a real step."""
+    from benchmarks.memory_against_allocator import EMBEDDING, HEAD, LOWEST, M106, case, model_folder
+    from hift_ds.cli.probe import probe
+
+    found = Found("memory")
+    shape = {"batch": 1, "length": 64} if asked.tiny else {"batch": 8, "length": 512}
+    everything = {"activations": {"checkpointing": True, "chunked_loss": True, "offload": True},
+                  "state": {"slice_numel": 1 << 21}}  # fmt: skip
+    cases = {
+        "fp32, embedding": case("fp32", EMBEDDING, **shape),
+        "fp32, lowest block, checkpointing": case(
+            "fp32", LOWEST, {"activations": {"checkpointing": True}}, **shape
+        ),
+        "masters, lowest block": case("mixed_hi", LOWEST, **shape),
+        "masters, head": case("mixed_hi", HEAD, **shape),
+        "masters, all switches": case("mixed_hi", EMBEDDING, everything, **shape),
+        "masters, two micro-batches": case("mixed_hi", LOWEST, micro_batches=2, **shape),
+        "no masters": case("bf16", LOWEST, **shape),
+    }
+    from dataclasses import replace
+
+    with model_folder(**(TINY if asked.tiny else M106)) as folder:
+        for name, one in list(cases.items())[: 2 if asked.tiny else None]:
+            group = min(one.group, 1) if asked.tiny else one.group
+            answer = probe(replace(one.setting, model=folder), group)
+            error = answer["predicted_gib"] / answer["measured_gib"] - 1
+            found.rows.append({"setting": name, **answer, "error": error})
+            found.require(abs(error) <= 0.05, f"{name}: {error:+.1%}")
+    return found
+
+
+# -- 5: resuming ----------------------------------------------------------------------------------------------------
+
+
+def resume(asked: Asked) -> Found:
+    """Killed twice at a random moment and resumed: the weights of the run that was left alone, bit for bit."""
+    found = Found("resume")
+    random.seed(0)
+    settings = {
+        "host": {},
+        "host, codecs": {"codec": "split_master+int8_moments"},
+        "disk": {"residency": "disk"},
+    }
+    for name, state in list(settings.items())[: 1 if asked.tiny else None]:
+        with tempfile.TemporaryDirectory() as folder:
+            expected = _run_child(asked, state, Path(folder) / "alone", kill_after=None)
+            for _ in range(2):
+                _run_child(asked, state, Path(folder) / "killed", kill_after=random.randrange(2, 6))
+            resumed = _run_child(asked, state, Path(folder) / "killed", kill_after=None)
+        found.rows.append({"states": name, "same bits": resumed == expected})
+        found.require(resumed == expected and expected is not None, f"{name}: other weights after two kills")
+    return found
+
+
+def _run_child(asked: Asked, state: dict[str, Any], folder: Path, kill_after: int | None) -> str | None:
+    """A run of 12 steps that saves each; its weights' digest, or ``None`` if it was killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if state.get("residency") == "disk":
+        state = {**state, "path": str(folder)}
+    job = json.dumps(
+        {"state": state, "folder": str(folder), "device": asked.device, "kill_after": kill_after}
+    )
+    done = subprocess.run(
+        [sys.executable, str(HERE), "--child", job],
+        capture_output=True,
+        text=True,
+        env=_child_environment(asked),
+    )
+    if kill_after is not None and done.returncode == -signal.SIGKILL:
+        return None
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return done.stdout.splitlines()[-1]
+
+
+def _child(job: dict[str, Any]) -> None:
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    model = llama("llama2_7b", job["device"], **TINY)
+    engine = engine_of(model, config_of(job["state"]))
+    out, sys.stdout = sys.stdout, sys.stderr
+    if (Path(job["folder"]) / "latest").exists():
+        engine.load_checkpoint(job["folder"])
+    taken = 0
+    while engine.global_steps < 12:
+        engine.backward(engine(**tokens_of(model, 1, 16, job["device"], seed=engine.global_steps)).loss)
+        engine.step()
+        engine.save_checkpoint(job["folder"])
+        taken += 1
+        if job["kill_after"] == taken:
+            os.kill(os.getpid(), signal.SIGKILL)
+    digest = hashlib.sha256()
+    for param in model.parameters():
+        digest.update(param.detach().float().cpu().numpy().tobytes())
+    print(digest.hexdigest(), file=out, flush=True)
+    engine.destroy()
+
+
+def _child_environment(asked: Asked) -> dict[str, str]:
+    env = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        env.pop(name, None)
+    return env if asked.on_gpu else {**env, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
+# -- 6: two ranks ---------------------------------------------------------------------------------------------------
+
+
+def two_ranks(asked: Asked) -> Found:
+    """Stages 0, 2 and 3 on two ranks against one rank with both ranks' rows, with the throughput timer off."""
+    found = Found("two_ranks")
+    alone = _losses(asked, 1, {"stage": 0})
+    settings: dict[str, dict[str, Any]] = {"stage 0": {"stage": 0}, "stage 2": {"stage": 2}, "stage 3": {"stage": 3},
+                                           "stage 3, weights on the host": {"stage": 3, "offload": True}}  # fmt: skip
+    for name, setting in list(settings.items())[:: 2 if asked.tiny else 1]:
+        losses = _losses(asked, 2, setting)
+        apart = max(abs(a - b) for a, b in zip(losses, alone, strict=True))
+        found.rows.append({"setting": name, "largest difference of a loss": apart})
+        found.require(apart <= 1e-3, f"{name}: losses differ by {apart:.2g}")
+    return found
+
+
+def _losses(asked: Asked, world_size: int, setting: dict[str, Any]) -> list[float]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = json.dumps({**setting, "device": asked.device, "ranks": world_size})
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(HERE), "--rank", job], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**_child_environment(asked), "RANK": str(rank), "LOCAL_RANK": str(rank),
+                 "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    answers = [child.communicate(timeout=900) for child in children]
+    for child, (_, stderr) in zip(children, answers, strict=True):
+        if child.returncode:
+            raise RuntimeError(stderr[-2000:])
+    return json.loads(answers[0][0].splitlines()[-1])
+
+
+def _rank(job: dict[str, Any]) -> None:
+    import torch
+
+    out, sys.stdout = sys.stdout, sys.stderr
+    rank = int(os.environ["RANK"])
+    device = "cpu" if job["device"] == "cpu" else f"cuda:{rank}"
+    if device != "cpu":
+        torch.cuda.set_device(rank)
+    offload = (
+        {"offload_param": {"device": "cpu", "pin_memory": device != "cpu"}} if job.get("offload") else {}
+    )
+    model = llama("llama2_7b", device, **TINY).float()
+    config = config_of({}, stage=job["stage"], bf16={"enabled": False})
+    config["zero_optimization"] |= offload
+    config["train_micro_batch_size_per_gpu"] = 2 // job["ranks"]
+    engine = engine_of(model, config)
+    losses = []
+    for step in range(8):
+        rows = tokens_of(model, 2, 16, device, seed=step)["input_ids"].chunk(job["ranks"])[rank]
+        loss = engine(input_ids=rows, labels=rows).loss
+        engine.backward(loss)
+        engine.step()
+        mean = loss.detach().clone()
+        if job["ranks"] > 1:
+            torch.distributed.all_reduce(mean)
+        losses.append(float(mean) / job["ranks"])
+    if rank == 0:
+        print(json.dumps(losses), file=out, flush=True)
+    engine.destroy()
+
+
+# -- 7: a real run --------------------------------------------------------------------------------------------------
+
+
+def run(asked: Asked) -> Found:
+    """``hift-ds train`` on a real model and real data, three cycles; peaks against the forecast beside them."""
+    found = Found("run")
+    if asked.model is None or asked.data is None:
+        found.notes.append("left out: needs --model and --data")
+        return found
+    with tempfile.TemporaryDirectory() as folder:
+        text = {
+            "model": {"path": asked.model}, "data": {"train": [{"path": asked.data}]}, "output_dir": f"{folder}/run",
+            "train": {"max_steps": 105, "per_device_train_batch_size": 1 if asked.tiny else 8},
+        }  # fmt: skip
+        file = Path(folder) / "run.yaml"
+        file.write_text(json.dumps(text))
+        done = subprocess.run(
+            [sys.executable, "-m", "hift_ds", "train", str(file)], env=_child_environment(asked)
+        )
+        found.require(done.returncode == 0, f"hift-ds train ended with {done.returncode}")
+        metrics = list(Path(folder).rglob("metrics.jsonl"))
+        steps = [json.loads(line) for line in metrics[0].read_text().splitlines()] if metrics else []
+    peaks = [s for s in steps if s.get("forecast_memory_gib") and s.get("peak_memory_gib")]
+    if peaks:
+        worst = max(peaks, key=lambda s: s["peak_memory_gib"] / s["forecast_memory_gib"])
+        found.rows.append(
+            {k: worst[k] for k in ("group_name", "peak_memory_gib", "forecast_memory_gib") if k in worst}
+        )
+        found.require(
+            worst["peak_memory_gib"] <= 1.05 * worst["forecast_memory_gib"], "a peak is above its forecast"
+        )
+    return found
+
+
+CHECKS: dict[str, Callable[[Asked], Found]] = {
+    check.__name__: check for check in (link, races, overlap, memory, resume, two_ranks, run)
+}
+BY_DEFAULT = ("link", "races", "overlap", "memory", "resume")
+
+
+def table(results: list[Found], machine: str) -> str:
+    lines = [
+        "# Validation on an accelerator",
+        "",
+        f"Measured by `benchmarks/gpu/validate.py` on {machine}.",
+        "",
+    ]
+    for found in results:
+        lines += [f"## {found.name}: {'FAIL' if found.failures else 'PASS'} ({found.seconds:.0f} s)", ""]
+        lines += [f"- {text}" for text in (*found.failures, *found.notes)]
+        if found.rows:
+            keys = list(dict.fromkeys(key for row in found.rows for key in row))
+            lines += ["", f"| {' | '.join(keys)} |", "|" + "---|" * len(keys)]
+            lines += ["| " + " | ".join(_cell(row.get(key, "")) for key in keys) + " |" for row in found.rows]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def machine_of(device: str) -> str:
+    import platform
+
+    import torch
+
+    if device == "cpu":
+        return f"a CPU ({platform.machine()}), torch {torch.__version__}: says nothing about speed"
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, driver {torch.version.cuda}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checks", nargs="*", help=f"of {', '.join(CHECKS)}; default: {', '.join(BY_DEFAULT)}")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--model", help="folder or hub name, for run")
+    parser.add_argument("--data", help="file of rows, for run")
+    parser.add_argument("--out", type=Path, default=Path("gpu_validation"))
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    for job, work in ((args.child, _child), (args.rank, _rank)):
+        if job is not None:
+            work(job)
+            return 0
+    unknown = [name for name in args.checks if name not in CHECKS]
+    if unknown:
+        parser.error(f"no check {unknown[0]!r}; there are {', '.join(CHECKS)}")
+    if args.device == "cpu":
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device here; --device cpu --tiny shows that the checks themselves work")
+    asked = Asked(args.device, args.tiny, args.model, args.data)
+    args.out.mkdir(parents=True, exist_ok=True)
+    results: list[Found] = []
+    for name in args.checks or BY_DEFAULT:
+        started = time.perf_counter()
+        try:
+            found = CHECKS[name](asked)
+        except Exception as error:  # one that breaks must not cost the others
+            found = Found(name, failures=[f"{type(error).__name__}: {error}"])
+        found.seconds = time.perf_counter() - started
+        results.append(found)
+        print(f"{'FAIL' if found.failures else 'PASS'} {name}", file=sys.stderr, flush=True)
+        print(json.dumps(found.__dict__), flush=True)
+        with (args.out / "results.jsonl").open("a") as lines:
+            lines.write(json.dumps(found.__dict__) + "\n")
+        (args.out / "results.md").write_text(table(results, machine_of(args.device)))
+    return 1 if any(found.failures for found in results) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
