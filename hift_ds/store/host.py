@@ -6,6 +6,7 @@ on an accelerator, and a CPU run reports the traffic it would have.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
@@ -16,10 +17,13 @@ from hift_ds.store.arithmetic import Link, measure_link
 from hift_ds.store.base import StateStore
 from hift_ds.store.machine import THIS_MACHINE, Machine, processes_on_node
 from hift_ds.store.movers import InlineMover, StreamMover, ThreadMover, streams_of
+from hift_ds.store.page_locked import PageLockedMemory
 from hift_ds.store.parked import ParkedStateStore
 
-# torch rounds page-locked allocations up to a power of two: large ones are cut from slabs of one.
-SLAB_BYTES = 1 << 28
+logger = logging.getLogger(__name__)
+
+# Of the memory that is free now, what may be page-locked: the system cannot swap it out, nor take it back.
+LOCKED_SHARE = 0.9
 # A copy engine serves one copy at a time: activations and weights of ZeRO-3 wait no longer than for one of these.
 COPY_BYTES = 1 << 25
 
@@ -37,7 +41,7 @@ class HostStateStore(ParkedStateStore):
     pin_memory: bool = True
     machine: Machine = THIS_MACHINE
     _host: dict[int, list[Tensor]] = field(default_factory=dict, init=False)  # segments, uint8
-    _slab: Tensor | None = field(default=None, init=False)  # what is left of the last one
+    _locked: PageLockedMemory = field(default_factory=PageLockedMemory, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +62,14 @@ class HostStateStore(ParkedStateStore):
                 '"hift.state.codec" to a compact form or '
                 f'"hift.state.residency" to "disk"'
             )
+        available = self.machine.host_bytes().available
+        if self.pin_memory and self.total_bytes() > LOCKED_SHARE * available:
+            logger.warning(
+                "the optimizer states need %.1f GB of host memory and %.1f GB are free: they are not page-locked, and the "
+                'step waits for their copies; a compact "hift.state.codec" needs less',
+                self.total_bytes() / 1e9, available / 1e9,
+            )  # fmt: skip
+            self.pin_memory = False
         for chunk in self._layouts:
             self._reserve(chunk)
         return super().start()
@@ -65,7 +77,7 @@ class HostStateStore(ParkedStateStore):
     def close(self) -> None:
         super().close()
         self._host.clear()
-        self._slab = None
+        self._locked = PageLockedMemory()
 
     def tensors_at_rest(self) -> list[Tensor]:
         return [segment for segments in self._host.values() for segment in segments]
@@ -103,10 +115,7 @@ class HostStateStore(ParkedStateStore):
                 segments.append(torch.zeros(missing, dtype=torch.uint8))
             return segments
         while missing or not segments:
-            if self._slab is None or self._slab.numel() == 0:
-                self._slab = torch.empty(SLAB_BYTES, dtype=torch.uint8, pin_memory=True)
-            taken = self._slab[: min(missing, self._slab.numel())].zero_()
-            self._slab = self._slab[taken.numel() :]
+            taken = self._locked.some(missing)
             segments.append(taken)
             missing -= taken.numel()
         return segments

@@ -372,7 +372,7 @@ def test_page_locked_memory_is_cut_from_slabs(monkeypatch):
     """Without an accelerator nothing is page-locked, but the cutting can be tried."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
-    monkeypatch.setattr("hift_ds.store.host.SLAB_BYTES", 4096)
+    monkeypatch.setattr("hift_ds.store.page_locked.SLAB_BYTES", 4096)
     store = HostStateStore(CPU, (), 0, 2)
     store.pin_memory = True
     expected = filled(store)

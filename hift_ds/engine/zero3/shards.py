@@ -22,6 +22,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from hift_ds.engine.zero3.weight_file import WeightFile
+from hift_ds.store.page_locked import PageLockedMemory
 
 _FILE = "hift_weight_file"  # attribute of a module whose shards are in one
 
@@ -82,9 +83,12 @@ def allocate_shards(module: nn.Module, config: dict[str, Any]) -> None:
     if folder:
         file = WeightFile(folder, sum(WeightFile.room(_shard_numel(p) * p.element_size()) for p in in_file))
         module.__dict__[_FILE] = file
-    placed = set(in_file)
+    placed, locked = (
+        set(in_file),
+        PageLockedMemory(sum(_shard_numel(p) * p.element_size() for p in new.values())),
+    )
     for param in new.values():
-        _give_shard(param, init, file if param in placed else None)
+        _give_shard(param, init, file if param in placed else None, locked)
     for submodule in module.modules():
         for name, param in submodule._parameters.items():
             if param is not None:
@@ -95,16 +99,17 @@ def _shard_numel(param: nn.Parameter) -> int:
     return -(-param.ds_numel // num_shards(param))
 
 
-def _give_shard(param: nn.Parameter, init: Any, file: WeightFile | None) -> None:
+def _give_shard(param: nn.Parameter, init: Any, file: WeightFile | None, locked: PageLockedMemory) -> None:
     """As DeepSpeed's first partitioning of a whole weight leaves it."""
     numel = _shard_numel(param)
     if file is not None:
         shard = file.reserve(numel, param.dtype)
     else:
         on_host = init.remote_device == OffloadDeviceEnum.cpu
-        shard = torch.empty(numel, dtype=param.dtype, device="cpu" if on_host else init.local_device)
-        if on_host and init.pin_memory:
-            shard = get_accelerator().pin_memory(shard)
+        if on_host and init.pin_memory and get_accelerator().device_name() != "cpu":
+            shard = locked.whole(numel, param.dtype)
+        else:
+            shard = torch.empty(numel, dtype=param.dtype, device="cpu" if on_host else init.local_device)
     shard.ds_numel, shard.status, shard.final_location = numel, PartitionedParamStatus.AVAILABLE, None
     param.ds_tensor, param.ds_numel_aligned = shard, numel * num_shards(param)
     param.data = torch.empty(0, dtype=param.dtype, device=param.device)

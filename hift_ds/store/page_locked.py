@@ -1,0 +1,89 @@
+"""Page-locked host memory, cut from slabs of a power of two.
+
+torch's allocator rounds every page-locked block up to a power of two: the shards of LLaMA-2-13B in host memory would
+take 44 GB in place of 26. Slabs of such a size waste what is left at their ends.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SLAB_BYTES = 1 << 28
+_ALIGNMENT = 256
+
+
+def _page_locked(num_bytes: int) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+class PageLockedMemory:
+    """Gives out pieces. A slab is given back when the last of its pieces is gone.
+
+    Args:
+        expected_bytes: of pieces that must be whole, in all: of many, slabs are larger, since their ends are lost.
+        allocate: makes page-locked memory (uint8) of so many bytes.
+
+    Attributes:
+        num_bytes: page-locked so far.
+        exhausted: the system gave no more, and what has come since is ordinary memory, whose copies are waited for.
+    """
+
+    def __init__(self, expected_bytes: int = 0, allocate: Callable[[int], Tensor] = _page_locked) -> None:
+        self._slab_bytes = SLAB_BYTES
+        while self._slab_bytes < min(expected_bytes >> 3, 1 << 30):
+            self._slab_bytes *= 2
+        self.num_bytes = 0
+        self.exhausted = False
+        self._allocate = allocate
+        self._rests: list[Tensor] = []  # of slabs, aligned
+
+    def some(self, at_most: int) -> Tensor:
+        """Zeros, 1 to ``at_most`` bytes of them (none if that is 0): what is left of a slab, or of a new one."""
+        if at_most and not self._rests:
+            self._rests.append(self._new(self._slab_bytes))
+        if not at_most:
+            return torch.empty(0, dtype=torch.uint8)
+        return self._cut(len(self._rests) - 1, min(at_most, self._rests[-1].numel())).zero_()
+
+    def whole(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """A flat tensor with undefined values."""
+        num_bytes = numel * dtype.itemsize
+        fits = [i for i, rest in enumerate(self._rests) if rest.numel() >= num_bytes]
+        if fits:
+            at = min(fits, key=lambda i: self._rests[i].numel())
+        else:
+            self._rests.append(
+                self._new(max(self._slab_bytes, 1 << (num_bytes - 1).bit_length() if num_bytes else 0))
+            )
+            at = len(self._rests) - 1
+        return self._cut(at, num_bytes).view(dtype)
+
+    def _cut(self, at: int, num_bytes: int) -> Tensor:
+        rest = self._rests[at]
+        piece, rest = rest[:num_bytes], rest[-(-num_bytes // _ALIGNMENT) * _ALIGNMENT :]
+        if rest.numel():
+            self._rests[at] = rest
+        else:
+            del self._rests[at]
+        return piece
+
+    def _new(self, num_bytes: int) -> Tensor:
+        if not self.exhausted:
+            try:
+                slab = self._allocate(num_bytes)
+                self.num_bytes += num_bytes
+                return slab
+            except RuntimeError as error:  # no memory, or a limit on what may be locked (ulimit -l)
+                self.exhausted = True
+                logger.warning(
+                    "the system page-locks no more than the %.1f GB that it has (%s): the rest is ordinary memory, whose "
+                    'copies the step waits for; a compact "hift.state.codec" needs less',
+                    self.num_bytes / 1e9, str(error).splitlines()[0],
+                )  # fmt: skip
+        return torch.empty(num_bytes, dtype=torch.uint8)
