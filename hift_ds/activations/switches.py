@@ -16,14 +16,11 @@ import torch
 from torch import nn
 
 from hift_ds.activations import chunked_loss
+from hift_ds.activations.offload import build_offload
 from hift_ds.activations.recompute import BlockCheckpointing, take_over_from_transformers
 from hift_ds.config import ActivationsConfig
-from hift_ds.errors import ConfigError
 from hift_ds.hf.model_structure import configs_with_cache
 from hift_ds.layers.arch import ArchSpec, find_arch
-
-# Tensors of checkpointed blocks that are on the device while they are moved; each is a block's input.
-IN_FLIGHT = 2
 
 
 class ActivationSavings:
@@ -70,7 +67,7 @@ class ActivationSavings:
         if self._checkpointing is not None:
             self._checkpointing.from_block(min(self._lowest[index] for index in active))
         keeps = self._offload is not None and torch.is_grad_enabled() and self._model.training
-        with self._offload if keeps else contextlib.nullcontext():
+        with self._offload.during_forward() if keeps else contextlib.nullcontext():
             yield
 
     def close(self) -> None:
@@ -80,6 +77,8 @@ class ActivationSavings:
             self._checkpointing.off()
         if self._head is not None:
             chunked_loss.restore(self._head)
+        if self._offload is not None:
+            self._offload.close()
 
     def _defers(self) -> bool:
         return (self._model.training and torch.is_grad_enabled()) or self.losses_only
@@ -90,29 +89,6 @@ def lowest_blocks(model: nn.Module, arch: ArchSpec, groups: dict[int, Sequence[s
     of blocks for the head alone. A tied weight counts where it is used lowest."""
     unit_of = arch.unit_of(model)
     return {index: max(min(unit_of[name] for name in names) - 1, 0) for index, names in groups.items()}
-
-
-def build_offload(model: nn.Module, recomputes: bool) -> Any:
-    """TRL's offloading of saved tensors, with its side stream and without the weights; ``None`` on the CPU.
-
-    Args:
-        recomputes: blocks are checkpointed, so that each saves one tensor and there is a block's time to move it.
-
-    Raises:
-        ConfigError: TRL is not installed.
-    """
-    device = next(model.parameters()).device
-    if device.type == "cpu":
-        return None
-    try:
-        from trl.models.activation_offloading import get_act_offloading_ctx_manager
-    except ImportError:
-        raise ConfigError(
-            '"hift.activations.offload": true uses TRL\'s activation offloading, which is not installed; '
-            "pip install trl, or set it to false"
-        ) from None
-    in_flight = {"max_fwd_stash_size": IN_FLIGHT} if recomputes else {}
-    return get_act_offloading_ctx_manager(model, warn_if_no_head=False, **in_flight)
 
 
 def _without_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:

@@ -76,6 +76,7 @@ class Row:
     checkpointing: bool = False
     mutation: str = ""
     readme: bool = False  # run the README's loop instead
+    forwards: int = 1  # before each backward
 
 
 @dataclass
@@ -159,7 +160,7 @@ def step(row: Row, device: str, machine: Any, folder: str, model: Any = None, ba
         machine.mark(f"step {number}")
         for _ in range(row.gas):
             inputs = make_batch(engine.module, *batch_shape, device)
-            loss = engine(**inputs).loss
+            loss = sum(engine(**inputs).loss for _ in range(row.forwards))
             engine.backward(loss)
             del loss
             engine.step()

@@ -30,7 +30,8 @@ ROWS = {
     "update on the host": (Row(hift=state(step_on="host")), 19),
     "disk": (Row(hift=state(**DISK)), 8),
     "disk, prefetch off, slices": (Row(hift=state(**DISK, prefetch=False, slice_numel=3000)), 19),
-    "activations on the host": (Row(hift={"activations": {"offload": True}}, gas=2, checkpointing=True), 5),
+    "activations on the host": (Row(hift={"activations": {"offload": True}}, gas=2, checkpointing=True), 1),
+    "activations on the host, two forwards": (Row(hift={"activations": {"offload": True}}, forwards=2, steps=5), 1),
     "2 ranks: slices, 2 slots, codecs": (
         Row(hift=state(slots=2, slice_numel=1500, codec="bf16_moments"), stage=2, world_size=2), 1,
     ),
@@ -49,7 +50,7 @@ MORE_ROWS = {
     "2 ranks: Muon": (Row(optimizer="Muon", stage=2, world_size=2), 1),
     "stage 3: Muon": (Row(optimizer="Muon", stage=3, world_size=2, more=ALL_GATHERED), 5),
     "activations on the host, chunked loss": (
-        Row(hift={"activations": {"offload": True, "chunked_loss": True}}, gas=2), 5,
+        Row(hift={"activations": {"offload": True, "chunked_loss": True}}, gas=2), 1,
     ),
 }  # fmt: skip
 # What is taken out, and a configuration that needs it.
