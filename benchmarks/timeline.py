@@ -126,11 +126,12 @@ def record(
     """The log of two cycles. Changes this process for good."""
     import torch
 
+    from hift_ds.engine.engine import HiFTEngine
     from hift_ds.hf.model_structure import read_config
     from hift_ds.simulation.device import fake_device
-    from hift_ds.simulation.step import _replaced, make_real
-    from tests.helpers import race_rows
-    from tests.helpers.stream_clocks import Machine, installed
+    from hift_ds.simulation.step import make_real
+    from hift_ds.store.machine import HostBytes, Machine
+    from tests.helpers import race_rows, stream_clocks
 
     row = race_rows.Row(
         hift={"state": state}, steps=2 * (len(trained) + 2), timer="synchronized" in name,
@@ -138,7 +139,8 @@ def record(
     )  # fmt: skip
     with fake_device() as device, tempfile.TemporaryDirectory() as folder:
         race_rows._join(1)
-        with installed(Machine(device, count_flops=True)) as machine, _replaced():
+        HiFTEngine.machine = Machine(HostBytes(1 << 60, 1 << 60))  # the card's host is not this one
+        with stream_clocks.installed(stream_clocks.Machine(device, count_flops=True)) as machine:
             built = _build(read_config(model))
             make_real(built, torch.bfloat16, device)
             for weight_name, param in built.named_parameters():
