@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+
+logger = logging.getLogger(__name__)
 
 TILE_NUMEL = 1 << 24  # logits in one tile: 64 MiB in fp32
 MIN_TILE_ROWS = 256  # fewer would leave the matrix product bound by reading the weight
@@ -129,7 +132,16 @@ class DeferredLogits:
         self.dtype: torch.dtype = dtype or hidden.dtype
 
     def compute(self) -> Tensor:
-        """The logits, whole."""
+        """The logits, whole: (..., V). Says so once for each head, since the memory that was to be saved is not."""
+        deferring = self._head.__dict__["forward"]
+        if not deferring.said_whole:
+            deferring.said_whole = True
+            num_bytes = self.shape.numel() * self.dtype.itemsize
+            logger.warning(
+                "hift.activations.chunked_loss saves nothing in this model: more is done with its logits than a plain "
+                "cross-entropy, so they are computed whole (%s, %.2f GiB a copy)",
+                " x ".join(map(str, self.shape)), num_bytes / 2**30,
+            )  # fmt: skip
         with _computing(self._head):
             return _apply(self.transforms, self._head(self.hidden))
 
@@ -267,6 +279,7 @@ class _DeferringHead:
     def __init__(self, head: nn.Linear, active: Callable[[], bool]) -> None:
         self.head = head
         self.active = active
+        self.said_whole = False
         self.request: Any = None  # None: defer; (): compute; else what losses() wants
 
     def __call__(self, hidden: Tensor) -> Any:

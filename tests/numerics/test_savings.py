@@ -164,7 +164,7 @@ def test_backward_lets_go_of_the_hidden_states_though_the_loss_is_still_there():
     assert freed and loss.grad_fn is not None
 
 
-def test_anything_else_done_with_the_logits_computes_them():
+def test_anything_else_done_with_the_logits_computes_them_and_says_so_once(caplog):
     model = tiny("gemma2", "causal_lm").requires_grad_(True)
     batch = model_zoo.tiny.batch(model, rows=2, tokens=7)
     whole = model(**batch).logits
@@ -174,6 +174,11 @@ def test_anything_else_done_with_the_logits_computes_them():
     assert torch.equal(deferred[:, -1, 3], whole[:, -1, 3])
     assert torch.equal(deferred.argmax(-1), whole.argmax(-1))
     assert torch.equal(torch.softmax(deferred, -1), torch.softmax(whole, -1))
+    assert (
+        [line for line in caplog.messages if "chunked_loss saves nothing" in line]
+        == caplog.messages[:1]
+        != []
+    )
     # The head over fewer rows is another product: other tiles, and so another order of summation.
     torch.testing.assert_close(deferred[:, 2:].compute(), whole[:, 2:], rtol=2e-6, atol=1e-6)
     smoothed = [nn.functional.cross_entropy(x.view(-1, 67), batch["labels"].view(-1), label_smoothing=0.1)
