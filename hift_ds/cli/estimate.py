@@ -22,13 +22,15 @@ from hift_ds.forecast.steps import (
 )
 
 CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80)
-CONTEXT_GIB = 0.6  # of the driver, cuBLAS and NCCL: assumed
+CONTEXT_GIB = 0.6  # of the driver and its libraries: assumed
+# Buffers of NCCL on several ranks: up to 0.5 a communicator, of which DeepSpeed makes two. Assumed.
+NCCL_GIB = 1.0
 FRAGMENTATION = 0.05  # of the allocated bytes, held by the allocator beside them: assumed
 LENGTH_UNIT = 16
 LORA_RANK = 16
 NUM_PROCESSES = 2
 ASSUMPTIONS = (
-    f"a card gives its nominal GiB less {CONTEXT_GIB} GiB of context; the allocator holds {FRAGMENTATION:.0%} more than "
+    f"a card gives its nominal GiB less {CONTEXT_GIB} GiB of context (with several ranks {NCCL_GIB} more for NCCL's buffers); the allocator holds {FRAGMENTATION:.0%} more than "
     "is allocated (neither is counted)",
     "attention runs in a fused kernel (FlashAttention-2's buffers) where the model allows it; batches have no padding",
     "workspaces inside of GPU kernels (cuBLAS, cuDNN) are not counted",
@@ -197,12 +199,17 @@ def _flops(counted: Counted, steps: list[GroupStep]) -> dict[str, float]:
     }
 
 
+def budget_gib(card: float, world_size: int) -> float:
+    """What may be allocated on a card of ``card`` GiB, by the assumptions."""
+    return (card - CONTEXT_GIB - (NCCL_GIB if world_size > 1 else 0)) / (1 + FRAGMENTATION)
+
+
 def _fits(counted: Counted, peak: float) -> list[dict[str, Any]]:
     """For each card: does it fit, what is the most it takes, and if not, which switch would make it."""
     limit = counted.structure.max_length
     rows = []
     for card in CARDS_GIB:
-        budget = (card - CONTEXT_GIB) / (1 + FRAGMENTATION)
+        budget = budget_gib(card, counted.setting.world_size)
         fits = peak <= budget
         enough = [
             name for name, steps in counted.switched.items() if worst_step(steps).peak_bytes / GIB <= budget

@@ -103,6 +103,9 @@ def _join_job(local_rank: int | None) -> None:
         env.update(launch_variables(rank=0, world_size=1, port=free_port()))
     elif "LOCAL_RANK" not in env and local_rank is not None:
         env["LOCAL_RANK"] = str(local_rank)
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & env.keys():
+        # Groups of different sizes take turns: fixed segments would hold a tenth more than is allocated, or more.
+        env["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _leave_job() -> None:

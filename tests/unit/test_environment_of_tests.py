@@ -28,3 +28,19 @@ def test_bytes_on_the_update_device_between_steps(slots):
     held = sum(slot.memory.numel() for slot in engine.optimizer.store._slots)
     assert held == 2 * slots * 16 * 16 * 4
     engine.destroy()
+
+
+@pytest.mark.parametrize("given", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}])
+def test_hift_ds_train_asks_for_segments_that_grow(given, monkeypatch):
+    """What the estimates assume of the allocator; a choice of the user's stands."""
+    from hift_ds.train import worker
+
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "0" if name != "WORLD_SIZE" else "1")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    worker._join_job(None)
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == (None if given else "expandable_segments:True")

@@ -189,3 +189,10 @@ def test_groups_near_the_top_are_stepped_where_lines_bend():
     request = Request(Setting("m", {"hift": {"activations": activations}}), structure)
     assert request.to_simulate().groups == (0, 1, 2, 17, 25, 26, 27, 28, 31, 32, 33)
     assert replace(request, ends_only=True).to_simulate().groups == (0, 1, -1)
+
+
+def test_several_ranks_leave_less_of_a_card():
+    from hift_ds.cli.estimate import NCCL_GIB, budget_gib
+
+    assert budget_gib(24, 1) == pytest.approx((24 - 0.6) / 1.05)
+    assert budget_gib(24, 1) - budget_gib(24, 2) == pytest.approx(NCCL_GIB / 1.05)
