@@ -137,6 +137,43 @@ def end_with_launcher() -> None:
         threading.Thread(target=_follow, args=(pid,), name="launcher watch", daemon=True).start()
 
 
+def bind_to_device(local_rank: int, sys_root: Path = Path("/sys")) -> set[int] | None:
+    """Run on the cores beside this rank's GPU, so that host memory for its states is taken there: page-locked memory at the
+    other socket halves the link. Before other threads begin; ACCELERATE_CPU_AFFINITY and a narrower affinity are obeyed.
+
+    Returns:
+        The cores; None where nothing was changed (no GPU, one NUMA node, or a system that does not tell).
+    """
+    import torch
+
+    if (
+        not torch.cuda.is_available()
+        or "ACCELERATE_CPU_AFFINITY" in os.environ
+        or not hasattr(os, "sched_setaffinity")
+    ):
+        return None
+    found = torch.cuda.get_device_properties(local_rank)
+    numbers = [getattr(found, name, None) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")]
+    if None in numbers:
+        return None
+    domain, bus, device = numbers
+    cpus = _cpus_beside(sys_root / f"bus/pci/devices/{domain:04x}:{bus:02x}:{device:02x}.0")
+    allowed = os.sched_getaffinity(0)
+    if not cpus & allowed or cpus & allowed == allowed:
+        return None
+    os.sched_setaffinity(0, cpus & allowed)
+    return cpus & allowed
+
+
+def _cpus_beside(device: Path) -> set[int]:
+    cpus: set[int] = set()
+    with contextlib.suppress(OSError, ValueError):
+        for part in (device / "local_cpulist").read_text().strip().split(","):
+            first, _, last = part.partition("-")
+            cpus |= set(range(int(first), int(last or first) + 1))
+    return cpus
+
+
 def _launchers_above(pid: int) -> list[int]:
     """Launchers among the processes above, nearest first."""
     found = []

@@ -32,7 +32,7 @@ from hift_ds.errors import (
 )
 from hift_ds.ranks import free_port, launch_variables, rank_and_world_size
 from hift_ds.report.quiet import escape_what_cannot_be_shown, quiet_libraries
-from hift_ds.train.processes import end_with_launcher
+from hift_ds.train.processes import bind_to_device, end_with_launcher
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # never a bug, wherever they come from
 PATIENCE_S = 5.0  # for the first rank to say what is wrong and for the launcher to stop the others
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             end_with_launcher()
         args = _parse(sys.argv[1:] if argv is None else argv)
         _join_job(args.local_rank)
+        bind_to_device(int(os.environ.get("LOCAL_RANK", "0")))
         quiet_libraries(is_main=rank_and_world_size()[0] == 0)
         # It compares the accumulation that the Trainer does itself with DeepSpeed's, and warns at every
         # start.

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,7 +20,7 @@ from hift_ds.checkpoint.manifest import verify
 from hift_ds.errors import ConfigError
 from hift_ds.train import worker
 from hift_ds.train.finetune import finetune
-from hift_ds.train.processes import FirstEnd, ProgressNotes, _is_launcher
+from hift_ds.train.processes import FirstEnd, ProgressNotes, _is_launcher, bind_to_device
 from hift_ds.train.run_config import load_run_config
 from hift_ds.train.run_folder_lock import LOCK_FILE, RunFolderLock
 from tests.unit.test_launch import ROOT, inputs, own_cache, weights_in, write_run  # noqa: F401  (fixtures)
@@ -167,16 +168,16 @@ def start(
         lines.append(line)
         if line.startswith("step "):
             break
-    assert parent.poll() is None, "".join(lines)
+    assert lines and lines[-1].startswith("step "), "".join(lines)
     deadline = time.monotonic() + 60
-    while not (out / "checkpoint-2" / "trainer_files.json").exists():
+    while not any(out.glob("checkpoint-*/trainer_files.json")):  # the first may have been rotated away
         assert time.monotonic() < deadline
         time.sleep(0.05)
     ranks = [p for p in psutil.Process(parent.pid).children(recursive=True) if "RANK" in p.environ()]
     return parent, sorted(ranks, key=lambda p: p.environ()["RANK"]), lines
 
 
-OURS = ["-m", "hift_ds.cli", "train", "--num-procs", "2", "RUN"]
+OURS = ["-m", "hift_ds", "train", "--num-procs", "2", "RUN"]
 DEEPSPEEDS = [
     "-m",
     "deepspeed.launcher.runner",
@@ -242,3 +243,23 @@ def test_notes_and_launchers(tmp_path):
     assert _is_launcher(b"/usr/bin/python3\0-u\0-m\0deepspeed.launcher.launch\0--world_info=x\0")
     assert _is_launcher(b"/v/bin/python\0/v/bin/deepspeed\0launch\0run.yaml\0")
     assert not _is_launcher(b"bash\0deepspeed.sh\0") and not _is_launcher(b"/usr/bin/python3\0-m\0pytest\0")
+
+
+def test_a_rank_runs_on_the_cores_beside_its_gpu(tmp_path, monkeypatch):
+    bound, device = [], tmp_path / "bus" / "pci" / "devices" / "0000:3b:00.0"
+    device.mkdir(parents=True)
+    monkeypatch.delenv("ACCELERATE_CPU_AFFINITY", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: bound.append(cpus))
+    assert bind_to_device(0, tmp_path) is None  # no GPU
+    properties = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    assert bind_to_device(0, tmp_path) is None  # the system does not tell
+    (device / "local_cpulist").write_text("0-3,8,64-99\n")
+    assert bind_to_device(0, tmp_path) == {0, 1, 2, 3, 8} and bound == [{0, 1, 2, 3, 8}]
+    (device / "local_cpulist").write_text("0-15\n")  # one node
+    assert bind_to_device(0, tmp_path) is None and len(bound) == 1
+    monkeypatch.setenv("ACCELERATE_CPU_AFFINITY", "1")
+    (device / "local_cpulist").write_text("0-3\n")
+    assert bind_to_device(0, tmp_path) is None and len(bound) == 1
