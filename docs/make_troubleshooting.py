@@ -204,6 +204,10 @@ EXPLAINED = [
         "The key says how one kind of source is read, and the source is of another kind. Remove it, or name the other file.",
     ),
     (
+        r"saves nothing in this model",
+        "The model does more with its logits than take a plain loss, so that they are computed whole all the same. The numbers are right; the switch can go.",
+    ),
+    (
         r"comes with hift_ds",
         "A file or a size that is given by name alone is looked up among those in the package. The line lists the names.",
     ),
