@@ -74,7 +74,7 @@ def _hooks_of(module: nn.Module) -> list[dict]:
 
 
 def build_offload(model: nn.Module, recomputes: bool) -> ActivationOffload | None:
-    """As :class:`ActivationOffload`; ``None`` on the CPU.
+    """An :class:`ActivationOffload` for the model; ``None`` on the CPU.
 
     Raises:
         ConfigError: TRL is not installed.

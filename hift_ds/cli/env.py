@@ -27,7 +27,7 @@ VARIABLES = ("NCCL_", "DS_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTORCH
 
 
 def describe() -> dict[str, Any]:
-    """By topic; plain data. Sizes in GB (10**9 bytes), for people to read."""
+    """What this machine has, by topic, as plain data. Sizes are in GB (10**9 bytes), for people to read."""
     import torch
 
     memory = host_bytes()

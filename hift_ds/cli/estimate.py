@@ -110,7 +110,7 @@ def count(setting: Setting) -> Counted:
 
 def _same_updates(a: Setting, b: Setting) -> bool:
     """Do they differ in batch, length or what is kept for backward alone? An update knows nothing of these. (With stage 3
-    it comes upon the weights that backward has left gathered.)"""
+    the update finds weights that backward has left gathered.)"""
     a, b = (_without_activations(replace(setting, batch=1, length=1)) for setting in (a, b))
     return a == b and (a.engine_config.get("zero_optimization") or {}).get("stage", 0) < 3
 

@@ -224,9 +224,6 @@ class SeamEngine(DeepSpeedEngine):
         """``communication_data_type`` if the user set one, else fp32."""
         return self._config.communication_data_type or torch.float32
 
-    def update_applied(self) -> bool:
-        return self._step_applied
-
 
 def world_rank_and_size() -> tuple[int, int]:
     if not deepspeed_comm.is_initialized():

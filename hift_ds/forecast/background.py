@@ -40,7 +40,8 @@ class BackgroundForecast:
             question.write(json.dumps(asdict(setting)))
 
     def peak_bytes(self, group: int) -> int | None:
-        """Of the group's step on this rank; ``None`` while it is not known, or if it cannot be."""
+        """The expected peak of the step of layer group ``group`` on this rank, in bytes; ``None`` while it is not known, or
+        if it cannot be."""
         if self._process is not None and self._process.poll() is not None:
             self._answer.seek(0)
             lines = self._answer.read().splitlines()
@@ -50,7 +51,7 @@ class BackgroundForecast:
         return None if self._peaks is None else self._peaks.get(group)
 
     def close(self) -> None:
-        """Nobody will ask any more."""
+        """End the process if it still runs; ``peak_bytes`` is not to be called again."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Bytes = dict[str, int]  # by category
-# A place that cannot hold the peak: memory is linear from one of its ends to the other.
+# The blocks between the named ones. Memory is linear from one to the next, so that they are never the maximum, and they
+# are left out where steps are interpolated.
 BETWEEN = "blocks between"
 SWITCHES = ("slice_numel", "checkpointing", "chunked_loss", "offload")  # exact ways to hold less in a step
 SLICE_NUMEL = 1 << 24  # what "sliced update" means unless a number is given
@@ -84,7 +85,7 @@ def with_switch(setting: Setting, switch: str, on: bool) -> Setting:
 
 
 def is_on(setting: Setting, switch: str) -> bool:
-    """Is that one of ``SWITCHES`` on?"""
+    """Whether the setting has that one of ``SWITCHES`` on."""
     block = setting.engine_config["hift"]
     where = "state" if switch == "slice_numel" else "activations"
     return bool((block.get(where) or {}).get(switch))

@@ -158,7 +158,7 @@ def run_requests(requests: Sequence[Request], num_processes: int = 2) -> list[St
 
 
 def worst_step(steps: Steps) -> GroupStep:
-    """Of the group with the highest peak."""
+    """The step of the group with the highest peak."""
     return max((steps.step(index) for index in steps.known()), key=lambda step: step.peak_bytes)
 
 

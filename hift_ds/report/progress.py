@@ -155,7 +155,7 @@ class LiveProgress:
 
 
 class PlainProgress:
-    """A line at the first and the last step, and otherwise no oftener than every ``interval_s`` seconds."""
+    """A line at the first and the last step, and otherwise at most one every ``interval_s`` seconds."""
 
     def __init__(self, console: Console, interval_s: float) -> None:
         self._console = console

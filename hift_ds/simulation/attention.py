@@ -79,7 +79,7 @@ def scaled_dot_product_attention(
 
 
 def register_flops() -> None:
-    """As torch counts its own: two products forward, five backward (the scores are recomputed), full squares."""
+    """Operations of an attention, as torch counts those of its own: two products forward, five backward (the scores are recomputed), full squares."""
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     if torch.ops.hift_ds.flash_forward in flop_registry:

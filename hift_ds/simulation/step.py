@@ -245,7 +245,7 @@ def _activate(engine: Any, index: int) -> None:
 
 
 def state_bytes(engine: Any, index: int) -> int:
-    """Of the group's master and states, in the form in which they rest."""
+    """Bytes of the masters and states of group ``index``, in the form in which they rest."""
     optimizer = engine.optimizer
     store = optimizer.states.store_of(optimizer.groups[index])
     return sum(store.num_bytes(chunk.id) for chunk in optimizer.groups[index].chunks)

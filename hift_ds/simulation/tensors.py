@@ -42,7 +42,7 @@ class _Result:
     device: torch.device | None = None
 
 
-_Nothing = type(None)  # the kind of an operation that only changes its arguments
+_Nothing = type(None)  # stands for the result of operations that return None and only change their arguments
 
 
 class _CannotTell(Exception):

@@ -94,7 +94,7 @@ def checkpoints_at_once(saves: int, limit: int | None, keeps_best: bool) -> int:
 
 
 def bytes_on_disk(folder: Path) -> int:
-    """Of the files below ``folder``, one with two names once."""
+    """Bytes of the files below ``folder``; a file with two names counts once."""
     files = {}
     for path in folder.rglob("*") if folder.is_dir() else ():
         if path.is_file() and not path.is_symlink():

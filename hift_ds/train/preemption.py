@@ -5,7 +5,7 @@ the ranks agree (one element all-reduced) whether any of them was asked, and all
 exit code is 0: the job did what it was told.
 
 In a Trainer: ``trainer.add_callback(PreemptionCallback(lambda: trainer.engine))``, and after ``train()``
-``callback.exit_if_stopped("how to resume")``. In a loop of one's own::
+``callback.exit_if_stopped("how to resume")``. In your own training loop::
 
     with StopRequest(engine.device) as stop:
         for batch in data:

@@ -34,12 +34,12 @@ class CheckedRun:
     model: ModelFolder
     tokenizer_folder: Path
     dtype: Dtype
-    """Of the weights in training."""
+    """Dtype of the weights in training."""
     export_dtype: Dtype
     max_length: int
     """Tokens of the longest sample."""
     arguments: Mapping[str, Any]
-    """Of ``transformers.TrainingArguments``, with the DeepSpeed config; not to be changed."""
+    """Keyword arguments of ``transformers.TrainingArguments``, with the DeepSpeed config; not to be changed."""
 
     @property
     def run(self) -> RunConfig:

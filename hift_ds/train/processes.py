@@ -111,7 +111,7 @@ class RankProcesses:
             self._notes.close()
 
     def _first_end(self, codes: Sequence[int | None]) -> FirstEnd | None:
-        """Of several found together one that was killed: the others followed it."""
+        """The process to name when several have ended at once: one that was killed, since the others followed it."""
         ended = [rank for rank, code in enumerate(codes) if code]
         if not ended:
             return None
@@ -185,7 +185,7 @@ def _launchers_above(pid: int) -> list[int]:
 
 
 def _is_launcher(command_line: bytes) -> bool:
-    """Of a Python that runs a launcher; not of a shell script that happens to start one."""
+    """Whether a command line is that of a Python that runs a launcher, not of a shell script that happens to start one."""
     words = command_line.split(b"\0")[:8]
     if b"python" not in os.path.basename(words[0]):
         return False

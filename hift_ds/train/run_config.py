@@ -43,7 +43,7 @@ class ModelConfig(Section):
     tokenizer: str | None = None
     """Its folder, if not the model's."""
     dtype: Literal["auto", Dtype] = "auto"
-    """Of the weights in training. auto: what the DeepSpeed JSON says, else as stored."""
+    """Dtype of the weights in training. auto: what the DeepSpeed JSON says, else as stored."""
     attn_implementation: str | None = None
     """eager, sdpa, flash_attention_2, ...; null: transformers' choice."""
     trust_remote_code: bool = False
@@ -102,7 +102,7 @@ class TrainConfig(Section):
     """A loss or gradient that is not finite, or a gradient norm a thousand times its group's usual: end the run, leave
     the step out, or leave it out and go back to the last checkpoint."""
     hang_timeout_s: float = Field(7200.0, ge=0)
-    """End the run when nothing has happened for so long, a save included; 0: wait for ever."""
+    """End the run when nothing has happened for so long, a save included; 0: wait without end."""
     seed: int = 42
     report_to: list[str] = []
     """Loggers of transformers: tensorboard, wandb, mlflow, ..."""
@@ -154,10 +154,10 @@ class ExportConfig(Section):
     dir: str | None = None
     """Its folder; null: ``model`` in train.output_dir."""
     dtype: Literal["auto", Dtype] = "auto"
-    """Of the written weights. auto: as in the input."""
+    """Dtype of the written weights. auto: as in the input."""
     max_shard_size: str = "5GB"
 
-    """Of one file; a larger tensor gets a file of its own."""
+    """Size of one file; a larger tensor gets a file of its own."""
 
     @field_validator("max_shard_size")
     @classmethod
@@ -208,10 +208,6 @@ class RunConfig(Section):
         return self._overrides
 
     @property
-    def tokenizer_path(self) -> str:
-        return self.model.tokenizer or self.model.path
-
-    @property
     def export_dir(self) -> Path:
         return Path(self.export.dir).expanduser() if self.export.dir else self.output_dir / "model"
 
@@ -220,7 +216,7 @@ class RunConfig(Section):
         return Path(self.train.output_dir).expanduser()
 
     def is_given(self, key: str) -> bool:
-        """Whether the run file or an override sets ``section.name``, be it to its default."""
+        """Whether the run file or an override sets ``section.name``, to its default even."""
         section, name = key.split(".")
         return name in getattr(self, section).model_fields_set
 

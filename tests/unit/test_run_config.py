@@ -44,7 +44,7 @@ def test_defaults_and_overrides(load):
     )
     assert run.train.learning_rate == 1e-4 and run.data.train == ["a.jsonl", "b.jsonl"]
     assert resolve(run, 1).hift.group_size == 2 and resolve(run, 1).hift.order == "bottom2up"
-    assert run.export_dir == Path("out/model") and run.tokenizer_path == "m"
+    assert run.export_dir == Path("out/model")
     assert run.is_given("train.learning_rate") and not run.is_given("train.epochs")
     assert run.overrides[0] == "train.learning_rate=1e-4" and run.file.name == "run.yaml"
 
