@@ -101,7 +101,7 @@ class StateArithmetic:
             return text + ", all of it waited for (prefetch: false)"
         return (
             f"{text}, hidden from {self.hiding_tokens:,.0f} tokens a step on "
-            f"({self.model_numel / 1e6:,.0f}M parameters at {self.flops_s / 1e12:.3g} TFLOP/s)"
+            f"({_count(self.model_numel).strip()} parameters at {_count(self.flops_s)}FLOP/s)"
         )
 
     def _where_to_step(self) -> str:
@@ -155,7 +155,15 @@ def _best_s(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def _bytes(number: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
-    return f"{number:.0f} B"
+    return f"{number:.0f} bytes"
+
+
+def _count(number: float) -> str:
+    """With a prefix: "6.74 G", "17.4 k"."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {prefix}"
+    return f"{number:.3g} "

@@ -24,8 +24,13 @@ def test_when_computing_hides_the_transfers():
     assert dataclasses.replace(LLAMA, slots=2).transfer_s == pytest.approx(2.43 / 25)
     assert LLAMA.hiding_tokens == pytest.approx(0.1944 / (3.1 * 6.74e9 / 150e12))
     line = LLAMA.line()
-    assert "80.9 GB in host memory; a step moves 2.43 GB in at 25 GB/s and out at 25 GB/s: 0.194 s" in line
-    assert "hidden from 1,396 tokens a step on (6,740M parameters at 150 TFLOP/s)" in line
+    assert (
+        "75.3 GiB in host memory; a step moves 2.26 GiB in at 23.3 GiB/s and out at 23.3 GiB/s: 0.194 s"
+        in line
+    )
+    assert "hidden from 1,396 tokens a step on (6.74 G parameters at 150 TFLOP/s)" in line
+    small = dataclasses.replace(LLAMA, model_numel=17_408, flops_s=1.75e8).line()
+    assert "(17.4 k parameters at 175 MFLOP/s)" in small
     assert "all of it waited for" in dataclasses.replace(LLAMA, prefetch=False).line()
     assert "nothing moves" in dataclasses.replace(LLAMA, link=None).line()
 
