@@ -13,6 +13,7 @@ import random
 from dataclasses import asdict, dataclass
 from typing import Any
 
+FEW_TURNS = 4  # fewer cost what is learned (docs/group_size.md)
 ORDERS = ("bottom2up", "top2down", "random")
 
 
@@ -60,6 +61,21 @@ class GroupSchedule:
     @property
     def steps_per_cycle(self) -> int:
         return self.num_groups * self.steps_per_group
+
+    def too_few_turns(self, num_steps: int) -> str | None:
+        """What is wrong with a run of so many steps; ``None`` if nothing is. Turns of several steps are the user's plan."""
+        if num_steps < self.steps_per_cycle:
+            return (
+                f"one cycle over the {self.num_groups} layer groups takes {self.steps_per_cycle} steps and the run has "
+                f"{num_steps}: some groups will not be trained; raise max_steps or group_size"
+            )
+        turns = num_steps / self.num_groups
+        if self.steps_per_group > 1 or self.num_groups == 1 or turns >= FEW_TURNS:
+            return None
+        return (
+            f"each of the {self.num_groups} layer groups gets {turns:.1f} turns in {num_steps} steps, which is too few to "
+            "learn as full fine-tuning does; raise group_size or max_steps (docs/group_size.md)"
+        )
 
     @property
     def active(self) -> int:

@@ -16,13 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(os.environ.get("HIFT_MATRIX", ROOT / ".venv" / "matrix"))
 
-ENGINE = ["tests/numerics/test_engine_one_rank.py", "tests/unit/test_deepspeed_seam.py",
+ENGINE = ["tests/unit/test_deepspeed_seam.py", "tests/numerics/test_engine_one_rank.py",
           "tests/unit/test_deepspeed_zero3_seam.py"]  # fmt: skip
 TRAINER = ["tests/unit/test_trainer.py", "tests/unit/test_grouping.py"]
 TRL = ["tests/parity/test_trl.py", "tests/unit/test_data_prepare.py"]
 
-# What older releases of huggingface_hub import and the newest does not.
-_HTTPX = ["httpx", "httpcore", "h11", "anyio", "sniffio"]
+# Older releases want huggingface_hub 1, which imports what 2 does not.
+_HTTPX = ["huggingface_hub<2", "httpx", "httpcore", "h11", "anyio", "sniffio"]
 
 # name: (what to install beside constraints.txt, tests)
 ROWS: dict[str, tuple[list[str], list[str]]] = {
@@ -63,7 +63,8 @@ def main(wanted: list[str]) -> int:
         )  # fmt: skip
         failed += done.returncode != 0
         lines = done.stdout.strip().splitlines()
-        print(f"| {name} | {lines[-1].strip('= ') if lines else 'no output'} |", flush=True)
+        summary = [line for line in lines if re.search(r"\d+ (passed|failed|error)", line)] or ["no summary"]
+        print(f"| {name} | {summary[-1].strip('= ')} |", flush=True)
         for line in lines:
             if line.startswith(("FAILED", "ERROR", "E   ")):
                 print(f"    {line[:200]}", flush=True)

@@ -51,13 +51,9 @@ class EngineEvents(TrainerCallback):
         if engine.lr_scheduler is None:  # the Trainer steps one of its own
             engine.watch_scheduler(kwargs.get("lr_scheduler"), lambda: state.max_steps - engine.global_steps)
         disable_input_require_grads(engine.module)
-        steps_per_cycle = engine.schedule.steps_per_cycle
-        if self.says_coverage and state.max_steps < steps_per_cycle and state.is_world_process_zero:
-            logger.warning(
-                "one cycle over the %d layer groups takes %d steps and the run has %d: some groups will not be trained; "
-                "raise max_steps or group_size",
-                len(engine.groups), steps_per_cycle, state.max_steps,
-            )  # fmt: skip
+        warning = engine.schedule.too_few_turns(state.max_steps)
+        if self.says_coverage and warning and state.is_world_process_zero:
+            logger.warning("%s", warning)
         self._reports.clear()
         self._mark = time.monotonic()
 

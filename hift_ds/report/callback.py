@@ -18,6 +18,7 @@ from hift_ds.report.groups import GroupSummary, summarize, write_groups
 from hift_ds.report.metrics import EvalRecord, MetricsWriter, StepRecord
 from hift_ds.report.plots import plot_run
 from hift_ds.report.progress import Progress, SilentProgress, clock, make_progress
+from hift_ds.schedule import GroupSchedule
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -248,19 +249,17 @@ class ReportCallback(TrainerCallback):
         assert self._progress is not None
         line = f"{state.max_steps - state.global_step} steps"
         if state.global_step:
-            line += f" after step {state.global_step}"
+            line = f"resumed after step {state.global_step}, {line} to go"
         if groups:
             numel = sum(group.numel for group in groups)
             num_groups = sum(group.index >= 0 for group in groups)
             line = f"{_count(numel)} parameters in {num_groups} layer groups, {line}"
             line += f" = {state.max_steps / cycle_steps:.1f} cycles"
         self._progress.note(f"{line}; run folder {self.run_dir}")
-        if state.max_steps < cycle_steps:
-            self._progress.note(
-                f"WARNING: one cycle takes {cycle_steps} steps and the run has {state.max_steps}: "
-                "some groups will not be trained. Raise max_steps or group_size.",
-                style="bold yellow",
-            )
+        if groups:
+            schedule = GroupSchedule(num_groups, steps_per_group=cycle_steps // num_groups)
+            if warning := schedule.too_few_turns(state.max_steps):
+                self._progress.note(f"WARNING: {warning}", style="bold yellow")
         if (arithmetic := getattr(self._get_engine(), "state_arithmetic", None)) is not None:
             self._progress.note(arithmetic.line())
 

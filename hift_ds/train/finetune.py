@@ -42,6 +42,7 @@ from hift_ds.ranks import avoid_broken_links, gather, on_all_ranks, rank_and_wor
 from hift_ds.report.coverage import kept_step
 from hift_ds.report.groups import record_movement
 from hift_ds.report.plots import plot_run
+from hift_ds.train.group_size import settle_group_size
 from hift_ds.train.preflight import CheckedRun, check_run
 from hift_ds.train.resumed_settings import SETTINGS_FILE, compare, fingerprint, read_settings, settings_of
 from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig
@@ -96,6 +97,7 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]
     tokenizer, data = on_all_ranks(lambda: _load_data(checked, arguments))
     for report in data.reports:
         say(str(report))
+    settle_group_size(checked, arguments, len(data.train), bool(checkpoints), say)
     model = on_all_ranks(lambda: _load_model(checked, arguments))
 
     on_all_ranks(

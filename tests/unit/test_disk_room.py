@@ -29,7 +29,7 @@ def test_a_file_with_two_names_is_one(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
 def test_the_forecast_is_what_is_there_and_a_run_that_will_not_fit_does_not_begin(
-    inputs,
+    inputs,  # noqa: F811
     tmp_path,
     monkeypatch,
     capsys,

@@ -428,7 +428,7 @@ def test_a_run_that_ends_with_its_best_weights(tmp_path):
 def test_a_run_too_short_for_its_groups_says_so_before_and_after(tmp_path):
     trainer, progress = hift_trainer(tmp_path, max_steps=3)
     trainer.train()
-    assert any("one cycle takes 5 steps and the run has 3" in note for note in progress.notes[:2])
+    assert any("takes 5 steps and the run has 3" in note for note in progress.notes[:2])
     assert any("TRAINABLE PARAMETERS WERE NEVER UPDATED" in note for note in progress.notes)
     assert json.loads((tmp_path / "coverage.json").read_text())["never_updated"]
 
@@ -449,7 +449,7 @@ def test_a_plain_trainer_is_reported_too_and_resumes(tmp_path, logging_steps):
 
     train(6)
     progress = train(8, str(tmp_path / "hf" / "checkpoint-4"))
-    assert progress.started[:2] == (8, 4) and "4 steps after step 4" in progress.notes[0]
+    assert progress.started[:2] == (8, 4) and "resumed after step 4, 4 steps to go" in progress.notes[0]
     steps = read_metrics(tmp_path).steps
     assert [r["step"] for r in steps] == list(range(1, 9))
     with_loss = [r["step"] for r in steps if "loss" in r]
