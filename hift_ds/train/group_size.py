@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from hift_ds.hf.model_structure import build_on_meta, read_config
 from hift_ds.layers.grouping import partition_model
 from hift_ds.ranks import gather
 from hift_ds.train.preflight import CheckedRun
-from hift_ds.train.settings import hift_block
 
 ENOUGH_TURNS = 16  # from here on a small model's held-out loss was that of full fine-tuning
 FEWEST_GROUPS = 4  # below, little is saved
@@ -61,7 +60,7 @@ def settle_group_size(
         num_rows: of the training data.
         goes_on: from a checkpoint, whose run has chosen already; its deepspeed.json says what.
     """
-    block = hift_block(checked.run)
+    block = checked.settings.hift
     if block is None or block.model_fields_set & {"group_size", "groups", "always_active", "steps_per_group"}:
         return
     size = gather(_size_before(checked) if goes_on else None)[0]
@@ -69,7 +68,7 @@ def settle_group_size(
         choice = choose_group_size(
             _groups_by_size(checked),
             num_steps(checked, num_rows),
-            None if arguments.device.type == "cpu" else _room(checked, block),
+            None if arguments.device.type == "cpu" else _room(checked, arguments.deepspeed, block),
         )
         say(choice.line())
         size = choice.group_size
@@ -121,10 +120,10 @@ def _groups_by_size(checked: CheckedRun) -> list[list[int]]:
     return [first, *([g.numel for g in partition_model(model, group_size=size).groups] for size in sizes)]
 
 
-def _room(checked: CheckedRun, block: HiFTConfig) -> Callable[[int], bool]:
+def _room(checked: CheckedRun, ds: Mapping[str, Any], block: HiFTConfig) -> Callable[[int], bool]:
     is_16_bit = checked.dtype != "fp32"
     ranks, weight = checked.world_size, 2 if is_16_bit else 4
-    is_sharded = (checked.deepspeed_config().get("zero_optimization") or {}).get("stage", 0) == 3
+    is_sharded = (ds.get("zero_optimization") or {}).get("stage", 0) == 3
     weights = checked.model.numel * weight // (ranks if is_sharded else 1)
     room = DEVICE_SHARE * device_bytes() - weights
     states = _MOMENTS + (_MASTER if is_16_bit and block.master_weights else 0)
