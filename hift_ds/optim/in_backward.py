@@ -201,6 +201,8 @@ class InBackwardOptimizer(GroupOptimizer):
                 norm = torch.linalg.vector_norm(shard, dtype=torch.float32)
                 backward.norms[part.index, part.first + i] = norm
         shards = [shard if flag else None for shard, flag in zip(shards, reached, strict=True)]
+        if self.skip_updates:
+            return
         if self._waits_for_norm:
             for i, shard in enumerate(shards):
                 if shard is not None:
@@ -308,6 +310,9 @@ class InBackwardOptimizer(GroupOptimizer):
     def step(self) -> bool:
         """1. agree on the norm;  2. update what has waited for it;  3. count and rotate."""
         self.check_whole()
+        if self.skip_updates:
+            self.drop_gradients()
+            return False
         if self._backward is None:  # no backward: every rank does the same nothing
             self._begin(set(), None)
             self._finish_parts(self._backward)

@@ -218,7 +218,10 @@ def _train(
     flops.phase = None
     if setting.updates and setting.second_update:
         _activate(engine, index)
-        _update_again(engine, setting, device)
+        if engine.optimizer.updates_in_backward:
+            _step(engine, setting, device, FlopCounter())
+        else:
+            _update_again(engine, setting, device)
     offloaded = Timeline(host).peak(host_start, len(host.events)).num_bytes - host_bytes
     group, places = engine.groups[index], _places(engine, setting, index, device, first_mark)
     states = state_bytes(engine, index)

@@ -17,7 +17,7 @@ from tests.helpers.trainer import arguments, ragged_dataset
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 FILES = sorted(FOLDER.glob("*.json"))
-NUM_GROUPS = 5  # of the tiny llama
+NUM_GROUPS = 5  # of the tiny llama, one unit a group
 
 
 def test_there_are_presets_and_their_names_say_what_they_are():
