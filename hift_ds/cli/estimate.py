@@ -73,7 +73,14 @@ def count(setting: Setting) -> Counted:
             updates_as=setting if _same_updates(setting, changed) else None,
         )
 
-    full_block = {**setting.engine_config["hift"], "group_size": 1 << 30, "groups": None, "always_active": []}
+    full_block = {
+        **setting.engine_config["hift"],
+        "group_size": "all",
+        "groups": None,
+        "always_active": [],
+        "update": "after_backward",
+        "clipping": "exact",
+    }
     full_block["state"] = {
         **(full_block.get("state") or {}),
         "residency": "device",
@@ -110,7 +117,9 @@ def count(setting: Setting) -> Counted:
 
 def _same_updates(a: Setting, b: Setting) -> bool:
     """Do they differ in batch, length or what is kept for backward alone? An update knows nothing of these. (With stage 3
-    the update finds weights that backward has left gathered.)"""
+    the update finds weights that backward has left gathered; in backward it finds what that still holds.)"""
+    if "in_backward" in (a.engine_config["hift"].get("update"), b.engine_config["hift"].get("update")):
+        return False
     a, b = (_without_activations(replace(setting, batch=1, length=1)) for setting in (a, b))
     return a == b and (a.engine_config.get("zero_optimization") or {}).get("stage", 0) < 3
 

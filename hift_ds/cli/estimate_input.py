@@ -12,6 +12,11 @@ from hift_ds.forecast.setting import SWITCHES, Setting, with_hift, with_switch
 PRECISIONS = ("fp32", "mixed", "mixed_hi", "bf16")
 
 
+def count_or_all(text: str) -> int | str:
+    """The value of ``--group-size``."""
+    return text if text == "all" else int(text)
+
+
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run_file", nargs="?", metavar="RUN.yaml", help="a run file; every setting is taken from it"
@@ -32,7 +37,10 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", metavar="NAME", help="default: AdamW")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="data-parallel ranks (default: 1)")
     parser.add_argument("--accumulation", type=int, metavar="N", help="micro-batches in a step (default: 1)")
-    parser.add_argument("--group-size", type=int, metavar="M", help="blocks trained together (default: 1)")
+    parser.add_argument(
+        "--group-size", type=count_or_all, metavar="M", help='blocks trained together, or "all" (default: 1)'
+    )
+    parser.add_argument("--update", choices=("after_backward", "in_backward"), help="default: after_backward")
     parser.add_argument(
         "--blocks-kept", type=int, metavar="K", help="blocks that checkpointing leaves out (default: 0)"
     )
@@ -74,7 +82,7 @@ def _from_run_file(args: argparse.Namespace) -> Setting:
 
     decided = {"batch": "train.micro_batch_size", "length": "data.max_length", "optimizer": "train.optimizer",
                "accumulation": "train.gradient_accumulation_steps", "precision": "model.dtype",
-               "group_size": "hift.group_size", "blocks_kept": "hift.activations.blocks_kept"}  # fmt: skip
+               "group_size": "hift.group_size", "update": "hift.update", "blocks_kept": "hift.activations.blocks_kept"}  # fmt: skip
     for flag, key in decided.items():
         if getattr(args, flag) is not None:
             raise ConfigError(f"--{flag.replace('_', '-')}: the run file decides; write {key}=... after it")
@@ -112,7 +120,7 @@ def _from_flags(args: argparse.Namespace) -> Setting:
     length = args.length or min(2048, limit or 2048)
     for flag in ("batch", "length", "gpus", "accumulation", "group_size"):
         value = getattr(args, flag)
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             raise ConfigError(
                 f"--{flag.replace('_', '-')}: expected a whole number of at least 1, got {value}"
             )
@@ -122,7 +130,7 @@ def _from_flags(args: argparse.Namespace) -> Setting:
     engine_config: dict[str, Any] = {
         "optimizer": {"type": args.optimizer or "AdamW", "params": {"lr": 1e-5}},
         "gradient_clipping": 1.0,
-        "hift": {"group_size": args.group_size or 1},
+        "hift": {"group_size": args.group_size or 1, "update": args.update or "after_backward"},
     }
     if precision == "mixed":
         engine_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}

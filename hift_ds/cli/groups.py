@@ -7,6 +7,7 @@ import json
 import sys
 from typing import Any
 
+from hift_ds.cli.estimate_input import count_or_all
 from hift_ds.schedule import ORDERS
 
 
@@ -16,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="folder with a config.json (no weights needed), hub name, or size of the zoo",
     )
-    parser.add_argument("--group-size", type=int, default=1, metavar="M", help="units a group (default: 1)")
+    parser.add_argument(
+        "--group-size", type=count_or_all, default=1, metavar="M", help='units a group, or "all" (default: 1)'
+    )
     parser.add_argument("--order", choices=ORDERS, default=ORDERS[0], help=f"default: {ORDERS[0]}")
     parser.add_argument("--seed", type=int, default=0, help="of the random order (default: 0)")
     parser.add_argument("--json", action="store_true", help='print a list of {"name", "numel", "params"}')

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -40,7 +41,9 @@ class HostGradients:
         self._pin_memory = pin_memory and device.type != "cpu"
         self._thread = None if self._streams is None else one_thread("gradients")
         self._kept: dict[Hashable, Tensor] = {}
-        self._arriving: dict[Hashable, Callable[[], Any]] = {}  # waits until what is kept is all there
+        # What is kept is there when its copy and the thread's addition have ended.
+        self._tickets: dict[Hashable, Any] = {}
+        self._additions: dict[Hashable, Future] = {}
         # Tickets, and the gradients that must not be freed yet.
         self._leaving: deque[tuple[Any, Tensor]] = deque()
         # Buffers that were used before, by shape and dtype, each with what waits until it may be used again.
@@ -67,13 +70,13 @@ class HostGradients:
         if len(self._leaving) > IN_FLIGHT:
             self._wait_for_oldest()
         if total is None and dtype == grad.dtype:
-            self._kept[key], self._arriving[key] = staged, partial(self._mover.settle, ticket)
+            self._kept[key], self._tickets[key] = staged, ticket
             return
         first = total is None
         if total is None:
             total = self._kept[key] = self._buffer(grad.shape, dtype)
         added = self._thread.submit(self._add, ticket, staged, total, first)
-        self._arriving[key] = added.result
+        self._additions[key] = added
         self._give_back(staged, added.result)
 
     def _wait_for_oldest(self) -> None:
@@ -90,22 +93,26 @@ class HostGradients:
 
     def get(self, key: Hashable) -> Tensor | None:
         """What is kept, on the host; not to be changed."""
-        wait = self._arriving.pop(key, None)
-        if wait is not None:
-            wait()
+        self._mover.settle(self._tickets.pop(key, None))
+        self._end_addition(key)
         return self._kept.get(key)
+
+    def _end_addition(self, key: Hashable) -> None:
+        addition = self._additions.pop(key, None)
+        if addition is not None:
+            addition.result()
 
     def take(self, key: Hashable, device: torch.device) -> Tensor | None:
         """What was kept, on ``device``; forgotten here."""
-        total = self.get(key)
-        if total is None:
+        if key not in self._kept:
             return None
-        del self._kept[key]
+        self._end_addition(key)
+        total, arrived = self._kept.pop(key), self._tickets.pop(key, None)
         self.traffic.add(bytes_in=total.nbytes)
         if self._thread is None:
             return total.to(device)
         there = torch.empty_like(total, device=device, pin_memory=False)
-        ticket = self._mover.submit(IN, lambda: there.copy_(total, non_blocking=True))
+        ticket = self._mover.submit(IN, lambda: there.copy_(total, non_blocking=True), after=(arrived,))
         self._mover.wait(ticket)
         self._give_back(total, partial(self._mover.settle, ticket))
         return there
@@ -116,9 +123,8 @@ class HostGradients:
 
     def clear(self) -> None:
         """Forget everything."""
-        for wait in self._arriving.values():
-            wait()
-        self._arriving.clear()
+        for key in list(self._kept):
+            self.get(key)
         while self._leaving:
             self._wait_for_oldest()
         self._kept.clear()

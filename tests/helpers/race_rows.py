@@ -50,6 +50,9 @@ MUTATIONS = {
         "hift_ds.engine.zero3.seam", "WeightShards", "_choose_coordinator",
         "self._wait_for_updates()", "pass",
     ),
+    "gradients are freed before their copies have ended": (
+        "hift_ds.optim.host_gradients", "HostGradients", "_wait_for_oldest", "self._mover.settle(ticket)", "pass",
+    ),
     NO_RECORD: (),
 }  # fmt: skip
 

@@ -13,6 +13,9 @@ PERSISTENT = {"zero_optimization": {"stage3_param_persistence_threshold": 1000}}
 ALL_GATHERED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
+IN_BACKWARD = {"update": "in_backward", "group_size": "all"}
+
+
 def state(**switches):
     return {"state": switches}
 
@@ -36,6 +39,13 @@ ROWS = {
         Row(hift=state(slots=2, slice_numel=1500, codec="bf16_moments"), stage=2, world_size=2), 1,
     ),
     "2 ranks: update on the host": (Row(hift=state(step_on="host"), stage=2, world_size=2), 19),
+    "in backward": (Row(hift={**IN_BACKWARD, **state(slots=2)}, clip=0.0, steps=5), 4),
+    "in backward, clipped, accumulation, slices": (
+        Row(hift={**IN_BACKWARD, **state(slots=2, slice_numel=1500)}, gas=2, steps=4), 160,
+    ),
+    "in backward, stage 3, 2 ranks": (
+        Row(hift=IN_BACKWARD, clip=0.0, stage=3, world_size=2, more=ALL_GATHERED, steps=5), 60,
+    ),
     "stage 3, 2 ranks": (Row(stage=3, world_size=2, more=ALL_GATHERED), 5),
     "stage 3, 2 ranks, persistent, accumulation": (
         Row(stage=3, world_size=2, gas=2, more=PERSISTENT, checkpointing=True), 3,
@@ -62,6 +72,7 @@ NEEDS = {
     "copies of the disk do not wait for the computation": Row(steps=6, hift=state(**DISK, prefetch=False)),
     "threads do not wait for the computation": Row(steps=6, hift=state(**DISK)),
     "gathers do not wait for updates": Row(steps=9, stage=3, world_size=2, more=ALL_GATHERED),
+    "gradients are freed before their copies have ended": Row(hift=IN_BACKWARD, gas=2, clip=0.0, steps=3),
     "gathered weights are given back early": Row(steps=9, stage=3, world_size=2, more=ALL_GATHERED),
 }
 
