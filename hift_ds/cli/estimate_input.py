@@ -14,7 +14,10 @@ PRECISIONS = ("fp32", "mixed", "mixed_hi", "bf16")
 
 def count_or_all(text: str) -> int | str:
     """The value of ``--group-size``."""
-    return text if text == "all" else int(text)
+    try:
+        return text if text == "all" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number or all, got {text!r}") from None
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
