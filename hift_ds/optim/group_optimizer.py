@@ -10,7 +10,7 @@ each rank updates its pieces, the new weights are gathered (ZeRO, arXiv 1910.020
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -191,7 +191,7 @@ class GroupOptimizer:
         shards: list[Tensor | None],
         factor: Tensor | None,
         rates: list[float],
-        then: GroupShard | None = None,
+        then: Sequence[GroupShard] = (),
     ) -> dict[int, dict[str, Any]]:
         """Chunk by chunk: states in, step, weights out, states back.
 
@@ -199,7 +199,7 @@ class GroupOptimizer:
             shards: this rank's part of each member's gradient; ``None``: the member is left alone.
             factor: of the gradients.
             rates: per param_group.
-            then: what is updated next, in the same step.
+            then: what is updated after it in the same step.
 
         Returns:
             By param_group, the scalars that the optimizer has changed there: for ``extras`` when the step is over.
@@ -207,9 +207,7 @@ class GroupOptimizer:
         states, extras = self.states, self.states.extras[group.index]
         changed: dict[int, dict[str, Any]] = {}
         for position, chunk in enumerate(group.chunks):
-            tensors = states.fetch(group, position)
-            if then is not None and chunk is group.chunks[-1]:
-                states.prefetch(then)
+            tensors = states.fetch(group, position, then)
             for i, piece in enumerate(chunk.pieces):
                 if (shard := shards[piece.member]) is None:
                     continue
@@ -230,8 +228,8 @@ class GroupOptimizer:
                         generator = self._rounding_generator(group.members[piece.member].name, run.start)
                         self._write_weight(weight, update.target, generator)
             states.evict(group, position, self.num_applied)
-        if then is not None:  # with one slot there was no room before
-            states.prefetch(then)
+        if then:  # with one slot there was no room before
+            states.prefetch(then[0], then=then[1:])
         return changed
 
     def finish_copies(self) -> None:

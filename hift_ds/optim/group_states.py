@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -210,15 +210,20 @@ class GroupStates:
 
     # -- in a step --------------------------------------------------------------------------------------------
 
-    def fetch(self, group: GroupShard, position: int) -> Mapping[str, Tensor]:
+    def fetch(
+        self, group: GroupShard, position: int, then: Sequence[GroupShard] = ()
+    ) -> Mapping[str, Tensor]:
         """Bring the states of the group's chunk at ``position`` to the update device, and the next chunks' on their way.
+
+        Args:
+            then: what is updated after this group, in that order.
 
         Returns:
             The chunk's buffers by key, flat. On the first visit the masters are made from the weights.
         """
         store, chunk = self.store_of(group), group.chunks[position]
         # First, so that the last chunk leaves and the next ones arrive while this one is updated.
-        self.prefetch(group, position)
+        self.prefetch(group, position, then)
         tensors = store.fetch(chunk.id)
         if chunk.id not in self._masters_filled:
             for piece, record in self._pieces(chunk):
@@ -251,9 +256,15 @@ class GroupStates:
         """
         self.store_of(group).evict(group.chunks[position].id, version)
 
-    def prefetch(self, group: GroupShard, position: int = 0) -> None:
-        """The group will be updated next, from its chunk at ``position`` on: the first states may be on their way."""
-        self.store_of(group).prefetch(*(chunk.id for chunk in group.chunks[position:]))
+    def prefetch(self, group: GroupShard, position: int = 0, then: Sequence[GroupShard] = ()) -> None:
+        """The group will be updated next, from its chunk at ``position`` on, and after it ``then``: the first states may be
+        on their way."""
+        store = self.store_of(group)
+        chunks = [
+            *group.chunks[position:],
+            *(c for part in then if self.store_of(part) is store for c in part.chunks),
+        ]
+        store.prefetch(*(chunk.id for chunk in chunks))
 
     # -- out --------------------------------------------------------------------------------------------------
 

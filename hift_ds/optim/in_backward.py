@@ -218,8 +218,8 @@ class InBackwardOptimizer(GroupOptimizer):
         if not backward.rates:
             backward.rates = list(self._rates())
         backward.num_updated += 1
-        below = backward.parts[backward.parts.index(part) + 1 :][:1]
-        changed = self.update(part, shards, factor, backward.rates, below[0] if below else None)
+        below = backward.parts[backward.num_updated :]
+        changed = self.update(part, shards, factor, backward.rates, below)
         before = backward.changed.setdefault(part.index, {})
         backward.changed[part.index] = {**changed, **before}  # the topmost part's last, as after backward
         if self.parameters.ranks.world_size > 1:
@@ -334,7 +334,8 @@ class InBackwardOptimizer(GroupOptimizer):
         self._backward = None
         self.num_applied += 1
         self.schedule.advance()
-        self.states.prefetch(self.groups[self.schedule.active].parts[-1])
+        first, *others = reversed(self.groups[self.schedule.active].parts)
+        self.states.prefetch(first, then=others)
         return True
 
     def _agree_after(self, backward: Backward) -> Tensor:
