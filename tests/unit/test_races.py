@@ -31,7 +31,7 @@ ROWS = {
     "always active, turns of 3": (Row(hift={"steps_per_group": 3, "always_active": ["norm"]}, steps=13), 1),
     "prefetch off": (Row(hift=state(prefetch=False)), 5),
     "update on the host": (Row(hift=state(step_on="host")), 19),
-    "disk": (Row(hift=state(**DISK)), 8),
+    "disk": (Row(hift=state(**DISK)), 9),
     "disk, prefetch off, slices": (Row(hift=state(**DISK, prefetch=False, slice_numel=3000)), 19),
     "activations on the host": (Row(hift={"activations": {"offload": True}}, gas=2, checkpointing=True), 1),
     "activations on the host, two forwards": (Row(hift={"activations": {"offload": True}}, forwards=2, steps=5), 1),
@@ -55,7 +55,7 @@ ROWS = {
 }  # fmt: skip
 MORE_ROWS = {
     "stage 3, 2 ranks, with the timer": (Row(stage=3, world_size=2, timer=True, more=ALL_GATHERED), 5),
-    "disk, codecs": (Row(hift=state(**DISK, slots=2, codec="split_master+int8_moments")), 10),
+    "disk, codecs": (Row(hift=state(**DISK, slots=2, codec="split_master+int8_moments")), 11),
     "host, split master and slices": (Row(hift=state(slice_numel=3000, codec="split_master"), steps=30), 7),
     "2 ranks: Muon": (Row(optimizer="Muon", stage=2, world_size=2), 1),
     "stage 3: Muon": (Row(optimizer="Muon", stage=3, world_size=2, more=ALL_GATHERED), 5),
