@@ -183,6 +183,7 @@ def _elsewhere(
     if on_disk:
         on_host = 3 * max(step.state_bytes for step in steps)
     offloaded = max(step.offloaded_bytes for step in steps)
+    on_host += gradient_bytes_on_host(setting, max(step.numel for step in steps))
     ranks = setting.world_size
     return {
         "host_gib": ranks * (on_host + offloaded) / GIB,
@@ -191,6 +192,20 @@ def _elsewhere(
         "checkpoint_gib": (weight_bytes + ranks * state_bytes) / GIB,
         "state_gib_per_step": sum(step.state_bytes for step in steps) / len(steps) / GIB,
     }
+
+
+def gradient_bytes_on_host(setting: Setting, numel: int) -> int:
+    """On one rank, of a group of ``numel`` elements: with the update in backward, sums of micro-batches and gradients that
+    wait for the exact norm."""
+    config, block = setting.engine_config, setting.engine_config["hift"]
+    if block.get("update") != "in_backward":
+        return 0
+    clips = bool(config.get("gradient_clipping")) and block.get("clipping", "exact") == "exact"
+    sum_bytes = 2 if (config.get("data_types") or {}).get("grad_accum_dtype") == "bf16" else 4
+    sums = sum_bytes * numel if setting.micro_batches > 1 else 0
+    in_fp32 = setting.micro_batches > 1 or setting.world_size > 1 or setting.weight_dtype == "float32"
+    waiting = (4 if in_fp32 else 2) * numel // setting.world_size if clips else 0
+    return sums + waiting
 
 
 def _flops(counted: Counted, steps: list[GroupStep]) -> dict[str, float]:

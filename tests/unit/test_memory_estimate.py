@@ -196,3 +196,14 @@ def test_several_ranks_leave_less_of_a_card():
 
     assert budget_gib(24, 1) == pytest.approx((24 - 0.6) / 1.05)
     assert budget_gib(24, 1) - budget_gib(24, 2) == pytest.approx(NCCL_GIB / 1.05)
+
+
+def test_gradients_that_rest_in_host_memory_are_counted():
+    """With the update in backward: sums of micro-batches (4 bytes), and what waits for the exact norm (2, or 4 over ranks)."""
+
+    def on_host(clip=1.0, update="in_backward", **more):
+        config = {"gradient_clipping": clip, "hift": {"update": update}}
+        return estimate_module.gradient_bytes_on_host(Setting("model", config, **more), 100)
+
+    assert on_host() == 200 and on_host(clip=0.0) == 0 and on_host(update="after_backward") == 0
+    assert on_host(micro_batches=2) == 800 and on_host(world_size=4) == 100

@@ -1,0 +1,87 @@
+"""Peaks of full fine-tuning in the update in backward, counted on a fake device against what was aimed at.
+
+    python benchmarks/in_backward_memory.py           some minutes on one core, no GPU, no weights
+
+AdamW, bf16 weights with fp32 masters, every weight in every step; the real engine takes real steps (docs/memory.md).
+Allocated bytes: the driver's context (about 0.6 GiB) and fragmentation come on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from hift_ds.forecast.setting import Setting, simulate  # noqa: E402
+
+GIB = 1 << 30
+STREAMED = {  # weights in host memory, a module's at a time on the device
+    "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0,
+}  # fmt: skip
+ON_HOST = {"offload_param": {"device": "cpu", "pin_memory": False}}
+
+
+def setting(
+    model: str,
+    batch: int,
+    length: int,
+    *,
+    ranks: int = 1,
+    zero: dict[str, Any] | None = None,
+    offload: bool = False,
+) -> Setting:
+    config = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
+        "bf16": {"enabled": True},
+        "zero_optimization": zero or {"stage": 0},
+        "hift": {
+            "update": "in_backward",
+            "group_size": "all",
+            "state": {"slots": 2, "slice_numel": 1 << 23},
+            "activations": {"checkpointing": True, "chunked_loss": True, "offload": offload},
+        },
+    }
+    return Setting(model, config, "bfloat16", batch, length, world_size=ranks)
+
+
+# What, the setting, the goal in GiB.
+GOALS = (
+    ("LLaMA-2-7B, 1 x 1024", setting("llama2_7b", 1, 1024), 13.6),
+    ("LLaMA-2-7B, 8 x 512, activations offloaded", setting("llama2_7b", 8, 512, offload=True), 14.4),
+    (
+        "LLaMA-2-7B, 1 x 1024, weights streamed",
+        setting("llama2_7b", 1, 1024, zero={"stage": 3, **STREAMED, **ON_HOST}),
+        4.0,
+    ),
+    (
+        "Llama-3-70B, 1 x 1024, 8 ranks",
+        setting("llama3_70b", 1, 1024, ranks=8, zero={"stage": 3, **STREAMED}),
+        24.0,
+    ),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="rows whose names contain this")
+    args = parser.parse_args()
+    print("| model, batch x length | goal, GiB | peak, GiB | where | at the peak, GiB |")
+    print("|---|---|---|---|---|")
+    for name, asked, goal in GOALS:
+        if args.only not in name:
+            continue
+        step = simulate([asked])[0].steps[0]
+        parts = ", ".join(f"{key} {value / GIB:.2f}" for key, value in step.categories.items())
+        print(
+            f"| {name} | < {goal} | {step.peak_bytes / GIB:.2f} | {step.peak_place} | {parts} |", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
