@@ -184,8 +184,9 @@ def states_are_sharded(rank: int, world_size: int) -> list[str]:
             tensors = store.read(chunk.id)
             mine = sum(member.numel for member in group.members)
             for key in ("master", "exp_avg", "exp_avg_sq"):
-                if tensors[key].numel() != mine:
-                    errors.append(f"{group.name} {key}: {tensors[key].numel()}, shard has {mine}")
+                held = sum(t.numel() for name, t in tensors.items() if name.partition(":")[0] == key)
+                if held != mine:
+                    errors.append(f"{group.name} {key}: {held}, shard has {mine}")
     total = torch.tensor(sum(m.numel for g in engine.optimizer.groups.values() for m in g.members))
     dist.all_reduce(total)
     if int(total) != sum(p.numel() for p in model.parameters()):
