@@ -28,6 +28,8 @@ from hift_ds.precision import LossScaler, write_weight_
 from hift_ds.schedule import GroupSchedule
 from hift_ds.store.base import StateStore
 
+# Per member of a group: this rank's shard of its mean gradient, and whether this rank's backward reached it.
+Reduced = tuple[list[Tensor | None], list[bool]]
 RUN_NUMEL = 1 << 24  # elements stepped at once: 64 MiB in fp32
 
 
@@ -75,7 +77,7 @@ class GroupOptimizer:
         self.skip_updates = False  # steps drop the gradients instead of using them
         # By group, at its last visit, if gradients are clipped by that.
         self.last_norms: dict[int, float] = {}
-        self._reduced: dict[int, tuple[list[Tensor | None], list[bool]]] = {}
+        self._reduced: dict[int, Reduced] = {}
         self.host_step = self._build_host_step(pin_memory)
 
     # -- what DeepSpeed and schedulers read -------------------------------------------------------------------
@@ -128,7 +130,8 @@ class GroupOptimizer:
     def reduce_gradients(self) -> None:
         """At the accumulation boundary: average the active groups' gradients over ranks, once."""
         for group in self.active_groups:
-            self._reduced[group.index] = self.parameters.reduce(group)
+            # A second backward of the same step adds to what the first has left.
+            self._reduced[group.index] = _added(self._reduced.get(group.index), self.parameters.reduce(group))
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -338,3 +341,14 @@ class GroupOptimizer:
     def close(self) -> None:
         """After ``end_training``: let go of the weights too."""
         self.parameters.close()
+
+
+def _added(before: Reduced | None, now: Reduced) -> Reduced:
+    """Both reductions of one group as if they were one."""
+    if before is None:
+        return now
+    grads = [
+        b if a is None else a if b is None else a.float().add_(b)
+        for a, b in zip(before[0], now[0], strict=True)
+    ]
+    return grads, [a or b for a, b in zip(before[1], now[1], strict=True)]

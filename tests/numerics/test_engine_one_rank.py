@@ -383,6 +383,23 @@ def test_only_the_active_group_has_gradients_and_backward_stops_at_it():
     engine.destroy()
 
 
+def test_two_backwards_before_one_step_add_up():
+    """As plain torch and DeepSpeed have it; the gradients of the first used to be lost."""
+    model = Toy()
+    twin = copy.deepcopy(model)
+    engine = make_engine(model, ds_config(hift={"groups": [["."]]}, optimizer="SGD"))
+    plain = torch.optim.SGD(twin.parameters(), lr=1e-2)
+    for first, second in zip(make_batches(3), make_batches(3, seed=9), strict=True):
+        for batch in (first, second):
+            engine.backward(loss_of(engine, batch))
+            loss_of(twin, batch).backward()
+        engine.step()
+        plain.step()
+        plain.zero_grad()
+        assert largest_difference(model, twin) == 0.0
+    engine.destroy()
+
+
 def test_groups_rotate_on_optimizer_steps_only():
     engine = make_engine(Toy(), ds_config(gas=4))
     for step, batch in enumerate(make_batches(12)):
