@@ -208,7 +208,7 @@ def test_metrics_show_the_peak_and_on_accelerators_the_forecast(tmp_path, device
     report = ReportCallback(
         tmp_path, get_engine=lambda: engine, largest_batch=(4, 512), progress=SilentProgress(), plots=False
     )
-    arguments = SimpleNamespace(device=torch.device(device))
+    arguments = SimpleNamespace(device=torch.device(device), load_best_model_at_end=False)
     state, control = TrainerState(max_steps=3, train_batch_size=3), TrainerControl()  # 4 rows did not fit
     report.on_train_begin(arguments, state, control)
     for step, forecast in enumerate((None, 6 << 30, 5 << 30), start=1):
