@@ -26,13 +26,14 @@ FOREVER = 10**9
 SURVIVOR_ENDS_WITHIN_S = 60
 
 
-def train(folder: str | None, last: int, asynchronous: bool = False):
+def train(folder: str | None, last: int, asynchronous: bool = False, update: str = "after_backward"):
     """This rank's weights, states and cursor after optimizer step ``last``."""
     rank = dist.get_rank()
     hift = {
         "order": "random",
         "reshuffle": True,
         "steps_per_group": 2,
+        "update": update,
         "checkpoint": {"asynchronous": asynchronous},
     }
     engine = make_engine(Toy(), ds_config(world_size=2, gas=2, clip=1.0, bf16={"enabled": True}, hift=hift))
@@ -51,12 +52,12 @@ def train(folder: str | None, last: int, asynchronous: bool = False):
     return end
 
 
-def one_round(launcher, folder: Path, draw: random.Random) -> str:
+def one_round(launcher, folder: Path, draw: random.Random, update: str) -> str:
     """Start, kill, wait. What was done."""
     for path in folder.glob("progress.*"):
         path.unlink()
     asynchronous = draw.random() < 0.5
-    job = launcher.start(train, 2, str(folder), FOREVER, asynchronous)
+    job = launcher.start(train, 2, str(folder), FOREVER, asynchronous, update)
     if draw.random() < 0.15:
         when, delay = "starting", draw.uniform(0.0, 0.5)
     else:
@@ -113,21 +114,21 @@ def check_and_prune(folder: Path) -> int:
     return step
 
 
-def kill_and_compare(launcher, folder: Path, num_kills: int) -> None:
+def kill_and_compare(launcher, folder: Path, num_kills: int, update: str = "after_backward") -> None:
     seed = int(os.environ.get("HIFT_TEST_SEED", random.SystemRandom().randrange(10**6)))
     print(f"HIFT_TEST_SEED={seed}")
     draw = random.Random(seed)
     step, progressed = 0, 0
     for number in range(num_kills):
-        what = one_round(launcher, folder, draw)
+        what = one_round(launcher, folder, draw, update)
         before, step = step, check_and_prune(folder)
         print(f"kill {number}: {what}; step {before} -> {step}")
         assert step >= before
         progressed += step > before
     assert progressed >= num_kills // 2
     last = step + 5
-    survivors = launcher.run(train, 2, str(folder), last)
-    whole = launcher.run(train, 2, None, last)
+    survivors = launcher.run(train, 2, str(folder), last, False, update)
+    whole = launcher.run(train, 2, None, last, False, update)
     for (weights, states, cursor), (expected_weights, expected_states, expected_cursor) in zip(
         survivors, whole, strict=True
     ):
@@ -150,3 +151,10 @@ def test_twenty_kills(launcher, memory_path):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads process states from /proc")
 def test_two_hundred_kills_on_a_disk(launcher, tmp_path):
     kill_and_compare(launcher, tmp_path, 200)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads process states from /proc")
+def test_twenty_kills_of_updates_in_backward(launcher, memory_path):
+    kill_and_compare(launcher, memory_path, 20, "in_backward")
