@@ -12,7 +12,7 @@ export OMP_NUM_THREADS        ?= 1
 export TORCH_EXTENSIONS_DIR   ?= $(abspath $(VENV))/torch_extensions
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup test test-slow test-kernels test-hosts test-gpu demo demo-short lint clean
+.PHONY: setup matrix test test-slow test-kernels test-hosts test-gpu demo demo-short lint clean
 
 setup: $(VENV)/.ready
 
@@ -36,6 +36,10 @@ test-kernels: setup
 test-hosts: setup
 	$(PY) -m pip install --quiet --no-deps --target .hosts/llamafactory -r tests/hosts/llamafactory.txt
 	$(PY) -m pytest -q -m slow tests/hosts
+
+# Engine and Trainer with older and newer versions of what they stand on (docs/versions.md). Hours; ROWS="..." for some.
+matrix: setup
+	$(PY) -m tests.versions $(ROWS)
 
 test-gpu: setup
 	$(PY) -m pytest -q -m gpu tests/gpu

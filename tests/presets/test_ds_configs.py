@@ -66,3 +66,15 @@ def test_trains_a_tiny_model(tmp_path, monkeypatch, file):
         assert coverage["model.embed_tokens.weight"] == coverage["lm_head.weight"] == num_steps
     clipped = trainer.engine.optimizer.max_grad_norm
     assert clipped == args.max_grad_norm == 1.0  # "auto" was filled in
+
+
+def test_the_smallest_is_what_estimate_counts_by_default():
+    import argparse
+
+    from hift_ds.cli.estimate_input import add_input_arguments, setting_from
+
+    parser = argparse.ArgumentParser()
+    add_input_arguments(parser)
+    counted = setting_from(parser.parse_args(["--model", "llama2_7b"])).engine_config["hift"]
+    written = json.loads((FOLDER / "bf16_host_small.json").read_text())["hift"]
+    assert parse_block(counted) == parse_block(written)
