@@ -11,7 +11,12 @@ from hift_ds.forecast.steps import GIB, Request, read_structure, run_requests
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- needs: python -m benchmarks.needs -->", "<!-- end of needs -->"
-MODELS = {"Llama-3.2-1B": "llama3_2_1b", "LLaMA-2-7B": "llama2_7b", "Llama-3-8B": "llama3_8b", "LLaMA-2-13B": "llama2_13b"}
+MODELS = {
+    "Llama-3.2-1B": "llama3_2_1b",
+    "LLaMA-2-7B": "llama2_7b",
+    "Llama-3-8B": "llama3_8b",
+    "LLaMA-2-13B": "llama2_13b",
+}
 BATCH, LENGTH = 1, 1024
 KEPT = 2 + 1  # train.save_total_limit, and the one that is being written
 
