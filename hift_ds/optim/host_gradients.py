@@ -65,7 +65,7 @@ class HostGradients:
             return
         total = self.get(key)
         staged = self._buffer(grad.shape, grad.dtype)
-        ticket = self._mover.submit(OUT, lambda: staged.copy_(grad, non_blocking=True))
+        ticket = self._mover.submit(OUT, partial(_copy, staged, grad))
         self._leaving.append((ticket, grad))
         if len(self._leaving) > IN_FLIGHT:
             self._wait_for_oldest()
@@ -112,7 +112,7 @@ class HostGradients:
         if self._thread is None:
             return total.to(device)
         there = torch.empty_like(total, device=device, pin_memory=False)
-        ticket = self._mover.submit(IN, lambda: there.copy_(total, non_blocking=True), after=(arrived,))
+        ticket = self._mover.submit(IN, partial(_copy, there, total), after=(arrived,))
         self._mover.wait(ticket)
         self._give_back(total, partial(self._mover.settle, ticket))
         return there
@@ -147,3 +147,7 @@ class HostGradients:
 
     def _give_back(self, buffer: Tensor, wait: Callable[[], Any]) -> None:
         self._used.setdefault((buffer.shape, buffer.dtype), deque()).append((wait, buffer))
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    target.copy_(source, non_blocking=True)

@@ -163,6 +163,7 @@ class InBackwardOptimizer(GroupOptimizer):
     def _arrived(self, param: nn.Parameter) -> None:
         """Autograd has added all that this backward brings ``param``."""
         grad, param.grad = param.grad, None
+        assert grad is not None
         if self._accumulating:
             self.sums.add(param, grad)
             return
@@ -315,8 +316,9 @@ class InBackwardOptimizer(GroupOptimizer):
             return False
         if self._backward is None:  # no backward: every rank does the same nothing
             self._begin(set(), None)
-            self._finish_parts(self._backward)
         backward = self._backward
+        assert backward is not None
+        self._finish_parts(backward)
         self.flags.end_step()
         norm = self._agree_after(backward)
         if self._waits_for_norm:
