@@ -133,7 +133,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
 
 def one_repeat(engine, asynchronous: bool, folder: Path, times: dict[str, list[float]]) -> None:
     if asynchronous:
-        engine.take_checkpoint_s()
+        engine.checkpointer.take_waited_s()
     times["save"].append(together(lambda: engine.save_checkpoint(str(folder), tag="measured")))
     if asynchronous:
         train_all_groups(engine)
@@ -147,7 +147,7 @@ def one_repeat(engine, asynchronous: bool, folder: Path, times: dict[str, list[f
 def engine_held_s(engine) -> float:
     """Summed by train_all_groups over the reports of the steps, and what came after the last of them."""
     held, engine.held_s = engine.held_s, 0.0
-    return held + engine.take_checkpoint_s()
+    return held + engine.checkpointer.take_waited_s()
 
 
 def together(action) -> float:

@@ -28,13 +28,16 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from hift_ds.activations.switches import ActivationSavings
 from hift_ds.collectives import Ranks, all_gather_shards, plan_buckets, shard_bounds
-from hift_ds.config import read_json_file
+from hift_ds.config import HiFTConfig, read_json_file
 from hift_ds.engine.zero3.seam import WeightShards
 from hift_ds.engine.zero3.shards import as_if_parked_on_host, num_shards, weights_folder
 from hift_ds.errors import ConfigError
+from hift_ds.layers.grouping import Partition
 from hift_ds.optim.group_optimizer import GroupOptimizer
 from hift_ds.optim.in_backward import InBackwardOptimizer
+from hift_ds.store.machine import Machine
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +120,20 @@ class HiFTInBackwardOptimizer(HiFTOptimizer, InBackwardOptimizer):
 
 
 class SeamEngine(DeepSpeedEngine):
-    """DeepSpeed's engine with its optimizer, gradient reduction and clipping handed over to hooks."""
+    """DeepSpeed's engine with its optimizer, gradient reduction and clipping handed over to hooks.
+
+    Attributes that a subclass sets, and that its collaborators read: ``hift`` (the config's block), ``partition`` (the
+    model's layer groups) ``savings`` (the switches of ``"activations"`` at work),
+    ``machine`` (what the state store knows of where it runs) and ``hollow_weights`` (an optimizer's constructor is shown
+    weights without elements).
+    """
+
+    hift: HiFTConfig
+    partition: Partition
+    savings: ActivationSavings
+    optimizer: HiFTOptimizer
+    machine: Machine
+    hollow_weights: bool
 
     def before_cast(self, model: torch.nn.Module) -> None:
         """The model has its checkpoint's dtypes and may still be on the host."""
@@ -223,6 +239,12 @@ class SeamEngine(DeepSpeedEngine):
     def requested_comm_dtype(self) -> torch.dtype:
         """``communication_data_type`` if the user set one, else fp32."""
         return self._config.communication_data_type or torch.float32
+
+    def low_dtype(self) -> torch.dtype | None:
+        """bf16 or fp16, if the config asks for weights in it."""
+        if self.bfloat16_enabled():
+            return torch.bfloat16
+        return torch.float16 if self.fp16_enabled() else None
 
 
 def world_rank_and_size() -> tuple[int, int]:

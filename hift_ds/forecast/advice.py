@@ -97,7 +97,7 @@ class Adviser:
 
     def answer(self, engine: Any, doing: str, device: str) -> str:
         """One line that begins as the allocator's: "CUDA out of memory."."""
-        batch, length = engine.last_shape or (0, 0)
+        batch, length = engine.memory.last_shape or (0, 0)
         if doing == "forward" and not engine.module.training:
             where, advice = f"in evaluation at {batch} x {length} tokens", LESS_IN_EVALUATION
         else:
@@ -114,8 +114,8 @@ class Adviser:
         try:
             if self._advice is None or not self._advice.answers(batch, length):
                 with tempfile.TemporaryDirectory() as folder:
-                    self._advice = Advice.make(engine.memory_setting(folder, batch, length))
-            return self._advice.text(batch, length, MAY_ALLOCATE * engine.device_bytes())
+                    self._advice = Advice.make(engine.memory.setting(folder, batch, length))
+            return self._advice.text(batch, length, MAY_ALLOCATE * engine.memory.device_bytes())
         # Whatever keeps a forecast from being made must not hide the error that asked for it.
         except Exception as error:
             logger.debug("no forecast", exc_info=error)

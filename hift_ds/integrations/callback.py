@@ -73,7 +73,9 @@ class HiFTCallback(EngineEvents):
         self._entered.close()
 
     def _took(self, engine: HiFTEngine) -> None:
-        engine.restores_generators = False  # the Trainer does, once it has drawn an epoch's order
+        engine.checkpointer.restores_generators = (
+            False  # the Trainer does, once it has drawn an epoch's order
+        )
         self.engine = engine
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

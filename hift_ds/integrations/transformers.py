@@ -192,7 +192,7 @@ class HiFTTrainer(HiFTMixin, Trainer):
 
 def _draws_itself(engine: HiFTEngine) -> None:
     """A Trainer that goes on draws its epoch's order first, and then sets the generators to the checkpoint's."""
-    engine.restores_generators = False
+    engine.checkpointer.restores_generators = False
 
 
 @contextlib.contextmanager

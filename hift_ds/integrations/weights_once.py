@@ -48,7 +48,7 @@ class WeightsOnce:
             and has_the_form_of_a_checkpoint(self.model)
         )
         if engine is not None:
-            engine.weights_beside = shared
+            engine.checkpointer.weights_beside = shared
         self._engine_has_weights = shared
         try:
             super().save_model(output_dir, _internal_call)

@@ -41,7 +41,7 @@ class DiskRoomCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Raises CheckpointError on all ranks: too little is free."""
-        each = self._get_engine().checkpoint_bytes()
+        each = self._get_engine().checkpointer.num_bytes()
         if self._weights_twice:
             each += sum(t.numel() * t.element_size() for t in model.state_dict().values())
         every = (

@@ -68,7 +68,7 @@ def test_the_time_that_training_waited_is_in_the_reports(engine, tmp_path, monke
         works.wait()
         add(self, tensors)
 
-    engine.take_checkpoint_s()
+    engine.checkpointer.take_waited_s()
     advance(engine, 3, 4)
     assert engine.last_report.checkpoint_s == 0.0
     monkeypatch.setattr(CheckpointWriter, "add", slow_add)
@@ -138,11 +138,11 @@ def test_a_program_that_ends_starts_no_collective(engine, tmp_path, monkeypatch,
     copied = []
     monkeypatch.setattr(BackgroundSave, "_copy_next", lambda self: copied.append(self))
     engine.save_checkpoint(tmp_path)
-    background = engine._background
+    background = engine.checkpointer._background
     background._collective = True
     background._finish_at_exit()
     assert not copied and "ended without wait_for_checkpoint()" in caplog.text
     monkeypatch.undo()
-    engine._background = None
+    engine.checkpointer._background = None
     background.forget()
     assert not (tmp_path / "latest").exists()

@@ -11,7 +11,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from transformers import TrainerControl, TrainerState
 
 import model_zoo
-from hift_ds.engine import memory_reports
+from hift_ds.engine.memory_forecast import MemoryForecast
 from hift_ds.errors import CheckpointError, HiFTError, OutOfMemory
 from hift_ds.forecast import advice as out_of_memory
 from hift_ds.forecast.advice import Advice
@@ -136,7 +136,7 @@ def small():
 
 
 def test_advice_says_which_batch_and_which_switches_fit(small, monkeypatch, tmp_path):
-    advice = Advice.make(small.memory_setting(str(tmp_path), 8, 128))
+    advice = Advice.make(small.memory.setting(str(tmp_path), 8, 128))
     peak = advice.slope.peak_bytes(8)
     assert set(advice.switched) == {"slice_numel", "checkpointing", "chunked_loss", "offload", "everything"}
     text = advice.text(8, 128, 0.9 * peak)
@@ -180,17 +180,17 @@ def test_advice_for_a_packed_row_counts_tokens():
 def test_peaks_are_per_step_and_the_forecast_comes_beside_them(small):
     small.start_forecast(2, 128)
     deadline = time.monotonic() + 240
-    while small.forecast_bytes(0) is None and time.monotonic() < deadline:
+    while small.memory.peak_bytes(0) is None and time.monotonic() < deadline:
         time.sleep(0.2)
-    forecasts = [small.forecast_bytes(group.index) for group in small.groups]
+    forecasts = [small.memory.peak_bytes(group.index) for group in small.groups]
     assert all(forecasts) and forecasts[1] != forecasts[-1]
     batch = model_zoo.tiny.batch(small.module, rows=2, tokens=128)
     small.backward(small(**batch).loss)
     small.step()
     assert small.last_report.forecast_bytes == forecasts[small.last_report.group]
     assert small.last_report.peak_bytes > 0  # host memory of this process
-    small.stop_forecast()
-    assert small.forecast_bytes(0) is None
+    small.memory.stop()
+    assert small.memory.peak_bytes(0) is None
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -290,4 +290,4 @@ def test_a_probe_on_an_accelerator_reads_the_peak_of_the_steps(monkeypatch):
 
 
 def test_nothing_is_expected_before_a_forecast():
-    assert memory_reports.MemoryReports.forecast_bytes(memory_reports.MemoryReports(), 0) is None
+    assert MemoryForecast(None).peak_bytes(0) is None

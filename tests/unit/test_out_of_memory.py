@@ -121,7 +121,7 @@ def test_evaluation(inputs, tmp_path, hook, capsys, finds_a_batch):  # noqa: F81
     [
         ("hift_ds.train.finetune.load_pretrained", "while the model is loaded"),
         ("hift_ds.train.finetune.export_model", "while the model is exported"),
-        ("hift_ds.engine.engine.build_store", "no room for the weights (0.0 GiB)"),
+        ("hift_ds.engine.build.build_store", "no room for the weights (0.0 GiB)"),
         ("hift_ds.engine.saving.random_state", "CUDA out of memory"),
     ],
 )
@@ -261,7 +261,7 @@ def test_an_engine_that_cannot_be_built_is_not_built_again(tmp_path, monkeypatch
     from tests.helpers.engines import ds_config, make_engine
 
     calls = []
-    monkeypatch.setattr("hift_ds.engine.engine.build_store", lambda *a, **k: calls.append(1) or full())
+    monkeypatch.setattr("hift_ds.engine.build.build_store", lambda *a, **k: calls.append(1) or full())
     with pytest.raises(NoRoomForModel) as caught:
         make_engine(model_zoo.tiny.build("llama"), ds_config(rows=2))
     assert not should_reduce_batch_size(caught.value) and len(calls) == 1

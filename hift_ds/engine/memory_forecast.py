@@ -1,25 +1,22 @@
-"""What the engine knows of its own memory: measured peaks, and the forecast beside them."""
+"""The forecast of an engine's memory: beside its steps, and when there is none left."""
 
 from __future__ import annotations
 
-import functools
 import logging
 import tempfile
 from typing import Any
 
 from torch import Tensor
 
-from hift_ds.engine.deepspeed_seam import device_bytes
-from hift_ds.forecast.advice import Adviser
+from hift_ds.engine.deepspeed_seam import SeamEngine, device_bytes
 from hift_ds.forecast.background import BackgroundForecast
 from hift_ds.forecast.setting import Setting
 from hift_ds.store.parked import ParkedStateStore
 
 logger = logging.getLogger(__name__)
 
-CONTEXT_BYTES = int(
-    0.6 * 2**30
-)  # of the driver and its libraries, and what the allocator holds more than is asked for
+# Of the driver and its libraries, and what the allocator holds more than is asked for.
+CONTEXT_BYTES = int(0.6 * 2**30)
 FRAGMENTATION = 0.05
 # Keys of the DeepSpeed config that decide what is allocated.
 CONFIG_KEYS = (
@@ -33,23 +30,20 @@ CONFIG_KEYS = (
 )
 
 
-class MemoryReports:
-    """The part of :class:`HiFTEngine` that forecasts.
+class MemoryForecast:
+    """What one engine's steps are expected to need, worked out in a process of low priority.
 
     Attributes:
         last_shape: (sequences, tokens) of the last forward on this rank, if its inputs were token ids.
-        adviser: answers when there is no memory left. A loop that builds another engine for a smaller batch hands
-            it on, so that the forecast is made once.
     """
 
-    last_shape: tuple[int, int] | None = None
-    _slots_settled = False
-    _forecast: BackgroundForecast | None = None
-    _folder: tempfile.TemporaryDirectory | None = None  # the model's config, for the process that forecasts
-
-    @functools.cached_property
-    def adviser(self) -> Adviser:
-        return Adviser()
+    def __init__(self, engine: SeamEngine) -> None:
+        self._engine = engine
+        self.last_shape: tuple[int, int] | None = None
+        self._forecast: BackgroundForecast | None = None
+        # The model's config, for the process that forecasts.
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._slots_settled = False
 
     def note_shape(self, inputs: list[Any]) -> None:
         """Remember how large this batch of token ids is, for the forecast that an out-of-memory error asks for."""
@@ -58,42 +52,46 @@ class MemoryReports:
                 self.last_shape = (value.shape[0], value.shape[1])
                 return
 
-    def start_forecast(self, batch: int, length: int) -> None:
-        """From here on, ``last_report.forecast_bytes`` says what the step's peak was expected to be, once that is known
-        (a process of low priority works it out). Only transformers models have a config to work from; for others
-        nothing happens.
+    def start(self, batch: int, length: int) -> None:
+        """From here on :meth:`peak_bytes` says what a step's peak was expected to be, once that is known (a process of low
+        priority works it out). Only transformers models have a config to work from; for others nothing happens.
 
         Args:
             batch, length: of the largest micro-batch on one rank.
         """
-        if not hasattr(self.module, "config") or self._forecast is not None:
+        if not hasattr(self._engine.module, "config") or self._forecast is not None:
             return
         self._folder = tempfile.TemporaryDirectory()
-        self._forecast = BackgroundForecast(self.memory_setting(self._folder.name, batch, length))
+        self._forecast = BackgroundForecast(self.setting(self._folder.name, batch, length))
 
-    def forecast_bytes(self, group: int) -> int | None:
-        """The expected peak while ``group`` trains, if it is known."""
+    def peak_bytes(self, group: int) -> int | None:
+        """The expected peak of a step of ``group``, if it is known."""
         return None if self._forecast is None else self._forecast.peak_bytes(group)
 
-    def use_spare_memory(self) -> None:
+    def use_spare(self) -> None:
         """Once the forecast is there, more slots for states in half of the memory that it leaves, as far as they help;
         only where ``"state.slots"`` is left to us, and on an accelerator. Called after each step."""
-        state, store = self.hift.state, self.optimizer.store
+        engine = self._engine
+        state, store = engine.hift.state, engine.optimizer.store
         if self._slots_settled or not isinstance(store, ParkedStateStore):
             return
         if state.slots is not None or not state.prefetch or store.device.type == "cpu":
             self._slots_settled = True
             return
-        peaks = [self.forecast_bytes(group.index) for group in self.groups]
-        if None in peaks:
+        peaks = [self.peak_bytes(group.index) for group in engine.partition.groups]
+        known = [peak for peak in peaks if peak is not None]
+        if len(known) < len(peaks):
             return
         self._slots_settled = True
-        spare = (device_bytes() - CONTEXT_BYTES) / (1 + FRAGMENTATION) - max(peaks)
-        most_chunks = max(len(self.optimizer.groups[group.index].chunks) for group in self.groups)
+        spare = (device_bytes() - CONTEXT_BYTES) / (1 + FRAGMENTATION) - max(known)
+        most_chunks = max(
+            len(engine.optimizer.groups[group.index].chunks) for group in engine.partition.groups
+        )
         if store.grow(max(int(spare / 2), 0), useful=2 * most_chunks):
             logger.info("states: %d slots in the memory that the forecast leaves", store.num_slots)
 
-    def stop_forecast(self) -> None:
+    def stop(self) -> None:
+        """End the process; nothing is expected any more."""
         if self._forecast is not None:
             self._forecast.close()
             self._forecast = None
@@ -105,18 +103,19 @@ class MemoryReports:
         """Memory of this rank's device."""
         return device_bytes()
 
-    def memory_setting(self, folder: str, batch: int, length: int) -> Setting:
+    def setting(self, folder: str, batch: int, length: int) -> Setting:
         """What this engine does, for the simulation. The model's config goes to ``folder``."""
-        self.module.config.save_pretrained(folder)
-        block = self.hift.model_dump(mode="json")
-        if self.savings.recomputes:
+        engine = self._engine
+        engine.module.config.save_pretrained(folder)
+        block = engine.hift.model_dump(mode="json")
+        if engine.savings.recomputes:
             block["activations"]["checkpointing"] = True
-        config: dict[str, Any] = {key: self.config[key] for key in CONFIG_KEYS if key in self.config}
+        config: dict[str, Any] = {key: engine.config[key] for key in CONFIG_KEYS if key in engine.config}
         if "optimizer" not in config:
-            cls = type(self.optimizer.optimizer)
+            cls = type(engine.optimizer.optimizer)
             config["optimizer"] = {"type": f"{cls.__module__}.{cls.__qualname__}", "params": {"lr": 1e-5}}
-        dtype = next(param.dtype for param in self.module.parameters())
+        dtype = next(param.dtype for param in engine.module.parameters())
         return Setting(
             folder, {**config, "hift": block}, str(dtype).removeprefix("torch."), batch, length,
-            world_size=self.world_size, micro_batches=min(self.gradient_accumulation_steps(), 2),
+            world_size=engine.world_size, micro_batches=min(engine.gradient_accumulation_steps(), 2),
         )  # fmt: skip

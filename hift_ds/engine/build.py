@@ -1,0 +1,402 @@
+"""What an engine is put together from: groups, optimizer, states. Free functions over a few facts of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hift_ds.collectives import Ranks, shard_bounds
+from hift_ds.config import HiFTConfig
+from hift_ds.engine.deepspeed_seam import (
+    HiFTInBackwardOptimizer,
+    HiFTOptimizer,
+    SeamEngine,
+    broadcast_from_first_rank,
+    gather_whole,
+    world_rank_and_size,
+)
+from hift_ds.engine.zero3.exact_values import exact_values
+from hift_ds.engine.zero3.parameters import PartitionedParameters
+from hift_ds.engine.zero3.seam import WeightShards
+from hift_ds.errors import ConfigError
+from hift_ds.layers.grouping import Partition, partition_model
+from hift_ds.lr import CycleLR
+from hift_ds.optim.build import build_optimizer, is_elementwise
+from hift_ds.optim.group_states import GroupStates
+from hift_ds.optim.parameters import DEFAULT_BUCKET_NUMEL, GroupShard, Parameters, ReplicatedParameters
+from hift_ds.optim.piecewise import PiecewiseOptimizer
+from hift_ds.optim.trainable_flags import TrainableFlags
+from hift_ds.precision import LossScaler, PrecisionPolicy
+from hift_ds.schedule import GroupSchedule
+from hift_ds.store.choose import build_resident_store, build_store
+from hift_ds.store.machine import Machine
+
+logger = logging.getLogger(__name__)
+
+Optimizer = torch.optim.Optimizer
+
+_SUM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What the run's config says, as DeepSpeed has understood it."""
+
+    hift: HiFTConfig
+    config: Mapping[str, Any]  # the whole DeepSpeed config
+    optimizer: tuple[str | None, Mapping[str, Any]]  # "optimizer.type" and "optimizer.params"
+    device: torch.device  # where the model computes
+    rank: int  # in the job
+    ranks: Ranks  # that hold replicas of the weights
+    low_dtype: torch.dtype | None  # bf16 or fp16, if DeepSpeed casts the weights
+    autocast_dtype: torch.dtype | None  # of torch_autocast, if that is on
+    comm_dtype: torch.dtype  # of gradient sums
+    partitioned: bool  # the weights are cut over the ranks (ZeRO-3)
+    micro_batches: int  # of a step
+    max_grad_norm: float  # 0 for no clipping
+    machine: Machine  # what the state store knows of where it runs
+    hollow_weights: bool  # an optimizer's constructor is shown weights without elements
+
+    @property
+    def update_device(self) -> torch.device:
+        """Where the arithmetic of updates runs."""
+        return torch.device("cpu") if self.hift.state.step_on == "host" else self.device
+
+    @property
+    def bucket_numel(self) -> int:
+        """Elements in one collective, over all ranks."""
+        configured = (self.config.get("zero_optimization") or {}).get("reduce_bucket_size")
+        return int(configured) if isinstance(configured, int | float) else DEFAULT_BUCKET_NUMEL
+
+    @property
+    def in_backward(self) -> bool:
+        """Each embedding, block and head is updated as soon as its gradients are complete."""
+        return self.hift.update == "in_backward"
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Of gradients of several micro-batches in host memory: DeepSpeed's ``data_types.grad_accum_dtype``, or fp32.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        name = (self.config.get("data_types") or {}).get("grad_accum_dtype") or "fp32"
+        if name not in _SUM_DTYPES:
+            raise ConfigError(f'"data_types.grad_accum_dtype": expected fp32 or bf16, got {name!r}')
+        return _SUM_DTYPES[name]
+
+
+def facts_of(engine: SeamEngine) -> EngineFacts:
+    """The facts of an engine whose process groups are there."""
+    return EngineFacts(
+        hift=engine.hift,
+        config=engine.config,
+        optimizer=(engine.optimizer_name(), engine.optimizer_params() or {}),
+        device=engine.device,
+        rank=engine.global_rank,
+        ranks=engine.replica_ranks(),
+        low_dtype=engine.low_dtype(),
+        autocast_dtype=engine.torch_autocast_dtype() if engine.torch_autocast_enabled() else None,
+        comm_dtype=engine.requested_comm_dtype(),
+        partitioned=engine.zero_optimization_partition_weights(),
+        micro_batches=engine.gradient_accumulation_steps(),
+        max_grad_norm=engine.gradient_clipping(),
+        machine=engine.machine,
+        hollow_weights=engine.hollow_weights,
+    )
+
+
+def build_optimizers(
+    facts: EngineFacts,
+    model: nn.Module,
+    client_optimizer: Any,
+    model_parameters: Sequence[Any],
+    partition_weights: Callable[[Callable[[], int]], WeightShards],
+    fp32_shards: Mapping[str, Tensor],
+) -> tuple[Partition, Optimizer, HiFTOptimizer]:
+    """Cut the model, and build what trains its groups. If that fails the weights are a plain model's again.
+
+    Args:
+        client_optimizer: the caller's, a function of ``model_parameters`` that makes it, or ``None`` for the config's.
+        model_parameters: parameters, or param_group dicts.
+        partition_weights: for ZeRO-3: given a function that tells the active group, cuts the weights over the ranks.
+        fp32_shards: what :func:`cast_and_keep_bits` returned.
+
+    Returns:
+        (the model's layer groups, the optimizer that is stepped, the group optimizer around it).
+    """
+    if callable(client_optimizer) and not isinstance(client_optimizer, Optimizer):
+        client_optimizer = client_optimizer(model_parameters)
+    flags = TrainableFlags(model)
+    entries = model_parameters if client_optimizer is None else client_optimizer.param_groups
+    with unmanaged_set_aside(model, entries, facts.rank), contextlib.ExitStack() as on_failure:
+        partition = cut_model(facts, model)
+        base = client_optimizer or base_optimizer(facts, model, partition, model_parameters)
+        schedule = build_schedule(facts, len(partition.groups))
+        shards = partition_weights(lambda: schedule.active) if facts.partitioned else None
+        parameters = build_parameters(facts, model, base, shards)
+        on_failure.callback(parameters.close)
+        groups = group_shards(model, partition, base, parameters)
+        optimizer = group_optimizer(facts, model, base, parameters, groups, flags, schedule)
+        give_masters_their_bits(optimizer, model, fp32_shards, facts.device)
+        on_failure.pop_all()
+    return partition, base, optimizer
+
+
+# -- before DeepSpeed casts the weights -----------------------------------------------------------------------
+
+
+def cast_and_keep_bits(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Cast the trainable fp32 weights to ``dtype`` and keep the fp32 bits of this rank's shards of them.
+
+    Returns:
+        By parameter name, flat, on the host.
+    """
+    shards: dict[str, Tensor] = {}
+    rank, world_size = world_rank_and_size()
+    for name, param in model.named_parameters():
+        if param.requires_grad and param.dtype == torch.float32:
+            whole = param.detach().to(device)
+            # Ranks may have initialised differently; DeepSpeed takes rank 0's.
+            broadcast_from_first_rank(whole)
+            start, end = shard_bounds(whole.numel(), world_size, rank)
+            shards[name] = whole.view(-1)[start:end].to("cpu", copy=True)
+            # Cast here, one by one and on the device: DeepSpeed would cast on the host, all of them, on every rank.
+            param.data = whole.to(dtype)
+    return shards
+
+
+# -- the groups and the optimizer that is stepped -------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def unmanaged_set_aside(model: nn.Module, entries: Iterable[Any], rank: int) -> Iterator[None]:
+    """Trainable weights that are in no entry of the optimizer are not trained; inside this block they ask for no
+    gradient either.
+
+    Args:
+        entries: parameters, or param_group dicts.
+    """
+    managed = _params_of(entries)
+    aside = {n: p for n, p in model.named_parameters() if p.requires_grad and p not in managed}
+    if aside and rank == 0:
+        shown = ", ".join(list(aside)[:3]) + (" ..." if len(aside) > 3 else "")
+        logger.warning(
+            "%d trainable parameters are not in the optimizer and stay as they are: %s", len(aside), shown
+        )
+    for param in aside.values():
+        param.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for param in aside.values():
+            param.requires_grad_(True)
+
+
+def _params_of(entries: Iterable[Any]) -> set[nn.Parameter]:
+    params: set[nn.Parameter] = set()
+    for entry in entries:
+        inner = entry["params"] if isinstance(entry, dict) else [entry]
+        params.update([inner] if isinstance(inner, Tensor) else inner)
+    return params
+
+
+def cut_model(facts: EngineFacts, model: nn.Module) -> Partition:
+    """The layer groups of the model.
+
+    Raises:
+        GroupingError: it cannot be cut as asked.
+    """
+    hift = facts.hift
+    partition = partition_model(
+        model, group_size=hift.group_size, patterns=hift.groups, always_active=hift.always_active
+    )
+    if len(partition.groups) == 1 and hift.group_size not in (1, "all") and facts.rank == 0:
+        logger.warning(
+            '"hift.group_size": %d is more than the model has: all weights are one group, which is full fine-tuning',
+            hift.group_size,
+        )
+    return partition
+
+
+def base_optimizer(
+    facts: EngineFacts, model: nn.Module, partition: Partition, model_parameters: Sequence[Any]
+) -> Optimizer:
+    """The optimizer of the config, over the trainable weights.
+
+    Args:
+        model_parameters: parameters, or param_group dicts.
+
+    Raises:
+        ConfigError: no such optimizer, or one that cannot train one group at a time.
+    """
+    entries = model_parameters if isinstance(model_parameters[0], dict) else [{"params": model_parameters}]
+    param_groups = []
+    for entry in entries:
+        params = entry["params"]
+        params = [params] if isinstance(params, Tensor) else params
+        trainable = [param for param in params if param.requires_grad]
+        if trainable:
+            param_groups.append({**entry, "params": trainable})
+    weights = dict(model.named_parameters())
+    name, options = facts.optimizer
+    assert name is not None, "SeamEngine has refused a config without one"
+    return build_optimizer(
+        name,
+        dict(options),
+        param_groups,
+        matrices=frozenset(id(weights[name]) for name in partition.matrices),
+        update_device=facts.update_device.type,
+        on_accelerator=facts.device.type != "cpu",
+        hollow_weights=facts.hollow_weights,
+    )
+
+
+# -- parameters, states, and the group optimizer --------------------------------------------------------------
+
+
+def build_parameters(
+    facts: EngineFacts, model: nn.Module, base: Optimizer, shards: WeightShards | None
+) -> Parameters:
+    """How gradients and weights travel.
+
+    Args:
+        shards: the weights, if they are cut over the ranks (ZeRO-3).
+    """
+    whole_tensors = not is_elementwise(base)
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    shared = (
+        facts.ranks,
+        facts.comm_dtype,
+        facts.bucket_numel,
+        whole_tensors,
+        facts.hift.state.slice_numel,
+        facts.in_backward,
+    )
+    if shards is not None:
+        partitioned = PartitionedParameters(shards, *shared)
+        if not facts.in_backward:
+            partitioned.take_gradients(trainable)
+        return partitioned
+    replicated = ReplicatedParameters(*shared)
+    if facts.micro_batches > 1 and not facts.in_backward:
+        replicated.accumulate_in_fp32(trainable)
+    return replicated
+
+
+def group_shards(
+    model: nn.Module, partition: Partition, base: Optimizer, parameters: Parameters
+) -> dict[int, GroupShard]:
+    """This rank's shard of every group, by group index."""
+    weights = dict(model.named_parameters())
+    param_group_of = {p: i for i, entry in enumerate(base.param_groups) for p in entry["params"]}
+    always = [partition.always] if partition.always else []
+    return {
+        group.index: parameters.group_shard(
+            group.index,
+            group.name,
+            [(name, weights[name], param_group_of[weights[name]]) for name in group.param_names],
+            group.parts,
+        )
+        for group in [*partition.groups, *always]
+    }
+
+
+def build_schedule(facts: EngineFacts, num_groups: int) -> GroupSchedule:
+    """Which group is trained when."""
+    hift = facts.hift
+    return GroupSchedule(num_groups, hift.order, hift.reshuffle, hift.seed, hift.steps_per_group)
+
+
+def group_optimizer(
+    facts: EngineFacts, model: nn.Module, base: Optimizer, parameters: Parameters,
+    groups: Mapping[int, GroupShard], flags: TrainableFlags, schedule: GroupSchedule,
+) -> HiFTOptimizer:  # fmt: skip
+    """What trains ``groups`` in turn, with room for their states.
+
+    Raises:
+        StateStoreError: there is no room for them.
+    """
+    state, device = facts.hift.state, facts.update_device
+    rounding_seed = facts.hift.seed * 65_537 + facts.rank
+    states = GroupStates(
+        groups,
+        parameters,
+        PiecewiseOptimizer(base),
+        _precision(facts, model),
+        device,
+        store=build_store(state, device, seed=rounding_seed, machine=facts.machine),
+        always_store=build_resident_store(state, device, seed=rounding_seed),
+    )
+    make: Callable[..., HiFTOptimizer] = HiFTOptimizer
+    if facts.in_backward:
+        make = functools.partial(
+            HiFTInBackwardOptimizer, clipping=facts.hift.clipping, sum_dtype=facts.sum_dtype
+        )
+    return make(
+        states,
+        flags,
+        schedule,
+        CycleLR(facts.hift.lr_update, base.param_groups),
+        _loss_scaler(facts),
+        max_grad_norm=facts.max_grad_norm,
+        seed=facts.hift.seed,
+        pin_memory=state.pin_memory,
+    )
+
+
+def _precision(facts: EngineFacts, model: nn.Module) -> PrecisionPolicy:
+    masters = facts.hift.master_weights
+    any_low = facts.low_dtype is not None or any(
+        param.dtype != torch.float32 for param in model.parameters() if param.requires_grad
+    )
+    if any_low:
+        name = "mixed_hi" if masters else "bf16"
+    else:
+        name = "fp32" if facts.autocast_dtype is None else "mixed"
+    return PrecisionPolicy(name, masters, facts.hift.stochastic_rounding)
+
+
+def _loss_scaler(facts: EngineFacts) -> LossScaler:
+    if facts.low_dtype == torch.float16:
+        return LossScaler.from_fp16_block(facts.config["fp16"])
+    if facts.autocast_dtype == torch.float16:
+        return LossScaler.from_fp16_block({})
+    return LossScaler()
+
+
+def give_masters_their_bits(
+    optimizer: HiFTOptimizer, model: nn.Module, shards: Mapping[str, Tensor], device: torch.device
+) -> None:
+    """Fill the masters from the fp32 values that the 16-bit weights lack, if there are any.
+
+    Args:
+        shards: what :func:`cast_and_keep_bits` returned: cut for elementwise optimizers; owners of whole tensors get the
+            other ranks' parts here.
+        device: where ranks talk to each other.
+    """
+    exact = exact_values(model)
+    if not (shards or (exact is not None and optimizer.precision.keep_masters)):
+        return
+    rank, world_size = world_rank_and_size()
+    parameters = optimizer.parameters
+    numel_of = {name: math.prod(parameters.shape_of(param)) for name, param in model.named_parameters()}
+    if parameters.whole_tensors:
+        shards = {name: gather_whole(shard, numel_of[name], device) for name, shard in shards.items()}
+
+    def values(name: str, start: int, numel: int) -> Tensor | None:
+        if name not in shards:
+            return exact(name, start, numel) if exact is not None else None
+        whole = shards[name].numel() == numel_of[name]
+        offset = 0 if whole else shard_bounds(numel_of[name], world_size, rank)[0]
+        return shards[name][start - offset : start - offset + numel]
+
+    optimizer.states.set_masters(values)

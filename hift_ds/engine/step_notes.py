@@ -1,0 +1,90 @@
+"""What is told of each optimizer step: the engine's report, DeepSpeed's monitors, and a warning that comes at once."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hift_ds.engine.deepspeed_seam import SeamEngine, peak_bytes
+from hift_ds.schedule import Cursor
+from hift_ds.step_report import StepReport
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepBegan:
+    """What an update changes and its report names: noted before it."""
+
+    step: int
+    cursor: Cursor
+    group: int
+    loss_scale: float
+
+
+class StepNotes:
+    """Tells what one engine's steps did."""
+
+    def __init__(self, engine: SeamEngine) -> None:
+        self._engine = engine
+        self._said_not_finite = False
+
+    def before(self) -> StepBegan:
+        """Call this before an update."""
+        optimizer = self._engine.optimizer
+        schedule = optimizer.schedule
+        return StepBegan(self._engine.global_steps, schedule.cursor, schedule.active, optimizer.scaler.scale)
+
+    def after(self, began: StepBegan, forecast_bytes: int | None, checkpoint_s: float) -> StepReport:
+        """Call this after the update that ``began``. Counts what was moved and sent since the last call."""
+        optimizer = self._engine.optimizer
+        traffic, ranks = optimizer.store.traffic.take(), optimizer.parameters.ranks
+        grad_numel_sent, ranks.grad_numel_sent = ranks.grad_numel_sent, 0
+        report = StepReport(
+            step=began.step,
+            cycle=began.cursor.cycle,
+            position=began.cursor.position,
+            group=began.group,
+            group_name=self._engine.partition.groups[began.group].name,
+            lr=optimizer.lr.latched[0],
+            grad_norm=optimizer.grad_norm,
+            loss_scale=began.loss_scale,
+            skipped=optimizer.overflow,
+            state_bytes_in=traffic.bytes_in,
+            state_bytes_out=traffic.bytes_out,
+            grad_numel_sent=grad_numel_sent,
+            transfer_s=traffic.transfer_s,
+            stalled_s=traffic.stalled_s,
+            peak_bytes=peak_bytes(),
+            checkpoint_s=checkpoint_s,
+            forecast_bytes=forecast_bytes,
+        )
+        self._warn_if_not_finite(report)
+        return report
+
+    def write_loss(self, loss: Tensor, parts: int) -> None:
+        """To DeepSpeed's monitors (``"csv_monitor"`` and the others), which get the rate from DeepSpeed alone.
+
+        Args:
+            loss: the sum over a step's micro-batches on this rank; the first rank's is written, divided by ``parts``.
+        """
+        engine = self._engine
+        if engine.monitor.enabled and engine.global_rank == 0:
+            engine.monitor.write_events(
+                [("Train/Samples/train_loss", loss.item() / parts, engine.global_samples)]
+            )
+
+    def _warn_if_not_finite(self, report: StepReport) -> None:
+        """At once: a Trainer's logs leave such losses out, and the group's weights are lost from here on."""
+        finite = report.skipped or math.isfinite(report.grad_norm)
+        if self._said_not_finite or finite or self._engine.global_rank:
+            return
+        self._said_not_finite = True
+        logger.warning(
+            "step %d (group %s): the gradient norm is %s and no loss scale skips the step: its weights are not numbers "
+            "any more; lower the learning rate, clip gradients, or look at this step's rows",
+            report.step + 1, report.group_name, report.grad_norm,
+        )  # fmt: skip
