@@ -352,6 +352,6 @@ def test_settings_that_differ_are_the_runs_and_said_in_one_line(tmp_path, caplog
     engine, lines = load(Case(hift(**block)), tmp_path, caplog)
     assert lines == [
         "checkpoint: \"hift\" settings are the run's, not the checkpoint's: checkpoint.on_error: raise -> continue; "
-        "lr_update: cycle -> step; seed: 0 -> 3; state.slots: 1 -> 2"
+        "lr_update: cycle -> step; seed: 0 -> 3; state.slots: None -> 2"
     ]
     engine.destroy()
