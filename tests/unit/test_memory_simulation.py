@@ -226,3 +226,9 @@ def test_the_probe_counts_and_measures_one_step():
         found = probe(replace(case.setting, model=folder), case.group)
     assert found["device"] == "cpu" and found["group"] == "0 (embed)"
     assert found["predicted_gib"] == pytest.approx(found["measured_gib"], rel=0.01), found
+
+
+def test_nothing_is_compiled_for_a_forecast(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    simulate([setting(model="smollm2_135m", length=16, groups=(0,))])
+    assert not list(tmp_path.iterdir())
