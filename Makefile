@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
@@ -51,8 +51,8 @@ demo-short: setup
 	$(PY) -m examples.demo --short
 
 lint: setup
-	$(PY) -m ruff check hift_ds launch model_zoo tests benchmarks examples
-	$(PY) -m ruff format --check hift_ds launch model_zoo tests benchmarks examples
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info
