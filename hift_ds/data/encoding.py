@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hift_ds.data import tool_calls
+from hift_ds.data import left_out, tool_calls
 from hift_ds.data.formats import Completion, Conversation, Message, Sample, Text
 from hift_ds.errors import DataError
 
@@ -146,12 +145,12 @@ class Encoder:
         answers = [index for index in answers if index not in sample.masked]
         sample = self._in_the_templates_form(sample, answers, origin)
         whole = self._render(sample, len(sample.messages), False, origin)
-        remarks = _remarks(sample, whole)
+        remarks = left_out.remarks(sample, whole)
         if self.train_on_prompt:
             return [dataclasses.replace(self._all_but_masked(sample, whole, origin), remarks=remarks)]
         spans = [self._span(sample, index, whole, origin) for index in answers]
         for span in spans:
-            _check_answer(sample.messages[span.index], span.printed, origin)
+            left_out.check_answer(sample.messages[span.index], span.printed, origin)
         if all(span.lies_in(whole) for span in spans):
             marked = [self._mark(sample, whole, spans)]
         else:
@@ -426,63 +425,6 @@ def _affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] 
             if full[begin : begin + len(bare)] == bare:
                 return full[:begin], full[begin + len(bare) :]
     return None
-
-
-def _check_answer(message: Message, printed: str, origin: str) -> None:
-    """Templates may shorten an answer (drop its thoughts), but one that drops all of it would teach
-    silence."""
-    text = message["content"] or ""
-    if not _is_printed(text, printed):
-        raise DataError(
-            f"{origin}: the chat template leaves out the answer that ends with {_last_word(text)!r}; it "
-            "may expect content in parts, as those of vision models do; set data.template"
-        )
-    if not text.strip() and not message.get("tool_calls"):
-        for key, value in _further_texts(message):
-            if not _is_printed(value, printed):
-                raise DataError(
-                    f"{origin}: an answer without content, and the chat template leaves out its {key!r}; set "
-                    "data.template to one that prints it"
-                )
-
-
-def _remarks(sample: Conversation, whole: str) -> tuple[str, ...]:
-    """What is left out that no answer depends on, or not all of it."""
-    remarks = []
-    for tool in sample.tools or ():
-        function = tool.get("function", tool)
-        name = function.get("name") if isinstance(function, dict) else None
-        if isinstance(name, str) and name not in whole:
-            remarks.append("the chat template does not print the tools")
-            break
-    for message in sample.messages:
-        if message["role"] == "assistant":
-            if tool_calls.not_printed(message, whole) is not None:
-                remarks.append("the chat template leaves out tool calls")
-            if not (message["content"] or message.get("tool_calls") or _further_texts(message)):
-                remarks.append("an answer is empty")
-            lost = (key for key, value in _further_texts(message) if not _is_printed(value, whole))
-            remarks += [f"the chat template leaves out {key!r} of answers" for key in lost]
-        elif not _is_printed(message["content"], whole):
-            remarks.append(f"the chat template leaves out messages of role {message['role']!r}")
-    return tuple(dict.fromkeys(remarks))
-
-
-def _further_texts(message: Message) -> list[tuple[str, str]]:
-    """Texts of a message beside its content: ``reasoning_content``, ``thinking``, ``refusal``."""
-    known = ("role", "content", "name", "tool_call_id", "id")
-    return [(key, value) for key, value in message.items() if key not in known and isinstance(value, str)]
-
-
-def _is_printed(text: str, rendered: str) -> bool:
-    return _last_word(text) in rendered
-
-
-def _last_word(text: str) -> str:
-    """The last word, of no more than 40 letters; where no word is near the end, the last sign; "" of an empty text."""
-    end = text.rstrip()[-200:]
-    words = re.findall(r"\w+", end)
-    return words[-1][-40:] if words else end[-1:]
 
 
 def common_prefix_length(first: list[int], second: list[int]) -> int:

@@ -172,13 +172,33 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     filled: dict[int, str] = {}
     for name, tensor in stream_weights(model, folder):
         target = targets[name]
-        if id(target) in filled and not torch.equal(target, tensor.to(target.device, target.dtype)):
-            raise CheckpointError(
-                f"{folder}: {filled[id(target)]!r} and {name!r} differ, but the model ties them; "
-                "set tie_word_embeddings to false in its config.json"
-            )
-        filled[id(target)] = name
+        note_filled(filled, target, name, folder, target, tensor)
         target.copy_(tensor)
+
+
+def note_filled(
+    filled: dict[int, str],
+    target: torch.Tensor,
+    name: str,
+    folder: str | Path,
+    there: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Note in ``filled`` (id of a weight -> name that filled it) that ``name`` fills ``target``.
+
+    Args:
+        there: the part of ``target`` that this rank has; any shape, device and dtype.
+        values: what goes there, of the same shape.
+
+    Raises:
+        CheckpointError: another name has filled it, since the model ties the two, with other values.
+    """
+    if id(target) in filled and not torch.equal(there, values.to(there.device, there.dtype)):
+        raise CheckpointError(
+            f"{folder}: {filled[id(target)]!r} and {name!r} differ, but the model ties them; "
+            "set tie_word_embeddings to false in its config.json"
+        )
+    filled[id(target)] = name
 
 
 def load_pretrained(

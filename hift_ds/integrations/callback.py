@@ -59,9 +59,8 @@ class HiFTCallback(EngineEvents):
         check_arguments(args)
         self.is_on = True
         zero = plugin.deepspeed_config["zero_optimization"]
-        if (
-            zero["stage"] == 3
-        ):  # else transformers' save_model has no weights to write once training has ended
+        if zero["stage"] == 3:
+            # Else transformers' save_model has no weights to write once training has ended.
             zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
         self._entered.enter_context(_kept_from_accelerate(plugin.deepspeed_config))
         self._entered.enter_context(hift_engines(on_made=self._took))

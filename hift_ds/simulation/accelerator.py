@@ -74,9 +74,6 @@ class FakeAccelerator(CPU_Accelerator):
     def create_op_builder(self, class_name: str) -> None:
         """No C++ operator: DeepSpeed would compile its shared-memory collectives, which move nothing here, for a minute."""
 
-    def get_op_builder(self, class_name: str) -> None:
-        """As :meth:`create_op_builder`."""
-
     def on_accelerator(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == fake_device.NAME
 

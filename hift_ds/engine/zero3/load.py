@@ -25,8 +25,8 @@ from hift_ds.engine.zero3.shards import (
     is_partitioned,
     shard_of,
 )
-from hift_ds.errors import CheckpointError, ConfigError
-from hift_ds.hf.safetensors_folder import SafetensorsFolder, check_weights, stream_weights
+from hift_ds.errors import ConfigError
+from hift_ds.hf.safetensors_folder import SafetensorsFolder, check_weights, note_filled, stream_weights
 from hift_ds.hf.weight_names import plan_load
 
 if TYPE_CHECKING:
@@ -135,12 +135,7 @@ def _fill(model: PreTrainedModel, folder: str | Path) -> None:
         if name not in plain:
             tensor = _from_first_rank(tensor, target.dtype)
         mine, here = _part_of_this_rank(target, tensor)
-        if id(target) in filled and not torch.equal(here, mine.to(here.device, here.dtype)):
-            raise CheckpointError(
-                f"{folder}: {filled[id(target)]!r} and {name!r} differ, but the model ties them; "
-                "set tie_word_embeddings to false in its config.json"
-            )
-        filled[id(target)] = name
+        note_filled(filled, target, name, folder, here, mine)
         here.copy_(mine)
     remember_rounded_weights(model, files, plain, targets)
 
