@@ -94,6 +94,12 @@ class BackgroundSave:
         self._thread.join()
         atexit.unregister(self._finish_at_exit)
 
+    def discard(self) -> None:
+        """After every rank's :meth:`finish_files`, when one of them failed: nothing of the folder stays."""
+        self.forget()
+        if self._writer.staging.leads:
+            self._writer.staging.discard()
+
     def _raise_failure(self) -> None:
         if self.failure is not None:
             raise self.failure

@@ -164,6 +164,8 @@ class Checkpointer:
             on_all_ranks(background.finish_files, CheckpointError)
             self.last = on_all_ranks(background.finish, CheckpointError)
         except CheckpointError as error:
+            # Every rank's files have ended now. A leader that failed first cleared up while others still wrote.
+            background.discard()
             self._report_failure(error)
             return False
         finally:
