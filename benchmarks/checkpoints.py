@@ -41,16 +41,12 @@ VARIANTS = {  # name: (engine, precision, asynchronous)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--folder", type=Path, help="where checkpoints go meanwhile; a temporary folder by default"
-    )
+    parser.add_argument("--folder", type=Path, help="where checkpoints go meanwhile; a temporary folder by default")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(argv)
 
@@ -107,9 +103,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     engines = {name: build(args, *variant) for name, variant in VARIANTS.items()}
     for engine in engines.values():
         train_all_groups(engine)
-    times: dict[str, dict[str, list[float]]] = {
-        name: {"save": [], "held": [], "load": []} for name in VARIANTS
-    }
+    times: dict[str, dict[str, list[float]]] = {name: {"save": [], "held": [], "load": []} for name in VARIANTS}
     for _ in range(args.repeats):
         for name, engine in engines.items():
             shutil.rmtree(folder / name, ignore_errors=True) if dist.get_rank() == 0 else None
@@ -214,9 +208,7 @@ def decoder(layers: int, width: int):
             h = self.embed(tokens)
             for layer in self.layers:
                 h = layer(h)
-            return nn.functional.cross_entropy(
-                self.head(self.norm(h)).flatten(0, 1).float(), tokens.flatten()
-            )
+            return nn.functional.cross_entropy(self.head(self.norm(h)).flatten(0, 1).float(), tokens.flatten())
 
     return Decoder()
 

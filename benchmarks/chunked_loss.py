@@ -2,8 +2,8 @@
 
     python benchmarks/chunked_loss.py [--rows 2048] [--hidden 1024] [--vocabulary 32000]
 
-bf16 on the CPU; prints for each the peak of what forward and backward allocate, the CPU time of both, and how far loss and
-gradients are from those in fp64.
+bf16 on the CPU; prints for each the peak of what forward and backward allocate, the CPU time of both, and how far loss
+and gradients are from those in fp64.
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ def main() -> None:
     hidden = torch.randn(args.rows, args.hidden, generator=generator).bfloat16()
     weight = (torch.randn(args.vocabulary, args.hidden, generator=generator) / args.hidden**0.5).bfloat16()
     targets = torch.randint(args.vocabulary, (args.rows,), generator=generator)
-    exact = run(
-        lambda h, w, t: F.cross_entropy(F.linear(h, w), t), hidden.double(), weight.double(), targets
-    )[1]
+    exact = run(lambda h, w, t: F.cross_entropy(F.linear(h, w), t), hidden.double(), weight.double(), targets)[1]
     ways: dict[str, Loss] = {"whole logits": whole, "ours, in tiles": in_tiles}
     if hasattr(F, "linear_cross_entropy"):
         ways["torch.nn.functional.linear_cross_entropy"] = torchs

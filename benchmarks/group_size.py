@@ -1,9 +1,11 @@
-"""``python -m benchmarks.group_size``: how the number of turns that each layer group gets decides what a short run learns.
+"""``python -m benchmarks.group_size``: how the number of turns that each layer group gets decides what a short run
+learns.
 
-A small LLaMA is trained on the answers of the standard library's docstrings until it can spell, and then fine-tuned, from
-the same weights, data and learning rate, on questions about hift_ds: with every number of groups, and in full. The held-out
-loss after runs of several lengths goes into benchmarks/results/group_size.json, and from there into docs/group_size.png.
-Real models differ in the figures; what is compared is the same model with itself. A minute or two on two cores.
+A small LLaMA is trained on the answers of the standard library's docstrings until it can spell, and then fine-tuned,
+from the same weights, data and learning rate, on questions about hift_ds: with every number of groups, and in full. The
+held-out loss after runs of several lengths goes into benchmarks/results/group_size.json, and from there into
+docs/group_size.png. Real models differ in the figures; what is compared is the same model with itself. A minute or two
+on two cores.
 """
 
 from __future__ import annotations
@@ -32,9 +34,7 @@ LEARNING_RATE = 1e-3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--plot-only", action="store_true", help="draw the picture from the results that are there"
-    )
+    parser.add_argument("--plot-only", action="store_true", help="draw the picture from the results that are there")
     args = parser.parse_args()
     if not args.plot_only:
         RESULTS.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
@@ -138,8 +138,12 @@ def draw(results: dict) -> None:
                               xytext=(4, 4), textcoords="offset points")  # fmt: skip
     axes.axvline(16, color="#9aa5b1", linestyle=":")
     axes.axhline(0, color="#9aa5b1", linewidth=0.8)
-    axes.set(xscale="log", xlabel="turns of each group (numbers: layer groups)",
-             ylabel="held-out loss above full fine-tuning's", title="What few turns cost: one small model, one learning rate")  # fmt: skip
+    axes.set(
+        xscale="log",
+        xlabel="turns of each group (numbers: layer groups)",
+        ylabel="held-out loss above full fine-tuning's",
+        title="What few turns cost: one small model, one learning rate",
+    )
     axes.set_xticks([2, 4, 8, 16, 32, 64, 128], labels=["2", "4", "8", "16", "32", "64", "128"])
     axes.legend(frameon=False)
     figure.savefig(PICTURE, dpi=110)

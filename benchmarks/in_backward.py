@@ -4,9 +4,10 @@
     python benchmarks/in_backward.py --path /scratch --model 1b         the 1.1B shape: 16 GiB of memory
     python benchmarks/in_backward.py --path /scratch --model tiny       seconds, to see that it works
 
-The plain loop: bf16 weights, fp32 masters and AdamW states in memory, torch's fused kernel, an update after backward. Ours:
-the same arithmetic with ``"update": "in_backward"``, all layers a group, states resident, in a host store or on disk. Every
-turn of a setting is a process of its own, and the settings take turns. The first step of each is not counted.
+The plain loop: bf16 weights, fp32 masters and AdamW states in memory, torch's fused kernel, an update after backward.
+Ours: the same arithmetic with ``"update": "in_backward"``, all layers a group, states resident, in a host store or on
+disk. Every turn of a setting is a process of its own, and the settings take turns. The first step of each is not
+counted.
 
 Prints a table; ``--out`` writes it.
 """
@@ -37,9 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", required=True, help="folder on the disk to measure")
     parser.add_argument("--model", choices=MODELS, default="135m")
     parser.add_argument("--batch", type=int, default=1)
@@ -142,7 +141,8 @@ def turn(args: argparse.Namespace, name: str) -> dict[str, Any]:
 def table(args: argparse.Namespace, turns: dict[str, list[dict[str, Any]]]) -> str:
     """Medians over all counted steps; the ratio is the median over rounds of a round's own ratio."""
     lines = [
-        f"`python benchmarks/in_backward.py {' '.join(a for a in sys.argv[1:] if a != str(args.out) and a != '--out')}`",
+        f"`python benchmarks/in_backward.py "
+        f"{' '.join(a for a in sys.argv[1:] if a != str(args.out) and a != '--out')}`",
         "",
         f"{platform.processor() or platform.machine()}, {os.environ.get('OMP_NUM_THREADS', '1')} thread(s), "
         f"{args.batch} x {args.length} tokens. {args.note}".strip(),

@@ -66,9 +66,7 @@ GOALS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose names contain this")
     args = parser.parse_args()
     print("| model, batch x length | goal, GiB | peak, GiB | where | at the peak, GiB |")
@@ -78,9 +76,7 @@ def main() -> None:
             continue
         step = simulate([asked])[0].steps[0]
         parts = ", ".join(f"{key} {value / GIB:.2f}" for key, value in step.categories.items())
-        print(
-            f"| {name} | < {goal} | {step.peak_bytes / GIB:.2f} | {step.peak_place} | {parts} |", flush=True
-        )
+        print(f"| {name} | < {goal} | {step.peak_bytes / GIB:.2f} | {step.peak_place} | {parts} |", flush=True)
 
 
 if __name__ == "__main__":

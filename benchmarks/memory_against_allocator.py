@@ -83,7 +83,9 @@ CASES = {
     ),
     "bf16 with masters, lowest block": case("mixed_hi", LOWEST),
     "bf16 with masters, checkpointing, chunked loss, slices": case(
-        "mixed_hi", EMBEDDING, {"activations": {"checkpointing": True, "chunked_loss": True}, "state": {"slice_numel": 1 << 21}}
+        "mixed_hi",
+        EMBEDDING,
+        {"activations": {"checkpointing": True, "chunked_loss": True}, "state": {"slice_numel": 1 << 21}},
     ),
     "bf16 with masters, states resident, two micro-batches": case(
         "mixed_hi", MIDDLE, {"state": {"residency": "device"}}, micro_batches=2
@@ -129,14 +131,10 @@ def compare(cases: dict[str, Case], shape: dict[str, int]) -> list[Row]:
     rows = []
     with model_folder(**shape) as folder:
         settings = [replace(case.setting, model=folder, groups=(case.group,)) for case in cases.values()]
-        for (name, setting), result in zip(
-            zip(cases, settings, strict=True), simulate(settings), strict=True
-        ):
+        for (name, setting), result in zip(zip(cases, settings, strict=True), simulate(settings), strict=True):
             measured = measure(setting)
             if measured["device"] != "cpu":
-                raise SystemExit(
-                    "this compares with the CPU's allocator; hide the accelerator (CUDA_VISIBLE_DEVICES=)"
-                )
+                raise SystemExit("this compares with the CPU's allocator; hide the accelerator (CUDA_VISIBLE_DEVICES=)")
             (step,) = result.steps
             rows.append(Row(name, step, step.peak_bytes, measured["peak_bytes"], measured["parked_bytes"]))
             print(f"{name}: {rows[-1].error:+.3%}", file=sys.stderr, flush=True)
@@ -150,9 +148,12 @@ def report(rows: list[Row]) -> str:
     lines = [
         "# Counted peaks against the allocator's",
         "",
-        "Written by `python benchmarks/memory_against_allocator.py`: a LLaMA of 106 M parameters (8 blocks, random weights),",
-        f"2 x 256 tokens, on the CPU ({platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}). Measured: the",
-        "highest sum of allocations that torch's profiler recorded within two steps of one layer group, less the states at rest,",
+        "Written by `python benchmarks/memory_against_allocator.py`: a LLaMA of 106 M parameters (8 blocks, random "
+        "weights),",
+        f"2 x 256 tokens, on the CPU ({platform.machine()}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}). Measured: the",
+        "highest sum of allocations that torch's profiler recorded within two steps of one layer group, less the "
+        "states at rest,",
         "since a CPU has one memory for all. Counted: the same setting on the fake device.",
         "",
         "| setting | group | counted, MiB | measured, MiB | off by | at rest, MiB |",
@@ -161,7 +162,8 @@ def report(rows: list[Row]) -> str:
     for row in rows:
         group = f"{row.step.index} ({row.step.name})"
         lines.append(
-            f"| {row.name} | {group} | {row.predicted_bytes / MIB:.1f} | {(row.measured_bytes - row.parked_bytes) / MIB:.1f} "
+            f"| {row.name} | {group} | {row.predicted_bytes / MIB:.1f} | "
+            f"{(row.measured_bytes - row.parked_bytes) / MIB:.1f} "
             f"| {row.error:+.3%} | {row.parked_bytes / MIB:.1f} |"
         )
     worst = max(abs(row.error) for row in rows)
@@ -170,9 +172,7 @@ def report(rows: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     text = report(compare(CASES, M106))

@@ -95,8 +95,7 @@ def levels() -> list[tuple[str, ...]]:
 def step_all(settings: list[Setting], num_processes: int, ends_only: bool = True) -> list[Steps]:
     """The steps of all groups, or of the embedding, the lowest block and the head."""
     structures = {
-        model: read_structure(next(s for s in settings if s.model == model))
-        for model in {s.model for s in settings}
+        model: read_structure(next(s for s in settings if s.model == model)) for model in {s.model for s in settings}
     }
     return run_requests([Request(s, structures[s.model], ends_only) for s in settings], num_processes)
 
@@ -107,11 +106,10 @@ def step_all(settings: list[Setting], num_processes: int, ends_only: bool = True
 def goal_table(goals: tuple[Goal, ...], num_processes: int) -> tuple[list[str], int]:
     """Lines of markdown, and how many goals are missed."""
     tried = levels()
-    found = step_all(
-        [with_switches(goal.setting, switches) for goal in goals for switches in tried], num_processes
-    )
+    found = step_all([with_switches(goal.setting, switches) for goal in goals for switches in tried], num_processes)
     lines = [
-        "| model | precision | batch x length | goal, GiB | no switch | all switches | fewest switches | peak with them | worst group | where | met |",
+        "| model | precision | batch x length | goal, GiB | no switch | all switches | fewest switches | peak with "
+        "them | worst group | where | met |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     chosen, outer = [], []
@@ -133,8 +131,10 @@ def goal_table(goals: tuple[Goal, ...], num_processes: int) -> tuple[list[str], 
         switches = "; ".join(SWITCH_NAMES[name] for name in tried[level]) or "none"
         why = f" ({goal.why})" if goal.why else ""
         lines.append(
-            f"| {TITLES[goal.model]} | {PRECISIONS[goal.precision]} | {goal.batch} x {goal.length} | < {goal.below_gib:g}{why} "
-            f"| {gib(none)} | {gib(everything)} | {switches} | {gib(step)} | {step.index} ({step.name}) | {where(step)} "
+            f"| {TITLES[goal.model]} | {PRECISIONS[goal.precision]} | {goal.batch} x {goal.length} | < "
+            f"{goal.below_gib:g}{why} "
+            f"| {gib(none)} | {gib(everything)} | {switches} | {gib(step)} | {step.index} ({step.name}) | "
+            f"{where(step)} "
             f"| {'yes' if met else 'no'} |"
         )
     return lines, missed
@@ -165,11 +165,7 @@ def savings_table(cases: tuple[Goal, ...], num_processes: int) -> list[str]:
     peaks = [worst_step(steps).peak_bytes / GIB for steps in step_all(settings, num_processes)]
 
     def row(title: str, number: int) -> str:
-        return (
-            f"| {title} | "
-            + " | ".join(f"{peaks[i * len(sets) + number]:.2f}" for i in range(len(cases)))
-            + " |"
-        )
+        return f"| {title} | " + " | ".join(f"{peaks[i * len(sets) + number]:.2f}" for i in range(len(cases))) + " |"
 
     heads = [f"{TITLES[c.model]}, {PRECISIONS[c.precision]}, {c.batch} x {c.length}" for c in cases]
     lines = ["| peak, GiB | " + " | ".join(heads) + " |", "|---|" + "---|" * len(cases)]
@@ -193,13 +189,17 @@ def report(goals: list[str], missed: int, savings: list[str]) -> str:
         [
             "# Memory: goals, and what each switch saves",
             "",
-            "Written by `python benchmarks/memory_goals.py`. GiB allocated on the GPU at the peak of the worst layer group, AdamW,",
-            "every weight trained, one block a group, attention in a fused kernel, states in host memory. Counted on a fake device",
-            "([docs/memory.md](../../docs/memory.md)), not measured on a GPU. The driver's context and fragmentation come on top.",
+            "Written by `python benchmarks/memory_goals.py`. GiB allocated on the GPU at the peak of the worst layer "
+            "group, AdamW,",
+            "every weight trained, one block a group, attention in a fused kernel, states in host memory. Counted on "
+            "a fake device",
+            "([docs/memory.md](../../docs/memory.md)), not measured on a GPU. The driver's context and fragmentation "
+            "come on top.",
             "",
             "## Goals",
             "",
-            "Fewest switches: those that meet the goal, added in the order slices, chunked loss, checkpointing, offload.",
+            "Fewest switches: those that meet the goal, added in the order slices, chunked loss, checkpointing, "
+            "offload.",
             "",
             *goals,
             "",
@@ -208,7 +208,8 @@ def report(goals: list[str], missed: int, savings: list[str]) -> str:
             "## What each switch saves",
             "",
             "Update in slices is `state.slice_numel: 16777216`, no prefetch is `state.prefetch: false`, the others are",
-            "`activations.checkpointing`, `chunked_loss`, `offload`. Two micro-batches a step: gradients are summed in fp32 and",
+            "`activations.checkpointing`, `chunked_loss`, `offload`. Two micro-batches a step: gradients are summed "
+            "in fp32 and",
             "stay while the second one runs; with one they are in the weights' dtype.",
             "",
             *savings,
@@ -217,9 +218,7 @@ def report(goals: list[str], missed: int, savings: list[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)

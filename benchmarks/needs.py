@@ -1,4 +1,5 @@
-"""``python -m benchmarks.needs``: write the table "what it needs" in README.md: GPU, host memory and disk, counted by the
+"""``python -m benchmarks.needs``: write the table "what it needs" in README.md: GPU, host memory and disk, counted by
+the
 simulation behind ``hift-ds estimate`` with the settings of ds_configs/bf16_host_small.json."""
 
 from __future__ import annotations
@@ -24,9 +25,7 @@ KEPT = 2 + 1  # train.save_total_limit, and the one that is being written
 def row(name: str, size: str) -> str:
     parser = argparse.ArgumentParser()
     add_input_arguments(parser)
-    setting = setting_from(
-        parser.parse_args(["--model", size, "--batch", str(BATCH), "--length", str(LENGTH)])
-    )
+    setting = setting_from(parser.parse_args(["--model", size, "--batch", str(BATCH), "--length", str(LENGTH)]))
     structure = read_structure(setting)
     (found,) = run_requests([Request(setting, structure)], 1)
     steps = [found.step(index) for index in range(structure.num_groups)]

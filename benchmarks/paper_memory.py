@@ -217,12 +217,8 @@ def count(model: Model, cells: Sequence[Cell], folder: str) -> Counted:
     structure = read_structure(Cell("HiFT", FP32).setting(folder))
     counted = Counted(model, structure)
     if round(counted.numel / 1e6, 2) != model.millions:
-        raise SystemExit(
-            f"{model.title}: {counted.numel / 1e6:.2f}M parameters, the paper's has {model.millions}M"
-        )
-    requests = {
-        cell: Request(cell.setting(folder), structure, ends_only=True) for cell in dict.fromkeys(cells)
-    }
+        raise SystemExit(f"{model.title}: {counted.numel / 1e6:.2f}M parameters, the paper's has {model.millions}M")
+    requests = {cell: Request(cell.setting(folder), structure, ends_only=True) for cell in dict.fromkeys(cells)}
     settings = [request.to_simulate() for request in requests.values()]
     results = simulate([replace(setting, second_update=setting.visits == 1) for setting in settings])
     counted.steps = {cell: WholeModel(result) for cell, result in zip(requests, results, strict=True)}
@@ -268,11 +264,7 @@ def row(counted: Counted, method: str, precision: str, optimizer: str) -> Row:
     index = counted.largest_group if method == "HiFT" else 0
     largest = steps.step(index)
     masters = counted.steps[Cell(method, run, "SGD")].step(index).state_bytes  # all that SGD keeps
-    in_fp32 = (
-        counted.steps[Cell(method, run, "AdamW", micro_batches=2)]
-        if (method, run) != ("HiFT", FP32)
-        else steps
-    )
+    in_fp32 = counted.steps[Cell(method, run, "AdamW", micro_batches=2)] if (method, run) != ("HiFT", FP32) else steps
     return Row(
         trainable=counted.structure.group_numels[index] if method == "HiFT" else counted.numel,
         weights=largest.categories["weights"] + masters,
@@ -286,9 +278,7 @@ def row(counted: Counted, method: str, precision: str, optimizer: str) -> Row:
 
 def peak_with_gradients_kept(counted: Counted, precision: str) -> int:
     """Of FPFT with AdamW whose gradients stay from step to step: the second of two accumulated micro-batches."""
-    return worst_step(
-        counted.steps[Cell("FPFT", FP32 if precision == FP32 else MIXED_HI, micro_batches=2)]
-    ).peak_bytes
+    return worst_step(counted.steps[Cell("FPFT", FP32 if precision == FP32 else MIXED_HI, micro_batches=2)]).peak_bytes
 
 
 def _mixed_from_mixed_hi(counted: Counted, optimizer: str) -> Row:
@@ -317,11 +307,10 @@ def _at_update(step: GroupStep) -> Bytes:
 
 
 def _residual(step: GroupStep) -> int:
-    """The most that is alive beside weights, gradients and states where some place of forward or backward is highest."""
+    """The most that is alive beside weights, gradients and states where some place of forward or backward is
+    highest."""
     return max(
-        s["activations"] + s["temporaries"]
-        for place, s in step.places.items()
-        if not place.startswith("update")
+        s["activations"] + s["temporaries"] for place, s in step.places.items() if not place.startswith("update")
     )
 
 
@@ -349,13 +338,19 @@ def _introduction(command: str, plot: str, found: dict[str, Counted]) -> str:
         "writes this page. The real engine takes real steps of each whole model on a device that has no memory "
         "([memory.md](memory.md)). Allocated bytes are counted; CUDA's context, "
         "fragmentation and workspaces inside of kernels are not. No GPU was used.",
-        f"**Setting.** {BATCH} sequences of {LENGTH} tokens, no padding, in every table that does not say otherwise; the model in "
-        "training mode with its dropout; no activation checkpointing and no other saving; attention in a fused kernel that does not "
-        f"hold the scores{f' (except {eager}, for which transformers has none)' if eager else ''}. Models: {heads}. MiB = 2^20 "
+        f"**Setting.** {BATCH} sequences of {LENGTH} tokens, no padding, in every table that does not say otherwise; "
+        f"the model in "
+        "training mode with its dropout; no activation checkpointing and no other saving; attention in a fused "
+        "kernel that does not "
+        f"hold the scores{f' (except {eager}, for which transformers has none)' if eager else ''}. Models: {heads}. "
+        f"MiB = 2^20 "
         "bytes, GiB = 2^30: what the paper calls MB and GB.",
-        '**FPFT** is full fine-tuning by the same engine: one group that holds everything, states resident (`"group_size"` above the '
-        'number of layers, `"residency": "device"`). **HiFT** is the paper\'s: `"group_size": 1`, states in host memory and on the '
-        'device for the update only (`"prefetch": false`). Both are counted in a step that makes the states and again in an update that '
+        "**FPFT** is full fine-tuning by the same engine: one group that holds everything, states resident "
+        '(`"group_size"` above the '
+        'number of layers, `"residency": "device"`). **HiFT** is the paper\'s: `"group_size": 1`, states in host '
+        "memory and on the "
+        'device for the update only (`"prefetch": false`). Both are counted in a step that makes the states and '
+        "again in an update that "
         "finds them; Adafactor, whose states the engine makes room for in the first update, in its second step.",
         """
 | precision | weights on the device | how it is run here |
@@ -365,9 +360,12 @@ def _introduction(command: str, plot: str, found: dict[str, Counted]) -> str:
 | mixed_hi | 16 bit, and fp32 of the active group | `"bf16"` with fp32 masters, `"residency": "host"` |
 | autocast | fp32 | `"torch_autocast"`: fp32 weights, a 16-bit copy for each product; the engine calls it mixed |
 """,
-        "The engine has no standard mixed precision for HiFT, where the masters of all groups are on the device and their states are "
-        "not. Its rows are **derived**: mixed_hi, with the masters of the groups at rest added at every moment. With SGD, which has "
-        'no states but the masters, the engine does just that under `"residency": "device"`, so that derived and counted can be compared '
+        "The engine has no standard mixed precision for HiFT, where the masters of all groups are on the device and "
+        "their states are "
+        "not. Its rows are **derived**: mixed_hi, with the masters of the groups at rest added at every moment. With "
+        "SGD, which has "
+        'no states but the masters, the engine does just that under `"residency": "device"`, so that derived and '
+        "counted can be compared "
         "(below). The paper used fp16, which takes the same bytes as bf16. It has no mixed_hi for FPFT.",
         f"![Peak memory, AdamW]({plot})",
     ]
@@ -392,9 +390,7 @@ def _wrapped(paragraph: str) -> str:
 def _filled(text: str, **indents: str) -> str:
     """Lines of at most 110; what stands between backticks is not broken."""
     kept = re.sub(r"`[^`]*`", lambda code: code.group().replace(" ", "\0"), text)
-    return textwrap.fill(kept, 110, break_long_words=False, break_on_hyphens=False, **indents).replace(
-        "\0", " "
-    )
+    return textwrap.fill(kept, 110, break_long_words=False, break_on_hyphens=False, **indents).replace("\0", " ")
 
 
 def _pgs_table(found: dict[str, Counted], optimizers: Sequence[str]) -> str:
@@ -402,9 +398,12 @@ def _pgs_table(found: dict[str, Counted], optimizers: Sequence[str]) -> str:
         "## Weights, gradients, states",
         "",
         _wrapped(
-            "While the largest group is updated, MiB. `Para` and `Gra` do not depend on the optimizer. `Para` includes buffers (GPT-Neo "
-            "keeps a mask in every block). The paper counts every gradient in fp32; the engine holds one in fp32 where micro-batches are "
-            "accumulated (`Gra`, counted with two) and in the weights' dtype where not (`held`). `PGS`: Para, Gra and Sta of AdamW, GiB."
+            "While the largest group is updated, MiB. `Para` and `Gra` do not depend on the optimizer. `Para` "
+            "includes buffers (GPT-Neo "
+            "keeps a mask in every block). The paper counts every gradient in fp32; the engine holds one in fp32 "
+            "where micro-batches are "
+            "accumulated (`Gra`, counted with two) and in the weights' dtype where not (`held`). `PGS`: Para, Gra "
+            "and Sta of AdamW, GiB."
         ),
         "| model | precision | method | trainable | Para | Gra | held | "
         + " | ".join(f"Sta {o}" for o in optimizers)
@@ -429,9 +428,12 @@ def _peak_table(found: dict[str, Counted], optimizers: Sequence[str]) -> str:
         "## Peaks",
         "",
         _wrapped(
-            f"GiB at {BATCH} x {LENGTH}. `Residual`: the most activations and temporaries of all places in forward and backward (AdamW). "
-            "Peak: the highest of forward, backward and update over all groups. Saved: of HiFT against FPFT in the same precision, for "
-            "mixed_hi against FPFT in mixed. `kept`: FPFT whose gradients stay from step to step, as the paper's totals suggest "
+            f"GiB at {BATCH} x {LENGTH}. `Residual`: the most activations and temporaries of all places in forward "
+            f"and backward (AdamW). "
+            "Peak: the highest of forward, backward and update over all groups. Saved: of HiFT against FPFT in the "
+            "same precision, for "
+            "mixed_hi against FPFT in mixed. `kept`: FPFT whose gradients stay from step to step, as the paper's "
+            "totals suggest "
             "(counted: the second of two accumulated micro-batches); the last column is saved against that."
         ),
         "| model | precision | method | Residual | "
@@ -446,8 +448,7 @@ def _peak_table(found: dict[str, Counted], optimizers: Sequence[str]) -> str:
             if method == "HiFT":
                 full = row(counted, "FPFT", FP32 if precision == FP32 else MIXED, "AdamW").peak
                 saved, saved_kept = (
-                    _percent(1 - rows[0].peak / other)
-                    for other in (full, peak_with_gradients_kept(counted, precision))
+                    _percent(1 - rows[0].peak / other) for other in (full, peak_with_gradients_kept(counted, precision))
                 )
             kept = _gib(peak_with_gradients_kept(counted, precision)) if method == "FPFT" else ""
             cells = [_gib(rows[0].residual), *(_gib(r.peak) for r in rows), saved, kept, saved_kept]
@@ -478,14 +479,14 @@ def _checks(found: dict[str, Counted], optimizers: Sequence[str]) -> list[str]:
         derived = max(derived, abs(row(counted, "HiFT", MIXED, "SGD").peak / resident - 1))
     prefetch = []
     for counted in found.values():
-        ways = [
-            worst_step(counted.steps[Cell("HiFT", MIXED_HI, prefetch=on)]).peak_bytes for on in (False, True)
-        ]
+        ways = [worst_step(counted.steps[Cell("HiFT", MIXED_HI, prefetch=on)]).peak_bytes for on in (False, True)]
         prefetch.append(f"{counted.model.title} {_gib(ways[0])} -> {_gib(ways[1])}")
     items = [
-        f"Activations and temporaries do not depend on the optimizer: over the {len(optimizers)} of them they differ by {spread:.2%} at most.",
+        f"Activations and temporaries do not depend on the optimizer: over the {len(optimizers)} of them they differ "
+        f"by {spread:.2%} at most.",
         f"HiFT mixed as derived against the engine with all masters resident, SGD: off by {derived:.2%} at most.",
-        "With `\"prefetch\": true`, the engine's default, a slot for the largest group's states is on the device all the time. AdamW, "
+        "With `\"prefetch\": true`, the engine's default, a slot for the largest group's states is on the device all "
+        "the time. AdamW, "
         f"mixed_hi, GiB: {'; '.join(prefetch)}.",
     ]
     return [_filled(item, initial_indent="- ", subsequent_indent="  ") for item in items]
@@ -496,7 +497,8 @@ def _beside_the_paper(counted: Counted, optimizers: Sequence[str]) -> str:
         "## LLaMA-2-7B beside the authors' table",
         "",
         _wrapped(
-            "Ours / theirs. Theirs: E2E, m = 1; batch and length are not stated. Para, Gra and Sta in MiB, PGS (their sum) in GiB."
+            "Ours / theirs. Theirs: E2E, m = 1; batch and length are not stated. Para, Gra and Sta in MiB, PGS "
+            "(their sum) in GiB."
         ),
         "| optimizer | precision | method | Para | Gra | Sta | PGS |",
         "|---|---|---|--:|--:|--:|--:|",
@@ -515,13 +517,13 @@ def _beside_the_paper(counted: Counted, optimizers: Sequence[str]) -> str:
                     largest[name] = (difference, difference / b if b else 0.0)
             cells = " | ".join(f"{a:.2f} / {b:.2f}" for a, b in pairs.values())
             lines.append(f"| {optimizer} | {key[1]} | {key[0]} | {cells} |")
-    worst = ", ".join(
-        f"{name} {a:.2f} ({b:.0e})" if a else f"{name} none" for name, (a, b) in largest.items()
-    )
+    worst = ", ".join(f"{name} {a:.2f} ({b:.0e})" if a else f"{name} none" for name, (a, b) in largest.items())
     exact = 4 * counted.numel / MIB
     note = (
-        f"Largest difference, and relative to theirs: {worst}. 4 bytes for each of the {counted.numel:,} parameters are {exact:.2f} MiB, so "
-        f"that the last digits of theirs are not of this count. Parameters: {_millions(counted.numel)} / 6738.42M, of the largest group "
+        f"Largest difference, and relative to theirs: {worst}. 4 bytes for each of the {counted.numel:,} parameters "
+        f"are {exact:.2f} MiB, so "
+        f"that the last digits of theirs are not of this count. Parameters: {_millions(counted.numel)} / 6738.42M, "
+        f"of the largest group "
         f"{_millions(max(counted.structure.group_numels))} / 202.38M."
     )
     return "\n".join([*lines, "", _wrapped(note)])
@@ -532,8 +534,10 @@ def _totals(counted: Counted) -> str:
         "### Totals",
         "",
         _wrapped(
-            "AdamW, GiB; in brackets against theirs. FPFT with gradients kept, HiFT mixed as derived. Fused attention does not hold the "
-            "scores, eager attention does. The authors' batch and kernel are not known: 6 and 8 sequences of 512 tokens are shown, chosen "
+            "AdamW, GiB; in brackets against theirs. FPFT with gradients kept, HiFT mixed as derived. Fused "
+            "attention does not hold the "
+            "scores, eager attention does. The authors' batch and kernel are not known: 6 and 8 sequences of 512 "
+            "tokens are shown, chosen "
             "with their totals in view, so that an agreement is a fit and no prediction."
         ),
         "| precision | method | theirs | "
@@ -545,9 +549,7 @@ def _totals(counted: Counted) -> str:
     for key in ROWS:
         runs = [counted.steps[total_cell(*key, *which)] for which in TOTALS]
         is_derived = key == ("HiFT", MIXED)
-        ours[key] = [
-            _with_all_masters(counted, run) if is_derived else worst_step(run).peak_bytes for run in runs
-        ]
+        ours[key] = [_with_all_masters(counted, run) if is_derived else worst_step(run).peak_bytes for run in runs]
         theirs = PAPER_STATES["AdamW"][key][2]
         cells = " | ".join(f"{n / GIB:.2f} ({n / GIB / theirs - 1:+.1%})" for n in ours[key])
         lines.append(f"| {key[1]} | {key[0]} | {theirs:.2f} | {cells} |")
@@ -555,11 +557,10 @@ def _totals(counted: Counted) -> str:
     for hift, full in ((FP32, FP32), (MIXED, MIXED), (MIXED_HI, MIXED)):
         theirs = 1 - PAPER_STATES["AdamW"]["HiFT", hift][2] / PAPER_STATES["AdamW"]["FPFT", full][2]
         cells = [_percent(1 - a / b) for a, b in zip(ours["HiFT", hift], ours["FPFT", full], strict=True)]
-        lines.append(
-            f"| saved, {hift} | against FPFT {full} | {_percent(theirs)} | " + " | ".join(cells) + " |"
-        )
+        lines.append(f"| saved, {hift} | against FPFT {full} | {_percent(theirs)} | " + " | ".join(cells) + " |")
     note = (
-        "The abstract's more than 60 % for 7B is the fp32 row, against an FPFT whose gradients are there all the time. Against one that "
+        "The abstract's more than 60 % for 7B is the fp32 row, against an FPFT whose gradients are there all the "
+        "time. Against one that "
         f"frees them after each step, as PyTorch does by default, it is {_percent(freed)} at {BATCH} x {LENGTH}, fused."
     )
     return "\n".join([*lines, "", _wrapped(note)])
@@ -570,7 +571,8 @@ def _claims(counted: Counted) -> str:
         "### What fits which card",
         "",
         _wrapped(
-            "HiFT, AdamW, no activation checkpointing or other saving; GiB allocated, beside which the card holds its context and "
+            "HiFT, AdamW, no activation checkpointing or other saving; GiB allocated, beside which the card holds "
+            "its context and "
             "fragmentation. The last column fills the card with allocated bytes alone."
         ),
         "| claim | precision | card | batch x length | fused | eager | largest batch at that length, fused |",
@@ -585,7 +587,8 @@ def _claims(counted: Counted) -> str:
             )
         )
         lines.append(
-            f"| {claim.where} | {claim.precision} | {claim.card_gib} | {claim.batch} x {claim.length} | {_gib(fused)} | {_gib(eager)} | "
+            f"| {claim.where} | {claim.precision} | {claim.card_gib} | {claim.batch} x {claim.length} | "
+            f"{_gib(fused)} | {_gib(eager)} | "
             f"{slope.largest(claim.card_gib * GIB)} |"
         )
     return "\n".join([*lines, ""])
@@ -598,9 +601,7 @@ def _one_more(claim: Claim) -> Cell:
 def _average(found: dict[str, Counted]) -> str:
     shares = {name: 1 - max(c.structure.group_numels) / c.numel for name, c in found.items()}
     per_step = {name: 1 - 1 / c.structure.num_groups for name, c in found.items()}
-    weighted = 1 - sum(max(c.structure.group_numels) for c in found.values()) / sum(
-        c.numel for c in found.values()
-    )
+    weighted = 1 - sum(max(c.structure.group_numels) for c in found.values()) / sum(c.numel for c in found.values())
     lines = [
         "## 89.18 % fewer trainable parameters",
         "",
@@ -613,7 +614,8 @@ def _average(found: dict[str, Counted]) -> str:
         index, structure = counted.largest_group, counted.structure
         lines.append(
             f"| {name} | {_millions(counted.numel)} | {structure.num_groups} | {structure.group_names[index]} | "
-            f"{_millions(structure.group_numels[index])} | {_percent(shares[name], 2)} | {_percent(per_step[name], 2)} |"
+            f"{_millions(structure.group_numels[index])} | {_percent(shares[name], 2)} | "
+            f"{_percent(per_step[name], 2)} |"
         )
     mean = sum(shares.values()) / len(shares)
     cycle = sum(per_step.values()) / len(per_step)
@@ -623,8 +625,10 @@ def _average(found: dict[str, Counted]) -> str:
     ]
     if len(found) == len(MODELS):
         note = (
-            f"The paper's {PAPER_AVERAGE} % is the unweighted mean over these six models of the column `fewer`: of 1 - (largest group) / (all), "
-            f"so of the step that trains most. Ours is {_percent(mean, 2)}, with the engine's own groups. Weighted by parameters it is {_percent(weighted, 2)}; the mean step "
+            f"The paper's {PAPER_AVERAGE} % is the unweighted mean over these six models of the column `fewer`: of 1 "
+            f"- (largest group) / (all), "
+            f"so of the step that trains most. Ours is {_percent(mean, 2)}, with the engine's own groups. Weighted "
+            f"by parameters it is {_percent(weighted, 2)}; the mean step "
             f"of a cycle trains {_percent(cycle, 2)} fewer."
         )
         lines.append(_wrapped(note))
@@ -672,9 +676,7 @@ def draw(found: dict[str, Counted], path: Path) -> None:
     if LLAMA in found:
         more = panels.flat[list(found).index(LLAMA)].get_legend_handles_labels()
         handles, labels = more
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=2 if columns < 3 else 3, frameon=False, fontsize=9
-    )
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 if columns < 3 else 3, frameon=False, fontsize=9)
     figure.suptitle(
         f"Peak memory on the device, AdamW, {BATCH} x {LENGTH} tokens, GiB (counted)", fontsize=12, color=INK
     )
@@ -746,9 +748,7 @@ def _parts_at_peak(counted: Counted, method: str, precision: str) -> dict[str, i
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two models, three optimizers; needs --out")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "paper_memory.md")
     parser.add_argument("--plot", type=Path, help="default: beside the page")
@@ -775,9 +775,7 @@ def main(argv: list[str] | None = None) -> int:
         cells = main_cells(optimizers)
         if model.title == LLAMA and not args.quick:
             cells += [total_cell(*key, *which) for key in TOTAL_CELLS for which in TOTALS]
-            cells += [
-                cell for claim in CLAIMS for cell in (claim.cell(False), claim.cell(True), _one_more(claim))
-            ]
+            cells += [cell for claim in CLAIMS for cell in (claim.cell(False), claim.cell(True), _one_more(claim))]
         with tempfile.TemporaryDirectory() as folder:
             found[model.title] = count(model, cells, folder)
         print(

@@ -37,9 +37,7 @@ GB, GIB = 1e9, 2**30
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--path", type=Path, required=True, help="folder on a local disk, for weights, states, checkpoint"
     )
@@ -150,9 +148,7 @@ def write_random_weights(folder: Path, config: Any, shapes: dict[str, tuple[int,
     generator, weight_map = torch.Generator().manual_seed(0), {}
     for number, names in enumerate(files.values(), start=1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        save_file(
-            {name: random_weight(shapes[name], generator) for name in names}, folder / file, {"format": "pt"}
-        )
+        save_file({name: random_weight(shapes[name], generator) for name in names}, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     size = 2 * sum(numel_of(shape) for shape in shapes.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
@@ -188,9 +184,7 @@ def train(args: argparse.Namespace, scratch: Path, memory: MemoryWatch) -> dict[
     }
     engine = hift_ds.initialize(model=model, config=config)[0]
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, model.config.vocab_size, (1, args.tokens), generator=generator).to(
-        engine.device
-    )
+    tokens = torch.randint(0, model.config.vocab_size, (1, args.tokens), generator=generator).to(engine.device)
     steps = []
     for index in visits(len(engine.groups)):
         go_to(engine, index)
@@ -213,9 +207,7 @@ def train(args: argparse.Namespace, scratch: Path, memory: MemoryWatch) -> dict[
         "state_bytes": engine.optimizer.store.total_bytes(),
         "steps": steps,
         "save_s": time.perf_counter() - started,
-        "checkpoint_bytes": sum(
-            file.stat().st_size for file in (scratch / "checkpoint").rglob("*") if file.is_file()
-        ),
+        "checkpoint_bytes": sum(file.stat().st_size for file in (scratch / "checkpoint").rglob("*") if file.is_file()),
     }
     memory.mark("checkpoint")
     engine.destroy()
@@ -287,9 +279,7 @@ def report(args: argparse.Namespace, result: dict[str, Any], memory: MemoryWatch
     from hift_ds.store.machine import host_bytes
 
     lines = [
-        "# Full-parameter steps of a 7B model on a small machine"
-        if args.model == "7b"
-        else f"# Steps of {args.model}",
+        "# Full-parameter steps of a 7B model on a small machine" if args.model == "7b" else f"# Steps of {args.model}",
         "",
         f"`python benchmarks/seven_b_on_a_small_box.py --path PATH --model {args.model} "
         f"--tokens {args.tokens} --codec {args.codec} --slots {args.slots}`",

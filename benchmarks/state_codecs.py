@@ -47,9 +47,7 @@ HELD_OUT = ("csv", "difflib", "zipfile")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-dir", required=True)
     parser.add_argument("--cycles", type=int, default=8)
     parser.add_argument("--group-size", type=int, default=8)

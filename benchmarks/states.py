@@ -46,9 +46,7 @@ SETTINGS |= {f"disk, 2 slots, {codec}": {"residency": "disk", "slots": 2, "codec
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", required=True, help="folder on the disk to measure")
     parser.add_argument("--model", choices=MODELS, default="1b")
     parser.add_argument("--tokens", type=int, default=512, help="of one step, one sequence")
@@ -122,9 +120,7 @@ def measure(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     steps = []
     for step in range(trained * (args.cycles + 1)):
-        tokens = torch.randint(0, model.config.vocab_size, (1, args.tokens), generator=generator).to(
-            engine.device
-        )
+        tokens = torch.randint(0, model.config.vocab_size, (1, args.tokens), generator=generator).to(engine.device)
         started = time.perf_counter()
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)
         engine.step()
@@ -133,9 +129,7 @@ def measure(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
         seconds, done = time.perf_counter() - started, engine.last_report
         if step >= trained:
             moved = done.state_bytes_in + done.state_bytes_out
-            steps.append(
-                {"seconds": seconds, "moved": moved, "transfer": done.transfer_s, "stalled": done.stalled_s}
-            )
+            steps.append({"seconds": seconds, "moved": moved, "transfer": done.transfer_s, "stalled": done.stalled_s})
     result = {
         "device": str(engine.device),
         "numel": sum(p.numel() for p in model.parameters()),

@@ -1,13 +1,14 @@
-"""How long a step would take on a card that is not here: a discrete-event model of its streams, driven by the log of what
-the real engine launches.
+"""How long a step would take on a card that is not here: a discrete-event model of its streams, driven by the log of
+what the real engine launches.
 
     python benchmarks/timeline.py --out benchmarks/results/timeline.md
 
-The engine takes its steps on the device without memory that the estimator uses, under ``tests/helpers/stream_clocks.py``,
-which notes every kernel, copy, wait and synchronization in the order of launch. A card is a handful of rates. Kernels take
-the longer of their arithmetic and their bytes; each direction of the link serves one copy at a time; the host launches one
-operation after the other and stands still where the log says that it does. What it leaves out: how kernels share a device,
-the clock of a hot card, and the host's time outside of launching. Ratios are better than absolutes.
+The engine takes its steps on the device without memory that the estimator uses, under
+``tests/helpers/stream_clocks.py``, which notes every kernel, copy, wait and synchronization in the order of launch. A
+card is a handful of rates. Kernels take the longer of their arithmetic and their bytes; each direction of the link
+serves one copy at a time; the host launches one operation after the other and stands still where the log says that it
+does. What it leaves out: how kernels share a device, the clock of a hot card, and the host's time outside of launching.
+Ratios are better than absolutes.
 """
 
 from __future__ import annotations
@@ -148,8 +149,7 @@ def record(
                 param.requires_grad_(not block or int(block) in trained)
             race_rows.step(row, device, machine, folder, model=built, batch=shape)
             return [
-                Launch(e.kind, e.agent, e.host, e.name, e.bytes_moved, e.link, e.flops, e.after)
-                for e in machine.log
+                Launch(e.kind, e.agent, e.host, e.name, e.bytes_moved, e.link, e.flops, e.after) for e in machine.log
             ]
 
 
@@ -170,9 +170,7 @@ def _modelled(job: tuple[str, dict[str, Any], str, tuple[int, int], str, tuple[i
     log = record(name, state, shape, model, trained)
     last = next(i for i, e in enumerate(log) if e.kind == "mark" and e.name == f"step {2 * len(trained) + 3}")
     syncs = sum(entry.kind == "sync" for entry in log[last:])
-    seconds = {
-        card: mean_step(step_times(log, rates), len(trained) + 2, num_blocks) for card, rates in CARDS.items()
-    }
+    seconds = {card: mean_step(step_times(log, rates), len(trained) + 2, num_blocks) for card, rates in CARDS.items()}
     return {"setting": name, "workload": workload, "seconds": seconds, "syncs": syncs, "launches": len(log)}
 
 
@@ -208,9 +206,12 @@ def table(found: Sequence[dict[str, Any]], model: str) -> str:
     lines = [
         f"# Modelled step times, {model}",
         "",
-        "**Modelled, not measured**: a discrete-event model of streams, link and host, driven by the log of what the real",
-        "engine launches on a device without memory. Made by `benchmarks/timeline.py`, which says what it leaves out. One",
-        "rank, one layer a group, bf16 with fp32 masters, fused AdamW, attention without scores, no recomputation, 25 GB/s",
+        "**Modelled, not measured**: a discrete-event model of streams, link and host, driven by the log of what the "
+        "real",
+        "engine launches on a device without memory. Made by `benchmarks/timeline.py`, which says what it leaves "
+        "out. One",
+        "rank, one layer a group, bf16 with fp32 masters, fused AdamW, attention without scores, no recomputation, "
+        "25 GB/s",
         "each way. The mean over all groups, as a factor of the same step with its states on the device; goal "
         f"{GOAL:.2f}.",
         "",

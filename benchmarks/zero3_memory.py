@@ -2,11 +2,12 @@
 
     python benchmarks/zero3_memory.py [--quick | --volume]
 
-The real engine takes real steps of each model with few blocks; a place of a step (the peak of the last block's backward, say)
-is linear in the number of blocks from there on. One cell of each model is counted on the whole model as well. Groups
-with partitioned weights are visited twice, since ZeRO-3 prefetches from the second time on. Stepped are the embedding, the
-lowest block, which of all blocks has the most above it, and the head. Writes docs/zero3_memory.md, in 8 minutes on one
-core; --quick does the 7B model only and writes nothing; --volume counts what ZeRO-3 gathers, over all groups of the 7B model.
+The real engine takes real steps of each model with few blocks; a place of a step (the peak of the last block's
+backward, say) is linear in the number of blocks from there on. One cell of each model is counted on the whole model as
+well. Groups with partitioned weights are visited twice, since ZeRO-3 prefetches from the second time on. Stepped are
+the embedding, the lowest block, which of all blocks has the most above it, and the head. Writes docs/zero3_memory.md,
+in 8 minutes on one core; --quick does the 7B model only and writes nothing; --volume counts what ZeRO-3 gathers, over
+all groups of the 7B model.
 """
 
 from __future__ import annotations
@@ -134,26 +135,21 @@ def counted_whole(models: tuple[Model, ...]) -> dict[Model, Result]:
 
 
 def volume() -> list[float]:
-    """Elements that each group of the whole 7B model gathers in a micro-batch, over its parameters; partitioned, on 2 ranks."""
+    """Elements that each group of the whole 7B model gathers in a micro-batch, over its parameters; partitioned, on 2
+    ranks."""
     one = setting(MODELS[0], PARTITIONED, 2, None)
     (result,) = simulate([replace(one, groups=None, second_update=False)])
     return [step.numel_gathered / result.numel for step in result.steps]
 
 
 def table(models: tuple[Model, ...], found: dict[Cell, Peak]) -> str:
-    lines = [
-        "| model | weights | "
-        + " | ".join(f"{n} rank{'s' if n > 1 else ''}" for n in RANKS)
-        + " | worst group |"
-    ]
+    lines = ["| model | weights | " + " | ".join(f"{n} rank{'s' if n > 1 else ''}" for n in RANKS) + " | worst group |"]
     lines.append("|---|---|" + "---|" * (len(RANKS) + 1))
     for model in models:
         for mode in MODES:
             peaks = [found[model, mode, ranks] for ranks in RANKS]
             worst = ", ".join(dict.fromkeys(peak.group for peak in peaks))
-            lines.append(
-                f"| {model.title} | {mode} | " + " | ".join(f"{p.gib:.2f}" for p in peaks) + f" | {worst} |"
-            )
+            lines.append(f"| {model.title} | {mode} | " + " | ".join(f"{p.gib:.2f}" for p in peaks) + f" | {worst} |")
     return "\n".join(lines)
 
 
@@ -175,9 +171,7 @@ def checks(found: dict[Cell, Peak], whole: dict[Model, Result]) -> str:
     for model, result in whole.items():
         mode, ranks = model.checked
         counted = max(step.peak_bytes for step in result.steps) / GIB
-        lines.append(
-            f"| {model.title} | {mode}, {ranks} | {found[model, mode, ranks].gib:.3f} | {counted:.3f} |"
-        )
+        lines.append(f"| {model.title} | {mode}, {ranks} | {found[model, mode, ranks].gib:.3f} | {counted:.3f} |")
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
 """Writes docs/troubleshooting.md from the code: ``python docs/make_troubleshooting.py``.
 
-Every line that hift_ds can end with or warn with, where it comes from, what it means, the way out. A message of ours says
-what was given and, after a semicolon or a colon, what to do; of those that do not, ``EXPLAINED`` does. A test fails when the
-page lags behind the code, or a message has neither.
+Every line that hift_ds can end with or warn with, where it comes from, what it means, the way out. A message of ours
+says what was given and, after a semicolon or a colon, what to do; of those that do not, ``EXPLAINED`` does. A test
+fails when the page lags behind the code, or a message has neither.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def _text(node: ast.expr) -> str:
     return re.sub(rf"{GAP}+", GAP, " ".join(text.split()))
 
 
-# (pattern searched in the line, what it means and the way out), the first that is found. What is particular comes first.
+# (pattern searched in the line, what it means and the way out), the first that is found. What is particular comes
+# first.
 EXPLAINED = [
     (
         r"is in use by another run",

@@ -1,8 +1,8 @@
 """``python -m examples.hift_questions``: write the data set that comes with the package, ``bundled:hift_questions``.
 
-Questions about hift_ds, answered by its own documentation: the tables of keys in docs/, the table of DeepSpeed configs, and
-the docstrings of public classes and functions. It is there so that a run needs no data to be tried; a few hundred rows
-teach a model to answer in this style, and no more.
+Questions about hift_ds, answered by its own documentation: the tables of keys in docs/, the table of DeepSpeed configs,
+and the docstrings of public classes and functions. It is there so that a run needs no data to be tried; a few hundred
+rows teach a model to answer in this style, and no more.
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ def _answer(columns: list[str], cells: list[str]) -> str:
     parts = []
     for column, cell in zip(columns[1:], cells[1:], strict=True):
         if cell:
-            parts.append(
-                f"{column.capitalize()}: {_sentence(cell)}" if column not in ("", "what") else _sentence(cell)
-            )
+            parts.append(f"{column.capitalize()}: {_sentence(cell)}" if column not in ("", "what") else _sentence(cell))
     return " ".join(reversed(parts) if columns[1] == "default" else parts)
 
 

@@ -214,10 +214,9 @@ def scatter_from_owner(ranks: Ranks, weight: Tensor | None, numel: int, like: Te
     return received[: end - start]
 
 
-def join_norms_and_flags(
-    ranks: Ranks, norm: Tensor, flags: Sequence[bool]
-) -> tuple[Tensor, float | None, list[bool]]:
-    """One small all-reduce for two questions, and one wait of the host for the device; every rank gets the same answers.
+def join_norms_and_flags(ranks: Ranks, norm: Tensor, flags: Sequence[bool]) -> tuple[Tensor, float | None, list[bool]]:
+    """One small all-reduce for two questions, and one wait of the host for the device; every rank gets the same
+    answers.
 
     Args:
         norm: 0-dim, fp32: the 2-norm of the elements that this rank holds, and no other rank does.

@@ -99,9 +99,7 @@ class ActivationsConfig(BaseModel):
     @model_validator(mode="after")
     def _agree(self) -> ActivationsConfig:
         if self.blocks_kept and not self.checkpointing:
-            raise ValueError(
-                f"activations.blocks_kept: {self.blocks_kept} has no effect without checkpointing: true"
-            )
+            raise ValueError(f"activations.blocks_kept: {self.blocks_kept} has no effect without checkpointing: true")
         return self
 
 
@@ -128,9 +126,9 @@ class HiFTConfig(BaseModel):
     """``in_backward``: each embedding, block and head of the active group is updated as soon as its gradients are
     complete, while backward goes on below. See docs/update_in_backward.md."""
     clipping: Literal["exact", "last_visit", "per_part"] = "exact"
-    """With ``update: in_backward``, what ``gradient_clipping`` compares: the norm of the group (``exact``), which is known
-    when backward has ended, so that updates begin then; the norm of the group at its last visit; or the norm of each
-    embedding, block and head by itself."""
+    """With ``update: in_backward``, what ``gradient_clipping`` compares: the norm of the group (``exact``), which is
+    known when backward has ended, so that updates begin then; the norm of the group at its last visit; or the norm of
+    each embedding, block and head by itself."""
     order: Literal["bottom2up", "top2down", "random"] = "bottom2up"
     reshuffle: bool = False
     """With ``order: random``: a new order for every cycle."""
@@ -156,9 +154,7 @@ class HiFTConfig(BaseModel):
     def _count_or_all(cls, value: Any) -> Any:
         number = int(value) if isinstance(value, str) and value.isdigit() else value
         if number != "all" and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise ValueError(
-                f'hift.group_size: expected a whole number of at least 1 or "all", got {value!r}'
-            )
+            raise ValueError(f'hift.group_size: expected a whole number of at least 1 or "all", got {value!r}')
         return number
 
     @model_validator(mode="after")
@@ -233,13 +229,12 @@ def check_against_deepspeed(hift: HiFTConfig, ds: Mapping[str, Any]) -> None:
     _check_weights(zero)
     if zero.get("stage", 0) == 3 and hift.activations.offload:
         raise ConfigError(
-            '"hift.activations.offload": true is not supported with "zero_optimization.stage": 3, which keeps references to '
+            '"hift.activations.offload": true is not supported with "zero_optimization.stage": 3, which keeps '
+            "references to "
             "weights in its place; remove it and use checkpointing"
         )
     if ds.get("managed_gradient_accumulation") is False:
-        raise ConfigError(
-            '"managed_gradient_accumulation": false is not supported with a "hift" block; remove it'
-        )
+        raise ConfigError('"managed_gradient_accumulation": false is not supported with a "hift" block; remove it')
     if (ds.get("tensor_parallel") or {}).get("autotp_size", 0) > 1:
         raise ConfigError(
             '"tensor_parallel.autotp_size": tensor parallelism is not supported with a "hift" block; remove it'
@@ -269,35 +264,28 @@ def refuse_auto(ds: Mapping[str, Any]) -> None:
 
     if names := list(found(ds, "")):
         raise ConfigError(
-            f'"auto" is filled in by the Trainer, and hift_ds.initialize needs a value (or remove the key): {", ".join(names)}'
+            f'"auto" is filled in by the Trainer, and hift_ds.initialize needs a value (or remove the key): '
+            f"{', '.join(names)}"
         )
 
 
 def _check_weights(zero: Mapping[str, Any]) -> None:
     """Settings of partitioned weights."""
     if zero.get("offload_param") and _device(zero["offload_param"]) != "none" and zero.get("stage", 0) != 3:
-        raise ConfigError(
-            '"zero_optimization.offload_param": needs "stage": 3; set it, or remove offload_param'
-        )
+        raise ConfigError('"zero_optimization.offload_param": needs "stage": 3; set it, or remove offload_param')
     device = _device(zero.get("offload_param"))
     if device not in ("none", "cpu", "nvme"):
-        raise ConfigError(
-            f'"zero_optimization.offload_param.device": expected cpu, nvme or none, got {device!r}'
-        )
+        raise ConfigError(f'"zero_optimization.offload_param.device": expected cpu, nvme or none, got {device!r}')
     if device == "nvme" and not zero["offload_param"].get("nvme_path"):
         raise ConfigError(
             '"zero_optimization.offload_param.nvme_path": "device": "nvme" needs a folder for the weights, none given'
         )
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if zero.get(key):
-            raise ConfigError(
-                f'"zero_optimization.{key}": true is not supported with a "hift" block; remove it'
-            )
+            raise ConfigError(f'"zero_optimization.{key}": true is not supported with a "hift" block; remove it')
     for key in ("zero_hpz_partition_size", "mics_shard_size"):
         if (zero.get(key) or 0) > 1:  # their second copies of the weights would go stale
-            raise ConfigError(
-                f'"zero_optimization.{key}": {zero[key]} is not supported with a "hift" block; remove it'
-            )
+            raise ConfigError(f'"zero_optimization.{key}": {zero[key]} is not supported with a "hift" block; remove it')
 
 
 def _check_precision(hift: HiFTConfig, ds: Mapping[str, Any]) -> None:
@@ -320,13 +308,9 @@ def _check_precision(hift: HiFTConfig, ds: Mapping[str, Any]) -> None:
             'taken back; use bf16, or "update": "after_backward"'
         )
     if not hift.master_weights and fp16:
-        raise ConfigError(
-            '"hift.master_weights": false with fp16 loses small updates; use bf16 or keep masters'
-        )
+        raise ConfigError('"hift.master_weights": false with fp16 loses small updates; use bf16 or keep masters')
     if hift.stochastic_rounding and not bf16:
-        raise ConfigError(
-            '"hift.stochastic_rounding": true rounds to bf16 weights; set "bf16": {"enabled": true}'
-        )
+        raise ConfigError('"hift.stochastic_rounding": true rounds to bf16 weights; set "bf16": {"enabled": true}')
 
 
 def _enabled(ds: Mapping[str, Any], key: str) -> bool:

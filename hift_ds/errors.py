@@ -76,9 +76,7 @@ def as_missing_extra(error: ModuleNotFoundError) -> ConfigError | None:
     """The line for an import that failed because hift_ds was installed without what its commands need; None for any
     other."""
     name = (error.name or "").split(".")[0]
-    return (
-        ConfigError(f"this needs {name}, not installed here; {_EXTRA}") if name in COMMANDS_IMPORT else None
-    )
+    return ConfigError(f"this needs {name}, not installed here; {_EXTRA}") if name in COMMANDS_IMPORT else None
 
 
 class OneLineParser(argparse.ArgumentParser):

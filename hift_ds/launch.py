@@ -1,5 +1,5 @@
-"""``deepspeed --module hift_ds.launch RUN.yaml [section.key=value ...]``: one rank of a job, for any launcher that starts
-a module: DeepSpeed's, ``torchrun -m``, ``srun python -m``. In a checkout ``deepspeed launch`` does the same.
+"""``deepspeed --module hift_ds.launch RUN.yaml [section.key=value ...]``: one rank of a job, for any launcher that
+starts a module: DeepSpeed's, ``torchrun -m``, ``srun python -m``. In a checkout ``deepspeed launch`` does the same.
 """
 
 import sys

@@ -131,9 +131,7 @@ class _Rates:
         pass
 
 
-def _detached_copy(
-    scheduler: Scheduler, param_groups: list[dict[str, Any]]
-) -> tuple[Scheduler, list[dict[str, Any]]]:
+def _detached_copy(scheduler: Scheduler, param_groups: list[dict[str, Any]]) -> tuple[Scheduler, list[dict[str, Any]]]:
     """``scheduler`` and the schedulers inside it, over copies of ``param_groups``. Whatever the copy does, to itself or
     to what it writes (momentum, say), leaves the original alone."""
     groups = [copy.deepcopy({k: v for k, v in group.items() if k != "params"}) for group in param_groups]

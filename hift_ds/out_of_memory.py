@@ -1,7 +1,7 @@
 """Out of memory: how such an error is told from others, and the line that takes its place.
 
-The engine's calls are wrapped (:func:`explains_out_of_memory`); the error that comes out is still a ``RuntimeError`` whose
-text says "out of memory.", so that loops which try a smaller batch (accelerate's ``find_executable_batch_size``,
+The engine's calls are wrapped (:func:`explains_out_of_memory`); the error that comes out is still a ``RuntimeError``
+whose text says "out of memory.", so that loops which try a smaller batch (accelerate's ``find_executable_batch_size``,
 the Trainer's ``auto_find_batch_size``) go on as before. What the line advises is :mod:`hift_ds.forecast.advice`'s.
 """
 
@@ -17,7 +17,9 @@ from torch import nn
 
 from hift_ds.errors import HiFTError, NoRoomForModel, OutOfMemory
 
-LESS_IN_EVALUATION = 'would need less: a smaller evaluation batch, or prediction_loss_only with "hift.activations.chunked_loss": true'
+LESS_IN_EVALUATION = (
+    'would need less: a smaller evaluation batch, or prediction_loss_only with "hift.activations.chunked_loss": true'
+)
 OTHER_WORDS = {  # of errors that torch gives no type of its own, and where they say that there is no room
     "CUDA error: out of memory": "CUDA",
     "CUBLAS_STATUS_ALLOC_FAILED": "CUDA",
@@ -26,7 +28,8 @@ OTHER_WORDS = {  # of errors that torch gives no type of its own, and where they
 
 
 def full_device(error: BaseException | None) -> str | None:
-    """The kind of device that ``error`` says has no memory left ("CUDA", "XPU", "CPU"); ``None`` for any other error."""
+    """The kind of device that ``error`` says has no memory left ("CUDA", "XPU", "CPU"); ``None`` for any other
+    error."""
     if isinstance(error, torch.OutOfMemoryError):
         return str(error).partition(" out of memory")[0].split("\n")[-1] or "device"
     if isinstance(error, RuntimeError):
@@ -72,9 +75,7 @@ def explains_evaluation(rows: int) -> Iterator[None]:
         OutOfMemory: in place of an out-of-memory error.
     """
     where = f"in evaluation, at most {rows} rows at once"
-    with _answered(
-        lambda device: OutOfMemory(f"{device} out of memory. HiFT: {where}; {LESS_IN_EVALUATION}")
-    ):
+    with _answered(lambda device: OutOfMemory(f"{device} out of memory. HiFT: {where}; {LESS_IN_EVALUATION}")):
         yield
 
 
@@ -90,8 +91,10 @@ def says_when_no_room(model: nn.Module | None) -> Iterator[None]:
         params = () if model is None else model.parameters()
         num_bytes = sum(param.numel() * param.element_size() for param in params)
         return NoRoomForModel(
-            f"the {device} device has no room for the weights ({num_bytes / 2**30:.1f} GiB) and the states that stay on it, "
-            'whatever the batch; "hift.state.residency": "host", 16-bit weights, or "zero_optimization.stage": 3 need less'
+            f"the {device} device has no room for the weights ({num_bytes / 2**30:.1f} GiB) and the states that stay "
+            f"on it, "
+            'whatever the batch; "hift.state.residency": "host", 16-bit weights, or "zero_optimization.stage": 3 '
+            "need less"
         )
 
     with _answered(answer):

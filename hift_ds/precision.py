@@ -53,9 +53,7 @@ def round_to_bf16_stochastic(value: Tensor, generator: torch.Generator) -> Tenso
     bf16 is the high half of fp32, so: add 16 random bits below the cut, then cut (arXiv 2010.06192, section 4).
     The mean of many roundings is ``value``. Infinities and NaN pass through unchanged.
     """
-    noise = torch.randint(
-        0, 1 << 16, value.shape, generator=generator, device=value.device, dtype=torch.int32
-    )
+    noise = torch.randint(0, 1 << 16, value.shape, generator=generator, device=value.device, dtype=torch.int32)
     bits = (value.contiguous().view(torch.int32) + noise).bitwise_and_(-65536)
     rounded = bits.view(torch.float32).to(torch.bfloat16)
     return torch.where(torch.isfinite(value), rounded, value.to(torch.bfloat16))

@@ -18,9 +18,7 @@ from hift_ds.errors import ConfigError, HiFTError
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-HOST_TIMEOUT = timedelta(
-    days=30
-)  # who waits for a rank that lives waits rightly; one that hangs has its own watchdog
+HOST_TIMEOUT = timedelta(days=30)  # who waits for a rank that lives waits rightly; one that hangs has its own watchdog
 _host_groups: dict[str, Any] = {}
 
 
@@ -96,8 +94,8 @@ def avoid_broken_links() -> None:
 
 
 def on_all_ranks(action: Callable[[], Result], failures_are: type[HiFTError] | None = None) -> Result:
-    """The result of ``action`` on this rank, once every rank has one. If it fails anywhere all ranks raise, so that none
-    waits for another in vain.
+    """The result of ``action`` on this rank, once every rank has one. If it fails anywhere all ranks raise, so that
+    none waits for another in vain.
 
     Args:
         failures_are: what any exception becomes. ``None``: the errors of hift_ds are agreed upon as they are, and

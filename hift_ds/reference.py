@@ -36,8 +36,8 @@ class ReferenceHiFT:
             they are fp32 (or ``master_weights`` is off) and fp32 masters otherwise.
         rate: learning rate as a function of the optimizer step; ``None`` keeps the optimizer's.
         max_grad_norm: 0 for no clipping.
-        clipping: by which norm: the group's (``"exact"``), the group's at its last visit (``"last_visit"``, at the first
-            its own), or that of each part by itself (``"per_part"``).
+        clipping: by which norm: the group's (``"exact"``), the group's at its last visit (``"last_visit"``, at the
+            first its own), or that of each part by itself (``"per_part"``).
         parts: of ``"per_part"``: the parameter names of each embedding, block and head.
     """
 

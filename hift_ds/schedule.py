@@ -63,7 +63,8 @@ class GroupSchedule:
         return self.num_groups * self.steps_per_group
 
     def too_few_turns(self, num_steps: int) -> str | None:
-        """What is wrong with a run of so many steps; ``None`` if nothing is. Turns of several steps are the user's plan."""
+        """What is wrong with a run of so many steps; ``None`` if nothing is. Turns of several steps are the user's
+        plan."""
         if num_steps < self.steps_per_cycle:
             return (
                 f"one cycle over the {self.num_groups} layer groups takes {self.steps_per_cycle} steps and the run has "
@@ -73,7 +74,8 @@ class GroupSchedule:
         if self.steps_per_group > 1 or self.num_groups == 1 or turns >= FEW_TURNS:
             return None
         return (
-            f"each of the {self.num_groups} layer groups gets {turns:.1f} turns in {num_steps} steps, which is too few to "
+            f"each of the {self.num_groups} layer groups gets {turns:.1f} turns in {num_steps} steps, which is too "
+            f"few to "
             "learn as full fine-tuning does; raise group_size or max_steps (docs/group_size.md)"
         )
 

@@ -77,13 +77,9 @@ def file_or_shipped(given: str | Path, kind: str, *beside: Path) -> Path:
     if path.suffix not in (".yaml", ".yml", ".json") and path.name == str(given):
         return find(str(given), kind)
     what = "run file" if kind == "preset" else "file"
-    raise ConfigError(
-        f"no such {what}: {str(given)!r}{', neither here nor beside the run file' if beside else ''}"
-    )
+    raise ConfigError(f"no such {what}: {str(given)!r}{', neither here nor beside the run file' if beside else ''}")
 
 
 def _files(folders: tuple[Path, ...], ending: str) -> dict[str, Path]:
     folder = next((folder for folder in folders if folder.is_dir()), None)
-    return (
-        {file.name.removesuffix(ending): file for file in sorted(folder.glob(f"*{ending}"))} if folder else {}
-    )
+    return {file.name.removesuffix(ending): file for file in sorted(folder.glob(f"*{ending}"))} if folder else {}

@@ -51,9 +51,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
             raise HostfileError(f"{path}, line {number}: {host} has slots=0; remove the line to leave it out")
         hosts[host] = slots
     if not hosts:
-        raise HostfileError(
-            f"{path}: names no host; expected lines 'NAME slots=N' (see launch/hostfile.example)"
-        )
+        raise HostfileError(f"{path}: names no host; expected lines 'NAME slots=N' (see launch/hostfile.example)")
     return hosts
 
 
@@ -79,12 +77,8 @@ def probe(host: str, slots: int, python: str) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("hostfile", type=Path)
-    parser.add_argument(
-        "--ssh", action="store_true", help="also ask every host for its Python and its accelerators"
-    )
-    parser.add_argument(
-        "--python", default=sys.executable, help="the Python to look for there (default: this one)"
-    )
+    parser.add_argument("--ssh", action="store_true", help="also ask every host for its Python and its accelerators")
+    parser.add_argument("--python", default=sys.executable, help="the Python to look for there (default: this one)")
     args = parser.parse_args(argv)
     try:
         hosts = read_hostfile(args.hostfile)

@@ -43,11 +43,7 @@ def config(family: str, head: str | None = None, **overrides: Any) -> Pretrained
         entries["decoder_start_token_id"] = SPECIAL_TOKENS["pad_token_id"]
     made = config_for(declared, head or declared.heads[0], {**entries, **overrides})
     for key in list(vars(made)):
-        if (
-            ("dropout" in key or key.endswith("_pdrop"))
-            and key not in overrides
-            and getattr(made, key) is not None
-        ):
+        if ("dropout" in key or key.endswith("_pdrop")) and key not in overrides and getattr(made, key) is not None:
             setattr(made, key, 0.0)
     return made
 

@@ -1,7 +1,8 @@
 """The tests of engine and Trainer with other versions of what they stand on: ``make matrix [ROWS="name ..."]``.
 
 Each row is installed into a folder of its own that goes before the environment's packages, so that only what is named
-differs from constraints.txt. docs/versions.md has the results; pyproject.toml's lower bounds are the oldest rows that pass.
+differs from constraints.txt. docs/versions.md has the results; pyproject.toml's lower bounds are the oldest rows that
+pass.
 """
 
 from __future__ import annotations

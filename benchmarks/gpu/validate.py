@@ -1,12 +1,13 @@
-"""Is it right and fast on this accelerator? Checks with pass criteria, each a line of JSON; docs/gpu_validation.md is the page.
+"""Is it right and fast on this accelerator? Checks with pass criteria, each a line of JSON; docs/gpu_validation.md is
+the page.
 
     python benchmarks/gpu/validate.py                        all that need no model and no second GPU
     python benchmarks/gpu/validate.py races overlap          these
     python benchmarks/gpu/validate.py two_ranks run --model PATH --data FILE
     python benchmarks/gpu/validate.py --device cpu --tiny    what can run without an accelerator (the tests do)
 
-Exit code 0 if everything passed. Results go to ``--out`` (results.jsonl and results.md); ``--tiny`` keeps every check and its
-criteria but those of speed, which a CPU says nothing about.
+Exit code 0 if everything passed. Results go to ``--out`` (results.jsonl and results.md); ``--tiny`` keeps every check
+and its criteria but those of speed, which a CPU says nothing about.
 """
 
 from __future__ import annotations
@@ -83,9 +84,7 @@ def config_of(state: dict[str, Any], *, stage: int = 0, **more: Any) -> dict[str
 def engine_of(model: Any, config: dict[str, Any]) -> Any:
     import hift_ds
 
-    return hift_ds.initialize(model=model.train(), model_parameters=list(model.parameters()), config=config)[
-        0
-    ]
+    return hift_ds.initialize(model=model.train(), model_parameters=list(model.parameters()), config=config)[0]
 
 
 def llama(size: str, device: str, **changes: Any) -> Any:
@@ -155,9 +154,7 @@ def link(asked: Asked) -> Found:
         found.rows.append(row)
     best = found.rows[-1]
     if asked.on_gpu and not asked.tiny:
-        found.require(
-            min(best["in_gb_s"], best["out_gb_s"]) >= 20, "a direction is below 20 GB/s (PCIe 4 x16)"
-        )
+        found.require(min(best["in_gb_s"], best["out_gb_s"]) >= 20, "a direction is below 20 GB/s (PCIe 4 x16)")
         slowest = 0.8 * min(best["in_gb_s"], best["out_gb_s"])
         found.require(best["both_gb_s"] >= slowest, "both at once are slower than 80 % of one")
     return found
@@ -167,7 +164,8 @@ def link(asked: Asked) -> Found:
 
 
 def races(asked: Asked) -> Found:
-    """No bit depends on where states rest, also when each kind of work is held back in turn; and with the wait taken out
+    """No bit depends on where states rest, also when each kind of work is held back in turn; and with the wait taken
+    out
     that orders copies without prefetch, a delay must show."""
     import torch
 
@@ -175,9 +173,7 @@ def races(asked: Asked) -> Found:
     width, steps = (64, 9) if asked.tiny else (8192, 12)
     delays = ("none", "updates", "writes", "copies") if asked.on_gpu else ("none",)
     with tempfile.TemporaryDirectory() as folder:
-        for codec, slice_numel in itertools.product(
-            ("fp32", "split_master+int8_moments"), (None, width * width // 3)
-        ):
+        for codec, slice_numel in itertools.product(("fp32", "split_master+int8_moments"), (None, width * width // 3)):
             base = {"codec": codec, **({"slice_numel": slice_numel} if slice_numel else {})}
             expected = _trajectory(asked, width, steps, {**base, "residency": "device"}, "none")
             for residency, slots, delay in itertools.product(("host", "disk"), (0, 1, 2, 4), delays):
@@ -200,8 +196,16 @@ def races(asked: Asked) -> Found:
             expected = _trajectory(asked, width, steps, {"residency": "device"}, "none")
             with _without_the_wait():
                 same = _same(_trajectory(asked, width, steps, state, "updates"), expected)
-            found.rows.append({"residency": "disk", "slots": 0, "codec": "fp32", "sliced": False,
-                               "held back": "updates, and the wait for them is taken out", "same bits": same})  # fmt: skip
+            found.rows.append(
+                {
+                    "residency": "disk",
+                    "slots": 0,
+                    "codec": "fp32",
+                    "sliced": False,
+                    "held back": "updates, and the wait for them is taken out",
+                    "same bits": same,
+                }
+            )
             found.require(not same, "a wait was taken out and no bit changed: the delays show nothing")
             torch.cuda.empty_cache()
     return found
@@ -304,9 +308,7 @@ def overlap(asked: Asked) -> Found:
             row = _seconds_of_engine(asked, size, changes, batch, length, state)
             row = {"tokens": f"{batch} x {length}", "states": name, "factor": row["seconds"] / bare, **row}
             found.rows.append(row)
-            found.require(
-                row["synchronized"] == 0, f"{name}: the device was synchronized {row['synchronized']} times"
-            )
+            found.require(row["synchronized"] == 0, f"{name}: the device was synchronized {row['synchronized']} times")
             if asked.on_gpu and not asked.tiny and name != "host, 1 slot":
                 found.require(
                     row["factor"] <= 1.05, f"{name}, {batch} x {length}: {row['factor']:.3f} of the bare loop"
@@ -356,9 +358,7 @@ def _seconds_of_bare_loop(asked: Asked, size: str, changes: dict[str, Any], batc
 
     model = llama(size, asked.device, **changes)
     model.config.use_cache = False
-    groups = [
-        [dict(model.named_parameters())[n] for n in g.param_names] for g in partition_model(model).groups
-    ]
+    groups = [[dict(model.named_parameters())[n] for n in g.param_names] for g in partition_model(model).groups]
     inputs, states = tokens_of(model, batch, length, asked.device), {}
     model.requires_grad_(False)
     for step in range(2 * len(groups)):
@@ -400,9 +400,7 @@ def memory(asked: Asked) -> Found:
                   "state": {"slice_numel": 1 << 21}}  # fmt: skip
     cases = {
         "fp32, embedding": case("fp32", EMBEDDING, **shape),
-        "fp32, lowest block, checkpointing": case(
-            "fp32", LOWEST, {"activations": {"checkpointing": True}}, **shape
-        ),
+        "fp32, lowest block, checkpointing": case("fp32", LOWEST, {"activations": {"checkpointing": True}}, **shape),
         "masters, lowest block": case("mixed_hi", LOWEST, **shape),
         "masters, head": case("mixed_hi", HEAD, **shape),
         "masters, all switches": case("mixed_hi", EMBEDDING, everything, **shape),
@@ -449,9 +447,7 @@ def _run_child(asked: Asked, state: dict[str, Any], folder: Path, kill_after: in
     folder.mkdir(parents=True, exist_ok=True)
     if state.get("residency") == "disk":
         state = {**state, "path": str(folder)}
-    job = json.dumps(
-        {"state": state, "folder": str(folder), "device": asked.device, "kill_after": kill_after}
-    )
+    job = json.dumps({"state": state, "folder": str(folder), "device": asked.device, "kill_after": kill_after})
     done = subprocess.run(
         [sys.executable, str(HERE), "--child", job],
         capture_output=True,
@@ -541,9 +537,7 @@ def _rank(job: dict[str, Any]) -> None:
     device = "cpu" if job["device"] == "cpu" else f"cuda:{rank}"
     if device != "cpu":
         torch.cuda.set_device(rank)
-    offload = (
-        {"offload_param": {"device": "cpu", "pin_memory": device != "cpu"}} if job.get("offload") else {}
-    )
+    offload = {"offload_param": {"device": "cpu", "pin_memory": device != "cpu"}} if job.get("offload") else {}
     model = llama("llama2_7b", device, **TINY).float()
     config = config_of({}, stage=job["stage"], bf16={"enabled": False})
     config["zero_optimization"] |= offload
@@ -580,21 +574,15 @@ def run(asked: Asked) -> Found:
         }  # fmt: skip
         file = Path(folder) / "run.yaml"
         file.write_text(json.dumps(text))
-        done = subprocess.run(
-            [sys.executable, "-m", "hift_ds", "train", str(file)], env=_child_environment(asked)
-        )
+        done = subprocess.run([sys.executable, "-m", "hift_ds", "train", str(file)], env=_child_environment(asked))
         found.require(done.returncode == 0, f"hift-ds train ended with {done.returncode}")
         metrics = list(Path(folder).rglob("metrics.jsonl"))
         steps = [json.loads(line) for line in metrics[0].read_text().splitlines()] if metrics else []
     peaks = [s for s in steps if s.get("forecast_memory_gib") and s.get("peak_memory_gib")]
     if peaks:
         worst = max(peaks, key=lambda s: s["peak_memory_gib"] / s["forecast_memory_gib"])
-        found.rows.append(
-            {k: worst[k] for k in ("group_name", "peak_memory_gib", "forecast_memory_gib") if k in worst}
-        )
-        found.require(
-            worst["peak_memory_gib"] <= 1.05 * worst["forecast_memory_gib"], "a peak is above its forecast"
-        )
+        found.rows.append({k: worst[k] for k in ("group_name", "peak_memory_gib", "forecast_memory_gib") if k in worst})
+        found.require(worst["peak_memory_gib"] <= 1.05 * worst["forecast_memory_gib"], "a peak is above its forecast")
     return found
 
 

@@ -1,7 +1,7 @@
 """The methods of the study, each a class with ``step(batch, rate)``. bf16 weights; fp32 masters of what is trained.
 
-The peers are used as their packages give them (BAdam, GaLore, PEFT); LISA, which comes inside LMFlow, is its published rule on
-top of torch: embedding and head always, some blocks drawn anew every few steps.
+The peers are used as their packages give them (BAdam, GaLore, PEFT); LISA, which comes inside LMFlow, is its published
+rule on top of torch: embedding and head always, some blocks drawn anew every few steps.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ class Masters:
         make: the optimizer of a list of fp32 tensors.
     """
 
-    def __init__(
-        self, params: Iterable[nn.Parameter], make: Callable[[list[Tensor]], torch.optim.Optimizer]
-    ) -> None:
+    def __init__(self, params: Iterable[nn.Parameter], make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
         self.params = list(params)
         self.copies = [nn.Parameter(p.detach().float().clone()) for p in self.params]
         self.optimizer = make(self.copies)
@@ -148,7 +146,8 @@ class LISA(Full):
 
 
 class BAdam(Method):
-    """The package ``badam``: its BlockOptimizer over torch's AdamW, blocks from the top, states begun anew at each visit."""
+    """The package ``badam``: its BlockOptimizer over torch's AdamW, blocks from the top, states begun anew at each
+    visit."""
 
     def __init__(self, model: nn.Module, seed: int, switch_block_every: int = 50) -> None:
         from badam import BlockOptimizer

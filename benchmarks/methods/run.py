@@ -1,6 +1,7 @@
 """One run of the study: train, judge along the way, print one JSON line.
 
-python benchmarks/methods/run.py '{"task": "stdlib", "method": "full", "rate": 1e-4, "steps": 100, ...}' --model DIR [--data DIR]
+python benchmarks/methods/run.py '{"task": "stdlib", "method": "full", "rate": 1e-4, "steps": 100, ...}' --model DIR
+[--data DIR]
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def run(spec: dict[str, Any], folder: Path, data: Path | None) -> dict[str, Any]
 
     Returns:
         ``spec`` with ``curve`` (step, CPU seconds of training so far, held-out loss), ``final``, ``best``, ``tokens``,
-        ``cpu_s``, ``peak_gib`` above what the process held before the method was built, ``bytes_moved``, and where it ran.
+        ``cpu_s``, ``peak_gib`` above what the process held before the method was built, ``bytes_moved``, and where it
+        ran.
     """
     model, task, pad = load(spec, folder, data)
     batches = tasks.batches(task.train, spec["batch_size"], pad, spec["seed"])
@@ -100,9 +102,7 @@ def run(spec: dict[str, Any], folder: Path, data: Path | None) -> dict[str, Any]
     return result
 
 
-def seconds(
-    specs: list[dict[str, Any]], folder: Path, data: Path | None, rounds: int
-) -> list[dict[str, Any]]:
+def seconds(specs: list[dict[str, Any]], folder: Path, data: Path | None, rounds: int) -> list[dict[str, Any]]:
     """CPU seconds and FLOPs of a step of each spec's method: all in this process, in turn, medians of ``rounds``.
 
     A round of a method that trains layer groups is a whole cycle, so that every group counts once.
@@ -144,11 +144,7 @@ def main() -> int:
     torch.set_num_threads(1)
     spec = json.loads(args.spec)
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print is not the answer
-    result = (
-        seconds(spec, args.model, args.data, args.seconds)
-        if args.seconds
-        else run(spec, args.model, args.data)
-    )
+    result = seconds(spec, args.model, args.data, args.seconds) if args.seconds else run(spec, args.model, args.data)
     print(json.dumps(result), file=answers, flush=True)
     return 0
 

@@ -4,7 +4,8 @@
     python benchmarks/methods/study.py run     --models DIR [--data DIR] [--only TASK/METHOD] [--limit N] [--jobs J]
     python benchmarks/methods/study.py table
 
-``--models`` is a folder with a Hugging Face folder for each model that the plan names (``smollm2``: what `make demo` fetches).
+``--models`` is a folder with a Hugging Face folder for each model that the plan names (``smollm2``: what `make demo`
+fetches).
 """
 
 from __future__ import annotations
@@ -54,9 +55,7 @@ def specs_of(plan: dict[str, Any], task: str, name: str, seed: int) -> list[dict
     return [{**common, "rate": float(rate)} for rate in entry["rates"]]
 
 
-def missing(
-    plan: dict[str, Any], seconds: dict[str, float], done: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def missing(plan: dict[str, Any], seconds: dict[str, float], done: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What is still to be run: all rates with the first seed, then the best rate with the others."""
     have = {key_of(line) for line in done}
     wanted = []
@@ -67,9 +66,7 @@ def missing(
             first = specs_of(plan, task, name, plan["seeds"][0])
             wanted += first
             if (best := best_rate(done, first)) is not None:
-                wanted += [
-                    {**spec, "seed": s} for s in plan["seeds"][1:] for spec in first if spec["rate"] == best
-                ]
+                wanted += [{**spec, "seed": s} for s in plan["seeds"][1:] for spec in first if spec["rate"] == best]
     for spec in wanted:
         spec["steps"] = max(int(spec["budget_s"] / seconds[f"{spec['task']}/{spec['name']}"]), 1)
     return [spec for spec in wanted if key_of(spec) not in have]
@@ -84,16 +81,15 @@ def best_rate(done: list[dict[str, Any]], specs: list[dict[str, Any]]) -> float 
 
 
 def run_missing(args: argparse.Namespace, plan: dict[str, Any]) -> None:
-    """Run them, ``--jobs`` at a time, each line added as soon as it is there; a run that fails is said and passed over."""
+    """Run them, ``--jobs`` at a time, each line added as soon as it is there; a run that fails is said and passed
+    over."""
     if not SECONDS.is_file():
         raise SystemExit(f"no {SECONDS.name}: run `study.py seconds` first, on a quiet machine")
     seconds = {f"{s['task']}/{s['name']}": s["seconds"] for s in json.loads(SECONDS.read_text())}
     failed: set[tuple] = set()
     left = args.limit
     while left > 0:
-        todo = [
-            s for s in missing(plan, seconds, read_lines()) if key_of(s) not in failed and _chosen(args, s)
-        ]
+        todo = [s for s in missing(plan, seconds, read_lines()) if key_of(s) not in failed and _chosen(args, s)]
         if not todo:
             return
         wave = todo[: min(args.jobs, left)]
@@ -137,9 +133,7 @@ def measure_seconds(args: argparse.Namespace, plan: dict[str, Any]) -> None:
         specs = [spec for spec in specs if _chosen(args, spec)]
         if specs:
             command = _command(args, plan, task, specs, "--seconds", str(args.rounds))
-            job = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
+            job = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             if job.returncode:
                 raise SystemExit(job.returncode)
             found += json.loads(job.stdout.strip().splitlines()[-1])
@@ -154,16 +148,15 @@ def rows_of(done: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
     rows = []
     for name in dict.fromkeys(line["name"] for line in done if line["task"] == task):
         lines = [line for line in done if (line["task"], line["name"]) == (task, name)]
-        first = min(
-            (line for line in lines if line["seed"] == 0), key=lambda line: line["final"], default=None
-        )
+        first = min((line for line in lines if line["seed"] == 0), key=lambda line: line["final"], default=None)
         if first is None:
             continue
         same = [line for line in lines if line["rate"] == first["rate"]]
         finals = [line["final"] for line in same]
         rows.append({
             "name": name, "rate": first["rate"], "steps": first["steps"], "seeds": len(same), "tokens": first["tokens"],
-            "loss": statistics.fmean(finals), "low": min(finals), "high": max(finals), "start": first["curve"][0]["loss"],
+            "loss": statistics.fmean(finals), "low": min(finals), "high": max(finals),
+            "start": first["curve"][0]["loss"],
             "accuracy": first["curve"][-1].get("accuracy"), "peak_gib": max(line["peak_gib"] for line in same),
             "tried": {line["rate"]: line["final"] for line in lines if line["seed"] == 0},
         })  # fmt: skip
@@ -183,14 +176,13 @@ def table(done: list[dict[str, Any]], seconds: list[dict[str, Any]]) -> str:
         out += ["", f"## {task}: {some['budget_s']} CPU-seconds, {some['batch_size']} rows a step, from a loss of "
                 f"{rows[0]['start']:.4f}", "",
                 f"One thread, torch {where['torch']}, {where['machine']}, {where['date']}.", "",
-                "| method | held-out loss | range over seeds | rate | steps | s a step | TFLOP a step | peak GiB | all rates (seed 0) |",
+                "| method | held-out loss | range over seeds | rate | steps | s a step | TFLOP a step | peak GiB | "
+                "all rates (seed 0) |",
                 "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
         for row in rows:
             step = cost.get((task, row["name"]), {})
             tried = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in sorted(row["tried"].items()))
-            spread = (
-                f"{row['low']:.4f} to {row['high']:.4f} ({row['seeds']})" if row["seeds"] > 1 else "one seed"
-            )
+            spread = f"{row['low']:.4f} to {row['high']:.4f} ({row['seeds']})" if row["seeds"] > 1 else "one seed"
             out.append(
                 f"| {row['name']} | {row['loss']:.4f} | {spread} | {row['rate']:g} | {row['steps']} | "
                 f"{step.get('seconds', float('nan')):.3f} | {step.get('flops', float('nan')) / 1e12:.3f} | "
@@ -212,15 +204,11 @@ def draw(done: list[dict[str, Any]], seconds: list[dict[str, Any]], folder: Path
         figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
         for row in rows_of(done, task):
             line = next(
-                x
-                for x in done
-                if (x["task"], x["name"], x["rate"], x["seed"]) == (task, row["name"], row["rate"], 0)
+                x for x in done if (x["task"], x["name"], x["rate"], x["seed"]) == (task, row["name"], row["rate"], 0)
             )
             x = [point["step"] * cost[task, row["name"]] for point in line["curve"]]
             style = "-" if row["name"].startswith("hift") else "--"
-            axes.plot(
-                x, [point["loss"] for point in line["curve"]], style, marker="o", ms=3, label=row["name"]
-            )
+            axes.plot(x, [point["loss"] for point in line["curve"]], style, marker="o", ms=3, label=row["name"])
         axes.set(
             xlabel="CPU-seconds of training",
             ylabel="held-out loss",

@@ -1,6 +1,6 @@
 """The tasks of the study: tokenized rows to train on, held-out rows, and what a model is judged by.
 
-``gsm8k``   answers to grade-school mathematics; reads ``train.jsonl`` and ``test.jsonl`` of a folder that is yours to bring.
+``gsm8k``   answers to grade-school mathematics; reads ``train.jsonl`` and ``test.jsonl`` of a folder of yours.
 ``stdlib``  questions about the standard library, made from the docstrings of the Python that runs this.
 ``module``  which module a docstring is from: sequence classification.
 """
@@ -69,7 +69,8 @@ def load_task(name: str, tokenizer: Any, max_length: int, data: Path | None) -> 
 
 
 def batches(rows: list[Row], batch_size: int, pad: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Batches without end, a new order in each epoch; ``input_ids``, ``attention_mask`` and ``labels``, int64, padded to
+    """Batches without end, a new order in each epoch; ``input_ids``, ``attention_mask`` and ``labels``, int64, padded
+    to
     the right."""
     rng = random.Random(seed)
     while True:

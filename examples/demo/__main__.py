@@ -38,9 +38,7 @@ console = Console(soft_wrap=True)
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="a few steps only: shows that everything works")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("demo"), help="where everything goes (default: demo)"
-    )
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything goes (default: demo)")
     args = parser.parse_args(argv)
     try:
         return _demo(args.folder, args.short)
@@ -128,7 +126,8 @@ def _conclude(run_dir: Path, began: float) -> None:
 
 def _covered(coverage: dict) -> str:
     counts = coverage["updates"].values()
-    return f"{sum(count > 0 for count in counts)} of {len(counts)} parameters updated, {min(counts)} to {max(counts)} times"
+    updated = sum(count > 0 for count in counts)
+    return f"{updated} of {len(counts)} parameters updated, {min(counts)} to {max(counts)} times"
 
 
 def _device() -> str:

@@ -114,9 +114,7 @@ def generate_answers(
     answers = []
     for question in questions:
         messages = [{"role": "user", "content": question}]
-        prompt = torch.tensor(
-            [_token_ids(tokenizer, messages, add_generation_prompt=True)], device=model.device
-        )
+        prompt = torch.tensor([_token_ids(tokenizer, messages, add_generation_prompt=True)], device=model.device)
         with torch.inference_mode():
             out = model.generate(
                 prompt,
@@ -153,10 +151,6 @@ def show_comparison(
         console.print(table)
 
 
-def _token_ids(
-    tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False
-) -> list[int]:
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+def _token_ids(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     return tokenizer(text, add_special_tokens=False)["input_ids"]

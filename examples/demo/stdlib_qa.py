@@ -78,9 +78,7 @@ def build(out_dir: str | Path) -> dict[str, int]:
     """
     pairs = make_pairs(iter_entries())
     if len(pairs) < 500:
-        raise DataError(
-            f"only {len(pairs)} documented functions found in the standard library; is it stripped?"
-        )
+        raise DataError(f"only {len(pairs)} documented functions found in the standard library; is it stripped?")
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     counts = {}
@@ -135,11 +133,7 @@ def clean_answer(doc: str) -> str | None:
     words = text.split()
     if len(words) < 5 or not 30 <= len(text) <= 320 or not text.isascii() or _JUNK.search(text):
         return None
-    if (
-        text.endswith((":", ",", ";", "-", "e.g.", "("))
-        or text.count("`") % 2
-        or text.count("(") != text.count(")")
-    ):
+    if text.endswith((":", ",", ";", "-", "e.g.", "(")) or text.count("`") % 2 or text.count("(") != text.count(")"):
         return None
     if not text[0].isalpha() or sum(c.isalpha() or c == " " for c in text) < 0.8 * len(text):
         return None

@@ -1,14 +1,14 @@
 """Cross-entropy of a language head without its logits: a tile of them exists at a time, forward and backward.
 
-A model computes ``logits = head(hidden)``, does a little to them (a cast, a soft cap), shifts and flattens them and calls
-``cross_entropy``. :func:`defer_logits` lets the model do exactly that, with logits that are only a promise
+A model computes ``logits = head(hidden)``, does a little to them (a cast, a soft cap), shifts and flattens them and
+calls ``cross_entropy``. :func:`defer_logits` lets the model do exactly that, with logits that are only a promise
 (:class:`DeferredLogits`): casts, scalings and reshapings are remembered, ``cross_entropy`` computes them tile by tile.
 Whatever else is done with them computes them whole, so every model stays right, and most save the memory: at a
 vocabulary of 128256 and 8 x 2048 tokens 7.8 GiB a copy, of which backward holds three.
 
 The backward recomputes each tile, with the incoming gradient known, so gradients round where those of whole logits do:
-once, in the weights' dtype. ``torch.nn.functional.linear_cross_entropy`` (2.13) takes gradients in forward and returns a
-bf16 model's loss in bf16; Liger's kernel needs Triton; TRL's is its trainers' own. docs/decisions.md has the numbers.
+once, in the weights' dtype. ``torch.nn.functional.linear_cross_entropy`` (2.13) takes gradients in forward and returns
+a bf16 model's loss in bf16; Liger's kernel needs Triton; TRL's is its trainers' own. docs/decisions.md has the numbers.
 """
 
 from __future__ import annotations
@@ -189,9 +189,7 @@ class DeferredLogits:
         return self
 
     def view(self, *shape: Any) -> Any:
-        sizes = (
-            tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list | torch.Size) else shape
-        )
+        sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list | torch.Size) else shape
         if (
             not all(isinstance(size, int) for size in sizes)
             or sizes[-1] not in (self.shape[-1], -1)
@@ -246,9 +244,7 @@ class DeferredLogits:
             loss = _cross_entropy(*args, **kwargs)
             if loss is not None:
                 return loss
-        args, kwargs = torch.utils._pytree.tree_map_only(
-            DeferredLogits, lambda x: x.compute(), (args, kwargs)
-        )
+        args, kwargs = torch.utils._pytree.tree_map_only(DeferredLogits, lambda x: x.compute(), (args, kwargs))
         return func(*args, **kwargs)
 
 

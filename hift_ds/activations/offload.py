@@ -1,10 +1,10 @@
 """Activations in page-locked host memory between forward and backward: TRL's offloading of saved tensors, without the
 weights, and with its side stream.
 
-TRL enters one context around forward and backward together. Here one is entered around each forward, and three things are
-done otherwise: a forward whose graph is still to be used keeps its context, and the next one gets another, so that losses
-of several forwards have one backward; leaving a forward makes no host wait; and ``close`` takes the hooks off the head. The
-names that TRL does not document are used here alone (``tests/unit/test_activation_offload.py``).
+TRL enters one context around forward and backward together. Here one is entered around each forward, and three things
+are done otherwise: a forward whose graph is still to be used keeps its context, and the next one gets another, so that
+losses of several forwards have one backward; leaving a forward makes no host wait; and ``close`` takes the hooks off
+the head. The names that TRL does not document are used here alone (``tests/unit/test_activation_offload.py``).
 """
 
 from __future__ import annotations

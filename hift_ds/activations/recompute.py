@@ -5,8 +5,8 @@ off there. At and above it blocks are recomputed in backward (arXiv 1604.06174),
 whose activations backward consumes first. So every group needs about the same memory, and only the lower ones pay
 for it with a second forward.
 
-Always torch's non-reentrant form. The reentrant one needs an input that requires a gradient, which transformers gives it
-by ``enable_input_require_grads``; that would carry backward down to the embedding, whichever group is active.
+Always torch's non-reentrant form. The reentrant one needs an input that requires a gradient, which transformers gives
+it by ``enable_input_require_grads``; that would carry backward down to the embedding, whichever group is active.
 """
 
 from __future__ import annotations

@@ -24,9 +24,7 @@ from hift_ds.optim.parameters import GroupShard
 
 logger = logging.getLogger(__name__)
 
-GROUPS_IN_MEMORY = (
-    2  # one being written, one waiting: the main thread copies the next while the thread writes
-)
+GROUPS_IN_MEMORY = 2  # one being written, one waiting: the main thread copies the next while the thread writes
 PATIENCE_AT_EXIT_S = 30.0  # for other ranks' files, when a program ends without asking for its checkpoint
 _END = None
 

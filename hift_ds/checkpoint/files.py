@@ -235,7 +235,8 @@ def publish_folder(staging: Path, final: Path) -> None:
 
 
 def second_name(file: Path, name: Path) -> None:
-    """``name`` becomes the same file as ``file`` (a hard link; a copy where the file system has no links), in one step."""
+    """``name`` becomes the same file as ``file`` (a hard link; a copy where the file system has no links), in one
+    step."""
     temporary = temporary_folder(name, uuid.uuid4().hex[:12])
     try:
         os.link(file, temporary)

@@ -88,9 +88,7 @@ def read_manifest(folder: Path) -> Manifest:
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
         if outside := next((name for name in files if not is_plain_name(name)), None):
             raise ValueError(f"it names {outside!r}, which is not a file of the folder")
-        return Manifest(
-            content["tag"], content["global_steps"], files, content["written_s"], content["node_local"]
-        )
+        return Manifest(content["tag"], content["global_steps"], files, content["written_s"], content["node_local"])
     except NewerCheckpoint:
         raise
     except FileNotFoundError:
@@ -110,13 +108,9 @@ def verify_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None
         try:
             num_bytes = (folder / name).stat().st_size
             if num_bytes != expected.num_bytes:
-                raise DamagedCheckpoint(
-                    f"{folder / name} has {num_bytes} bytes, expected {expected.num_bytes}"
-                )
+                raise DamagedCheckpoint(f"{folder / name} has {num_bytes} bytes, expected {expected.num_bytes}")
             if record_of(folder / name) != expected:
-                raise DamagedCheckpoint(
-                    f"{folder / name} is damaged: its checksum does not match the manifest"
-                )
+                raise DamagedCheckpoint(f"{folder / name} is damaged: its checksum does not match the manifest")
         except FileNotFoundError:
             raise DamagedCheckpoint(f"{folder / name} is missing") from None
         except OSError as error:

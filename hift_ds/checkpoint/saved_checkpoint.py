@@ -79,7 +79,8 @@ class SavedCheckpoint:
             numel = torch.Size(shape).numel()
             if not self.states.covers(name, MASTER, 0, numel):
                 raise CheckpointError(
-                    f"{self.folder}: the fp32 master of {name!r} is not, or not whole, in the files here; bring the files "
+                    f"{self.folder}: the fp32 master of {name!r} is not, or not whole, in the files here; bring the "
+                    f"files "
                     "of all nodes together in one folder, or take the 16-bit weights"
                 )
             return self.states.elements(name, MASTER, 0, numel).view(shape)
@@ -132,7 +133,8 @@ class SavedCheckpoint:
             except Exception as error:  # whatever its bytes lead to: this package did not write it
                 reason = str(error).strip().splitlines()[0]
                 raise CheckpointError(
-                    f"{path} holds more than plain values and tensors, which could run code; it is not loaded ({reason})"
+                    f"{path} holds more than plain values and tensors, which could run code; it is not loaded "
+                    f"({reason})"
                 ) from None
         return state
 
@@ -182,14 +184,8 @@ def grouping_differences(
     theirs = [tuple(group["parameters"]) for group in saved.common["groups"]]
     ours = [group.param_names for group in groups]
     if theirs != ours:
-        changed = next(
-            (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if set(a) != set(b)), None
-        )
-        where = (
-            f"first in group {changed} ({groups[changed].name})"
-            if changed is not None
-            else "in number or order"
-        )
+        changed = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if set(a) != set(b)), None)
+        where = f"first in group {changed} ({groups[changed].name})" if changed is not None else "in number or order"
         differences.append(f"groups: {len(theirs)} -> {len(ours)}, different {where}")
     return differences
 
@@ -197,9 +193,7 @@ def grouping_differences(
 _OF_THE_GROUPS = ("group_size", "groups", "always_active", "order", "reshuffle", "seed", "steps_per_group")
 
 
-def block_differences(
-    saved: SavedCheckpoint, block: Mapping[str, Any], groups_are_said: bool = False
-) -> list[str]:
+def block_differences(saved: SavedCheckpoint, block: Mapping[str, Any], groups_are_said: bool = False) -> list[str]:
     """Settings of the "hift" block, as ``key: saved -> now``, whatever they do; a checkpoint of an earlier version does
     not say what it was saved with.
 

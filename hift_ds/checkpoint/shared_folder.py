@@ -90,9 +90,7 @@ class Staging:
 
     def write_part(self, records: Mapping[str, FileRecord]) -> None:
         """This rank's files are complete and on disk."""
-        replace_text(
-            self._part(self.rank), json.dumps({name: asdict(record) for name, record in records.items()})
-        )
+        replace_text(self._part(self.rank), json.dumps({name: asdict(record) for name, record in records.items()}))
 
     def write_failure(self, reason: str) -> None:
         """This rank's files will not come. The leader need not wait; if even this cannot be written, it times
@@ -142,9 +140,7 @@ class Staging:
 
         if not _poll(arrived, timeout_s):
             missing = next(rank for rank in self.members if not self._part(rank).exists())
-            raise CheckpointError(
-                f"rank {missing} did not finish its files in {self.path} within {timeout_s:.0f} s"
-            )
+            raise CheckpointError(f"rank {missing} did not finish its files in {self.path} within {timeout_s:.0f} s")
         files: dict[str, FileRecord] = {}
         for rank in self.members:
             part = json.loads(self._part(rank).read_text(encoding="utf-8"))

@@ -69,9 +69,7 @@ def _encode_scalars(name: str, scalars: Mapping[str, Any]) -> Any:
         try:
             encode(value)
         except TypeError as error:
-            raise CheckpointError(
-                f"the optimizer's state {key!r} of {name!r} cannot be saved: {error}"
-            ) from None
+            raise CheckpointError(f"the optimizer's state {key!r} of {name!r} cannot be saved: {error}") from None
     return encode(dict(scalars))
 
 
@@ -178,8 +176,7 @@ class SavedStates:
     def pieces(self, param: str, key: str) -> list[tuple[int, Tensor]]:
         """(first element, values) of each part of a flat state that the files here hold."""
         return [
-            (shard.start, self._open[shard.file].get_tensor(shard.name))
-            for shard in self._flat.get((param, key), ())
+            (shard.start, self._open[shard.file].get_tensor(shard.name)) for shard in self._flat.get((param, key), ())
         ]
 
     def elements(self, param: str, key: str, start: int, numel: int) -> Tensor:

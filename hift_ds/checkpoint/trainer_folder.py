@@ -58,7 +58,8 @@ def why_incomplete(folder: Path) -> str | None:
 
 
 def why_unusable(folder: Path) -> str | None:
-    """Why a run cannot go on from ``folder``, judged by names, sizes, and the checksums of small files; None if it can."""
+    """Why a run cannot go on from ``folder``, judged by names, sizes, and the checksums of small files; None if it
+    can."""
     if reason := why_incomplete(folder):
         return reason
     tag = latest_tag(folder)

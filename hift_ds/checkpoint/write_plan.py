@@ -80,9 +80,7 @@ class Snapshot:
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """(file, tensor); live. They come after the frozen parameters."""
-        return self._weights(
-            tensor for tensor in self._fixed.values() if not isinstance(tensor, nn.Parameter)
-        )
+        return self._weights(tensor for tensor in self._fixed.values() if not isinstance(tensor, nn.Parameter))
 
     def of_group(self, group: GroupShard) -> Iterator[tuple[str, Tensor]]:
         """(file, tensor): the weights of a group and this rank's states. Views of live tensors."""

@@ -75,9 +75,7 @@ def _model_states(weights: dict[str, Any], buffers: dict[str, Any], num_parts: i
     }
 
 
-def _optimizer_states(
-    saved: SavedCheckpoint, weights: dict[str, Any], part: int, num_parts: int
-) -> dict[str, Any]:
+def _optimizer_states(saved: SavedCheckpoint, weights: dict[str, Any], part: int, num_parts: int) -> dict[str, Any]:
     """Each weight's part, padded to one size for all parts, one after another."""
     flat = []
     for name, entry in weights.items():

@@ -30,7 +30,8 @@ LENGTH_UNIT = 16
 LORA_RANK = 16
 NUM_PROCESSES = 2
 ASSUMPTIONS = (
-    f"a card gives its nominal GiB less {CONTEXT_GIB} GiB of context (with several ranks {NCCL_GIB} more for NCCL's buffers); the allocator holds {FRAGMENTATION:.0%} more than "
+    f"a card gives its nominal GiB less {CONTEXT_GIB} GiB of context (with several ranks {NCCL_GIB} more for NCCL's "
+    f"buffers); the allocator holds {FRAGMENTATION:.0%} more than "
     "is allocated (neither is counted)",
     "attention runs in a fused kernel (FlashAttention-2's buffers) where the model allows it; batches have no padding",
     "workspaces inside of GPU kernels (cuBLAS, cuDNN) are not counted",
@@ -116,7 +117,8 @@ def count(setting: Setting) -> Counted:
 
 
 def _same_updates(a: Setting, b: Setting) -> bool:
-    """Do they differ in batch, length or what is kept for backward alone? An update knows nothing of these. (With stage 3
+    """Do they differ in batch, length or what is kept for backward alone? An update knows nothing of these. (With stage
+    3
     the update finds weights that backward has left gathered; in backward it finds what that still holds.)"""
     if "in_backward" in (a.engine_config["hift"].get("update"), b.engine_config["hift"].get("update")):
         return False
@@ -154,8 +156,8 @@ def estimate(setting: Setting) -> dict[str, Any]:
         "phases": {phase: max(step.phases.get(phase, 0) for step in steps) / GIB for phase in worst.phases},
         "categories": {name: num_bytes / GIB for name, num_bytes in worst.categories.items()},
         "worst_group": {"index": worst.index, "name": worst.name, "numel": counted.structure.group_numels[worst.index]},
-        "groups": [{"index": step.index, "name": counted.structure.group_names[step.index], "peak_gib": step.peak_bytes / GIB}
-                   for step in steps],
+        "groups": [{"index": step.index, "name": counted.structure.group_names[step.index],
+                    "peak_gib": step.peak_bytes / GIB} for step in steps],
         "weights_gib": weight_bytes / GIB,
         **_elsewhere(setting, steps, weight_bytes, state_bytes),
         **_flops(counted, steps),
@@ -172,9 +174,7 @@ def worst_weights(step: GroupStep) -> int:
     return step.categories["weights"]
 
 
-def _elsewhere(
-    setting: Setting, steps: list[GroupStep], weight_bytes: int, state_bytes: int
-) -> dict[str, float]:
+def _elsewhere(setting: Setting, steps: list[GroupStep], weight_bytes: int, state_bytes: int) -> dict[str, float]:
     """Host memory of one node with all its ranks, disk, and a checkpoint of all ranks."""
     state = setting.engine_config["hift"].get("state") or {}
     residency = state.get("residency", "host")
@@ -195,7 +195,8 @@ def _elsewhere(
 
 
 def gradient_bytes_on_host(setting: Setting, numel: int) -> int:
-    """On one rank, of a group of ``numel`` elements: with the update in backward, sums of micro-batches and gradients that
+    """On one rank, of a group of ``numel`` elements: with the update in backward, sums of micro-batches and gradients
+    that
     wait for the exact norm."""
     config, block = setting.engine_config, setting.engine_config["hift"]
     if block.get("update") != "in_backward":
@@ -235,9 +236,7 @@ def _fits(counted: Counted, peak: float) -> list[dict[str, Any]]:
     for card in CARDS_GIB:
         budget = budget_gib(card, counted.setting.world_size)
         fits = peak <= budget
-        enough = [
-            name for name, steps in counted.switched.items() if worst_step(steps).peak_bytes / GIB <= budget
-        ]
+        enough = [name for name, steps in counted.switched.items() if worst_step(steps).peak_bytes / GIB <= budget]
         rows.append(
             {
                 "card_gib": card,
@@ -260,9 +259,7 @@ def _method(counted: Counted) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument(
-        "--probe", action="store_true", help="also run one real step here, predicted beside measured"
-    )
+    parser.add_argument("--probe", action="store_true", help="also run one real step here, predicted beside measured")
 
 
 def run(args: argparse.Namespace) -> int:

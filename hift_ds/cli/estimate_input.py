@@ -21,22 +21,14 @@ def count_or_all(text: str) -> int | str:
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "run_file", nargs="?", metavar="RUN.yaml", help="a run file; every setting is taken from it"
-    )
+    parser.add_argument("run_file", nargs="?", metavar="RUN.yaml", help="a run file; every setting is taken from it")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="over the run file's")
-    parser.add_argument(
-        "--model", metavar="MODEL", help="folder with a config.json, size of the zoo, or hub name"
-    )
-    parser.add_argument(
-        "--batch", type=int, metavar="B", help="sequences in a micro-batch of one GPU (default: 1)"
-    )
+    parser.add_argument("--model", metavar="MODEL", help="folder with a config.json, size of the zoo, or hub name")
+    parser.add_argument("--batch", type=int, metavar="B", help="sequences in a micro-batch of one GPU (default: 1)")
     parser.add_argument(
         "--length", type=int, metavar="S", help="tokens in a sequence (default: 2048, or the model's limit)"
     )
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, help="default: mixed_hi (bf16 weights, fp32 masters)"
-    )
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: mixed_hi (bf16 weights, fp32 masters)")
     parser.add_argument("--optimizer", metavar="NAME", help="default: AdamW")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="data-parallel ranks (default: 1)")
     parser.add_argument("--accumulation", type=int, metavar="N", help="micro-batches in a step (default: 1)")
@@ -47,15 +39,11 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--blocks-kept", type=int, metavar="K", help="blocks that checkpointing leaves out (default: 0)"
     )
-    parser.add_argument(
-        "--eager-attention", action="store_true", help="no fused attention kernel: scores are held"
-    )
+    parser.add_argument("--eager-attention", action="store_true", help="no fused attention kernel: scores are held")
     for switch in SWITCHES:
         name = switch.replace("_", "-").replace("slice-numel", "slices")
         parser.add_argument(f"--no-{name}", dest=f"no_{switch}", action="store_true", help=f"with {name} off")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code the checkpoint brings along"
-    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code the checkpoint brings along")
 
 
 def setting_from(args: argparse.Namespace) -> Setting:
@@ -69,9 +57,7 @@ def setting_from(args: argparse.Namespace) -> Setting:
     if args.run_file is not None:
         return _from_run_file(args)
     if args.model is None:
-        raise ConfigError(
-            "estimate: give a run file, or --model with a folder, a size of the zoo or a hub name"
-        )
+        raise ConfigError("estimate: give a run file, or --model with a folder, a size of the zoo or a hub name")
     if args.overrides:
         raise ConfigError(f"estimate: {args.overrides[0]!r} changes a run file, and none is given")
     return _from_flags(args)
@@ -85,7 +71,8 @@ def _from_run_file(args: argparse.Namespace) -> Setting:
 
     decided = {"batch": "train.micro_batch_size", "length": "data.max_length", "optimizer": "train.optimizer",
                "accumulation": "train.gradient_accumulation_steps", "precision": "model.dtype",
-               "group_size": "hift.group_size", "update": "hift.update", "blocks_kept": "hift.activations.blocks_kept"}  # fmt: skip
+               "group_size": "hift.group_size", "update": "hift.update",
+               "blocks_kept": "hift.activations.blocks_kept"}  # fmt: skip
     for flag, key in decided.items():
         if getattr(args, flag) is not None:
             raise ConfigError(f"--{flag.replace('_', '-')}: the run file decides; write {key}=... after it")
@@ -124,9 +111,7 @@ def _from_flags(args: argparse.Namespace) -> Setting:
     for flag in ("batch", "length", "gpus", "accumulation", "group_size"):
         value = getattr(args, flag)
         if isinstance(value, int) and value < 1:
-            raise ConfigError(
-                f"--{flag.replace('_', '-')}: expected a whole number of at least 1, got {value}"
-            )
+            raise ConfigError(f"--{flag.replace('_', '-')}: expected a whole number of at least 1, got {value}")
     if limit is not None and length > limit:
         raise ConfigError(f"--length: {length} is longer than the {limit} positions that {args.model} has")
     precision = args.precision or "mixed_hi"

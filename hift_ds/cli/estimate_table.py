@@ -24,8 +24,8 @@ def print_estimate(figures: dict[str, Any]) -> None:
         markup=False,
     )
     worst = figures["worst_group"]
-    console.print(f"\nPeak on the GPU: {figures['peak_gib']:.2f} GiB, while group {worst['index']} ({worst['name']}) trains.",
-                  markup=False)  # fmt: skip
+    group = f"group {worst['index']} ({worst['name']})"
+    console.print(f"\nPeak on the GPU: {figures['peak_gib']:.2f} GiB, while {group} trains.", markup=False)
     for table in (_phases(figures), _elsewhere(figures), _switches(figures), _cards(figures)):
         console.print(table)
     if "probe" in figures:
@@ -101,7 +101,5 @@ def _cards(figures: dict[str, Any]) -> Any:
 def _probe(probe: dict[str, Any]) -> Any:
     table = _table(f"One real step on {probe['device']}", "", "predicted, GiB", "measured, GiB", "off by")
     off = probe["measured_gib"] / probe["predicted_gib"] - 1
-    table.add_row(
-        probe["group"], f"{probe['predicted_gib']:.3f}", f"{probe['measured_gib']:.3f}", f"{off:+.2%}"
-    )
+    table.add_row(probe["group"], f"{probe['predicted_gib']:.3f}", f"{probe['measured_gib']:.3f}", f"{off:+.2%}")
     return table

@@ -33,12 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the weights; auto: as in the model that was fine-tuned, or as trained if that is not to be found; "
         "fp32 takes the masters (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
-    )
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: %(default)s)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,9 +85,7 @@ def export_checkpoint(
     input_dir = model_dir or _input_of_run(source.states)
     config_dir = model_dir or source.config_dir or input_dir
     if config_dir is None:
-        raise ConfigError(
-            f"{checkpoint}: it holds no config.json; name the model that was fine-tuned with --model DIR"
-        )
+        raise ConfigError(f"{checkpoint}: it holds no config.json; name the model that was fine-tuned with --model DIR")
     verify(source.states)
     saved = SavedCheckpoint(source.states)
     model = build_on_meta(
@@ -99,11 +93,7 @@ def export_checkpoint(
     )
     check_same_model(
         saved,
-        {
-            name: tuple(tensor.shape)
-            for name, tensor in model.state_dict().items()
-            if name in saved.parameters
-        },
+        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in saved.parameters},
         strict=False,
     )
     has_generation_config = (config_dir / "generation_config.json").is_file()
@@ -139,11 +129,7 @@ def _find(folder: Path) -> _Source:
         raise CheckpointError(f"no such folder: {str(folder)!r}")
     if (folder / MANIFEST).is_file():
         return _Source(folder, _config_near(folder.parent))
-    tags = [
-        tag
-        for tag in (latest_tag(folder), *tags_by_age(folder))
-        if tag and (folder / tag / MANIFEST).is_file()
-    ]
+    tags = [tag for tag in (latest_tag(folder), *tags_by_age(folder)) if tag and (folder / tag / MANIFEST).is_file()]
     if tags:
         return _Source(folder / tags[0], _config_near(folder))
     found, damage = find_checkpoints(folder, "auto")
@@ -159,16 +145,15 @@ def _input_of_run(states: Path) -> Path | None:
 
     from hift_ds.train.run_config import RUN_FILE_COPY
 
-    copy = next(
-        (p / RUN_FILE_COPY for p in states.resolve().parents[:2] if (p / RUN_FILE_COPY).is_file()), None
-    )
+    copy = next((p / RUN_FILE_COPY for p in states.resolve().parents[:2] if (p / RUN_FILE_COPY).is_file()), None)
     if copy is None:
         return None
     try:
         path = Path(yaml.safe_load(copy.read_text(encoding="utf-8"))["model"]["path"]).expanduser()
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{copy} is not what a run wrote ({' '.join(str(error).split())[:120]}); name the model that was fine-tuned with "
+            f"{copy} is not what a run wrote ({' '.join(str(error).split())[:120]}); name the model that was "
+            f"fine-tuned with "
             "--model DIR"
         ) from None
     return path if (path / "config.json").is_file() else None

@@ -23,9 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--order", choices=ORDERS, default=ORDERS[0], help=f"default: {ORDERS[0]}")
     parser.add_argument("--seed", type=int, default=0, help="of the random order (default: 0)")
     parser.add_argument("--json", action="store_true", help='print a list of {"name", "numel", "params"}')
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code the checkpoint brings along"
-    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code the checkpoint brings along")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -36,9 +36,7 @@ COMMANDS = {
         "hift_ds.cli.estimate",
         "count how much memory a run will take, before anything is rented or loaded",
     ),
-    "preview": Command(
-        "hift_ds.cli.preview", "print the first training samples of a run file, learned tokens marked"
-    ),
+    "preview": Command("hift_ds.cli.preview", "print the first training samples of a run file, learned tokens marked"),
     "env": Command(
         "hift_ds.cli.env",
         "print versions, accelerators, memory and disk, for a report of a problem",

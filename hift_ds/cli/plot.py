@@ -6,9 +6,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "run_dir", metavar="RUN_DIR", help="folder with a metrics.jsonl; the pictures go there too"
-    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="folder with a metrics.jsonl; the pictures go there too")
 
 
 def run(args: argparse.Namespace) -> int:

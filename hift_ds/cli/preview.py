@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 COUNTED_ROWS = 1000
 
 
-def preview(
-    run: RunConfig, console: Console, num_samples: int = 3, counted_rows: int | None = COUNTED_ROWS
-) -> None:
+def preview(run: RunConfig, console: Console, num_samples: int = 3, counted_rows: int | None = COUNTED_ROWS) -> None:
     """Print a run's first training samples and what becomes of each source's rows; reads the model's config and
     its tokenizer, no weights.
 
@@ -44,9 +42,7 @@ def preview(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_file", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument(
-        "-n", "--num-samples", type=int, default=3, help="rows to print (default: %(default)s)"
-    )
+    parser.add_argument("-n", "--num-samples", type=int, default=3, help="rows to print (default: %(default)s)")
     parser.add_argument(
         "--all",
         action="store_true",

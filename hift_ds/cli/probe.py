@@ -2,8 +2,8 @@
 
     python -m hift_ds.cli.probe < job.json
 
-in a process of its own (:func:`probe` starts it). On an accelerator the measure is ``max_memory_allocated`` of each step; on the CPU
-the allocator's own events as torch's profiler records them, and there the parked states count as well.
+in a process of its own (:func:`probe` starts it). On an accelerator the measure is ``max_memory_allocated`` of each
+step; on the CPU the allocator's own events as torch's profiler records them, and there the parked states count as well.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from hift_ds.store import machine as room
 
 STEP = "hift_ds_probed_step"
 LAUNCHED = (  # what says that this process is one of several
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID",
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_RANK", "PMI_RANK",
+    "SLURM_PROCID",
 )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """``hift-ds train RUN.yaml [section.key=value ...]``: fine-tune with the accelerators of this machine.
 
 One process runs right here; several are started with the variables that ``deepspeed launch RUN.yaml`` or torchrun would
-set, and end together (:mod:`hift_ds.train.processes`). Without an accelerator the default is one process, which computes with all cores: more
-processes on one CPU need a copy of the weights each and are not faster. ``--num-procs`` asks for them all the
-same.
+set, and end together (:mod:`hift_ds.train.processes`). Without an accelerator the default is one process, which
+computes with all cores: more processes on one CPU need a copy of the weights each and are not faster. ``--num-procs``
+asks for them all the same.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    run = load_run_config(
-        args.run_file, args.overrides
-    )  # a mistake in it is said once, before anything is started
+    run = load_run_config(args.run_file, args.overrides)  # a mistake in it is said once, before anything is started
     arguments = [args.run_file, *args.overrides]
     if rank_and_world_size()[1] > 1:  # torchrun or a batch system started this very command on every rank
         return _run_here(arguments)
@@ -68,9 +66,7 @@ def _run_here(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
-def _launch(
-    devices: Sequence[str], port: int, arguments: Sequence[str], *, on_cpu: bool, output_dir: Path
-) -> int:
+def _launch(devices: Sequence[str], port: int, arguments: Sequence[str], *, on_cpu: bool, output_dir: Path) -> int:
     """Start one worker per device and wait for them; their exit code."""
     env = dict(os.environ)
     # Without it each rank computes with all cores: on a GPU too, where states are zeroed and pinned by the host.

@@ -121,8 +121,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str = "auto"
     file = Path(template).expanduser()
     if not file.is_file():
         raise ConfigError(
-            f"data.template: {template!r} is neither auto, {', '.join(TEMPLATES)}, nor a file with a "
-            "Jinja template"
+            f"data.template: {template!r} is neither auto, {', '.join(TEMPLATES)}, nor a file with a Jinja template"
         )
     tokenizer.chat_template = file.read_text(encoding="utf-8-sig")
     return str(file)
@@ -132,6 +131,4 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
     """What starts a text of a tokenizer that puts a BOS token before every text by itself (GPT-2's does
     not)."""
     first = tokenizer("a").input_ids[:1]
-    return (
-        "{{- bos_token }}" if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else ""
-    )
+    return "{{- bos_token }}" if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else ""

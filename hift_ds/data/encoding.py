@@ -178,9 +178,7 @@ class Encoder:
                 return form
             if any(index in answers for index in wrong):
                 what = next(wrong[index] for index in answers if index in wrong)
-                left_out.append(
-                    DataError(f"{origin}: the chat template {what}; set data.template to one for tools")
-                )
+                left_out.append(DataError(f"{origin}: the chat template {what}; set data.template to one for tools"))
             else:
                 fallback = fallback or form
         if fallback is None:
@@ -222,9 +220,7 @@ class Encoder:
                     f"{origin}: message {index + 1} is not to be learned, but the chat template renders it "
                     "differently at another place; set data.train_on_prompt: false"
                 )
-            begin, end = (
-                common_prefix_length(self._tokens(part), ids) for part in (span.before, span.through)
-            )
+            begin, end = (common_prefix_length(self._tokens(part), ids) for part in (span.before, span.through))
             learned[begin:end] = [False] * (end - begin)
         last = len(sample.messages) - 1
         if sample.messages[last]["role"] == "assistant" and last not in sample.masked:
@@ -284,9 +280,7 @@ class Encoder:
         end_token = self.tokenizer.eos_token_id
         return Encoded(ids, learned) if end_token is None else Encoded([*ids, end_token], [*learned, True])
 
-    def _answer_end(
-        self, sample: Conversation, answer: int, ids: list[int], begin: int, end: int
-    ) -> tuple[int, bool]:
+    def _answer_end(self, sample: Conversation, answer: int, ids: list[int], begin: int, end: int) -> tuple[int, bool]:
         """``end`` so that the last learned token is the one that ends a turn, and whether there is one.
 
         White space behind an end-of-turn token is left out. Where a template has no such token (GLM), the
@@ -300,11 +294,7 @@ class Encoder:
             if str(self.tokenizer.decode([ids[last]])).strip():
                 break
         following = sample.messages[answer + 1]["content"] if answer + 1 < len(sample.messages) else ""
-        if (
-            end < len(ids)
-            and ids[end] in self.control_ids
-            and not self._is_said(ids[end], following, front=True)
-        ):
+        if end < len(ids) and ids[end] in self.control_ids and not self._is_said(ids[end], following, front=True):
             return end + 1, True
         return end, False
 
@@ -377,9 +367,7 @@ class Encoder:
         first = next((token for token in self._tokens(back) if token in self.control_ids), None)
         if first is not None:  # the mark that ends the turn, if nothing but white space stands before it
             space, _, _ = back.partition(self.tokenizer.added_tokens_decoder[first].content)
-            end += (
-                0 if space.strip() else len(space) + len(self.tokenizer.added_tokens_decoder[first].content)
-            )
+            end += 0 if space.strip() else len(space) + len(self.tokenizer.added_tokens_decoder[first].content)
         before = self._prompt_in(front, sample, sample.messages[index]["role"] == "assistant")
         return _Span(index, before, whole[:end])
 
@@ -413,9 +401,7 @@ class Encoder:
         except Exception as error:  # Jinja's, or whatever a template raises by itself
             reason = " ".join(str(error).split()) or type(error).__name__
             roles = ", ".join(message["role"] for message in messages)
-            raise DataError(
-                f"{origin}: the chat template refuses messages of {roles}: {reason[:200]}"
-            ) from error
+            raise DataError(f"{origin}: the chat template refuses messages of {roles}: {reason[:200]}") from error
 
 
 def _affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:

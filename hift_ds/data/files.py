@@ -97,9 +97,7 @@ def _table_rows(file: Path, key: str) -> Iterator[tuple[Any, str]]:
             dataset = next((Dataset(table) for table in tables), None)
         except Exception as error:  # pyarrow's errors have no common base
             reason = " ".join(str(error).split())
-            raise DataError(
-                f"{key}: cannot read {str(file)!r} as {file.suffix[1:]}: {reason[:200]}"
-            ) from error
+            raise DataError(f"{key}: cannot read {str(file)!r} as {file.suffix[1:]}: {reason[:200]}") from error
         if dataset is None:
             return
         for row in dataset:
@@ -138,9 +136,7 @@ def without_filling(value: Any, feature: Any) -> Any:
     from datasets import LargeList, List
 
     if isinstance(feature, dict) and isinstance(value, dict):
-        return {
-            name: without_filling(part, feature.get(name)) for name, part in value.items() if part is not None
-        }
+        return {name: without_filling(part, feature.get(name)) for name, part in value.items() if part is not None}
     if isinstance(feature, (List, LargeList)) and isinstance(value, list):
         return [without_filling(part, feature.feature) for part in value]
     return value
@@ -154,9 +150,7 @@ def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:
             try:
                 rows = json.load(lines)
             except ValueError as error:
-                raise DataError(
-                    f"{file}, line {getattr(error, 'lineno', 1)}: not valid JSON: {error}"
-                ) from None
+                raise DataError(f"{file}, line {getattr(error, 'lineno', 1)}: not valid JSON: {error}") from None
             yield from _numbered(rows, file)
             return
         for number, line in enumerate(lines, start=1):
@@ -170,9 +164,7 @@ def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:
                 if rows is not None:
                     yield from _numbered(rows, file)
                     return
-                raise DataError(
-                    f"{origin}: not valid JSON: {error}; expected one object on each line"
-                ) from None
+                raise DataError(f"{origin}: not valid JSON: {error}; expected one object on each line") from None
             yield row, origin
 
 
@@ -186,9 +178,7 @@ def _only_list(file: Path) -> list[Any] | None:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError:
         return None
-    lists = (
-        [value for value in content.values() if isinstance(value, list)] if isinstance(content, dict) else []
-    )
+    lists = [value for value in content.values() if isinstance(value, list)] if isinstance(content, dict) else []
     return lists[0] if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]) else None
 
 
@@ -209,9 +199,7 @@ def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[Any, str]]:
             for row in reader:
                 origin = f"{file}, line {reader.line_num}"
                 if None in row or None in row.values():
-                    raise DataError(
-                        f"{origin}: expected {len(reader.fieldnames or [])} fields as in the first line"
-                    )
+                    raise DataError(f"{origin}: expected {len(reader.fieldnames or [])} fields as in the first line")
                 yield row, origin
         except csv.Error as error:
             raise DataError(f"{file}, line {reader.line_num}: not valid CSV: {error}") from None

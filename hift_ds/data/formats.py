@@ -303,15 +303,12 @@ def _is_learned(entry: dict[str, Any], column: str) -> bool:
     """Whether the message may be learned; takes the keys that say it out of ``entry``."""
     for key in _PARTIAL_FLAGS:
         if entry.pop(key, None):
-            raise _Malformed(
-                f"{column}: {key}: parts of a message cannot be masked; use train: true or false"
-            )
+            raise _Malformed(f"{column}: {key}: parts of a message cannot be masked; use train: true or false")
     flags = {key: entry.pop(key) for key in _LEARNED_FLAGS if key in entry}
     for key, value in flags.items():
         if isinstance(value, str) or value not in (0, 1):
             raise _Malformed(
-                f"{column}: {key}: expected 0 or 1, false or true (learn the message or not), "
-                f"got {_short(value)}"
+                f"{column}: {key}: expected 0 or 1, false or true (learn the message or not), got {_short(value)}"
             )
     return all(flags.values())
 
@@ -322,9 +319,7 @@ def _calls(value: Any, column: str) -> list[dict[str, Any]]:
     What stands in ``arguments`` stays as it is: whether the template takes an object or its text is found
     out when it renders the message (see ``encoding``).
     """
-    calls = [
-        _parsed(call, f"{column}: tool_calls") for call in _as_list(_parsed(value, f"{column}: tool_calls"))
-    ]
+    calls = [_parsed(call, f"{column}: tool_calls") for call in _as_list(_parsed(value, f"{column}: tool_calls"))]
     for call in calls:
         if not isinstance(call, dict):
             raise _Malformed(f"{column}: tool_calls: expected a list of objects, got {_short(call)}")
@@ -353,9 +348,7 @@ def _parsed(value: Any, column: str) -> Any:
 def _content(content: Any, column: str) -> str:
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" for part in content
-    ):
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         return "".join(part.get("text") or "" for part in content)
     raise _Malformed(
         f"{column}: expected content to be text, got {_short(content)}; images and audio cannot be trained on"

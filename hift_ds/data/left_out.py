@@ -10,8 +10,8 @@ from hift_ds.errors import DataError
 
 
 def check_answer(message: Message, printed: str, origin: str) -> None:
-    """Refuse an answer of which the template printed nothing: it may shorten one (drop its thoughts), but one that drops
-    all of it would teach silence.
+    """Refuse an answer of which the template printed nothing: it may shorten one (drop its thoughts), but one that
+    drops all of it would teach silence.
 
     Args:
         printed: what the template printed in the answer's place.
@@ -35,7 +35,8 @@ def check_answer(message: Message, printed: str, origin: str) -> None:
 
 
 def remarks(sample: Conversation, whole: str) -> tuple[str, ...]:
-    """What the rendered conversation ``whole`` leaves out that no answer depends on, or not all of it: sentences, each once."""
+    """What the rendered conversation ``whole`` leaves out that no answer depends on, or not all of it: sentences, each
+    once."""
     found = []
     for tool in sample.tools or ():
         function = tool.get("function", tool)

@@ -51,9 +51,7 @@ def info_file(path: Path) -> Path | None:
     A folder by ``Dataset.save_to_disk`` has a file of that name too, and state.json beside it.
     """
     file = path / FILE if path.is_dir() else path
-    return (
-        file if file.name == FILE and file.is_file() and not (file.parent / "state.json").is_file() else None
-    )
+    return file if file.name == FILE and file.is_file() and not (file.parent / "state.json").is_file() else None
 
 
 def read_entry(file: Path, name: str | None, key: str) -> dict[str, Any]:
@@ -73,9 +71,7 @@ def read_entry(file: Path, name: str | None, key: str) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise DataError(f"{key}.name: no data set {name!r} in {str(file)!r}; it has {names}")
     if entry.get("ranking"):
-        raise DataError(
-            f"{key}.name: {name!r} is preference data (ranking), which is not for supervised training"
-        )
+        raise DataError(f"{key}.name: {name!r} is preference data (ranking), which is not for supervised training")
     return entry
 
 
@@ -129,9 +125,7 @@ def _form(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
             tags.get("content_tag", "content" if openai else "value"),
             tuple(roles.items()),
         )
-        renamed = {"conversations": column} | {
-            name: columns[name] for name in ("system", "tools") if name in columns
-        }
+        renamed = {"conversations": column} | {name: columns[name] for name in ("system", "tools") if name in columns}
         return {
             "format": "sharegpt",
             "columns": {ours: theirs for ours, theirs in renamed.items() if ours != theirs},

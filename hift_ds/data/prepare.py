@@ -74,8 +74,7 @@ class DataReport:
             parts.append(f"packed into {self.num_packed_rows:,} rows, {filled:.0%} full")
         if self.num_truncated:
             parts.append(
-                f"{self.num_truncated:,} cut to data.max_length {self.max_length:,} ({self.cut_tokens:,} "
-                "tokens lost)"
+                f"{self.num_truncated:,} cut to data.max_length {self.max_length:,} ({self.cut_tokens:,} tokens lost)"
             )
         if self.num_dropped:
             parts.append(f"{self.num_dropped:,} dropped: nothing to learn within {self.max_length:,} tokens")
@@ -159,9 +158,7 @@ class Tokenize:
                     count = sum(learned[1:])
                     out["input_ids"].append(ids if count else [])
                     out["labels"].append(
-                        [token if flag else IGNORED for token, flag in zip(ids, learned, strict=True)]
-                        if count
-                        else []
+                        [token if flag else IGNORED for token, flag in zip(ids, learned, strict=True)] if count else []
                     )
                     out["cut"].append(cut)
                     out["learned"].append(count)
@@ -226,9 +223,7 @@ def count_source(source: Source, tokenize: Tokenize, num_rows: int | None = None
 def _hold_out(rows: Dataset, val_size: float, seed: int) -> tuple[Dataset, Dataset]:
     size = int(val_size) if val_size >= 1 else max(1, round(val_size * len(rows)))
     if size >= len(rows):
-        raise DataError(
-            f"data.val_size: {val_size:g} holds out {size} rows, but data.train has only {len(rows)}"
-        )
+        raise DataError(f"data.val_size: {val_size:g} holds out {size} rows, but data.train has only {len(rows)}")
     parts = rows.train_test_split(test_size=size, seed=seed, shuffle=True)
     return parts["train"], parts["test"]
 

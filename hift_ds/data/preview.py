@@ -43,9 +43,7 @@ def show_samples(
 
     encoding = console.encoding
     template = set_chat_template(tokenizer, config.template)
-    tokenize = Tokenize(
-        Encoder(tokenizer, config.train_on_prompt, config.mask_history), max_length, config.truncation
-    )
+    tokenize = Tokenize(Encoder(tokenizer, config.train_on_prompt, config.mask_history), max_length, config.truncation)
     colour = console.is_terminal and not console.no_color
     legend = Text("learned: ")
     legend.append(_mark("like this", colour, encoding), style=_LEARNED)
@@ -63,9 +61,7 @@ def show_samples(
             console.rule(characters=_either("─", "-", encoding), style=_CONTEXT)
             show(title, "bold")
             if not ids:
-                whole = (
-                    f"{type(sample).__name__.lower()} dropped: nothing to learn within {max_length:,} tokens"
-                )
+                whole = f"{type(sample).__name__.lower()} dropped: nothing to learn within {max_length:,} tokens"
                 show(whole, "red")
             console.print(marked(tokenizer, ids, labels, colour=colour, encoding=encoding), soft_wrap=True)
 
@@ -85,9 +81,7 @@ def show_totals(
     from rich.text import Text
 
     set_chat_template(tokenizer, config.template)
-    tokenize = Tokenize(
-        Encoder(tokenizer, config.train_on_prompt, config.mask_history), max_length, config.truncation
-    )
+    tokenize = Tokenize(Encoder(tokenizer, config.train_on_prompt, config.mask_history), max_length, config.truncation)
     console.rule(characters=_either("─", "-", console.encoding), style=_CONTEXT)
     for source in config.train_sources():
         try:

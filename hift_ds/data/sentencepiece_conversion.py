@@ -71,9 +71,7 @@ def add_special_tokens(tokenizer: Tokenizer, *, bos: str | None, eos: str | None
     out."""
     from tokenizers.processors import TemplateProcessing
 
-    front, back = (
-        [token] if token and tokenizer.token_to_id(token) is not None else [] for token in (bos, eos)
-    )
+    front, back = ([token] if token and tokenizer.token_to_id(token) is not None else [] for token in (bos, eos))
     if front or back:
         tokenizer.post_processor = TemplateProcessing(
             single=[*front, "$A", *back],

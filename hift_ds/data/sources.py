@@ -87,9 +87,7 @@ def parse_sources(value: Any, key: str, **defaults: Any) -> list[Source]:
     if isinstance(value, list):
         sources = [source for entry in value for source in parse_sources(entry, key, **defaults)]
         if not sources:
-            raise ConfigError(
-                f"{key}: expected at least one file, folder or {HUB}owner/name, got an empty list"
-            )
+            raise ConfigError(f"{key}: expected at least one file, folder or {HUB}owner/name, got an empty list")
         return sources
     entry = {"path": value} if isinstance(value, str) else value
     if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str) or not entry["path"]:
@@ -130,9 +128,7 @@ def check_source(source: Source) -> None:
     source = resolve(source)
     local = Path(source.path).expanduser()
     if not source.path.startswith(HUB) and not local.exists():
-        hint = (
-            "" if local.is_absolute() else f"; a data set of the Hugging Face Hub is written {HUB}owner/name"
-        )
+        hint = "" if local.is_absolute() else f"; a data set of the Hugging Face Hub is written {HUB}owner/name"
         raise DataError(f"{source.key}: no such file or folder: {source.path!r}{hint}")
 
 
@@ -195,9 +191,7 @@ def load_mixture(sources: list[Source]) -> Dataset:
     from datasets import concatenate_datasets
 
     parts = [load_rows([source]) for source in sources]
-    return concatenate_datasets(
-        [part.add_column("source", [index] * len(part)) for index, part in enumerate(parts)]
-    )
+    return concatenate_datasets([part.add_column("source", [index] * len(part)) for index, part in enumerate(parts)])
 
 
 def mix(rows: Dataset, weights: list[float], seed: int) -> Dataset:
@@ -291,8 +285,7 @@ def _check_columns(row: Mapping[str, Any], source: Source, origin: str) -> None:
     for ours, theirs in source.columns.items():
         if theirs not in row:
             raise DataError(
-                f"{origin}: data.columns.{ours}: no column {theirs!r}; found columns: "
-                f"{', '.join(row) or 'none'}"
+                f"{origin}: data.columns.{ours}: no column {theirs!r}; found columns: {', '.join(row) or 'none'}"
             )
 
 
@@ -349,14 +342,10 @@ def _files_of_split(folder: Path, source: Source) -> list[Path]:
         files = [file for file in files if not _NOT_DATA.match(file.name)]
     if not files:
         suffixes += DOCUMENT_FORMATS
-        raise DataError(
-            f"{source.key}: no data in folder {source.path!r}; expected files {', '.join(suffixes)}"
-        )
+        raise DataError(f"{source.key}: no data in folder {source.path!r}; expected files {', '.join(suffixes)}")
     splits = {file: _split_in_name(file.name) for file in files}
     if any(splits.values()):
-        wanted = [
-            file for file, split in splits.items() if split == (_split_in_name(source.split) or source.split)
-        ]
+        wanted = [file for file, split in splits.items() if split == (_split_in_name(source.split) or source.split)]
         if not wanted:
             raise DataError(
                 f"{source.key}: no file of split {source.split!r} in {source.path!r}; "
@@ -373,9 +362,7 @@ def _split_in_name(name: str) -> str | None:
 
 def _dataset_rows(dataset: Any, name: str) -> Iterator[tuple[Any, str]]:
     if isinstance(dataset, dict):
-        raise DataError(
-            f"{name}: has splits {', '.join(dataset)}; set split, or give the path of one of them"
-        )
+        raise DataError(f"{name}: has splits {', '.join(dataset)}; set split, or give the path of one of them")
     for number, row in enumerate(dataset, start=1):
         yield without_filling(row, dataset.features), f"{name}, row {number}"
 

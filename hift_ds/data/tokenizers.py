@@ -83,9 +83,7 @@ def _load_auto(folder: Path, trust_remote_code: bool, key: str) -> PreTrainedTok
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # whatever a damaged file provokes deep inside the libraries
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{key}: cannot load the tokenizer in {str(folder)!r}: {reason[:300]}") from error
@@ -94,9 +92,7 @@ def _load_auto(folder: Path, trust_remote_code: bool, key: str) -> PreTrainedTok
 def _load_sentencepiece(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     """None where ``tokenizer.model`` is not the vocabulary that counts."""
     model_file = folder / "tokenizer.model"
-    if not model_file.is_file() or any(
-        (folder / name).is_file() for name in ("tokenizer.json", "tekken.json")
-    ):
+    if not model_file.is_file() or any((folder / name).is_file() for name in ("tokenizer.json", "tekken.json")):
         return None
     settings = _read_json(folder / "tokenizer_config.json")
     if trust_remote_code and "auto_map" in settings:
@@ -165,7 +161,5 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     candidates = [token for token in _PAD_TOKENS if token in vocabulary and token != tokenizer.eos_token]
     candidates += [token for token in (tokenizer.unk_token, tokenizer.eos_token) if token is not None]
     if not candidates:
-        raise ConfigError(
-            f"model.tokenizer: {tokenizer.name_or_path!r} has no pad, unknown or end token to pad with"
-        )
+        raise ConfigError(f"model.tokenizer: {tokenizer.name_or_path!r} has no pad, unknown or end token to pad with")
     return candidates[0]

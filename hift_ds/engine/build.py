@@ -189,9 +189,7 @@ def unmanaged_set_aside(model: nn.Module, entries: Iterable[Any], rank: int) -> 
     aside = {n: p for n, p in model.named_parameters() if p.requires_grad and p not in managed}
     if aside and rank == 0:
         shown = ", ".join(list(aside)[:3]) + (" ..." if len(aside) > 3 else "")
-        logger.warning(
-            "%d trainable parameters are not in the optimizer and stay as they are: %s", len(aside), shown
-        )
+        logger.warning("%d trainable parameters are not in the optimizer and stay as they are: %s", len(aside), shown)
     for param in aside.values():
         param.requires_grad_(False)
     try:
@@ -263,9 +261,7 @@ def base_optimizer(
 # -- parameters, states, and the group optimizer --------------------------------------------------------------
 
 
-def build_parameters(
-    facts: EngineFacts, model: nn.Module, base: Optimizer, shards: WeightShards | None
-) -> Parameters:
+def build_parameters(facts: EngineFacts, model: nn.Module, base: Optimizer, shards: WeightShards | None) -> Parameters:
     """How gradients and weights travel.
 
     Args:
@@ -338,9 +334,7 @@ def group_optimizer(
     )
     make: Callable[..., HiFTOptimizer] = HiFTOptimizer
     if facts.in_backward:
-        make = functools.partial(
-            HiFTInBackwardOptimizer, clipping=facts.hift.clipping, sum_dtype=facts.sum_dtype
-        )
+        make = functools.partial(HiFTInBackwardOptimizer, clipping=facts.hift.clipping, sum_dtype=facts.sum_dtype)
     return make(
         states,
         flags,
@@ -379,8 +373,8 @@ def give_masters_their_bits(
     """Fill the masters from the fp32 values that the 16-bit weights lack, if there are any.
 
     Args:
-        shards: what :func:`cast_and_keep_bits` returned: cut for elementwise optimizers; owners of whole tensors get the
-            other ranks' parts here.
+        shards: what :func:`cast_and_keep_bits` returned: cut for elementwise optimizers; owners of whole tensors get
+            the other ranks' parts here.
         device: where ranks talk to each other.
     """
     exact = exact_values(model)

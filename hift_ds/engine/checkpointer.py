@@ -92,9 +92,7 @@ class Checkpointer:
             raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
         engine.optimizer.check_whole()
         if engine.optimizer.is_mid_step:
-            raise CheckpointError(
-                "save_checkpoint between backward() and step(): call it after engine.step()"
-            )
+            raise CheckpointError("save_checkpoint between backward() and step(): call it after engine.step()")
         good = self.wait()
         started = time.perf_counter()
         try:
@@ -123,9 +121,7 @@ class Checkpointer:
                 logger.info("saved %s (%.2f GiB by this rank)", staging.final, writer.num_bytes / 2**30)
 
         try:
-            writer = on_all_ranks(
-                lambda: open_writer(engine, staging, client_state, exclude), CheckpointError
-            )
+            writer = on_all_ranks(lambda: open_writer(engine, staging, client_state, exclude), CheckpointError)
             if engine.hift.checkpoint.asynchronous:
                 collective = engine.zero_optimization_partition_weights()
                 publish_late = functools.partial(publish, SLOWEST_RANK_S)

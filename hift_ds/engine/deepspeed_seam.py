@@ -80,9 +80,7 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        if [list(map(id, g["params"])) for g in groups] != [
-            list(map(id, g["params"])) for g in self.param_groups
-        ]:
+        if [list(map(id, g["params"])) for g in groups] != [list(map(id, g["params"])) for g in self.param_groups]:
             self.add_param_group({})
         for mine, new in zip(self.param_groups, groups, strict=True):
             mine.update(new)
@@ -124,8 +122,8 @@ class SeamEngine(DeepSpeedEngine):
 
     Attributes that a subclass sets, and that its collaborators read: ``hift`` (the config's block), ``partition`` (the
     model's layer groups) ``savings`` (the switches of ``"activations"`` at work),
-    ``machine`` (what the state store knows of where it runs) and ``hollow_weights`` (an optimizer's constructor is shown
-    weights without elements).
+    ``machine`` (what the state store knows of where it runs) and ``hollow_weights`` (an optimizer's constructor is
+    shown weights without elements).
     """
 
     hift: HiFTConfig
@@ -150,17 +148,11 @@ class SeamEngine(DeepSpeedEngine):
         # Computes in fp16 too, slowly; DeepSpeed says it does not.
         on_cpu = accelerator.device_name() == "cpu"
         if self.fp16_enabled() and not (on_cpu or accelerator.is_fp16_supported()):
-            raise ConfigError(
-                '"fp16.enabled": this accelerator does not compute in fp16; use "bf16" or neither'
-            )
+            raise ConfigError('"fp16.enabled": this accelerator does not compute in fp16; use "bf16" or neither')
         if self.bfloat16_enabled() and not (on_cpu or accelerator.is_bf16_supported()):
-            raise ConfigError(
-                '"bf16.enabled": this accelerator does not compute in bf16; use "fp16" or neither'
-            )
+            raise ConfigError('"bf16.enabled": this accelerator does not compute in bf16; use "fp16" or neither')
         if not self.client_optimizer and self.optimizer_name() is None:
-            raise ConfigError(
-                '"optimizer": missing; add one to the DeepSpeed config or pass optimizer= to initialize'
-            )
+            raise ConfigError('"optimizer": missing; add one to the DeepSpeed config or pass optimizer= to initialize')
         self._assert_valid_mixed_precision_config()
         self._leave_the_device_running()
 
@@ -169,11 +161,7 @@ class SeamEngine(DeepSpeedEngine):
         step, side streams included: no copy of states would be behind anything. It measures without, unless told to."""
         told = (self.config.get("timers") or {}).get("throughput") or {}
         self._config.timers_config.synchronized = bool(told.get("synchronized", False))
-        if (
-            told.get("enabled", True)
-            and self._config.timers_config.synchronized
-            and world_rank_and_size()[0] == 0
-        ):
+        if told.get("enabled", True) and self._config.timers_config.synchronized and world_rank_and_size()[0] == 0:
             logger.warning(
                 '"timers.throughput.synchronized": true waits for the device twice a step, so that no transfer of '
                 "optimizer states is hidden; leave it out"
@@ -183,9 +171,7 @@ class SeamEngine(DeepSpeedEngine):
         self.before_cast(model)
         super()._configure_distributed_model(model)
         if self.has_moe_layers:
-            raise ConfigError(
-                'DeepSpeed MoE layers (expert parallelism) are not supported with a "hift" block'
-            )
+            raise ConfigError('DeepSpeed MoE layers (expert parallelism) are not supported with a "hift" block')
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: list) -> None:
         self.torch_autocast_z0_gradscaler = None  # fp16 autocast uses our loss scale, which skips exactly
@@ -295,9 +281,7 @@ def config_dict(config: Any, args: Any, config_params: Any) -> dict[str, Any]:
     if source is None:
         source = getattr(args, "deepspeed_config", None)
     if source is None:
-        raise ConfigError(
-            "no DeepSpeed config: pass config= (a dict or the path of a JSON file) or --deepspeed_config"
-        )
+        raise ConfigError("no DeepSpeed config: pass config= (a dict or the path of a JSON file) or --deepspeed_config")
     if isinstance(source, Mapping):
         return dict(source)
     if isinstance(source, str | Path) and os.path.isfile(source):

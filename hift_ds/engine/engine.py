@@ -42,8 +42,9 @@ class HiFTEngine(SeamEngine):
     """Made by :func:`hift_ds.initialize`.
 
     DeepSpeed's engine (config, process groups, batch arithmetic, monitors) with these calls overridden: ``forward``,
-    ``backward``, ``step``, ``get_lr``, ``save_checkpoint``, ``load_checkpoint`` and ``destroy`` here; gradient reduction,
-    clipping and the choice of optimizers in :class:`SeamEngine`, which asks ``before_cast`` and ``build_optimizers`` here.
+    ``backward``, ``step``, ``get_lr``, ``save_checkpoint``, ``load_checkpoint`` and ``destroy`` here; gradient
+    reduction, clipping and the choice of optimizers in :class:`SeamEngine`, which asks ``before_cast`` and
+    ``build_optimizers`` here.
 
     Attributes:
         hift: the ``"hift"`` block of the config.
@@ -57,8 +58,8 @@ class HiFTEngine(SeamEngine):
             it on, so that the forecast is made once.
     """
 
-    # What a simulation has otherwise: what the state store knows of where it runs, and whether an optimizer's constructor
-    # is shown weights without elements.
+    # What a simulation has otherwise: what the state store knows of where it runs, and whether an optimizer's
+    # constructor is shown weights without elements.
     machine = THIS_MACHINE
     hollow_weights = True
 
@@ -304,9 +305,7 @@ class HiFTEngine(SeamEngine):
 
     def _refuse_if_ended(self) -> None:
         if self._ended:
-            raise HiFTError(
-                "this engine's training has ended and its states are gone: make a new engine to go on"
-            )
+            raise HiFTError("this engine's training has ended and its states are gone: make a new engine to go on")
 
 
 def _end_earlier_engine(model: Any) -> None:

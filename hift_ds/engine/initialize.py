@@ -57,9 +57,7 @@ def initialize(
             return stock(**arguments, **given)
     refuse_auto(config)
     if not ({"train_batch_size", "train_micro_batch_size_per_gpu"} & config.keys()):
-        raise ConfigError(
-            '"train_micro_batch_size_per_gpu": missing; how many rows does a rank take at a time?'
-        )
+        raise ConfigError('"train_micro_batch_size_per_gpu": missing; how many rows does a rank take at a time?')
     with _building(arguments, config):
         return stock(**arguments, **given)
 
@@ -71,17 +69,11 @@ def _building(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> Iterat
     if arguments.get("model") is None:
         raise ConfigError("initialize: model= is missing")
     if isinstance(arguments["model"], deepspeed.PipelineModule):
-        raise ConfigError(
-            'initialize: a PipelineModule (pipeline engine) is not supported with a "hift" block'
-        )
+        raise ConfigError('initialize: a PipelineModule (pipeline engine) is not supported with a "hift" block')
     mpu = arguments.get("mpu")
     # mpu may be DeepSpeed's Ulysses module, whose sequence ranks answer to model-parallel names.
     shares_sequences = hasattr(mpu, "initialize_sequence_parallel")
-    if (
-        mpu is not None
-        and not shares_sequences
-        and getattr(mpu, "get_model_parallel_world_size", lambda: 1)() > 1
-    ):
+    if mpu is not None and not shares_sequences and getattr(mpu, "get_model_parallel_world_size", lambda: 1)() > 1:
         raise ConfigError('initialize: mpu= with model parallelism is not supported with a "hift" block')
     with as_single_process(), nothing_compiled(), engine_class(HiFTEngine):
         yield
@@ -91,8 +83,8 @@ def ensure_process_group(timeout_s: float | None = None) -> None:
     """The process group that an engine would make, for collectives before there is an engine (evaluation, say).
 
     Args:
-        timeout_s: of its collectives, unless DEEPSPEED_TIMEOUT says another. DeepSpeed's is 10 minutes, after which NCCL
-            kills a rank without a word while it waits for one that prepares data, exports, or writes a checkpoint.
+        timeout_s: of its collectives, unless DEEPSPEED_TIMEOUT says another. DeepSpeed's is 10 minutes, after which
+            NCCL kills a rank without a word while it waits for one that prepares data, exports, or writes a checkpoint.
     """
     options = {}
     if timeout_s is not None and "DEEPSPEED_TIMEOUT" not in os.environ:
@@ -103,9 +95,7 @@ def ensure_process_group(timeout_s: float | None = None) -> None:
 
 
 @contextlib.contextmanager
-def hift_engines(
-    block: Any = None, on_made: Callable[[HiFTEngine], None] = lambda engine: None
-) -> Iterator[None]:
+def hift_engines(block: Any = None, on_made: Callable[[HiFTEngine], None] = lambda engine: None) -> Iterator[None]:
     """Inside this block ``deepspeed.initialize`` itself builds HiFT engines for models that are trained, if their
     config has a ``"hift"`` block, and nothing is compiled. For frameworks that call it on their own (accelerate).
 

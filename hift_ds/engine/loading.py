@@ -57,9 +57,7 @@ def choose_checkpoint(engine: SeamEngine, load_dir: Path, tag: str | None) -> Pa
             return load_dir / candidate
         damage.append(reason)
     if damage:
-        raise CheckpointError(
-            "; ".join(damage) + ("" if tag is not None else f"; no whole checkpoint in {load_dir}")
-        )
+        raise CheckpointError("; ".join(damage) + ("" if tag is not None else f"; no whole checkpoint in {load_dir}"))
     return None
 
 
@@ -96,15 +94,11 @@ def check_fits(engine: SeamEngine, saved: SavedCheckpoint, strict: bool, with_st
     if with_states:
         check_same_optimizer(saved, class_name(engine.optimizer.optimizer))
     updated = {name for name, entry in saved.parameters.items() if entry["updates"]}
-    on_all_ranks(
-        lambda: check_reachable(engine.optimizer.states, saved.states, updated, saved.folder), CheckpointError
-    )
+    on_all_ranks(lambda: check_reachable(engine.optimizer.states, saved.states, updated, saved.folder), CheckpointError)
 
 
 @torch.no_grad()
-def load_weights(
-    engine: SeamEngine, saved: SavedCheckpoint, custom_load_fn: Callable[..., None] | None
-) -> None:
+def load_weights(engine: SeamEngine, saved: SavedCheckpoint, custom_load_fn: Callable[..., None] | None) -> None:
     """The saved weights and buffers, into the model; or whatever ``custom_load_fn(src=, dst=)`` does."""
     if custom_load_fn is not None:
         custom_load_fn(src=dict(saved.weights()), dst=engine.module)
@@ -133,9 +127,7 @@ def load_progress(
     optimizer.scaler.load_state_dict(decode(common["loss_scaler"]))
     if with_states:
         _load_options(engine, common["optimizer"]["param_groups"], with_scheduler)
-        restore_extras(
-            optimizer.states, common["optimizer"]["extras"], groups_now(saved, engine.partition.groups)
-        )
+        restore_extras(optimizer.states, common["optimizer"]["extras"], groups_now(saved, engine.partition.groups))
     if with_scheduler:
         optimizer.lr.load_state_dict(decode(common["learning_rate"]))
         if engine.lr_scheduler is not None and common["scheduler"] is not None:
@@ -162,19 +154,13 @@ def _load_options(engine: SeamEngine, saved_groups: list, with_scheduler: bool) 
         say(engine, f"{'; '.join(differences)}: going on with the checkpoint's values")
     for group, options in zip(engine.optimizer.param_groups, then, strict=True):
         group.update(
-            {
-                key: value
-                for key, value in options.items()
-                if with_scheduler or key not in ("lr", "initial_lr")
-            }
+            {key: value for key, value in options.items() if with_scheduler or key not in ("lr", "initial_lr")}
         )
 
 
 def _load_cursor(engine: SeamEngine, saved: SavedCheckpoint) -> None:
     schedule = engine.optimizer.schedule
-    differences = grouping_differences(
-        saved, engine.partition.groups, schedule.differences(saved.common["schedule"])
-    )
+    differences = grouping_differences(saved, engine.partition.groups, schedule.differences(saved.common["schedule"]))
     schedule.load_state_dict(saved.common["schedule"])
     norms = {} if differences else saved.common["optimizer"].get("last_norms", {})
     engine.optimizer.last_norms = {int(index): norm for index, norm in norms.items()}

@@ -53,8 +53,8 @@ class MemoryForecast:
                 return
 
     def start(self, batch: int, length: int) -> None:
-        """From here on :meth:`peak_bytes` says what a step's peak was expected to be, once that is known (a process of low
-        priority works it out). Only transformers models have a config to work from; for others nothing happens.
+        """From here on :meth:`peak_bytes` says what a step's peak was expected to be, once that is known (a process of
+        low priority works it out). Only transformers models have a config to work from; for others nothing happens.
 
         Args:
             batch, length: of the largest micro-batch on one rank.
@@ -84,9 +84,7 @@ class MemoryForecast:
             return
         self._slots_settled = True
         spare = (device_bytes() - CONTEXT_BYTES) / (1 + FRAGMENTATION) - max(known)
-        most_chunks = max(
-            len(engine.optimizer.groups[group.index].chunks) for group in engine.partition.groups
-        )
+        most_chunks = max(len(engine.optimizer.groups[group.index].chunks) for group in engine.partition.groups)
         if store.grow(max(int(spare / 2), 0), useful=2 * most_chunks):
             logger.info("states: %d slots in the memory that the forecast leaves", store.num_slots)
 

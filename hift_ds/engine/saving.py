@@ -67,9 +67,7 @@ def open_writer(
     excluded: list[str] = []
     if exclude_frozen:
         trained = engine.optimizer.coverage()
-        excluded = [
-            name for name, t in tensors.items() if isinstance(t, nn.Parameter) and name not in trained
-        ]
+        excluded = [name for name, t in tensors.items() if isinstance(t, nn.Parameter) and name not in trained]
         tensors = {name: tensor for name, tensor in tensors.items() if name not in excluded}
     snapshot = Snapshot(engine.optimizer, tensors, staging.leads, engine.optimizer.parameters.whole_weight)
     encoded, rest = split_encodable(client_state)
@@ -105,8 +103,7 @@ def _common_state(engine: SeamEngine, tensors: Mapping[str, Tensor]) -> dict[str
             for name, tensor in tensors.items()
         },
         "groups": [
-            {"index": g.index, "name": g.name, "parameters": list(g.param_names)}
-            for g in engine.partition.groups
+            {"index": g.index, "name": g.name, "parameters": list(g.param_names)} for g in engine.partition.groups
         ],
         "always_active": list(engine.partition.always.param_names) if engine.partition.always else [],
         "schedule": engine.optimizer.schedule.state_dict(),

@@ -73,9 +73,7 @@ class StepNotes:
         """
         engine = self._engine
         if engine.monitor.enabled and engine.global_rank == 0:
-            engine.monitor.write_events(
-                [("Train/Samples/train_loss", loss.item() / parts, engine.global_samples)]
-            )
+            engine.monitor.write_events([("Train/Samples/train_loss", loss.item() / parts, engine.global_samples)])
 
     def _warn_if_not_finite(self, report: StepReport) -> None:
         """At once: a Trainer's logs leave such losses out, and the group's weights are lost from here on."""

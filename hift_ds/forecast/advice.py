@@ -49,17 +49,13 @@ class Advice:
         if len(changed) > 1:
             changed["everything"] = everything
         settings = [setting, replace(setting, batch=2 * setting.batch), *changed.values()]
-        here, there, *others = run_requests(
-            [Request(s, structure, ends_only=True) for s in settings], num_processes=2
-        )
+        here, there, *others = run_requests([Request(s, structure, ends_only=True) for s in settings], num_processes=2)
         slope = Slope(((setting.batch, here), (2 * setting.batch, there)))
         return cls(setting, slope, dict(zip(changed, others, strict=True)))
 
     def answers(self, batch: int, length: int) -> bool:
         """Was it made for such a batch? One row, which packing makes of many, may be shorter."""
-        return length == self.setting.length or (
-            batch == self.setting.batch == 1 and length < self.setting.length
-        )
+        return length == self.setting.length or (batch == self.setting.batch == 1 and length < self.setting.length)
 
     def text(self, batch: int, length: int, budget_bytes: float) -> str:
         """The forecast at ``batch`` x ``length``, and what would stay within the budget."""
@@ -79,7 +75,8 @@ class Advice:
             if fits
             else "no switch makes it fit: shorter sequences, or more GPUs with ZeRO-3"
         )
-        return f"forecast {by_tokens.peak_bytes(batch * length) / GIB:.1f} GiB of {budget_bytes / GIB:.1f} usable; {answer}"
+        peak = by_tokens.peak_bytes(batch * length) / GIB
+        return f"forecast {peak:.1f} GiB of {budget_bytes / GIB:.1f} usable; {answer}"
 
 
 class Adviser:

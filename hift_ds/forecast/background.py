@@ -40,7 +40,8 @@ class BackgroundForecast:
             question.write(json.dumps(asdict(setting)))
 
     def peak_bytes(self, group: int) -> int | None:
-        """The expected peak of the step of layer group ``group`` on this rank, in bytes; ``None`` while it is not known, or
+        """The expected peak of the step of layer group ``group`` on this rank, in bytes; ``None`` while it is not
+        known, or
         if it cannot be."""
         if self._process is not None and self._process.poll() is not None:
             self._answer.seek(0)

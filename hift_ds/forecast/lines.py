@@ -14,7 +14,8 @@ Flat = dict[str, float]  # everything about a step that is linear, by name
 
 
 def through(points: Sequence[tuple[float, GroupStep]], x: float) -> GroupStep:
-    """The step at ``x`` on the line through two steps at different batches or lengths, or the parabola through three."""
+    """The step at ``x`` on the line through two steps at different batches or lengths, or the parabola through
+    three."""
     flat: Flat = {}
     for i, (xi, step) in enumerate(points):
         weight = 1.0

@@ -53,8 +53,8 @@ class Setting:
         eager_attention: hold the scores, as without a fused kernel.
         on_host: count on fake host tensors, for a torch without fake devices; states at rest are then told apart.
         trust_remote_code: run the code that the checkpoint brings along.
-        visits: step each group so often and report the last time. ZeRO-3 needs 3: it notes in the first what it prefetches
-            from the second on, and holds that over to the next.
+        visits: step each group so often and report the last time. ZeRO-3 needs 3: it notes in the first what it
+            prefetches from the second on, and holds that over to the next.
     """
 
     model: str

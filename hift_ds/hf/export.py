@@ -210,9 +210,7 @@ class ShardWriter:
             os.rename(self._provisional(number), self._folder / names[-1])
             weight_map |= dict.fromkeys(members, names[-1])
         metadata = {"total_parameters": self._total_numel, "total_size": self._total_bytes}
-        _write_json(
-            self._folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-        )
+        _write_json(self._folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
         return names
 
     def commonest_dtype(self) -> torch.dtype | None:
@@ -305,9 +303,7 @@ def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype | Non
             if part is not None:
                 part.dtype = name
     if not type(model).__module__.startswith("transformers_modules"):
-        vars(config).pop(
-            "auto_map", None
-        )  # names code that the input brought, that was not used, and is not here
+        vars(config).pop("auto_map", None)  # names code that the input brought, that was not used, and is not here
     else:
         from transformers.dynamic_module_utils import custom_object_save
 

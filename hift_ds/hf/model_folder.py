@@ -99,9 +99,7 @@ def resolve_model(path: str, *, key: str = "model.path", trust_remote_code: bool
         ) from error
 
 
-def check_model_folder(
-    path: str | Path, *, key: str = "model.path", trust_remote_code: bool = False
-) -> ModelFolder:
+def check_model_folder(path: str | Path, *, key: str = "model.path", trust_remote_code: bool = False) -> ModelFolder:
     """Read config.json and the headers of the weight files, nothing more.
 
     Args:
@@ -186,9 +184,7 @@ def read_config_json(folder: Path, key: str = "model.path") -> dict[str, Any]:
         raise ConfigError(
             f"{key}: {str(folder)!r} is a LoRA adapter; merge it into its base model and give that folder"
         )
-    raise ConfigError(
-        f"{key}: no config.json in {str(folder)!r}; expected a model folder in Hugging Face's layout"
-    )
+    raise ConfigError(f"{key}: no config.json in {str(folder)!r}; expected a model folder in Hugging Face's layout")
 
 
 def _check_architecture(config: Mapping[str, Any], folder: Path, key: str, trust_remote_code: bool) -> None:
@@ -198,8 +194,7 @@ def _check_architecture(config: Mapping[str, Any], folder: Path, key: str, trust
     if "auto_map" in config and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if not trust_remote_code:
             raise ConfigError(
-                f"{key}: {str(folder)!r} brings its own Python code; set model.trust_remote_code: true if "
-                "you trust it"
+                f"{key}: {str(folder)!r} brings its own Python code; set model.trust_remote_code: true if you trust it"
             )
     elif model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(
@@ -242,9 +237,7 @@ def _is_causal(name: str, config: Mapping[str, Any]) -> bool:
     if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name == own_code.rpartition(".")[2]:
         return True
     if name.endswith("ForConditionalGeneration") and not config.get("is_encoder_decoder"):
-        return isinstance(
-            config.get("text_config"), Mapping
-        )  # texts alone, to a model that also takes images
+        return isinstance(config.get("text_config"), Mapping)  # texts alone, to a model that also takes images
     if hasattr(transformers, name):
         return False
     # Of no class here: older spellings (LLaMAForCausalLM), and models of somebody's own.

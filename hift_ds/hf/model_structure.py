@@ -101,9 +101,7 @@ def build_on_meta(config: PretrainedConfig, *, trust_remote_code: bool = False) 
         except ConfigError:
             raise
         except Exception as error:  # whatever a constructor out of our reach raises, the config is the cause
-            raise ConfigError(
-                f"transformers cannot build a {config.model_type} of this config: {error}"
-            ) from error
+            raise ConfigError(f"transformers cannot build a {config.model_type} of this config: {error}") from error
 
 
 @contextmanager

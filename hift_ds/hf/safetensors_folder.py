@@ -76,9 +76,7 @@ def check_weights(folder: str | Path) -> dict[str, TensorHeader]:
         headers |= _read_headers(folder / file_name)
     for name, file_name in weight_map.items():
         if name not in headers or headers[name].file.name != file_name:
-            raise CheckpointError(
-                f"{folder / file_name} lacks tensor {name!r}, which {INDEX_FILE} places there"
-            )
+            raise CheckpointError(f"{folder / file_name} lacks tensor {name!r}, which {INDEX_FILE} places there")
     return headers
 
 
@@ -244,8 +242,7 @@ def load_pretrained(
     for name, found, expected in sorted(info["mismatched_keys"]):
         if not _matches(name, allow_missing):
             raise CheckpointError(
-                f"{folder}: {name!r} has shape {tuple(found)}, "
-                f"{type(model).__name__} expects {tuple(expected)}"
+                f"{folder}: {name!r} has shape {tuple(found)}, {type(model).__name__} expects {tuple(expected)}"
             )
     _refuse(info["missing_keys"], allow_missing, f"{folder} lacks", f"of {type(model).__name__}")
     _refuse(info["unexpected_keys"], allow_unexpected, f"{folder} has", f"unknown to {type(model).__name__}")
@@ -302,9 +299,7 @@ def _pairs_of_weights(
     """(name in memory, tensor in one folder, tensor in the other), one conversion set at a time."""
     tensors = model.state_dict(keep_vars=True)
     # A tied weight may be saved under another of its names in the other folder.
-    units = {
-        id(tensors[u.first_name]): u for u in plan_load(model, before.headers) if u.first_name in tensors
-    }
+    units = {id(tensors[u.first_name]): u for u in plan_load(model, before.headers) if u.first_name in tensors}
     for unit in plan_load(model, after.headers):
         partner = units.get(id(tensors.get(unit.first_name)))
         if partner is None:
@@ -325,9 +320,7 @@ def _read_headers(file: Path) -> dict[str, TensorHeader]:
                 code = piece.get_dtype()
                 dtype = from_safetensors(code)
                 if dtype is None:
-                    raise CheckpointError(
-                        f"{file}: tensor {name!r} has dtype {code}, expected one of {list(CODES)}"
-                    )
+                    raise CheckpointError(f"{file}: tensor {name!r} has dtype {code}, expected one of {list(CODES)}")
                 out[name] = TensorHeader(file, tuple(piece.get_shape()), dtype)
             return out
     except (SafetensorError, OSError) as error:
@@ -358,9 +351,7 @@ def _check_complete(
         if id(tensor) not in filled and not any(pattern.search(name) for pattern in ignored)
     ]
     if missing:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]!r}, ..."
-        )
+        raise CheckpointError(f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]!r}, ...")
 
 
 def _refuse(names: Iterable[str], allowed: Sequence[str], has: str, of_what: str) -> None:

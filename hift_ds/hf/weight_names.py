@@ -154,9 +154,7 @@ def to_saved(
 class LoadUnit:
     """Checkpoint tensors that become one set of in-memory weights; see :func:`plan_load`."""
 
-    def __init__(
-        self, first_name: str, sources: list[str], patterns: list[str], converter: object | None
-    ) -> None:
+    def __init__(self, first_name: str, sources: list[str], patterns: list[str], converter: object | None) -> None:
         self.first_name = first_name
         self.sources = sources
         self._patterns = patterns

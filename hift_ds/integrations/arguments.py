@@ -49,8 +49,7 @@ def _check_agreement(args: TrainingArguments, config: Any) -> None:
     if differences:
         listed = "; ".join(difference.removeprefix("- ") for difference in differences)
         raise ConfigError(
-            f"DeepSpeed config and TrainingArguments disagree: {listed}; change one, "
-            'or write "auto" in the config'
+            f'DeepSpeed config and TrainingArguments disagree: {listed}; change one, or write "auto" in the config'
         )
     if args.max_grad_norm and "gradient_clipping" not in config and args.process_index == 0:
         logger.warning(
@@ -81,8 +80,6 @@ def _require_non_reentrant_checkpointing(args: TrainingArguments) -> None:
             continue
         options = dict(getattr(args, name) or {})
         if options.setdefault("use_reentrant", False):
-            raise ConfigError(
-                f'{name}: "use_reentrant": true gives frozen-input layers no gradient; remove it'
-            )
+            raise ConfigError(f'{name}: "use_reentrant": true gives frozen-input layers no gradient; remove it')
         if getattr(args, name.removesuffix("_kwargs")):
             setattr(args, name, options)

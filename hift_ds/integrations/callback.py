@@ -2,9 +2,9 @@
 
     SFTTrainer(model, args=SFTConfig(deepspeed="bf16_host.json", ...), callbacks=[HiFTCallback()])
 
-transformers calls ``on_init_end`` of its callbacks before accelerate builds an engine with ``deepspeed.initialize``, and
-``on_train_begin`` once it has. Between the two ``deepspeed.initialize`` is ours; afterwards nothing is. No trainer class
-and no method of one is replaced.
+transformers calls ``on_init_end`` of its callbacks before accelerate builds an engine with ``deepspeed.initialize``,
+and ``on_train_begin`` once it has. Between the two ``deepspeed.initialize`` is ours; afterwards nothing is. No trainer
+class and no method of one is replaced.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from hift_ds.version import __version__
 class HiFTCallback(EngineEvents):
     """Give it to a Trainer whose DeepSpeed config (``TrainingArguments(deepspeed=...)``) has a ``"hift"`` block.
 
-    The result is :class:`HiFTMixin`'s, bit for bit. Reference and reward models, which have no optimizer, get DeepSpeed's
-    own engine. What only the mixin has: evaluation before training, several ``train()`` calls of one trainer, states
-    given back when training ends in an exception, rotation that counts whole checkpoints only, and ``save_model``
-    without a copy of the model.
+    The result is :class:`HiFTMixin`'s, bit for bit. Reference and reward models, which have no optimizer, get
+    DeepSpeed's own engine. What only the mixin has: evaluation before training, several ``train()`` calls of one
+    trainer, states given back when training ends in an exception, rotation that counts whole checkpoints only, and
+    ``save_model`` without a copy of the model.
 
     Args:
         optional: do nothing for a Trainer whose config has no block, instead of raising an error.
@@ -72,9 +72,7 @@ class HiFTCallback(EngineEvents):
         self._entered.close()
 
     def _took(self, engine: HiFTEngine) -> None:
-        engine.checkpointer.restores_generators = (
-            False  # the Trainer does, once it has drawn an epoch's order
-        )
+        engine.checkpointer.restores_generators = False  # the Trainer does, once it has drawn an epoch's order
         self.engine = engine
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -82,7 +80,8 @@ class HiFTCallback(EngineEvents):
             return
         if self.engine is not None and self.engine.has_ended:
             raise ConfigError(
-                "HiFTCallback serves one train(): for another make a new trainer with a new callback, or a trainer class "
+                "HiFTCallback serves one train(): for another make a new trainer with a new callback, or a trainer "
+                "class "
                 "with HiFTMixin"
             )
         super().on_train_begin(args, state, control, **kwargs)
@@ -118,9 +117,7 @@ class HiFTCallback(EngineEvents):
             return
         super().on_train_end(args, state, control, **kwargs)
         self.engine.end_training()
-        if (
-            self.engine.zero_optimization_stage() != 3
-        ):  # partitioned weights are still gathered for evaluation
+        if self.engine.zero_optimization_stage() != 3:  # partitioned weights are still gathered for evaluation
             self.engine.destroy()
 
 

@@ -33,7 +33,8 @@ def rotate_checkpoints(
     Args:
         limit: whole checkpoints that stay; None or 0: nothing is deleted.
         best: stays too, and counts.
-        model_only: folders without the engine's checkpoint are whole too, as ``save_only_model`` writes them; sealed ones.
+        model_only: folders without the engine's checkpoint are whole too, as ``save_only_model`` writes them; sealed
+        ones.
 
     Returns:
         What was deleted.
@@ -44,14 +45,10 @@ def rotate_checkpoints(
     for path in output_dir.iterdir():
         if is_temporary(path) and path.name.startswith(".checkpoint-"):  # a deletion that was killed
             shutil.rmtree(path, ignore_errors=True)
-    folders = sorted(
-        (int(m[1]), p) for p in output_dir.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name))
-    )
+    folders = sorted((int(m[1]), p) for p in output_dir.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name)))
 
     def is_whole(path: Path) -> bool:
-        return why_unusable(path) is None or (
-            model_only and (path / SEAL).is_file() and why_incomplete(path) is None
-        )
+        return why_unusable(path) is None or (model_only and (path / SEAL).is_file() and why_incomplete(path) is None)
 
     whole = [path for _, path in folders if is_whole(path)]
     if not whole:
@@ -81,7 +78,8 @@ def _seal(folder: Path, writes: bool, failure: CheckpointError | None) -> None:
 
 
 class WholeCheckpointsStay:
-    """Mixin before a Trainer class: checkpoints are sealed when complete, and rotated by what is whole. One that cannot be
+    """Mixin before a Trainer class: checkpoints are sealed when complete, and rotated by what is whole. One that cannot
+    be
     written leaves nothing, and ends the run or not as ``"hift.checkpoint.on_error"`` says."""
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:

@@ -52,17 +52,13 @@ class StopsWhenDone:
                 self._resumed_from, done, steps,
             )  # fmt: skip
         elif self.args.process_index == 0:
-            logger.warning(
-                "%s has done all %d steps of this run: nothing is trained", self._resumed_from, steps
-            )
+            logger.warning("%s has done all %d steps of this run: nothing is trained", self._resumed_from, steps)
 
 
 def _steps_done(folder: str | None) -> int | None:
     if folder is None:
         return None
     try:
-        return int(
-            json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-        )
+        return int(json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # the Trainer says what is wrong with it, or begins at step 0

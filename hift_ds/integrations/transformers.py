@@ -66,9 +66,7 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
             nothing_compiled(),
         ):  # some trainers make an engine for a reference model here
             super().__init__(*args, **kwargs)
-        while (
-            callback := self.pop_callback(HiFTCallback)
-        ) is not None:  # launch_with gives one to every Trainer
+        while (callback := self.pop_callback(HiFTCallback)) is not None:  # launch_with gives one to every Trainer
             callback.leave()
         self._events = EngineEvents(lambda: self.engine, self.says_coverage)
         self.add_callback(self._events)
@@ -103,16 +101,11 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
     def _end_training(self, failed: bool) -> None:
         if self.engine is not None:
             self.engine.end_training(failed)
-            if (
-                self.engine.zero_optimization_stage() != 3
-            ):  # partitioned weights are still gathered for evaluation
+            if self.engine.zero_optimization_stage() != 3:  # partitioned weights are still gathered for evaluation
                 self.engine.destroy()
         if failed:
             self.is_in_train = False
-            if (
-                self.neftune_noise_alpha is not None
-                and getattr(self, "neftune_hook_handle", None) is not None
-            ):
+            if self.neftune_noise_alpha is not None and getattr(self, "neftune_hook_handle", None) is not None:
                 self.neftune_hook_handle.remove()
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

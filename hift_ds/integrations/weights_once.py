@@ -1,7 +1,8 @@
 """The weights of a Trainer's checkpoint, once on disk.
 
-``checkpoint-N`` has them for ``from_pretrained``, and the engine's folder inside it has them for going on. Where both would
-be the same tensors under the same names, the engine's file gets a second name (a hard link) and the Trainer writes none.
+``checkpoint-N`` has them for ``from_pretrained``, and the engine's folder inside it has them for going on. Where both
+would be the same tensors under the same names, the engine's file gets a second name (a hard link) and the Trainer
+writes none.
 """
 
 from __future__ import annotations
@@ -43,8 +44,7 @@ class WeightsOnce:
             _internal_call
             and engine is not None
             and not self.args.save_only_model  # else the engine writes nothing
-            and getattr(super()._save, "__func__", None)
-            is Trainer._save  # a trainer that writes more, writes all
+            and getattr(super()._save, "__func__", None) is Trainer._save  # a trainer that writes more, writes all
             and has_the_form_of_a_checkpoint(self.model)
         )
         if engine is not None:

@@ -102,9 +102,7 @@ def partition_model(
     arch = arch or find_arch(model)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
-        raise GroupingError(
-            f"{type(model).__name__}: no parameter is trainable, all have requires_grad=False"
-        )
+        raise GroupingError(f"{type(model).__name__}: no parameter is trainable, all have requires_grad=False")
 
     always = _matched_by_any(model, trainable, always_active)
     rotating = [name for name in trainable if name not in always]
@@ -191,9 +189,7 @@ def _short_stack_names(arch: ArchSpec) -> dict[str, str]:
 
 def _name_of_head(arch: ArchSpec, params: tuple[str, ...]) -> str:
     """What the head is made of, such as ``"norm+lm_head"``; plain ``"head"`` where that would be long."""
-    pieces = [
-        piece for piece in arch.head if any(name == piece or name.startswith(piece + ".") for name in params)
-    ]
+    pieces = [piece for piece in arch.head if any(name == piece or name.startswith(piece + ".") for name in params)]
     last_parts = [piece.rpartition(".")[2] for piece in pieces]
     return "+".join(last_parts) if 0 < len(pieces) <= MAX_PIECES_IN_NAME else "head"
 
@@ -263,9 +259,7 @@ def _compiled(pattern: str, key: str) -> re.Pattern[str]:
         raise GroupingError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
 
 
-def _matches(
-    model: nn.Module, names: Iterable[str], pattern: str, key: str, taken: Iterable[str] = ()
-) -> list[str]:
+def _matches(model: nn.Module, names: Iterable[str], pattern: str, key: str, taken: Iterable[str] = ()) -> list[str]:
     """The ``names`` in which ``pattern`` is found; if in none, an error that says what it may have meant."""
     compiled = _compiled(pattern, key)
     found = [name for name in names if compiled.search(name)]
@@ -282,9 +276,7 @@ def _matches(
         else:
             reason = f"{name!r} is tied to {first_name[parameter]!r}, the name it is trained under"
         raise GroupingError(f"{key}: {pattern!r} matches no parameter that could rotate: {reason}")
-    raise GroupingError(
-        f"{key}: {pattern!r} matches no parameter name, such as {next(iter(first_name.values()))!r}"
-    )
+    raise GroupingError(f"{key}: {pattern!r} matches no parameter name, such as {next(iter(first_name.values()))!r}")
 
 
 def _matched_by_any(model: nn.Module, trainable: Iterable[str], patterns: Sequence[str]) -> list[str]:
@@ -309,14 +301,10 @@ def _by_patterns(
             for name in _matches(model, rotating, pattern, f"groups[{index}]", taken=always):
                 other = group_of.setdefault(name, index)
                 if other != index:
-                    raise GroupingError(
-                        f"groups: {name!r} is matched by groups[{other}] and by groups[{index}]"
-                    )
+                    raise GroupingError(f"groups: {name!r} is matched by groups[{other}] and by groups[{index}]")
     for name in rotating:
         if name not in group_of:
-            raise GroupingError(
-                f"groups: {name!r} is trainable and matched by no group; add a pattern or freeze it"
-            )
+            raise GroupingError(f"groups: {name!r} is trainable and matched by no group; add a pattern or freeze it")
     return [
         (_name_of_patterns(group), [name for name in rotating if group_of[name] == index])
         for index, group in enumerate(patterns)

@@ -80,9 +80,7 @@ def build_optimizer(
     if options.pop("bias_correction", True) is False:
         raise ConfigError('"optimizer.params.bias_correction": false is not supported; remove it')
     if "max_grad_norm" in options:
-        raise ConfigError(
-            '"optimizer.params.max_grad_norm": clip with "gradient_clipping" at the top level instead'
-        )
+        raise ConfigError('"optimizer.params.max_grad_norm": clip with "gradient_clipping" at the top level instead')
     if name.lower() == "muon":
         return _build_muon(options, param_groups, matrices, hollow_weights)
     cls = _optimizer_class(name, options)
@@ -100,9 +98,7 @@ def _optimizer_class(name: str, options: dict[str, Any]) -> type:
     if lower == "adam":
         return torch.optim.AdamW if adam_w_mode else torch.optim.Adam
     if lower in _UNUSABLE:
-        raise ConfigError(
-            f'"optimizer.type": {name} cannot train one layer group at a time: {_UNUSABLE[lower]}'
-        )
+        raise ConfigError(f'"optimizer.type": {name} cannot train one layer group at a time: {_UNUSABLE[lower]}')
     if lower in _BY_NAME:
         return _BY_NAME[lower]
     if "." not in name:

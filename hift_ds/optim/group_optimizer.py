@@ -253,10 +253,7 @@ class GroupOptimizer:
             return [piece]
         starts = range(piece.start, piece.start + piece.numel, RUN_NUMEL)
         lengths = [min(RUN_NUMEL, piece.start + piece.numel - start) for start in starts]
-        return [
-            Piece(piece.member, start, length, (length,))
-            for start, length in zip(starts, lengths, strict=True)
-        ]
+        return [Piece(piece.member, start, length, (length,)) for start, length in zip(starts, lengths, strict=True)]
 
     def _target(
         self,
@@ -347,8 +344,5 @@ def _added(before: Reduced | None, now: Reduced) -> Reduced:
     """Both reductions of one group as if they were one."""
     if before is None:
         return now
-    grads = [
-        b if a is None else a if b is None else a.float().add_(b)
-        for a, b in zip(before[0], now[0], strict=True)
-    ]
+    grads = [b if a is None else a if b is None else a.float().add_(b) for a, b in zip(before[0], now[0], strict=True)]
     return grads, [a or b for a, b in zip(before[1], now[1], strict=True)]

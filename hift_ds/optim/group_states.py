@@ -198,7 +198,8 @@ class GroupStates:
         return StateView(own_key, 0, tuple(like.shape), like.dtype)
 
     def num_bytes(self) -> int:
-        """Of this rank's masters and states in a checkpoint, once all are filled. What an optimizer gives a shape of its
+        """Of this rank's masters and states in a checkpoint, once all are filled. What an optimizer gives a shape of
+        its
         own (Adafactor's rows and columns) is known after the first visits only, and counted then."""
         total = 0
         for _, piece, record in self.pieces():
@@ -210,10 +211,9 @@ class GroupStates:
 
     # -- in a step --------------------------------------------------------------------------------------------
 
-    def fetch(
-        self, group: GroupShard, position: int, then: Sequence[GroupShard] = ()
-    ) -> Mapping[str, Tensor]:
-        """Bring the states of the group's chunk at ``position`` to the update device, and the next chunks' on their way.
+    def fetch(self, group: GroupShard, position: int, then: Sequence[GroupShard] = ()) -> Mapping[str, Tensor]:
+        """Bring the states of the group's chunk at ``position`` to the update device, and the next chunks' on their
+        way.
 
         Args:
             then: what is updated after this group, in that order.
@@ -257,7 +257,8 @@ class GroupStates:
         self.store_of(group).evict(group.chunks[position].id, version)
 
     def prefetch(self, group: GroupShard, position: int = 0, then: Sequence[GroupShard] = ()) -> None:
-        """The group will be updated next, from its chunk at ``position`` on, and after it ``then``: the first states may be
+        """The group will be updated next, from its chunk at ``position`` on, and after it ``then``: the first states
+        may be
         on their way."""
         store = self.store_of(group)
         chunks = [
@@ -417,7 +418,4 @@ def part_of(whole: Tensor, piece: Piece, run: Piece) -> Tensor:
 
 
 def _copied(scalars: PieceState) -> PieceState:
-    return {
-        key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-        for key, value in scalars.items()
-    }
+    return {key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in scalars.items()}

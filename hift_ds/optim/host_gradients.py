@@ -1,8 +1,8 @@
-"""Gradients that rest in host memory while backward goes on: sums over micro-batches, or gradients whose update waits for
-the norm of all.
+"""Gradients that rest in host memory while backward goes on: sums over micro-batches, or gradients whose update waits
+for the norm of all.
 
-On an accelerator each travels to a page-locked buffer on a side stream, and a thread adds it to its sum; the computation
-waits only where gradients come faster than they leave.
+On an accelerator each travels to a page-locked buffer on a side stream, and a thread adds it to its sum; the
+computation waits only where gradients come faster than they leave.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The update in backward: each embedding, block and head of the active groups (a part) is updated as soon as its gradients
-are complete, top to bottom, while backward goes on below.
+"""The update in backward: each embedding, block and head of the active groups (a part) is updated as soon as its
+gradients are complete, top to bottom, while backward goes on below.
 
-At no time do the gradients and states of more than one part exist on the device (and what prefetching holds there), so a
-group may be as large as the link to the states allows: all layers is exact full fine-tuning. LOMO (arXiv 2306.09782)
+At no time do the gradients and states of more than one part exist on the device (and what prefetching holds there), so
+a group may be as large as the link to the states allows: all layers is exact full fine-tuning. LOMO (arXiv 2306.09782)
 updates so without states; here it is any optimizer, on any number of ranks, and the same bits as after backward.
 
-The order of updates, and so of collectives, is by position and never by arrival: ranks whose batches reach other weights
-still meet. Which weights a backward will reach is read from the graph before it begins, and agreed on.
+The order of updates, and so of collectives, is by position and never by arrival: ranks whose batches reach other
+weights still meet. Which weights a backward will reach is read from the graph before it begins, and agreed on.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class InBackwardOptimizer(GroupOptimizer):
         super().__init__(*args, **kwargs)
         if self.scaler.active:
             raise ConfigError(
-                '"hift.update": in_backward is not supported with a loss scale (float16), since an overflow could not be '
+                '"hift.update": in_backward is not supported with a loss scale (float16), since an overflow could '
+                "not be "
                 'taken back; use bf16, or "update": "after_backward"'
             )
         self.clipping = clipping
@@ -81,9 +82,7 @@ class InBackwardOptimizer(GroupOptimizer):
         self._part_of = {member.param: part for part in parts for member in part.members}
         device, pin_memory = next(iter(self._part_of)).device, kwargs.get("pin_memory", True)
         self.sums = HostGradients(device, sum_dtype, pin_memory)  # by weight
-        self.parked = HostGradients(
-            device, None, pin_memory
-        )  # by (group, position): gradients that wait for the norm
+        self.parked = HostGradients(device, None, pin_memory)  # by (group, position): gradients that wait for the norm
         self._accumulating = False  # a backward that is not the step's last is under way
         self._backward: Backward | None = None
         self._interrupted = ""
@@ -144,17 +143,14 @@ class InBackwardOptimizer(GroupOptimizer):
     def _agree_before(self, flags: list[bool], step_loss: Tensor | None) -> list[bool]:
         """Over ranks: which weights any rank's graph leads to; and that the loss is finite on all."""
         ranks, device = self.parameters.ranks, self._weight_device()
-        good = (
-            torch.ones((), device=device)
-            if step_loss is None
-            else torch.isfinite(step_loss.to(device)).float()
-        )
+        good = torch.ones((), device=device) if step_loss is None else torch.isfinite(step_loss.to(device)).float()
         norm, share, flags = join_norms_and_flags(ranks, good / ranks.world_size**0.5, flags)
         share = float(norm) if share is None else share
         if num_bad := round(ranks.world_size * (1 - share**2)):
             self.drop_gradients()
             raise TrainingError(
-                f"the loss is not finite on {num_bad} of {ranks.world_size} ranks (optimizer step {self.num_applied + 1}): "
+                f"the loss is not finite on {num_bad} of {ranks.world_size} ranks (optimizer step "
+                f"{self.num_applied + 1}): "
                 "nothing was updated; lower the learning rate, or look at that batch"
             )
         return flags
@@ -169,13 +165,12 @@ class InBackwardOptimizer(GroupOptimizer):
             return
         backward = self._backward
         if backward is None:
-            raise HiFTError(
-                '"hift.update": in_backward needs engine.backward(loss) in place of loss.backward()'
-            )
+            raise HiFTError('"hift.update": in_backward needs engine.backward(loss) in place of loss.backward()')
         index = next(i for i, part in enumerate(backward.parts) if part is self._part_of[param])
         if param not in backward.waiting[index]:
             raise HiFTError(
-                f"{self._name_of(param)}: a gradient came that the graph did not promise (a backward within a backward); "
+                f"{self._name_of(param)}: a gradient came that the graph did not promise (a backward within a "
+                f"backward); "
                 'use "hift": {"update": "after_backward"}'
             )
         total = self.sums.take(param, grad.device)
@@ -257,11 +252,14 @@ class InBackwardOptimizer(GroupOptimizer):
             return
         self._interrupted = (
             f"backward of optimizer step {self.num_applied + 1} failed after {backward.num_updated} of "
-            f"{len(backward.parts)} parts were updated ({str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"{len(backward.parts)} parts were updated "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}"
             "); go on from load_checkpoint()"
         )
         if "modified by an inplace operation" in str(error):
-            self._interrupted += ', with "hift": {"update": "after_backward"}: this graph needs a weight after its gradient is complete'
+            self._interrupted += (
+                ', with "hift": {"update": "after_backward"}: this graph needs a weight after its gradient is complete'
+            )
         if isinstance(error, Exception):
             raise HiFTError(self._interrupted) from error
 
@@ -286,19 +284,13 @@ class InBackwardOptimizer(GroupOptimizer):
             norm = torch.tensor(self.last_norms[self.schedule.active], dtype=torch.float32, device=device)
         else:
             keys = [(part.index, part.first + i) for i in range(len(part.members))]
-            norm = self._norm_over_ranks([backward.norms[key] for key in keys if key in backward.norms], [])[
-                0
-            ]
+            norm = self._norm_over_ranks([backward.norms[key] for key in keys if key in backward.norms], [])[0]
         return grad_factor(norm, self.max_grad_norm, 1.0)
 
     def _norm_over_ranks(self, norms: list[Tensor], flags: list[bool]) -> tuple[Tensor, list[bool]]:
         """The norm of ``norms``, all ranks' together, and for each flag whether it is set on any."""
         device = self._weight_device()
-        norm = (
-            torch.linalg.vector_norm(torch.stack(norms)).to(device)
-            if norms
-            else torch.zeros((), device=device)
-        )
+        norm = torch.linalg.vector_norm(torch.stack(norms)).to(device) if norms else torch.zeros((), device=device)
         norm, _, flags = join_norms_and_flags(self.parameters.ranks, norm, flags)
         return norm, flags
 
@@ -352,9 +344,7 @@ class InBackwardOptimizer(GroupOptimizer):
             for i, flag in enumerate(flags)
         }
         for (group, i), flag in zip(in_order, present, strict=True):
-            if (
-                reached[group, i] and not flag
-            ):  # on several ranks it has been updated as if by a gradient of zeros
+            if reached[group, i] and not flag:  # on several ranks it has been updated as if by a gradient of zeros
                 self._interrupted = (
                     f"{self.groups[group].members[i].name}: the graph leads to it and backward brought no gradient, on "
                     'any rank; go on from load_checkpoint(), with "hift": {"update": "after_backward"}'

@@ -43,7 +43,8 @@ class Member:
 
 @dataclass(frozen=True)
 class Piece:
-    """A contiguous part of a member's shard that is updated at once: elements [start, start + numel) of the parameter."""
+    """A contiguous part of a member's shard that is updated at once: elements [start, start + numel) of the
+    parameter."""
 
     member: int  # position in GroupShard.members
     start: int
@@ -80,9 +81,7 @@ class GroupShard:
         return [i for i, member in enumerate(self.members) if member.param.dtype == dtype]
 
 
-def cut_into_chunks(
-    members: Sequence[Member], slice_numel: int | None, ids: Iterator[int]
-) -> tuple[Chunk, ...]:
+def cut_into_chunks(members: Sequence[Member], slice_numel: int | None, ids: Iterator[int]) -> tuple[Chunk, ...]:
     """Chunks of at most ``slice_numel`` elements, in parameter order; a whole tensor is never cut. At least one."""
     room = float("inf") if slice_numel is None else slice_numel
     chunks: list[list[Piece]] = [[]]
@@ -170,8 +169,8 @@ class Parameters(ABC):
         bucket_numel: elements in one collective, over all ranks.
         whole_tensors: give each parameter to one rank instead of a shard to each.
         slice_numel: elements of a chunk at most; ``None`` for one chunk to a group.
-        by_part: chunks end where an embedding, block or head does, for updates of one at a time. With slices they always
-            do, so that what a slice holds does not depend on what it is trained with.
+        by_part: chunks end where an embedding, block or head does, for updates of one at a time. With slices they
+            always do, so that what a slice holds does not depend on what it is trained with.
     """
 
     def __init__(
@@ -209,13 +208,9 @@ class Parameters(ABC):
         world_size, rank = self.ranks.world_size, self.ranks.rank
         shapes = [self.shape_of(param) for _, param, _ in entries]
         numels = [math.prod(shape) for shape in shapes]
-        owners = (
-            collectives.assign_owners(numels, world_size) if self.whole_tensors else [None] * len(entries)
-        )
+        owners = collectives.assign_owners(numels, world_size) if self.whole_tensors else [None] * len(entries)
         members = []
-        for (param_name, param, param_group), shape, numel, owner in zip(
-            entries, shapes, numels, owners, strict=True
-        ):
+        for (param_name, param, param_group), shape, numel, owner in zip(entries, shapes, numels, owners, strict=True):
             if owner is None:
                 start, end = collectives.shard_bounds(numel, world_size, rank)
             else:

@@ -77,9 +77,7 @@ class PiecewiseOptimizer:
         for piece, param in zip(pieces, params, strict=True):
             piece.state = state[param]
         return {
-            i: changed
-            for i, g in enumerate(groups)
-            if (changed := _changed(before[i], g, type(self.base).__name__))
+            i: changed for i, g in enumerate(groups) if (changed := _changed(before[i], g, type(self.base).__name__))
         }
 
     def elementwise_keys(self, device: torch.device) -> dict[str, torch.dtype]:

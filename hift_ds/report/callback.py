@@ -97,16 +97,12 @@ class ReportCallback(TrainerCallback):
         if groups:
             write_groups(self.run_dir, groups)
         turns = [group for group in groups if group.index >= 0]
-        cycle_steps = len(turns) * getattr(
-            getattr(self._get_engine(), "schedule", None), "steps_per_group", 1
-        )
+        cycle_steps = len(turns) * getattr(getattr(self._get_engine(), "schedule", None), "steps_per_group", 1)
         self._announce(state, groups, cycle_steps)
         self._progress.start(state.max_steps, state.global_step, window=cycle_steps or 20)
         self._mark = self._began = time.monotonic()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._writer is None:
             return
         self._flush()
@@ -147,9 +143,7 @@ class ReportCallback(TrainerCallback):
         self._flush()
         if state.global_step != (step := self._kept_step or state.global_step):  # the best weights, once more
             progress = self._progress or make_progress()
-            progress.note(
-                f"evaluation of step {step}'s weights: loss {metrics['eval_loss']:.4f}", style="bold"
-            )
+            progress.note(f"evaluation of step {step}'s weights: loss {metrics['eval_loss']:.4f}", style="bold")
             return
         numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
         record: EvalRecord = {"step": state.global_step, **numbers}  # type: ignore[typeddict-item]
@@ -159,14 +153,10 @@ class ReportCallback(TrainerCallback):
         if writer is not self._writer:
             writer.close()
         progress = self._progress or make_progress()
-        progress.note(
-            f"evaluation at step {state.global_step}: loss {metrics['eval_loss']:.4f}", style="bold"
-        )
+        progress.note(f"evaluation at step {state.global_step}: loss {metrics['eval_loss']:.4f}", style="bold")
         self._mark = time.monotonic()
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._mark = time.monotonic()
 
     def on_train_end(
@@ -182,7 +172,8 @@ class ReportCallback(TrainerCallback):
         self._kept_step = kept_step(args, state)
         if args.load_best_model_at_end and state.best_metric is not None:
             self._progress.note(
-                f"best: {args.metric_for_best_model} {state.best_metric:.4f} at step {self._kept_step}, whose weights are kept",
+                f"best: {args.metric_for_best_model} {state.best_metric:.4f} at step {self._kept_step}, whose "
+                f"weights are kept",
                 style="bold",
             )
         self._report_coverage(self._kept_step)

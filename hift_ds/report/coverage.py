@@ -55,14 +55,13 @@ class Coverage:
             lines.append(f"Groups: {', '.join(groups[:max_names])}{_more(groups, max_names)}")
         lines += [f"  {name}" for name in missed[:max_names]]
         if len(missed) > max_names:
-            lines.append(
-                f"  ...{_more(missed, max_names)}" + (f" (all of them: {FILE_NAME})" if written else "")
-            )
+            lines.append(f"  ...{_more(missed, max_names)}" + (f" (all of them: {FILE_NAME})" if written else ""))
         return "\n".join(lines)
 
 
 def kept_step(args: Any, state: Any) -> int:
-    """The step whose weights a Trainer has when its training has ended: the last, or with ``load_best_model_at_end`` the
+    """The step whose weights a Trainer has when its training has ended: the last, or with ``load_best_model_at_end``
+    the
     best one's, from whose checkpoint the counts of :meth:`HiFTEngine.coverage` are then too."""
     best = args.load_best_model_at_end and state.best_model_checkpoint is not None
     return state.best_global_step if best and state.best_global_step else state.global_step

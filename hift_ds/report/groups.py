@@ -52,17 +52,13 @@ def add_distances(
         saved_names: parameter name -> the names under which ``distances`` has it, where those differ.
     """
     for group in groups:
-        pairs = [
-            distances[saved] for name in group.params for saved in saved_names(name) if saved in distances
-        ]
+        pairs = [distances[saved] for name in group.params for saved in saved_names(name) if saved in distances]
         if pairs:
             group.moved = math.sqrt(sum(moved**2 for moved, _ in pairs))
             group.norm = math.sqrt(sum(norm**2 for _, norm in pairs))
 
 
-def record_movement(
-    run_dir: str | Path, before_dir: str | Path, after_dir: str | Path, model: PreTrainedModel
-) -> None:
+def record_movement(run_dir: str | Path, before_dir: str | Path, after_dir: str | Path, model: PreTrainedModel) -> None:
     """Measure how far each group of a finished run moved and add it to ``groups.json``, if there is one.
 
     Args:

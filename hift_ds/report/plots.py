@@ -1,4 +1,5 @@
-"""``loss.png``, ``groups.png`` and ``transfers.png``, drawn from a run folder's files alone, during the run or years later."""
+"""``loss.png``, ``groups.png`` and ``transfers.png``, drawn from a run folder's files alone, during the run or years
+later."""
 
 from __future__ import annotations
 
@@ -57,9 +58,7 @@ def loss_figure(metrics: Metrics) -> Figure:
     skipped = [r["step"] for r in metrics.steps if r.get("skipped")]
     if skipped:
         marks = top.get_xaxis_transform()
-        top.plot(
-            skipped, [0.02] * len(skipped), "|", color=_SKIPPED, transform=marks, label="skipped (overflow)"
-        )
+        top.plot(skipped, [0.02] * len(skipped), "|", color=_SKIPPED, transform=marks, label="skipped (overflow)")
     _mark_cycles(top, metrics.steps)
     top.set_ylabel("loss")
     if top.get_legend_handles_labels()[0]:
@@ -89,9 +88,7 @@ def groups_figure(steps: Sequence[StepRecord], groups: Sequence[GroupSummary] = 
     has_bars = any(value is not None for value in moved)
     height = min(max(2.2 + 0.17 * len(rows), 3.6), 11)
     figure = Figure(figsize=(12 if has_bars else 9.5, height), layout="constrained")
-    left, right = (
-        figure.subplots(1, 2, sharey=True, width_ratios=(3, 1)) if has_bars else (figure.subplots(), None)
-    )
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1)) if has_bars else (figure.subplots(), None)
 
     _draw_raster(figure, left, steps, [index for index, _ in rows])
     _name_rows(left, rows, steps)
@@ -132,9 +129,7 @@ def _draw_evaluations(axes: Axes, metrics: Metrics) -> None:
     values = [value for _, value in points]
     low, high = axes.get_ylim()
     if math.isfinite(max(values)):
-        axes.set_ylim(
-            min(low, min(values) - 0.03 * (high - low)), max(high, max(values) + 0.15 * (high - low))
-        )
+        axes.set_ylim(min(low, min(values) - 0.03 * (high - low)), max(high, max(values) + 0.15 * (high - low)))
 
 
 def smoothed(values: np.ndarray, span: int) -> np.ndarray:
@@ -182,9 +177,7 @@ def _mark_cycles(axes: Axes, steps: Sequence[StepRecord]) -> None:
     above.spines["top"].set_visible(False)
 
 
-def _rows(
-    steps: Sequence[StepRecord], groups: Sequence[GroupSummary]
-) -> list[tuple[int, GroupSummary | None]]:
+def _rows(steps: Sequence[StepRecord], groups: Sequence[GroupSummary]) -> list[tuple[int, GroupSummary | None]]:
     """(group index, what is known of it), bottom of the model first."""
     known = {group.index: group for group in groups}
     indices = set(known) | {record["group"] for record in steps}
@@ -240,9 +233,7 @@ def _draw_raster(figure: Figure, axes: Axes, steps: list[StepRecord], rows: list
     )
     axes.set_facecolor("#f5f7fa")
     axes.set_xlabel("optimizer step")
-    axes.set_title(
-        "which group moved when" + (f" (a column is {width} steps)" if width > 1 else ""), fontsize=11
-    )
+    axes.set_title("which group moved when" + (f" (a column is {width} steps)" if width > 1 else ""), fontsize=11)
     _whole_steps(axes, steps)
     bar = figure.colorbar(shown, ax=axes, pad=0.01, fraction=0.03, extend="both")
     ticks = np.geomspace(norm.vmin, norm.vmax, 5)

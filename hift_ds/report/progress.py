@@ -77,9 +77,7 @@ class Pace:
         if not self._rates or len(self._rates) != len(self._times):
             return None
         seconds = sum(self._times)
-        return (
-            sum(r * t for r, t in zip(self._rates, self._times, strict=True)) / seconds if seconds else None
-        )
+        return sum(r * t for r, t in zip(self._rates, self._times, strict=True)) / seconds if seconds else None
 
     @property
     def waited(self) -> float:

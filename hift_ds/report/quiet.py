@@ -35,9 +35,7 @@ class _Threshold(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < self.level:
             return False
-        return record.levelno >= logging.ERROR or not any(
-            text in record.getMessage() for text in _BOILERPLATE
-        )
+        return record.levelno >= logging.ERROR or not any(text in record.getMessage() for text in _BOILERPLATE)
 
 
 def quiet_libraries(is_main: bool = True) -> None:

@@ -55,9 +55,7 @@ def summary(steps: Sequence[StepRecord]) -> str:
 
 def column(steps: Sequence[StepRecord], key: str) -> np.ndarray:
     """One value a step; NaN where a record lacks it."""
-    return np.array(
-        [np.nan if (value := record.get(key)) is None else value for record in steps], dtype=float
-    )
+    return np.array([np.nan if (value := record.get(key)) is None else value for record in steps], dtype=float)
 
 
 def stretch_means(values: np.ndarray) -> tuple[np.ndarray, int]:
@@ -71,9 +69,7 @@ def stretch_means(values: np.ndarray) -> tuple[np.ndarray, int]:
 def _draw_seconds(axes: Axes, at: np.ndarray, means: dict[str, np.ndarray], width: int) -> None:
     stalled = np.nan_to_num(means["stalled_s"])
     hidden = np.maximum(np.nan_to_num(means["transfer_s"]) - stalled, 0)
-    axes.bar(
-        at, hidden, width * 0.9, bottom=stalled, color=_HIDDEN, label="transfer, hidden behind computing"
-    )
+    axes.bar(at, hidden, width * 0.9, bottom=stalled, color=_HIDDEN, label="transfer, hidden behind computing")
     axes.bar(at, stalled, width * 0.9, color=_STALLED, label="waited for")
     if np.isfinite(means["step_time_s"]).any():
         axes.plot(at, means["step_time_s"], color=_STEP, linewidth=1, label="the whole step")
@@ -83,9 +79,7 @@ def _draw_seconds(axes: Axes, at: np.ndarray, means: dict[str, np.ndarray], widt
 
 def _draw_bytes(axes: Axes, at: np.ndarray, means: dict[str, np.ndarray]) -> None:
     axes.plot(at, means["state_bytes_in"] / 2**20, color=_IN, linewidth=1.2, label="in")
-    axes.plot(
-        at, means["state_bytes_out"] / 2**20, color=_OUT, linewidth=1.2, linestyle=(0, (4, 3)), label="out"
-    )
+    axes.plot(at, means["state_bytes_out"] / 2**20, color=_OUT, linewidth=1.2, linestyle=(0, (4, 3)), label="out")
     axes.set_ylabel("MiB a step")
     _finish(axes)
 

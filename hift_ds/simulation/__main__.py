@@ -3,8 +3,8 @@
     python -m hift_ds.simulation [PROCESSES] < settings.json > results.json
 
 A fake device changes the whole process that has one, so this is a process of its own and nobody imports this package:
-:func:`hift_ds.forecast.setting.simulate` starts it. Everything that steps need is imported before the first fork: that takes
-as long as dozens of steps.
+:func:`hift_ds.forecast.setting.simulate` starts it. Everything that steps need is imported before the first fork: that
+takes as long as dozens of steps.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from hift_ds import errors
 from hift_ds.forecast.setting import Result, Setting
 from hift_ds.simulation.step import run
 
-with contextlib.suppress(
-    ImportError
-):  # it is needed where a setting offloads activations, which then says so
+with contextlib.suppress(ImportError):  # it is needed where a setting offloads activations, which then says so
     import trl.models.activation_offloading  # noqa: F401
 
 
@@ -37,9 +35,7 @@ def _run_all(settings: Sequence[Setting], num_processes: int) -> list[Result]:
         return [run(setting) for setting in settings]
     results: dict[int, Result] = {}
     for indices in indices_of.values():
-        with ProcessPoolExecutor(
-            min(num_processes, len(indices)), multiprocessing.get_context("fork")
-        ) as pool:
+        with ProcessPoolExecutor(min(num_processes, len(indices)), multiprocessing.get_context("fork")) as pool:
             results |= dict(zip(indices, pool.map(run, [settings[i] for i in indices]), strict=True))
     return [results[i] for i in range(len(settings))]
 

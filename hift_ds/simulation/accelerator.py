@@ -72,7 +72,8 @@ class FakeAccelerator(CPU_Accelerator):
         return True
 
     def create_op_builder(self, class_name: str) -> None:
-        """No C++ operator: DeepSpeed would compile its shared-memory collectives, which move nothing here, for a minute."""
+        """No C++ operator: DeepSpeed would compile its shared-memory collectives, which move nothing here, for a
+        minute."""
 
     def on_accelerator(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == fake_device.NAME
@@ -92,9 +93,7 @@ def join_fake_ranks(world_size: int) -> None:
     devices = ["cpu"] + [fake_device.NAME] * hasattr(torch, fake_device.NAME)
     dist.Backend.register_backend(
         BACKEND,
-        lambda common, options: FakeProcessGroup._create_internal(
-            common.group_rank, common.group_size, options
-        ),
+        lambda common, options: FakeProcessGroup._create_internal(common.group_rank, common.group_size, options),
         extended_api=True,
         devices=devices,
     )

@@ -1,8 +1,8 @@
 """Attention with the allocations of FlashAttention-2 and none of its arithmetic.
 
 On a GPU torch's ``scaled_dot_product_attention`` runs FlashAttention-2 (arXiv 2307.08691): it never holds the scores,
-saves q, k, v, the output and one log-sum-exp a row, and its backward adds an fp32 accumulator for dq. On the fake device
-the same call would take the path that holds the scores, so :func:`scaled_dot_product_attention` stands in for
+saves q, k, v, the output and one log-sum-exp a row, and its backward adds an fp32 accumulator for dq. On the fake
+device the same call would take the path that holds the scores, so :func:`scaled_dot_product_attention` stands in for
 it. Only sizes are right: its values are not.
 """
 
@@ -79,7 +79,8 @@ def scaled_dot_product_attention(
 
 
 def register_flops() -> None:
-    """Operations of an attention, as torch counts those of its own: two products forward, five backward (the scores are recomputed), full squares."""
+    """Operations of an attention, as torch counts those of its own: two products forward, five backward (the scores are
+    recomputed), full squares."""
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     if torch.ops.hift_ds.flash_forward in flop_registry:

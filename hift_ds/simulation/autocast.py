@@ -22,8 +22,8 @@ WIDER = (
     "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "sinh",
     "tan", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "softplus", "layer_norm", "native_layer_norm",
     "group_norm", "cosine_similarity", "cosine_embedding_loss", "nll_loss", "nll_loss_nd", "smooth_l1_loss", "mse_loss",
-    "l1_loss", "kl_div", "binary_cross_entropy_with_logits", "dist", "cdist", "logsumexp", "renorm", "cumprod", "cumsum",
-    "prod", "softmax.int", "log_softmax.int", "norm.Scalar", "linalg_vector_norm",
+    "l1_loss", "kl_div", "binary_cross_entropy_with_logits", "dist", "cdist", "logsumexp", "renorm", "cumprod",
+    "cumsum", "prod", "softmax.int", "log_softmax.int", "norm.Scalar", "linalg_vector_norm",
 )  # fmt: skip
 # Unless ``dtype=`` is given.
 WIDER_UNLESS_GIVEN = ("softmax.int", "log_softmax.int", "cumprod", "cumsum", "prod", "linalg_vector_norm")
@@ -40,9 +40,7 @@ def register(device: str) -> list[Any]:
         for name in names:
             op = _find(name)
             if op is not None:
-                library.impl(
-                    name, _casting(op, cast, getattr(torch._C.DispatchKey, key), name in WIDER_UNLESS_GIVEN)
-                )
+                library.impl(name, _casting(op, cast, getattr(torch._C.DispatchKey, key), name in WIDER_UNLESS_GIVEN))
     _clear_with_torch(cache)
     return [everything_else, library, cache]
 
@@ -67,11 +65,7 @@ def _casting(op: Any, cast: Callable[[Tensor], Tensor], key: Any, unless_dtype: 
 def _lower(device: str, cache: dict[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
     def cast(tensor: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
-        if (
-            tensor.device.type != device
-            or not tensor.is_floating_point()
-            or tensor.dtype in (dtype, torch.float64)
-        ):
+        if tensor.device.type != device or not tensor.is_floating_point() or tensor.dtype in (dtype, torch.float64):
             return tensor
         keep = tensor.is_leaf and tensor.requires_grad and tensor.dtype == torch.float32
         if not (keep and torch.is_autocast_cache_enabled()):

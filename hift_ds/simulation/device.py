@@ -42,9 +42,7 @@ def register() -> None:
     if _registered:
         return
     if not torch_has_fake_devices():
-        raise ConfigError(
-            f"torch {torch.__version__} has no fake devices; counting memory needs torch 2.8 or later"
-        )
+        raise ConfigError(f"torch {torch.__version__} has no fake devices; counting memory needs torch 2.8 or later")
     module = _DeviceModule()
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=module)
     from hift_ds.simulation import autocast as fake_autocast
@@ -126,9 +124,7 @@ def _apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
                 with torch.no_grad():
                     new = fn(old)
                 if new.dtype != old.dtype or new.device != old.device:
-                    tensors[key] = (
-                        nn.Parameter(new, old.requires_grad) if tensors is inner._parameters else new
-                    )
+                    tensors[key] = nn.Parameter(new, old.requires_grad) if tensors is inner._parameters else new
     return module
 
 

@@ -114,9 +114,7 @@ def _join(setting: Setting) -> None:
     """Be rank 0 in a process group that moves nothing."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    os.environ.update(
-        launch_variables(rank=0, world_size=setting.world_size, port=29500)
-    )  # no socket is made
+    os.environ.update(launch_variables(rank=0, world_size=setting.world_size, port=29500))  # no socket is made
     if not dist.is_initialized():
         join_fake_ranks(setting.world_size)
         if not setting.on_host:
@@ -135,9 +133,7 @@ def _engine(setting: Setting, model: nn.Module) -> Any:
     config = deepspeed_config(setting)
     config["hift"] = _parked_in_host_memory(config["hift"])
     with nothing_compiled(), engine_class(SimulatedEngine):
-        engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=list(model.parameters()), config=config
-        )
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
     return engine
 
 
@@ -288,9 +284,7 @@ def _update_again(engine: Any, setting: Setting, tracker: MemoryTracker) -> None
     tracker.mark("between steps")
 
 
-def _places(
-    engine: Any, setting: Setting, index: int, tracker: MemoryTracker, first_mark: int
-) -> dict[str, Bytes]:
+def _places(engine: Any, setting: Setting, index: int, tracker: MemoryTracker, first_mark: int) -> dict[str, Bytes]:
     """What was alive at the peak of each place, the places named as seen from the active group."""
     timeline = Timeline(tracker)
     num_blocks = len(find_arch(engine.module).blocks)

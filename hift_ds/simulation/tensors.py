@@ -1,8 +1,8 @@
 """Fake tensors, several times faster than PyTorch's mode alone: an operation is worked out once for each set of shapes.
 
-PyTorch's own cache describes every argument in seventeen fields and leaves out operators that are not built in. Here the
-arguments are what decides sizes (shape, strides, dtype, device) and the results are kept as recipes. An operation that
-this does not cover takes PyTorch's way.
+PyTorch's own cache describes every argument in seventeen fields and leaves out operators that are not built in. Here
+the arguments are what decides sizes (shape, strides, dtype, device) and the results are kept as recipes. An operation
+that this does not cover takes PyTorch's way.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ class FakeTensors(FakeTensorMode):
         kwargs = kwargs or {}
         if func is _TO_COPY and _has_values(args[0]) and kwargs.get("device", args[0].device).type != "cpu":
             with self:
-                return torch.empty(
-                    args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=kwargs["device"]
-                )
+                return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=kwargs["device"])
         if func.namespace == "profiler":  # no tensors in it
             return func(*args, **kwargs)
         tensors: list[FakeTensor] = []

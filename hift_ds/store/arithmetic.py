@@ -86,9 +86,7 @@ class StateArithmetic:
         return moved / self.host_link.out + self.update_numel * self.host_s + moved / self.host_link.into
 
     def line(self) -> str:
-        return (
-            f"states: {_bytes(self.total_bytes)} {self.residency}; {self._moves()}; {self._where_to_step()}"
-        )
+        return f"states: {_bytes(self.total_bytes)} {self.residency}; {self._moves()}; {self._where_to_step()}"
 
     def _moves(self) -> str:
         if self.link is None:

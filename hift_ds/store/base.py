@@ -51,9 +51,7 @@ class Traffic:
         self.collect: Callable[[], None] | None = None  # asks for times that a device still keeps
         self._lock = threading.Lock()
 
-    def add(
-        self, bytes_in: int = 0, bytes_out: int = 0, transfer_s: float = 0.0, stalled_s: float = 0.0
-    ) -> None:
+    def add(self, bytes_in: int = 0, bytes_out: int = 0, transfer_s: float = 0.0, stalled_s: float = 0.0) -> None:
         """Callable from any thread."""
         with self._lock:
             self.bytes_in += bytes_in
@@ -86,9 +84,7 @@ class StateStore(ABC):
     on_fetch: Callable[[Mapping[str, Tensor]], None] | None = field(default=None, init=False, repr=False)
 
     @abstractmethod
-    def ensure(
-        self, chunk: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None
-    ) -> None:
+    def ensure(self, chunk: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None) -> None:
         """Reserve ``numel`` elements under ``key``, if that has not been done. Contents are undefined.
 
         Args:

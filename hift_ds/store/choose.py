@@ -47,9 +47,7 @@ def build_resident_store(state: StateConfig, device: torch.device, *, seed: int 
     return DeviceStateStore(device, state.codec, seed)
 
 
-def _build(
-    state: StateConfig, residency: str, device: torch.device, seed: int, machine: Machine
-) -> EncodedStateStore:
+def _build(state: StateConfig, residency: str, device: torch.device, seed: int, machine: Machine) -> EncodedStateStore:
     num_slots = state.first_slots
     if residency == "disk":
         assert state.path is not None
@@ -57,15 +55,11 @@ def _build(
             device, state.codec, seed, num_slots, path=state.path, io=state.io, pin_memory=state.pin_memory
         )
     if residency == "host" and state.step_on == "device":
-        return HostStateStore(
-            device, state.codec, seed, num_slots, pin_memory=state.pin_memory, machine=machine
-        )
+        return HostStateStore(device, state.codec, seed, num_slots, pin_memory=state.pin_memory, machine=machine)
     return DeviceStateStore(device, state.codec, seed)  # states rest where updates run: nothing to move
 
 
-def pick_residency(
-    needed: int, processes: int, free_on_device: int | None, host: HostBytes, free_on_disk: int | None
-):
+def pick_residency(needed: int, processes: int, free_on_device: int | None, host: HostBytes, free_on_disk: int | None):
     """The fastest place with room for ``needed`` bytes of each of ``processes``.
 
     Args:
@@ -81,9 +75,7 @@ def pick_residency(
     wanted = needed * processes
     tried = [f"states need {_gib(needed)} a process, {processes} on this node"]
     if free_on_device is not None:
-        tried.append(
-            f"{_gib(free_on_device)} free on the device, of which states may take {DEVICE_SHARE:.0%}"
-        )
+        tried.append(f"{_gib(free_on_device)} free on the device, of which states may take {DEVICE_SHARE:.0%}")
         if needed <= DEVICE_SHARE * free_on_device:
             return "device", "; ".join(tried)
     tried.append(f"{_gib(host.available)} of host memory available, of which they may take {HOST_SHARE:.0%}")
@@ -95,9 +87,7 @@ def pick_residency(
             return "disk", "; ".join(tried)
     else:
         tried.append('no "hift.state.path" for a disk')
-    raise StateStoreError(
-        f'"hift.state.residency": auto found no room: {"; ".join(tried)}; try "hift.state.codec"'
-    )
+    raise StateStoreError(f'"hift.state.residency": auto found no room: {"; ".join(tried)}; try "hift.state.codec"')
 
 
 def device_bytes_free(device: torch.device) -> int:
@@ -120,9 +110,7 @@ class AutoStateStore(StateStore):
     machine: Machine = THIS_MACHINE
     _wanted: list[tuple] = field(default_factory=list, init=False)
 
-    def ensure(
-        self, chunk: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None
-    ) -> None:
+    def ensure(self, chunk: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None) -> None:
         self._wanted.append((chunk, key, numel, dtype, weights))
 
     def start(self) -> StateStore:

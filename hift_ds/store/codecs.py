@@ -189,9 +189,7 @@ class Int8Moment(Codec):
     def encode(self, values: Tensor, parts: Mapping[str, Tensor], seed: int) -> None:
         for codes, scales, start in self._passes(parts):
             piece = values[start : start + codes.numel()]
-            eight_bit.encode(
-                piece.sqrt() if self.nonnegative else piece, codes, scales, signed=not self.nonnegative
-            )
+            eight_bit.encode(piece.sqrt() if self.nonnegative else piece, codes, scales, signed=not self.nonnegative)
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         values = torch.empty(parts["codes"].numel(), dtype=torch.float32, device=parts["codes"].device)

@@ -82,9 +82,7 @@ class DiskStateStore(ParkedStateStore):
 
     def _measure(self) -> DiskSpeed:
         if self.speed is None:
-            self.speed = measure(
-                self._folder.file("probe"), min(PROBE_BYTES, max(self.largest_bytes(), 1)), self.io
-            )
+            self.speed = measure(self._folder.file("probe"), min(PROBE_BYTES, max(self.largest_bytes(), 1)), self.io)
         return self.speed
 
     def measured_link(self) -> Link:

@@ -69,9 +69,7 @@ class EncodedStateStore(StateStore):
 
     # -- StateStore ----------------------------------------------------------------------------------------
 
-    def ensure(
-        self, chunk: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None
-    ) -> None:
+    def ensure(self, chunk: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None) -> None:
         layout = self._layouts.setdefault(chunk, ChunkLayout())
         if key in layout.entries:
             return

@@ -123,9 +123,7 @@ def read_file(path: Path, pieces: Iterable[Tensor], direct: bool, expected: int 
                 while done < end:
                     got = os.preadv(handle, [view[done - start :][:_CALL_BYTES]], done)
                     if got == 0:
-                        raise StateStoreError(
-                            f"{path}: {end:,} bytes of optimizer states expected, {done:,} found"
-                        )
+                        raise StateStoreError(f"{path}: {end:,} bytes of optimizer states expected, {done:,} found")
                     done += got
                 if expected is not None:
                     found = checksum(piece.numpy(), start, found)
@@ -173,9 +171,7 @@ def measure(path: Path, num_bytes: int, io: str = "auto") -> DiskSpeed:
         finally:
             path.unlink(missing_ok=True)
     if not speeds:
-        raise StateStoreError(
-            f'"hift.state.io": direct is not possible at {path.parent}; use "auto" or "buffered"'
-        )
+        raise StateStoreError(f'"hift.state.io": direct is not possible at {path.parent}; use "auto" or "buffered"')
     return max(speeds, key=lambda s: (1.1 if s.direct else 1.0) / (1 / s.read + 1 / s.write))
 
 

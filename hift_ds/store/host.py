@@ -65,7 +65,8 @@ class HostStateStore(ParkedStateStore):
         available = self.machine.host_bytes().available
         if self.pin_memory and self.total_bytes() > LOCKED_SHARE * available:
             logger.warning(
-                "the optimizer states need %.1f GB of host memory and %.1f GB are free: they are not page-locked, and the "
+                "the optimizer states need %.1f GB of host memory and %.1f GB are free: they are not page-locked, "
+                "and the "
                 'step waits for their copies; a compact "hift.state.codec" needs less',
                 self.total_bytes() / 1e9, available / 1e9,
             )  # fmt: skip

@@ -58,9 +58,7 @@ class PageLockedMemory:
         if fits:
             at = min(fits, key=lambda i: self._rests[i].numel())
         else:
-            self._rests.append(
-                self._new(max(self._slab_bytes, 1 << (num_bytes - 1).bit_length() if num_bytes else 0))
-            )
+            self._rests.append(self._new(max(self._slab_bytes, 1 << (num_bytes - 1).bit_length() if num_bytes else 0)))
             at = len(self._rests) - 1
         return self._cut(at, num_bytes).view(dtype)
 
@@ -82,7 +80,8 @@ class PageLockedMemory:
             except RuntimeError as error:  # no memory, or a limit on what may be locked (ulimit -l)
                 self.exhausted = True
                 logger.warning(
-                    "the system page-locks no more than the %.1f GB that it has (%s): the rest is ordinary memory, whose "
+                    "the system page-locks no more than the %.1f GB that it has (%s): the rest is ordinary memory, "
+                    "whose "
                     'copies the step waits for; a compact "hift.state.codec" needs less',
                     self.num_bytes / 1e9, str(error).splitlines()[0],
                 )  # fmt: skip

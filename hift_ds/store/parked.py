@@ -4,8 +4,8 @@ A slot is a run of bytes on the update device that holds one chunk at a time. Wi
 allocated once; while one group computes, its predecessor leaves its slot and its successor arrives. One slot
 serves: states are needed in the update only, so the old group leaves and the new one arrives between two
 updates. With two, both directions run at once. Where groups are cut into slices, the slots are a ring: filled ahead
-with the first slices of the next group, and each again as soon as its slice has left. Without prefetch a slot exists from ``fetch`` to ``evict`` and
-every copy is waited for.
+with the first slices of the next group, and each again as soon as its slice has left. Without prefetch a slot exists
+from ``fetch`` to ``evict`` and every copy is waited for.
 
 A slot is written back when another chunk is announced, not before: a group that is updated several times in a
 row (a turn of several steps, a model of one group) stays where it is.
@@ -187,9 +187,7 @@ class ParkedStateStore(EncodedStateStore):
         whose write-back ends first."""
         if len([slot for slot in self._slots if slot.lasting]) < self.num_slots:
             self._slots.append(Slot(self._new_memory(0)))
-        free = [
-            slot for slot in self._slots if slot.lasting and not slot.fetched and slot.chunk not in keeping
-        ]
+        free = [slot for slot in self._slots if slot.lasting and not slot.fetched and slot.chunk not in keeping]
         return min(free, key=lambda slot: (slot.chunk is not None, slot.last_fetch), default=None)
 
     def _passing_slot(self) -> Slot:
@@ -213,9 +211,7 @@ class ParkedStateStore(EncodedStateStore):
         if not slot.dirty or slot.fetched:
             return
         chunk, memory = slot.chunk, slot.memory[: self.num_bytes(slot.chunk)]
-        slot.departure = self._departures[chunk] = self.mover.submit(
-            OUT, lambda: self._copy_out(chunk, memory)
-        )
+        slot.departure = self._departures[chunk] = self.mover.submit(OUT, lambda: self._copy_out(chunk, memory))
         slot.dirty = False
         self.traffic.add(bytes_out=memory.numel())
 

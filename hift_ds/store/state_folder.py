@@ -47,8 +47,7 @@ class StateFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             raise StateStoreError(
-                f'"hift.state.path": {str(self.parent)!r} is not a folder that this process can write: '
-                f"{error.strerror}"
+                f'"hift.state.path": {str(self.parent)!r} is not a folder that this process can write: {error.strerror}'
             ) from None
         self._remove = weakref.finalize(self, _remove, self.folder, lock, os.getpid())
 

@@ -1,4 +1,5 @@
-"""Is there room on disk for what a run will leave? Counted and said before the first step, not found out hours later."""
+"""Is there room on disk for what a run will leave? Counted and said before the first step, not found out hours
+later."""
 
 from __future__ import annotations
 
@@ -44,17 +45,11 @@ class DiskRoomCallback(TrainerCallback):
         each = self._get_engine().checkpointer.num_bytes()
         if self._weights_twice:
             each += sum(t.numel() * t.element_size() for t in model.state_dict().values())
-        every = (
-            math.ceil(args.save_steps)
-            if args.save_steps >= 1
-            else math.ceil(args.save_steps * state.max_steps)
-        )
+        every = math.ceil(args.save_steps) if args.save_steps >= 1 else math.ceil(args.save_steps * state.max_steps)
         left = max(state.max_steps - state.global_step, 0)
         saves = math.ceil(left / every) if args.save_strategy == "steps" else 1
         count = checkpoints_at_once(saves, args.save_total_limit, bool(args.load_best_model_at_end))
-        on_all_ranks(
-            lambda: self._check(Path(args.output_dir), each, count, args.should_save), CheckpointError
-        )
+        on_all_ranks(lambda: self._check(Path(args.output_dir), each, count, args.should_save), CheckpointError)
 
     def _check(self, folder: Path, each: int, count: int, writes: bool) -> None:
         if not writes:
@@ -71,7 +66,8 @@ class DiskRoomCallback(TrainerCallback):
         if needed + (export if together else 0) > free:
             raise CheckpointError(
                 f"train.output_dir: {str(folder)!r} will need {what}{exported if together else ''} at a time, and "
-                f"{_gib(free)} are free: choose another folder, fewer of them (train.save_total_limit, train.save_steps) "
+                f"{_gib(free)} are free: choose another folder, fewer of them (train.save_total_limit, "
+                f"train.save_steps) "
                 "or a smaller form of the states"
             )
         if not together and export > (free := shutil.disk_usage(there).free):

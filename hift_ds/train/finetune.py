@@ -87,7 +87,8 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]
         checkpoints = _agree_on_checkpoints(checkpoints, damage)
         if results := gather(_results_of_finished(run, checkpoints))[0]:
             say(
-                f"{run.output_dir} is complete: {results['steps']} steps, exported to {run.export_dir}; nothing is left to do "
+                f"{run.output_dir} is complete: {results['steps']} steps, exported to {run.export_dir}; nothing is "
+                f"left to do "
                 "(raise train.max_steps or train.epochs to go on)"
             )
             return results
@@ -100,9 +101,7 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]
     settle_group_size(checked, arguments, len(data.train), bool(checkpoints), say)
     model = on_all_ranks(lambda: _load_model(checked, arguments))
 
-    on_all_ranks(
-        lambda: check_files_can_be_written(model, tokenizer) if arguments.process_index == 0 else None
-    )
+    on_all_ranks(lambda: check_files_can_be_written(model, tokenizer) if arguments.process_index == 0 else None)
     restore_cache = turn_cache_off(model.config)
     trainer = build_trainer(checked, arguments, model, tokenizer, data)
     settings = settings_of(run, arguments.deepspeed, model.config.to_dict(), fingerprint(data.train))
@@ -176,9 +175,7 @@ def _agree_on_checkpoints(checkpoints: list[Path], damage: list[str]) -> list[Pa
         *(f"{folder} is not on every node" for folder in checkpoints if folder not in everywhere),
     ]
     if damage and rank_and_world_size()[0] == 0:
-        logger.warning(
-            "%s; going on from %s", "; ".join(damage), everywhere[0] if everywhere else "the beginning"
-        )
+        logger.warning("%s; going on from %s", "; ".join(damage), everywhere[0] if everywhere else "the beginning")
     return everywhere
 
 
@@ -322,9 +319,7 @@ def _unreadable(folder: Path, error: Exception) -> CheckpointError:
         if refused
         else f"is damaged ({(reason or ['it is empty'])[0]})"
     )
-    return CheckpointError(
-        f"{folder}: a file with states in it {why}; remove the folder to go on from an earlier one"
-    )
+    return CheckpointError(f"{folder}: a file with states in it {why}; remove the folder to go on from an earlier one")
 
 
 def _summary(trainer: Any, output: Any) -> dict[str, Any]:
@@ -399,9 +394,7 @@ def _write_export(checked: CheckedRun, model: Any, tensors: Any, tokenizer: Any)
         tensors=tensors,
         tokenizer=tokenizer,
         max_shard_size=run.export.max_shard_size,
-        dtype=tensor_dtypes(checked.model.path)
-        if run.export.dtype == "auto"
-        else torch_dtype(checked.export_dtype),
+        dtype=tensor_dtypes(checked.model.path) if run.export.dtype == "auto" else torch_dtype(checked.export_dtype),
     )
     record_movement(run.output_dir, checked.model.path, run.export_dir, model)
     plot_run(run.output_dir)

@@ -1,8 +1,8 @@
 """How many units a layer group gets where the run file does not say: enough turns for each group, within the memory.
 
 Each step trains one of k groups, so a run of S steps gives each S / k turns. Few turns cost what is learned
-(docs/group_size.md has the measurements behind the numbers here); large groups cost memory, and nothing else as long as the
-link keeps up, which the line about transfers at the start of a run says.
+(docs/group_size.md has the measurements behind the numbers here); large groups cost memory, and nothing else as long as
+the link keeps up, which the line about transfers at the start of a run says.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from hift_ds.train.preflight import CheckedRun
 
 ENOUGH_TURNS = 16  # where SmolLM2-135M's held-out loss was that of full fine-tuning
 FEWEST_GROUPS = 4  # below, little is saved
-DEVICE_SHARE = (
-    0.75  # of the device for weights, one group's gradients and states; the rest is for activations
-)
+DEVICE_SHARE = 0.75  # of the device for weights, one group's gradients and states; the rest is for activations
 _MASTER, _MOMENTS = 4, 8  # bytes a weight, AdamW's
 
 
@@ -43,11 +41,7 @@ class Choice:
         given = f"group size {self.group_size}: {self.num_groups} layer groups, {turns:.1f} turns each"
         if turns >= ENOUGH_TURNS:
             return f"{given} in {self.num_steps} steps"
-        why = (
-            "a longer run learns more"
-            if self.fits_more
-            else "larger groups would not fit; a longer run learns more"
-        )
+        why = "a longer run learns more" if self.fits_more else "larger groups would not fit; a longer run learns more"
         return f"{given} in {self.num_steps} steps ({why}; docs/group_size.md)"
 
 
@@ -112,9 +106,7 @@ def num_steps(checked: CheckedRun, num_rows: int) -> int:
 
 def _groups_by_size(checked: CheckedRun) -> list[list[int]]:
     trust = checked.run.model.trust_remote_code
-    model = build_on_meta(
-        read_config(str(checked.model.path), trust_remote_code=trust), trust_remote_code=trust
-    )
+    model = build_on_meta(read_config(str(checked.model.path), trust_remote_code=trust), trust_remote_code=trust)
     first = [group.numel for group in partition_model(model).groups]
     sizes = range(2, len(first) // FEWEST_GROUPS + 2)
     return [first, *([g.numel for g in partition_model(model, group_size=size).groups] for size in sizes)]

@@ -106,9 +106,7 @@ class PreemptionCallback(TrainerCallback):
         self.stopped_by = None
         self._stop = StopRequest(args.device).__enter__()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self._stop is not None
         self.stopped_by = self._stop.agreed()
         if self.stopped_by is not None:

@@ -123,17 +123,13 @@ def _check_output(run: RunConfig) -> None:
             "for a pattern when it looks for a checkpoint to resume from; choose another folder"
         )
     for key, folder in (("train.output_dir", run.output_dir), ("export.dir", run.export_dir)):
-        existing = next(
-            parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.exists(parent)
-        )
+        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.exists(parent))
         if not existing.is_dir():
             raise ConfigError(f"{key}: {str(existing)!r} is a file, expected a folder")
         if not os.access(existing, os.W_OK):
             raise ConfigError(f"{key}: no permission to write into {str(existing)!r}")
     if run.train.resume not in ("auto", "never") and not Path(run.train.resume).expanduser().is_dir():
-        raise ConfigError(
-            f"train.resume: expected auto, never or a checkpoint's folder, got {run.train.resume!r}"
-        )
+        raise ConfigError(f"train.resume: expected auto, never or a checkpoint's folder, got {run.train.resume!r}")
 
 
 def _check_optimizer(block: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The processes of a job on one machine: they begin together and none outlives another.
 
-``hift-ds train`` is the parent of its ranks (:class:`RankProcesses`). A rank that dies takes the others with it, and the
-parent says which one it was, in which step, and what to go on from. A parent that dies takes its ranks with it
+``hift-ds train`` is the parent of its ranks (:class:`RankProcesses`). A rank that dies takes the others with it, and
+the parent says which one it was, in which step, and what to go on from. A parent that dies takes its ranks with it
 (:func:`end_with_launcher`), killed with SIGKILL too, whether it is ours or DeepSpeed's. What a rank is doing stands in
 a file that it shares with its parent (:class:`ProgressNotes`), since a killed process says nothing.
 """
@@ -60,11 +60,7 @@ class FirstEnd:
 
     def describe(self) -> str:
         name = signal.Signals(-self.code).name
-        why = (
-            " (the system kills processes so when host memory is full)"
-            if -self.code == signal.SIGKILL
-            else ""
-        )
+        why = " (the system kills processes so when host memory is full)" if -self.code == signal.SIGKILL else ""
         return f"rank {self.rank} was killed by {name}{why} {self.doing or 'before its first step'}"
 
 
@@ -77,9 +73,7 @@ class RankProcesses:
         progress_file: new, for their notes.
     """
 
-    def __init__(
-        self, command: Sequence[str], environments: Sequence[Mapping[str, str]], progress_file: Path
-    ) -> None:
+    def __init__(self, command: Sequence[str], environments: Sequence[Mapping[str, str]], progress_file: Path) -> None:
         self._notes = ProgressNotes(progress_file)
         ours = {PROGRESS_FILE: str(progress_file), PARENT: str(os.getpid())}
         self._processes = [
@@ -122,8 +116,8 @@ class RankProcesses:
 def end_with_launcher() -> None:
     """From now on this process is killed as soon as the one that launched it is gone, however that ended.
 
-    Only launchers that live as long as their job count: ``hift-ds train``, DeepSpeed's, torchrun. Linux; elsewhere nothing
-    happens.
+    Only launchers that live as long as their job count: ``hift-ds train``, DeepSpeed's, torchrun. Linux; elsewhere
+    nothing happens.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -138,19 +132,16 @@ def end_with_launcher() -> None:
 
 
 def bind_to_device(local_rank: int, sys_root: Path = Path("/sys")) -> set[int] | None:
-    """Run on the cores beside this rank's GPU, so that host memory for its states is taken there: page-locked memory at the
-    other socket halves the link. Before other threads begin; ACCELERATE_CPU_AFFINITY and a narrower affinity are obeyed.
+    """Run on the cores beside this rank's GPU, so that host memory for its states is taken there: page-locked memory at
+    the other socket halves the link. Before other threads begin; ACCELERATE_CPU_AFFINITY and a narrower affinity are
+    obeyed.
 
     Returns:
         The cores; None where nothing was changed (no GPU, one NUMA node, or a system that does not tell).
     """
     import torch
 
-    if (
-        not torch.cuda.is_available()
-        or "ACCELERATE_CPU_AFFINITY" in os.environ
-        or not hasattr(os, "sched_setaffinity")
-    ):
+    if not torch.cuda.is_available() or "ACCELERATE_CPU_AFFINITY" in os.environ or not hasattr(os, "sched_setaffinity"):
         return None
     found = torch.cuda.get_device_properties(local_rank)
     numbers = [getattr(found, name, None) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")]
@@ -185,7 +176,8 @@ def _launchers_above(pid: int) -> list[int]:
 
 
 def _is_launcher(command_line: bytes) -> bool:
-    """Whether a command line is that of a Python that runs a launcher, not of a shell script that happens to start one."""
+    """Whether a command line is that of a Python that runs a launcher, not of a shell script that happens to start
+    one."""
     words = command_line.split(b"\0")[:8]
     if b"python" not in os.path.basename(words[0]):
         return False

@@ -1,8 +1,8 @@
 """What a checkpoint was saved with, beside it, and what becomes of each setting that is another when a run goes on.
 
-Nothing that differs is passed over: a setting is refused, kept as the checkpoint has it with a line, or changed from here
-on with a line. ``RULES`` says which, for every key of the run file (a test walks over them). The ``"hift"`` block is the
-engine's to compare (``engine/loading.py``).
+Nothing that differs is passed over: a setting is refused, kept as the checkpoint has it with a line, or changed from
+here on with a line. ``RULES`` says which, for every key of the run file (a test walks over them). The ``"hift"`` block
+is the engine's to compare (``engine/loading.py``).
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ RULES: dict[str, tuple[str, str]] = {
     "model config": (CHANGED, "the model computes something else"),
 }  # fmt: skip
 
-# Settings that the run file and the DeepSpeed JSON can both make: compared as they were resolved, named as in the run file.
+# Settings that the run file and the DeepSpeed JSON can both make: compared as they were resolved, named as in the run
+# file.
 RESOLVED = {
     "optimizer.type": "train.optimizer",
     "optimizer.params.lr": "train.learning_rate",
@@ -139,13 +140,10 @@ def settings_of(
         deepspeed: the resolved config.
         data: from :func:`fingerprint`.
     """
-    config = {
-        key: value
-        for key, value in model_config.items()
-        if key not in _NOT_THE_MODEL and "attn_impl" not in key
-    }
+    config = {key: value for key, value in model_config.items() if key not in _NOT_THE_MODEL and "attn_impl" not in key}
     content = {
-        "run": run.model_dump(mode="json"), "deepspeed": dict(deepspeed), "model config": config, "training data": dict(data)
+        "run": run.model_dump(mode="json"), "deepspeed": dict(deepspeed), "model config": config,
+        "training data": dict(data),
     }  # fmt: skip
     return json.loads(json.dumps(content, default=str))
 

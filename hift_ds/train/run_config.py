@@ -128,8 +128,7 @@ class TrainConfig(Section):
     def _agree(self) -> TrainConfig:
         if self.warmup_ratio and self.warmup_steps:
             raise ValueError(
-                f"warmup_ratio: {self.warmup_ratio} and warmup_steps: {self.warmup_steps} both given; "
-                "remove one"
+                f"warmup_ratio: {self.warmup_ratio} and warmup_steps: {self.warmup_steps} both given; remove one"
             )
         if self.auto_find_batch_size and self.global_batch_size is not None:
             raise ValueError(

@@ -80,9 +80,7 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False)
             continue
         key = loader.construct_object(key_node, deep=True)
         if isinstance(key, str) and key in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {key!r} is given twice", key_node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
         seen.add(key if isinstance(key, str) else None)
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
@@ -128,15 +126,11 @@ def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[s
         key, equals, text = override.partition("=")
         parts = key.split(".")
         if not equals or not all(parts):
-            raise ConfigError(
-                f"override {override!r}: expected section.key=value, such as train.learning_rate=1e-5"
-            )
+            raise ConfigError(f"override {override!r}: expected section.key=value, such as train.learning_rate=1e-5")
         try:
             value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
         except yaml.YAMLError as error:
-            raise ConfigError(
-                f"override {override!r}: the value is not valid YAML: {_problem(error)}"
-            ) from None
+            raise ConfigError(f"override {override!r}: the value is not valid YAML: {_problem(error)}") from None
         place = content
         for index, part in enumerate(parts[:-1]):
             below = place.get(part)
@@ -152,9 +146,7 @@ def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[s
     return origin
 
 
-def explain(
-    error: ValidationError, model: type[BaseModel], file: Path, overridden: Mapping[str, str]
-) -> ConfigError:
+def explain(error: ValidationError, model: type[BaseModel], file: Path, overridden: Mapping[str, str]) -> ConfigError:
     """The first complaint of pydantic as one line: where, key, what was given, what is expected."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"] if part in _names(model) or isinstance(part, int)]
@@ -171,9 +163,7 @@ def explain(
         return ConfigError(f"{file}: {key}: this key is required")
     if kind == "value_error":
         message = first["msg"].removeprefix("Value error, ")
-        if message.startswith(
-            (f"{key}:", f"{key}.")
-        ):  # parts with a check of their own name the key themselves
+        if message.startswith((f"{key}:", f"{key}.")):  # parts with a check of their own name the key themselves
             return ConfigError(f"{where}: {message}")
         return ConfigError(f"{where}: {key}: {message.removeprefix(key.rpartition('.')[2] + ': ')}")
     return ConfigError(f"{where}: {key}: expected {_expected(first)}, got {given!r}")

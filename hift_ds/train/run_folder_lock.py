@@ -48,7 +48,8 @@ class RunFolderLock:
             owner = _read_owner(self._handle)
             self.release()
             raise ConfigError(
-                f"train.output_dir: {str(folder)!r} is in use by another run ({owner}); wait for it, stop it, or choose "
+                f"train.output_dir: {str(folder)!r} is in use by another run ({owner}); wait for it, stop it, or "
+                f"choose "
                 "another folder"
             ) from None
         _write_owner(self._handle)

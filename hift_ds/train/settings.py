@@ -79,9 +79,7 @@ def resolve(run: RunConfig, world_size: int) -> Settings:
             out; an unknown key or a wrong value in the "hift" block.
     """
     written = read_deepspeed(run)
-    return Settings(
-        run, world_size, written, _batch_sizes(run, written, world_size), _hift_block(run, written)
-    )
+    return Settings(run, world_size, written, _batch_sizes(run, written, world_size), _hift_block(run, written))
 
 
 def _batch_sizes(run: RunConfig, ds: Mapping[str, Any], world_size: int) -> BatchSizes:
@@ -103,11 +101,7 @@ def _batch_sizes(run: RunConfig, ds: Mapping[str, Any], world_size: int) -> Batc
         return BatchSizes(micro, accumulation, total)
     one = (micro or accumulation or 1) * world_size
     if total % one:
-        name = (
-            "gradient_accumulation_steps"
-            if micro is None and accumulation is not None
-            else "micro_batch_size"
-        )
+        name = "gradient_accumulation_steps" if micro is None and accumulation is not None else "micro_batch_size"
         below = total // one * one
         nearest = f"{below} or {below + one}" if below else f"{one}"
         raise ConfigError(
@@ -162,8 +156,7 @@ def resolve_max_length(run: RunConfig, limit: int | None) -> int:
         return min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
     if limit is not None and wanted > limit:
         raise ConfigError(
-            f"data.max_length: {wanted} is longer than the {limit} positions that the model in "
-            f"{run.model.path!r} has"
+            f"data.max_length: {wanted} is longer than the {limit} positions that the model in {run.model.path!r} has"
         )
     return wanted
 
@@ -268,7 +261,8 @@ def _check_finding_a_batch(ds: Mapping[str, Any], world_size: int) -> None:
     """Where a smaller batch can be tried."""
     if world_size > 1:
         raise ConfigError(
-            f"train.auto_find_batch_size: true on {world_size} ranks: one that runs out of memory would leave the others "
+            f"train.auto_find_batch_size: true on {world_size} ranks: one that runs out of memory would leave the "
+            f"others "
             "waiting; find the size on one rank, or with hift-ds estimate"
         )
     if ds["zero_optimization"].get("stage", 0) == 3:
@@ -300,9 +294,7 @@ def _agreed(run: RunConfig, key: str, ds: Mapping[str, Any], ds_key: str, ds_nam
     if theirs in _AUTO:
         return ours
     if run.is_given(key) and ours is not None and ours != theirs:
-        raise ConfigError(
-            f'{key}: {ours}, but "{ds_name or ds_key}" is {theirs} in the DeepSpeed config; change one'
-        )
+        raise ConfigError(f'{key}: {ours}, but "{ds_name or ds_key}" is {theirs} in the DeepSpeed config; change one')
     return theirs
 
 

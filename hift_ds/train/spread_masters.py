@@ -1,4 +1,5 @@
-"""The trained weights of a run whose nodes keep their checkpoints to themselves: each has its own ranks' masters only."""
+"""The trained weights of a run whose nodes keep their checkpoints to themselves: each has its own ranks' masters
+only."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from hift_ds.store.base import MASTER
 
 
 def gathered_weights(saved: SavedCheckpoint) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every weight on the first rank, where there are masters their fp32 values; empty tensors elsewhere.
+    """(name, tensor) of every weight on the first rank, where there are masters their fp32 values; empty tensors
+    elsewhere.
 
     A collective: every rank must exhaust it. Memory: one weight, on the first rank in fp32 and once more in pieces.
 

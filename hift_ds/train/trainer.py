@@ -52,7 +52,8 @@ class _RefusesToGoBack:
     def has_no_step_left(self, done: int, steps: int) -> None:
         if done > steps:
             raise ConfigError(
-                f"the run ends at step {steps} (train.max_steps, train.epochs), but {self._resumed_from} has done {done}; "
+                f"the run ends at step {steps} (train.max_steps, train.epochs), but {self._resumed_from} has done "
+                f"{done}; "
                 "raise it, or choose another train.output_dir"
             )
 
@@ -115,9 +116,7 @@ def build_trainer(
     trainer.add_callback(NotesProgress(lambda: trainer.model_wrapped))
     if cls is GroupTrainer:
         train = checked.run.train
-        watchdog = WatchdogCallback(
-            lambda: trainer.engine, train.on_divergence, hang_timeout_s=train.hang_timeout_s
-        )
+        watchdog = WatchdogCallback(lambda: trainer.engine, train.on_divergence, hang_timeout_s=train.hang_timeout_s)
         trainer.add_callback(watchdog)
     return trainer
 
@@ -130,9 +129,7 @@ def make_arguments(checked: CheckedRun, *, fresh: bool) -> TrainingArguments:
     """Args: fresh: the run begins at step 0."""
     options = deepcopy(dict(checked.arguments))
     if checked.run.hift is False and options["deepspeed"]["zero_optimization"].get("stage", 0) == 3:
-        raise ConfigError(
-            'hift: false with "zero_optimization.stage": 3 in the DeepSpeed config: use stage 0, 1 or 2'
-        )
+        raise ConfigError('hift: false with "zero_optimization.stage": 3 in the DeepSpeed config: use stage 0, 1 or 2')
     if checked.run.hift is False and options["deepspeed"]["optimizer"]["type"].lower() in ("adam", "adamw"):
         # DeepSpeed would compile its own.
         options["deepspeed"]["optimizer"]["params"].setdefault("torch_adam", True)

@@ -116,10 +116,7 @@ class DivergenceGuard:
         if self.max_norm_ratio and len(earlier) >= _NORMS_NEEDED:
             usual = statistics.median(earlier)
             if norm > self.max_norm_ratio * usual > 0:
-                return (
-                    f"the gradient norm is {norm:.3g}, {norm / usual:.0f} times this group's usual "
-                    f"{usual:.3g}"
-                )
+                return f"the gradient norm is {norm:.3g}, {norm / usual:.0f} times this group's usual {usual:.3g}"
         return None
 
     def _saw_overflow(self) -> None:
@@ -140,9 +137,7 @@ class DivergenceGuard:
 class _GuardedScaler:
     """The loss scaler, asked as ever whether to leave a step out, with one more reason to do so."""
 
-    def __init__(
-        self, scaler: LossScaler, refuses: Callable[[float], bool], saw_overflow: Callable[[], None]
-    ) -> None:
+    def __init__(self, scaler: LossScaler, refuses: Callable[[float], bool], saw_overflow: Callable[[], None]) -> None:
         self._scaler = scaler
         self._refuses = refuses
         self._saw_overflow = saw_overflow
@@ -246,9 +241,7 @@ class WatchdogCallback(TrainerCallback):
         if self._hang is not None:
             self._hang.beat()
 
-    on_step_begin = on_substep_end = on_prediction_step = on_evaluate = on_save = on_log = on_epoch_begin = (
-        _beat
-    )
+    on_step_begin = on_substep_end = on_prediction_step = on_evaluate = on_save = on_log = on_epoch_begin = _beat
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._end()
@@ -285,9 +278,7 @@ def lost_rank_error(error: BaseException, engine: Any) -> TrainingError | None:
     """The one line for an error that says that another rank is gone (its process died, its node went away, it
     hung until the collective's timeout); ``None`` for any other error."""
     text = str(error)
-    lost = isinstance(error, dist.DistNetworkError | dist.DistStoreError) or any(
-        word in text for word in _LOST_WORDS
-    )
+    lost = isinstance(error, dist.DistNetworkError | dist.DistStoreError) or any(word in text for word in _LOST_WORDS)
     if not isinstance(error, RuntimeError) or not lost:
         return None
     return TrainingError(
@@ -340,8 +331,4 @@ def _innermost_line(thread: int) -> str:
         if f"{os.sep}torch{os.sep}" not in name and not name.endswith(("contextlib.py", "threading.py")):
             return f"{os.path.basename(name)}:{frame.f_lineno} ({frame.f_code.co_name})"
         frame = frame.f_back
-    return (
-        "the end of the program"
-        if innermost is None
-        else f"{innermost.f_code.co_filename}:{innermost.f_lineno}"
-    )
+    return "the end of the program" if innermost is None else f"{innermost.f_code.co_filename}:{innermost.f_lineno}"

@@ -2,7 +2,8 @@
 
     RUN.yaml [section.key=value ...] [--local_rank N]
 
-launch/multi_node.sh gives all of that as ``--encoded=`` and the base64 of a JSON list, which no shell changes on the way.
+launch/multi_node.sh gives all of that as ``--encoded=`` and the base64 of a JSON list, which no shell changes on the
+way.
 
 The first rank speaks for all. An error of the user's is one line and exit code 2.
 """
@@ -81,9 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     argv = [word for given in argv for word in _decoded(given)]
     parser = OneLineParser(prog=PROG, description="Fine-tune as a run file says; started once per rank.")
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, default=None, help="given by some launchers"
-    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help="given by some launchers")
     parser.add_argument("run_file", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_args(argv)

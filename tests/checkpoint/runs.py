@@ -56,10 +56,7 @@ def advance(engine, start: int, stop: int, rank: int = 0, world_size: int = 1, o
 
 
 def whole_weights(engine) -> dict[str, Tensor]:
-    return {
-        n: engine.optimizer.parameters.whole_weight(p).cpu().clone()
-        for n, p in engine.module.named_parameters()
-    }
+    return {n: engine.optimizer.parameters.whole_weight(p).cpu().clone() for n, p in engine.module.named_parameters()}
 
 
 def end_of(engine, losses: list[float]) -> End:
@@ -102,10 +99,7 @@ def assert_same_end(resumed: End, expected: End, tolerance: float = 0.0) -> None
         assert resumed.losses == expected.losses[-len(resumed.losses) :]
         assert resumed.facts == expected.facts
     else:
-        assert (
-            resumed.facts["cursor"] == expected.facts["cursor"]
-            and resumed.facts["lr"] == expected.facts["lr"]
-        )
+        assert resumed.facts["cursor"] == expected.facts["cursor"] and resumed.facts["lr"] == expected.facts["lr"]
 
 
 def interrupted_and_whole(case: Case, folder, rank: int = 0, world_size: int = 1) -> None:

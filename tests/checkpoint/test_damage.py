@@ -198,9 +198,7 @@ def test_a_full_disk_says_so_and_keeps_the_previous_checkpoint(small_disk, async
 
 def test_a_full_disk_is_an_error_by_default(engine, small_disk):
     (small_disk / "other people's data").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 20_000))
-    with pytest.raises(
-        CheckpointError, match=r"no space left for a checkpoint in .*small .*GiB free.*free some"
-    ):
+    with pytest.raises(CheckpointError, match=r"no space left for a checkpoint in .*small .*GiB free.*free some"):
         engine.save_checkpoint(small_disk)
     assert [p.name for p in small_disk.iterdir()] == ["other people's data"]
 
@@ -249,9 +247,7 @@ def test_client_states_come_back_as_they_were(engine, tmp_path):
     for key in ("tuple", "infinite", "by_int", ""):
         assert loaded[key] == state[key] and type(loaded[key]) is type(state[key])
     assert loaded["scalar"].dtype == torch.int8 and loaded["scalar"] == 2
-    assert torch.equal(loaded["tensor"], state["tensor"]) and torch.equal(
-        loaded["nested"]["t"][0], torch.ones(2)
-    )
+    assert torch.equal(loaded["tensor"], state["tensor"]) and torch.equal(loaded["nested"]["t"][0], torch.ones(2))
 
 
 def test_saving_between_backward_and_step_is_refused(engine, tmp_path):
@@ -282,10 +278,8 @@ def save_with_a_failing_rank(folder: str, asynchronous: bool) -> None:
         rmtree = shutil.rmtree
         if asynchronous and rank == failing == 0:
             # The other rank's file appears while this one clears up: the folder is not empty, and stays.
-            shutil.rmtree = lambda *args, **kwargs: setattr(shutil, "rmtree", rmtree)
-        with pytest.raises(
-            CheckpointError, match=rf"rank {failing}: .*no space left|rank 0: rank 1: .*no space left"
-        ):
+            shutil.rmtree = lambda *_, real=rmtree, **__: setattr(shutil, "rmtree", real)
+        with pytest.raises(CheckpointError, match=rf"rank {failing}: .*no space left|rank 0: rank 1: .*no space left"):
             engine.save_checkpoint(folder)
             engine.wait_for_checkpoint()
         if rank == failing:
@@ -328,9 +322,7 @@ def save_on_two_nodes(folder: str) -> None:
     shared = Case(ds_config()).engine(seed=0)
     advance(shared, 0, 2, rank, 2)
     staging.VISIBLE_AFTER_S = 0.3
-    with pytest.raises(
-        CheckpointError, match=r"rank 1: .*not the same folder on all nodes.*use_node_local_storage"
-    ):
+    with pytest.raises(CheckpointError, match=r"rank 1: .*not the same folder on all nodes.*use_node_local_storage"):
         shared.save_checkpoint(here)
     assert not here.exists() or not list(here.iterdir())
 
@@ -350,9 +342,7 @@ def save_on_two_nodes(folder: str) -> None:
     }
     expected = everything(engine)
     advance(engine, 5, 7, rank, 2)
-    assert Path(engine.load_checkpoint(here)[0]) == here / "global_step5" and same(
-        everything(engine), expected
-    )
+    assert Path(engine.load_checkpoint(here)[0]) == here / "global_step5" and same(everything(engine), expected)
 
     if rank == 1:  # this node was killed between the other's rename and its own
         shutil.rmtree(here / "global_step5")
@@ -400,9 +390,7 @@ def test_a_manifest_is_of_regular_files_in_its_folder(engine, two_saves, name):
     (folder / "link").symlink_to("/dev/zero")
     rewrite_manifest(folder, name, {"num_bytes": 0, "crc32": "00000000"})
     before = everything(engine)
-    with pytest.raises(
-        CheckpointError, match=r"not a file of the folder|not a regular file|a link to a file outside"
-    ):
+    with pytest.raises(CheckpointError, match=r"not a file of the folder|not a regular file|a link to a file outside"):
         engine.load_checkpoint(two_saves, tag="global_step5")
     assert same(everything(engine), before)
     loaded, _ = engine.load_checkpoint(two_saves)

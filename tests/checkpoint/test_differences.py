@@ -61,9 +61,7 @@ def whole_states(engine):
         key, _, bounds = rest.partition("[")
         start = int(bounds.split(":")[0]) if bounds else 0
         joined.setdefault((param, key), []).append((start, tensor.reshape(-1)))
-    return {
-        key: torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])]) for key, parts in joined.items()
-    }
+    return {key: torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])]) for key, parts in joined.items()}
 
 
 # -- another model ---------------------------------------------------------------------------------
@@ -168,9 +166,7 @@ def test_another_place_for_states_is_exact(tmp_path, block):
 def test_another_optimizer(tmp_path):
     saved = save(Case(ds_config(bf16=BF16)), tmp_path)
     case = Case(ds_config(optimizer="Adafactor", bf16=BF16))
-    with pytest.raises(
-        CheckpointError, match=r"states of torch.optim.AdamW, the run uses torch.optim.Adafactor"
-    ):
+    with pytest.raises(CheckpointError, match=r"states of torch.optim.AdamW, the run uses torch.optim.Adafactor"):
         load(case, tmp_path)
     engine = load(case, tmp_path, load_optimizer_states=False)
     same_tensors(whole_weights(engine), whole_weights(saved))
@@ -185,12 +181,11 @@ def test_another_optimizer(tmp_path):
 def test_other_options_are_the_checkpoints_and_said(tmp_path, caplog):
     save(Case(ds_config(params={"weight_decay": 0.25, "betas": [0.8, 0.9]})), tmp_path).destroy()
     engine, lines = load(Case(ds_config(params={"weight_decay": 0.5})), tmp_path, caplog)
-    assert lines == [
-        "checkpoint: param_groups[0].weight_decay: 0.25 -> 0.5: going on with the checkpoint's values"
-    ]
-    assert engine.optimizer.param_groups[0]["weight_decay"] == 0.25 and engine.optimizer.param_groups[0][
-        "betas"
-    ] == (0.8, 0.9)
+    assert lines == ["checkpoint: param_groups[0].weight_decay: 0.25 -> 0.5: going on with the checkpoint's values"]
+    assert engine.optimizer.param_groups[0]["weight_decay"] == 0.25 and engine.optimizer.param_groups[0]["betas"] == (
+        0.8,
+        0.9,
+    )
     engine.destroy()
 
 
@@ -199,10 +194,7 @@ def test_a_fresh_learning_rate_schedule(tmp_path):
     save(Case(ds_config(scheduler=warmup)), tmp_path).destroy()
     engine = load(Case(ds_config(scheduler=warmup)), tmp_path, load_lr_scheduler_states=False)
     fresh = Case(ds_config(scheduler=warmup)).engine(seed=7)
-    assert (
-        engine.lr_scheduler.state_dict() == fresh.lr_scheduler.state_dict()
-        and engine.get_lr() == fresh.get_lr()
-    )
+    assert engine.lr_scheduler.state_dict() == fresh.lr_scheduler.state_dict() and engine.get_lr() == fresh.get_lr()
     assert engine.global_steps == 8
     for one in (engine, fresh):
         one.destroy()
@@ -239,11 +231,7 @@ def test_module_only(tmp_path):
     saved = save(Case(ds_config(bf16=BF16)), tmp_path)
     engine = load(Case(ds_config(bf16=BF16)), tmp_path, load_module_only=True)
     same_tensors(whole_weights(engine), whole_weights(saved))
-    assert (
-        engine.global_steps == 0
-        and engine.schedule.cursor == Cursor()
-        and set(engine.coverage().values()) == {0}
-    )
+    assert engine.global_steps == 0 and engine.schedule.cursor == Cursor() and set(engine.coverage().values()) == {0}
     assert {key for _, key in whole_states(engine)} == {"master"}
     for one in (engine, saved):
         one.destroy()
@@ -297,8 +285,7 @@ def test_another_accumulation_drops_what_it_cannot_use(tmp_path, caplog):
     engine, lines = load(Case(ds_config(gas=2)), tmp_path, caplog)
     assert engine.global_steps == 2 and engine.micro_steps == 4
     assert lines == [
-        "checkpoint: saved in the middle of an accumulation that this run does not have: that step "
-        "starts over"
+        "checkpoint: saved in the middle of an accumulation that this run does not have: that step starts over"
     ]
     engine.destroy()
 

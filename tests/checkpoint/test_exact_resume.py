@@ -128,7 +128,8 @@ CASES = {
         ds_config(stage=3, hift={"checkpoint": ASYNC}), model=partly_frozen, at=(1, 5, 7)
     ),
     "in backward": Case(
-        ds_config(gas=3, bf16=BF16, hift={"update": "in_backward", "group_size": "all"}), num_micro_batches=27, at=(6, 16, 17)
+        ds_config(gas=3, bf16=BF16, hift={"update": "in_backward", "group_size": "all"}), num_micro_batches=27,
+        at=(6, 16, 17),
     ),
     "in backward, asynchronous, clipped by the last norm": Case(
         ds_config(

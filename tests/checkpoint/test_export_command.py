@@ -39,9 +39,7 @@ def test_weights_as_trained_reload_with_transformers(trained, tmp_path, inner):
     source, saved, weights, _ = trained
     shutil.copy(source / "config.json", saved / "config.json")
     assert main(["export", str(saved / inner), str(tmp_path / "out"), "--max-shard-size", "4KB"]) == 0
-    model, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype="auto", output_loading_info=True
-    )
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     for name, tensor in model.state_dict().items():
@@ -54,12 +52,8 @@ def test_auto_takes_the_inputs_dtype_and_fp32_the_masters(trained, tmp_path):
     arguments = ["export", str(saved), str(tmp_path / "out"), "--model", str(source)]
     for dtype in ("auto", "fp32"):
         assert main([*arguments, "--dtype", dtype]) == 0
-        exported = dict(
-            AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").named_parameters()
-        )
-        assert all(
-            torch.equal(exported[name].detach().flatten(), masters[name].flatten()) for name in masters
-        )
+        exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").named_parameters())
+        assert all(torch.equal(exported[name].detach().flatten(), masters[name].flatten()) for name in masters)
     assert main([*arguments, "--dtype", "bf16"]) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 

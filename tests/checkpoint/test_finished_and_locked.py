@@ -37,15 +37,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 # -- a finished run ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "more", [{}, {"hift": False, "deepspeed": None}], ids=["layer groups", "full fine-tuning"]
-)
+@pytest.mark.parametrize("more", [{}, {"hift": False, "deepspeed": None}], ids=["layer groups", "full fine-tuning"])
 def test_a_finished_run_started_again_changes_nothing(inputs, tmp_path, capsys, more):  # noqa: F811
     """Seven steps of four in an epoch: the loop of transformers would train the eighth."""
     out = tmp_path / "run"
-    file = write_run(
-        inputs, out, train__max_steps=7, train__save_steps=3, train__save_total_limit=None, **more
-    )
+    file = write_run(inputs, out, train__max_steps=7, train__save_steps=3, train__save_total_limit=None, **more)
     results = finetune(load_run_config(file))
     before, weights = contents(out), weights_in(out / "model")
     assert finetune(load_run_config(file)) == results
@@ -60,11 +56,7 @@ def test_a_finished_run_started_again_changes_nothing(inputs, tmp_path, capsys, 
     for name, weight in weights_in(out / "model").items():
         assert torch.equal(weight, weights[name]), name
     after = contents(out)
-    same = [
-        n
-        for n in before
-        if n.startswith("checkpoint-") or n in ("metrics.jsonl", "run.yaml", "coverage.json")
-    ]
+    same = [n for n in before if n.startswith("checkpoint-") or n in ("metrics.jsonl", "run.yaml", "coverage.json")]
     assert not [name for name in same if after[name] != before[name]]
     assert sorted(p.name for p in out.glob("checkpoint-*")) == [
         "checkpoint-3",

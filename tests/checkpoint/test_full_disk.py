@@ -69,9 +69,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(small_disk, tmp_path, ca
     whole = [out / f"checkpoint-{n}" for n in (8, 6, 2)]
     found, reasons = find_checkpoints(out, "auto")
     # Asynchronously checkpoint-2 was still being written when the disk became full.
-    assert (found, reasons) == (whole, []) or (
-        asynchronous and found == whole[:2] and "checkpoint-2" in reasons[0]
-    )
+    assert (found, reasons) == (whole, []) or (asynchronous and found == whole[:2] and "checkpoint-2" in reasons[0])
     assert "training goes on: " in caplog.text and "no space left for a checkpoint" in caplog.text
     assert "Traceback" not in caplog.text
     plain = make_trainer(tmp_path / "plain", **options)
@@ -82,9 +80,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(small_disk, tmp_path, ca
 
 def test_a_full_disk_ends_the_run_by_default(small_disk):
     out = small_disk / "run"
-    trainer = make_trainer(
-        out, callbacks=[Fill(small_disk, 4, 99, 0)], save_steps=2, gradient_accumulation_steps=1
-    )
+    trainer = make_trainer(out, callbacks=[Fill(small_disk, 4, 99, 0)], save_steps=2, gradient_accumulation_steps=1)
     with pytest.raises(CheckpointError, match="no space left for a checkpoint in .*GiB free"):
         trainer.train()
     assert checkpoints(out) == [2]  # nothing of the other stays
@@ -175,9 +171,6 @@ def test_the_words_of_torch_and_safetensors():
         pass
 
     assert refusal_of(SafetensorError("I/O error: No space left on device (os error 28)")).errno == 28
-    assert (
-        refusal_of(RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0")).errno
-        == 28
-    )
+    assert refusal_of(RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0")).errno == 28
     assert refusal_of(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert refusal_of(ConnectionResetError(104, "Connection reset by peer")) is None

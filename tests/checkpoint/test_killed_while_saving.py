@@ -59,8 +59,7 @@ def state_of(engine):
 
 def same(a, b) -> bool:
     tensors = all(
-        x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x)
-        for x, y in zip(a[:2], b[:2], strict=True)
+        x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) for x, y in zip(a[:2], b[:2], strict=True)
     )
     return tensors and a[2:] == b[2:]
 

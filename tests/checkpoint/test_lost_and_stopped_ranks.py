@@ -63,11 +63,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(launcher, tmp_path, ran
     assert job.output(0).count("stopped and saved; to go on: the same command") == 1
     assert "stopped and saved" not in job.output(1)
     stopped_at = int((tmp_path / "cut" / "latest").read_text().removeprefix("global_step"))
-    assert (
-        (tmp_path / "cut" / "step.0").read_text()
-        == (tmp_path / "cut" / "step.1").read_text()
-        == str(stopped_at)
-    )
+    assert (tmp_path / "cut" / "step.0").read_text() == (tmp_path / "cut" / "step.1").read_text() == str(stopped_at)
     resumed = launcher.run(loop, 2, str(tmp_path / "cut"), stopped_at + 4)[0]
     whole = launcher.run(loop, 2, str(tmp_path / "whole"), stopped_at + 4)[0]
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
@@ -134,9 +130,7 @@ def agree_as_if_on_gpus() -> tuple[list, list, bool]:
         mock.patch.object(dist, "all_gather_object", note_group),
     ):
         values = [ranks.gather(dist.get_rank()), ranks.gather("same")]
-    own_group = all(
-        group is used[0] and group is not None and group is not dist.group.WORLD for group in used
-    )
+    own_group = all(group is used[0] and group is not None and group is not dist.group.WORLD for group in used)
     assert [kwargs["backend"] for kwargs in made] == ["gloo"] and made[0]["timeout"] > timedelta(days=1)
     assert ranks.host_group() is None  # gloo's own
     return values, made, own_group
@@ -158,18 +152,12 @@ def test_a_lost_rank_and_other_errors_of_its_library():
         dist.DistNetworkError("x"),
         RuntimeError("[../third_party/gloo/pair.cc:589] Connection closed by peer [127.0.0.1]:1234"),
         dist.DistBackendError("NCCL communicator was aborted on rank 1."),
-        RuntimeError(
-            "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting"
-        ),
+        RuntimeError("ncclRemoteError: A call failed possibly due to a network error or a remote process exiting"),
     )
     for error in lost:
-        assert "another rank is gone or hangs, noticed in step 3 (group head)" in str(
-            lost_rank_error(error, engine)
-        )
+        assert "another rank is gone or hangs, noticed in step 3 (group head)" in str(lost_rank_error(error, engine))
     others = (
-        dist.DistBackendError(
-            "NCCL error: ncclUnhandledCudaError: Failed to CUDA calloc async 6 bytes; out of memory"
-        ),
+        dist.DistBackendError("NCCL error: ncclUnhandledCudaError: Failed to CUDA calloc async 6 bytes; out of memory"),
         RuntimeError("Tensors must be CUDA and dense for NCCL"),
         ValueError("Connection closed by peer"),
     )

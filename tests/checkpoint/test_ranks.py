@@ -52,9 +52,7 @@ def run_elastic(folder: str) -> list[str]:
     folder, rank, world_size = Path(folder), dist.get_rank(), dist.get_world_size()
     moved = []
     for name, case in elastic_cases(world_size).items():
-        moved += [
-            f"{name}: {source} to {world_size}" for source in move_here(case, name, folder, rank, world_size)
-        ]
+        moved += [f"{name}: {source} to {world_size}" for source in move_here(case, name, folder, rank, world_size)]
         if not (folder / name / str(world_size)).exists():
             uninterrupted(case, folder / name / str(world_size), rank, world_size)
     return moved
@@ -122,9 +120,7 @@ def same_elements(a: SavedCheckpoint, b: SavedCheckpoint):
         assert torch.equal(a.weight(name), b.weight(name)), name
     compared = 0
     for name, entry in a.parameters.items():
-        assert a.states.keys(name) == b.states.keys(name) and a.states.scalars(name) == b.states.scalars(
-            name
-        ), name
+        assert a.states.keys(name) == b.states.keys(name) and a.states.scalars(name) == b.states.scalars(name), name
         assert entry == b.parameters[name]
         for key in a.states.keys(name):
             numel = torch.Size(entry["shape"]).numel()
@@ -145,8 +141,6 @@ def test_resume_on_the_same_ranks(launcher, tmp_path):
 @pytest.mark.distributed
 def test_resume_on_another_number_of_ranks(launcher, tmp_path):
     moved = [
-        line
-        for world_size in (1, 2, 3, 4, 2, 1)
-        for line in launcher.run(run_elastic, world_size, str(tmp_path))[0]
+        line for world_size in (1, 2, 3, 4, 2, 1) for line in launcher.run(run_elastic, world_size, str(tmp_path))[0]
     ]
     assert set(moved) == {f"{name}: {a} to {b}" for name in elastic_cases(1) for a, b in MOVES}

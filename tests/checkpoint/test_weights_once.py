@@ -1,4 +1,5 @@
-"""The weights of a Trainer's checkpoint are one file with two names, and both readers find what they would have found."""
+"""The weights of a Trainer's checkpoint are one file with two names, and both readers find what they would have
+found."""
 
 from __future__ import annotations
 
@@ -56,9 +57,7 @@ def test_one_file_that_from_pretrained_and_resume_both_read(tmp_path, asynchrono
         checkpoint = tmp_path / "run" / f"checkpoint-{step}"
         theirs, ours = files_of_weights(checkpoint)
         assert theirs.samefile(ours)
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype="auto", output_loading_info=True
-        )
+        loaded, info = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", output_loading_info=True)
         assert not any(info.values()), info
         assert loaded.dtype == torch.bfloat16
         state = loaded.state_dict()
@@ -82,9 +81,7 @@ def test_one_file_that_from_pretrained_and_resume_both_read(tmp_path, asynchrono
 
 class WritesMore(Trainer):
     def _save(self, output_dir=None, state_dict=None):
-        super()._save(
-            output_dir, {f"extra.{n}": t for n, t in (state_dict or self.model.state_dict()).items()}
-        )
+        super()._save(output_dir, {f"extra.{n}": t for n, t in (state_dict or self.model.state_dict()).items()})
 
 
 class HiFTWritesMore(HiFTTrainer.__mro__[1], WritesMore):
@@ -92,9 +89,7 @@ class HiFTWritesMore(HiFTTrainer.__mro__[1], WritesMore):
 
 
 def test_where_both_files_would_differ_there_are_two(tmp_path):
-    _, weights = trained(
-        tmp_path / "mixtral", family="mixtral", max_steps=3, bf16=False
-    )  # no bf16 experts on CPUs
+    _, weights = trained(tmp_path / "mixtral", family="mixtral", max_steps=3, bf16=False)  # no bf16 experts on CPUs
     theirs, ours = files_of_weights(tmp_path / "mixtral" / "checkpoint-3")
     assert not theirs.samefile(ours)
     assert any("block_sparse_moe" in name for name in load_file(theirs))
@@ -110,10 +105,7 @@ def test_where_both_files_would_differ_there_are_two(tmp_path):
 
 
 def test_which_models_are_saved_as_they_are():
-    forms = {
-        name: has_the_form_of_a_checkpoint(model_zoo.tiny.build(name))
-        for name in ("llama", "gpt2", "mixtral")
-    }
+    forms = {name: has_the_form_of_a_checkpoint(model_zoo.tiny.build(name)) for name in ("llama", "gpt2", "mixtral")}
     assert forms == {"llama": True, "gpt2": True, "mixtral": False}
     odd = model_zoo.tiny.build("llama", dtype=torch.bfloat16, vocab_size=67, hidden_size=18, num_attention_heads=1,
                                num_key_value_heads=1, head_dim=18)  # fmt: skip

@@ -15,9 +15,7 @@ from tests.helpers.engines import ds_config, make_engine, train_step
 from tests.helpers.toy import Toy, make_batches
 
 
-@pytest.mark.parametrize(
-    ("stage", "low", "part_bytes"), [(3, True, 1 << 31), (0, True, 900), (3, False, 1500)]
-)
+@pytest.mark.parametrize(("stage", "low", "part_bytes"), [(3, True, 1 << 31), (0, True, 900), (3, False, 1500)])
 def test_zero_to_fp32_gives_the_masters(tmp_path, stage, low, part_bytes):
     engine = make_engine(Toy(), ds_config(stage=stage, bf16={"enabled": low}))
     for batch in make_batches(7):  # some groups updated twice, some once
@@ -28,18 +26,15 @@ def test_zero_to_fp32_gives_the_masters(tmp_path, stage, low, part_bytes):
         for chunk in group.chunks:
             tensors = optimizer.states.store_of(group).read(chunk.id)
             for piece, record in zip(chunk.pieces, optimizer.states.records[chunk.id], strict=True):
-                master = (
-                    record.master.view(tensors)
-                    if record.master
-                    else optimizer.parameters.weight(group, piece)
-                )
+                master = record.master.view(tensors) if record.master else optimizer.parameters.weight(group, piece)
                 expected[group.members[piece.member].name] = master.flatten().clone()
     engine.destroy()
 
     folder = write_zero_layout(tmp_path / "ours", tmp_path / "zero", part_bytes=part_bytes)
     assert (len(list(folder.glob("*_optim_states.pt"))) > 1) == (part_bytes < 1 << 31)
     done = subprocess.run(
-        [sys.executable, shutil.copy(inspect.getfile(zero_to_fp32), tmp_path), str(tmp_path / "zero"), str(tmp_path / "fp32")],
+        [sys.executable, shutil.copy(inspect.getfile(zero_to_fp32), tmp_path),
+         str(tmp_path / "zero"), str(tmp_path / "fp32")],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

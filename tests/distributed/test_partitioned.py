@@ -66,7 +66,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "weights on disk": ({"gas": 2, "clip": 0.05}, {**KEEP_NOTHING, "offload_param": DISK}, {}),
     "weights on disk, prefetch, some persistent, bf16, tied": (
         {"bf16": {"enabled": True}},
-        {**KEEP_NOTHING, "offload_param": DISK, "stage3_prefetch_bucket_size": 60, "stage3_param_persistence_threshold": 10},
+        {
+            **KEEP_NOTHING, "offload_param": DISK,
+            "stage3_prefetch_bucket_size": 60, "stage3_param_persistence_threshold": 10,
+        },
         {"tied": True},
     ),
     "weights on disk, Muon": ({"optimizer": "Muon"}, {"offload_param": DISK}, {}),
@@ -84,7 +87,9 @@ HF_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", KEEP_NOTHING, {}),
     "llama, recomputed, chunked loss": ("llama", {}, {"activations": {"checkpointing": True, "chunked_loss": True}}),
     "llama, recomputed, nothing kept, on disk": (
-        "llama", {**KEEP_NOTHING, "offload_param": DISK}, {"activations": {"checkpointing": True, "chunked_loss": True}},
+        "llama",
+        {**KEEP_NOTHING, "offload_param": DISK},
+        {"activations": {"checkpointing": True, "chunked_loss": True}},
     ),
     "gpt2": ("gpt2", {"stage3_param_persistence_threshold": 50}, {}),  # ties its head to its embedding
     "mixtral": ("mixtral", KEEP_NOTHING, {}),
@@ -107,9 +112,7 @@ def kept_wrongly(engine: Any) -> list[str]:
     return [names[p] for p in shards.gathered() if not shards.is_persistent(p)]
 
 
-def train_toy(
-    name: str, stage: int, rank: int, world_size: int
-) -> tuple[list[float], list[Any], dict[str, Tensor]]:
+def train_toy(name: str, stage: int, rank: int, world_size: int) -> tuple[list[float], list[Any], dict[str, Tensor]]:
     options, zero, model_options = CASES[name]
     config = ds_config(lr=1e-3, world_size=world_size, **options)
     config["zero_optimization"] = {"stage": stage, **(zero if stage == 3 else {})}
@@ -136,14 +139,10 @@ def differences_from_replicated(name: str, rank: int, world_size: int) -> list[s
         train_toy(name, stage, rank, world_size) for stage in (0, 3)
     )
     errors = [
-        f"{name}: step {i}: loss {a} and {b}"
-        for i, (a, b) in enumerate(zip(losses, losses3, strict=True))
-        if a != b
+        f"{name}: step {i}: loss {a} and {b}" for i, (a, b) in enumerate(zip(losses, losses3, strict=True)) if a != b
     ]
     errors += [
-        f"{name}: step {i}: {a} and {b}"
-        for i, (a, b) in enumerate(zip(reports, reports3, strict=True))
-        if a != b
+        f"{name}: step {i}: {a} and {b}" for i, (a, b) in enumerate(zip(reports, reports3, strict=True)) if a != b
     ]
     errors += [f"{name}: {key}" for key in weights if not torch.equal(weights[key], weights3[key])]
     return errors
@@ -164,9 +163,7 @@ def train_hf(
     losses, generated = [], []
     for step in range(STEPS):
         for _ in range(2):
-            ids = torch.randint(3, 67, (2 * world_size, 9), generator=generator)[
-                rank::world_size
-            ].contiguous()
+            ids = torch.randint(3, 67, (2 * world_size, 9), generator=generator)[rank::world_size].contiguous()
             if rank == 0:
                 ids[:] = 7  # one token only: most experts get nothing on this rank
             loss = engine(input_ids=ids, labels=ids).loss
@@ -214,9 +211,7 @@ def init_under_zero(rank: int, world_size: int) -> list[str]:
         a, b = (train_step(engine, [batch], rank, world_size) for engine in engines)
         if a != b:
             return [f"zero.Init: step {step}: loss {a} and {b}"]
-    different = [
-        key for key, value in values(engines[0]).items() if not torch.equal(value, values(engines[1])[key])
-    ]
+    different = [key for key, value in values(engines[0]).items() if not torch.equal(value, values(engines[1])[key])]
     for engine in engines:
         engine.destroy()
     return different
@@ -274,9 +269,7 @@ def saved_weights_do_not_stay(rank: int, world_size: int) -> list[str]:
             for _ in range(STEPS):
                 loss = engine(input_ids=ids, labels=ids).loss
                 if num_bytes := copies.num_bytes():
-                    errors.append(
-                        f"{family}, {engine.groups[engine.schedule.active].name}: {num_bytes} bytes"
-                    )
+                    errors.append(f"{family}, {engine.groups[engine.schedule.active].name}: {num_bytes} bytes")
                 engine.backward(loss)
                 engine.step()
             engine.destroy()
@@ -319,9 +312,7 @@ def volume_of_gathers_with_recomputation(rank: int, world_size: int) -> list[str
     """Recomputing a block gathers its weights for backward too, which keeps them (stage3_max_reuse_distance)."""
     model = tiny.build("llama", seed=0, num_hidden_layers=6)
     block, total = (sum(p.numel() for p in m.parameters()) for m in (model.model.layers[0], model))
-    config = ds_config(
-        lr=1e-3, world_size=world_size, rows=world_size, hift={"activations": {"checkpointing": True}}
-    )
+    config = ds_config(lr=1e-3, world_size=world_size, rows=world_size, hift={"activations": {"checkpointing": True}})
     config["zero_optimization"] = {"stage": 3, **KEEP_NOTHING, "stage3_max_reuse_distance": block}
     engine = make_engine(model, config)
     shards, gathered = engine.optimizer.parameters.shards, []
@@ -334,9 +325,7 @@ def volume_of_gathers_with_recomputation(rank: int, world_size: int) -> list[str
     last_cycle = gathered[-len(engine.groups) :]
     engine.destroy()
     average = sum(last_cycle) / len(last_cycle) / total
-    return (
-        [f"volume, recomputed: {average:.3f} x the parameters"] if not 1.3 < average <= MOST_GATHERED else []
-    )
+    return [f"volume, recomputed: {average:.3f} x the parameters"] if not 1.3 < average <= MOST_GATHERED else []
 
 
 # -- experts --------------------------------------------------------------------------------------------------
@@ -368,7 +357,8 @@ class MoEToy(Toy):
 
 
 def experts_as_modules(rank: int, world_size: int) -> list[str]:
-    """Ranks that call different experts must gather and reduce alike: DeepSpeed's ``leaf_module`` with static buckets."""
+    """Ranks that call different experts must gather and reduce alike: DeepSpeed's ``leaf_module`` with static
+    buckets."""
     results: list[Callable] = []
     for stage in (0, 3):
         config = ds_config(lr=1e-3, world_size=world_size)

@@ -61,9 +61,7 @@ def train(engines: list[Any], rank: int, world_size: int, steps: int = 6) -> lis
     return losses
 
 
-def loads_like_from_pretrained(
-    folder: Path, family: str, where: str, low: bool, optimizer: str = "AdamW"
-) -> list[str]:
+def loads_like_from_pretrained(folder: Path, family: str, where: str, low: bool, optimizer: str = "AdamW") -> list[str]:
     """Weights, buffers and masters equal those of a replicated engine over ``from_pretrained``; so do six steps."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     # torch's grouped product wants even sizes.
@@ -79,11 +77,7 @@ def loads_like_from_pretrained(
         return [f"{family}: generation config"]
     engines = [make_engine(model, partitioned), make_engine(twin, config)]
     name = f"{family}, {where}, {'bf16' if low else 'fp32'}"
-    errors = [
-        f"{name}: {key}"
-        for key, value in twin.named_buffers()
-        if not torch.equal(value, model.get_buffer(key))
-    ]
+    errors = [f"{name}: {key}" for key, value in twin.named_buffers() if not torch.equal(value, model.get_buffer(key))]
     masters, expected = map(masters_of, engines)
     # Made of several tensors: rounded before they are masters.
     fused = [key for key in masters if "experts" in key[0]]
@@ -117,13 +111,8 @@ def exports_what_transformers_loads(folder: Path, family: str) -> list[str]:
     errors = []
     if rank == 0:
         loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
-        errors += [
-            f"{family}: {n} exported" for n, p in loaded.named_parameters() if not torch.equal(p, weights[n])
-        ]
-        names = [
-            set().union(*(load_file(f) for f in path.glob("*.safetensors")))
-            for path in (out, folder / family)
-        ]
+        errors += [f"{family}: {n} exported" for n, p in loaded.named_parameters() if not torch.equal(p, weights[n])]
+        names = [set().union(*(load_file(f) for f in path.glob("*.safetensors"))) for path in (out, folder / family)]
         errors += [] if names[0] == names[1] else [f"{family}: names {names[0] ^ names[1]}"]
         errors += [] if len(files) > 1 else [f"{family}: one file only"]
     elif files:

@@ -1,4 +1,5 @@
-"""The Trainer and the run file under ZeRO-3 on two ranks: the same run as with replicated weights; save, resume, generate."""
+"""The Trainer and the run file under ZeRO-3 on two ranks: the same run as with replicated weights; save, resume,
+generate."""
 
 from __future__ import annotations
 
@@ -42,9 +43,7 @@ def trainer_for(folder: Path, zero: dict[str, Any], load_from: Path | None = Non
     else:  # transformers makes it under deepspeed.zero.Init, because the arguments say so
         model = transformers.AutoModelForCausalLM.from_pretrained(load_from)
         assert all(is_partitioned(param) for param in model.parameters())
-    return HiFTTrainer(
-        model=model, args=args, train_dataset=ragged_dataset(24), eval_dataset=ragged_dataset(6, seed=9)
-    )
+    return HiFTTrainer(model=model, args=args, train_dataset=ragged_dataset(24), eval_dataset=ragged_dataset(6, seed=9))
 
 
 def run_trainer(
@@ -79,9 +78,7 @@ def run_trainer(
         written = load_file(folder / "saved" / "model.safetensors")
         assert written.keys() == found["weights"].keys()
         assert all(torch.equal(written[name], value) for name, value in found["weights"].items())
-        assert (folder / "saved" / "config.json").exists() and (
-            folder / "saved" / "training_args.bin"
-        ).exists()
+        assert (folder / "saved" / "config.json").exists() and (folder / "saved" / "training_args.bin").exists()
         gathered = (folder / "checkpoint-5" / "model.safetensors").exists()
         assert resume is not None or gathered == (
             zero["stage"] == 0 or "stage3_gather_16bit_weights_on_model_save" in zero
@@ -116,8 +113,7 @@ def trainer_cases(folder: Path) -> list[str]:
         ]
     resumed = run_trainer(folder / "resumed", ZERO3, resume=folder / "partitioned" / "checkpoint-5")
     same = {
-        name: torch.equal(value, resumed["weights"][name])
-        for name, value in runs["partitioned"]["weights"].items()
+        name: torch.equal(value, resumed["weights"][name]) for name, value in runs["partitioned"]["weights"].items()
     }
     return errors + [f"resumed: {name}" for name, equal in same.items() if not equal]
 
@@ -127,13 +123,11 @@ def evaluate_by_generating(folder: Path) -> list[str]:
     results = []
     for zero in ({"stage": 0}, ZERO3):
         model = model_zoo.tiny.build("t5", seed=3)
-        rows = [
-            {k: v[0] for k, v in model_zoo.tiny.batch(model, rows=1, seed=seed).items()} for seed in range(8)
-        ]
+        rows = [{k: v[0] for k, v in model_zoo.tiny.batch(model, rows=1, seed=seed).items()} for seed in range(8)]
         args = arguments(
             folder / str(zero["stage"]), {**AUTO, "zero_optimization": zero}, cls=transformers.Seq2SeqTrainingArguments,
-            max_steps=15, learning_rate=1e-2, predict_with_generate=True, generation_max_length=6, eval_strategy="steps",
-            eval_steps=1,
+            max_steps=15, learning_rate=1e-2, predict_with_generate=True, generation_max_length=6,
+            eval_strategy="steps", eval_steps=1,
         )  # fmt: skip
         trainer = HiFTSeq2SeqTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:3])
         trainer.train()
@@ -141,11 +135,7 @@ def evaluate_by_generating(folder: Path) -> list[str]:
         results.append((losses, trainer.predict(rows[:3]).predictions.tolist()))
         trainer.engine.destroy()
     (losses, texts), (losses3, texts3) = results
-    errors = (
-        []
-        if losses3 == pytest.approx(losses, abs=2e-6)
-        else [f"seq2seq: losses {losses3}, expected {losses}"]
-    )
+    errors = [] if losses3 == pytest.approx(losses, abs=2e-6) else [f"seq2seq: losses {losses3}, expected {losses}"]
     return errors + ([] if texts == texts3 else [f"seq2seq: generated {texts3}, expected {texts}"])
 
 
@@ -175,9 +165,7 @@ def run_file_cases(folder: Path) -> list[str]:
     os.chdir(folder)  # the disk preset puts its files there
     rank, results, errors = dist.get_rank(), {}, []
     if rank == 0:
-        model_zoo.tiny.build("llama", vocab_size=280, max_position_embeddings=256).save_pretrained(
-            folder / "input"
-        )
+        model_zoo.tiny.build("llama", vocab_size=280, max_position_embeddings=256).save_pretrained(folder / "input")
         byte_level().save_pretrained(folder / "input")
         rows = [
             {
@@ -202,14 +190,10 @@ def run_file_cases(folder: Path) -> list[str]:
         for key in ("eval_loss", "eval_loss_before", "steps", "cycles", "never_updated"):
             if found[key] != pytest.approx(expected[key], abs=2e-3):
                 errors.append(f"{preset}: {key} {found[key]}, expected {expected[key]}")
-        weights, trained = (
-            load_file(folder / name / "model" / "model.safetensors") for name in ("bf16_host", preset)
-        )
+        weights, trained = (load_file(folder / name / "model" / "model.safetensors") for name in ("bf16_host", preset))
         if weights.keys() != trained.keys():
             errors.append(f"{preset}: exported {trained.keys()}")
-        errors += [
-            f"{preset}: {n}" for n, value in weights.items() if (trained[n] - value).abs().max() > 5e-3
-        ]
+        errors += [f"{preset}: {n}" for n, value in weights.items() if (trained[n] - value).abs().max() > 5e-3]
     return errors
 
 

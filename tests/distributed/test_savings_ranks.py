@@ -20,9 +20,7 @@ def losses(stage: int, family: str, activations: dict) -> list[float]:
 
     rank = comm.get_rank()
     zero = {"stage": stage, "stage3_param_persistence_threshold": 40}
-    config = ds_config(
-        rows=4, world_size=2, clip=0.5, hift={"activations": activations}, zero_optimization=zero
-    )
+    config = ds_config(rows=4, world_size=2, clip=0.5, hift={"activations": activations}, zero_optimization=zero)
     engine = make_engine(model_zoo.tiny.build(family, attn_implementation="eager"), config)
     try:
         found = []

@@ -38,7 +38,8 @@ def compare(folder: Path, mpu: Any, options: dict[str, Any]) -> list[str]:
     engine = make_engine(model, config, mpu=mpu)
     twin = transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager")
     reference = ReferenceHiFT(
-        twin, [group.param_names for group in engine.groups], lambda named: torch.optim.SGD([p for _, p in named], lr=LR),
+        twin, [group.param_names for group in engine.groups],
+        lambda named: torch.optim.SGD([p for _, p in named], lr=LR),
         max_grad_norm=options.get("clip", 0.0),
     )  # fmt: skip
     start = rank % SHARING * (LENGTH // SHARING)
@@ -65,9 +66,7 @@ def all_cases(folder: str) -> list[str]:
         seq_length_is_variable=True,
     )  # fmt: skip
     return [
-        error
-        for options in ({"stage": 0, "clip": 0.05}, {"stage": 3})
-        for error in compare(Path(folder), mpu, options)
+        error for options in ({"stage": 0, "clip": 0.05}, {"stage": 3}) for error in compare(Path(folder), mpu, options)
     ]
 
 

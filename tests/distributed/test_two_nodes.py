@@ -1,4 +1,5 @@
-"""Two "nodes", started by launch/multi_node.sh on each without ssh: network namespaces of this machine joined by a virtual
+"""Two "nodes", started by launch/multi_node.sh on each without ssh: network namespaces of this machine joined by a
+virtual
 cable, or, where the system has none to give, two launchers on its loopback interface."""
 
 from __future__ import annotations
@@ -50,9 +51,7 @@ class Node:
 
     def bytes_sent(self) -> int:
         counter = f"/sys/class/net/{self.interface}/statistics/tx_bytes"
-        return int(
-            subprocess.run(self.command("cat", counter), capture_output=True, text=True, check=True).stdout
-        )
+        return int(subprocess.run(self.command("cat", counter), capture_output=True, text=True, check=True).stdout)
 
 
 LOOPBACK = [Node("127.0.0.1", "lo"), Node("127.0.0.2", "lo")]
@@ -61,9 +60,7 @@ LOOPBACK = [Node("127.0.0.1", "lo"), Node("127.0.0.2", "lo")]
 @contextlib.contextmanager
 def namespaces() -> Iterator[list[Node] | None]:
     """None if this system has none to give."""
-    nodes = [
-        Node(a, f"hc{os.getpid()}{x}", f"hift{os.getpid()}{x}") for a, x in zip(ADDRESSES, "ab", strict=True)
-    ]
+    nodes = [Node(a, f"hc{os.getpid()}{x}", f"hift{os.getpid()}{x}") for a, x in zip(ADDRESSES, "ab", strict=True)]
     one, other = nodes
     try:
         made = nodes
@@ -213,8 +210,8 @@ def test_two_nodes_train_save_resume_and_export_without_a_shared_folder(tmp_path
         model, (first, second) = check_run_on(nodes or LOOPBACK, tmp_path, stage)
     if nodes is None:
         pytest.skip("ran on loopback; without network namespaces the traffic cannot be counted")
-    # Steps 6 to 40 against steps 1 to 10: the second run does five cycles more, and else the same. What comes on top are
-    # headers, acknowledgements, the norm and the flags; partitioned, for each of the 484 gathers of a cycle too.
+    # Steps 6 to 40 against steps 1 to 10: the second run does five cycles more, and else the same. What comes on top
+    # are headers, acknowledgements, the norm and the flags; partitioned, for each of the 484 gathers of a cycle too.
     for rank in range(2):
         sent, least = (second[rank] - first[rank]) / 5, bytes_of_a_cycle(model, stage)
         print(f"stage {stage}, node {rank}: {sent:,.0f} bytes a cycle, counted {least:,.0f}")

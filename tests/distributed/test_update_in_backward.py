@@ -75,11 +75,7 @@ def difference(name: str, rank: int, world_size: int) -> str:
     (weights, norms, coverage), (weights2, norms2, coverage2) = results
     worst = max((weights[key].float() - weights2[key].float()).abs().max().item() for key in weights)
     worst_norm = max(abs(a - b) / a for a, b in zip(norms, norms2, strict=True))
-    return (
-        ""
-        if worst < 1e-6 and worst_norm < 1e-6 and coverage == coverage2
-        else f"{name}: {worst} {worst_norm}"
-    )
+    return "" if worst < 1e-6 and worst_norm < 1e-6 and coverage == coverage2 else f"{name}: {worst} {worst_norm}"
 
 
 def job(names: list[str]) -> list[str]:
@@ -90,9 +86,7 @@ def job(names: list[str]) -> list[str]:
 
 def bad_loss_on_one_rank(rank: int, world_size: int) -> list[str]:
     model = Toy()
-    engine = make_engine(
-        model, ds_config(world_size=world_size, hift={"group_size": "all", "update": "in_backward"})
-    )
+    engine = make_engine(model, ds_config(world_size=world_size, hift={"group_size": "all", "update": "in_backward"}))
     start = {name: param.detach().clone() for name, param in model.named_parameters()}
     tokens, targets = make_batches(1, rows=4)[0]
     try:

@@ -22,9 +22,7 @@ LARGER = {"batch": 8, "length": 512}  # so that activations, not the context, ma
 
 CASES = {
     "fp32 embedding": case("fp32", EMBEDDING, **LARGER),
-    "fp32 lowest block, checkpointing": case(
-        "fp32", LOWEST, {"activations": {"checkpointing": True}}, **LARGER
-    ),
+    "fp32 lowest block, checkpointing": case("fp32", LOWEST, {"activations": {"checkpointing": True}}, **LARGER),
     "bf16 masters, lowest block": case("mixed_hi", LOWEST, **LARGER),
     "bf16 masters, head": case("mixed_hi", HEAD, **LARGER),
     "bf16 masters, all switches": case("mixed_hi", EMBEDDING, ALL, **LARGER),

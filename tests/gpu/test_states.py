@@ -42,9 +42,7 @@ def test_no_bit_depends_on_where_states_rest(codec, tmp_path):
                 state["path"] = str(tmp_path)
             weights, reports = trajectory(state)
             assert all(
-                torch.equal(x, y)
-                for a, b in zip(weights, expected, strict=True)
-                for x, y in zip(a, b, strict=True)
+                torch.equal(x, y) for a, b in zip(weights, expected, strict=True) for x, y in zip(a, b, strict=True)
             ), state
             assert sum(report.transfer_s for report in reports) > 0
 

@@ -22,9 +22,7 @@ from hift_ds.ranks import free_port
 TIMEOUT_S = 300
 
 
-def run_distributed(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: int = TIMEOUT_S
-) -> list[Any]:
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: int = TIMEOUT_S) -> list[Any]:
     """``[fn(*args) on rank 0, on rank 1, ...]``."""
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.pkl"
@@ -40,9 +38,7 @@ def run_distributed(
         for rank in range(world_size):
             answer = Path(folder) / f"result.{rank}.pkl"
             ok, value = (
-                pickle.loads(answer.read_bytes())
-                if answer.exists()
-                else (False, "died:\n" + outputs[rank][-3000:])
+                pickle.loads(answer.read_bytes()) if answer.exists() else (False, "died:\n" + outputs[rank][-3000:])
             )
             results.append(value)
             if not ok:

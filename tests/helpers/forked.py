@@ -70,12 +70,8 @@ class Launcher:
         """``[fn(*args) on rank 0, on rank 1, ...]``; fails with the traceback of a rank that raised."""
         job = self.start(fn, world_size, *args)
         job.wait()
-        results = [
-            job.result(rank) or (False, "died:\n" + job.output(rank)[-3000:]) for rank in range(world_size)
-        ]
-        failures = [
-            f"rank {rank} of {world_size}: {value}" for rank, (ok, value) in enumerate(results) if not ok
-        ]
+        results = [job.result(rank) or (False, "died:\n" + job.output(rank)[-3000:]) for rank in range(world_size)]
+        failures = [f"rank {rank} of {world_size}: {value}" for rank, (ok, value) in enumerate(results) if not ok]
         assert not failures, "\n".join(failures)
         return [value for _, value in results]
 

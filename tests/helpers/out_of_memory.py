@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-ALLOCATOR_SAYS = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 23.6 GiB. Of the allocated"
+ALLOCATOR_SAYS = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 23.6 GiB. Of the allocated"
+)
 
 
 def full(*_, **__):

@@ -72,19 +72,13 @@ def run(
     made.train(resume_from_checkpoint=None if resume is None else f"{args.output_dir}/checkpoint-{resume}")
     return Run(
         made,
-        [
-            {key: e[key] for key in COMPARED if key in e}
-            for e in made.state.log_history
-            if "train_loss" not in e
-        ],
+        [{key: e[key] for key in COMPARED if key in e} for e in made.state.log_history if "train_loss" not in e],
         {name: value.detach().clone() for name, value in made.model.state_dict().items()},
         [random.random(), float(numpy.random.rand()), torch.rand(()).item()],
     )
 
 
-def compare(
-    folder: Path, cls: type[Trainer], make_model: Callable[[], Any], **options: Any
-) -> tuple[Run, Run]:
+def compare(folder: Path, cls: type[Trainer], make_model: Callable[[], Any], **options: Any) -> tuple[Run, Run]:
     """Both runs of the same options, compared. ``ds``, ``only_hift`` and ``only_plain`` differ.
 
     Not to the last bit: torch's optimizers step several tensors at once where ours step pieces of them.

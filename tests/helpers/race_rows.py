@@ -250,9 +250,7 @@ def _take_out(module: str, owner: str, function: str, text: str, instead: str) -
     cls = getattr(importlib.import_module(module), owner)
     method = cls.__dict__[function]
     source = textwrap.dedent(inspect.getsource(method))
-    assert source.count(text) == 1, (
-        f"{owner}.{function} has changed: {text!r} is there {source.count(text)} times"
-    )
+    assert source.count(text) == 1, f"{owner}.{function} has changed: {text!r} is there {source.count(text)} times"
     namespace: dict[str, Any] = {}
     exec(source.replace(text, instead), method.__globals__, namespace)
     setattr(cls, function, namespace[function])

@@ -111,8 +111,8 @@ class Entry:
     """One line of the log.
 
     Attributes:
-        kind: "op" (a kernel, a copy, a collective, or the host's arithmetic), "wait" (``agent`` waits for the entries of
-            ``after``), "sync" (the host waits for them), "mark".
+        kind: "op" (a kernel, a copy, a collective, or the host's arithmetic), "wait" (``agent`` waits for the entries
+            of ``after``), "sync" (the host waits for them), "mark".
         agent: the name of who does it.
         host: the name of the thread that launched it.
         name: of the operation, or of the mark.
@@ -233,9 +233,7 @@ class Machine(TorchDispatchMode):
             func, args, page_locked = torch.ops.aten.clone.default, args[:1], True
         before = self._reads_and_writes(func, name, args, kwargs)
         out = func(*args, **kwargs)
-        results = [
-            leaf for leaf in ([out] if isinstance(out, Tensor) else tree_leaves(out)) if _is_tensor(leaf)
-        ]
+        results = [leaf for leaf in ([out] if isinstance(out, Tensor) else tree_leaves(out)) if _is_tensor(leaf)]
         self._note(func, name, args, kwargs, *before, results, page_locked)
         return out
 
@@ -248,9 +246,7 @@ class Machine(TorchDispatchMode):
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             if value is None:
                 continue
-            tensors = (
-                [value] if isinstance(value, Tensor) else [x for x in tree_leaves(value) if _is_tensor(x)]
-            )
+            tensors = [value] if isinstance(value, Tensor) else [x for x in tree_leaves(value) if _is_tensor(x)]
             if collective is not None:
                 written = position in collective
             else:
@@ -316,9 +312,7 @@ class Machine(TorchDispatchMode):
             return 0
         return int(formula(*args, **kwargs, out_val=results[0] if len(results) == 1 else tuple(results)))
 
-    def _is_asynchronous(
-        self, name: str, args: Any, kwargs: Any, reads: list, writes: list, made: list
-    ) -> bool:
+    def _is_asynchronous(self, name: str, args: Any, kwargs: Any, reads: list, writes: list, made: list) -> bool:
         if name == "copy_":
             non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
         else:
@@ -337,9 +331,7 @@ class Machine(TorchDispatchMode):
         storage = tensor.untyped_storage()
         block = self.blocks.get(storage._cdata)
         if block is None:
-            block = self.blocks[storage._cdata] = Block(
-                f"{tensor.device.type} {tuple(tensor.shape)} {tensor.dtype}"
-            )
+            block = self.blocks[storage._cdata] = Block(f"{tensor.device.type} {tuple(tensor.shape)} {tensor.dtype}")
             weakref.finalize(storage, self._free, storage._cdata, block).atexit = False
         return block
 
@@ -358,9 +350,7 @@ class Machine(TorchDispatchMode):
             owner.join(self.host.clock)
             num_bytes = tensor.untyped_storage().nbytes()
             # What the allocator gives may be in use on its stream until now.
-            self._access(
-                block, Access(owner, owner.tick(), 0, num_bytes, True, ("allocation", owner, _place()))
-            )
+            self._access(block, Access(owner, owner.tick(), 0, num_bytes, True, ("allocation", owner, _place())))
 
     def _free(self, key: int, block: Block) -> None:
         if self.blocks.get(key) is block:
@@ -369,17 +359,11 @@ class Machine(TorchDispatchMode):
         if owner is None:
             return
         for access in block.accesses.values():
-            if (
-                access.agent is owner
-                or access.agent in block.recorded
-                or not isinstance(access.agent, Stream)
-            ):
+            if access.agent is owner or access.agent in block.recorded or not isinstance(access.agent, Stream):
                 continue
             seen = max(owner.clock.get(access.agent, 0), self.host.clock.get(access.agent, 0))
             if seen < access.count:
-                self.hazards.append(
-                    Hazard(block.name, _words(access.what), f"freed for {owner} at {_place()}")
-                )
+                self.hazards.append(Hazard(block.name, _words(access.what), f"freed for {owner} at {_place()}"))
                 return
 
     def touch(self, tensor: Tensor, agent: Agent, is_write: bool, what: tuple) -> int:
@@ -572,9 +556,7 @@ def installed(machine: Machine) -> Iterator[Machine]:
         for stream in machine.streams:
             joined.join(stream.clock)
         clock = joined.clock
-        machine.host_waits(
-            clock, "device synchronized", tuple(i for s in machine.streams for i in machine.last(s))
-        )
+        machine.host_waits(clock, "device synchronized", tuple(i for s in machine.streams for i in machine.last(s)))
 
     def record_stream(tensor: Tensor, stream: Stream) -> None:
         machine.block_of(tensor).recorded.add(stream)

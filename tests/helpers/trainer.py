@@ -57,9 +57,6 @@ def ragged_dataset(num_rows: int, seed: int = 0, padded: bool = True) -> list[di
         row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
         if padded:
             fill = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
-            row = {
-                key: torch.nn.functional.pad(v, (0, LENGTH - length), value=fill[key])
-                for key, v in row.items()
-            }
+            row = {key: torch.nn.functional.pad(v, (0, LENGTH - length), value=fill[key]) for key, v in row.items()}
         rows.append(row)
     return rows

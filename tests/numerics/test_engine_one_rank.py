@@ -20,9 +20,7 @@ def adamw(lr=1e-2, **options):
     return lambda named: torch.optim.AdamW([p for _, p in named], lr=lr, **options)
 
 
-def compare(
-    config, make_optimizer, *, model=None, gas=1, reference_options=None, cycles=CYCLES, prepare=None
-):
+def compare(config, make_optimizer, *, model=None, gas=1, reference_options=None, cycles=CYCLES, prepare=None):
     """Step both and compare every weight after every step. Returns the engine."""
     model = model or Toy()
     twin = copy.deepcopy(model)
@@ -266,10 +264,7 @@ def test_overflow_moves_nothing_and_retries_the_group():
         else:
             skipped += 1
             assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
-            assert (
-                engine.optimizer.scaler.scale == scale / 2
-                and engine.lr_scheduler.last_batch_iteration == ticks
-            )
+            assert engine.optimizer.scaler.scale == scale / 2 and engine.lr_scheduler.last_batch_iteration == ticks
             assert engine.schedule.active == report.group and not math.isfinite(report.grad_norm)
             assert all(p.grad is None for p in model.parameters())
     assert skipped >= 5 and engine.skipped_steps == skipped
@@ -300,9 +295,7 @@ def train_pure_bf16(stochastic: bool) -> dict[str, torch.Tensor]:
     hift = {"master_weights": False, "stochastic_rounding": stochastic}
     model = Toy()
     engine = make_engine(model, ds_config(lr=1e-3, bf16={"enabled": True}, hift=hift, optimizer="SGD"))
-    assert all(
-        record.master is None for records in engine.optimizer.states.records.values() for record in records
-    )
+    assert all(record.master is None for records in engine.optimizer.states.records.values() for record in records)
     for batch in make_batches(20):
         train_step(engine, [batch])
     engine.destroy()
@@ -440,9 +433,7 @@ def test_config_from_a_path_and_from_args(tmp_path):
         make_engine(Toy(), ds_config(optimizer=None))
 
 
-@pytest.mark.parametrize(
-    "key", [{}, {"gradient_clipping": 0}, {"gradient_clipping": 0.0}, {"gradient_clipping": None}]
-)
+@pytest.mark.parametrize("key", [{}, {"gradient_clipping": 0}, {"gradient_clipping": 0.0}, {"gradient_clipping": None}])
 def test_nothing_is_clipped_unless_the_config_says_so(key):
     """DeepSpeed's own default became 1.0."""
     model, twin = Toy(), Toy()

@@ -96,9 +96,7 @@ def train_only(model: nn.Module, names) -> None:
 # -- chunked loss -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"]
-)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name, head", LANGUAGE)
 def test_chunked_loss_of_every_family(name, head, dtype, tolerance, ragged_tiles, chunked_calls):
     model = tiny(name, head, dtype, **({"experts_implementation": "eager"} if name == "mixtral" else {}))
@@ -174,11 +172,7 @@ def test_anything_else_done_with_the_logits_computes_them_and_says_so_once(caplo
     assert torch.equal(deferred[:, -1, 3], whole[:, -1, 3])
     assert torch.equal(deferred.argmax(-1), whole.argmax(-1))
     assert torch.equal(torch.softmax(deferred, -1), torch.softmax(whole, -1))
-    assert (
-        [line for line in caplog.messages if "chunked_loss saves nothing" in line]
-        == caplog.messages[:1]
-        != []
-    )
+    assert [line for line in caplog.messages if "chunked_loss saves nothing" in line] == caplog.messages[:1] != []
     # The head over fewer rows is another product: other tiles, and so another order of summation.
     torch.testing.assert_close(deferred[:, 2:].compute(), whole[:, 2:], rtol=2e-6, atol=1e-6)
     smoothed = [nn.functional.cross_entropy(x.view(-1, 67), batch["labels"].view(-1), label_smoothing=0.1)
@@ -302,9 +296,7 @@ def test_below_the_active_group_no_graph_is_built_and_nothing_is_kept(name, head
     assert not any(needs_gradient[block] for block in range(lowest + 1))
     below = [(mark.event, following.event) for mark, following in zip(tracker.marks, tracker.marks[1:], strict=False)
              if mark.place.isdigit() and int(mark.place) < lowest - 1]  # fmt: skip
-    kept = [
-        block for block in tracker.blocks if block.died is None and any(a <= block.born < b for a, b in below)
-    ]
+    kept = [block for block in tracker.blocks if block.died is None and any(a <= block.born < b for a, b in below)]
     assert not kept, f"{sum(block.num_bytes for block in kept)} bytes of blocks below {lowest} are kept"
 
 
@@ -412,9 +404,7 @@ def test_savings_leave_the_model_as_it_was():
     before = {name: set(module.__dict__) for name, module in model.named_modules()}
     batch = model_zoo.tiny.batch(model)
     expected = loss_and_gradients(model, batch)
-    saving = ActivationSavings(
-        model, ActivationsConfig(checkpointing=True, chunked_loss=True), groups_of(model)
-    )
+    saving = ActivationSavings(model, ActivationsConfig(checkpointing=True, chunked_loss=True), groups_of(model))
     saving.close()
     assert isinstance(model(**batch).logits, torch.Tensor)
     assert torch.equal(loss_and_gradients(model, batch)[0], expected[0])

@@ -38,10 +38,7 @@ def same(a, b):
 @pytest.fixture(scope="module")
 def resident():
     """What states that never move give, in fp32 and in bf16 with masters."""
-    return {
-        name: trajectory({"residency": "device"}, **more)[0]
-        for name, more in {"fp32": {}, "bf16": BF16}.items()
-    }
+    return {name: trajectory({"residency": "device"}, **more)[0] for name, more in {"fp32": {}, "bf16": BF16}.items()}
 
 
 def ways(tmp_path):
@@ -127,9 +124,7 @@ def test_split_master_changes_no_bit(resident, tmp_path):
         assert same(weights, resident["bf16"]), state
     sliced, _ = trajectory({"residency": "device", "slice_numel": 17}, **BF16)
     assert same(trajectory({"codec": "split_master", "slice_numel": 17}, **BF16)[0], sliced)
-    exact, compact = (
-        trajectory({"residency": "host", "codec": c}, **BF16)[1] for c in ("fp32", "split_master")
-    )
+    exact, compact = (trajectory({"residency": "host", "codec": c}, **BF16)[1] for c in ("fp32", "split_master"))
     for before, after in zip(exact, compact, strict=True):
         assert after.state_bytes_out < before.state_bytes_out
 
@@ -138,9 +133,7 @@ def test_split_master_changes_no_bit(resident, tmp_path):
 def test_a_codec_rounds_alike_wherever_states_rest(codec, resident, tmp_path):
     expected, _ = trajectory({"residency": "device", "codec": codec}, **BF16)
     assert not same(expected, resident["bf16"])
-    moved = max(
-        (x.float() - y.float()).abs().max() for x, y in zip(expected[-1], resident["bf16"][-1], strict=True)
-    )
+    moved = max((x.float() - y.float()).abs().max() for x, y in zip(expected[-1], resident["bf16"][-1], strict=True))
     assert moved < 0.02  # of weights around 0.3 that moved by 0.04
     for state in ways(tmp_path):
         assert same(trajectory({**state, "codec": codec}, **BF16)[0], expected), state

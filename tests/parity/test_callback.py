@@ -32,9 +32,7 @@ trl = pytest.importorskip("trl")
 GROUPS = {**AUTO, "hift": {"state": {"io": "auto"}}}
 
 
-def trained(
-    folder: Path, cls: type, model: Any, form: str, args_cls: type = TrainingArguments, **options: Any
-) -> Any:
+def trained(folder: Path, cls: type, model: Any, form: str, args_cls: type = TrainingArguments, **options: Any) -> Any:
     given = options.pop("trainer")
     args = arguments(folder / form, options.pop("ds", GROUPS), cls=args_cls, **options)
     if form == "mixin":
@@ -63,9 +61,7 @@ def llama_options(**options: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"bf16": True}, {"ds": {**GROUPS, "zero_optimization": {"stage": 3}}}]
-)
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"ds": {**GROUPS, "zero_optimization": {"stage": 3}}}])
 def test_bit_equal_to_the_mixin(tmp_path, options):
     results = {}
     stock = deepspeed.initialize
@@ -92,9 +88,7 @@ def test_it_goes_on_from_a_checkpoint(tmp_path):
         eval_strategy="no", train_sampling_strategy="group_by_length", gradient_accumulation_steps=1,
         trainer={"train_dataset": ragged_dataset(18)},
     )  # fmt: skip
-    whole = trained(
-        tmp_path, Trainer, model_zoo.tiny.build("llama", seed=1), "callback", **copy.copy(options)
-    )
+    whole = trained(tmp_path, Trainer, model_zoo.tiny.build("llama", seed=1), "callback", **copy.copy(options))
     again = Trainer(
         model=model_zoo.tiny.build("llama", seed=2), **options.pop("trainer"), callbacks=[HiFTCallback()],
         args=arguments(tmp_path / "callback", GROUPS, **options),
@@ -118,9 +112,7 @@ def test_with_a_reference_model(tmp_path):
         )  # fmt: skip
         assert type(results[-1].ref_model) is deepspeed.DeepSpeedEngine
     assert logs_of(results[0]) == logs_of(results[1])
-    for (name, a), b in zip(
-        results[0].model.state_dict().items(), results[1].model.state_dict().values(), strict=True
-    ):
+    for (name, a), b in zip(results[0].model.state_dict().items(), results[1].model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
 
@@ -131,9 +123,7 @@ def test_without_a_block_it_is_an_error_or_nothing(tmp_path):
     callback = HiFTCallback(optional=True)
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[], save_strategy="no")
-    trainer = Trainer(
-        model_zoo.tiny.build("llama"), args, train_dataset=ragged_dataset(4), callbacks=[callback]
-    )
+    trainer = Trainer(model_zoo.tiny.build("llama"), args, train_dataset=ragged_dataset(4), callbacks=[callback])
     trainer.train()
     assert callback.engine is None and "group" not in trainer.state.log_history[0]
 
@@ -155,9 +145,7 @@ def test_a_loop_over_accelerate(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     stock = deepspeed.initialize
     with hift_ds.accelerate() as engines:
-        engine, optimizer, data = accelerator.prepare(
-            model, optimizer, DataLoader(ragged_dataset(10), batch_size=2)
-        )
+        engine, optimizer, data = accelerator.prepare(model, optimizer, DataLoader(ragged_dataset(10), batch_size=2))
     assert engines == [engine] and deepspeed.initialize is stock
     for batch in data:
         accelerator.backward(engine(**batch).loss)
@@ -175,8 +163,8 @@ import sys
 from transformers import Trainer, TrainingArguments
 import model_zoo
 from tests.helpers.trainer import ragged_dataset
-args = TrainingArguments(sys.argv[1], deepspeed=sys.argv[2], max_steps=5, use_cpu=True, report_to=[], save_strategy="no",
-                         logging_steps=1)
+args = TrainingArguments(sys.argv[1], deepspeed=sys.argv[2], max_steps=5, use_cpu=True, report_to=[],
+                         save_strategy="no", logging_steps=1)
 trainer = Trainer(model_zoo.tiny.build("llama"), args, train_dataset=ragged_dataset(12))
 trainer.train()
 print("groups", [entry["group"] for entry in trainer.state.log_history if "group" in entry])
@@ -223,8 +211,9 @@ def test_plug_ins_in_the_slots_of_other_programs(monkeypatch):
     base.BasePlugin = type("BasePlugin", (), {})
     mapping = types.ModuleType("swift.callbacks.mapping")
     mapping.callbacks_map = {}
-    for name, module in {"axolotl": None, "axolotl.integrations": None, "axolotl.integrations.base": base, "swift": None,
-                         "swift.callbacks": None, "swift.callbacks.mapping": mapping}.items():  # fmt: skip
+    modules = {"axolotl": None, "axolotl.integrations": None, "axolotl.integrations.base": base, "swift": None,
+               "swift.callbacks": None, "swift.callbacks.mapping": mapping}  # fmt: skip
+    for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module or types.ModuleType(name))
     sys.modules.pop("hift_ds.integrations.axolotl", None)
     from hift_ds.integrations.axolotl import HiFTPlugin

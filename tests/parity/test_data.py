@@ -51,7 +51,8 @@ QWEN_LIKE = (  # tools in the system prompt, calls as objects, in tokens of the 
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 DEEPSEEK_LIKE = (  # calls only where content is null, their arguments as text
-    "{% for m in messages %}{% if m.role == 'assistant' and (m.content is undefined or m.content is none) %}{{ '<|a|>' }}"
+    "{% for m in messages %}"
+    "{% if m.role == 'assistant' and (m.content is undefined or m.content is none) %}{{ '<|a|>' }}"
     "{% for c in m.tool_calls %}{{ c.function.name + '\n' + c.function.arguments }}{% endfor %}{{ eos_token }}"
     "{% else %}{{ '<|' + m.role[0] + '|>' + m.content + (eos_token if m.role == 'assistant' else '') }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|a|>' }}{% endif %}"
@@ -205,9 +206,7 @@ def test_columns_that_pandas_left_empty(tmp_path):
         prepared(broken, tokenizer, format="alpaca")
 
 
-@pytest.mark.parametrize(
-    "first", [[ANSWER], [SYSTEM, ANSWER], [{"role": "assistant", "content": " Hello  \n"}]]
-)
+@pytest.mark.parametrize("first", [[ANSWER], [SYSTEM, ANSWER], [{"role": "assistant", "content": " Hello  \n"}]])
 def test_what_precedes_the_first_answer_is_context_where_the_assistant_begins(first, tmp_path):
     """The template's own system prompt and the role header, neither of which the model will write."""
     messages = [*first, *TWO_TURNS]
@@ -265,9 +264,7 @@ def test_messages_that_the_data_say_not_to_learn(flag, yes, no, tmp_path):
     assert prepared(lines(tmp_path, row), tokenizer) == expected
     # the last answer is not to be learned, so with mask_history nothing of the first row is
     rows = [{"messages": messages}, {"messages": messages[:4]}]
-    assert prepared(lines(tmp_path, *rows), tokenizer, mask_history=True) == [
-        own_rendering(tokenizer, plain[:4], [3])
-    ]
+    assert prepared(lines(tmp_path, *rows), tokenizer, mask_history=True) == [own_rendering(tokenizer, plain[:4], [3])]
 
 
 def test_a_masked_answer_stays_masked_when_prompts_are_learned_and_when_a_template_drops_thoughts(tmp_path):
@@ -340,9 +337,7 @@ def test_calls_of_different_functions_survive_a_table(tmp_path):
     expected = [called(row, tokenizer) for row in CALLED]
     assert prepared(lines(tmp_path, *CALLED), tokenizer) == expected
     table = datasets.Dataset.from_list(CALLED)
-    assert (
-        table[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["query"] is None
-    )  # what is mended
+    assert table[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["query"] is None  # what is mended
     table.to_parquet(tmp_path / "rows.parquet")
     assert prepared(tmp_path / "rows.parquet", tokenizer) == expected
     table.save_to_disk(tmp_path / "saved")
@@ -490,9 +485,7 @@ def test_an_answer_left_open_gets_an_end_token_whatever_it_ends_with(answer):
             rendered = tokenizer.apply_chat_template(messages)["input_ids"]
             assert encoded.ids == [*rendered, tokenizer.eos_token_id]
             begin = (
-                0
-                if options
-                else len(tokenizer.apply_chat_template([USER], add_generation_prompt=True)["input_ids"])
+                0 if options else len(tokenizer.apply_chat_template([USER], add_generation_prompt=True)["input_ids"])
             )
             assert encoded.learned == [index >= begin for index in range(len(encoded.ids))]
 
@@ -788,9 +781,7 @@ def test_published_templates(name, enough):
             assert "Be brief" not in text and "system" not in text, (file.name, text)
             if index:
                 prompt, through = ids_of(messages[:index], prompt=True), ids_of(messages[: index + 1])
-                begin = next(
-                    i for i, (a, b) in enumerate(zip(prompt + [-1], through + [-2], strict=False)) if a != b
-                )
+                begin = next(i for i, (a, b) in enumerate(zip(prompt + [-1], through + [-2], strict=False)) if a != b)
                 rest = tokenizer.decode(through[begin:]).rstrip()
                 assert text.startswith(rest) or rest.startswith(text), (file.name, text, rest)
         tried += 1
@@ -823,9 +814,7 @@ def test_templates_by_name_for_base_models(name, bos, tmp_path):
         assert "Be brief" in tokenizer.decode(ids) or messages is TWO_TURNS
     if name in ("alpaca", "gemma", "mistral", "vicuna"):
         with pytest.raises(DataError, match="line 1: .*no role tool"):
-            prepared(
-                lines(tmp_path, {"messages": [USER, {"role": "tool", "content": "x"}, ANSWER]}), tokenizer
-            )
+            prepared(lines(tmp_path, {"messages": [USER, {"role": "tool", "content": "x"}, ANSWER]}), tokenizer)
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma"])

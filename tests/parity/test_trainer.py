@@ -82,9 +82,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "schedule",
     [
-        pytest.param(
-            s.value, marks=[] if s.value in ("polynomial", "cosine_with_min_lr") else pytest.mark.slow
-        )
+        pytest.param(s.value, marks=[] if s.value in ("polynomial", "cosine_with_min_lr") else pytest.mark.slow)
         for s in SchedulerType
     ],
 )

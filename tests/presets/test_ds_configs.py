@@ -23,9 +23,7 @@ NUM_GROUPS = 5  # of the tiny llama, one unit a group
 def test_there_are_presets_and_their_names_say_what_they_are():
     assert FILES
     for file in FILES:
-        assert re.fullmatch(
-            r"(fp32|mixed|bf16|fp16)_(host|device|disk|auto|zero3)(_[a-z0-9]+)*", file.stem
-        ), file.name
+        assert re.fullmatch(r"(fp32|mixed|bf16|fp16)_(host|device|disk|auto|zero3)(_[a-z0-9]+)*", file.stem), file.name
         assert f"`{file.stem}`" in (FOLDER / "README.md").read_text(), f"{file.name} is not in the table"
 
 

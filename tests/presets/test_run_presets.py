@@ -37,10 +37,7 @@ def test_preset_is_complete(file, tmp_path, monkeypatch):
     dtype = resolve_dtype(resolve(run, 1), "bf16" if "fp32" not in run.deepspeed else "fp32")
     for world_size in (1, 2, 4, 8):
         batch = resolve(run, world_size).batch
-        assert (
-            batch.micro_batch_size * batch.gradient_accumulation_steps * world_size
-            == run.train.global_batch_size
-        )
+        assert batch.micro_batch_size * batch.gradient_accumulation_steps * world_size == run.train.global_batch_size
         options = training_arguments(resolve(run, world_size), dtype, has_eval=True)
         assert options["deepspeed"]["train_batch_size"] == run.train.global_batch_size
         assert options["bf16"] == (dtype == "bf16") == ("bf16" in run.deepspeed)
@@ -59,9 +56,7 @@ def test_header_gives_the_command_and_true_numbers(file):
     partition = partition_model(
         model, group_size=block.group_size, patterns=block.groups, always_active=block.always_active
     )
-    numel = sum(group.numel for group in partition.groups) + (
-        partition.always.numel if partition.always else 0
-    )
+    numel = sum(group.numel for group in partition.groups) + (partition.always.numel if partition.always else 0)
     assert numel == sum(param.numel() for param in model.parameters())
     if block.always_active:
         assert partition.always.numel >= model.get_input_embeddings().weight.numel()
@@ -73,6 +68,4 @@ def test_header_gives_the_command_and_true_numbers(file):
 
 
 def test_the_common_models_have_one():
-    assert {"smollm2_135m", "llama2_7b", "llama3_8b", "qwen2.5_7b", "mistral_7b"} <= {
-        file.stem for file in FILES
-    }
+    assert {"smollm2_135m", "llama2_7b", "llama3_8b", "qwen2.5_7b", "mistral_7b"} <= {file.stem for file in FILES}

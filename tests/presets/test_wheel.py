@@ -1,4 +1,5 @@
-"""What ``pip install`` gives: a wheel that has the DeepSpeed configs, run files and data that it finds by name, and whose
+"""What ``pip install`` gives: a wheel that has the DeepSpeed configs, run files and data that it finds by name, and
+whose
 commands work from an empty folder, far from any checkout."""
 
 from __future__ import annotations

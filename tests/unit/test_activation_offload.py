@@ -11,6 +11,4 @@ def test_names_of_trl_that_are_not_documented():
                  "self.fwd_stash = {}", "self.bwd_tensor_stash = {}", "self.bwd_ev_stash = {}"):  # fmt: skip
         assert text in source, text
     leaving = inspect.getsource(OffloadActivations.__exit__)
-    assert (
-        "self.s1.synchronize()" in leaving and "super().__exit__" in leaving
-    )  # what we do without, and what we call
+    assert "self.s1.synchronize()" in leaving and "super().__exit__" in leaving  # what we do without, and what we call

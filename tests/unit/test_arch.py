@@ -419,9 +419,7 @@ def test_a_list_of_bare_layers_counts_where_it_is_the_bulk() -> None:
                 x = layer(x).relu()
             return self.last(x)
 
-    assert find_arch(Deep(8)) == ArchSpec(
-        ("first",), (("hidden.0",), ("hidden.1",), ("hidden.2",)), ("last",)
-    )
+    assert find_arch(Deep(8)) == ArchSpec(("first",), (("hidden.0",), ("hidden.1",), ("hidden.2",)), ("last",))
 
 
 def test_shards_of_zero_3_count_as_whole_tensors() -> None:

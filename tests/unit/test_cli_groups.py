@@ -31,9 +31,7 @@ def groups_json(capsys: pytest.CaptureFixture[str], *argv: object) -> list[dict]
 
 def test_json_is_the_partition_in_update_order(llama_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = partition_model(model_zoo.tiny.build("llama"), group_size=2).groups
-    described = [
-        {"name": group.name, "numel": group.numel, "params": list(group.param_names)} for group in expected
-    ]
+    described = [{"name": group.name, "numel": group.numel, "params": list(group.param_names)} for group in expected]
     assert groups_json(capsys, llama_dir, "--group-size", 2) == described
     assert groups_json(capsys, llama_dir, "--group-size", 2, "--order", "top2down") == described[::-1]
 
@@ -47,9 +45,7 @@ def test_random_order_follows_the_seed(llama_dir: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("head", model_zoo.FAMILIES["bert"].heads)
-def test_the_head_named_in_the_config_is_built(
-    head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_head_named_in_the_config_is_built(head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model_zoo.tiny.config("bert", head, num_labels=5).save_pretrained(tmp_path)
     expected = partition_model(model_zoo.tiny.build("bert", head, num_labels=5)).groups
     assert [tuple(group["params"]) for group in groups_json(capsys, tmp_path)] == [

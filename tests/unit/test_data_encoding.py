@@ -32,8 +32,7 @@ GLM_LIKE = (  # nothing ends a message but the next one
 PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 PARTS = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{{ eos_token }}{% endfor %}"
 NO_SYSTEM = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    "{{ messages[0].content }}"
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ messages[0].content }}"
 )
 
 
@@ -75,9 +74,7 @@ def test_history_and_prompts():
 
 
 def test_a_question_at_the_end_is_context():
-    [(whole, learned)] = encode(
-        byte_level(), Conversation([*TWO_TURNS, {"role": "user", "content": "Still there?"}])
-    )
+    [(whole, learned)] = encode(byte_level(), Conversation([*TWO_TURNS, {"role": "user", "content": "Still there?"}]))
     assert whole.endswith("Still there?<|im_end|>\n") and learned == [
         " Hello\n  you <|im_end|>",
         "Ciao<|im_end|>",
@@ -117,9 +114,7 @@ def test_a_token_that_straddles_prompt_and_answer_is_learned():
     tokenizer.backend_tokenizer.model = models.BPE(
         vocab={**vocabulary, newline * 2: len(vocabulary)}, merges=[(newline, newline)]
     )
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=False
-    )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     answer = {"role": "assistant", "content": "\nHello"}
     [(_, learned)] = encode(tokenizer, Conversation([TWO_TURNS[0], answer]))
     assert learned == ["\n\nHello<|im_end|>"]
@@ -171,9 +166,7 @@ def test_the_fallback_template_on_a_llama_tokenizer(tmp_path):
     # generation continues exactly what was trained
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
     assert (
-        encoded.ids[: len(prompt)] == prompt
-        and encoded.learned[len(prompt)]
-        and not encoded.learned[len(prompt) - 1]
+        encoded.ids[: len(prompt)] == prompt and encoded.learned[len(prompt)] and not encoded.learned[len(prompt) - 1]
     )
 
 

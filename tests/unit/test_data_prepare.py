@@ -39,9 +39,7 @@ def prepare(
 
 def completions(count: int) -> list[dict[str, str]]:
     """Prompts and answers of many lengths, no two rows the same."""
-    return [
-        {"prompt": f"{i:02d}" + "p" * (7 * i % 11), "completion": "c" * (5 * i % 13)} for i in range(count)
-    ]
+    return [{"prompt": f"{i:02d}" + "p" * (7 * i % 11), "completion": "c" * (5 * i % 13)} for i in range(count)]
 
 
 def learned(row: dict[str, list[int]]) -> list[int]:
@@ -71,10 +69,7 @@ def test_long_samples_are_cut_counted_and_dropped_when_no_answer_is_left(tmp_pat
     assert (report.num_truncated, report.cut_tokens) == (2, 17)
     assert (report.tokens, report.learned_tokens, report.longest_tokens) == (30, 11, 10)
     text = str(report)
-    assert (
-        "2 cut to data.max_length 10 (17 tokens lost)" in text
-        and "1 dropped: nothing to learn within 10" in text
-    )
+    assert "2 cut to data.max_length 10 (17 tokens lost)" in text and "1 dropped: nothing to learn within 10" in text
 
 
 def test_other_truncations(tmp_path):
@@ -115,9 +110,7 @@ def test_nothing_to_learn(tmp_path, rows, options, message):
 def test_a_tokenizer_of_another_model_is_found_by_its_ids(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "abc"}')
-    with pytest.raises(
-        DataError, match="model.tokenizer: makes token id .* but the model has only 50 embeddings"
-    ):
+    with pytest.raises(DataError, match="model.tokenizer: makes token id .* but the model has only 50 embeddings"):
         prepare_data(DataConfig(train=str(file)), byte_level(), 64, vocab_size=50)
 
 

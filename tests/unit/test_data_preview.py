@@ -82,10 +82,7 @@ def test_totals_of_each_source(tmp_path):
     show_totals(config, byte_level(), 12, Console(file=out, width=4000), 4)
     one, two = out.getvalue().splitlines()[1:]
     assert f"{first}: 3 samples of 4 rows; 29 tokens, 38% of them learned; longest 12; 1 cut to" in one
-    assert (
-        "12 (4 tokens lost); 1 dropped" in one
-        and "; the first 4 rows; in 1 samples an answer is empty" in one
-    )
+    assert "12 (4 tokens lost); 1 dropped" in one and "; the first 4 rows; in 1 samples an answer is empty" in one
     assert "0 samples of 4 rows" in two and "columns question, answer read as instruction, output" in two
 
 
@@ -99,11 +96,7 @@ def test_marks_do_not_lose_the_spaces_of_sentencepiece(tmp_path):
 
     tokenizer = load_tokenizer(sentencepiece_folder(tmp_path, **LLAMA_LIKE))
     ids = tokenizer("Hello there you", add_special_tokens=False).input_ids
-    boundary = (
-        ids.index(tokenizer.convert_tokens_to_ids("▁you"))
-        if "▁you" in tokenizer.get_vocab()
-        else len(ids) // 2
-    )
+    boundary = ids.index(tokenizer.convert_tokens_to_ids("▁you")) if "▁you" in tokenizer.get_vocab() else len(ids) // 2
     labels = [-100] * boundary + ids[boundary:]
     text = marked(tokenizer, ids, labels, colour=False).plain
     assert text.replace(BEGIN, "").replace(END, "") == "Hello there you"
@@ -111,13 +104,10 @@ def test_marks_do_not_lose_the_spaces_of_sentencepiece(tmp_path):
 
 def test_the_command(tmp_path, config, capsys):
     byte_level().save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text(
-        json.dumps({"model_type": "llama", "max_position_embeddings": 90})
-    )
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 90}))
     run_file = tmp_path / "run.yaml"
     run_file.write_text(
-        f"model: {{path: {tmp_path / 'model'}}}\ndata: {{train: {config.train}}}\n"
-        "train: {output_dir: out}\n"
+        f"model: {{path: {tmp_path / 'model'}}}\ndata: {{train: {config.train}}}\ntrain: {{output_dir: out}}\n"
     )
     assert cli.main(["preview", str(run_file), "-n", "1", "data.max_length=80"]) == 0
     printed = capsys.readouterr().out

@@ -131,9 +131,7 @@ def test_a_folder_gives_only_the_files_of_its_split(tmp_path):
     write(tmp_path / "d" / "README.md", "no data")
     assert read(tmp_path / "d") == [{"text": "a"}, {"text": "b"}]
     assert read(tmp_path / "d", split="test") == [{"text": "secret"}]
-    with pytest.raises(
-        DataError, match="no file of split 'validation' .*found test.jsonl, train-00000.jsonl"
-    ):
+    with pytest.raises(DataError, match="no file of split 'validation' .*found test.jsonl, train-00000.jsonl"):
         read(tmp_path / "d", split="validation")
     write(tmp_path / "e" / "one.jsonl", '{"text": "a"}')
     write(tmp_path / "e" / "two.csv", "text\nb\n")
@@ -397,9 +395,7 @@ def test_weights(tmp_path):
     found = mixed(1, 1, 2)  # 10 rows for a weight of 1: c's three rows 20 times over in all
     counts = {name: sum(text[0] == name for text in found) for name in sizes}
     assert counts == {"a": 10, "b": 10, "c": 20}
-    assert {found.count(f"b{i}") for i in range(4)} == {2, 3} and {
-        found.count(f"a{i}") for i in range(10)
-    } == {1}
+    assert {found.count(f"b{i}") for i in range(4)} == {2, 3} and {found.count(f"a{i}") for i in range(10)} == {1}
     assert mixed(1, 1, 2) == found != mixed(1, 1, 2, seed=1)
     assert len(mixed(10, 4, 3)) == 17  # in proportion to their rows: each once
     assert {name: sum(t[0] == name for t in mixed(0.1, 4, 1)) for name in sizes} == {

@@ -111,9 +111,7 @@ def test_no_other_file_uses_underscored_engine_names():
     for path in package.rglob("*.py"):
         if path.name in ("deepspeed_seam.py", "deepspeed_zero3_seam.py"):
             continue
-        used = set(re.findall(r"(?:self|engine|super\(\))\.(_[a-z]\w*)\(", path.read_text())) & (
-            private - nn_module
-        )
+        used = set(re.findall(r"(?:self|engine|super\(\))\.(_[a-z]\w*)\(", path.read_text())) & (private - nn_module)
         defined = set(re.findall(r"def (_[a-z]\w*)\(", path.read_text()))
         assert not used - defined, f"{path.name} uses {used - defined}"
 

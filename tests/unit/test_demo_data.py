@@ -34,8 +34,7 @@ def built(tmp_path_factory):
 def pairs_of(path: Path) -> list[tuple[str, str]]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert all(
-        [m["role"] for m in row["messages"]] == ["user", "assistant"] and list(row) == ["messages"]
-        for row in rows
+        [m["role"] for m in row["messages"]] == ["user", "assistant"] and list(row) == ["messages"] for row in rows
     )
     return [tuple(m["content"] for m in row["messages"]) for row in rows]
 
@@ -66,18 +65,14 @@ def test_pairs_read_like_questions_and_answers(built):
     pairs = pairs_of(folder / "train.jsonl") + pairs_of(folder / "heldout.jsonl")
     for question, answer in pairs:
         assert (
-            question.endswith("?")
-            and question.count("`") == 2
-            and "self" not in question.split("(")[-1].split(",")[0]
+            question.endswith("?") and question.count("`") == 2 and "self" not in question.split("(")[-1].split(",")[0]
         )
         assert "\n" not in answer and answer[0].isupper() and answer[-1] in ".!?" and ">>>" not in answer
         assert 30 <= len(answer) <= 321 and "`_" not in question and "._" not in question
     by_name = {q.split("`")[1].split("(")[0]: (q, a) for q, a in pairs}
     assert by_name["math.isqrt"][1] == "Return the integer part of the square root of the input."
     assert "`textwrap.dedent(text)`" in by_name["textwrap.dedent"][0]
-    assert {"asyncio.wait_for", "list.append", "os.path.ismount"} <= set(by_name), (
-        "public names, C types, aliases"
-    )
+    assert {"asyncio.wait_for", "list.append", "os.path.ismount"} <= set(by_name), "public names, C types, aliases"
     assert not {"asyncio.tasks.wait_for", "posixpath.ismount"} & set(by_name)
 
 
@@ -153,9 +148,7 @@ type Alias = int
 
 
 def test_a_stripped_library_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        stdlib_qa, "iter_entries", lambda: iter([Entry("m", "m.f", "function", "m.f()", "Does it.")])
-    )
+    monkeypatch.setattr(stdlib_qa, "iter_entries", lambda: iter([Entry("m", "m.f", "function", "m.f()", "Does it.")]))
     with pytest.raises(DataError, match="only 0 documented functions"):
         stdlib_qa.build(tmp_path)
 
@@ -235,9 +228,7 @@ def test_a_gguf_becomes_an_ordinary_model_once(tmp_path, monkeypatch):
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    error = np.abs(
-        model.model.layers[1].mlp.down_proj.weight.detach().numpy() - values["blk.1.ffn_down"]
-    ).max()
+    error = np.abs(model.model.layers[1].mlp.down_proj.weight.detach().numpy() - values["blk.1.ffn_down"]).max()
     assert 0 < error < 0.03, "8-bit blocks round, and that is all"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = tokenizer.apply_chat_template(
@@ -283,9 +274,9 @@ def test_answer_loss_is_the_mean_over_answer_tokens_whatever_the_batches(chat_mo
     model, tokenizer = chat_model
     total, count = 0.0, 0
     for pair in PAIRS:  # one at a time, with the loss transformers computes
-        prompt = tokenizer.apply_chat_template(
-            pair.messages[:1], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
+        prompt = tokenizer.apply_chat_template(pair.messages[:1], add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
         whole = torch.tensor([tokenizer.apply_chat_template(pair.messages, return_dict=True)["input_ids"]])
         labels = whole.clone()
         labels[:, : len(prompt)] = -100

@@ -38,9 +38,7 @@ def test_the_forecast_is_what_is_there_and_a_run_that_will_not_fit_does_not_begi
     """The tiny model's small files (tokenizer, JSON) outweigh nothing but it; tensors are compared."""
     asked = []
     check = disk_room.DiskRoomCallback._check
-    monkeypatch.setattr(
-        disk_room.DiskRoomCallback, "_check", lambda *args: (asked.append(args), check(*args))
-    )
+    monkeypatch.setattr(disk_room.DiskRoomCallback, "_check", lambda *args: (asked.append(args), check(*args)))
     file = write_run(inputs, tmp_path / "run", train__max_steps=7, train__save_steps=2, train__optimizer=optimizer,
                      train__save_total_limit=1, train__eval_steps=7)  # fmt: skip
     finetune(load_run_config(file))
@@ -54,9 +52,7 @@ def test_the_forecast_is_what_is_there_and_a_run_that_will_not_fit_does_not_begi
 
     free = disk_room.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(disk_room.shutil, "disk_usage", lambda path: free._replace(free=each))
-    other = write_run(
-        inputs, tmp_path / "other", train__max_steps=7, train__save_steps=2, train__optimizer=optimizer
-    )
+    other = write_run(inputs, tmp_path / "other", train__max_steps=7, train__save_steps=2, train__optimizer=optimizer)
     with pytest.raises(CheckpointError, match=r"train.output_dir: .* will need 3 checkpoints .* free"):
         finetune(load_run_config(other))
     assert not list((tmp_path / "other").glob("checkpoint-*"))

@@ -1,4 +1,5 @@
-"""The checks for a GPU, as far as they run without one: what a renter types must not be run there for the first time."""
+"""The checks for a GPU, as far as they run without one: what a renter types must not be run there for the first
+time."""
 
 from __future__ import annotations
 
@@ -40,11 +41,10 @@ def test_link_and_races(tmp_path):
 def test_a_failed_check_is_told_and_costs_the_others_nothing(tmp_path):
     code = (
         "import sys; sys.argv = ['validate.py', 'memory', 'link', '--device', 'cpu', '--tiny', '--out', sys.argv[1]];"
-        "from benchmarks.gpu import validate; validate.CHECKS['memory'] = lambda asked: 1 / 0; sys.exit(validate.main())"
+        "from benchmarks.gpu import validate; validate.CHECKS['memory'] = lambda asked: 1 / 0; "
+        "sys.exit(validate.main())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "FAIL memory" in done.stderr and "PASS link" in done.stderr
     assert "ZeroDivisionError" in (tmp_path / "results.md").read_text()
 

@@ -50,9 +50,9 @@ def test_a_run_says_what_it_chose_and_goes_on_with_it(inputs, tmp_path, capsys, 
     from tests.helpers.tiny_tokenizers import byte_level
 
     folder = tmp_path / "model"
-    model_zoo.tiny.build(
-        "llama", vocab_size=280, max_position_embeddings=256, num_hidden_layers=7
-    ).save_pretrained(folder)
+    model_zoo.tiny.build("llama", vocab_size=280, max_position_embeddings=256, num_hidden_layers=7).save_pretrained(
+        folder
+    )
     byte_level().save_pretrained(folder)
     seen = []
     settle = finetuning.settle_group_size

@@ -134,9 +134,7 @@ def test_matrices_are_the_two_dimensional_weights_of_blocks() -> None:
     assert toy == {f"layers.{i}.{part}.weight" for i in range(2) for part in ("up", "down")}
     t5 = partition_model(model_zoo.tiny.build("t5")).matrices
     assert "encoder.block.0.layer.0.SelfAttention.q.weight" in t5
-    assert not [
-        name for name in t5 if "relative_attention_bias" in name or "shared" in name or "norm" in name
-    ]
+    assert not [name for name in t5 if "relative_attention_bias" in name or "shared" in name or "norm" in name]
     model = model_zoo.tiny.build("llama")
     model.model.layers[0].requires_grad_(False)
     assert not [name for name in partition_model(model).matrices if ".layers.0." in name]
@@ -242,9 +240,7 @@ def test_bad_groups_are_one_clear_line(patterns: list, message: str) -> None:
 
 
 def test_a_group_of_always_active_parameters_alone_is_refused() -> None:
-    with pytest.raises(
-        GroupingError, match=r"groups\[0\]: 'embed' .* 'embed.weight' is already always_active"
-    ):
+    with pytest.raises(GroupingError, match=r"groups\[0\]: 'embed' .* 'embed.weight' is already always_active"):
         partition_model(Toy(), patterns=[["embed"], ["layers", "norm", "head"]], always_active=["embed"])
 
 

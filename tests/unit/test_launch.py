@@ -359,9 +359,7 @@ def test_bad_input_is_one_line_before_any_weight_is_read(
     shutil.copytree(inputs / "model", model)
     if spoil is not None:
         spoil(model)
-    monkeypatch.setattr(
-        "hift_ds.train.finetune.load_pretrained", lambda *a, **k: pytest.fail("weights were read")
-    )
+    monkeypatch.setattr("hift_ds.train.finetune.load_pretrained", lambda *a, **k: pytest.fail("weights were read"))
     file = write_run(inputs, tmp_path / "run", **{"model__path": str(model), **changes})
     assert worker.main([str(file)]) == 2
     printed = capsys.readouterr()
@@ -552,9 +550,7 @@ def test_the_few_fp32_weights_of_a_folder_in_bf16_keep_their_bits(inputs, tmp_pa
         train__eval_steps=None, data__val_size=0,
     )  # fmt: skip
     finetune(load_run_config(run, []))
-    after = {
-        name: value for f in (out / "model").glob("*.safetensors") for name, value in load_file(f).items()
-    }
+    after = {name: value for f in (out / "model").glob("*.safetensors") for name, value in load_file(f).items()}
     assert any(value.dtype == torch.float32 for value in after.values())
     for name, value in after.items():
         assert value.dtype == tensors[name].dtype and torch.equal(value, tensors[name]), name

@@ -78,8 +78,7 @@ def imports_of(path: Path) -> set[str]:
 MODULES = {module_name(p): p for p in (ROOT / "hift_ds").rglob("*.py")}
 ZOO = {module_name(p): p for p in (ROOT / "model_zoo").rglob("*.py")}
 EDGES = {
-    name: {i for i in imports_of(path) if i in MODULES and i not in (name, "hift_ds")}
-    for name, path in MODULES.items()
+    name: {i for i in imports_of(path) if i in MODULES and i not in (name, "hift_ds")} for name, path in MODULES.items()
 }
 
 
@@ -148,9 +147,7 @@ def layer_of(name: str) -> int | None:
 
 def test_every_module_has_a_layer():
     without = [
-        name
-        for name in MODULES
-        if layer_of(name + ".") is None and layer_of(name) is None and name != "hift_ds"
+        name for name in MODULES if layer_of(name + ".") is None and layer_of(name) is None and name != "hift_ds"
     ]
     assert not without, without
 
@@ -161,8 +158,7 @@ def test_imports_point_downwards():
         for name, targets in EDGES.items()
         if layer_of(name) is not None
         for target in targets
-        if MODULES[target].name != "__init__.py"
-        and (layer_of(target) is None or layer_of(target) > layer_of(name))
+        if MODULES[target].name != "__init__.py" and (layer_of(target) is None or layer_of(target) > layer_of(name))
     }
     assert not (new := set(wrong) - set(ALLOWED)), "\n".join(wrong[edge] for edge in sorted(new))
     assert not (gone := set(ALLOWED) - set(wrong)), f"take out of ALLOWED: {sorted(gone)}"

@@ -31,9 +31,7 @@ def run(mode, make_scheduler, lrs=(1.0,), steps_per_group=1):
     schedule = GroupSchedule(K, steps_per_group=steps_per_group)
     used = []
     for _ in range(STEPS):
-        used.append(
-            list(latch.before_step(schedule.starts_cycle, schedule.cursor.cycle, schedule.steps_per_cycle))
-        )
+        used.append(list(latch.before_step(schedule.starts_cycle, schedule.cursor.cycle, schedule.steps_per_cycle)))
         schedule.advance()
         scheduler.step()
     return used
@@ -62,9 +60,7 @@ def test_step_follows_the_scheduler():
 
 
 def test_reference_uses_the_cth_value_in_cycle_c():
-    assert run("reference", lambda o: LambdaLR(o, linear_decay)) == [
-        [linear_decay(s // K)] for s in range(STEPS)
-    ]
+    assert run("reference", lambda o: LambdaLR(o, linear_decay)) == [[linear_decay(s // K)] for s in range(STEPS)]
 
 
 def deepspeed_warm_up(optimizer):
@@ -99,10 +95,7 @@ def test_looking_ahead_leaves_the_scheduler_where_it_was():
     for mode in ("cycle", "step"):
         run(mode, make(mode))
     assert schedulers["cycle"].last_epoch == schedulers["step"].last_epoch == STEPS
-    assert (
-        schedulers["cycle"].optimizer.param_groups[0]["lr"]
-        == schedulers["step"].optimizer.param_groups[0]["lr"]
-    )
+    assert schedulers["cycle"].optimizer.param_groups[0]["lr"] == schedulers["step"].optimizer.param_groups[0]["lr"]
 
 
 def one_cycle(optimizer, total_steps=STEPS):

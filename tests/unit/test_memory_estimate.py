@@ -29,9 +29,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory, folder):
     tmp_path = tmp_path_factory.mktemp("run")
-    (tmp_path / "ds.json").write_text(
-        json.dumps({"bf16": {"enabled": True}, "hift": {"state": {"residency": "host"}}})
-    )
+    (tmp_path / "ds.json").write_text(json.dumps({"bf16": {"enabled": True}, "hift": {"state": {"residency": "host"}}}))
     path = tmp_path / "run.yaml"
     path.write_text(
         f"model: {{path: {folder}}}\n"
@@ -199,7 +197,8 @@ def test_several_ranks_leave_less_of_a_card():
 
 
 def test_gradients_that_rest_in_host_memory_are_counted():
-    """With the update in backward: sums of micro-batches (4 bytes), and what waits for the exact norm (2, or 4 over ranks)."""
+    """With the update in backward: sums of micro-batches (4 bytes), and what waits for the exact norm (2, or 4 over
+    ranks)."""
 
     def on_host(clip=1.0, update="in_backward", **more):
         config = {"gradient_clipping": clip, "hift": {"update": update}}

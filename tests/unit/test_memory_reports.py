@@ -112,12 +112,10 @@ def test_auto_find_batch_size_goes_on_with_a_smaller_batch(monkeypatch, tmp_path
     config = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 0}, "hift": {},
               "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}  # fmt: skip
     arguments = TrainingArguments(
-        str(tmp_path), deepspeed=config, per_device_train_batch_size=8, auto_find_batch_size=True, max_steps=3, report_to=[],
-        save_strategy="no", use_cpu=True, learning_rate=1e-3,
+        str(tmp_path), deepspeed=config, per_device_train_batch_size=8, auto_find_batch_size=True, max_steps=3,
+        report_to=[], save_strategy="no", use_cpu=True, learning_rate=1e-3,
     )  # fmt: skip
-    HiFTTrainer(
-        model, arguments, train_dataset=Dataset.from_dict({"input_ids": tokens, "labels": tokens})
-    ).train()
+    HiFTTrainer(model, arguments, train_dataset=Dataset.from_dict({"input_ids": tokens, "labels": tokens})).train()
     assert rows[0] == 8 and set(rows[-3:]) <= {1, 2}
 
 
@@ -128,9 +126,7 @@ def test_auto_find_batch_size_goes_on_with_a_smaller_batch(monkeypatch, tmp_path
 def small():
     """Large enough for activations to count: 3 blocks, 2 x 128 tokens."""
     config = {"hidden_size": 64, "intermediate_size": 176, "vocab_size": 4000, "max_position_embeddings": 256}
-    engine = make_engine(
-        model_zoo.tiny.build("llama", **config), ds_config(rows=2, bf16={"enabled": True}, clip=1.0)
-    )
+    engine = make_engine(model_zoo.tiny.build("llama", **config), ds_config(rows=2, bf16={"enabled": True}, clip=1.0))
     yield engine
     engine.destroy()
 
@@ -158,9 +154,7 @@ class Line:
         return [0]
 
     def step(self, index):
-        return GroupStep(
-            0, "embed", 1, {"forward:": {"weights": 1000, "activations": 300 * self.rows}}, {}, 0, 0
-        )
+        return GroupStep(0, "embed", 1, {"forward:": {"weights": 1000, "activations": 300 * self.rows}}, {}, 0, 0)
 
 
 def test_advice_for_a_packed_row_counts_tokens():

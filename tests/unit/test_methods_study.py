@@ -1,4 +1,5 @@
-"""The study of methods (benchmarks/methods): what is still to be run, the page from the lines, and each method on a toy."""
+"""The study of methods (benchmarks/methods): what is still to be run, the page from the lines, and each method on a
+toy."""
 
 import sys
 from pathlib import Path
@@ -60,8 +61,7 @@ def test_the_page_quotes_the_best_rate_over_all_seeds_and_shows_every_rate(study
     done = [line(first[0], 2.0), line(first[1], 1.5), line({**first[1], "seed": 1}, 1.7)]
     page = study.table(done, seconds)
     assert (
-        "| full | 1.6000 | 1.5000 to 1.7000 (2) | 0.2 | 5 | 2.000 | 3.000 | 0.50 | 0.1: 2.0000, 0.2: 1.5000 |"
-        in page
+        "| full | 1.6000 | 1.5000 to 1.7000 (2) | 0.2 | 5 | 2.000 | 3.000 | 0.50 | 0.1: 2.0000, 0.2: 1.5000 |" in page
     )
 
 
@@ -122,8 +122,7 @@ def test_each_method_trains_what_it_says(methods, name, package, settings, steps
     losses = [method.step(batch_of(0), 0.02) for _ in range(steps)]
     assert losses[-1] < losses[0]
     names = {
-        n.replace(".base_layer", "").removeprefix("base_model.model."): p
-        for n, p in method.model.named_parameters()
+        n.replace(".base_layer", "").removeprefix("base_model.model."): p for n, p in method.model.named_parameters()
     }
     moved = {n for n, p in before.items() if n in names and not torch.equal(names[n], p)}
     assert (moved == set(before)) if all_move else (moved != set(before))

@@ -27,9 +27,7 @@ CONFIG = {"model_type": "llama", "max_position_embeddings": 64, "vocab_size": 30
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    model_zoo.tiny.build("llama", vocab_size=300).to(torch.bfloat16).save_pretrained(
-        folder, max_shard_size="20KB"
-    )
+    model_zoo.tiny.build("llama", vocab_size=300).to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
     byte_level().save_pretrained(folder)
     return folder
 
@@ -68,9 +66,7 @@ def spoil(folder: Path, how: str) -> None:
             json.dumps({"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "m.M"}})
         )
     elif how == "quantized":
-        (folder / "config.json").write_text(
-            json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
-        )
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     else:
         for file in folder.glob("*.safetensors*"):
             file.unlink()

@@ -146,9 +146,7 @@ def test_unknown_names_are_answered_with_the_nearest(make: object, message: str)
 
 
 def test_reading_the_sizes_costs_no_torch() -> None:
-    script = (
-        "import sys, model_zoo; assert model_zoo.SIZES; print({'torch', 'transformers'} & set(sys.modules))"
-    )
+    script = "import sys, model_zoo; assert model_zoo.SIZES; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

@@ -65,9 +65,7 @@ def test_shape_dependent_and_unknown_optimizers_get_whole_tensors():
 def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():
     params = make_params()
     groups = [{"params": params, "weight_decay": 0.0}]
-    optimizer = build_optimizer(
-        "Muon", {"lr": 0.1, "momentum": 0.9}, groups, matrices=frozenset([id(params[0])])
-    )
+    optimizer = build_optimizer("Muon", {"lr": 0.1, "momentum": 0.9}, groups, matrices=frozenset([id(params[0])]))
     assert type(optimizer) is MuonWithAuxAdamW
     assert [(g["algorithm"], len(g["params"])) for g in optimizer.param_groups] == [("muon", 1), ("adamw", 1)]
     expected = [p.detach().clone() for p in params]
@@ -119,8 +117,7 @@ def test_piecewise_equals_the_optimizer_itself(name):
     states = {}
     for step in range(4):
         grads = [
-            torch.randn(p.shape, generator=torch.Generator().manual_seed(step * 2 + i))
-            for i, p in enumerate(params)
+            torch.randn(p.shape, generator=torch.Generator().manual_seed(step * 2 + i)) for i, p in enumerate(params)
         ]
         for param, grad in zip(expected, grads, strict=True):
             param.grad = grad.clone()

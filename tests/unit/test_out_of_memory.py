@@ -23,9 +23,7 @@ from tests.unit.test_launch import NUM_GROUPS, inputs, own_cache, write_run  # n
 
 class Forecast(NoAdvice):
     def text(self, batch, length, budget_bytes):
-        return (
-            f"forecast 30.0 GiB of 22.0 usable; would fit: micro-batches of {batch // 2}; a switch (21.0 GiB)"
-        )
+        return f"forecast 30.0 GiB of 22.0 usable; would fit: micro-batches of {batch // 2}; a switch (21.0 GiB)"
 
 
 @pytest.fixture(autouse=True)
@@ -147,9 +145,7 @@ def test_saving_leaves_the_checkpoints_that_are_there(inputs, tmp_path, monkeypa
 
     monkeypatch.setattr(saving, "random_state", second_is_too_much)
     assert worker.main([str(file)]) == 2
-    assert "CUDA out of memory. Tried to allocate 20.00 MiB" in lines_of(capsys)[0] and steps_saved(out) == [
-        1
-    ]
+    assert "CUDA out of memory. Tried to allocate 20.00 MiB" in lines_of(capsys)[0] and steps_saved(out) == [1]
 
 
 def test_a_smaller_batch_is_found_and_trains_the_same_groups(inputs, tmp_path, hook, caplog):  # noqa: F811
@@ -176,11 +172,7 @@ def test_a_smaller_batch_is_found_and_trains_the_same_groups(inputs, tmp_path, h
     with caplog.at_level(logging.WARNING):
         results = finetune.finetune(load_run_config(file))
     assert tried[:2] == [7, 6] and set(tried[2:]) <= set(range(1, 6))
-    assert (
-        results["micro_batch_size"] == 5
-        and results["steps"] == 2 * NUM_GROUPS
-        and results["never_updated"] == 0
-    )
+    assert results["micro_batch_size"] == 5 and results["steps"] == 2 * NUM_GROUPS and results["never_updated"] == 0
     assert Forecast.made <= 2  # one for each length, however many batches were tried
     answers = [record.message for record in caplog.records if "out of memory" in record.message]
     assert len(answers) == 2 and "would fit: micro-batches of 3" in answers[0]
@@ -233,15 +225,10 @@ def test_which_errors_say_that_there_is_no_memory():
     assert full_device(torch.OutOfMemoryError("XPU out of memory. Tried")) == "XPU"
     assert full_device(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might")) == "CUDA"
     assert (
-        full_device(
-            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
-        )
+        full_device(RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"))
         == "CPU"
     )
-    assert (
-        full_device(RuntimeError("shapes do not match")) is None
-        and full_device(ValueError(ALLOCATOR_SAYS)) is None
-    )
+    assert full_device(RuntimeError("shapes do not match")) is None and full_device(ValueError(ALLOCATOR_SAYS)) is None
 
 
 def test_an_answer_is_found_beneath_a_librarys_error():

@@ -72,9 +72,7 @@ def test_quick_page_agrees_with_the_paper(tmp_path):
     rows = [line for line in out.read_text().splitlines() if line.startswith("| ") and line.count(" / ") == 4]
     assert len(rows) == len(paper.QUICK_OPTIMIZERS) * len(paper.ROWS)
     for line in rows:
-        pairs = [
-            tuple(map(float, cell.split(" / "))) for cell in line.strip("| ").split(" | ") if " / " in cell
-        ]
+        pairs = [tuple(map(float, cell.split(" / "))) for cell in line.strip("| ").split(" | ") if " / " in cell]
         for ours, theirs in pairs[:3]:
             assert ours == pytest.approx(theirs, rel=1.1e-6), line
         assert pairs[3][0] == pairs[3][1], line

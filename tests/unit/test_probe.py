@@ -29,12 +29,8 @@ def folder(tmp_path_factory):
 def test_the_command_measures_what_it_predicted(folder, monkeypatch, capsys):
     """All switches on but offloading, which a CPU has no use for. The estimate itself is left out: it takes longer."""
     asked = []
-    monkeypatch.setattr(
-        estimate_module, "estimate", lambda setting: asked.append(setting) or {"peak_gib": 1.0}
-    )
-    assert (
-        main(["estimate", "--model", str(folder), "--batch", "2", "--length", "64", "--probe", "--json"]) == 0
-    )
+    monkeypatch.setattr(estimate_module, "estimate", lambda setting: asked.append(setting) or {"peak_gib": 1.0})
+    assert main(["estimate", "--model", str(folder), "--batch", "2", "--length", "64", "--probe", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["probe"]
     assert asked[0].engine_config["hift"]["activations"]["offload"] is True
     assert found["device"] == "cpu" and found["measured_gib"] > 0.01
@@ -48,7 +44,8 @@ def test_the_table_has_both(capsys):
         ("numel", "num_groups", "gpus", "length", "batch", "pinned_gib", "checkpoint_gib", "state_gib_per_step",
          "flops_per_step", "flops_ratio_lora", "full_fine_tuning_peak_gib"), 1
     )  # fmt: skip
-    figures |= {"model": "m", "phases": {}, "categories": {}, "worst_group": {"index": 3, "name": "layers.2"}, "fits": [],
+    figures |= {"model": "m", "phases": {}, "categories": {}, "worst_group": {"index": 3, "name": "layers.2"},
+                "fits": [],
                 "switched": {}, "switches": {}, "method": "counted", "assumptions": []}  # fmt: skip
     probe = {"device": "cuda", "group": "3 (layers.2)", "predicted_gib": 2.0, "measured_gib": 2.1}
     print_estimate({**figures, "probe": probe})

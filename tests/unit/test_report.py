@@ -202,9 +202,7 @@ def test_runs_without_loss_norms_or_groups_are_still_drawn(tmp_path):
         writer.write({"step": step, "loss": None if step == 2 else 1.0})
     writer.close()
     assert [p.name for p in plot_run(tmp_path)] == ["loss.png"]
-    overflowed = [
-        dict(record, grad_norm=None, skipped=True, loss=math.nan) for record in steps_of_a_run(5, 2)
-    ]
+    overflowed = [dict(record, grad_norm=None, skipped=True, loss=math.nan) for record in steps_of_a_run(5, 2)]
     writer = MetricsWriter(tmp_path)
     for record in overflowed:
         writer.write(record)
@@ -248,9 +246,7 @@ def test_plain_lines_say_what_matters_and_never_wrap():
         progress.update(record)
     progress.note("[not markup] " + "x" * 100)
     lines = out.getvalue().splitlines()
-    assert lines[0].startswith(
-        "step    1/1000  cycle 0  layers.0  loss 3.000  100 tok/s  8:20 left  lr 1.00e-04"
-    )
+    assert lines[0].startswith("step    1/1000  cycle 0  layers.0  loss 3.000  100 tok/s  8:20 left  lr 1.00e-04")
     assert lines[2] == "[not markup] " + "x" * 100
 
 
@@ -267,17 +263,13 @@ def test_time_left_and_rate_are_those_of_a_cycle_not_of_the_last_group():
     progress.start(100, window=2)
     for step in range(1, 21):  # one group takes 3 s for 30 tokens, the other 1 s
         slow = step % 2
-        progress.update(
-            {"step": step, "step_time_s": 3.0 if slow else 1.0, "tokens_per_s": 10.0 if slow else 30.0}
-        )
+        progress.update({"step": step, "step_time_s": 3.0 if slow else 1.0, "tokens_per_s": 10.0 if slow else 30.0})
     assert "15 tok/s  2:40 left" in out.getvalue().splitlines()[-1]
 
 
 def test_live_line_on_a_terminal_restores_it():
     out = io.StringIO()
-    console = Console(
-        file=out, force_terminal=True, width=100, color_system=None, legacy_windows=False, _environ={}
-    )
+    console = Console(file=out, force_terminal=True, width=100, color_system=None, legacy_windows=False, _environ={})
     progress = make_progress(console)
     assert isinstance(progress, LiveProgress)
     progress.start(7)
@@ -321,9 +313,7 @@ print(transformers.logging.get_verbosity())
 """
     for main, shown in ((True, "worth it\nbad\n"), (False, "bad\n")):
         command = [sys.executable, "-c", code.format(main=main)]
-        env = {
-            k: v for k, v in __import__("os").environ.items() if not k.startswith(("TRANSFORMERS_", "HF_"))
-        }
+        env = {k: v for k, v in __import__("os").environ.items() if not k.startswith(("TRANSFORMERS_", "HF_"))}
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.stderr == shown, done.stderr
         assert int(done.stdout) == (logging.WARNING if main else logging.ERROR)
@@ -385,9 +375,7 @@ def test_a_run_leaves_everything_behind(tmp_path, capsys):
     assert [r["loss"] for r in metrics.steps] == [entry["loss"] for entry in logged]
     assert [r["lr"] for r in metrics.steps] == [entry["learning_rate"] for entry in logged]
     assert metrics.steps[-1]["num_tokens"] == trainer.state.num_input_tokens_seen > 0
-    assert all(
-        r["tokens_per_s"] > 0 and r["state_bytes_in"] > 0 and r["peak_memory_gib"] > 0 for r in metrics.steps
-    )
+    assert all(r["tokens_per_s"] > 0 and r["state_bytes_in"] > 0 and r["peak_memory_gib"] > 0 for r in metrics.steps)
     assert [r["step"] for r in metrics.evals] == [3, 6, 7] or [r["step"] for r in metrics.evals] == [3, 6]
 
     assert [g.name for g in read_groups(tmp_path)] == [g.name for g in trainer.engine.groups]
@@ -415,9 +403,7 @@ def test_a_run_that_ends_with_its_best_weights(tmp_path):
     best = trainer.state.best_global_step
     assert best < 9
     loss = trainer.state.best_metric
-    assert any(
-        f"best: loss {loss:.4f} at step {best}, whose weights are kept" in note for note in progress.notes
-    )
+    assert any(f"best: loss {loss:.4f} at step {best}, whose weights are kept" in note for note in progress.notes)
     assert any(f"trainable parameters updated in {best} steps" in note for note in progress.notes)
     assert json.loads((tmp_path / "coverage.json").read_text())["num_steps"] == best
     assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-6)

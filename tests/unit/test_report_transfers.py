@@ -19,10 +19,7 @@ def records(num, **more):
 
 
 def test_the_sentence():
-    assert (
-        summary(records(10))
-        == "10.0 s of state transfers, 75% of them hidden; steps waited 12.5% of their time"
-    )
+    assert summary(records(10)) == "10.0 s of state transfers, 75% of them hidden; steps waited 12.5% of their time"
     assert summary(records(3, transfer_s=0.0, stalled_s=0.0)) == "no state transfers"
     assert summary([{"step": 1, "transfer_s": 2.0}]) == "2.0 s of state transfers, 100% of them hidden"
 

@@ -40,9 +40,7 @@ KEYS = list(all_keys(RunConfig))
 
 
 def test_every_key_of_the_run_file_has_a_rule():
-    assert set(KEYS) <= RULES.keys(), (
-        "a new key: say in RULES what becomes of it when a run goes on with another value"
-    )
+    assert set(KEYS) <= RULES.keys(), "a new key: say in RULES what becomes of it when a run goes on with another value"
     assert set(RULES) - set(KEYS) == {"hift: false", "training data", "model config"}
     assert set(RESOLVED.values()) <= set(KEYS)
 
@@ -101,9 +99,7 @@ def test_what_is_said_is_true(inputs, tmp_path, caplog):  # noqa: F811
     shutil.copytree(inputs / "model", model)
     out = tmp_path / "run"
     options = {"train__eval_steps": None, "train__save_steps": 5, "data__val_size": 0, "train__max_steps": 5}
-    file = write_run(
-        inputs, out, model__path=str(model), data__train=str(data), train__weight_decay=0.0, **options
-    )
+    file = write_run(inputs, out, model__path=str(model), data__train=str(data), train__weight_decay=0.0, **options)
     finetune(load_run_config(file))
     with data.open("a") as more:
         more.write("\n" + data.read_text().splitlines()[0])
@@ -129,9 +125,7 @@ def test_what_is_said_is_true(inputs, tmp_path, caplog):  # noqa: F811
         finetune(load_run_config(file, changes))
     finally:
         module._summary = real
-    kept = next(
-        r.getMessage() for r in caplog.records if r.getMessage().startswith("going on with settings of")
-    )
+    kept = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("going on with settings of"))
     changed = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("changed since"))
     for text in (
         "train.learning_rate 0.01, not 0.5",
@@ -151,10 +145,6 @@ def test_what_is_said_is_true(inputs, tmp_path, caplog):  # noqa: F811
     # The second cycle begins at step 5 of a cosine over 10, although the schedule of 5 steps had ended at 0.
     assert rates[5:] == pytest.approx([0.005] * 5)
     assert set(seen["decay"]) == {0.0} and seen["eps"] == 0.5
-    with pytest.raises(
-        CheckpointError, match="saved with other settings: train.optimizer AdamW -> Adafactor"
-    ):
+    with pytest.raises(CheckpointError, match="saved with other settings: train.optimizer AdamW -> Adafactor"):
         finetune(load_run_config(file, [*changes, "train.max_steps=11", "train.optimizer=Adafactor"]))
-    assert "changed since" not in json.dumps(
-        json.loads((out / "checkpoint-10" / "settings.json").read_text())
-    )
+    assert "changed since" not in json.dumps(json.loads((out / "checkpoint-10" / "settings.json").read_text()))

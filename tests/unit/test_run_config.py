@@ -32,16 +32,12 @@ def load(tmp_path):
     return load
 
 
-def arguments(
-    run: RunConfig, world_size: int = 1, dtype: Any = "fp32", has_eval: bool = False
-) -> dict[str, Any]:
+def arguments(run: RunConfig, world_size: int = 1, dtype: Any = "fp32", has_eval: bool = False) -> dict[str, Any]:
     return training_arguments(resolve(run, world_size), dtype, has_eval=has_eval)
 
 
 def test_defaults_and_overrides(load):
-    run = load(
-        "train.learning_rate=1e-4", "data.train=[a.jsonl, b.jsonl]", "hift.group_size=2", "model.dtype=bf16"
-    )
+    run = load("train.learning_rate=1e-4", "data.train=[a.jsonl, b.jsonl]", "hift.group_size=2", "model.dtype=bf16")
     assert run.train.learning_rate == 1e-4 and run.data.train == ["a.jsonl", "b.jsonl"]
     assert resolve(run, 1).hift.group_size == 2 and resolve(run, 1).hift.order == "bottom2up"
     assert run.export_dir == Path("out/model")
@@ -51,8 +47,7 @@ def test_defaults_and_overrides(load):
 
 def test_numbers_like_1e_5_are_numbers_everywhere(load):
     run = load(
-        text=yaml.safe_dump(MINIMAL)
-        + "deepspeed: {optimizer: {type: SGD, params: {lr: 1e-3, momentum: 9E-1}}}\n"
+        text=yaml.safe_dump(MINIMAL) + "deepspeed: {optimizer: {type: SGD, params: {lr: 1e-3, momentum: 9E-1}}}\n"
     )
     assert run.deepspeed["optimizer"]["params"] == {"lr": 1e-3, "momentum": 0.9}
     assert load("train.optimizer_args={eps: 1e-6}").train.optimizer_args == {"eps": 1e-6}
@@ -231,9 +226,7 @@ def test_the_run_file_goes_over_the_json_and_the_json_over_defaults(load, tmp_pa
     }
     (tmp_path / "ds.json").write_text(json.dumps(ds))
     monkeypatch.chdir("/")  # so that it is found beside the run file only
-    run = load(
-        "deepspeed=ds.json", "hift.reshuffle=true", "hift.state.pin_memory=true", "train.weight_decay=0.3"
-    )
+    run = load("deepspeed=ds.json", "hift.reshuffle=true", "hift.state.pin_memory=true", "train.weight_decay=0.3")
     merged = deepspeed_config(resolve(run, 1), "fp32")
     assert merged["optimizer"] == {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.3}}
     assert merged["gradient_clipping"] == 0.5 and merged["wall_clock_breakdown"] is True
@@ -327,9 +320,7 @@ def test_full_fine_tuning_has_no_hift_block(load):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_training_arguments_are_accepted_and_agree_with_the_deepspeed_config(
-    load, dtype, tmp_path, monkeypatch
-):
+def test_training_arguments_are_accepted_and_agree_with_the_deepspeed_config(load, dtype, tmp_path, monkeypatch):
     from transformers import TrainingArguments
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 

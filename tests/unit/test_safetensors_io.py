@@ -32,11 +32,7 @@ FAMILIES = ["llama", "mixtral", "gpt2", "opt", "t5", "gpt_neox", "bert", "robert
 
 
 def folder_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -55,9 +51,7 @@ def test_export_writes_what_transformers_would_and_reloads_without_a_missing_wei
     # Parameters in the wrong order and each tied one once, as an engine that gathers group by group gives
     # them.
     weights = list(model.named_parameters())[::-1] + [
-        (name, value)
-        for name, value in model.state_dict().items()
-        if name not in dict(model.named_parameters())
+        (name, value) for name, value in model.state_dict().items() if name not in dict(model.named_parameters())
     ]
     export_model(model, tmp_path / "ours", tensors=weights, max_shard_size="10KB")
 
@@ -68,9 +62,7 @@ def test_export_writes_what_transformers_would_and_reloads_without_a_missing_wei
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_built_from_the_config_alone_gives_the_same_names_and_loads_the_same_weights(
-    family, tmp_path
-):
+def test_a_model_built_from_the_config_alone_gives_the_same_names_and_loads_the_same_weights(family, tmp_path):
     model = tiny.build(family, seed=3)
     model.save_pretrained(tmp_path)
     assert plan_names(skeleton(model.config)).saved == plan_names(model).saved
@@ -168,9 +160,7 @@ def test_dtypes_are_those_of_the_input_tensor_by_tensor(llama, tmp_path):
     (tmp_path / "in").mkdir()
     save_file(mixed, tmp_path / "in" / "model.safetensors")
     export_model(llama, tmp_path / "out", dtype=tensor_dtypes(tmp_path / "in"))
-    assert {n: t.dtype for n, t in folder_tensors(tmp_path / "out").items()} == {
-        n: t.dtype for n, t in mixed.items()
-    }
+    assert {n: t.dtype for n, t in folder_tensors(tmp_path / "out").items()} == {n: t.dtype for n, t in mixed.items()}
 
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
@@ -286,9 +276,7 @@ def sharded(llama, tmp_path):
 
 def test_headers_tell_shapes_and_dtypes(llama, sharded):
     headers = check_weights(sharded)
-    assert {n: h.shape for n, h in headers.items()} == {
-        n: tuple(t.shape) for n, t in llama.state_dict().items()
-    }
+    assert {n: h.shape for n, h in headers.items()} == {n: tuple(t.shape) for n, t in llama.state_dict().items()}
     assert sum(h.numel for h in headers.values()) == sum(p.numel() for p in llama.parameters())
 
 
@@ -388,16 +376,12 @@ def test_distances_between_two_folders(llama, tmp_path):
         moved = weight_distances(tmp_path / "before", tmp_path / "after", chunk_numel=chunk)
         assert moved.keys() == before.keys()
         for name, (distance, norm) in moved.items():
-            expected = (
-                0.5 * before[name].numel() ** 0.5 if name.endswith("layers.1.mlp.down_proj.weight") else 0.0
-            )
+            expected = 0.5 * before[name].numel() ** 0.5 if name.endswith("layers.1.mlp.down_proj.weight") else 0.0
             assert distance == pytest.approx(expected, rel=1e-6)
             assert norm == pytest.approx(before[name].double().norm().item(), rel=1e-6)
 
     change(tmp_path / "after", lambda t: t.update(buffer=t.pop("model.norm.weight")))
-    assert weight_distances(tmp_path / "before", tmp_path / "after").keys() == before.keys() - {
-        "model.norm.weight"
-    }
+    assert weight_distances(tmp_path / "before", tmp_path / "after").keys() == before.keys() - {"model.norm.weight"}
     change(tmp_path / "after", lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:5].clone()}))
     with pytest.raises(CheckpointError, match=r"'lm_head.weight': shape \(67, 16\) before, \(5, 16\) after"):
         weight_distances(tmp_path / "before", tmp_path / "after")

@@ -24,10 +24,7 @@ def test_when_computing_hides_the_transfers():
     assert dataclasses.replace(LLAMA, slots=2).transfer_s == pytest.approx(2.43 / 25)
     assert LLAMA.hiding_tokens == pytest.approx(0.1944 / (3.1 * 6.74e9 / 150e12))
     line = LLAMA.line()
-    assert (
-        "75.3 GiB in host memory; a step moves 2.26 GiB in at 23.3 GiB/s and out at 23.3 GiB/s: 0.194 s"
-        in line
-    )
+    assert "75.3 GiB in host memory; a step moves 2.26 GiB in at 23.3 GiB/s and out at 23.3 GiB/s: 0.194 s" in line
     assert "hidden from 1,396 tokens a step on (6.74 G parameters at 150 TFLOP/s)" in line
     small = dataclasses.replace(LLAMA, model_numel=17_408, flops_s=1.75e8).line()
     assert "(17.4 k parameters at 175 MFLOP/s)" in small
@@ -59,9 +56,7 @@ def test_one_line_at_the_start_if_anybody_reads_it(caplog, tmp_path):
     state = {"residency": "disk", "path": str(tmp_path)}
     engine = make_engine(Toy(), ds_config(hift={"state": state}, bf16={"enabled": True}))
     (line,) = [message for message in caplog.messages if message.startswith("states: ")]
-    assert re.search(
-        r"on disk \((direct|buffered) I/O\); a step moves .* hidden from [\d,]+ tokens a step", line
-    )
+    assert re.search(r"on disk \((direct|buffered) I/O\); a step moves .* hidden from [\d,]+ tokens a step", line)
     assert engine.state_arithmetic.step_bytes == engine.optimizer.store.total_bytes() / len(engine.groups)
     engine.destroy()
     caplog.clear()

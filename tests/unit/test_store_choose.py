@@ -46,18 +46,12 @@ def test_no_room_anywhere_says_what_was_found():
 def test_auto_makes_way_for_the_store_it_chose(available, kind, tmp_path, caplog):
     machine = Machine(HostBytes(1 << 40, available))
     caplog.set_level(logging.INFO)
-    store = build_store(
-        StateConfig(residency="auto", path=str(tmp_path), codec="bf16_moments"), CPU, machine=machine
-    )
+    store = build_store(StateConfig(residency="auto", path=str(tmp_path), codec="bf16_moments"), CPU, machine=machine)
     for chunk in range(2):
         store.ensure(chunk, "exp_avg", 1000, torch.float32)
         store.ensure(chunk, "exp_avg_sq", 1000, torch.float32)
     chosen = store.start()
-    assert (
-        isinstance(chosen, kind)
-        and chosen.keys(1) == ["exp_avg", "exp_avg_sq"]
-        and chosen.total_bytes() == 8192
-    )
+    assert isinstance(chosen, kind) and chosen.keys(1) == ["exp_avg", "exp_avg_sq"] and chosen.total_bytes() == 8192
     assert sum("hift.state.residency: auto takes" in line for line in caplog.messages) == 1
     chosen.close()
 

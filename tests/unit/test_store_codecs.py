@@ -172,9 +172,7 @@ def test_int8_in_passes_is_int8_at_once(monkeypatch):
     assert torch.equal(round_trip(Int8Moment(False), values), whole)
 
 
-@pytest.mark.parametrize(
-    "codec", [Exact(torch.float32), Bfloat16Moment(True), Int8Moment(True), Int8Moment(False)]
-)
+@pytest.mark.parametrize("codec", [Exact(torch.float32), Bfloat16Moment(True), Int8Moment(True), Int8Moment(False)])
 def test_zero_bytes_are_zeros(codec):
     parts = {part.name: torch.zeros(part.numel, dtype=part.dtype) for part in codec.parts(300)}
     assert (codec.decode(parts) == 0).all()

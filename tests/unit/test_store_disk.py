@@ -127,7 +127,8 @@ def test_one_file_per_unit_removed_at_the_end(io, tmp_path):
 
 @pytest.mark.parametrize("slots", [0, 1])
 def test_a_disk_that_gives_back_other_bytes_does_not_train_on(tmp_path, slots):
-    """64 bytes of a file, a page of an earlier version, two pages that changed places: each is found when it is read."""
+    """64 bytes of a file, a page of an earlier version, two pages that changed places: each is found when it is
+    read."""
     store = DiskStateStore(CPU, (), 0, slots, path=tmp_path)
     store.ensure(0, "master", 8 * PAGE_BYTES // 4, torch.float32)
     store.ensure(1, "master", 7, torch.float32)
@@ -166,9 +167,7 @@ def test_refused_with_bytes_needed_and_found(tmp_path, monkeypatch):
     free = shutil_free(monkeypatch, tmp_path, 60_000)
     first = small_store(tmp_path)  # 3 files of 4096, 12288 and 4096 bytes, and the largest once more
     assert first.needed_bytes() == 4096 + 12288 + 4096 + 12288
-    with pytest.raises(
-        StateStoreError, match=re.escape("32,768 bytes needed, 27,232 found (32,768 more are promised")
-    ):
+    with pytest.raises(StateStoreError, match=re.escape("32,768 bytes needed, 27,232 found (32,768 more are promised")):
         small_store(tmp_path)
     first.fetch(1)
     first.evict(1)

@@ -157,9 +157,7 @@ def test_fetch_gives_what_was_evicted(place, mover, slots, tmp_path, monkeypatch
         store.mover = MOVERS[mover](monkeypatch, store.traffic)
     expected = filled(store)
     order = []
-    for _ in range(
-        12
-    ):  # cycles in one order, in changing orders, over few chunks, and one chunk again and again
+    for _ in range(12):  # cycles in one order, in changing orders, over few chunks, and one chunk again and again
         order += rng.choice([range(6), rng.sample(range(6), 6), [0, 2] * 3, [2] * 4, [5, 4, 3, 2, 1, 0]])
     for position, chunk in enumerate(order):
         visit(store, expected, chunk)
@@ -293,7 +291,8 @@ def test_hidden_and_stalled_seconds():
 
 
 def test_slices_are_fetched_ahead_as_far_as_there_are_slots():
-    """Of a group's slices those that have a slot have arrived before its update, and each slot is filled again as soon as
+    """Of a group's slices those that have a slot have arrived before its update, and each slot is filled again as soon
+    as
     its slice has left; a group that is trained again starts with its first slices too."""
     store = HostStateStore(CPU, (), 0, 4)
     slices = range(6)

@@ -55,7 +55,8 @@ def test_blocks_stand_for_all():
 
 
 def test_on_the_real_engine(tmp_path):
-    """What moves no states is the yardstick, one slot takes as long or longer, and a synchronized device longer still."""
+    """What moves no states is the yardstick, one slot takes as long or longer, and a synchronized device longer
+    still."""
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512, "hidden_size": 128,
         "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,

@@ -114,9 +114,7 @@ def test_a_model_that_cannot_be_converted_is_refused_with_a_text(tmp_path):
         load_tokenizer(folder)
 
 
-@pytest.mark.parametrize(
-    "model_type", [None, "llama", "mistral", "mixtral", "gemma", "phi3", "opt", "unheard_of"]
-)
+@pytest.mark.parametrize("model_type", [None, "llama", "mistral", "mixtral", "gemma", "phi3", "opt", "unheard_of"])
 def test_what_is_saved_gives_the_same_ids_to_auto_tokenizer(tmp_path, model_type):
     tokenizer = load_tokenizer(sentencepiece_folder(tmp_path / "in", **KINDS["llama"]))
     out = tmp_path / "out"
@@ -129,10 +127,7 @@ def test_what_is_saved_gives_the_same_ids_to_auto_tokenizer(tmp_path, model_type
         assert again(text).input_ids == tokenizer(text).input_ids, repr(text)
     assert again.pad_token == tokenizer.pad_token
     # names that transformers 4 and llama.cpp's converter know
-    assert (
-        json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
-        == "PreTrainedTokenizerFast"
-    )
+    assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert (out / "tokenizer.model").read_bytes() == (tmp_path / "in" / "tokenizer.model").read_bytes()
     assert load_tokenizer(out)("Hi").input_ids == tokenizer("Hi").input_ids
 
@@ -161,9 +156,7 @@ def test_exports_write_tokenizers_with_that_care(tmp_path):
     export_model(llama, tmp_path / "again", tokenizer=load_tokenizer(tmp_path / "out"))
     assert (tmp_path / "again" / "tokenizer.model").read_bytes() == given.read_bytes()
     qwen = model_zoo.tiny.build("qwen2", vocab_size=len(tokenizer))
-    with pytest.raises(
-        CheckpointError, match=r"the weights are in .*AutoTokenizer reads other ids"
-    ) as caught:
+    with pytest.raises(CheckpointError, match=r"the weights are in .*AutoTokenizer reads other ids") as caught:
         export_model(qwen, tmp_path / "qwen", tokenizer=tokenizer)
     assert "\n" not in str(caught.value)
     assert (tmp_path / "qwen" / "model.safetensors").is_file()  # no reason to lose them

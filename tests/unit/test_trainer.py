@@ -60,9 +60,7 @@ def test_trains_every_group_and_logs_the_rate_that_was_used(tmp_path):
     # Linear decay over all 10 steps; the second cycle is held at its first value, the first (which holds the
     # warm-up) at its last.
     first, second = 1e-2 * (10 - 4) / 8, 1e-2 * (10 - 5) / 8
-    assert [entry["learning_rate"] for entry in logs] == pytest.approx(
-        NUM_GROUPS * [first] + NUM_GROUPS * [second]
-    )
+    assert [entry["learning_rate"] for entry in logs] == pytest.approx(NUM_GROUPS * [first] + NUM_GROUPS * [second])
 
 
 @pytest.mark.parametrize("scheduler", ["trainer", "deepspeed"])
@@ -85,17 +83,13 @@ def test_optimizer_and_scheduler_of_the_json(tmp_path, scheduler):
     trainer = make_trainer(tmp_path, ds=ds, max_steps=2 * NUM_GROUPS, learning_rate=1e-2, warmup_steps=2)
     trainer.train()
     rates = [entry["learning_rate"] for entry in train_logs(trainer)]
-    assert (
-        len(set(rates[:NUM_GROUPS])) == len(set(rates[NUM_GROUPS:])) == 1 and 0 < rates[-1] < rates[0] < 1e-2
-    )
+    assert len(set(rates[:NUM_GROUPS])) == len(set(rates[NUM_GROUPS:])) == 1 and 0 < rates[-1] < rates[0] < 1e-2
     assert trainer.engine.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
 def test_auto_in_the_hift_block_is_ours(tmp_path):
     """accelerate fills in every "auto" of a DeepSpeed config, and refuses those it does not know."""
-    trainer = make_trainer(
-        tmp_path, ds={**AUTO, "hift": {"state": {"io": "auto", "residency": "auto"}}}, max_steps=2
-    )
+    trainer = make_trainer(tmp_path, ds={**AUTO, "hift": {"state": {"io": "auto", "residency": "auto"}}}, max_steps=2)
     for _ in range(2):
         trainer.train()
         assert trainer.engine.hift.state.io == "auto" and trainer.engine.last_report.group == 1
@@ -138,9 +132,7 @@ def test_checkpointing_stops_at_the_active_group_and_changes_nothing(tmp_path):
         watch = _WatchGradients(model)
         if not checkpointing:
             model.gradient_checkpointing_disable()
-        trainer = make_trainer(
-            tmp_path, model=model, max_steps=NUM_GROUPS, gradient_checkpointing=checkpointing
-        )
+        trainer = make_trainer(tmp_path, model=model, max_steps=NUM_GROUPS, gradient_checkpointing=checkpointing)
         trainer.train()
         assert watch.embedding_output_requires_grad == [True, False, False, False, False]
         assert watch.lowest_block_ran_backward == [True, True, False, False, False]
@@ -152,9 +144,7 @@ def test_checkpointing_stops_at_the_active_group_and_changes_nothing(tmp_path):
 
 def test_reentrant_checkpointing_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="use_reentrant"):
-        make_trainer(
-            tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
-        )
+        make_trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
 
 
 @pytest.mark.parametrize(
@@ -196,9 +186,7 @@ def test_ranks_that_transformers_does_not_count_are_an_error(tmp_path, monkeypat
 
 
 def test_evaluates_before_between_and_after(tmp_path):
-    trainer = make_trainer(
-        tmp_path, max_steps=2 * NUM_GROUPS, eval_strategy="steps", eval_steps=3, learning_rate=1e-2
-    )
+    trainer = make_trainer(tmp_path, max_steps=2 * NUM_GROUPS, eval_strategy="steps", eval_steps=3, learning_rate=1e-2)
     plain = make_trainer(tmp_path / "b", max_steps=2 * NUM_GROUPS, learning_rate=1e-2)
     first = trainer.evaluate()["eval_loss"]
     with torch.no_grad():
@@ -295,10 +283,7 @@ def test_trl_sft_trainer(tmp_path):
     class HiFTSFTTrainer(HiFTMixin, trl.SFTTrainer):
         pass
 
-    rows = [
-        {key: row[key].tolist() for key in ("input_ids", "labels")}
-        for row in ragged_dataset(12, padded=False)
-    ]
+    rows = [{key: row[key].tolist() for key in ("input_ids", "labels")} for row in ragged_dataset(12, padded=False)]
     from datasets import Dataset
 
     args = arguments(

@@ -136,15 +136,11 @@ def test_libraries_unwrap_the_engine_while_it_trains(tmp_path):
         def training_step(self, model, *args, **kwargs):
             assert self.accelerator.unwrap_model(model) is accelerate.utils.extract_model_from_parallel(model)
             assert self.accelerator.unwrap_model(model) is self.model
-            assert isinstance(model, deepspeed.DeepSpeedEngine) and issubclass(
-                type(model), deepspeed.DeepSpeedEngine
-            )
+            assert isinstance(model, deepspeed.DeepSpeedEngine) and issubclass(type(model), deepspeed.DeepSpeedEngine)
             assert deepspeed.DeepSpeedEngine is deepspeed.runtime.engine.DeepSpeedEngine
             return super().training_step(model, *args, **kwargs)
 
-    Asks(
-        model_zoo.tiny.build("llama"), arguments(tmp_path, max_steps=1), train_dataset=ragged_dataset(4)
-    ).train()
+    Asks(model_zoo.tiny.build("llama"), arguments(tmp_path, max_steps=1), train_dataset=ragged_dataset(4)).train()
 
 
 SHELLS = [
@@ -251,9 +247,7 @@ def test_accelerate_told_to_leave_deepspeed_out(tmp_path, monkeypatch):
     """``accelerate launch --cpu``."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(ConfigError, match="accelerate launch.*use_cpu=True"):
-        HiFTTrainer(
-            model_zoo.tiny.build("llama"), arguments(tmp_path), train_dataset=ragged_dataset(2)
-        ).train()
+        HiFTTrainer(model_zoo.tiny.build("llama"), arguments(tmp_path), train_dataset=ragged_dataset(2)).train()
 
 
 def test_a_callback_that_freezes_a_block_is_heard(tmp_path):

@@ -10,9 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def script():
-    spec = importlib.util.spec_from_file_location(
-        "make_troubleshooting", ROOT / "docs" / "make_troubleshooting.py"
-    )
+    spec = importlib.util.spec_from_file_location("make_troubleshooting", ROOT / "docs" / "make_troubleshooting.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look
     spec.loader.exec_module(module)
@@ -26,9 +24,7 @@ def test_every_line_is_on_the_page_with_a_way_out():
     assert not [m.text for m in found if made.explanation(m) is None], (
         "say what it means in docs/make_troubleshooting.py"
     )
-    assert (ROOT / "docs" / "troubleshooting.md").read_text() == made.page(), (
-        "run python docs/make_troubleshooting.py"
-    )
+    assert (ROOT / "docs" / "troubleshooting.md").read_text() == made.page(), "run python docs/make_troubleshooting.py"
 
 
 def test_lines_are_found_however_they_are_written():

@@ -68,11 +68,7 @@ def test_skip_is_the_run_without_the_bad_batches(engine):
     for i in range(16):
         step(engine, i, float("nan") if i in (3, 9) else 1.0)
     assert same(weights_of(engine.module), run_without({3, 9}, 16))
-    assert (
-        engine.skipped_steps == 2
-        and len(guard.lines) == 2
-        and guard.lines[1].startswith("step 9 (group layers.2)")
-    )
+    assert engine.skipped_steps == 2 and len(guard.lines) == 2 and guard.lines[1].startswith("step 9 (group layers.2)")
 
 
 def test_a_loss_that_is_nan_although_its_gradient_is_not(engine):
@@ -146,9 +142,7 @@ def test_skipping_for_ever_ends(engine):
 
 
 def test_the_loss_scale_moves_by_its_own_overflows_only():
-    config = ds_config(
-        fp16={"enabled": True, "initial_scale_power": 20, "loss_scale_window": 3, "hysteresis": 1}
-    )
+    config = ds_config(fp16={"enabled": True, "initial_scale_power": 20, "loss_scale_window": 3, "hysteresis": 1})
     plain, guarded = (make_engine(Toy(), config) for _ in range(2))
     guard = DivergenceGuard(guarded)
     for i in range(20):

@@ -10,8 +10,7 @@ from hift_ds.errors import StateStoreError
 def test_what_is_written_is_kept_through_letting_go_and_reading_ahead(tmp_path):
     generator = torch.Generator().manual_seed(0)
     tensors = [
-        torch.randn(n, generator=generator).to(dtype)
-        for n, dtype in ((3, torch.float32), (5001, torch.bfloat16))
+        torch.randn(n, generator=generator).to(dtype) for n, dtype in ((3, torch.float32), (5001, torch.bfloat16))
     ]
     file = WeightFile(tmp_path, sum(WeightFile.room(tensor.nbytes) for tensor in tensors))
     placed = [file.reserve(tensor.numel(), tensor.dtype).copy_(tensor) for tensor in tensors]

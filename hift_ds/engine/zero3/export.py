@@ -1,6 +1,7 @@
 """A Hugging Face folder from weights in ZeRO-3's shards: gathered one by one, written a file at a time.
 
-Each rank holds one whole weight on its accelerator at a time, rank 0 also one file's worth (``max_shard_size``) on the host.
+Each rank holds one whole weight on its accelerator at a time, rank 0 also one file's worth (``max_shard_size``) on the
+host.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def export_partitioned(model: PreTrainedModel, out_dir: str | Path, **options: A
 
 @torch.no_grad()
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor in host memory) of every parameter, tied ones once, and of every persistent buffer; the tensor
+    """(name, whole tensor in host memory) of every parameter, tied ones once, and of every persistent buffer; the
+    tensor
     is empty on other ranks than the first. A collective: every rank must exhaust it."""
     first = world_rank_and_size()[0] == 0
     for name, tensor in saved_tensors(model).items():

@@ -44,9 +44,9 @@ def load_partitioned(
 ) -> PreTrainedModel:
     """``from_pretrained`` for ``hift_ds.initialize`` with ``"zero_optimization": {"stage": 3}``.
 
-    The shards are where ``offload_param`` wants them: on the accelerator, in host memory, or in a file. Every rank calls
-    this, and reads of the files the pages that hold its own shards. When weights are rounded to 16 bits, the engine reads
-    the fp32 masters from the folder as well, so that no bit is lost.
+    The shards are where ``offload_param`` wants them: on the accelerator, in host memory, or in a file. Every rank
+    calls this, and reads of the files the pages that hold its own shards. When weights are rounded to 16 bits, the
+    engine reads the fp32 masters from the folder as well, so that no bit is lost.
 
     Args:
         folder: with safetensors, one file or several with an index; the same on all ranks.
@@ -60,9 +60,7 @@ def load_partitioned(
         ConfigError: ``config`` does not partition weights.
     """
     if (config.get("zero_optimization") or {}).get("stage") != 3:
-        raise ConfigError(
-            'load_partitioned: "zero_optimization.stage" must be 3; with 0, 1 or 2 use from_pretrained'
-        )
+        raise ConfigError('load_partitioned: "zero_optimization.stage" must be 3; with 0, 1 or 2 use from_pretrained')
     check_weights(folder)
     ensure_process_group()
     model = _hollow_model(folder, dtype or _dtype_of(config), model_class, trust_remote_code, from_config)
@@ -92,14 +90,10 @@ def _hollow_model(
 
     auto = model_class or AutoModelForCausalLM
     read = auto.config_class if getattr(auto, "config_class", None) else AutoConfig
-    model_config = read.from_pretrained(
-        str(folder), trust_remote_code=trust_remote_code, local_files_only=True
-    )
+    model_config = read.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
     with _zero_init_set_aside(), no_init_weights(), init_empty_weights(include_buffers=False):
         if hasattr(auto, "from_config"):
-            model = auto.from_config(
-                model_config, dtype=dtype, trust_remote_code=trust_remote_code, **options
-            )
+            model = auto.from_config(model_config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
         else:
             model = auto._from_config(model_config, dtype=dtype, **options)
     model.tie_weights()  # after the block, in which every registered parameter becomes one of its own
@@ -152,9 +146,7 @@ def _part_of_this_rank(target: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
 def _from_first_rank(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` of rank 0, on the accelerator; elsewhere only its shape is looked at."""
     device = accelerator_device()
-    sent = (
-        torch.empty(tensor.shape, dtype=dtype, device=device) if tensor.is_meta else tensor.to(device, dtype)
-    )
+    sent = torch.empty(tensor.shape, dtype=dtype, device=device) if tensor.is_meta else tensor.to(device, dtype)
     sent = sent.contiguous()
     broadcast_from_first_rank(sent)
     return sent
@@ -166,12 +158,11 @@ def remember_rounded_weights(
     plain: dict[str, str] | None = None,
     targets: dict[str, Tensor] | None = None,
 ) -> None:
-    """Let the masters of ``model``, which was loaded from the folder ``files``, have the bits of fp32 tensors that loading
+    """Let the masters of ``model``, which was loaded from the folder ``files``, have the bits of fp32 tensors that
+    loading
     rounded to 16: all of them, or the few of a folder that is in bf16 otherwise."""
     if plain is None:
-        plain = {
-            unit.first_name: unit.sources[0] for unit in plan_load(model, files.headers) if unit.is_plain
-        }
+        plain = {unit.first_name: unit.sources[0] for unit in plan_load(model, files.headers) if unit.is_plain}
     targets = targets or model.state_dict(keep_vars=True)
     parameter_names = {id(param): name for name, param in model.named_parameters()}
     rounded = {

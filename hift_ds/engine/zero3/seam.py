@@ -11,10 +11,11 @@ all weights are wrong or costly when backward stops at one layer group, and are 
   :meth:`WeightShards.release` ends that after each backward.
 * Its linear function keeps every input for the weight's gradient, which frozen weights never get. torch's own
   function is put back, and saved weights become references (:meth:`WeightShards.saved_by_reference`).
-* A recomputed block loses its frozen weights after the first module of its backward (:meth:`_Coordinator._keep_recomputed`).
-* What it prefetches together is on the device twice for a while; large weights are gathered alone (``ALONE_NUMEL``).
-* It lets no gather wait for the update that wrote the shards (:meth:`WeightShards._wait_for_updates`).
-* Its module hooks close over the first engine that a model had, and outlive it. ``close`` removes them.
+* A recomputed block loses its frozen weights after the first module of its backward
+(:meth:`_Coordinator._keep_recomputed`). * What it prefetches together is on the device twice for a while; large weights
+are gathered alone (``ALONE_NUMEL``). * It lets no gather wait for the update that wrote the shards
+(:meth:`WeightShards._wait_for_updates`). * Its module hooks close over the first engine that a model had, and outlive
+it. ``close`` removes them.
 """
 
 from __future__ import annotations
@@ -119,9 +120,7 @@ class WeightShards:
         numel_gathered: elements of whole weights that this rank has asked for so far.
     """
 
-    def __init__(
-        self, offload: DeepSpeedZeRoOffload, active_group: Callable[[], int], keep_linear: bool
-    ) -> None:
+    def __init__(self, offload: DeepSpeedZeRoOffload, active_group: Callable[[], int], keep_linear: bool) -> None:
         self._offload = offload
         self._module: nn.Module = offload.module
         self._active_group = active_group
@@ -201,7 +200,8 @@ class WeightShards:
     # -- shards -----------------------------------------------------------------------------------------------
 
     def shard(self, param: nn.Parameter) -> Tensor:
-        """This rank's elements, flat, without padding: the weight itself, to be changed in place. May be on the host."""
+        """This rank's elements, flat, without padding: the weight itself, to be changed in place. May be on the
+        host."""
         return shard_of(param)
 
     def whole(self, param: nn.Parameter) -> Tensor:
@@ -224,9 +224,7 @@ class WeightShards:
         self._file = weight_file_of(self._module)
         if self._file is not None:
             return  # loaded into it
-        parked = [
-            p for p in self._module.parameters() if not p.ds_persist and p.ds_tensor.device.type == "cpu"
-        ]
+        parked = [p for p in self._module.parameters() if not p.ds_persist and p.ds_tensor.device.type == "cpu"]
         self._file = WeightFile(folder, sum(WeightFile.room(p.ds_tensor.nbytes) for p in parked))
         for param in parked:
             placed = self._file.reserve(param.ds_tensor.numel(), param.dtype)
@@ -253,10 +251,7 @@ class WeightShards:
         """The weights of ``module`` are whole now; those of its children too if it is a leaf to DeepSpeed (MoE)."""
         self._read_ahead()
         for param in module.parameters(recurse=z3_leaf_module(module)):
-            if (
-                param.ds_status is not ZeroParamStatus.AVAILABLE
-                or param.data_ptr() == param.ds_tensor.data_ptr()
-            ):
+            if param.ds_status is not ZeroParamStatus.AVAILABLE or param.data_ptr() == param.ds_tensor.data_ptr():
                 # On one rank without offload the shard is the weight: nothing is ever copied or released.
                 continue
             address = param.untyped_storage().data_ptr()
@@ -278,11 +273,7 @@ class WeightShards:
 
         def pack(tensor: Tensor) -> Any:
             param = self._param_in.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
-            if (
-                param is None
-                or param.ds_status is not ZeroParamStatus.AVAILABLE
-                or not _shares(tensor, param)
-            ):
+            if param is None or param.ds_status is not ZeroParamStatus.AVAILABLE or not _shares(tensor, param):
                 return pack_other(tensor)
             offset = tensor.storage_offset() - param.storage_offset()
             return _WeightView(param, tensor.shape, tensor.stride(), offset, self._num_written.get(param, 0))
@@ -290,9 +281,7 @@ class WeightShards:
         def unpack(saved: Any) -> Tensor:
             if not isinstance(saved, _WeightView):
                 return unpack_other(saved)
-            if saved.version != self._num_written.get(
-                saved.param, 0
-            ):  # as autograd says it of what it saves itself
+            if saved.version != self._num_written.get(saved.param, 0):  # as autograd says it of what it saves itself
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: a "
                     f"weight of shape {tuple(saved.param.ds_shape)} whose gradient was complete"
@@ -336,10 +325,7 @@ def _as_it_is(value: Any) -> Any:
 
 
 def _shares(tensor: Tensor, param: nn.Parameter) -> bool:
-    return (
-        tensor.dtype == param.dtype
-        and tensor.untyped_storage().data_ptr() == param.untyped_storage().data_ptr()
-    )
+    return tensor.dtype == param.dtype and tensor.untyped_storage().data_ptr() == param.untyped_storage().data_ptr()
 
 
 def restore_torch_linear() -> None:

@@ -1,7 +1,7 @@
 """How ZeRO-3 keeps a weight, in names that DeepSpeed does not document: read it, gather it, or make it from nothing.
 
-Of a parameter of ``numel`` elements each rank has a shard of ``ceil(numel / ranks)``, zero padded, in ``ds_tensor``; the
-parameter's own data is empty unless it is gathered.
+Of a parameter of ``numel`` elements each rank has a shard of ``ceil(numel / ranks)``, zero padded, in ``ds_tensor``;
+the parameter's own data is empty unless it is gathered.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ def whole_of(param: nn.Parameter) -> Tensor:
     if num_shards(param) == 1:
         return shard.to(param.device, copy=True).view(param.ds_shape)
     flat = torch.empty(shard.numel() * num_shards(param), dtype=shard.dtype, device=param.device)
-    deepspeed_comm.all_gather_into_tensor(
-        flat, shard.to(param.device).contiguous(), group=param.ds_process_group
-    )
+    deepspeed_comm.all_gather_into_tensor(flat, shard.to(param.device).contiguous(), group=param.ds_process_group)
     return flat[: param.ds_numel].view(param.ds_shape)
 
 
@@ -67,7 +65,8 @@ def allocate_shards(module: nn.Module, config: dict[str, Any]) -> None:
 
     Args:
         module: its parameters are replaced; tied ones stay tied.
-        config: DeepSpeed's, complete. With ``"offload_param": {"device": "nvme"}`` the shards are in a file from the start.
+        config: DeepSpeed's, complete. With ``"offload_param": {"device": "nvme"}`` the shards are in a file from the
+        start.
     """
     zero_config = DeepSpeedConfig(config).zero_config
     folder = weights_folder(zero_config)
@@ -126,9 +125,7 @@ def with_weights_on_host(config: dict[str, Any]) -> dict[str, Any]:
 def weights_folder(zero_config: Any) -> Path | None:
     """Where ``"offload_param": {"device": "nvme", "nvme_path": ...}`` wants parked weights; ``None`` otherwise."""
     offload = zero_config.offload_param
-    return (
-        Path(offload.nvme_path) if offload is not None and offload.device == OffloadDeviceEnum.nvme else None
-    )
+    return Path(offload.nvme_path) if offload is not None and offload.device == OffloadDeviceEnum.nvme else None
 
 
 @contextlib.contextmanager
