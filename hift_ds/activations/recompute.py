@@ -1,6 +1,6 @@
-"""Activation checkpointing that follows the active layer group.
+"""Recomputation of blocks ("activation checkpointing") that follows the active layer group.
 
-Below the lowest active parameter nothing is kept for backward, so there is nothing to recompute: checkpointing stays
+Below the lowest active parameter nothing is kept for backward, so there is nothing to recompute: it stays
 off there. At and above it blocks are recomputed in backward (arXiv 1604.06174), except the topmost ``blocks_kept``,
 whose activations backward consumes first. So every group needs about the same memory, and only the lower ones pay
 for it with a second forward.
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 _checkpoint = functools.partial(checkpoint, use_reentrant=False)
 
 
-class BlockCheckpointing:
+class BlockRecompute:
     """Switches the recomputation of each block of ``model`` on and off.
 
     Args:

@@ -17,7 +17,7 @@ from torch import nn
 
 from hift_ds.activations import chunked_loss
 from hift_ds.activations.offload import build_offload
-from hift_ds.activations.recompute import BlockCheckpointing, take_over_from_transformers
+from hift_ds.activations.recompute import BlockRecompute, take_over_from_transformers
 from hift_ds.config import ActivationsConfig
 from hift_ds.hf.model_structure import configs_with_cache
 from hift_ds.layers.arch import ArchSpec, find_arch
@@ -41,21 +41,21 @@ class ActivationSavings:
         self.losses_only = False
         self._model = model
         self._lowest = lowest_blocks(model, find_arch(model), groups)
-        self._checkpointing = self._build_checkpointing(config)
+        self._recompute = self._build_recompute(config)
         self._head = chunked_loss.defer_logits(model, self._defers) if config.chunked_loss else None
-        self._offload = build_offload(model, self._checkpointing is not None) if config.offload else None
+        self._offload = build_offload(model, self._recompute is not None) if config.offload else None
         self._cache_hook = model.register_forward_pre_hook(_without_cache, with_kwargs=True)
 
-    def _build_checkpointing(self, config: ActivationsConfig) -> BlockCheckpointing | None:
+    def _build_recompute(self, config: ActivationsConfig) -> BlockRecompute | None:
         asked_for = take_over_from_transformers(self._model)  # by gradient_checkpointing_enable()
         if not (config.checkpointing or asked_for):
             return None
-        return BlockCheckpointing(self._model, find_arch(self._model).blocks, config.blocks_kept)
+        return BlockRecompute(self._model, find_arch(self._model).blocks, config.blocks_kept)
 
     @property
     def recomputes(self) -> bool:
-        """Are blocks checkpointed, by the switch or because the model was told to?"""
-        return self._checkpointing is not None
+        """Blocks are recomputed in backward, by the switch or because the model was told to."""
+        return self._recompute is not None
 
     def lowest_block(self, index: int) -> int:
         """The lowest block that gradients of group ``index`` pass; the number of blocks for the head alone."""
@@ -64,8 +64,8 @@ class ActivationSavings:
     @contextlib.contextmanager
     def during_forward(self, active: Iterable[int]) -> Iterator[None]:
         """Around a forward while the groups with indices ``active`` train."""
-        if self._checkpointing is not None:
-            self._checkpointing.from_block(min(self._lowest[index] for index in active))
+        if self._recompute is not None:
+            self._recompute.from_block(min(self._lowest[index] for index in active))
         keeps = self._offload is not None and torch.is_grad_enabled() and self._model.training
         with self._offload.during_forward() if keeps else contextlib.nullcontext():
             yield
@@ -73,8 +73,8 @@ class ActivationSavings:
     def close(self) -> None:
         """Leave the model as it was."""
         self._cache_hook.remove()
-        if self._checkpointing is not None:
-            self._checkpointing.off()
+        if self._recompute is not None:
+            self._recompute.off()
         if self._head is not None:
             chunked_loss.restore(self._head)
         if self._offload is not None:

@@ -45,7 +45,7 @@ class BackgroundSave:
         self._writer = writer
         self._publish = publish
         self._collective = collective
-        self._remaining: deque[GroupShard] = deque(writer.snapshot.groups)
+        self._remaining: deque[GroupShard] = deque(writer.plan.groups)
         self._copies: queue.Queue[list[tuple[str, Tensor]] | None] = queue.Queue()
         self._room = threading.Semaphore(GROUPS_IN_MEMORY)
         self._given_up = threading.Event()
@@ -82,7 +82,7 @@ class BackgroundSave:
         """
         self._thread.join()
         self._raise_failure()
-        return self._writer.staging.final
+        return self._writer.shared_folder.final
 
     def forget(self) -> None:
         """Nothing more is wanted of it: it gives up waiting for copies or for other ranks' files."""
@@ -95,8 +95,8 @@ class BackgroundSave:
     def discard(self) -> None:
         """After every rank's :meth:`finish_files`, when one of them failed: nothing of the folder stays."""
         self.forget()
-        if self._writer.staging.leads:
-            self._writer.staging.discard()
+        if self._writer.shared_folder.leads:
+            self._writer.shared_folder.discard()
 
     def _raise_failure(self) -> None:
         if self.failure is not None:
@@ -110,7 +110,7 @@ class BackgroundSave:
         if self._collective and self._remaining:
             logger.error(
                 "checkpoint %s is not finished: the program ended without wait_for_checkpoint(), which all ranks call "
-                "together", self._writer.staging.final,
+                "together", self._writer.shared_folder.final,
             )  # fmt: skip
             self._given_up.set()
             return
@@ -120,20 +120,20 @@ class BackgroundSave:
 
     def _copy_next(self) -> None:
         group = self._remaining.popleft()
-        self._put_copies(self._writer.snapshot.of_group(group))
+        self._put_copies(self._writer.plan.of_group(group))
         if not self._remaining:
             self._copies.put(_END)
 
     def _put_fixed(self) -> None:
         """Frozen weights never change: they need no copy, unless making them whole made one."""
-        snapshot = self._writer.snapshot
+        plan = self._writer.plan
         if self._collective:
-            for item in snapshot.frozen():
+            for item in plan.frozen():
                 self._put_copies([item])
         else:
             self._room.acquire()
-            self._copies.put(list(snapshot.frozen()))
-        self._put_copies(snapshot.buffers())
+            self._copies.put(list(plan.frozen()))
+        self._put_copies(plan.buffers())
 
     def _put_copies(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         self._room.acquire()
@@ -160,9 +160,9 @@ class BackgroundSave:
     def _fail(self, error: CheckpointError) -> None:
         self.failure = error
         self._writer.discard()
-        staging = self._writer.staging
-        if staging.leads:
-            staging.discard()
+        shared_folder = self._writer.shared_folder
+        if shared_folder.leads:
+            shared_folder.discard()
         else:
-            staging.write_failure(str(error))
-        logger.error("checkpoint %s failed while training went on: %s", staging.final, error)
+            shared_folder.write_failure(str(error))
+        logger.error("checkpoint %s failed while training went on: %s", shared_folder.final, error)

@@ -220,15 +220,15 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def publish_folder(staging: Path, final: Path) -> None:
+def publish_folder(temporary: Path, final: Path) -> None:
     """Rename a complete folder to its name. A whole one of that name stays until the new one is there."""
-    sync_folder(staging)
+    sync_folder(temporary)
     replaced = final.with_name(final.name + ".replaced")
     if final.exists():
         if replaced.exists():
             remove_folder(replaced)
         os.rename(final, replaced)  # a kill now leaves it as a checkpoint that a search finds
-    os.rename(staging, final)
+    os.rename(temporary, final)
     sync_folder(final.parent)
     if replaced.exists():
         remove_folder(replaced)

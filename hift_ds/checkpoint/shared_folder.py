@@ -32,7 +32,7 @@ _POLL_S = 0.02
 
 
 @dataclass
-class Staging:
+class SharedFolder:
     """One rank's view of the folder.
 
     Args:

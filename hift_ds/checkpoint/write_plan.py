@@ -35,7 +35,7 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-class Snapshot:
+class WritePlan:
     """One rank's part of one checkpoint.
 
     Args:

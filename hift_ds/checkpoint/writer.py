@@ -18,8 +18,8 @@ from hift_ds.checkpoint.files import (
     write_errors,
     write_json,
 )
-from hift_ds.checkpoint.shared_folder import Staging
-from hift_ds.checkpoint.write_plan import STATES, WEIGHTS, Snapshot
+from hift_ds.checkpoint.shared_folder import SharedFolder
+from hift_ds.checkpoint.write_plan import STATES, WEIGHTS, WritePlan
 from hift_ds.errors import CheckpointError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -40,7 +40,7 @@ def gradients_file(rank: int) -> str:
 
 
 class CheckpointWriter:
-    """Write with :meth:`open`, :meth:`add` for every tensor of the snapshot in its order, :meth:`close`.
+    """Write with :meth:`open`, :meth:`add` for every tensor of the plan in its order, :meth:`close`.
 
     Args:
         common: what is the same on all ranks (the leader's is written).
@@ -49,11 +49,11 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, staging: Staging, snapshot: Snapshot, common: Mapping[str, Any], own: Mapping[str, Any],
+        self, shared_folder: SharedFolder, plan: WritePlan, common: Mapping[str, Any], own: Mapping[str, Any],
         unencodable: Mapping[str, Any],
     ) -> None:  # fmt: skip
-        self.staging = staging
-        self.snapshot = snapshot
+        self.shared_folder = shared_folder
+        self.plan = plan
         self._common = common
         self._own = own
         self._unencodable = unencodable
@@ -62,7 +62,7 @@ class CheckpointWriter:
         self._failure: CheckpointError | None = None
 
     def open(self, gradients: Mapping[str, Tensor]) -> None:
-        """Write everything but the snapshot's tensors, and start its files.
+        """Write everything but the planned tensors, and start its files.
 
         Args:
             gradients: pending ones, by parameter.
@@ -74,38 +74,38 @@ class CheckpointWriter:
             raise
 
     def _open(self, gradients: Mapping[str, Tensor]) -> None:
-        folder, rank = self.staging.path, self.staging.rank
-        with write_errors(self.staging.save_dir):
+        folder, rank = self.shared_folder.path, self.shared_folder.rank
+        with write_errors(self.shared_folder.save_dir):
             self._records[rank_file(rank)] = write_json(folder / rank_file(rank), self._own, indent=None)
             if gradients:
                 self._records[gradients_file(rank)] = _write_tensors(folder / gradients_file(rank), gradients)
-            if self.staging.leads:
+            if self.shared_folder.leads:
                 self._records[CHECKPOINT_FILE] = write_json(folder / CHECKPOINT_FILE, self._common)
                 if self._unencodable:
                     data = pickled_safely(self._unencodable)
                     self._records[CLIENT_STATE_FILE] = write_bytes(folder / CLIENT_STATE_FILE, data)
-                self._files[WEIGHTS] = SafetensorsWriter(folder / WEIGHTS_FILE, self.snapshot.specs[WEIGHTS])
-            self._files[STATES] = SafetensorsWriter(folder / states_file(rank), self.snapshot.specs[STATES])
+                self._files[WEIGHTS] = SafetensorsWriter(folder / WEIGHTS_FILE, self.plan.specs[WEIGHTS])
+            self._files[STATES] = SafetensorsWriter(folder / states_file(rank), self.plan.specs[STATES])
 
     def write_all(self) -> None:
-        """The whole snapshot, one tensor after another."""
+        """All that is planned, one tensor after another."""
         try:
-            self.add(self.snapshot.frozen())
-            self.add(self.snapshot.buffers())
-            for group in self.snapshot.groups:
-                self.add(self.snapshot.of_group(group))
+            self.add(self.plan.frozen())
+            self.add(self.plan.buffers())
+            for group in self.plan.groups:
+                self.add(self.plan.of_group(group))
             self.close()
         except BaseException:
             self.discard()
             raise
 
     def add(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """(file, tensor) pairs, in the snapshot's order. An error is kept for :meth:`close` and the rest
+        """(file, tensor) pairs, in the order of the plan. An error is kept for :meth:`close` and the rest
         still taken: making partitioned weights whole is a collective, which the other ranks go on with."""
         for file, tensor in tensors:
             if self._failure is None:
                 try:
-                    with write_errors(self.staging.save_dir):
+                    with write_errors(self.shared_folder.save_dir):
                         self._files[file].write(tensor)
                 except CheckpointError as error:
                     self._failure = error
@@ -118,12 +118,12 @@ class CheckpointWriter:
         """
         if self._failure is not None:
             raise self._failure
-        with write_errors(self.staging.save_dir):
-            names = {WEIGHTS: WEIGHTS_FILE, STATES: states_file(self.staging.rank)}
+        with write_errors(self.shared_folder.save_dir):
+            names = {WEIGHTS: WEIGHTS_FILE, STATES: states_file(self.shared_folder.rank)}
             for kind, file in self._files.items():
                 self._records[names[kind]] = file.close()
-            sync_folder(self.staging.path)
-            self.staging.write_part(self._records)
+            sync_folder(self.shared_folder.path)
+            self.shared_folder.write_part(self._records)
 
     def discard(self) -> None:
         for file in self._files.values():

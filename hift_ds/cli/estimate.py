@@ -26,7 +26,7 @@ CONTEXT_GIB = 0.6  # of the driver and its libraries: assumed
 # Buffers of NCCL on several ranks: up to 0.5 a communicator, of which DeepSpeed makes two. Assumed.
 NCCL_GIB = 1.0
 FRAGMENTATION = 0.05  # of the allocated bytes, held by the allocator beside them: assumed
-LENGTH_UNIT = 16
+LENGTH_STEP = 16
 LORA_RANK = 16
 NUM_PROCESSES = 2
 ASSUMPTIONS = (
@@ -242,7 +242,7 @@ def _fits(counted: Counted, peak: float) -> list[dict[str, Any]]:
                 "card_gib": card,
                 "fits": fits,
                 "largest_batch": counted.batch.largest(budget * GIB),
-                "largest_length": counted.length.largest(budget * GIB, LENGTH_UNIT, limit or 1 << 20),
+                "largest_length": counted.length.largest(budget * GIB, LENGTH_STEP, limit or 1 << 20),
                 "would_fit_with": [] if fits else enough,
             }
         )

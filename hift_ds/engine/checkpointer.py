@@ -25,7 +25,7 @@ from hift_ds.checkpoint.write_plan import saved_tensors
 from hift_ds.checkpoint.writer import WEIGHTS_FILE
 from hift_ds.engine.deepspeed_seam import SeamEngine
 from hift_ds.engine.loading import check_fits, choose_checkpoint, load_progress, load_weights, say
-from hift_ds.engine.saving import open_writer, stage
+from hift_ds.engine.saving import agree_on_folder, open_writer
 from hift_ds.errors import CheckpointError
 from hift_ds.layers.arch import whole_shape
 from hift_ds.ranks import gather, on_all_ranks
@@ -109,19 +109,19 @@ class Checkpointer:
     ) -> None:
         """1. agree on a folder; 2. capture what is small; 3. write; 4. publish: now or in the background."""
         engine, beside = self._engine, self.weights_beside
-        staging = stage(engine, save_dir, tag)
+        shared_folder = agree_on_folder(engine, save_dir, tag)
         steps, node_local = engine.global_steps, engine.use_node_local_storage()
 
         def publish(timeout_s: float, given_up: Callable[[], bool] = lambda: False) -> None:
-            if staging.leads:
+            if shared_folder.leads:
                 with write_errors(save_dir):
-                    staging.publish(steps, save_latest, node_local, timeout_s, given_up)
+                    shared_folder.publish(steps, save_latest, node_local, timeout_s, given_up)
                     if beside:
-                        second_name(staging.final / WEIGHTS_FILE, save_dir / WEIGHTS_FILE)
-                logger.info("saved %s (%.2f GiB by this rank)", staging.final, writer.num_bytes / 2**30)
+                        second_name(shared_folder.final / WEIGHTS_FILE, save_dir / WEIGHTS_FILE)
+                logger.info("saved %s (%.2f GiB by this rank)", shared_folder.final, writer.num_bytes / 2**30)
 
         try:
-            writer = on_all_ranks(lambda: open_writer(engine, staging, client_state, exclude), CheckpointError)
+            writer = on_all_ranks(lambda: open_writer(engine, shared_folder, client_state, exclude), CheckpointError)
             if engine.hift.checkpoint.asynchronous:
                 collective = engine.zero_optimization_partition_weights()
                 publish_late = functools.partial(publish, SLOWEST_RANK_S)
@@ -129,10 +129,10 @@ class Checkpointer:
                 return
             on_all_ranks(writer.write_all, CheckpointError)
             on_all_ranks(lambda: publish(VISIBLE_AFTER_S), CheckpointError)
-            self.last = staging.final
+            self.last = shared_folder.final
         except CheckpointError:
-            if staging.leads:
-                staging.discard()
+            if shared_folder.leads:
+                shared_folder.discard()
             raise
 
     def before_step(self) -> None:

@@ -16,9 +16,9 @@ from hift_ds.checkpoint import manifest as manifests
 from hift_ds.checkpoint.files import write_errors
 from hift_ds.checkpoint.json_state import encode, split_encodable
 from hift_ds.checkpoint.random_state import random_state
-from hift_ds.checkpoint.shared_folder import Staging
+from hift_ds.checkpoint.shared_folder import SharedFolder
 from hift_ds.checkpoint.state_files import class_name, extras_by_group, options_of, scalars_by_parameter
-from hift_ds.checkpoint.write_plan import Snapshot, saved_tensors
+from hift_ds.checkpoint.write_plan import WritePlan, saved_tensors
 from hift_ds.checkpoint.writer import CheckpointWriter
 from hift_ds.engine.deepspeed_seam import SeamEngine
 from hift_ds.errors import CheckpointError
@@ -27,7 +27,7 @@ from hift_ds.ranks import gather, on_all_ranks
 from hift_ds.version import __version__
 
 
-def stage(engine: SeamEngine, save_dir: Path, tag: str) -> Staging:
+def agree_on_folder(engine: SeamEngine, save_dir: Path, tag: str) -> SharedFolder:
     """Agree on a temporary folder and on who leads."""
     asked = gather((tag, uuid.uuid4().hex[:12]))
     tags = {other for other, _ in asked}
@@ -35,7 +35,7 @@ def stage(engine: SeamEngine, save_dir: Path, tag: str) -> Staging:
         raise CheckpointError(f"save_checkpoint: tag must be the same on all ranks, got {sorted(tags)}")
     if reason := manifests.why_no_tag(tag):
         raise CheckpointError(f"save_checkpoint: tag {tag[:80]!r} is {reason}")
-    staging = Staging(save_dir, tag, token=asked[0][1], rank=engine.global_rank)
+    shared_folder = SharedFolder(save_dir, tag, token=asked[0][1], rank=engine.global_rank)
     may_lead = engine.global_rank == 0 or (engine.use_node_local_storage() and engine.local_rank == 0)
 
     def create() -> None:
@@ -45,22 +45,22 @@ def stage(engine: SeamEngine, save_dir: Path, tag: str) -> Staging:
                     raise CheckpointError(
                         f"{save_dir / manifests.LATEST} is a folder, where a file names the newest checkpoint; move it"
                     )
-                staging.create()
+                shared_folder.create()
 
     on_all_ranks(create, CheckpointError)
     try:
-        staging.join(gather(on_all_ranks(staging.find_leader, CheckpointError)))
+        shared_folder.join(gather(on_all_ranks(shared_folder.find_leader, CheckpointError)))
     except CheckpointError:
         if may_lead:
-            staging.discard()
+            shared_folder.discard()
         raise
-    if staging.leads:
-        staging.remove_leftovers()
-    return staging
+    if shared_folder.leads:
+        shared_folder.remove_leftovers()
+    return shared_folder
 
 
 def open_writer(
-    engine: SeamEngine, staging: Staging, client_state: Mapping[str, Any], exclude_frozen: bool
+    engine: SeamEngine, shared_folder: SharedFolder, client_state: Mapping[str, Any], exclude_frozen: bool
 ) -> CheckpointWriter:
     """Everything small is captured here; the tensors are read when they are written or copied."""
     tensors = saved_tensors(engine.module)
@@ -69,11 +69,11 @@ def open_writer(
         trained = engine.optimizer.coverage()
         excluded = [name for name, t in tensors.items() if isinstance(t, nn.Parameter) and name not in trained]
         tensors = {name: tensor for name, tensor in tensors.items() if name not in excluded}
-    snapshot = Snapshot(engine.optimizer, tensors, staging.leads, engine.optimizer.parameters.whole_weight)
+    plan = WritePlan(engine.optimizer, tensors, shared_folder.leads, engine.optimizer.parameters.whole_weight)
     encoded, rest = split_encodable(client_state)
     common = {**_common_state(engine, tensors), "excluded": excluded, "client_state": encoded}
     own = {"scalars": scalars_by_parameter(engine.optimizer.states), "random": random_state(engine.device)}
-    writer = CheckpointWriter(staging, snapshot, common, own, rest)
+    writer = CheckpointWriter(shared_folder, plan, common, own, rest)
     writer.open(_pending_gradients(engine))
     return writer
 

@@ -180,12 +180,12 @@ class Slope:
             for index in self.points[-1][1].known()
         )
 
-    def largest(self, budget_bytes: float, unit: int = 1, limit: int = 1 << 20) -> int:
-        """The largest multiple of ``unit`` up to ``limit`` that stays within the budget; 0 if none does."""
-        low, high = 0, limit // unit
-        if self.peak_bytes(high * unit) <= budget_bytes:
-            return high * unit
+    def largest(self, budget_bytes: float, multiple_of: int = 1, limit: int = 1 << 20) -> int:
+        """The largest multiple of ``multiple_of`` up to ``limit`` that stays within the budget; 0 if none does."""
+        low, high = 0, limit // multiple_of
+        if self.peak_bytes(high * multiple_of) <= budget_bytes:
+            return high * multiple_of
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.peak_bytes(middle * unit) <= budget_bytes else (low, middle)
-        return low * unit
+            low, high = (middle, high) if self.peak_bytes(middle * multiple_of) <= budget_bytes else (low, middle)
+        return low * multiple_of

@@ -86,15 +86,15 @@ def export_model(
     if tensors is None:
         tensors = model.state_dict().items()
 
-    with _staging_folder(out_dir, _bytes_needed(model, plan, target_dtype)) as staging:
-        writer = ShardWriter(staging, shard_bytes)
+    with _temporary_folder(out_dir, _bytes_needed(model, plan, target_dtype)) as temporary:
+        writer = ShardWriter(temporary, shard_bytes)
         for name, tensor in to_saved(model, tensors, plan):
             writer.add(name, tensor.detach().to(device="cpu", dtype=target_dtype(name, tensor.dtype)))
         weight_files = writer.finish()
-        _write_config(model, staging, writer.commonest_dtype())
-        _write_generation_config(model, generation_config, staging)
-        unreadable = _write_tokenizer(tokenizer, staging) if tokenizer is not None else None
-        _publish(staging, out_dir)
+        _write_config(model, temporary, writer.commonest_dtype())
+        _write_generation_config(model, generation_config, temporary)
+        unreadable = _write_tokenizer(tokenizer, temporary) if tokenizer is not None else None
+        _publish(temporary, out_dir)
     if unreadable is not None:
         raise CheckpointError(f"the weights are in {str(out_dir)!r}, without a tokenizer: {unreadable}")
     return [out_dir / name for name in weight_files]
@@ -247,7 +247,7 @@ def _bytes_needed(model: PreTrainedModel, plan: NamePlan, target_dtype: Any) -> 
 
 
 @contextmanager
-def _staging_folder(out_dir: Path, num_bytes: int) -> Iterator[Path]:
+def _temporary_folder(out_dir: Path, num_bytes: int) -> Iterator[Path]:
     """A new folder beside ``out_dir``, removed at the end unless it became ``out_dir``."""
     if out_dir.exists() and not out_dir.is_dir():
         raise CheckpointError(f"export folder {str(out_dir)!r} is a file")
@@ -256,34 +256,34 @@ def _staging_folder(out_dir: Path, num_bytes: int) -> Iterator[Path]:
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise CheckpointError(f"export to {str(out_dir)!r} needs {num_bytes:,} bytes, {free:,} are free")
-    staging = parent / f".{out_dir.name}.{uuid.uuid4().hex[:8]}.tmp"
-    staging.mkdir()
+    temporary = parent / f".{out_dir.name}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary.mkdir()
     try:
-        yield staging
+        yield temporary
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _publish(staging: Path, out_dir: Path) -> None:
+def _publish(temporary: Path, out_dir: Path) -> None:
     """Give the finished files their place. Readers see the old weights, none, or all of the new ones.
 
     "None" only while files move into a folder that is in use; a crash just then leaves the complete new
-    weights in the staging folder.
+    weights in the temporary folder.
     """
-    for path in staging.iterdir():
+    for path in temporary.iterdir():
         if path.suffix == ".safetensors":  # which safetensors makes readable by the owner alone
-            shutil.copymode(staging / "config.json", path)
+            shutil.copymode(temporary / "config.json", path)
         _fsync(path)
-    _fsync(staging)
+    _fsync(temporary)
     if not out_dir.exists() or not any(out_dir.iterdir()):
-        os.replace(staging, out_dir)
+        os.replace(temporary, out_dir)
         _fsync(out_dir.absolute().parent)
         return
     entry_points = (SINGLE_FILE, INDEX_FILE)
     for path in out_dir.iterdir():
         if path.name in entry_points or re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", path.name):
             path.unlink()
-    for path in sorted(staging.iterdir(), key=lambda p: p.name in entry_points):
+    for path in sorted(temporary.iterdir(), key=lambda p: p.name in entry_points):
         if path.is_dir():
             shutil.copytree(path, out_dir / path.name, dirs_exist_ok=True)
         else:

@@ -125,31 +125,31 @@ def stream_weights(
     tensors = model.state_dict(keep_vars=True)
     ignored = _patterns(getattr(model, "_keys_to_ignore_on_load_unexpected", None))
     given: set[str] = set()
-    for unit in plan_load(model, headers):
-        if unit.first_name not in tensors:
-            if any(pattern.search(unit.first_name) for pattern in ignored):
+    for conversion in plan_load(model, headers):
+        if conversion.first_name not in tensors:
+            if any(pattern.search(conversion.first_name) for pattern in ignored):
                 continue
-            source = unit.sources[0]
+            source = conversion.sources[0]
             raise CheckpointError(
                 f"{headers[source].file}: tensor {source!r} has no place in {type(model).__name__}; "
                 "is this the checkpoint of another model?"
             )
-        if convert or unit.is_plain:
-            sources = {source: source_folder.tensor(source) for source in unit.sources}
+        if convert or conversion.is_plain:
+            sources = {source: source_folder.tensor(source) for source in conversion.sources}
         else:
-            sources = {source: headers[source].on_meta() for source in unit.sources}
+            sources = {source: headers[source].on_meta() for source in conversion.sources}
         try:
-            converted = unit.convert(model, sources)
+            converted = conversion.convert(model, sources)
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"{headers[unit.sources[0]].file}: tensors {unit.sources[0]!r}, ... "
-                f"do not make {unit.first_name!r} ({error})"
+                f"{headers[conversion.sources[0]].file}: tensors {conversion.sources[0]!r}, ... "
+                f"do not make {conversion.first_name!r} ({error})"
             ) from error
         for name, tensor in converted.items():
             expected = whole_shape(tensors[name])
             if tuple(tensor.shape) != expected:
                 raise CheckpointError(
-                    f"{headers[unit.sources[0]].file}: tensor {unit.sources[0]!r} gives {name!r} the shape "
+                    f"{headers[conversion.sources[0]].file}: tensor {conversion.sources[0]!r} gives {name!r} the shape "
                     f"{tuple(tensor.shape)}, the model expects {expected}"
                 )
             given.add(name)
@@ -299,15 +299,15 @@ def _pairs_of_weights(
     """(name in memory, tensor in one folder, tensor in the other), one conversion set at a time."""
     tensors = model.state_dict(keep_vars=True)
     # A tied weight may be saved under another of its names in the other folder.
-    units = {id(tensors[u.first_name]): u for u in plan_load(model, before.headers) if u.first_name in tensors}
-    for unit in plan_load(model, after.headers):
-        partner = units.get(id(tensors.get(unit.first_name)))
+    theirs = {id(tensors[c.first_name]): c for c in plan_load(model, before.headers) if c.first_name in tensors}
+    for conversion in plan_load(model, after.headers):
+        partner = theirs.get(id(tensors.get(conversion.first_name)))
         if partner is None:
             continue
         olds = partner.convert(model, {name: before.tensor(name) for name in partner.sources})
-        news = unit.convert(model, {name: after.tensor(name) for name in unit.sources})
-        if unit.first_name not in olds:
-            olds = {unit.first_name: olds[partner.first_name]}
+        news = conversion.convert(model, {name: after.tensor(name) for name in conversion.sources})
+        if conversion.first_name not in olds:
+            olds = {conversion.first_name: olds[partner.first_name]}
         yield from ((name, olds[name], new) for name, new in news.items() if name in olds)
 
 

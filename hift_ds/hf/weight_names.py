@@ -35,15 +35,16 @@ class NamePlan:
         canonical: name in memory -> the names under which that tensor is saved, in memory's naming. Empty for
             a tied alias that transformers restores by itself, and for weights it never saves.
         renamed: name in memory -> name in the checkpoint, for weights that are saved as they are.
-        units: sets of names in memory that have to be converted together.
+        sets: names in memory that have to be converted together.
         saved: name in the checkpoint -> shape.
+        outputs: first name of a set -> the names in the checkpoint that it becomes.
     """
 
     canonical: dict[str, tuple[str, ...]]
     renamed: dict[str, str]
-    units: tuple[tuple[str, ...], ...]
+    sets: tuple[tuple[str, ...], ...]
     saved: dict[str, torch.Size]
-    unit_saved: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    outputs: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def saved_names(self, name: str) -> tuple[str, ...]:
         """Names in the checkpoint of what the parameter ``name`` becomes.
@@ -52,7 +53,7 @@ class NamePlan:
         """
         out: list[str] = []
         for target in self.canonical.get(name, ()):
-            out += [self.renamed[target]] if target in self.renamed else self.unit_saved.get(target, ())
+            out += [self.renamed[target]] if target in self.renamed else self.outputs.get(target, ())
         return tuple(out)
 
 
@@ -104,13 +105,13 @@ def plan_names(model: PreTrainedModel) -> NamePlan:
     renamed = {name: unchanged[id(tensor)] for name, tensor in meta.items() if id(tensor) in unchanged}
     converted = {name: tensor for name, tensor in meta.items() if name not in renamed}
     expected = {k: v.shape for k, v in outputs.items() if k not in set(renamed.values())}
-    units = _conversion_units(model, converted, expected)
+    sets = _conversion_sets(model, converted, expected)
     return NamePlan(
         canonical=canonical,
         renamed=renamed,
-        units=tuple(units),
+        sets=tuple(sets),
         saved={name: tensor.shape for name, tensor in outputs.items()},
-        unit_saved={unit[0]: saved for unit, saved in units.items()},
+        outputs={names[0]: saved for names, saved in sets.items()},
     )
 
 
@@ -128,9 +129,9 @@ def to_saved(
         CheckpointError: a name the model does not have, or (at the end) weights that never came.
     """
     plan = plan or plan_names(model)
-    unit_of = {name: unit for unit in plan.units for name in unit}
+    set_of = {name: names for names in plan.sets for name in names}
     waiting: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
-    missing = set(plan.renamed) | set(unit_of)
+    missing = set(plan.renamed) | set(set_of)
     for name, tensor in tensors:
         if name not in plan.canonical:
             raise CheckpointError(f"weight {name!r}: {type(model).__name__} has no parameter of that name")
@@ -141,17 +142,17 @@ def to_saved(
             if target in plan.renamed:
                 yield plan.renamed[target], tensor
                 continue
-            unit = unit_of[target]
-            waiting.setdefault(unit, {})[target] = tensor
-            if len(waiting[unit]) == len(unit):
-                yield from _revert(model, waiting.pop(unit)).items()
+            names = set_of[target]
+            waiting.setdefault(names, {})[target] = tensor
+            if len(waiting[names]) == len(names):
+                yield from _revert(model, waiting.pop(names)).items()
     if missing:
         raise CheckpointError(
             f"{len(missing)} weights of {type(model).__name__} were not given, the first is {min(missing)!r}"
         )
 
 
-class LoadUnit:
+class ConversionSet:
     """Checkpoint tensors that become one set of in-memory weights; see :func:`plan_load`."""
 
     def __init__(self, first_name: str, sources: list[str], patterns: list[str], converter: object | None) -> None:
@@ -177,11 +178,11 @@ class LoadUnit:
         return {name: value[0] if isinstance(value, list) else value for name, value in out.items()}
 
 
-def plan_load(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> list[LoadUnit]:
+def plan_load(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> list[ConversionSet]:
     """Which checkpoint tensors make which weights of ``model``, from names alone.
 
-    The units come in the natural order of the checkpoint's names. Tensors the model has no place for come as
-    units whose ``first_name`` is not among the model's names.
+    The sets come in the natural order of the checkpoint's names. Tensors the model has no place for come as
+    sets whose ``first_name`` is not among the model's names.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -196,16 +197,16 @@ def plan_load(model: PreTrainedModel, checkpoint_names: Iterable[str]) -> list[L
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     here = model.state_dict(keep_vars=True)
-    units: dict[str, LoadUnit] = {}
+    sets: dict[str, ConversionSet] = {}
     for source in sorted(checkpoint_names, key=dot_natural_key):
         target, pattern = rename_source_key(source, renamings, converters, model.base_model_prefix, here)
         if target not in here and source in here:
             target, pattern = source, None
         converter = by_pattern[pattern] if pattern is not None else None
-        unit = units.setdefault(target, LoadUnit(target, [], [], converter))
-        unit.sources.append(source)
-        unit._patterns.append(pattern or source)
-    return list(units.values())
+        conversion = sets.setdefault(target, ConversionSet(target, [], [], converter))
+        conversion.sources.append(source)
+        conversion._patterns.append(pattern or source)
+    return list(sets.values())
 
 
 def _canonical_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
@@ -227,7 +228,7 @@ def _canonical_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     return canonical
 
 
-def _conversion_units(
+def _conversion_sets(
     model: PreTrainedModel, converted: dict[str, torch.Tensor], expected: dict[str, torch.Size]
 ) -> dict[tuple[str, ...], tuple[str, ...]]:
     """Cut ``converted`` into the smallest sets that convert on their own: one weight, one block, or
@@ -248,16 +249,16 @@ def _conversion_units(
         match = _BLOCK_PREFIX.match(name)
         blocks.setdefault(match.group(0) if match else "", []).append(name)
 
-    units: dict[tuple[str, ...], tuple[str, ...]] = {}
+    sets: dict[tuple[str, ...], tuple[str, ...]] = {}
     for names in blocks.values():
         alone = {(name,): outputs_of([name]) for name in names}
         together = outputs_of(names)
         if all(alone.values()):
-            units |= {unit: saved for unit, saved in alone.items() if saved}
+            sets |= {one: saved for one, saved in alone.items() if saved}
         elif together:
-            units[tuple(names)] = together
-    if sorted(saved for outputs in units.values() for saved in outputs) == sorted(expected):
-        return units
+            sets[tuple(names)] = together
+    if sorted(saved for outputs in sets.values() for saved in outputs) == sorted(expected):
+        return sets
     return {tuple(converted): tuple(expected)}
 
 

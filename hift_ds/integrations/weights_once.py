@@ -26,7 +26,7 @@ def has_the_form_of_a_checkpoint(model: Any) -> bool:
         return False
     plan, tensors = plan_names(model), saved_tensors(model)
     return (
-        not plan.units
+        not plan.sets
         and set(plan.saved) == set(tensors)
         and all(name == saved for name, saved in plan.renamed.items())
         and all(tensor.numel() * tensor.element_size() % ALIGNMENT == 0 for tensor in tensors.values())

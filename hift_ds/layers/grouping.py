@@ -111,7 +111,7 @@ def partition_model(
 
     units = _units(model, arch, rotating)
     if patterns is None:
-        named = [(_name_of(chunk), _params_of(chunk, rotating)) for chunk in _chunks(units, group_size)]
+        named = [(_name_of(run), _params_of(run, rotating)) for run in _neighbours(units, group_size)]
     else:
         named = _by_patterns(model, rotating, always, patterns)
     names = _unique([name for name, _ in named])
@@ -194,21 +194,22 @@ def _name_of_head(arch: ArchSpec, params: tuple[str, ...]) -> str:
     return "+".join(last_parts) if 0 < len(pieces) <= MAX_PIECES_IN_NAME else "head"
 
 
-def _chunks(units: list[_Unit], size: int) -> list[list[_Unit]]:
+def _neighbours(units: list[_Unit], size: int) -> list[list[_Unit]]:
+    """``units`` in runs of ``size`` that stand beside each other, the last one ragged."""
     return [units[start : start + size] for start in range(0, len(units), size)]
 
 
-def _name_of(chunk: list[_Unit]) -> str:
-    first, last = chunk[0], chunk[-1]
-    if len(chunk) == 1:
+def _name_of(run: list[_Unit]) -> str:
+    first, last = run[0], run[-1]
+    if len(run) == 1:
         return first.name
     if first.stack and first.stack == last.stack:
         return f"{first.name}-{last.row}"
     return f"{first.name}..{last.name}"
 
 
-def _params_of(chunk: list[_Unit], order: list[str]) -> list[str]:
-    members = {name for unit in chunk for name in unit.params}
+def _params_of(run: list[_Unit], order: list[str]) -> list[str]:
+    members = {name for unit in run for name in unit.params}
     return [name for name in order if name in members]
 
 

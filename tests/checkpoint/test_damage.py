@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hift_ds.checkpoint import files as durable_files
-from hift_ds.checkpoint import shared_folder as staging
+from hift_ds.checkpoint import shared_folder
 from hift_ds.checkpoint.manifest import MANIFEST
 from hift_ds.errors import CheckpointError
 from tests.checkpoint.runs import Case, advance, states_of, whole_weights
@@ -321,7 +321,7 @@ def save_on_two_nodes(folder: str) -> None:
     here = Path(folder) / f"node{rank}"
     shared = Case(ds_config()).engine(seed=0)
     advance(shared, 0, 2, rank, 2)
-    staging.VISIBLE_AFTER_S = 0.3
+    shared_folder.VISIBLE_AFTER_S = 0.3
     with pytest.raises(CheckpointError, match=r"rank 1: .*not the same folder on all nodes.*use_node_local_storage"):
         shared.save_checkpoint(here)
     assert not here.exists() or not list(here.iterdir())

@@ -127,7 +127,7 @@ def test_the_largest_batch_really_fits_and_the_next_does_not():
     assert slope.peak_bytes(4) == 1200 and slope.peak_bytes(10) == 1300
     assert slope.largest(1300) == 10 and slope.largest(1329) == 10
     assert slope.largest(1199) == 0
-    assert slope.largest(10_000, unit=16, limit=100) == 96
+    assert slope.largest(10_000, multiple_of=16, limit=100) == 96
     square = Slope(((4, Line(4)), (8, Line(8)), (12, Line(12))))
     assert square.peak_bytes(100) == 10_000 and slope.peak_bytes(100) < 5_000
     assert square.largest(1_000_000) == 1000

@@ -122,7 +122,7 @@ def _zero_init_set_aside() -> Iterator[None]:
 def _fill(model: PreTrainedModel, folder: str | Path) -> None:
     rank, _ = world_rank_and_size()
     files, targets = SafetensorsFolder(folder), model.state_dict(keep_vars=True)
-    plain = {unit.first_name: unit.sources[0] for unit in plan_load(model, files.headers) if unit.is_plain}
+    plain = _plain_sources(model, files)
     filled: dict[int, str] = {}
     for name, tensor in stream_weights(model, folder, convert=rank == 0):
         target = targets[name]
@@ -132,6 +132,11 @@ def _fill(model: PreTrainedModel, folder: str | Path) -> None:
         note_filled(filled, target, name, folder, here, mine)
         here.copy_(mine)
     remember_rounded_weights(model, files, plain, targets)
+
+
+def _plain_sources(model: PreTrainedModel, files: SafetensorsFolder) -> dict[str, str]:
+    """Name in memory -> name in the folder, of each weight that is saved as it is."""
+    return {of.first_name: of.sources[0] for of in plan_load(model, files.headers) if of.is_plain}
 
 
 def _part_of_this_rank(target: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +167,7 @@ def remember_rounded_weights(
     loading
     rounded to 16: all of them, or the few of a folder that is in bf16 otherwise."""
     if plain is None:
-        plain = {unit.first_name: unit.sources[0] for unit in plan_load(model, files.headers) if unit.is_plain}
+        plain = _plain_sources(model, files)
     targets = targets or model.state_dict(keep_vars=True)
     parameter_names = {id(param): name for name, param in model.named_parameters()}
     rounded = {
