@@ -246,6 +246,14 @@ EXPLAINED = [
         "Chosen and rejected answers are for DPO and its kin. [trainer.md](trainer.md) shows `DPOTrainer` with our mixin.",
     ),
     (
+        r"does not come to an end",
+        "A loop of the chat template has no end, by mistake or on purpose. Use another template; the file is `chat_template.jinja` or in tokenizer_config.json.",
+    ),
+    (
+        r"of … rows; see data.template",
+        "So many rows have roles in an order that the template refuses (alternating roles, no system prompt), or no answer, that the template is the wrong one, or `data.format`. Fewer than a tenth of the rows are passed over and counted.",
+    ),
+    (
         r"chat template|data.template",
         "The template does not render these messages, or not their answers. Set `data.template`; `hift-ds preview` shows what is learned.",
     ),

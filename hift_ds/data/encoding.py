@@ -17,20 +17,26 @@ What the template alone writes (a header, the end of a turn) is told from what t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from hift_ds.data import left_out, tool_calls
 from hift_ds.data.formats import Completion, Conversation, Message, Sample, Text
-from hift_ds.errors import DataError
+from hift_ds.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE = "HiFTprobe"
 """Stands for an answer where only what the template writes around it is asked."""
+RENDER_TIMEOUT_S = 60.0
+"""A conversation of 100,000 messages takes a second."""
 
 
 @dataclass
@@ -43,6 +49,10 @@ class Encoded:
     """Plain text: may be cut into several samples instead of being truncated."""
     remarks: tuple[str, ...] = ()
     """What of the row the chat template has not printed, though nothing refuses it."""
+
+
+class Refused(DataError):
+    """A row that the chat template does not render, or that has no answer: another row may be good."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +101,9 @@ class Encoder:
         """One or more training samples.
 
         Raises:
-            DataError: no answer to learn, or the chat template refuses the messages or leaves out what should
-                be learned; begins with ``origin``.
+            Refused: no answer to learn, or the chat template refuses the messages; begins with ``origin``.
+            DataError: the chat template leaves out what should be learned; begins with ``origin``.
+            ConfigError: the chat template does not come to an end.
         """
         if isinstance(sample, Text):
             ids = self._with_end(self._text_ids(sample.text))
@@ -137,9 +148,11 @@ class Encoder:
             for index, message in enumerate(sample.messages)
             if message["role"] == "assistant" and index >= sample.first_answer
         ]
+        if not self.mask_history:
+            answers = sorted({*answers, *sample.asked})
         if not answers and not self.train_on_prompt:
             roles = ", ".join(message["role"] for message in sample.messages)
-            raise DataError(f"{origin}: no assistant message to learn from; roles are {roles}")
+            raise Refused(f"{origin}: no assistant message to learn from; roles are {roles}")
         if self.mask_history:
             answers = answers[-1:]
         answers = [index for index in answers if index not in sample.masked]
@@ -238,6 +251,10 @@ class Encoder:
             if inside is None:
                 raise
             return inside
+        if index in sample.asked:  # its header is the template's, as that of an answer is
+            around = self._around(sample, index, index + 1)
+            if around is not None:
+                return _Span(index, around[0], through)
         return _Span(index, self._before(sample, index, origin), through)
 
     def _each_alone(
@@ -390,18 +407,50 @@ class Encoder:
     def _render(self, sample: Conversation, count: int, generation_prompt: bool, origin: str) -> str:
         messages: list[Message] = sample.messages[:count]
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                messages,
-                tools=sample.tools,  # type: ignore[arg-type]
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                **(sample.template_options or {}),
-            )
+            with _comes_to_an_end():
+                rendered = self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=sample.tools,  # type: ignore[arg-type]
+                    tokenize=False,
+                    add_generation_prompt=generation_prompt,
+                    **(sample.template_options or {}),
+                )
             return str(rendered)
+        except ConfigError:
+            raise
         except Exception as error:  # Jinja's, or whatever a template raises by itself
             reason = " ".join(str(error).split()) or type(error).__name__
             roles = ", ".join(message["role"] for message in messages)
-            raise DataError(f"{origin}: the chat template refuses messages of {roles}: {reason[:200]}") from error
+            raise Refused(f"{origin}: the chat template refuses messages of {roles}: {reason[:200]}") from error
+
+
+@contextlib.contextmanager
+def _comes_to_an_end() -> Iterator[None]:
+    """Ends the rendering of a chat template whose loops have no end, or one that nobody will live to see.
+
+    transformers renders in a sandbox that limits each ``range`` to 100,000, but not loops inside loops. A timer of
+    the operating system: it interrupts Python's code in the main thread, where data are prepared, and costs nothing.
+
+    Raises:
+        ConfigError: after ``RENDER_TIMEOUT_S``.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGALRM) is None:
+        yield
+        return
+
+    def stop(*_: object) -> NoReturn:
+        raise ConfigError(
+            f"data.template: the chat template does not come to an end within {RENDER_TIMEOUT_S:g} s on one "
+            "conversation; give another one"
+        )
+
+    before = signal.signal(signal.SIGALRM, stop)
+    callers = signal.setitimer(signal.ITIMER_REAL, RENDER_TIMEOUT_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *callers)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:

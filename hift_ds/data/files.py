@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from hift_ds.data.formats import FORMATS
 from hift_ds.errors import DataError
 
 LINE_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -94,12 +95,18 @@ def _table_rows(file: Path, key: str) -> Iterator[tuple[Any, str]]:
     tables = _tables(file)
     while True:
         try:
-            dataset = next((Dataset(table) for table in tables), None)
+            table = next(tables, None)
+            if table is None:
+                return
+            if _has_maps(table.schema):  # which ``datasets`` has no type for
+                for row in table.to_pylist(maps_as_pydicts="strict"):
+                    count += 1
+                    yield _without_nulls(row), f"{file}, row {count}"
+                continue
+            dataset = Dataset(table)
         except Exception as error:  # pyarrow's errors have no common base
             reason = " ".join(str(error).split())
             raise DataError(f"{key}: cannot read {str(file)!r} as {file.suffix[1:]}: {reason[:200]}") from error
-        if dataset is None:
-            return
         for row in dataset:
             count += 1
             yield without_filling(row, dataset.features), f"{file}, row {count}"
@@ -142,6 +149,22 @@ def without_filling(value: Any, feature: Any) -> Any:
     return value
 
 
+def _has_maps(fields: Any) -> bool:
+    """Of a schema, or a type that has fields: whether one is a map, or holds one."""
+    import pyarrow as pa
+
+    fields = [
+        fields.field(index) for index in range(len(fields) if isinstance(fields, pa.Schema) else fields.num_fields)
+    ]
+    return any(pa.types.is_map(field.type) or _has_maps(field.type) for field in fields)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
 def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:
     """One object a line; or one list of objects, alone or as the only list of an object that spans lines. The
     first characters decide, not the file's name."""
@@ -173,13 +196,30 @@ def _numbered(rows: list[Any], file: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _only_list(file: Path) -> list[Any] | None:
-    """The rows of a file that is one object with one list of objects in it (``{"data": [...]}``)."""
+    """The rows of a file that is one object: the one list of objects in it (``{"data": [...]}``), or it is a row.
+    None if it is no such file.
+
+    Raises:
+        DataError: several lists of objects are in it.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError:
         return None
-    lists = [value for value in content.values() if isinstance(value, list)] if isinstance(content, dict) else []
-    return lists[0] if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]) else None
+    if not isinstance(content, dict):
+        return None
+    if any(content.keys() >= set(required) for required, _ in FORMATS.values()):
+        return [content]
+    lists = {
+        name: value
+        for name, value in content.items()
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
+    }
+    if len(lists) > 1:
+        raise DataError(
+            f"{file}: one object with several lists of rows ({', '.join(lists)}); write each into a file of its own"
+        )
+    return next(iter(lists.values()), [content])
 
 
 def _first_character(file: Path) -> str:
@@ -196,6 +236,9 @@ def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[Any, str]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
+            names = reader.fieldnames or []
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise DataError(f"{file}, line 1: two columns are called {twice!r}; rename one")
             for row in reader:
                 origin = f"{file}, line {reader.line_num}"
                 if None in row or None in row.values():

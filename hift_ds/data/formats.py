@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ class Conversation:
         tools: the functions that the model may call, as JSON schemas.
         first_answer: index of the first message that may be learned.
         masked: indices of messages that the data say not to learn (``weight: 0``, ``train: false``).
+        asked: indices of messages that are no answers and that the data say to learn (Axolotl's ``train: true``).
         template_options: what the chat template is given besides (TRL's column ``chat_template_kwargs``).
     """
 
@@ -39,6 +40,7 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     first_answer: int = 0
     masked: frozenset[int] = frozenset()
+    asked: frozenset[int] = frozenset()
     template_options: Mapping[str, Any] | None = None
 
 
@@ -79,6 +81,8 @@ _ROLES = {
 }
 _LEARNED_FLAGS = ("weight", "train", "training", "loss")
 """Keys of a message that say whether to learn it: OpenAI's and Mistral's, Axolotl's two, ms-swift's."""
+_ALSO_LEARNED_FLAGS = ("train", "training")
+"""Those of them that, where true, have the message of another role learned too."""
 _PARTIAL_FLAGS = ("train_detail", "training_detail")
 
 
@@ -117,15 +121,20 @@ def _is_absent(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def detect_format(columns: set[str], origin: str) -> str:
+def detect_format(columns: set[str], origin: str, empty_too: Set[str] = frozenset()) -> str:
     """The first format of ``FORMATS`` whose required columns are all there.
+
+    Args:
+        columns: those in which the row has a value.
+        empty_too: all of the row's.
 
     Raises:
         DataError: there is none.
     """
-    for format, (required, _) in FORMATS.items():
-        if columns.issuperset(required):
-            return format
+    for found in (columns, empty_too):
+        for format, (required, _) in FORMATS.items():
+            if found >= set(required):
+                return format
     if {"chosen", "rejected"} <= columns:
         raise DataError(
             f"{origin}: chosen and rejected are preference data, which a run file does not train on; see "
@@ -243,8 +252,15 @@ def _text(row: Row, column: str) -> str:
     return value
 
 
-_Turn = tuple[Message, bool]
-"""A message, and whether it may be learned."""
+_NOT_THE_TEMPLATES = frozenset(
+    ("tools", "tokenize", "add_generation_prompt", "continue_final_message", "padding", "truncation",
+     "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "chat_template", "conversation",
+     "tokenizer_kwargs")
+)  # fmt: skip
+"""Arguments of ``apply_chat_template`` that say what becomes of the rendering."""
+
+_Turn = tuple[Message, bool | None]
+"""A message, and whether the data say to learn it; None: they do not say, so that answers are learned."""
 
 
 def _conversation(row: Row, turns: list[_Turn], first_answer: int = 0) -> Conversation:
@@ -252,22 +268,25 @@ def _conversation(row: Row, turns: list[_Turn], first_answer: int = 0) -> Conver
     options = _parsed(row.get("chat_template_kwargs"), "chat_template_kwargs") or None
     if options is not None and not isinstance(options, Mapping):
         raise _Malformed(f"chat_template_kwargs: expected an object, got {_short(options)}")
+    if ours := _NOT_THE_TEMPLATES.intersection(options or ()):
+        raise _Malformed(f"chat_template_kwargs: {min(ours)!r} is no option of a chat template; remove it")
     return Conversation(
         messages=[message for message, _ in turns],
         tools=_tools(row),
         first_answer=first_answer,
-        masked=frozenset(index for index, (_, learned) in enumerate(turns) if not learned),
+        masked=frozenset(index for index, (_, learned) in enumerate(turns) if learned is False),
+        asked=frozenset(i for i, (message, learned) in enumerate(turns) if learned and message["role"] != "assistant"),
         template_options=options,
     )
 
 
 def _system(row: Row) -> list[_Turn]:
     system = _text(row, "system")
-    return [({"role": "system", "content": system}, True)] if system else []
+    return [({"role": "system", "content": system}, None)] if system else []
 
 
 def _question_and_answer(question: str, answer: str) -> list[_Turn]:
-    return [({"role": "user", "content": question}, True), ({"role": "assistant", "content": answer}, True)]
+    return [({"role": "user", "content": question}, None), ({"role": "assistant", "content": answer}, None)]
 
 
 def _messages(value: Any, column: str) -> list[_Turn]:
@@ -284,6 +303,8 @@ def _turn(entry: Any, column: str) -> _Turn:
     # Arrow gives every message every key that any message has; the absent ones are None.
     entry = present(entry)
     said_role = entry.pop("role", None) or entry.pop("from", None)
+    if isinstance(said_role, str):
+        said_role = said_role.lower()  # "Human", "GPT"
     if said_role not in _ROLES:
         raise _Malformed(f"{column}: unknown role {said_role!r}; expected one of {', '.join(_ROLES)}")
     content = entry.pop("content", entry.pop("value", NoContent()))
@@ -299,8 +320,8 @@ def _turn(entry: Any, column: str) -> _Turn:
     return message, learned
 
 
-def _is_learned(entry: dict[str, Any], column: str) -> bool:
-    """Whether the message may be learned; takes the keys that say it out of ``entry``."""
+def _is_learned(entry: dict[str, Any], column: str) -> bool | None:
+    """Whether the data say to learn the message; takes the keys that say it out of ``entry``."""
     for key in _PARTIAL_FLAGS:
         if entry.pop(key, None):
             raise _Malformed(f"{column}: {key}: parts of a message cannot be masked; use train: true or false")
@@ -310,7 +331,9 @@ def _is_learned(entry: dict[str, Any], column: str) -> bool:
             raise _Malformed(
                 f"{column}: {key}: expected 0 or 1, false or true (learn the message or not), got {_short(value)}"
             )
-    return all(flags.values())
+    if not all(flags.values()):
+        return False
+    return True if any(key in flags for key in _ALSO_LEARNED_FLAGS) else None
 
 
 def _calls(value: Any, column: str) -> list[dict[str, Any]]:
@@ -350,9 +373,8 @@ def _content(content: Any, column: str) -> str:
         return content
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         return "".join(part.get("text") or "" for part in content)
-    raise _Malformed(
-        f"{column}: expected content to be text, got {_short(content)}; images and audio cannot be trained on"
-    )
+    media = "; images and audio cannot be trained on" if isinstance(content, list) else ""
+    raise _Malformed(f"{column}: expected content to be text, got {_short(content)}{media}")
 
 
 def _tools(row: Row) -> list[dict[str, Any]] | None:

@@ -9,6 +9,7 @@ and this code: of several processes let one come here first, and the others read
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hift_ds.data import packing
 from hift_ds.data.chat_templates import set_chat_template
 from hift_ds.data.config import DataConfig
-from hift_ds.data.encoding import Encoded, Encoder
+from hift_ds.data.encoding import Encoded, Encoder, Refused
 from hift_ds.data.formats import to_sample
 from hift_ds.data.sources import (
     Source,
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The label that no loss counts."""
+MOST_REFUSED = 0.1
+"""Rows that may be passed over because the chat template refuses them; with more than this share of them it is the
+template that is wrong, not the rows."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,11 @@ class DataReport:
     notes: tuple[str, ...] = ()
     """What was guessed of the sources, and whether these are all rows."""
 
+    num_refused: int = 0
+    """Rows passed over: the chat template refuses them, or they have no answer."""
+
+    first_refusal: str = ""
+
     def __str__(self) -> str:
         parts = [
             f"{self.name}: {self.num_samples:,} samples of {self.num_rows:,} rows",
@@ -78,6 +87,8 @@ class DataReport:
             )
         if self.num_dropped:
             parts.append(f"{self.num_dropped:,} dropped: nothing to learn within {self.max_length:,} tokens")
+        if self.num_refused:
+            parts.append(f"{self.num_refused:,} rows passed over (the first: {self.first_refusal})")
         parts += self.notes
         parts += [f"in {count:,} samples {remark}" for remark, count in self.remarks]
         return "; ".join(parts)
@@ -150,19 +161,21 @@ class Tokenize:
     stamp: str = ""
 
     def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-        out: dict[str, list[Any]] = {"input_ids": [], "labels": [], "cut": [], "learned": [], "remarks": []}
+        out: dict[str, list[Any]] = {
+            name: [] for name in ("input_ids", "labels", "cut", "learned", "remarks", "refused")
+        }
         for row, format, origin in zip(batch["row"], batch["format"], batch["origin"], strict=True):
-            for encoded in self.encoder(to_sample(json.loads(row), format, origin), origin):
+            columns, halves = _without_halves(row)
+            sample = to_sample(columns, format, origin)
+            try:
+                found = self.encoder(sample, origin)
+            except Refused as refusal:
+                _append(out, Encoded([], []), [], [], 0, str(refusal))
+                continue
+            for encoded in found:
+                encoded = replace(encoded, remarks=(*encoded.remarks, *halves))
                 for ids, learned, cut in self._fit(encoded):
-                    # The first token is never predicted, so it alone is nothing to learn.
-                    count = sum(learned[1:])
-                    out["input_ids"].append(ids if count else [])
-                    out["labels"].append(
-                        [token if flag else IGNORED for token, flag in zip(ids, learned, strict=True)] if count else []
-                    )
-                    out["cut"].append(cut)
-                    out["learned"].append(count)
-                    out["remarks"].append(list(encoded.remarks))
+                    _append(out, encoded, ids, learned, cut)
         return out
 
     def _fit(self, encoded: Encoded) -> Iterator[tuple[list[int], list[bool], int]]:
@@ -184,6 +197,34 @@ class Tokenize:
             yield ids[:limit], learned[:limit], excess
 
 
+def _append(
+    out: dict[str, list[Any]], encoded: Encoded, ids: list[int], learned: list[bool], cut: int, refusal: str = ""
+) -> None:
+    """A piece of ``encoded``, as one more row of columns."""
+    count = sum(learned[1:])  # the first token is never predicted, so it alone is nothing to learn
+    labels = [token if flag else IGNORED for token, flag in zip(ids, learned, strict=True)]
+    out["input_ids"].append(ids if count else [])
+    out["labels"].append(labels if count else [])
+    out["cut"].append(cut)
+    out["learned"].append(count)
+    out["remarks"].append(list(encoded.remarks))
+    out["refused"].append(refusal)
+
+
+_HALF = re.compile("[\ud800-\udfff]")  # pairs are one character once json has read them
+_HALF_IN_JSON = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
+
+
+def _without_halves(row: str) -> tuple[Any, tuple[str, ...]]:
+    """The columns of a row; where one has half of a surrogate pair, which JSON can write and no tokenizer takes, with
+    U+FFFD in its place and a remark."""
+    if not _HALF_IN_JSON.search(row):
+        return json.loads(row), ()
+    text = json.dumps(json.loads(row), ensure_ascii=False)
+    whole = _HALF.sub("\ufffd", text)
+    return json.loads(whole), ("half of a surrogate pair is read as U+FFFD",) if whole != text else ()
+
+
 def count_source(source: Source, tokenize: Tokenize, num_rows: int | None = None) -> DataReport:
     """What becomes of the first ``num_rows`` rows of a source (None: of all), without the cache.
 
@@ -194,6 +235,7 @@ def count_source(source: Source, tokenize: Tokenize, num_rows: int | None = None
     learned: list[int] = []
     cut: list[int] = []
     remarks = Counter[str]()
+    refused: list[str] = []
     rows = 0
     for row in islice(iterate_rows(source), num_rows):
         rows += 1
@@ -201,6 +243,7 @@ def count_source(source: Source, tokenize: Tokenize, num_rows: int | None = None
         lengths += map(len, out["input_ids"])
         learned += out["learned"]
         cut += out["cut"]
+        refused += filter(None, out["refused"])
         remarks.update(remark for sample in out["remarks"] for remark in sample)
     first = [f"the first {rows:,} rows"] if rows == num_rows else []
     return DataReport(
@@ -210,13 +253,15 @@ def count_source(source: Source, tokenize: Tokenize, num_rows: int | None = None
         num_packed_rows=None,
         num_truncated=sum(lost > 0 and count > 0 for lost, count in zip(cut, learned, strict=True)),
         cut_tokens=sum(lost for lost, count in zip(cut, learned, strict=True) if count),
-        num_dropped=sum(count == 0 for count in learned),
+        num_dropped=sum(count == 0 for count in learned) - len(refused),
         tokens=sum(lengths),
         learned_tokens=sum(learned),
         longest_tokens=max(lengths, default=0),
         max_length=tokenize.max_length,
         remarks=tuple(remarks.items()),
         notes=tuple(note for note in (*first, guessed(source)) if note),
+        num_refused=len(refused),
+        first_refusal=refused[0] if refused else "",
     )
 
 
@@ -247,6 +292,7 @@ def _prepare_one(
                 "cut": Value("int32"),
                 "learned": Value("int32"),
                 "remarks": List(Value("string")),
+                "refused": Value("string"),
             }
         ),
         desc=f"Tokenising {name} data",
@@ -254,6 +300,8 @@ def _prepare_one(
     cut = np.asarray(samples.with_format("numpy")["cut"][:])
     learned = np.asarray(samples.with_format("numpy")["learned"][:])
     kept = learned > 0
+    refusals = [refusal for refusal in samples["refused"][:] if refusal]
+    _check_refusals(name, refusals, len(rows))
     if not kept.any():
         raise _nothing_to_learn(name, len(kept), int((cut > 0).sum()), tokenize)
     lengths, largest_id = _lengths_and_largest_id(samples)
@@ -275,14 +323,26 @@ def _prepare_one(
         num_packed_rows=len(dataset) if packed else None,
         num_truncated=int(((cut > 0) & kept).sum()),
         cut_tokens=int(cut[kept].sum()),
-        num_dropped=int((~kept).sum()),
+        num_dropped=int((~kept).sum()) - len(refusals),
         tokens=int(lengths.sum()),
         learned_tokens=int(learned.sum()),
         longest_tokens=int(lengths.max()),
         max_length=tokenize.max_length,
         remarks=_remarks(samples),
+        num_refused=len(refusals),
+        first_refusal=refusals[0] if refusals else "",
     )
     return dataset, report
+
+
+def _check_refusals(name: str, refusals: list[str], num_rows: int) -> None:
+    """Raises DataError if more rows are refused than can be passed over."""
+    if len(refusals) == 1 and num_rows == 1:
+        raise DataError(refusals[0])
+    if len(refusals) > MOST_REFUSED * num_rows:
+        raise DataError(
+            f"{refusals[0]}; data.{name}: so with {len(refusals):,} of {num_rows:,} rows; see data.template"
+        )
 
 
 def _remarks(samples: Dataset) -> tuple[tuple[str, int], ...]:
@@ -308,4 +368,7 @@ def _nothing_to_learn(name: str, num_samples: int, num_cut: int, tokenize: Token
             f"{name} samples: "
             "the prompts alone are as long; raise it, or set data.train_on_prompt: true"
         )
-    return DataError(f"data.{name}: nothing to learn in any of {num_samples} samples: the answers are empty")
+    return DataError(
+        f"data.{name}: nothing to learn in any of {num_samples} samples: the answers are empty, or marked as not to be "
+        "learned"
+    )

@@ -60,7 +60,9 @@ def show_samples(
             title += f", {cut:,} cut off" if cut else ""
             console.rule(characters=_either("─", "-", encoding), style=_CONTEXT)
             show(title, "bold")
-            if not ids:
+            if refusal := next(filter(None, out["refused"]), None):
+                show(f"passed over: {refusal}", "red")
+            elif not ids:
                 whole = f"{type(sample).__name__.lower()} dropped: nothing to learn within {max_length:,} tokens"
                 show(whole, "red")
             console.print(marked(tokenizer, ids, labels, colour=colour, encoding=encoding), soft_wrap=True)
@@ -86,7 +88,7 @@ def show_totals(
     for source in config.train_sources():
         try:
             report = count_source(source, tokenize, num_rows)
-            line, suspicious = str(report), bool(report.remarks or report.num_dropped)
+            line, suspicious = str(report), bool(report.remarks or report.num_dropped or report.num_refused)
         except DataError as error:  # the samples above may still be worth seeing
             line, suspicious = str(error), True
         text = Text(encodable(line, console.encoding), style="yellow" if suspicious else "")

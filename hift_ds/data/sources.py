@@ -257,15 +257,29 @@ def iterate_rows(source: Source) -> Iterator[dict[str, str]]:
             _check_columns(row, source, origin)
             if format is None and not columns:
                 columns = guess_columns(row)
-        row = present(rename(row, columns))
-        format = format or detect_format(set(row), origin)
-        # surrogates: a lone half of a pair, which JSON can write and UTF-8 cannot
-        text = json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace").decode("utf-8")
+        whole = rename(row, columns)
+        row = present(whole)
+        format = format or detect_format(set(row), origin, set(whole))
+        try:
+            text = json.dumps(row, ensure_ascii=False, default=_as_json)
+            text.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
+            text = json.dumps(row, default=_as_json)
         yield {"row": text, "format": format, "origin": origin}
         if count == source.max_samples:
             return
     if count == 0:
         raise DataError(f"{source.key}: no rows in {source.path!r}")
+
+
+def _as_json(value: Any) -> Any:
+    """A value of a table that JSON has no form for. Old writers of parquet store texts as bytes without saying so."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return {"bytes": len(value)}  # no text, whatever column it is in
 
 
 def guessed(source: Source) -> str | None:
@@ -324,19 +338,45 @@ def _raw_rows(source: Source) -> Iterator[tuple[Any, str]]:
 
 def _local_rows(source: Source) -> Iterator[tuple[Any, str]]:
     path = Path(source.path).expanduser()
+    if (path / "dataset_dict.json").is_file():
+        path = _split_of_saved(path, source)
     if path.is_dir() and (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        from datasets import load_from_disk
-
-        yield from _dataset_rows(load_from_disk(str(path)), source.path)
+        yield from _dataset_rows(_saved(path, source.key), source.path)
         return
     for file in _files_of_split(path, source) if path.is_dir() else [path]:
         yield from rows_of_file(file, source.key, source.documents)
 
 
+def _saved(path: Path, key: str) -> Any:
+    """A data set that ``save_to_disk`` wrote."""
+    from datasets import load_from_disk
+
+    try:
+        return load_from_disk(str(path))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of json, pyarrow, or its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{key}: cannot read the saved data set {str(path)!r}: {reason[:200]}") from error
+
+
+def _split_of_saved(path: Path, source: Source) -> Path:
+    """The folder of a split, where several were saved together."""
+    found = sorted(file.parent.name for file in path.glob("*/state.json"))
+    wanted = [name for name in found if name == source.split or _split_in_name(name) == _split_in_name(source.split)]
+    exact = [name for name in wanted if name == source.split] or wanted
+    if len(exact) != 1 or (exact[0] != source.split and _split_in_name(source.split) is None):
+        raise DataError(
+            f"{source.key}: no split {source.split!r} in {source.path!r}; found {', '.join(found) or 'none'}; set split"
+        )
+    return path / exact[0]
+
+
 def _files_of_split(folder: Path, source: Source) -> list[Path]:
     """The folder's data files; where names say train, test or validation, only those of ``source.split``."""
     suffixes: tuple[str, ...] = LINE_FORMATS + COLUMN_FORMATS
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes)
+    files = [file for file in folder.iterdir() if not file.name.startswith(".")]  # what macOS leaves beside files
+    files = sorted(file for file in files if file.suffix.lower() in suffixes)
     if not files:  # documents then; beside data they describe it
         files = sorted(file for file in folder.iterdir() if file.suffix.lower() in DOCUMENT_FORMATS)
         files = [file for file in files if not _NOT_DATA.match(file.name)]

@@ -827,3 +827,158 @@ def test_a_template_by_name_writes_what_the_published_one_does(name):
     end = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}[name]
     assert set_chat_template(tokenizer, name) == f"{name} ({end} is the end token now)"
     assert tokenizer.apply_chat_template(TWO_TURNS, tokenize=False) == theirs
+
+
+# -- rows that are passed over -------------------------------------------------------------------------------
+
+
+def test_rows_that_the_template_refuses_are_passed_over_and_said_up_to_a_tenth(tmp_path):
+    """Gemma's and Mistral's templates insist on alternating roles; of ShareGPT files some rows never do."""
+    tokenizer = tokenizer_of(MISTRAL_LIKE, bos=True)
+    good, bad = {"messages": TWO_TURNS}, [{"messages": [ANSWER, *TWO_TURNS]}, {"messages": [USER, USER, ANSWER]}]
+    silent = {"messages": [USER]}
+    file = lines(tmp_path, *[good] * 20, *bad, *[good] * 10, silent)
+    prepared_data = prepare_data(DataConfig(train=str(file)), tokenizer, 4000)
+    expected = own_rendering(tokenizer, TWO_TURNS, [1, 3])
+    assert [(row["input_ids"], row["labels"]) for row in prepared_data.train] == [expected] * 30
+    [report] = prepared_data.reports
+    assert (report.num_rows, report.num_samples, report.num_refused, report.num_dropped) == (33, 30, 3, 0)
+    assert f"3 rows passed over (the first: {file}, line 21: the chat template refuses messages of assistant" in str(
+        report
+    )
+    with pytest.raises(
+        DataError, match=r"line 2: .*must alternate; data.train: so with 2 of 3 rows; see data.template"
+    ):
+        prepared(lines(tmp_path, good, *bad), tokenizer)
+
+
+def test_a_template_without_an_end_is_stopped(tmp_path, monkeypatch):
+    """The sandbox limits a range, but not loops in loops."""
+    monkeypatch.setattr("hift_ds.data.encoding.RENDER_TIMEOUT_S", 0.3)
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(ConfigError, match=r"data.template: the chat template does not come to an end within 0.3 s"):
+        prepared(lines(tmp_path, {"messages": [USER, ANSWER]}), tokenizer_of(loops + CHATML))
+    tokenizer = tokenizer_of("{% for i in range(100001) %}{% endfor %}" + CHATML)
+    with pytest.raises(DataError, match="the chat template refuses .*[Rr]ange"):
+        prepared(lines(tmp_path, {"messages": [USER, ANSWER]}), tokenizer)
+    assert prepared(lines(tmp_path, {"messages": [USER, ANSWER]}), tokenizer_of(CHATML))  # the timer is off again
+
+
+@pytest.mark.parametrize("template", ["CHATML", "LLAMA3_LIKE"])
+def test_a_question_that_the_data_say_to_learn(template, tmp_path):
+    """Axolotl's train: true on a message of another role: its text and its end, as of an answer. A weight of 1 says
+    nothing of messages that are no answers."""
+    tokenizer = tokenizer_of(globals()[template])
+    end = {"CHATML": "<|im_end|>", "LLAMA3_LIKE": "<|e|>"}[template]
+    for flag, learned in (("train", ["Hi", "Hello"]), ("training", ["Hi", "Hello"]), ("weight", ["Hello"])):
+        row = {"messages": [SYSTEM, {**USER, flag: True}, ANSWER, {**USER, "train": False}, {**ANSWER, "train": False}]}
+        [(ids, labels)] = prepared(lines(tmp_path, row), tokenizer)
+        assert stretches(tokenizer, labels) == [text + end for text in learned]
+        assert ids == tokenizer.apply_chat_template([SYSTEM, USER, ANSWER, USER, ANSWER])["input_ids"]
+    [(_, labels)] = prepared(lines(tmp_path, row | {"messages": [{**USER, "train": True}, ANSWER]}), tokenizer,
+                             mask_history=True)  # fmt: skip
+    assert stretches(tokenizer, labels) == ["Hello" + end]
+
+
+# -- tables and files of other writers -----------------------------------------------------------------------
+
+
+def test_maps_bytes_and_views_in_parquet(tmp_path):
+    """Spark writes maps; old writers write texts as bytes without saying so."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tokenizer = tokenizer_of(CHATML)
+    expected = [own_rendering(tokenizer, [USER, ANSWER], [1])]
+    pair = {"instruction": pa.array(["Hi"]), "output": pa.array(["Hello"])}
+    maps = pa.map_(pa.string(), pa.string())
+    turns = [[("role", "user"), ("content", "Hi")], [("role", "assistant"), ("content", "Hello"), ("name", None)]]
+    said = pa.array([{"role": "user", "content": "Hi", "meta": [("a", "b")]},
+                     {"role": "assistant", "content": "Hello", "meta": None}],
+                    type=pa.struct([("role", pa.string()), ("content", pa.string()), ("meta", maps)]))  # fmt: skip
+    tables = {
+        "messages of maps": {"messages": pa.array([turns], type=pa.list_(maps))},
+        "a map in each message": {"messages": pa.ListArray.from_arrays([0, 2], said)},
+        "a map beside": {**pair, "meta": pa.array([[("a", "b")]], type=maps)},
+        "bytes": {name: column.cast(pa.binary()) for name, column in pair.items()},
+        "views": {name: column.cast(pa.string_view()) for name, column in pair.items()},
+        "categories": {name: column.dictionary_encode() for name, column in pair.items()},
+        "bytes of an image beside": {**pair, "image": pa.array([b"\xff\xd8"])},
+    }
+    for number, (name, columns) in enumerate(tables.items()):
+        pq.write_table(pa.table(columns), tmp_path / f"{number}.parquet")
+        assert prepared(tmp_path / f"{number}.parquet", tokenizer) == expected, name
+    pq.write_table(pa.table({**pair, "output": pa.array([b"\xff\xd8"])}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="row 1: output: expected text, got {'bytes': 2}"):
+        prepared(tmp_path / "x.parquet", tokenizer)
+
+
+def test_half_of_a_surrogate_pair_is_replaced_and_said(tmp_path):
+    tokenizer = tokenizer_of(CHATML)
+    (tmp_path / "rows.jsonl").write_text(
+        '{"instruction": "\\ud83d\\ude42", "output": "a\\ud83d"}\n{"instruction": "Hi", "output": "Hello"}\n'
+    )
+    data = prepare_data(DataConfig(train=str(tmp_path / "rows.jsonl")), tokenizer, 4000)
+    asked, answer = {"role": "user", "content": "🙂"}, {"role": "assistant", "content": "a\ufffd"}
+    found = [(row["input_ids"], row["labels"]) for row in data.train]
+    expected = [own_rendering(tokenizer, [asked, answer], [1]), own_rendering(tokenizer, [USER, ANSWER], [1])]
+    assert found == expected
+    assert "in 1 samples half of a surrogate pair is read as U+FFFD" in str(data.reports[0])
+
+
+def test_two_columns_of_one_name_are_an_error(tmp_path):
+    (tmp_path / "a.csv").write_text("instruction,output,output\nHi,Hello,Other\n")
+    with pytest.raises(DataError, match="line 1: two columns are called 'output'"):
+        prepared(tmp_path / "a.csv", tokenizer_of(CHATML))
+
+
+def test_a_file_of_one_object(tmp_path):
+    """One row over several lines, one list of rows in an object, and what cannot be told."""
+    tokenizer = tokenizer_of(CHATML)
+    expected = [own_rendering(tokenizer, [USER, ANSWER], [1])]
+    row = {"messages": [USER, ANSWER]}
+    for content in (row, {"version": 1, "data": [row], "tags": ["a"]}, {"instruction": "Hi", "output": "Hello"}):
+        (tmp_path / "a.json").write_text(json.dumps(content, indent=1))
+        assert prepared(tmp_path / "a.json", tokenizer) == expected
+    (tmp_path / "a.json").write_text(json.dumps({"train": [row], "test": [row]}, indent=1))
+    with pytest.raises(DataError, match=r"several lists of rows \(train, test\)"):
+        prepared(tmp_path / "a.json", tokenizer)
+
+
+def test_data_sets_that_were_saved_to_disk(tmp_path):
+    """One of them, splits together, and files that are no longer what datasets wrote."""
+    tokenizer = tokenizer_of(CHATML)
+    expected = [own_rendering(tokenizer, [USER, ANSWER], [1])]
+    saved = datasets.Dataset.from_list([{"messages": [USER, ANSWER]}])
+    other = datasets.Dataset.from_list([{"messages": [USER, {**ANSWER, "content": "Other"}]}])
+    datasets.DatasetDict({"validation": other, "train": saved}).save_to_disk(tmp_path / "splits")
+    assert prepared(tmp_path / "splits", tokenizer) == expected
+    data = prepare_data(
+        DataConfig(train={"path": str(tmp_path / "splits"), "split": "val"}), tokenizer, 4000
+    ).train  # fmt: skip
+    assert "Other" in tokenizer.decode(data[0]["input_ids"])
+    with pytest.raises(DataError, match="no split 'test' in .*; found train, validation; set split"):
+        prepare_data(DataConfig(train={"path": str(tmp_path / "splits"), "split": "test"}), tokenizer, 4000)
+    for file, content in (("data-00000-of-00001.arrow", "no arrow"), ("state.json", "{"), ("state.json", "[]")):
+        folder = tmp_path / f"{file} {len(content)}"
+        saved.save_to_disk(folder)
+        (folder / file).write_text(content)
+        with pytest.raises(DataError, match="data.train: cannot read the saved data set") as caught:
+            prepared(folder, tokenizer)
+        assert "\n" not in str(caught.value)
+
+
+def test_files_that_macos_leaves_beside_others_are_no_data(tmp_path):
+    lines(tmp_path, {"messages": [USER, ANSWER]})
+    (tmp_path / "._rows.jsonl").write_bytes(b"\x00\x05\x16\x07")
+    tokenizer = tokenizer_of(CHATML)
+    assert prepared(tmp_path, tokenizer) == [own_rendering(tokenizer, [USER, ANSWER], [1])]
+
+
+def test_roles_in_capitals_and_options_that_are_no_template_s(tmp_path):
+    tokenizer = tokenizer_of(CHATML)
+    row = {"conversations": [{"from": "Human", "value": "Hi"}, {"from": "GPT", "value": "Hello"}]}
+    assert prepared(lines(tmp_path, row), tokenizer) == [own_rendering(tokenizer, [USER, ANSWER], [1])]
+    row = {"messages": [USER, ANSWER], "chat_template_kwargs": {"continue_final_message": True}}
+    with pytest.raises(DataError, match="chat_template_kwargs: 'continue_final_message' is no option"):
+        prepared(lines(tmp_path, row), tokenizer)

@@ -108,10 +108,6 @@ def test_not_utf8(tmp_path):
         read(tmp_path / "a.jsonl")
 
 
-def test_half_a_surrogate_pair_does_not_stop_a_run(tmp_path):
-    assert read(write(tmp_path / "a.jsonl", '{"text": "a\\ud83d"}')) == [{"text": "a?"}]
-
-
 def test_missing_files_and_hub_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
@@ -225,7 +221,7 @@ def test_json_that_is_one_object_with_the_rows_in_it(tmp_path):
             assert read(write(tmp_path / "a.json", content)) == rows
         assert read(write(tmp_path / "b.json", json.dumps(rows, indent=indent))) == rows
     two = json.dumps({"train": rows, "test": rows}, indent=2)
-    with pytest.raises(DataError, match="line 1: not valid JSON"):
+    with pytest.raises(DataError, match=r"several lists of rows \(train, test\)"):
         read(write(tmp_path / "c.json", two))
 
 
