@@ -53,6 +53,7 @@ demo-short: setup
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

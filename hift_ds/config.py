@@ -39,7 +39,7 @@ class StateConfig(BaseModel):
     prefetch: bool = True
     """Move states while the model computes: needs ``slots`` times the largest group's states on the update
     device all the time. ``false``: they are there for the update only, and every move is waited for."""
-    slots: int | None = Field(None, ge=1)
+    slots: int | None = Field(default=None, ge=1)
     """Groups (with ``slice_numel``: slices) that have room on the update device: with 2, one leaves while the next
     arrives; slices are fetched ahead as far as there are slots, and the others are waited for. ``null``: 1, and
     with the Trainer on an accelerator more as soon as the forecast says how much memory is left."""
@@ -48,7 +48,7 @@ class StateConfig(BaseModel):
     or ``fp32``: everything as it is. A string may name several: ``"split_master+int8_moments"``."""
     pin_memory: bool = True
     """Page-locked host buffers: needed for copies that overlap with compute. Nothing without an accelerator."""
-    slice_numel: int | None = Field(None, ge=1)
+    slice_numel: int | None = Field(default=None, ge=1)
     """Update at most this many elements at once, so that a large group's master and states need not be on the device
     together. ``null``: the whole group."""
 
@@ -88,7 +88,7 @@ class ActivationsConfig(BaseModel):
     checkpointing: bool = False
     """Recompute blocks in backward instead of keeping their activations; only those at and above the active group,
     since below it nothing is kept anyway."""
-    blocks_kept: int = Field(0, ge=0)
+    blocks_kept: int = Field(default=0, ge=0)
     """With ``checkpointing``: keep the activations of so many blocks all the same, the topmost ones. A group with no
     more blocks than that at and above it recomputes nothing."""
     chunked_loss: bool = False
@@ -134,7 +134,7 @@ class HiFTConfig(BaseModel):
     """With ``order: random``: a new order for every cycle."""
     seed: int = 0
     """Of random orders and of stochastic rounding."""
-    steps_per_group: int = Field(1, ge=1)
+    steps_per_group: int = Field(default=1, ge=1)
     """Optimizer steps one group gets in a turn (BAdam's K)."""
     groups: list[list[str]] | None = None
     """Instead of groups by structure: bottom to top, lists of regular expressions searched in parameter names."""
@@ -196,9 +196,10 @@ def _one_line(error: ValidationError) -> ConfigError:
     first = error.errors()[0]
     path = [BLOCK, *(str(part) for part in first["loc"])]
     if first["type"] == "extra_forbidden":
-        model = {"state": StateConfig, "activations": ActivationsConfig, "checkpoint": CheckpointConfig}.get(
-            ".".join(path[1:-1]), HiFTConfig
-        )
+        blocks: dict[str, type[BaseModel]] = {
+            "state": StateConfig, "activations": ActivationsConfig, "checkpoint": CheckpointConfig,
+        }  # fmt: skip
+        model = blocks.get(".".join(path[1:-1]), HiFTConfig)
         return unknown_key(path[-1], model.model_fields, '"' + ".".join(path[:-1]) + '"')
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":

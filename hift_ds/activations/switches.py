@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class ActivationSavings:
             losses only.
     """
 
-    def __init__(self, model: nn.Module, config: ActivationsConfig, groups: dict[int, Sequence[str]]) -> None:
+    def __init__(self, model: nn.Module, config: ActivationsConfig, groups: Mapping[int, Sequence[str]]) -> None:
         self.config = config
         self.losses_only = False
         self._model = model
@@ -84,7 +84,7 @@ class ActivationSavings:
         return (self._model.training and torch.is_grad_enabled()) or self.losses_only
 
 
-def lowest_blocks(model: nn.Module, arch: ArchSpec, groups: dict[int, Sequence[str]]) -> dict[int, int]:
+def lowest_blocks(model: nn.Module, arch: ArchSpec, groups: Mapping[int, Sequence[str]]) -> dict[int, int]:
     """For each group the lowest block that its gradients pass: 0 for the first block or anything below it, the number
     of blocks for the head alone. A tied weight counts where it is used lowest."""
     unit_of = arch.unit_of(model)

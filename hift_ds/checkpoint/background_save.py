@@ -150,8 +150,9 @@ class BackgroundSave:
             self._written.set()
             self._publish(self._given_up.is_set)
         except Exception as error:
-            known = isinstance(error, CheckpointError)
-            self._fail(error if known else CheckpointError(f"{type(error).__name__}: {error}"))
+            if not isinstance(error, CheckpointError):
+                error = CheckpointError(f"{type(error).__name__}: {error}")
+            self._fail(error)
             while copies is not _END:  # the main thread must not wait for room
                 self._room.release()
                 copies = self._copies.get()

@@ -128,7 +128,7 @@ class SafetensorsWriter:
         assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), (spec, tensor.dtype)
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
-            self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+            self._file.write(flat.view(torch.uint8).numpy().data)
         self._file.write(b"\0" * padding)
         self._next += 1
 

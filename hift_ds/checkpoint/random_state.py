@@ -15,10 +15,10 @@ from hift_ds.checkpoint.json_state import decode, encode
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """The state of every global generator that drawing on ``device`` or the host uses."""
-    name, keys, *rest = numpy.random.get_state()
-    state = {
+    name, keys, *rest = numpy.random.get_state(legacy=True)
+    state: dict[str, Any] = {
         "python": encode(random.getstate()),
-        "numpy": [name, keys.tolist(), *rest],
+        "numpy": [name, numpy.asarray(keys).tolist(), *rest],
         "torch": _to_text(torch.get_rng_state()),
     }
     if device.type != "cpu":

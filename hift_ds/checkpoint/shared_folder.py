@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from hift_ds.checkpoint.files import (
     FileRecord,
@@ -26,6 +27,8 @@ from hift_ds.checkpoint.files import (
 )
 from hift_ds.checkpoint.manifest import LATEST, write_manifest
 from hift_ds.errors import CheckpointError
+
+T = TypeVar("T")
 
 VISIBLE_AFTER_S = 30.0  # how long a network file system may take to show another node's new file
 _POLL_S = 0.02
@@ -148,7 +151,7 @@ class SharedFolder:
         return files
 
 
-def _poll(ready: Callable[[], object], timeout_s: float):
+def _poll(ready: Callable[[], T], timeout_s: float) -> T:
     """The first true value of ``ready``, or its last one."""
     deadline = time.monotonic() + timeout_s
     while not (value := ready()) and time.monotonic() < deadline:

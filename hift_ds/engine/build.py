@@ -199,10 +199,10 @@ def unmanaged_set_aside(model: nn.Module, entries: Iterable[Any], rank: int) -> 
             param.requires_grad_(True)
 
 
-def _params_of(entries: Iterable[Any]) -> set[nn.Parameter]:
-    params: set[nn.Parameter] = set()
+def _params_of(entries: Iterable[Any]) -> set[Tensor]:
+    params: set[Tensor] = set()
     for entry in entries:
-        inner = entry["params"] if isinstance(entry, dict) else [entry]
+        inner = entry["params"] if isinstance(entry, dict) else entry
         params.update([inner] if isinstance(inner, Tensor) else inner)
     return params
 
@@ -278,7 +278,7 @@ def build_parameters(facts: EngineFacts, model: nn.Module, base: Optimizer, shar
         facts.in_backward,
     )
     if shards is not None:
-        partitioned = PartitionedParameters(shards, *shared)
+        partitioned = PartitionedParameters(*shared, shards=shards)
         if not facts.in_backward:
             partitioned.take_gradients(trainable)
         return partitioned

@@ -32,7 +32,7 @@ from hift_ds.activations.switches import ActivationSavings
 from hift_ds.collectives import Ranks, all_gather_shards, plan_buckets, shard_bounds
 from hift_ds.config import HiFTConfig, read_json_file
 from hift_ds.engine.zero3.seam import WeightShards
-from hift_ds.engine.zero3.shards import as_if_parked_on_host, num_shards, weights_folder
+from hift_ds.engine.zero3.shards import as_if_parked_on_host, num_shards, partitioned_weights, weights_folder
 from hift_ds.errors import ConfigError
 from hift_ds.layers.grouping import Partition
 from hift_ds.optim.group_optimizer import GroupOptimizer
@@ -196,10 +196,10 @@ class SeamEngine(DeepSpeedEngine):
         """Cut the weights over the ranks (stage 3), those that ``deepspeed.zero.Init`` has not cut already."""
         folder = weights_folder(self._config.zero_config)
         with as_if_parked_on_host(self) if folder else contextlib.nullcontext():
-            # Without one it only gathers and releases.
+            # With optimizer=None ZeRO-3 gathers and releases weights and steps nothing: stepping is ours.
             offload = self._configure_zero_optimizer(optimizer=None)
         ranks = self.replica_ranks().world_size
-        if any(num_shards(param) != ranks for param in self.module.parameters()):
+        if any(num_shards(param) != ranks for param in partitioned_weights(self.module)):
             raise ConfigError(
                 f"deepspeed.zero.Init: weights are cut over other ranks than the {ranks} data-parallel ones; "
                 "leave data_parallel_group= out"

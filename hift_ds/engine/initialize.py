@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -108,6 +109,7 @@ def hift_engines(block: Any = None, on_made: Callable[[HiFTEngine], None] = lamb
     stock = inspect.unwrap(deepspeed.initialize)
     signature = inspect.signature(stock)
 
+    @functools.wraps(stock)
     def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         arguments = signature.bind(*args, **kwargs).arguments
         options = arguments.get("args")
@@ -125,6 +127,5 @@ def hift_engines(block: Any = None, on_made: Callable[[HiFTEngine], None] = lamb
         on_made(built[0])
         return built
 
-    initialize.__wrapped__ = stock
     with initialize_becomes(initialize):
         yield

@@ -172,9 +172,9 @@ def _containers(module: nn.Module, name: str, bare: bool) -> Iterator[tuple[str,
 def _blocks_of(container: nn.Module, name: str, items: list[str]) -> Iterator[tuple[str, ...]]:
     """One block an item; lists of like items within the list (stages) are opened up."""
     for item in items:
-        inner, full = container._modules[item], _join(name, item)
-        is_stage = isinstance(inner, nn.ModuleList) and len({type(child) for child in inner}) == 1
-        if is_stage and all(_is_composite(child) for child in inner):
+        inner, full = container.get_submodule(item), _join(name, item)
+        stage = list(inner) if isinstance(inner, nn.ModuleList) else []
+        if len({type(child) for child in stage}) == 1 and all(_is_composite(child) for child in stage):
             yield from ((_join(full, child),) for child, _ in inner.named_children())
         else:
             yield (full,)
@@ -318,7 +318,7 @@ def _walk(module: nn.Module, name: str, stacks: dict[str, _Stack], inherited: li
         full, child = _join(name, entry), module._modules.get(entry)
         if full in done:  # zipped with a container that came before
             continue
-        if any(_is_within(container, full) for container in stacks):
+        if child is not None and any(_is_within(container, full) for container in stacks):
             done.update(stacks[full].containers if entry in stacked else ())
             yield from _walk(child, full, stacks, _uses_below(uses, entry))
         else:
@@ -343,7 +343,7 @@ def _without_stacks(model: nn.Module) -> ArchSpec:
     """Top-level children, below whatever only wraps: embeddings, the last one as head, others as blocks."""
     module, name = model, ""
     while len(entries := _entries(module)) == 1 and entries[0] in module._modules:
-        module, name = module._modules[entries[0]], _join(name, entries[0])
+        module, name = module.get_submodule(entries[0]), _join(name, entries[0])
     if not _is_composite(module):  # a single layer
         return ArchSpec((), (tuple(_join(name, entry) for entry in entries),))
     order = [entry for entry, _ in _in_order(module, forward_uses(module), [])]

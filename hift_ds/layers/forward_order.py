@@ -70,10 +70,12 @@ def _dotted(node: ast.expr) -> str | None:
     return None
 
 
-def _is_super(node: ast.expr) -> bool:
-    """Whether ``node`` is ``super().<name>``."""
-    called = node.value if isinstance(node, ast.Attribute) else None
-    return isinstance(called, ast.Call) and isinstance(called.func, ast.Name) and called.func.id == "super"
+def _method_of_super(node: ast.expr) -> str | None:
+    """``name`` if ``node`` is ``super().<name>``, else None."""
+    if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Call)):
+        return None
+    called = node.value.func
+    return node.attr if isinstance(called, ast.Name) and called.id == "super" else None
 
 
 class _Reader(ast.NodeVisitor):
@@ -109,8 +111,8 @@ class _Reader(ast.NodeVisitor):
         self._visit_all(node.args)
         self._visit_all(node.keywords)
         path = _dotted(node.func)
-        if _is_super(node.func):
-            self.read_method(node.func.attr, above=self._reading[-1][0])
+        if (inherited := _method_of_super(node.func)) is not None:
+            self.read_method(inherited, above=self._reading[-1][0])
         elif path is None:
             self.visit(node.func)
         elif "." not in path and path not in self.module._modules:
@@ -142,10 +144,14 @@ class _Reader(ast.NodeVisitor):
         self._visit_all(node.orelse)
 
     def visit_ListComp(self, node: ast.ListComp) -> None:
+        self._visit_comprehension(node)
+
+    def visit_GeneratorExp(self, node: ast.GeneratorExp) -> None:
+        self._visit_comprehension(node)
+
+    def _visit_comprehension(self, node: ast.ListComp | ast.GeneratorExp) -> None:
         self._visit_all(node.generators)
         self.visit(node.elt)
-
-    visit_GeneratorExp = visit_ListComp
 
     def visit_Assign(self, node: ast.Assign) -> None:
         self.visit(node.value)

@@ -215,7 +215,7 @@ def _params_of(run: list[_Unit], order: list[str]) -> list[str]:
 
 def _unique(names: list[str]) -> list[str]:
     """``names`` with a number added to those that come more than once."""
-    counts, seen = Counter(names), Counter()
+    counts, seen = Counter(names), Counter[str]()
     result = []
     for name in names:
         seen[name] += 1

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,8 @@ from hift_ds.errors import ConfigError, unknown_key
 from hift_ds.layers.arch import whole_shape
 from hift_ds.optim.lion import Lion
 from hift_ds.optim.muon import MuonWithAuxAdamW
+
+OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)
 
 # Each element of the update depends on that element's weight, gradient and state only, so these may run on flat
 # shards. Any class not listed gets whole tensors, which is right for every optimizer.
@@ -92,7 +94,7 @@ def build_optimizer(
     return _construct(name, cls, options, list(param_groups), hollow_weights)
 
 
-def _optimizer_class(name: str, options: dict[str, Any]) -> type:
+def _optimizer_class(name: str, options: dict[str, Any]) -> type[torch.optim.Optimizer]:
     lower = name.lower()
     adam_w_mode = options.pop("adam_w_mode", True) if lower in ("adam", "adamw") else True
     if lower == "adam":
@@ -113,19 +115,23 @@ def _optimizer_class(name: str, options: dict[str, Any]) -> type:
     return cls
 
 
-def _check_options(name: str, cls: type, options: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(cls.__init__).parameters
+def _check_options(name: str, cls: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(cls).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
-    known = [p for p in parameters if p not in ("self", "params")]
+    known = [p for p in parameters if p != "params"]
     for key in options:
         if key not in known:
             raise unknown_key(key, known, f'"optimizer.params" of {name}')
 
 
 def _construct(
-    name: str, cls: type, options: Mapping[str, Any], param_groups: list[dict[str, Any]], hollow_weights: bool
-):
+    name: str,
+    cls: Callable[..., OptimizerT],
+    options: Mapping[str, Any],
+    param_groups: list[dict[str, Any]],
+    hollow_weights: bool,
+) -> OptimizerT:
     params = [p for key in ("adamw_groups",) for group in options.get(key, ()) for p in group["params"]]
     params += [p for group in param_groups for p in group["params"]]
     try:
@@ -136,7 +142,7 @@ def _construct(
 
 
 @contextlib.contextmanager
-def _hollow(params: Sequence[torch.nn.Parameter]):
+def _hollow(params: Sequence[torch.nn.Parameter]) -> Iterator[None]:
     """Parameters without elements meanwhile: a constructor that makes states (Adagrad's) must not make them for
     the whole model; the engine has them made piece by piece."""
     full = [param.data for param in params]

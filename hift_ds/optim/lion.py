@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 
 def lion_(
@@ -27,14 +30,14 @@ class Lion(torch.optim.Optimizer):
     """One momentum per weight; the update is a sign, so use about a tenth of AdamW's learning rate."""
 
     def __init__(
-        self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
+        self, params: ParamsT, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
     ) -> None:
         if lr < 0 or not all(0 <= b < 1 for b in betas):
             raise ValueError(f"Lion: lr must be >= 0 and betas in [0, 1), got lr={lr}, betas={betas}")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # as torch's
         loss = None
         if closure is not None:
             with torch.enable_grad():

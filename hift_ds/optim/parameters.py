@@ -158,6 +158,7 @@ class GradientSums:
         self._sums.clear()
 
 
+@dataclass(eq=False)
 class Parameters(ABC):
     """How the gradients and weights of layer groups are reached. Below: whole weights on every rank; in
     ``engine/zero3/parameters.py``: weights of which each rank holds a shard.
@@ -173,23 +174,17 @@ class Parameters(ABC):
             always do, so that what a slice holds does not depend on what it is trained with.
     """
 
-    def __init__(
-        self,
-        ranks: Ranks,
-        comm_dtype: torch.dtype,
-        bucket_numel: int,
-        whole_tensors: bool,
-        slice_numel: int | None = None,
-        by_part: bool = False,
-    ) -> None:
-        self.ranks = ranks
-        self.comm_dtype = comm_dtype
-        self.bucket_numel = bucket_numel
-        self.whole_tensors = whole_tensors
-        self.slice_numel = slice_numel
-        self.by_part = by_part or slice_numel is not None
-        self._chunk_ids = itertools.count()
-        self.sums = GradientSums()
+    ranks: Ranks
+    comm_dtype: torch.dtype
+    bucket_numel: int
+    whole_tensors: bool
+    slice_numel: int | None = None
+    by_part: bool = False
+    sums: GradientSums = field(default_factory=GradientSums, init=False)
+    _chunk_ids: Iterator[int] = field(default_factory=itertools.count, init=False)
+
+    def __post_init__(self) -> None:
+        self.by_part = self.by_part or self.slice_numel is not None
 
     def group_shard(
         self,
@@ -279,12 +274,12 @@ class Parameters(ABC):
         return self._reduce_scatter(group, grads), present
 
     def _reduce_to_owners(self, group: GroupShard, grads: list[Tensor | None]) -> list[Tensor | None]:
-        return [
-            collectives.reduce_to_owner(
-                self.ranks, grad, member.whole_numel, member.param.device, member.owner, self.comm_dtype
-            )
-            for grad, member in zip(grads, group.members, strict=True)
-        ]
+        shards = []
+        for grad, member in zip(grads, group.members, strict=True):
+            assert member.owner is not None
+            numel, device = member.whole_numel, member.param.device
+            shards.append(collectives.reduce_to_owner(self.ranks, grad, numel, device, member.owner, self.comm_dtype))
+        return shards
 
     def _reduce_scatter(self, group: GroupShard, grads: list[Tensor | None]) -> list[Tensor | None]:
         reduced: list[Tensor | None] = [None] * len(grads)

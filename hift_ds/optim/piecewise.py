@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,7 @@ class PiecewiseOptimizer:
         extras: dict[int, dict[str, Any]],  # scalars that a step keeps in its param_groups, per param_group
     ) -> dict[int, dict[str, Any]]:
         """Update ``pieces`` in place. Returns the new ``extras``."""
-        state: dict[nn.Parameter, PieceState] = defaultdict(dict)
+        state: defaultdict[Tensor, PieceState] = defaultdict(dict)
         groups = [
             {**self._options(index), **extras.get(index, {}), "lr": rates[index], "params": []}
             for index in range(len(self.base.param_groups))
@@ -73,7 +73,7 @@ class PiecewiseOptimizer:
         with self._substituted([g for g in groups if g["params"]], state):
             type(self.base).step(self.base)
         # What torch's schedulers look for; they wrap ``base.step``, which is not called.
-        self.base._opt_called = True
+        self.base._opt_called = True  # type: ignore[attr-defined]  # torch sets it without declaring it
         for piece, param in zip(pieces, params, strict=True):
             piece.state = state[param]
         return {
@@ -105,7 +105,7 @@ class PiecewiseOptimizer:
         return type(self.base)([param], **options).state[param]
 
     @contextlib.contextmanager
-    def _substituted(self, groups: list[dict[str, Any]], state: dict):
+    def _substituted(self, groups: list[dict[str, Any]], state: defaultdict[Tensor, PieceState]) -> Iterator[None]:
         base = self.base
         saved = base.param_groups, base.state
         base.param_groups, base.state = groups, state

@@ -59,7 +59,9 @@ def _build(state: StateConfig, residency: str, device: torch.device, seed: int, 
     return DeviceStateStore(device, state.codec, seed)  # states rest where updates run: nothing to move
 
 
-def pick_residency(needed: int, processes: int, free_on_device: int | None, host: HostBytes, free_on_disk: int | None):
+def pick_residency(
+    needed: int, processes: int, free_on_device: int | None, host: HostBytes, free_on_disk: int | None
+) -> tuple[str, str]:
     """The fastest place with room for ``needed`` bytes of each of ``processes``.
 
     Args:

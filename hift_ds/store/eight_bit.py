@@ -77,5 +77,5 @@ def _geometry(signed: bool) -> tuple[int, int]:
     """Bits of an fp32 number below a code, and what is subtracted from the bits above so that 1.0 is the last
     code."""
     shift = 23 - _MANTISSA_BITS[signed]
-    one = torch.tensor(1.0).view(torch.int32).item() >> shift
+    one = int(torch.tensor(1.0).view(torch.int32)) >> shift
     return shift, one - _LARGEST[signed]

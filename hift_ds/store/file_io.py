@@ -87,7 +87,7 @@ def write_file(path: Path, pieces: Iterable[Tensor], direct: bool) -> int:
         handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | (_DIRECT if direct else 0), 0o600)
         try:
             for piece in pieces:
-                view, start, end = memoryview(piece.numpy()), done, done + piece.numel()
+                view, start, end = piece.numpy().data, done, done + piece.numel()
                 total = checksum(piece.numpy(), done, total)
                 while done < end:
                     done += os.pwrite(handle, view[done - start :][:_CALL_BYTES], done)
@@ -119,7 +119,7 @@ def read_file(path: Path, pieces: Iterable[Tensor], direct: bool, expected: int 
         handle = os.open(path, os.O_RDONLY | (_DIRECT if direct else 0))
         try:
             for piece in pieces:
-                view, start, end = memoryview(piece.numpy()), done, done + piece.numel()
+                view, start, end = piece.numpy().data, done, done + piece.numel()
                 while done < end:
                     got = os.preadv(handle, [view[done - start :][:_CALL_BYTES]], done)
                     if got == 0:

@@ -16,7 +16,7 @@ from hift_ds.errors import StateStoreError
 from hift_ds.store.arithmetic import Link, measure_link
 from hift_ds.store.base import StateStore
 from hift_ds.store.machine import THIS_MACHINE, Machine, processes_on_node
-from hift_ds.store.movers import InlineMover, StreamMover, ThreadMover, streams_of
+from hift_ds.store.movers import StreamMover, ThreadMover, streams_of
 from hift_ds.store.page_locked import PageLockedMemory
 from hift_ds.store.parked import ParkedStateStore
 
@@ -50,8 +50,6 @@ class HostStateStore(ParkedStateStore):
             self.mover = StreamMover(self.traffic, self.device)
         elif self.num_slots and self.device.type == "cpu" and self.machine.copies_on_threads:
             self.mover = ThreadMover(self.traffic, self.device)
-        elif self.num_slots:  # or an accelerator that torch gives no streams for
-            self.mover = InlineMover(self.traffic, self.device)
 
     def start(self) -> StateStore:
         processes, total = processes_on_node(), self.machine.host_bytes().total

@@ -36,7 +36,7 @@ class Mover(ABC):
         self.traffic = traffic
 
     @abstractmethod
-    def submit(self, direction: str, copy: Callable[[], None], after: Iterable[Any] = ()) -> Any:
+    def submit(self, direction: str, copy: Callable[[], object], after: Iterable[Any] = ()) -> Any:
         """Start ``copy`` once the computation so far and the tickets ``after`` are done; its ticket."""
 
     @abstractmethod
@@ -70,7 +70,7 @@ class InlineMover(Mover):
         self._device = device
         self._streams = streams_of(device)
 
-    def submit(self, direction: str, copy: Callable[[], None], after: Iterable[Any] = ()) -> None:
+    def submit(self, direction: str, copy: Callable[[], object], after: Iterable[Any] = ()) -> None:
         if self._streams is not None:  # stores copy on streams of their own, which wait for nothing
             self._streams.current_stream(self._device).synchronize()
         started = time.perf_counter()
@@ -98,14 +98,14 @@ class ThreadMover(Mover):
         self._device = device
         self._streams = streams_of(device)
 
-    def submit(self, direction: str, copy: Callable[[], None], after: Iterable[Any] = ()) -> Future:
+    def submit(self, direction: str, copy: Callable[[], object], after: Iterable[Any] = ()) -> Future:
         computed = None
         if self._streams is not None:
             computed = self._streams.Event()
             computed.record(self._streams.current_stream(self._device))
         return self._threads[direction].submit(self._run, copy, [t for t in after if t is not None], computed)
 
-    def _run(self, copy: Callable[[], None], after: list[Future], computed: Any) -> None:
+    def _run(self, copy: Callable[[], object], after: list[Future], computed: Any) -> None:
         for ticket in after:
             ticket.result()
         if computed is not None:
@@ -145,8 +145,9 @@ class StreamMover(Mover):
     def __init__(self, traffic: Traffic, device: torch.device) -> None:
         super().__init__(traffic)
         self._device = device
-        self._streams = streams_of(device)
-        assert self._streams is not None
+        streams = streams_of(device)
+        assert streams is not None
+        self._streams = streams
         self._sides = {d: self._streams.Stream(device) for d in (IN, OUT)}
         self._timed: list[tuple[str, Any, Any]] = []  # (counter of the traffic, start, end), not yet read
         self._idle_since: Any = None  # event at the end of the last step
@@ -156,7 +157,7 @@ class StreamMover(Mover):
         self._recent: list[StreamTicket] = []  # copies since the step before the last ended
         traffic.collect = self._collect
 
-    def submit(self, direction: str, copy: Callable[[], None], after: Iterable[Any] = ()) -> StreamTicket:
+    def submit(self, direction: str, copy: Callable[[], object], after: Iterable[Any] = ()) -> StreamTicket:
         side = self._sides[direction]
         side.wait_stream(self._streams.current_stream(self._device))
         for ticket in after:
@@ -237,13 +238,13 @@ def streams_of(device: torch.device) -> Any:
     """The torch module of ``device`` (``torch.cuda`` ...) if it has streams and events, else None."""
     if device.type == "cpu":
         return None
-    module = getattr(torch, device.type, None)
+    module: Any = getattr(torch, device.type, None)
     names = ("Stream", "Event", "stream", "current_stream", "device")
     has_all = all(hasattr(module, name) for name in names) and hasattr(module.Event, "elapsed_time")
     return module if has_all else None
 
 
-def _run(copy: Callable[[], None]) -> None:
+def _run(copy: Callable[[], object]) -> None:
     try:
         copy()
     except HiFTError:

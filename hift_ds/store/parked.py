@@ -54,14 +54,13 @@ class ParkedStateStore(EncodedStateStore):
     """
 
     num_slots: int = 0
-    mover: Mover = None  # type: ignore[assignment]  (subclasses choose one by device and place)
+    mover: Mover = field(init=False)
     _slots: list[Slot] = field(default_factory=list, init=False)
     _departures: dict[int, Any] = field(default_factory=dict, init=False)  # of each chunk, the last
     _fetches: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        if self.num_slots == 0:
-            self.mover = InlineMover(self.traffic, self.device)
+        self.mover = InlineMover(self.traffic, self.device)  # subclasses with slots choose by device and place
 
     # -- the resting place ---------------------------------------------------------------------------------
 
@@ -99,10 +98,10 @@ class ParkedStateStore(EncodedStateStore):
                 self._write_back(slot)
         for chunk in coming:
             if self._slot_of(chunk) is None:
-                slot = self._vacant(keeping=coming)
-                if slot is None:
+                vacant = self._vacant(keeping=coming)
+                if vacant is None:
                     break
-                self._load(chunk, slot)
+                self._load(chunk, vacant)
 
     def grow(self, spare_bytes: int, useful: int) -> int:
         """Take as many more slots as fit into ``spare_bytes``, up to ``useful`` in all; how many came."""
@@ -150,7 +149,7 @@ class ParkedStateStore(EncodedStateStore):
         return slot.memory[: self.num_bytes(chunk)]
 
     def _grow(self, chunk: int, memory: Tensor) -> Tensor:
-        num_bytes, slot = self.num_bytes(chunk), self._slot_of(chunk)
+        num_bytes, slot = self.num_bytes(chunk), self._lent(chunk)
         if slot.memory.numel() < num_bytes:
             larger = self._new_memory(num_bytes)
             larger[: memory.numel()].copy_(memory)
@@ -158,7 +157,7 @@ class ParkedStateStore(EncodedStateStore):
         return slot.memory[:num_bytes]
 
     def _send(self, chunk: int) -> None:
-        slot = self._slot_of(chunk)
+        slot = self._lent(chunk)
         slot.fetched, slot.dirty = False, True
         if not slot.lasting:
             self._write_back(slot)
@@ -181,6 +180,12 @@ class ParkedStateStore(EncodedStateStore):
 
     def _slot_of(self, chunk: int) -> Slot | None:
         return next((slot for slot in self._slots if slot.chunk == chunk), None)
+
+    def _lent(self, chunk: int) -> Slot:
+        """The slot of a chunk that has been fetched."""
+        slot = self._slot_of(chunk)
+        assert slot is not None, "fetch comes first"
+        return slot
 
     def _vacant(self, keeping: Sequence[int] = ()) -> Slot | None:
         """A slot to load into that has none of the chunks ``keeping``: an empty one, else the one fetched longest ago,
@@ -208,9 +213,10 @@ class ParkedStateStore(EncodedStateStore):
 
     def _write_back(self, slot: Slot) -> None:
         """Start it, if the slot is newer than the resting place."""
-        if not slot.dirty or slot.fetched:
+        chunk = slot.chunk
+        if chunk is None or not slot.dirty or slot.fetched:
             return
-        chunk, memory = slot.chunk, slot.memory[: self.num_bytes(slot.chunk)]
+        memory = slot.memory[: self.num_bytes(chunk)]
         slot.departure = self._departures[chunk] = self.mover.submit(OUT, lambda: self._copy_out(chunk, memory))
         slot.dirty = False
         self.traffic.add(bytes_out=memory.numel())

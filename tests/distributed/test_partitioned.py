@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hift_ds.engine.zero3 import seam as deepspeed_zero3_seam
 from hift_ds.engine.zero3.seam import WeightShards
+from hift_ds.engine.zero3.shards import whole_of
 from model_zoo import tiny
 from tests.helpers.distributed import run_distributed
 from tests.helpers.engines import ds_config, make_engine, train_step
@@ -100,7 +101,7 @@ def values(engine: Any) -> dict[str, Tensor]:
     """Whole weights by name, whatever the stage."""
     shards = getattr(engine.optimizer.parameters, "shards", None)
     return {
-        name: (shards.whole(param) if shards else param.detach().clone())
+        name: (whole_of(param) if shards else param.detach().clone())
         for name, param in engine.module.named_parameters()
     }
 
@@ -109,7 +110,7 @@ def kept_wrongly(engine: Any) -> list[str]:
     """Weights that this rank holds whole though they are not persistent, or are persistent and were just changed."""
     shards = engine.optimizer.parameters.shards
     names = {param: name for name, param in engine.module.named_parameters()}
-    return [names[p] for p in shards.gathered() if not shards.is_persistent(p)]
+    return [names[p] for p in shards.gathered() if not p.ds_persist]
 
 
 def train_toy(name: str, stage: int, rank: int, world_size: int) -> tuple[list[float], list[Any], dict[str, Tensor]]:

@@ -88,8 +88,8 @@ def _hollow_model(
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
-    auto = model_class or AutoModelForCausalLM
-    read = auto.config_class if getattr(auto, "config_class", None) else AutoConfig
+    auto: Any = model_class or AutoModelForCausalLM
+    read = getattr(auto, "config_class", None) or AutoConfig
     model_config = read.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
     with _zero_init_set_aside(), no_init_weights(), init_empty_weights(include_buffers=False):
         if hasattr(auto, "from_config"):

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from hift_ds import collectives
-from hift_ds.collectives import Ranks
 from hift_ds.engine.zero3.seam import WeightShards
-from hift_ds.engine.zero3.shards import is_partitioned
+from hift_ds.engine.zero3.shards import as_partitioned, is_partitioned, shard_of, whole_of
 from hift_ds.layers.arch import whole_shape
 from hift_ds.optim.parameters import GroupShard, Parameters, Piece
 
 
+@dataclass(eq=False)
 class PartitionedParameters(Parameters):
     """Weights of which each rank holds a shard; states and updates sharded alike. For DeepSpeed's stage 3.
 
@@ -30,20 +30,9 @@ class PartitionedParameters(Parameters):
         shards: the weights. The other arguments are those of :class:`Parameters`.
     """
 
-    def __init__(
-        self,
-        shards: WeightShards,
-        ranks: Ranks,
-        comm_dtype: torch.dtype,
-        bucket_numel: int,
-        whole_tensors: bool,
-        slice_numel: int | None = None,
-        by_part: bool = False,
-    ) -> None:
-        super().__init__(ranks, comm_dtype, bucket_numel, whole_tensors, slice_numel, by_part)
-        self.shards = shards
-        self._owned: dict[nn.Parameter, Tensor] = {}  # whole weights during an update, on their owners
-        self._changed: set[nn.Parameter] = set()  # whose whole copies, if there are any, are old
+    shards: WeightShards = field(kw_only=True)
+    _owned: dict[Tensor, Tensor] = field(default_factory=dict, init=False)  # whole weights during an update
+    _changed: set[nn.Parameter] = field(default_factory=set, init=False)  # whose whole copies, if any, are old
 
     def shape_of(self, param: nn.Parameter) -> tuple[int, ...]:
         return whole_shape(param)
@@ -80,7 +69,7 @@ class PartitionedParameters(Parameters):
     def _gather_owned(self, group: GroupShard) -> None:
         if self.whole_tensors:
             for member in group.members:
-                whole = self.shards.whole(member.param)
+                whole = whole_of(as_partitioned(member.param))
                 if member.owner == self.ranks.rank:
                     self._owned[member.param] = whole
 
@@ -98,13 +87,13 @@ class PartitionedParameters(Parameters):
         if member.owner is not None:
             return self._owned[member.param].view(piece.shape)
         offset = piece.start - member.start
-        return self.shards.shard(member.param)[offset : offset + piece.numel].view(piece.shape)
+        return shard_of(as_partitioned(member.param))[offset : offset + piece.numel].view(piece.shape)
 
     def whole_weight(self, weight: Tensor) -> Tensor:
-        return self.shards.whole(weight) if is_partitioned(weight) else weight.detach()
+        return whole_of(weight) if is_partitioned(weight) else weight.detach()
 
     def held(self, weights: Iterable[Tensor]) -> list[Tensor]:
-        return [self.shards.shard(weight) if is_partitioned(weight) else weight for weight in weights]
+        return [shard_of(weight) if is_partitioned(weight) else weight for weight in weights]
 
     def begin_loading(self, weights: Iterable[Tensor]) -> None:
         self.shards.release(weights)  # whole copies would be used in place of the new shards
@@ -114,12 +103,13 @@ class PartitionedParameters(Parameters):
             weight.detach().copy_(value)
             return
         start, end = collectives.shard_bounds(value.numel(), self.ranks.world_size, self.ranks.rank)
-        self.shards.shard(weight).copy_(value.reshape(-1)[start:end])
+        shard_of(weight).copy_(value.reshape(-1)[start:end])
 
     def publish(self, group: GroupShard) -> None:
         """Whole tensors go back into shards; shards are where they belong already."""
         if self.whole_tensors:
             for member in group.members:
+                assert member.owner is not None
                 new = collectives.scatter_from_owner(
                     self.ranks,
                     self._owned.pop(member.param, None),
@@ -127,7 +117,7 @@ class PartitionedParameters(Parameters):
                     member.param,
                     member.owner,
                 )
-                self.shards.shard(member.param).copy_(new)
+                shard_of(as_partitioned(member.param)).copy_(new)
 
     def saved_by_reference(self) -> contextlib.AbstractContextManager[None]:
         return self.shards.saved_by_reference()

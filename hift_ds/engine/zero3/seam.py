@@ -12,10 +12,10 @@ all weights are wrong or costly when backward stops at one layer group, and are 
 * Its linear function keeps every input for the weight's gradient, which frozen weights never get. torch's own
   function is put back, and saved weights become references (:meth:`WeightShards.saved_by_reference`).
 * A recomputed block loses its frozen weights after the first module of its backward
-(:meth:`_Coordinator._keep_recomputed`). * What it prefetches together is on the device twice for a while; large weights
-are gathered alone (``ALONE_NUMEL``). * It lets no gather wait for the update that wrote the shards
-(:meth:`WeightShards._wait_for_updates`). * Its module hooks close over the first engine that a model had, and outlive
-it. ``close`` removes them.
+  (:meth:`_Coordinator._keep_recomputed`).
+* What it prefetches together is on the device twice for a while; large weights are gathered alone (``ALONE_NUMEL``).
+* It lets no gather wait for the update that wrote the shards (:meth:`WeightShards._wait_for_updates`).
+* Its module hooks close over the first engine that a model had, and outlive it. ``close`` removes them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
 from hift_ds.engine.single_process import as_single_process
-from hift_ds.engine.zero3.shards import shard_of, weight_file_of, whole_of
+from hift_ds.engine.zero3.shards import PartitionedWeight, partitioned_weights, weight_file_of, whole_of
 from hift_ds.engine.zero3.weight_file import WeightFile
 
 EVALUATION = -1  # the coordinator of forward passes without gradients
@@ -66,17 +66,17 @@ class _Coordinator(PartitionedParameterCoordinator):
         that, the last of the block, and releases them with it: before the rest of the block's backward, which would
         gather them again. Here those that the trace finds within ``stage3_max_reuse_distance`` wait for their own
         modules."""
-        waiting: set[nn.Parameter] = getattr(submodule, "ds_recompute_parameters", set())
+        waiting: set[PartitionedWeight] = getattr(submodule, "ds_recompute_parameters", set())
         if waiting:
-            own = set(iter_params(submodule, recurse=z3_leaf_module(submodule)))
+            own: set[PartitionedWeight] = set(iter_params(submodule, recurse=z3_leaf_module(submodule)))
             for param in (waiting & self._used_soon()) - own:
                 waiting.discard(param)
                 param.ds_active_sub_modules.discard(submodule.ds_id)
 
-    def _used_soon(self) -> set[nn.Parameter]:
+    def _used_soon(self) -> set[PartitionedWeight]:
         """By the modules that the trace names next, up to ``stage3_max_reuse_distance`` elements of them."""
         left = self._PartitionedParameterCoordinator__max_reuse_dist_in_numel
-        soon: set[nn.Parameter] = set()
+        soon: set[PartitionedWeight] = set()
         order = self._PartitionedParameterCoordinator__submodule_order
         for module in itertools.islice(order, self._PartitionedParameterCoordinator__step_id, None):
             if left <= 0:
@@ -86,7 +86,7 @@ class _Coordinator(PartitionedParameterCoordinator):
                 left -= param.ds_numel
         return soon
 
-    def upcoming(self, numel: int) -> Iterator[nn.Parameter]:
+    def upcoming(self, numel: int) -> Iterator[PartitionedWeight]:
         """The next weights of the trace that have not been asked for, about ``numel`` elements of them."""
         for entry in self._PartitionedParameterCoordinator__param_queue or ():
             if numel <= 0:
@@ -125,8 +125,8 @@ class WeightShards:
         self._module: nn.Module = offload.module
         self._active_group = active_group
         self._coordinators: dict[int, _Coordinator] = {}
-        self._storage_of: dict[nn.Parameter, int] = {}
-        self._param_in: dict[int, nn.Parameter] = {}  # by address of the storage of a gathered weight
+        self._storage_of: dict[PartitionedWeight, int] = {}
+        self._param_in: dict[int, PartitionedWeight] = {}  # by address of the storage of a gathered weight
         self._file: WeightFile | None = None
         self._num_written: dict[nn.Parameter, int] = {}
         self.numel_gathered = 0
@@ -174,7 +174,7 @@ class WeightShards:
 
     # -- release ----------------------------------------------------------------------------------------------
 
-    def release(self, changing: Iterable[nn.Parameter] = ()) -> None:
+    def release(self, changing: Iterable[Tensor] = ()) -> None:
         """Let go of every gathered weight but the persistent ones, and of those too that are about to be changed:
         a whole copy would go on being used in place of the new shards."""
         changing = set(changing)
@@ -182,31 +182,16 @@ class WeightShards:
         if hasattr(coordinator, "release_backward_leftovers"):
             coordinator.release_backward_leftovers()
         in_flight = self._offload._DeepSpeedZeRoOffload__inflight_param_registry
-        for param in self._module.parameters():
+        for param in partitioned_weights(self._module):
             if param in in_flight:
                 in_flight.pop(param).wait()
             param.ds_active_sub_modules.clear()
             if param.ds_status is ZeroParamStatus.AVAILABLE and (not param.ds_persist or param in changing):
                 param.partition()
 
-    def gathered(self) -> list[nn.Parameter]:
+    def gathered(self) -> list[PartitionedWeight]:
         """The weights of which this rank holds a whole copy now."""
-        return [p for p in self._module.parameters() if p.ds_status is not ZeroParamStatus.NOT_AVAILABLE]
-
-    def is_persistent(self, param: nn.Parameter) -> bool:
-        """True for a small weight that DeepSpeed keeps gathered (``stage3_param_persistence_threshold``)."""
-        return param.ds_persist
-
-    # -- shards -----------------------------------------------------------------------------------------------
-
-    def shard(self, param: nn.Parameter) -> Tensor:
-        """This rank's elements, flat, without padding: the weight itself, to be changed in place. May be on the
-        host."""
-        return shard_of(param)
-
-    def whole(self, param: nn.Parameter) -> Tensor:
-        """As :func:`whole_of`."""
-        return whole_of(param)
+        return [p for p in partitioned_weights(self._module) if p.ds_status is not ZeroParamStatus.NOT_AVAILABLE]
 
     def written(self, params: Iterable[nn.Parameter]) -> None:
         """Their shards are changed while backward goes on: what it has saved of them may not be read any more."""
@@ -224,7 +209,8 @@ class WeightShards:
         self._file = weight_file_of(self._module)
         if self._file is not None:
             return  # loaded into it
-        parked = [p for p in self._module.parameters() if not p.ds_persist and p.ds_tensor.device.type == "cpu"]
+        weights = partitioned_weights(self._module)
+        parked = [p for p in weights if not p.ds_persist and p.ds_tensor.device.type == "cpu"]
         self._file = WeightFile(folder, sum(WeightFile.room(p.ds_tensor.nbytes) for p in parked))
         for param in parked:
             placed = self._file.reserve(param.ds_tensor.numel(), param.dtype)
@@ -241,7 +227,7 @@ class WeightShards:
     def left(self, module: nn.Module) -> None:
         """``module`` is done with its weights for now."""
         if self._file is not None:
-            for param in module.parameters(recurse=z3_leaf_module(module)):
+            for param in partitioned_weights(module, recurse=z3_leaf_module(module)):
                 if param.ds_status is ZeroParamStatus.NOT_AVAILABLE:
                     self._file.let_go(param.ds_tensor)
 
@@ -250,13 +236,13 @@ class WeightShards:
     def arrived(self, module: nn.Module) -> None:
         """The weights of ``module`` are whole now; those of its children too if it is a leaf to DeepSpeed (MoE)."""
         self._read_ahead()
-        for param in module.parameters(recurse=z3_leaf_module(module)):
+        for param in partitioned_weights(module, recurse=z3_leaf_module(module)):
             if param.ds_status is not ZeroParamStatus.AVAILABLE or param.data_ptr() == param.ds_tensor.data_ptr():
                 # On one rank without offload the shard is the weight: nothing is ever copied or released.
                 continue
             address = param.untyped_storage().data_ptr()
             before = self._storage_of.get(param)
-            if before != address and self._param_in.get(before) is param:
+            if before is not None and before != address and self._param_in.get(before) is param:
                 del self._param_in[before]
             self._storage_of[param] = address
             self._param_in[address] = param  # may have been another weight's meanwhile
@@ -275,7 +261,7 @@ class WeightShards:
             param = self._param_in.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
             if param is None or param.ds_status is not ZeroParamStatus.AVAILABLE or not _shares(tensor, param):
                 return pack_other(tensor)
-            offset = tensor.storage_offset() - param.storage_offset()
+            offset = int(tensor.storage_offset() - param.storage_offset())
             return _WeightView(param, tensor.shape, tensor.stride(), offset, self._num_written.get(param, 0))
 
         def unpack(saved: Any) -> Tensor:
@@ -287,7 +273,7 @@ class WeightShards:
                     f"weight of shape {tuple(saved.param.ds_shape)} whose gradient was complete"
                 )
             available = saved.param.ds_status is ZeroParamStatus.AVAILABLE
-            return saved.of(saved.param.data if available else self.whole(saved.param))
+            return saved.of(saved.param.data if available else whole_of(saved.param))
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
@@ -311,7 +297,7 @@ class _WeightView:
     __slots__ = ("param", "shape", "strides", "offset", "version")
 
     def __init__(
-        self, param: nn.Parameter, shape: torch.Size, strides: tuple[int, ...], offset: int, version: int
+        self, param: PartitionedWeight, shape: torch.Size, strides: tuple[int, ...], offset: int, version: int
     ) -> None:
         self.param, self.shape, self.strides = param, shape, strides
         self.offset, self.version = offset, version

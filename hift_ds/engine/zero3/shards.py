@@ -7,9 +7,9 @@ the parameter's own data is empty unless it is gathered.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from deepspeed import comm as deepspeed_comm
@@ -27,24 +27,61 @@ from hift_ds.store.page_locked import PageLockedMemory
 _FILE = "hift_weight_file"  # attribute of a module whose shards are in one
 
 
-def is_partitioned(param: nn.Parameter) -> bool:
+class Shard(Tensor):
+    """What DeepSpeed adds to the tensor of a rank's shard. Declared for readers and type checkers; never made."""
+
+    ds_numel: int  # with padding
+    status: PartitionedParamStatus
+    final_location: Any
+
+
+class PartitionedWeight(nn.Parameter):
+    """What DeepSpeed adds to a parameter that it cuts over the ranks. Declared for readers and type checkers; never
+    made."""
+
+    ds_id: int
+    ds_numel: int  # of the whole
+    ds_numel_aligned: int  # of all shards with their padding
+    ds_shape: torch.Size  # of the whole
+    ds_tensor: Shard  # flat
+    ds_status: ZeroParamStatus  # whether the parameter's own data is the whole now
+    ds_persist: bool  # small: stays gathered ("stage3_param_persistence_threshold")
+    ds_active_sub_modules: set[int]
+    ds_process_group: Any
+    ds_zero_partition_rank: int
+    ds_zero_partition_world_size: int
+    partition: Callable[[], None]
+
+
+def is_partitioned(weight: Tensor) -> TypeGuard[PartitionedWeight]:
     """True for a weight that ZeRO-3 (or ``deepspeed.zero.Init``) has cut over the ranks."""
-    return hasattr(param, "ds_id")
+    return hasattr(weight, "ds_id")
 
 
-def num_shards(param: nn.Parameter) -> int:
+def as_partitioned(weight: Tensor) -> PartitionedWeight:
+    """``weight``, of which it is known that ZeRO-3 has cut it."""
+    assert is_partitioned(weight)
+    return weight
+
+
+def partitioned_weights(module: nn.Module, recurse: bool = True) -> Iterator[PartitionedWeight]:
+    """The parameters of ``module``, all of which ZeRO-3 has cut."""
+    return map(as_partitioned, module.parameters(recurse))
+
+
+def num_shards(param: PartitionedWeight) -> int:
     """Ranks over which the weight is cut."""
     return param.ds_zero_partition_world_size
 
 
-def shard_of(param: nn.Parameter) -> Tensor:
+def shard_of(param: PartitionedWeight) -> Tensor:
     """This rank's elements of a partitioned weight, flat, without padding."""
     per_rank = param.ds_tensor.ds_numel
     start = min(per_rank * param.ds_zero_partition_rank, param.ds_numel)
     return param.ds_tensor.detach()[: min(per_rank, param.ds_numel - start)]
 
 
-def whole_of(param: nn.Parameter) -> Tensor:
+def whole_of(param: PartitionedWeight) -> Tensor:
     """A new tensor with the whole of a partitioned weight, on the accelerator. All its ranks call this together."""
     shard = param.ds_tensor.detach()
     if num_shards(param) == 1:
@@ -71,12 +108,13 @@ def allocate_shards(module: nn.Module, config: dict[str, Any]) -> None:
     zero_config = DeepSpeedConfig(config).zero_config
     folder = weights_folder(zero_config)
     init = zero.Init(config_dict_or_path=with_weights_on_host(config) if folder else config)
-    new: dict[nn.Parameter, nn.Parameter] = {}
+    new: dict[nn.Parameter, PartitionedWeight] = {}
     for param in module.parameters():
         # The shape without the memory: DeepSpeed notes it, then the data goes.
         hollow = torch.empty(1, dtype=param.dtype, device=init.local_device).expand(param.shape)
-        new[param] = nn.Parameter(hollow, requires_grad=param.requires_grad)
-        init._convert_to_deepspeed_param(new[param])
+        weight = nn.Parameter(hollow, requires_grad=param.requires_grad)
+        init._convert_to_deepspeed_param(weight)
+        new[param] = as_partitioned(weight)
     in_file = [p for p in new.values() if folder and p.ds_numel > zero_config.param_persistence_threshold]
     file = None
     if folder:
@@ -89,26 +127,27 @@ def allocate_shards(module: nn.Module, config: dict[str, Any]) -> None:
     for param in new.values():
         _give_shard(param, init, file if param in placed else None, locked)
     for submodule in module.modules():
-        for name, param in submodule._parameters.items():
-            if param is not None:
-                submodule._parameters[name] = new[param]
+        for name, replaced in submodule._parameters.items():
+            if replaced is not None:
+                submodule._parameters[name] = new[replaced]
 
 
-def _shard_numel(param: nn.Parameter) -> int:
+def _shard_numel(param: PartitionedWeight) -> int:
     return -(-param.ds_numel // num_shards(param))
 
 
-def _give_shard(param: nn.Parameter, init: Any, file: WeightFile | None, locked: PageLockedMemory) -> None:
+def _give_shard(param: PartitionedWeight, init: Any, file: WeightFile | None, locked: PageLockedMemory) -> None:
     """As DeepSpeed's first partitioning of a whole weight leaves it."""
     numel = _shard_numel(param)
     if file is not None:
-        shard = file.reserve(numel, param.dtype)
+        elements = file.reserve(numel, param.dtype)
     else:
         on_host = init.remote_device == OffloadDeviceEnum.cpu
         if on_host and init.pin_memory and get_accelerator().device_name() != "cpu":
-            shard = locked.whole(numel, param.dtype)
+            elements = locked.whole(numel, param.dtype)
         else:
-            shard = torch.empty(numel, dtype=param.dtype, device="cpu" if on_host else init.local_device)
+            elements = torch.empty(numel, dtype=param.dtype, device="cpu" if on_host else init.local_device)
+    shard = cast(Shard, elements)
     shard.ds_numel, shard.status, shard.final_location = numel, PartitionedParamStatus.AVAILABLE, None
     param.ds_tensor, param.ds_numel_aligned = shard, numel * num_shards(param)
     param.data = torch.empty(0, dtype=param.dtype, device=param.device)
