@@ -1,6 +1,7 @@
 """``hift-ds COMMAND ...``: a table of commands, each in a module that is imported only when it is called.
 
-A command's module has ``add_arguments(parser)`` and ``run(args) -> int``, the exit code. An error that is the
+A command's module has ``add_arguments(parser)``, ``run(args) -> int``, the exit code, and ``EXAMPLES``, the end of its
+help. An error that is the
 user's (:class:`~hift_ds.errors.HiFTError`) becomes one line on stderr and exit code 2; any other is a bug and
 keeps its traceback.
 """
@@ -31,6 +32,11 @@ COMMANDS = {
     "train": Command("hift_ds.cli.train", "fine-tune as a run file says, with the accelerators found"),
     "groups": Command("hift_ds.cli.groups", "print the layer groups of a model, from its config alone"),
     "export": Command("hift_ds.cli.export", "write a training checkpoint as a Hugging Face folder"),
+    "chat": Command("hift_ds.cli.chat", "talk to what a run has made, in the terminal or through a pipe"),
+    "eval": Command(
+        "hift_ds.cli.eval", "held-out loss and perplexity of what a run has made, or benchmarks of lm-eval"
+    ),
+    "predict": Command("hift_ds.cli.predict", "answer the rows of a file, many at once"),
     "plot": Command("hift_ds.cli.plot", "draw loss.png and groups.png of a run, finished or not"),
     "estimate": Command(
         "hift_ds.cli.estimate",
@@ -52,9 +58,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     called = next((argument for argument in argv if not argument.startswith("-")), None)
     for name, command in COMMANDS.items():
-        subparser = commands.add_parser(name, help=command.help, description=command.help)
+        subparser = commands.add_parser(
+            name, help=command.help, description=command.help, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         if name == called:
             module = importlib.import_module(command.module)
+            subparser.epilog = getattr(module, "EXAMPLES", None)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     args, rest = parser.parse_known_args(argv)

@@ -112,6 +112,20 @@ class Encoder:
             return [self._completion(sample)]
         return self._conversation(sample, origin)
 
+    def prompt_ids(self, sample: Sample, origin: str) -> list[int]:
+        """What a model that learned from such samples is given to write the last answer, or to go on with a text.
+
+        Raises:
+            DataError: the chat template refuses the messages, or there are none before the answer.
+        """
+        if isinstance(sample, Text | Completion):
+            return self._text_ids(sample.text if isinstance(sample, Text) else sample.prompt, goes_on=True)
+        sample = self._in_the_templates_form(sample, [], origin)
+        count = len(sample.messages) - (sample.messages[-1]["role"] == "assistant")
+        if count == 0:
+            raise DataError(f"{origin}: only an answer, and no message before it; expected a question")
+        return self._tokens(self._render(sample, count, True, origin))
+
     # -- texts -----------------------------------------------------------------------------------------------
 
     def _completion(self, sample: Completion) -> Encoded:

@@ -181,6 +181,18 @@ def rename(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
     return renamed | {name: value for name, value in row.items() if name not in {*columns.values(), *renamed}}
 
 
+def with_open_answer(row: Row) -> dict[str, Any]:
+    """A row to be answered: where it holds a question alone, the empty answer that its format wants."""
+    row = dict(row)
+    if isinstance(row.get("prompt"), str):
+        row.setdefault("completion", "")
+    elif "prompt" in row and "completion" not in row:
+        row["messages"] = row.pop("prompt")
+    if "instruction" in row:
+        row.setdefault("output", "")
+    return row
+
+
 def check_format(format: str | None) -> None:
     """Raises ConfigError unless ``format`` is None or known."""
     if format is not None and format not in FORMATS:

@@ -147,6 +147,29 @@ def prepare_data(
     return PreparedData(train, evaluated, collator, template, tuple(reports))
 
 
+def prepare_eval(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, vocab_size: int | None = None
+) -> tuple[Dataset, DataReport]:
+    """The held-out part of :func:`prepare_data` alone, of the same rows: those of ``eval``, or ``val_size`` of
+    ``train``.
+
+    Raises:
+        DataError: as :func:`prepare_data`, or nothing is held out.
+        ConfigError: no such chat template.
+    """
+    set_chat_template(tokenizer, config.template)
+    if config.eval is not None:
+        rows = load_rows(config.eval_sources())
+    elif config.val_size:
+        rows = _hold_out(load_rows(config.train_sources()), config.val_size, config.seed)[1]
+    else:
+        raise DataError("nothing is held out: data.eval and data.val_size are both empty; name a file to evaluate on")
+    encoder = Encoder(tokenizer, config.train_on_prompt, config.mask_history)
+    tokenize = Tokenize(encoder, max_length, config.truncation, code_stamp())
+    with cache_in_use():
+        return _prepare_one("eval", rows, tokenize, config, vocab_size)
+
+
 @dataclass(frozen=True)
 class Tokenize:
     """Rows as ``load_rows`` makes them -> columns of samples; a function for ``Dataset.map(batched=True)``.

@@ -26,7 +26,7 @@ from hift_ds.data.files import (
     rows_of_file,
     without_filling,
 )
-from hift_ds.data.formats import check_format, detect_format, guess_columns, present, rename
+from hift_ds.data.formats import check_format, detect_format, guess_columns, present, rename, with_open_answer
 from hift_ds.errors import ConfigError, DataError, HiFTError, unknown_key
 from hift_ds.hf.model_folder import CANNOT_WRITE
 from hift_ds.shipped import BUNDLED, find
@@ -239,8 +239,11 @@ def cache_in_use() -> Iterator[None]:
         ) from error
 
 
-def iterate_rows(source: Source) -> Iterator[dict[str, str]]:
+def iterate_rows(source: Source, *, answered: bool = True) -> Iterator[dict[str, str]]:
     """The rows of one source, in order, as described at the top of this file.
+
+    Args:
+        answered: they must have answers; else questions alone are rows too.
 
     Raises:
         DataError: as :func:`load_rows`, when the bad row is reached.
@@ -258,6 +261,7 @@ def iterate_rows(source: Source) -> Iterator[dict[str, str]]:
             if format is None and not columns:
                 columns = guess_columns(row)
         whole = rename(row, columns)
+        whole = whole if answered else with_open_answer(present(whole))
         row = present(whole)
         format = format or detect_format(set(row), origin, set(whole))
         try:

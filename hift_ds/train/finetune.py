@@ -11,7 +11,8 @@ import contextlib
 import json
 import logging
 import pickle
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,21 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]
     say(f"exported to {run.export_dir}")
     if arguments.process_index == 0:
         _write_results(run, results)
+    for line in closing_lines(run, results):
+        say(line)
     return results
+
+
+def closing_lines(run: RunConfig, results: Mapping[str, Any]) -> list[str]:
+    """What came of the run, and what to type next."""
+    lines = []
+    if "eval_loss_before" in results and "eval_loss" in results:
+        before, after = (f"{results[key]:.4f}" for key in ("eval_loss_before", "eval_loss"))
+        perplexity = f"{results['eval_perplexity_before']:,.2f} -> {results['eval_perplexity']:,.2f}"
+        lines.append(f"held-out loss {before} -> {after}, perplexity {perplexity}")
+    folder = shlex.quote(str(run.output_dir))
+    lines.append(f"next: hift-ds chat {folder}    hift-ds eval {folder}")
+    return lines
 
 
 # -- before any weight is read -------------------------------------------------------------------------------

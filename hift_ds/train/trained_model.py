@@ -1,0 +1,116 @@
+"""What a run has made, or any folder with a model, ready to be talked to and evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hift_ds.errors import CheckpointError, ConfigError
+from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig, load_run_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Where a model lies and what is known of its training.
+
+    Attributes:
+        folder: with config.json, safetensors and tokenizer.
+        run_dir: the run folder that it came from; ``None`` for a model folder alone.
+        run: the settings of that run.
+    """
+
+    folder: Path
+    run_dir: Path | None = None
+    run: RunConfig | None = None
+
+    def load(
+        self, *, dtype: str = "auto", device: str | None = None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model, in evaluation mode, and its tokenizer with its chat template.
+
+        Args:
+            dtype: fp32, bf16, fp16, or ``auto`` for that of the files.
+            device: of torch; ``None``: the accelerator if there is one.
+
+        Raises:
+            ConfigError: it does not write text, or cannot be loaded.
+        """
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+        from hift_ds.data.tokenizers import load_tokenizer
+        from hift_ds.dtypes import torch_dtype
+
+        trust = self.run.model.trust_remote_code if self.run is not None else False
+        tokenizer = load_tokenizer(self.folder, trust_remote_code=trust, key=str(self.folder))
+        try:
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust, local_files_only=True)
+            name = (config.architectures or ["a model without architectures"])[0]
+            if not name.endswith(("LMHeadModel", "ForCausalLM", "ForConditionalGeneration")):
+                raise ConfigError(f"{self.folder}: holds {name}, which does not write text; expected a language model")
+            cls = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            model = cls.from_pretrained(
+                self.folder, dtype="auto" if dtype == "auto" else torch_dtype(dtype), use_safetensors=True,
+                trust_remote_code=trust, local_files_only=True,
+            )  # fmt: skip
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{self.folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        if device is None:
+            found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            device = found.type if found is not None else "cpu"
+        return model.to(device).eval(), tokenizer
+
+
+def find_trained(path: str | Path) -> TrainedModel:
+    """What ``path`` names: a run folder, whose exported model it is then, or a folder with a model.
+
+    Raises:
+        ConfigError: neither.
+        CheckpointError: the run has not exported its model yet.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{str(path)!r}: no such folder; expected the folder of a run (train.output_dir) or of a model"
+        )
+    copy = folder / RUN_FILE_COPY
+    if not copy.is_file():
+        if (folder / "config.json").is_file():
+            return TrainedModel(folder)
+        raise ConfigError(
+            f"{str(path)!r}: has neither a {RUN_FILE_COPY} of a run nor a config.json of a model; name one that has"
+        )
+    run = load_run_config(copy)
+    for place in (run.export_dir, folder / "model"):  # the second: a run folder that was moved
+        if (place / "config.json").is_file():
+            return TrainedModel(place, folder, run)
+    raise CheckpointError(
+        f"{str(path)!r}: the run has not exported its model to {str(run.export_dir)!r}; let it end, or use "
+        f"hift-ds export {path} OUT and name OUT"
+    )
+
+
+def generation_options(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float | None
+) -> dict[str, Any]:
+    """Keyword arguments of ``model.generate``: what ends an answer, and how its tokens are drawn.
+
+    Args:
+        temperature: 0: the likeliest token each time; ``None``: as the model's generation config says.
+    """
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)  # a chat template may have brought another end of turn than the model's
+    options: dict[str, Any] = {"eos_token_id": ends or None, "pad_token_id": tokenizer.pad_token_id}
+    if temperature is not None and temperature > 0:
+        return options | {"do_sample": True, "temperature": temperature}
+    if temperature is not None:
+        return options | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return options
