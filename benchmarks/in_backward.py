@@ -6,8 +6,9 @@
 
 The plain loop: bf16 weights, fp32 masters and AdamW states in memory, torch's fused kernel, an update after backward.
 Ours: the same arithmetic with ``"update": "in_backward"``, all layers a group, states resident, in a host store or on
-disk. Every turn of a setting is a process of its own, and the settings take turns. The first step of each is not
-counted.
+disk. Each setting is a process that sleeps while the others have their turns of a few steps, so that what else the
+machine does meets all alike; ``--one-at-a-time`` starts a process for each turn, where memory does not hold all. The
+first step of a turn is not counted. CPU seconds are those of all threads, waiting left out.
 
 Prints a table; ``--out`` writes it.
 """
@@ -24,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=6, help="of a turn, the first not counted")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every setting")
-    parser.add_argument("--only", default="", help="settings whose names contain this, and the plain loop")
+    parser.add_argument("--only", default="", help="settings whose names contain one of these, and the plain loop")
+    parser.add_argument("--one-at-a-time", action="store_true", help="a process a turn, where memory is short")
     parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -73,17 +76,16 @@ def batch_of(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     return {"input_ids": tokens, "labels": tokens}
 
 
-def plain(args: argparse.Namespace) -> list[float]:
-    """Seconds of each step."""
+def plain(args: argparse.Namespace) -> Callable[[], None]:
+    """A function that takes one step."""
     import torch
 
     model = build(MODELS[args.model]).train()
     masters = [torch.nn.Parameter(param.detach().float()) for param in model.parameters()]
     optimizer = torch.optim.AdamW(masters, lr=1e-5, fused=True)
-    seconds = []
-    for _ in range(args.steps):
+
+    def step() -> None:
         batch = batch_of(model, args)
-        started = time.perf_counter()
         model(**batch).loss.backward()
         with torch.no_grad():
             for master, param in zip(masters, model.parameters(), strict=True):
@@ -92,11 +94,12 @@ def plain(args: argparse.Namespace) -> list[float]:
             for master, param in zip(masters, model.parameters(), strict=True):
                 master.grad = None
                 param.copy_(master)
-        seconds.append(time.perf_counter() - started)
-    return seconds
+
+    return step
 
 
-def ours(args: argparse.Namespace) -> list[float]:
+def ours(args: argparse.Namespace) -> Callable[[], None]:
+    """A function that takes one step."""
     import hift_ds
 
     state = dict(SETTINGS[args.worker])
@@ -111,54 +114,81 @@ def ours(args: argparse.Namespace) -> list[float]:
         "hift": {"update": "in_backward", "group_size": "all", "state": state},
     }
     engine, *_ = hift_ds.initialize(model=model, model_parameters=list(model.parameters()), config=config)
-    seconds = []
-    for _ in range(args.steps):
+
+    def step() -> None:
         batch = batch_of(engine.module, args)
-        started = time.perf_counter()
         engine.backward(engine(**batch).loss)
         engine.step()
-        seconds.append(time.perf_counter() - started)
-    engine.destroy()
-    return seconds
+
+    return step
 
 
 def work(args: argparse.Namespace) -> None:
+    """For every line on stdin take a turn of steps; what each took goes to stdout."""
+    answers, sys.stdout = sys.stdout, sys.stderr
     logging.disable(logging.WARNING)
-    seconds = plain(args) if args.worker == PLAIN else ours(args)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds[1:], "peak_bytes": peak}))
+    step = plain(args) if args.worker == PLAIN else ours(args)
+    for _ in sys.stdin:
+        wall, cpu = [], []
+        for _ in range(args.steps):
+            started, busy = time.perf_counter(), time.process_time()
+            step()
+            wall.append(time.perf_counter() - started)
+            cpu.append(time.process_time() - busy)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"seconds": wall[1:], "cpu": cpu[1:], "peak_bytes": peak}), file=answers, flush=True)
 
 
-def turn(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    job = subprocess.run(command, capture_output=True, text=True, env=env)
-    if job.returncode:
-        raise SystemExit(job.stderr[-3000:])
-    return json.loads(job.stdout.splitlines()[-1])
+class Worker:
+    """A setting in a process of its own, which sleeps while others have their turns."""
+
+    def __init__(self, name: str) -> None:
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        self._job = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    def turn(self) -> dict[str, Any]:
+        assert self._job.stdin is not None and self._job.stdout is not None
+        self._job.stdin.write("go\n")
+        self._job.stdin.flush()
+        answer = self._job.stdout.readline()
+        if not answer:
+            raise SystemExit(f"a worker ended with {self._job.wait()}")
+        return json.loads(answer)
+
+    def end(self) -> None:
+        assert self._job.stdin is not None
+        self._job.stdin.close()
+        self._job.wait()
 
 
 def table(args: argparse.Namespace, turns: dict[str, list[dict[str, Any]]]) -> str:
-    """Medians over all counted steps; the ratio is the median over rounds of a round's own ratio."""
+    """Medians over all counted steps; a ratio is the median over rounds of a round's own ratio."""
     lines = [
         f"`python benchmarks/in_backward.py "
-        f"{' '.join(a for a in sys.argv[1:] if a != str(args.out) and a != '--out')}`",
+        f"{' '.join(a for a in sys.argv[1:] if a not in (str(args.out), '--out', args.note, '--note'))}`",
         "",
         f"{platform.processor() or platform.machine()}, {os.environ.get('OMP_NUM_THREADS', '1')} thread(s), "
-        f"{args.batch} x {args.length} tokens. {args.note}".strip(),
+        f"{args.batch} x {args.length} tokens, {len(turns[PLAIN])} rounds of {args.steps - 1} counted steps. "
+        f"{args.note}".strip(),
         "",
-        "| setting | s a step (median) | of plain (median of rounds) | peak memory, GiB |",
-        "|---|---|---|---|",
+        "| setting | s a step (median) | of plain (median of rounds; least, most) | CPU seconds of plain "
+        "| peak memory, GiB |",
+        "|---|---|---|---|---|",
     ]
     for name, results in turns.items():
-        ratios = [
-            statistics.median(mine["seconds"]) / statistics.median(base["seconds"])
-            for mine, base in zip(results, turns[PLAIN], strict=True)
-        ]
         seconds = statistics.median(s for result in results for s in result["seconds"])
         peak = max(result["peak_bytes"] for result in results) / 2**30
-        lines.append(f"| {name} | {seconds:.3f} | {statistics.median(ratios):.3f} | {peak:.2f} |")
+        wall, cpu = (ratios(results, turns[PLAIN], key) for key in ("seconds", "cpu"))
+        lines.append(
+            f"| {name} | {seconds:.3f} | {statistics.median(wall):.3f} ({min(wall):.2f}, {max(wall):.2f}) "
+            f"| {statistics.median(cpu):.3f} | {peak:.2f} |"
+        )
     return "\n".join(lines)
+
+
+def ratios(mine: list[dict[str, Any]], base: list[dict[str, Any]], key: str) -> list[float]:
+    return [statistics.median(a[key]) / statistics.median(b[key]) for a, b in zip(mine, base, strict=True)]
 
 
 def main() -> None:
@@ -166,11 +196,17 @@ def main() -> None:
     if args.worker:
         work(args)
         return
-    names = [PLAIN, *(name for name in SETTINGS if args.only in name)]
+    names = [PLAIN, *(name for name in SETTINGS if any(word in name for word in args.only.split(",")))]
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    workers = {} if args.one_at_a_time else {name: Worker(name) for name in names}
     for number in range(args.rounds):
-        for name in names[number % 2 :: 1] + names[: number % 2]:  # not always the same one first
-            turns[name].append(turn(args, name))
+        for name in names if number % 2 == 0 else names[::-1]:  # not always the same one first
+            worker = workers.get(name) or Worker(name)
+            turns[name].append(worker.turn())
+            if args.one_at_a_time:
+                worker.end()
+    for worker in workers.values():
+        worker.end()
     text = table(args, turns)
     print(text)
     if args.out:

@@ -119,9 +119,12 @@ class HiFTConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    group_size: int | Literal["all"] = 1
+    group_size: int | Literal["all", "auto"] = 1
     """m: consecutive layers trained together; k = ceil(n / m) groups, the last one ragged. ``all``: one group, full
-    fine-tuning."""
+    fine-tuning. ``auto``, with ``update: in_backward``: as many as the link to their states hides."""
+    tokens_per_step: int | None = Field(None, ge=1)
+    """For ``group_size: auto``: input tokens of an optimizer step on one rank, all micro-batches together. ``null``:
+    those of the first forward, times the micro-batches of a step."""
     update: Literal["after_backward", "in_backward"] = "after_backward"
     """``in_backward``: each embedding, block and head of the active group is updated as soon as its gradients are
     complete, while backward goes on below. See docs/update_in_backward.md."""
@@ -153,8 +156,10 @@ class HiFTConfig(BaseModel):
     @classmethod
     def _count_or_all(cls, value: Any) -> Any:
         number = int(value) if isinstance(value, str) and value.isdigit() else value
-        if number != "all" and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise ValueError(f'hift.group_size: expected a whole number of at least 1 or "all", got {value!r}')
+        words = number in ("all", "auto")
+        if not words and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            expected = 'a whole number of at least 1, "all" or "auto"'
+            raise ValueError(f"hift.group_size: expected {expected}, got {value!r}")
         return number
 
     @model_validator(mode="after")
@@ -162,6 +167,15 @@ class HiFTConfig(BaseModel):
         if self.clipping != "exact" and self.update != "in_backward":
             raise ValueError(
                 f'clipping: "{self.clipping}" needs update: "in_backward"; after backward the exact norm is known'
+            )
+        if self.group_size == "auto" and self.update != "in_backward":
+            raise ValueError(
+                'group_size: "auto" needs update: "in_backward"; after backward memory limits the size of a group: '
+                "give a number"
+            )
+        if self.tokens_per_step is not None and self.group_size != "auto":
+            raise ValueError(
+                f'tokens_per_step: {self.tokens_per_step} has no effect without group_size: "auto"; remove it'
             )
         if self.reshuffle and self.order != "random":
             raise ValueError(f"reshuffle: true needs order: random, got order: {self.order}")
@@ -174,6 +188,11 @@ class HiFTConfig(BaseModel):
                 f"groups and group_size: {self.group_size} both given; explicit groups have no size: remove one"
             )
         return self
+
+    @property
+    def first_group_size(self) -> int | str:
+        """That a run starts with: one layer where the size is still to be found."""
+        return 1 if self.group_size == "auto" else self.group_size
 
 
 def parse_block(block: Any) -> HiFTConfig:

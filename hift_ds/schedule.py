@@ -58,6 +58,11 @@ class GroupSchedule:
         """Let it be the turn of ``group``, in the cycle under way."""
         self.cursor = Cursor(self.cursor.cycle, self.order_of_cycle.index(group), 0)
 
+    def regroup(self, num_groups: int) -> None:
+        """There are ``num_groups`` groups now: go on from the first of this cycle's order."""
+        assert num_groups >= 1
+        self.num_groups, self.cursor = num_groups, Cursor(self.cursor.cycle)
+
     @property
     def steps_per_cycle(self) -> int:
         return self.num_groups * self.steps_per_group

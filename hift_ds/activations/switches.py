@@ -52,6 +52,10 @@ class ActivationSavings:
             return None
         return BlockRecompute(self._model, find_arch(self._model).blocks, config.blocks_kept)
 
+    def regroup(self, groups: dict[int, Sequence[str]]) -> None:
+        """The model is cut into other groups now."""
+        self._lowest = lowest_blocks(self._model, find_arch(self._model), groups)
+
     @property
     def recomputes(self) -> bool:
         """Blocks are recomputed in backward, by the switch or because the model was told to."""

@@ -215,9 +215,9 @@ def cut_model(facts: EngineFacts, model: nn.Module) -> Partition:
     """
     hift = facts.hift
     partition = partition_model(
-        model, group_size=hift.group_size, patterns=hift.groups, always_active=hift.always_active
+        model, group_size=hift.first_group_size, patterns=hift.groups, always_active=hift.always_active
     )
-    if len(partition.groups) == 1 and hift.group_size not in (1, "all") and facts.rank == 0:
+    if len(partition.groups) == 1 and hift.group_size not in (1, "all", "auto") and facts.rank == 0:
         logger.warning(
             '"hift.group_size": %d is more than the model has: all weights are one group, which is full fine-tuning',
             hift.group_size,

@@ -236,6 +236,7 @@ class Checkpointer:
         check_fits(engine, saved, load_module_strict, with_states)
         client_state = saved.client_state()
         engine.optimizer.drop_gradients()
+        engine.auto_groups.settle_by_checkpoint(saved.common.get("auto_group_size"))
         load_weights(engine, saved, custom_load_fn)
         engine.optimizer.states.load(saved.states, with_states=with_states)
         if not load_module_only:

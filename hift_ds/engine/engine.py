@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hift_ds.activations.switches import ActivationSavings
 from hift_ds.config import BLOCK, check_against_deepspeed, parse_block
 from hift_ds.engine import build
+from hift_ds.engine.auto_groups import AutoGroups
 from hift_ds.engine.checkpointer import Checkpointer
 from hift_ds.engine.deepspeed_seam import HiFTOptimizer, SeamEngine, restart_peak_bytes
 from hift_ds.engine.memory_forecast import MemoryForecast
@@ -53,6 +54,7 @@ class HiFTEngine(SeamEngine):
         step_loss: sum of the losses of this step's micro-batches so far, on this rank; ``None`` before the first.
         savings: the switches of ``"activations"`` at work.
         checkpointer: saves and resumes.
+        auto_groups: finds the size of groups, if that is left to it.
         memory: what steps are expected to need.
         adviser: answers when there is no memory left. A loop that builds another engine for a smaller batch hands
             it on, so that the forecast is made once.
@@ -73,6 +75,7 @@ class HiFTEngine(SeamEngine):
         self._entrances: list[Any] = []  # hooks
         self._fp32_shards: dict[str, Tensor] = {}  # bits that casting the weights would lose
         self.checkpointer = Checkpointer(self)
+        self.auto_groups = AutoGroups(self)
         self.memory = MemoryForecast(self)
         self.adviser = Adviser()
         self._notes = StepNotes(self)
@@ -82,6 +85,7 @@ class HiFTEngine(SeamEngine):
                 super().__init__(*args, config=config, **kwargs)
             if self.lr_scheduler is not None:
                 self.watch_scheduler(self.lr_scheduler)
+            self.auto_groups.settle_by_config()
             if self.global_rank == 0 and logger.isEnabledFor(logging.INFO):
                 logger.info(self.state_arithmetic.line())
             names = {index: [m.name for m in group.members] for index, group in self.optimizer.groups.items()}
@@ -142,10 +146,11 @@ class HiFTEngine(SeamEngine):
         """A forward may enter the model elsewhere than through the engine (TRL calls its backbone, say)."""
         groups = ([member.param for member in group.members] for group in optimizer.groups.values())
         for module in [self.module, *containers_of(self.module, groups)]:
-            self._entrances.append(module.register_forward_pre_hook(self._enter, prepend=True))
+            self._entrances.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
 
-    def _enter(self, *_: Any) -> None:
+    def _enter(self, module: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> None:
         if self.optimizer.flags.shown and torch.is_grad_enabled() and not self._ended:
+            self.auto_groups.settle_by_inputs([*inputs, *named_inputs.values()])
             if not self.optimizer.flags.step_began:  # what came before, an evaluation say, is not this step's
                 restart_peak_bytes()
                 self.optimizer.store.busy()
@@ -168,7 +173,7 @@ class HiFTEngine(SeamEngine):
         """As DeepSpeed's."""
         if self._ended:
             return self.module(*inputs, **kwargs)
-        self._enter()
+        self._enter(self.module, inputs, kwargs)
         self.memory.note_shape([*inputs, *kwargs.values()])
         active = [group.index for group in self.optimizer.active_groups]
         try:

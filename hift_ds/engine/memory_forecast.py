@@ -106,6 +106,7 @@ class MemoryForecast:
         engine = self._engine
         engine.module.config.save_pretrained(folder)
         block = engine.hift.model_dump(mode="json")
+        block |= {"group_size": engine.hift.first_group_size, "tokens_per_step": None}
         if engine.savings.recomputes:
             block["activations"]["checkpointing"] = True
         config: dict[str, Any] = {key: engine.config[key] for key in CONFIG_KEYS if key in engine.config}

@@ -85,6 +85,7 @@ def _common_state(engine: SeamEngine, tensors: Mapping[str, Tensor]) -> dict[str
         "format": manifests.FORMAT,
         "hift_ds": __version__,
         "hift": engine.hift.model_dump(mode="json"),
+        "auto_group_size": engine.auto_groups.chosen,
         "world_size": engine.world_size,
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,

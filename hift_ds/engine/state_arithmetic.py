@@ -53,6 +53,8 @@ def gather_state_arithmetic(
         host_link=None if on_cpu else measure_link(device, 4 * max(largest, 1), state.pin_memory),
         weight_bytes=dtype.itemsize,
         step_on=state.step_on,
+        own_numel=max(sum(numels), 1),
+        chunk_bytes=max(chunk_bytes),
     )
 
 

@@ -53,7 +53,7 @@ def read_structure(setting: Setting) -> Structure:
     model = build_on_meta(config, trust_remote_code=setting.trust_remote_code)
     hift = parse_block(setting.engine_config["hift"])
     partition = partition_model(
-        model, group_size=hift.group_size, patterns=hift.groups, always_active=hift.always_active
+        model, group_size=hift.first_group_size, patterns=hift.groups, always_active=hift.always_active
     )
     weights = dict(model.named_parameters())
     return Structure(

@@ -310,6 +310,20 @@ class GroupOptimizer:
         for index, group in self.groups.items():
             self.num_updates[index] = [updates.get(member.name, 0) for member in group.members]
 
+    def regroup(self, groups: Mapping[int, GroupShard]) -> None:
+        """Train the same weights in other groups from now on, from the first group of a new cycle; their states stay
+        where they are.
+
+        Args:
+            groups: by index, and ``ALWAYS``, of the same chunks.
+        """
+        coverage = self.coverage()
+        self.states.regroup(groups)
+        self.groups = self.states.groups
+        self.set_coverage(coverage)
+        self.schedule.regroup(len([index for index in groups if index != ALWAYS]))
+        self.last_norms.clear()
+
     @property
     def is_mid_step(self) -> bool:
         """Gradients were reduced and their update has not been made."""

@@ -136,6 +136,14 @@ class GroupStates:
         self._masters_filled: set[int] = set()  # chunks whose masters hold values
         self._reserve()
 
+    def regroup(self, groups: Mapping[int, GroupShard]) -> None:
+        """The same chunks belong to other groups from now on: what they keep stays. Of what the optimizer keeps in its
+        param_groups a new group has what its lowest chunk's group had."""
+        extras_of = {c.id: self.extras[index] for index, group in self.groups.items() for c in group.chunks}
+        assert extras_of.keys() == {chunk.id for group in groups.values() for chunk in group.chunks}
+        self.groups = dict(groups)
+        self.extras = {index: dict(extras_of[group.chunks[0].id]) for index, group in groups.items()}
+
     def store_of(self, group: GroupShard) -> StateStore:
         return self.always_store if group.index == ALWAYS else self.store
 

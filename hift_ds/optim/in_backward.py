@@ -11,6 +11,7 @@ weights still meet. Which weights a backward will reach is read from the graph b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,8 +79,7 @@ class InBackwardOptimizer(GroupOptimizer):
                 'taken back; use bf16, or "update": "after_backward"'
             )
         self.clipping = clipping
-        parts = [part for group in self.groups.values() for part in group.parts]
-        self._part_of = {member.param: part for part in parts for member in part.members}
+        self._part_of = self._find_parts()
         device, pin_memory = next(iter(self._part_of)).device, kwargs.get("pin_memory", True)
         self.sums = HostGradients(device, sum_dtype, pin_memory)  # by weight
         self.parked = HostGradients(device, None, pin_memory)  # by (group, position): gradients that wait for the norm
@@ -363,6 +363,14 @@ class InBackwardOptimizer(GroupOptimizer):
         return self.lr.before_step(schedule.starts_cycle, schedule.cursor.cycle, schedule.steps_per_cycle)
 
     # -- bookkeeping --------------------------------------------------------------------------------------------
+
+    def regroup(self, groups: Mapping[int, GroupShard]) -> None:
+        super().regroup(groups)
+        self._part_of = self._find_parts()
+
+    def _find_parts(self) -> dict[nn.Parameter, GroupShard]:
+        parts = [part for group in self.groups.values() for part in group.parts]
+        return {member.param: part for part in parts for member in part.members}
 
     @property
     def is_mid_step(self) -> bool:

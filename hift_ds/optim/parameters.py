@@ -223,6 +223,18 @@ class Parameters(ABC):
             chunks = self._chunks(members)
         return GroupShard(index, name, tuple(members), chunks, self._buckets(members), tuple(shards))
 
+    def merged(self, index: int, name: str, groups: Sequence[GroupShard]) -> GroupShard:
+        """Neighbouring groups, bottom to top, as one: the same members, chunks and parts."""
+        members: list[Member] = []
+        chunks: list[Chunk] = []
+        parts: list[GroupShard] = []
+        for group in groups:
+            first = len(members)
+            members.extend(group.members)
+            chunks.extend(_of_group(chunk, first) for chunk in group.chunks)
+            parts.extend(replace(part, index=index, name=name, first=first + part.first) for part in group.parts)
+        return GroupShard(index, name, tuple(members), tuple(chunks), self._buckets(members), tuple(parts))
+
     def _chunks(self, members: Sequence[Member]) -> tuple[Chunk, ...]:
         return cut_into_chunks(members, self.slice_numel, self._chunk_ids)
 

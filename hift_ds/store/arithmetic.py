@@ -43,6 +43,8 @@ class StateArithmetic:
         host_link: ``None`` without an accelerator.
         weight_bytes: of one weight, and of its gradient.
         step_on: as configured.
+        own_numel: parameters whose states this process keeps.
+        chunk_bytes: of the largest run of states that moves at once.
     """
 
     residency: str
@@ -59,6 +61,8 @@ class StateArithmetic:
     host_link: Link | None
     weight_bytes: int
     step_on: str
+    own_numel: int = 0
+    chunk_bytes: int = 0
 
     @property
     def transfer_s(self) -> float:

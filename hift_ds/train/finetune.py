@@ -43,7 +43,7 @@ from hift_ds.ranks import avoid_broken_links, gather, on_all_ranks, rank_and_wor
 from hift_ds.report.coverage import kept_step
 from hift_ds.report.groups import record_movement
 from hift_ds.report.plots import plot_run
-from hift_ds.train.group_size import settle_group_size
+from hift_ds.train.group_size import settle_group_size, settle_tokens
 from hift_ds.train.preflight import CheckedRun, check_run
 from hift_ds.train.resumed_settings import SETTINGS_FILE, compare, fingerprint, read_settings, settings_of
 from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig
@@ -100,6 +100,7 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]
     for report in data.reports:
         say(str(report))
     settle_group_size(checked, arguments, len(data.train), bool(checkpoints), say)
+    settle_tokens(checked, arguments, data.reports[0].tokens / len(data.train))
     model = on_all_ranks(lambda: _load_model(checked, arguments))
 
     on_all_ranks(lambda: check_files_can_be_written(model, tokenizer) if arguments.process_index == 0 else None)
@@ -147,7 +148,7 @@ def _check(run: RunConfig) -> CheckedRun:
             _check_attention(config, run)
         structure = build_on_meta(config, trust_remote_code=trust)
         partition_model(
-            structure, group_size=block.group_size, patterns=block.groups, always_active=block.always_active
+            structure, group_size=block.first_group_size, patterns=block.groups, always_active=block.always_active
         )
     return checked
 

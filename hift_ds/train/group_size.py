@@ -70,6 +70,21 @@ def settle_group_size(
         config[BLOCK]["group_size"] = size
 
 
+def settle_tokens(checked: CheckedRun, arguments: Any, tokens_per_row: float) -> None:
+    """Put the tokens of a step into the DeepSpeed config of ``arguments``, where the group size follows from them.
+
+    Args:
+        tokens_per_row: of the training data, on average.
+    """
+    block = checked.settings.hift
+    if block is None or block.group_size != "auto" or block.tokens_per_step is not None:
+        return
+    batch = checked.batch
+    tokens = max(round(batch.micro_batch_size * batch.gradient_accumulation_steps * tokens_per_row), 1)
+    for config in (arguments.deepspeed, arguments.deepspeed_plugin.deepspeed_config):
+        config[BLOCK]["tokens_per_step"] = tokens
+
+
 def choose_group_size(
     groups_by_size: Sequence[Sequence[int]], num_steps: int, fits: Callable[[int], bool] | None = None
 ) -> Choice:

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hift_ds.errors import ConfigError, HiFTError, TrainingError
 from hift_ds.reference import ReferenceHiFT
+from hift_ds.store.arithmetic import Link
+from hift_ds.store.hiding import HiddenLayers
 from tests.helpers.engines import ds_config, largest_difference, make_engine, train_step, weights_of
 from tests.helpers.toy import Toy, loss_of, make_batches
 
@@ -272,6 +274,78 @@ def test_backward_goes_on_after_a_part_was_updated():
     assert {n.split(".")[0] for n in changed} == {"layers", "norm", "head"}
     assert not any(n.startswith("layers.0") for n in changed) and "layers.1.down.weight" in changed
     engine.destroy()
+
+
+# -- as many layers as the link hides ---------------------------------------------------------------------------------
+
+
+def hiding(monkeypatch, num_layers):
+    """Rates under which steps of so many layers are hidden, at any number of tokens."""
+
+    def choose(costs, numels, tokens):
+        return HiddenLayers(num_layers, -(-len(numels) // num_layers), tokens, 1.0, 0.0, None, costs)
+
+    monkeypatch.setattr("hift_ds.engine.auto_groups.layers_hidden", choose)
+
+
+@pytest.mark.parametrize("options", [{}, {"always_active": ["gain"]}, {"tokens_per_step": 60}])
+def test_group_size_auto_is_the_size_that_it_finds(options, monkeypatch, tmp_path, caplog):
+    """Bit for bit; and a resumed run keeps it, whatever is measured then."""
+    caplog.set_level("INFO", logger="hift_ds.engine.auto_groups")
+    always = {"always_active": options["always_active"]} if "always_active" in options else {}
+    config = ds_config(gas=2, params={"weight_decay": 0.1}, hift={"update": "in_backward", **always})
+    given = copy.deepcopy(config)
+    given["hift"]["group_size"] = 2
+    config["hift"] |= {"group_size": "auto", **options}
+    hiding(monkeypatch, 2)
+    pair = [make_engine(Toy(), c) for c in (copy.deepcopy(given), copy.deepcopy(config))]
+    assert len(pair[1].groups) == (3 if "tokens_per_step" in options else 5)
+    batches = make_batches(12)
+    for step in range(4):
+        for engine in pair:
+            train_step(engine, batches[2 * step : 2 * step + 2])
+        assert same_weights(*pair)
+    assert [g.param_names for g in pair[0].groups] == [g.param_names for g in pair[1].groups]
+    assert pair[0].coverage() == pair[1].coverage()
+    tokens = options.get("tokens_per_step", 12 * 5 * 2)
+    assert len(caplog.messages) == 1 and f"at {tokens} tokens" in caplog.messages[0]
+    pair[1].save_checkpoint(str(tmp_path))
+    hiding(monkeypatch, 3)
+    resumed = make_engine(Toy(seed=5), copy.deepcopy(config))
+    resumed.load_checkpoint(str(tmp_path))
+    for step in (4, 5):
+        for engine in (pair[0], resumed):
+            train_step(engine, batches[2 * step : 2 * step + 2])
+        assert same_weights(pair[0], resumed) and pair[0].last_report.group == resumed.last_report.group
+    for engine in (*pair, resumed):
+        engine.destroy()
+
+
+def test_group_size_auto_finds_more_layers_with_more_tokens(monkeypatch):
+    """From what the machine was measured to do: the real arithmetic, with a slow link."""
+    monkeypatch.setattr("hift_ds.store.host.measure_link", lambda *args: Link(100.0, 100.0))
+    sizes = []
+    for tokens in (1, 10**14):
+        config = ds_config(hift={"update": "in_backward", "group_size": "auto", "tokens_per_step": tokens})
+        engine = make_engine(Toy(), config)
+        sizes.append(len(engine.groups))
+        engine.destroy()
+    assert sizes == [5, 1]
+
+
+def test_group_size_auto_needs_tokens_and_the_update_in_backward():
+    class OfFeatures(nn.Sequential):
+        def forward(self, x, y):
+            return (super().forward(x) - y).square().mean()
+
+    engine = make_engine(OfFeatures(nn.Linear(3, 3), nn.Linear(3, 3)), in_backward(ds_config(), group_size="auto"))
+    with pytest.raises(ConfigError, match="tokens_per_step"):
+        engine(torch.randn(2, 3), torch.randn(2, 3))
+    engine.destroy()
+    with pytest.raises(ConfigError, match="in_backward"):
+        make_engine(Toy(), ds_config(hift={"group_size": "auto"}))
+    with pytest.raises(ConfigError, match="tokens_per_step"):
+        make_engine(Toy(), ds_config(hift={"tokens_per_step": 7}))
 
 
 # -- refused --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,146 @@
+"""``"group_size": "auto"``: how many layers a step trains, from what the link to their states hides.
+
+The engine is made with one layer a group. As soon as the tokens of a step are known (``"tokens_per_step"``, else the
+first forward's), and before anything is trained, neighbouring groups are put together. With the update in backward
+states lie embedding by embedding and block by block, so that nothing moves. A checkpoint keeps the choice, whatever
+another machine would choose.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from hift_ds.engine import build
+from hift_ds.engine.deepspeed_seam import SeamEngine
+from hift_ds.errors import ConfigError
+from hift_ds.layers.grouping import ALWAYS
+from hift_ds.optim.parameters import GroupShard
+from hift_ds.ranks import gather
+from hift_ds.store.arithmetic import Link, StateArithmetic
+from hift_ds.store.hiding import BackwardCosts, HiddenLayers, layers_hidden
+
+logger = logging.getLogger(__name__)
+
+_WITHIN = Link(1e12, 1e12)  # between a host and itself
+
+
+class AutoGroups:
+    """Of one engine. Every rank makes the same calls.
+
+    Attributes:
+        is_open: the size is to be found.
+        chosen: the size that was found or loaded; ``None`` before, and without ``"auto"``.
+    """
+
+    def __init__(self, engine: SeamEngine) -> None:
+        self._engine = engine
+        self.is_open = engine.hift.group_size == "auto"
+        self.chosen: int | str | None = None
+
+    def settle_by_config(self) -> None:
+        """The config says how many tokens a step has."""
+        if self.is_open and self._engine.hift.tokens_per_step is not None:
+            self._settle(self._engine.hift.tokens_per_step)
+
+    def settle_by_inputs(self, inputs: Iterable[Any]) -> None:
+        """The first forward of training is about to begin.
+
+        Args:
+            inputs: its arguments.
+
+        Raises:
+            ConfigError: they do not say how many tokens it has.
+        """
+        if not self.is_open:
+            return
+        ids = next((v for v in inputs if isinstance(v, Tensor) and v.dim() == 2 and not v.is_floating_point()), None)
+        found = gather(None if ids is None else ids.numel())
+        if None in found:
+            raise ConfigError(
+                '"hift.group_size": auto: the first forward has no token ids of shape (rows, tokens) among its '
+                'arguments; give "hift": {"tokens_per_step": N}, the input tokens of a step on one rank'
+            )
+        self._settle(min(found) * self._engine.gradient_accumulation_steps())
+
+    def settle_by_checkpoint(self, saved: int | str | None) -> None:
+        """A checkpoint is about to be loaded, whose run has found ``saved``.
+
+        Args:
+            saved: ``None`` if it has not been looking, or not found.
+        """
+        engine = self._engine
+        if saved is None or not (self.is_open or self.chosen is not None):
+            return
+        if saved != self.chosen:
+            if self.chosen is not None and engine.global_rank == 0:
+                logger.info("group size auto: %s, as the checkpoint has it", saved)
+            self._take(saved)
+
+    def _settle(self, tokens: int) -> None:
+        """Choose, on all ranks alike: what the slowest of them hides."""
+        engine = self._engine
+        units = self._units()
+        numels = [sum(member.whole_numel for member in unit.members) for unit in units]
+        costs = costs_of(engine.state_arithmetic, engine.optimizer.parameters.ranks.world_size)
+        found: list[HiddenLayers] = gather(layers_hidden(costs, numels, tokens))
+        choice = min(found, key=lambda hidden: hidden.group_size)
+        if engine.global_rank == 0:
+            logger.info("group size auto: %s", choice.line())
+        self._take("all" if choice.num_groups == 1 else choice.group_size)
+
+    def _units(self) -> list[GroupShard]:
+        groups = self._engine.optimizer.groups
+        return [groups[index] for index in sorted(groups) if index != ALWAYS]
+
+    def _take(self, group_size: int | str) -> None:
+        """Put groups together, ``group_size`` layers each, or all."""
+        engine, optimizer = self._engine, self._engine.optimizer
+        hift = engine.hift.model_copy(update={"group_size": group_size, "tokens_per_step": None})
+        partition = build.cut_model(replace(build.facts_of(engine), hift=hift), engine.module)
+        pieces = [part for group in self._units() for part in apart(group)]
+        home = {name: group.index for group in partition.groups for name in group.param_names}
+        shards = {
+            group.index: optimizer.parameters.merged(
+                group.index, group.name, [piece for piece in pieces if home[piece.members[0].name] == group.index]
+            )
+            for group in partition.groups
+        }
+        if ALWAYS in optimizer.groups:
+            shards[ALWAYS] = optimizer.groups[ALWAYS]
+        optimizer.regroup(shards)
+        engine.hift, engine.partition = hift, partition
+        self.is_open, self.chosen = False, group_size
+        engine.__dict__.pop("state_arithmetic", None)  # of other groups
+        if hasattr(engine, "savings"):
+            engine.savings.regroup({index: [m.name for m in group.members] for index, group in shards.items()})
+
+
+def apart(group: GroupShard) -> list[GroupShard]:
+    """Its embedding, blocks and head as groups of their own, with their chunks counted as each counts them."""
+    return [replace(part, parts=(replace(part, first=0),), first=0) for part in group.parts]
+
+
+def costs_of(found: StateArithmetic, world_size: int) -> BackwardCosts:
+    """What the line at the start was computed from, for one parameter."""
+    mine = found.own_numel
+    state_bytes = found.total_bytes / mine
+    on_host = found.step_on == "host"
+    return BackwardCosts(
+        state_bytes=state_bytes,
+        room=found.slots * found.chunk_bytes / state_bytes if found.prefetch else 0.0,
+        flops_s=found.flops_s,
+        link=found.link,
+        host_link=found.host_link or _WITHIN,
+        weight_bytes=found.weight_bytes,
+        device_s=found.device_s,
+        host_s=found.host_s,
+        both_ways=found.slots > 1,
+        prefetch=found.prefetch,
+        ranks=world_size,
+        share=1.0 if on_host else 0.0,
+    )

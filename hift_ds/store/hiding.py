@@ -1,0 +1,213 @@
+"""How many layers a step can update in backward while nobody waits for the link, and which share of them the host
+should update: the arithmetic behind ``"group_size": "auto"`` and ``"step_on": "split"``.
+
+A step of one layer group computes forward through all layers, backward down to the group, and backward through the
+group. The states of its topmost layers arrive meanwhile, as many as there is room for; those of each further layer can
+come when one above has been updated, and should be there when backward has come down to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hift_ds.store.arithmetic import Link
+
+PATIENCE = 0.05  # of a step's computing may be spent waiting: then the link still counts as hidden
+SAME = 0.01  # step times that differ by less count as one
+NUM_SHARES = 20  # shares of the host that are compared: 0, 1/20, 2/20 ... 1
+MOST_TOKENS = 1 << 26
+# Where nobody has measured: a card of 2022 on 16 lanes of PCIe 4, and a host with 8 memory channels.
+ASSUMED_FLOPS_S, ASSUMED_LINK = 150e12, Link(25e9, 25e9)
+ASSUMED_DEVICE_S, ASSUMED_HOST_S = 3e-11, 2e-10
+
+
+@dataclass(frozen=True)
+class BackwardCosts:
+    """What updates in backward cost on one rank.
+
+    Attributes:
+        state_bytes: that a parameter updated on the device moves, each way: 12 for AdamW with masters.
+        room: parameters whose states have room on the device at once.
+        flops_s: matrix products.
+        link: bytes a second between the device and where states rest; ``None``: states do not move.
+        host_link: between the device and host memory, for gradients and weights of what the host updates.
+        weight_bytes: of a weight, and of its gradient: what a parameter updated on the host moves, each way.
+        device_s, host_s: an update, seconds a parameter.
+        both_ways: states leave and arrive at once (two slots).
+        prefetch: states come before they are needed.
+        ranks: that share each layer's update.
+        share: of the parameters that the host updates.
+    """
+
+    state_bytes: float
+    room: float
+    flops_s: float = ASSUMED_FLOPS_S
+    link: Link | None = ASSUMED_LINK
+    host_link: Link = ASSUMED_LINK
+    weight_bytes: int = 2
+    device_s: float = ASSUMED_DEVICE_S
+    host_s: float = ASSUMED_HOST_S
+    both_ways: bool = True
+    prefetch: bool = True
+    ranks: int = 1
+    share: float = 0.0
+
+    def step(self, parts: Sequence[int], above: int, total: int, tokens: float) -> tuple[float, float]:
+        """Seconds that a step computes, and that it waits on top of them.
+
+        Args:
+            parts: parameters of the group's embedding, blocks and head, top to bottom.
+            above: parameters above the group.
+            total: of the model.
+            tokens: of the step, on this rank.
+        """
+        token_s = tokens / self.flops_s
+        clock = computing = 2 * (total + above) * token_s  # forward; backward for the inputs of what is above
+        link_free = host_free = 0.0
+        updated: list[tuple[float, float]] = []  # parameters that had room, and when they had been updated
+        for numel in parts:
+            moved = numel / self.ranks * (1 - self.share)
+            at_once = min(moved, self.room)
+            start = max(link_free, self._vacant_at(updated, at_once))
+            ready = clock + 4 * numel * token_s  # the gradients of this layer are complete
+            if not self.prefetch:
+                start, at_once = max(start, ready), moved
+            arrived = start + at_once * self._moving_s
+            link_free = max(arrived, ready) + (moved - at_once) * self._moving_s  # slices that had no room
+            on_device = moved * self.device_s
+            clock = max(ready, link_free if moved > at_once else arrived) + on_device
+            computing += 4 * numel * token_s + on_device
+            if moved <= at_once:
+                link_free = arrived
+            updated.append((at_once, clock))
+            if self.share:
+                mine = numel / self.ranks * self.share
+                down = mine * self.weight_bytes / self.host_link.out
+                up = mine * self.weight_bytes / self.host_link.into
+                host_free = max(host_free, ready + down) + mine * self.host_s + up
+                link_free += max(down, up) if self.link is not None else 0.0
+        return computing, max(clock, host_free) - computing
+
+    def _vacant_at(self, updated: Sequence[tuple[float, float]], wanted: float) -> float:
+        """When enough of what came before has been updated for ``wanted`` more parameters to have room."""
+        held = wanted
+        for numel, when in reversed(updated):
+            held += numel
+            if held > self.room:
+                return when
+        return 0.0
+
+    @property
+    def _moving_s(self) -> float:
+        """Of one parameter's states."""
+        if self.link is None:
+            return 0.0
+        one_way = (self.state_bytes / self.link.into, self.state_bytes / self.link.out)
+        return max(one_way) if self.both_ways else sum(one_way)
+
+    def cycle(self, numels: Sequence[int], group_size: int, tokens: float) -> tuple[float, float]:
+        """:meth:`step`, averaged over the groups of ``group_size`` layers.
+
+        Args:
+            numels: parameters of each embedding, block and head, bottom to top.
+        """
+        total, steps = sum(numels), []
+        for start in range(0, len(numels), group_size):
+            end = start + group_size
+            steps.append(self.step(numels[start:end][::-1], sum(numels[end:]), total, tokens))
+        return sum(step[0] for step in steps) / len(steps), sum(step[1] for step in steps) / len(steps)
+
+    def hides(self, numels: Sequence[int], group_size: int, tokens: float) -> bool:
+        """Whether steps of ``group_size`` layers wait for next to nothing."""
+        computing, waiting = self.cycle(numels, group_size, tokens)
+        return waiting <= PATIENCE * computing
+
+
+@dataclass(frozen=True)
+class HiddenLayers:
+    """A choice, and the figures behind it.
+
+    Attributes:
+        group_size: layers a step.
+        num_groups: that it makes.
+        tokens: of a step on one rank, for which it was made.
+        computing_s, waiting_s: of a step, averaged over the groups.
+        all_from: tokens a step from which all layers are hidden; ``None``: no number of tokens does it.
+        costs: what it was computed from; ``costs.share`` is the host's.
+    """
+
+    group_size: int
+    num_groups: int
+    tokens: float
+    computing_s: float
+    waiting_s: float
+    all_from: int | None
+    costs: BackwardCosts
+
+    def line(self) -> str:
+        """In one sentence, with the figures."""
+        costs = self.costs
+        moves = "states that stay where they are"
+        if costs.link is not None:
+            moves = (
+                f"{2 * costs.state_bytes * (1 - costs.share) + 2 * costs.weight_bytes * costs.share:.3g} bytes a "
+                f"parameter over {costs.link.into / 1e9:.3g} GB/s in and {costs.link.out / 1e9:.3g} GB/s out"
+            )
+        host = f", {costs.share:.0%} updated on the host" if costs.share else ""
+        further = ""
+        if self.num_groups > 1:
+            further = "; no number of tokens hides all" if self.all_from is None else (
+                f"; all layers from {self.all_from:,} tokens a step on"
+            )  # fmt: skip
+        size = "all layers" if self.num_groups == 1 else f"{self.group_size} layers"
+        return (
+            f"{size} a step ({self.num_groups} group{'s' if self.num_groups > 1 else ''}{host}) at {self.tokens:,.0f} "
+            f"tokens: {moves}, {costs.flops_s / 1e12:.3g} TFLOP/s; a step computes {self.computing_s:.3g} s and waits "
+            f"{self.waiting_s:.3g} s for transfers{further}"
+        )
+
+
+def layers_hidden(
+    costs: BackwardCosts, numels: Sequence[int], tokens: float, *, split: bool = False, largest: int | None = None
+) -> HiddenLayers:
+    """As many layers a step as the link hides at ``tokens`` tokens, one at least.
+
+    Args:
+        numels: parameters of each embedding, block and head, bottom to top.
+        tokens: of a step on one rank, all micro-batches together.
+        split: choose the host's share too, whatever ``costs`` says.
+        largest: at most so many.
+    """
+    most = min(largest or len(numels), len(numels))
+    chosen, chosen_costs = 1, costs
+    for size in range(most, 0, -1):
+        tried = replace(costs, share=fastest_share(costs, numels, size, tokens)) if split else costs
+        if size == 1 or tried.hides(numels, size, tokens):
+            chosen, chosen_costs = size, tried
+            break
+    computing, waiting = chosen_costs.cycle(numels, chosen, tokens)
+    num_groups = -(-len(numels) // chosen)
+    return HiddenLayers(chosen, num_groups, tokens, computing, waiting, tokens_that_hide(costs, numels), chosen_costs)
+
+
+def fastest_share(costs: BackwardCosts, numels: Sequence[int], group_size: int, tokens: float) -> float:
+    """The smallest share of the parameters updated on the host with which a step takes hardly longer than with any."""
+    shares = [i / NUM_SHARES for i in range(NUM_SHARES + 1)]
+    seconds = [sum(replace(costs, share=share).cycle(numels, group_size, tokens)) for share in shares]
+    return next(share for share, s in zip(shares, seconds, strict=True) if s <= min(seconds) * (1 + SAME))
+
+
+def tokens_that_hide(costs: BackwardCosts, numels: Sequence[int], group_size: int | None = None) -> int | None:
+    """The fewest tokens a step, within 2 %, for which steps of ``group_size`` layers (``None``: all) wait for next to
+    nothing; ``None``: no number of tokens does it."""
+    size = group_size or len(numels)
+    low, high = 1, 1
+    while not costs.hides(numels, size, high):
+        low, high = high, 2 * high
+        if high > MOST_TOKENS:
+            return None
+    while high - low > max(low // 50, 1):
+        middle = (low + high) // 2
+        low, high = (low, middle) if costs.hides(numels, size, middle) else (middle, high)
+    return high
