@@ -12,7 +12,7 @@ export OMP_NUM_THREADS        ?= 1
 export TORCH_EXTENSIONS_DIR   ?= $(abspath $(VENV))/torch_extensions
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup matrix test test-slow test-kernels test-hosts test-gpu demo demo-short lint clean
+.PHONY: setup matrix test test-slow test-kernels test-hosts interop test-gpu demo demo-short lint clean
 
 setup: $(VENV)/.ready
 
@@ -36,6 +36,11 @@ test-kernels: setup
 test-hosts: setup
 	$(PY) -m pip install --quiet --no-deps --target .hosts/llamafactory -r tests/hosts/llamafactory.txt
 	$(PY) -m pytest -q -m slow tests/hosts
+
+# An exported checkpoint in llama.cpp, CTranslate2 and lm-eval: transformers' log-probabilities (needs the network once).
+interop: setup
+	$(PY) -m pip install --quiet --no-deps --target .interop -r tests/interop/requirements.txt
+	$(PY) -m pytest -q -s -m slow tests/interop
 
 # Engine and Trainer with older and newer versions of what they stand on (docs/versions.md). Hours; ROWS="..." for some.
 matrix: setup

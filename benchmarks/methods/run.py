@@ -28,7 +28,6 @@ import methods  # noqa: E402
 import tasks  # noqa: E402
 
 WARMUP = 0.05  # of the steps
-EVALUATIONS = 4  # evenly along the run, the last at its end; one more before it
 
 
 def rate_at(step: int, steps: int, rate: float) -> float:
@@ -44,6 +43,7 @@ def load(spec: dict[str, Any], folder: Path, data: Path | None) -> tuple[nn.Modu
     tokenizer = AutoTokenizer.from_pretrained(folder)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     task = tasks.load_task(spec["task"], tokenizer, spec["max_length"], data)
+    del task.held_out[spec["held_out"] :]
     torch.manual_seed(spec["seed"])  # of a new head
     if task.kind == "classes":
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -79,7 +79,8 @@ def run(spec: dict[str, Any], folder: Path, data: Path | None) -> dict[str, Any]
     method = methods.build(spec["method"], model, spec["seed"], spec.get("settings", {}))
     curve = [{"step": 0, "cpu_s": 0.0, **before}]
     steps, tokens, cpu_s, losses = spec["steps"], 0, 0.0, []
-    marks = {math.ceil(steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
+    # Judged evenly along the run, the last time at its end; and once before it.
+    marks = {math.ceil(steps * i / spec["evaluations"]) for i in range(1, spec["evaluations"] + 1)}
     for step in range(steps):
         batch = next(batches)
         tokens += int(batch["attention_mask"].sum())
