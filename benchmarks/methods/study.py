@@ -50,7 +50,8 @@ def specs_of(plan: dict[str, Any], task: str, name: str, seed: int) -> list[dict
     entry = plan["methods"][name]
     common = {
         "task": task, "name": name, "method": entry["method"], "settings": entry.get("settings", {}), "seed": seed,
-        "batch_size": plan["batch_size"], "max_length": plan["max_length"], **{key: plan["tasks"][task][key] for key in ("budget_s", "evaluations", "held_out")},
+        "batch_size": plan["batch_size"], "max_length": plan["max_length"],
+        **{key: plan["tasks"][task][key] for key in ("budget_s", "evaluations", "held_out")},
     }  # fmt: skip
     return [{**common, "rate": float(rate)} for rate in entry["rates"]]
 

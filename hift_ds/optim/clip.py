@@ -11,6 +11,8 @@ from torch.nn.utils import get_total_norm
 
 from hift_ds.collectives import Ranks, join_norms_and_flags
 
+_PASS_NUMEL = 1 << 16
+
 
 def agree_on_norm(
     ranks: Ranks,
@@ -39,7 +41,20 @@ def _norm(grads: Sequence[Tensor]) -> Tensor:
     """The norm of norms, as ``torch.nn.utils.clip_grad_norm_`` takes it, but always in fp32."""
     if all(grad.dtype == torch.float32 for grad in grads):
         return get_total_norm(grads)
-    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+    return torch.linalg.vector_norm(torch.stack([fp32_norm(grad) for grad in grads]))
+
+
+def fp32_norm(grad: Tensor) -> Tensor:
+    """The 2-norm (0-dim, fp32) of a gradient of any float dtype, summed up in fp32.
+
+    torch's kernel for 16-bit tensors on a CPU adds one element after the other: seven times slower than fp32's, and
+    2e-4 of ten million elements are lost. In passes that fit a cache, each made fp32 first, neither happens.
+    """
+    if grad.device.type != "cpu" or grad.dtype == torch.float32 or grad.numel() <= _PASS_NUMEL:
+        return torch.linalg.vector_norm(grad, dtype=torch.float32)
+    scratch = torch.empty(_PASS_NUMEL, dtype=torch.float32)
+    passes = grad.flatten().split(_PASS_NUMEL)
+    norms = [torch.linalg.vector_norm(scratch[: len(part)].copy_(part)) for part in passes]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 

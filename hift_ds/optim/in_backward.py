@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hift_ds.collectives import join_norms_and_flags
 from hift_ds.errors import ConfigError, HiFTError, TrainingError
-from hift_ds.optim.clip import grad_factor
+from hift_ds.optim.clip import fp32_norm, grad_factor
 from hift_ds.optim.group_optimizer import GroupOptimizer
 from hift_ds.optim.host_gradients import HostGradients
 from hift_ds.optim.parameters import GroupShard
@@ -194,8 +194,7 @@ class InBackwardOptimizer(GroupOptimizer):
         for i, (shard, flag, here) in enumerate(zip(shards, reached, present, strict=True)):
             backward.present[part.index, part.first + i] = here
             if shard is not None and flag:
-                norm = torch.linalg.vector_norm(shard, dtype=torch.float32)
-                backward.norms[part.index, part.first + i] = norm
+                backward.norms[part.index, part.first + i] = fp32_norm(shard)
         shards = [shard if flag else None for shard, flag in zip(shards, reached, strict=True)]
         if self.skip_updates:
             return

@@ -78,11 +78,13 @@ def test_the_export_is_not_the_model_that_was_fine_tuned(exported, expected, pro
 
 
 def test_llama_cpp(exported, expected, programs, tmp_path):
-    """Its converter, its tokenizer (as many ids, and the same next token), its log-probabilities of the ten likeliest tokens at every place."""
+    """Its converter, its tokenizer (as many ids, and the same next token), its log-probabilities of the ten likeliest
+    tokens at every place."""
     ids, log_probs = expected
     gguf = tmp_path / "model.gguf"
+    convert = [str(programs / "convert_hf_to_gguf.py"), str(exported), "--outtype", "f32", "--outfile", str(gguf)]
     converted = subprocess.run(
-        [sys.executable, str(programs / "convert_hf_to_gguf.py"), str(exported), "--outtype", "f32", "--outfile", str(gguf)],
+        [sys.executable, *convert],
         env={**os.environ, "PYTHONPATH": str(programs)}, capture_output=True, text=True,
     )  # fmt: skip
     assert converted.returncode == 0, converted.stderr[-2000:]

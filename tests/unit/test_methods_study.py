@@ -28,7 +28,7 @@ def methods(study):
 
 PLAN = {
     "batch_size": 2, "max_length": 16, "seeds": [0, 1],
-    "tasks": {"stdlib": {"budget_s": 10, "model": "m"}},
+    "tasks": {"stdlib": {"budget_s": 10, "model": "m", "evaluations": 1, "held_out": 8}},
     "methods": {"full": {"method": "full", "rates": [0.1, 0.2]}, "late": {"method": "full", "rates": [0.1]}},
 }  # fmt: skip
 
