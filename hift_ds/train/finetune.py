@@ -42,7 +42,9 @@ from hift_ds.out_of_memory import no_traceback_when_full
 from hift_ds.ranks import avoid_broken_links, gather, on_all_ranks, rank_and_world_size
 from hift_ds.report.coverage import kept_step
 from hift_ds.report.groups import record_movement
+from hift_ds.report.model_card import write_model_card
 from hift_ds.report.plots import plot_run
+from hift_ds.report.run_summary import RESULTS_FILE, versions
 from hift_ds.train.group_size import settle_group_size, settle_tokens
 from hift_ds.train.preflight import CheckedRun, check_run
 from hift_ds.train.resumed_settings import SETTINGS_FILE, compare, fingerprint, read_settings, settings_of
@@ -54,8 +56,6 @@ from hift_ds.train.watchdog import collective_timeout_s, lost_rank_error
 from hift_ds.version import __version__
 
 logger = logging.getLogger(__name__)
-
-RESULTS_FILE = "all_results.json"
 
 
 @as_single_process()
@@ -114,13 +114,25 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]
         return results
     results |= _evaluate(trainer, data)
     restore_cache()
+    results |= data_counts(data)
     on_all_ranks(lambda: _export(checked, trainer, model, tokenizer))
     say(f"exported to {run.export_dir}")
     if arguments.process_index == 0:
-        _write_results(run, results)
+        _write_results(run, {**results, "environment": versions()})
+        write_model_card(run.output_dir, run.export_dir)
     for line in closing_lines(run, results):
         say(line)
     return results
+
+
+def data_counts(data: PreparedData) -> dict[str, int]:
+    """Of the training data, for those who look at the run later."""
+    report = data.reports[0]
+    return {
+        "train_samples": report.num_samples,
+        "train_tokens": report.tokens,
+        "train_learned_tokens": report.learned_tokens,
+    }
 
 
 def closing_lines(run: RunConfig, results: Mapping[str, Any]) -> list[str]:

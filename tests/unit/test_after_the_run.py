@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from hift_ds.data.formats import to_sample
 from hift_ds.data.prepare import IGNORED
 from hift_ds.data.sources import parse_sources
 from hift_ds.errors import ConfigError, DataError
+from hift_ds.report.model_card import model_card
+from hift_ds.report.run_summary import read_run
 from hift_ds.train.finetune import closing_lines, finetune
 from hift_ds.train.predict import predict
 from hift_ds.train.run_config import load_run_config
@@ -261,3 +265,41 @@ def test_what_ends_an_answer_and_how_it_is_drawn(finished):
     assert "do_sample" not in generation_options(model, tokenizer, None)
     model.generation_config.eos_token_id = 7  # a chat template may have brought another end
     assert generation_options(model, tokenizer, None)["eos_token_id"] == [7, tokenizer.eos_token_id]
+
+
+# -- the model card ------------------------------------------------------------------------------------------
+
+
+def test_the_card_says_what_the_run_was(finished, inputs, tmp_path):  # noqa: F811
+    from huggingface_hub import ModelCard
+
+    text = (finished / "model" / "README.md").read_text()
+    card, results = ModelCard(text), json.loads((finished / "all_results.json").read_text())
+    assert card.data.library_name == "transformers" and "hift_ds" in card.data.tags
+    assert f"| held-out loss | {results['eval_loss_before']:,.4g} | {results['eval_loss']:,.4g} |" in text
+    assert "apply_chat_template" in text and "data.jsonl: 56 samples" in text
+    assert "parameters were updated in 90 steps, 90 times each" in text
+    assert results["environment"]["torch"] == torch.__version__ and f"torch {torch.__version__}" in text
+    for private in (str(finished.parent), str(inputs), "/tmp"):
+        assert private not in text
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1].replace("FOLDER_OR_REPO", str(finished / "model"))
+    exec(code, {})
+
+
+def test_a_card_of_ones_own_stays(finished, tmp_path):
+    out = tmp_path / "out"
+    assert main(["export", str(finished), str(out)]) == 0
+    assert (out / "README.md").read_text() == (finished / "model" / "README.md").read_text()
+    (out / "README.md").write_text("# Mine")
+    assert main(["export", str(finished), str(out)]) == 0
+    assert (out / "README.md").read_text() == "# Mine"
+
+
+def test_hub_names_and_full_fine_tuning_in_a_card(finished):
+    run = read_run(finished)
+    data = {"train": ["hub:owner/questions", {"path": "/home/me/b.jsonl", "weight": 2}]}
+    settings = {"model": {"path": "owner/base"}, "data": data}
+    text = model_card(dataclasses.replace(run, settings=settings, deepspeed={}, results={}, coverage={}))
+    assert "base_model: owner/base" in text and "- owner/questions" in text
+    assert "hub:owner/questions; b.jsonl, weight 2" in text and "/home/me" not in text
+    assert "in every optimizer step" in text and "Every trainable weight was updated in every step." in text
