@@ -64,6 +64,16 @@ class CycleLR:
             self.latched = [max(a, b) for a, b in zip(now, last, strict=True)]
         return self.latched
 
+    def watch(self, scheduler: Scheduler | None, steps_left: Callable[[], int] | None = None) -> None:
+        """Look ahead on ``scheduler``, if there is one, during warm-up. The engine does this with its own; a loop that
+        steps a scheduler by itself (the Trainer's) calls it once.
+
+        Args:
+            steps_left: optimizer steps that the run still makes, the coming one included: no look goes further.
+        """
+        self.scheduler, self.steps_left = scheduler, steps_left
+        self.catch_up()
+
     def catch_up(self) -> None:
         """Give the param_groups the rates of this very step, where the schedule is a function of the step.
 

@@ -9,10 +9,11 @@ another machine would choose.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hift_ds.engine import build
@@ -21,12 +22,14 @@ from hift_ds.errors import ConfigError
 from hift_ds.layers.grouping import ALWAYS
 from hift_ds.optim.parameters import GroupShard
 from hift_ds.ranks import gather
-from hift_ds.store.arithmetic import Link, StateArithmetic
+from hift_ds.store.encoded import EncodedStateStore
 from hift_ds.store.hiding import BackwardCosts, HiddenLayers, layers_hidden
+from hift_ds.store.speeds import Link, measure_flops, measure_link, measure_update
 
 logger = logging.getLogger(__name__)
 
 _WITHIN = Link(1e12, 1e12)  # between a host and itself
+SIDE, SIDE_ON_CPU = 4096, 1024  # of the matrices that are multiplied: typical, and milliseconds
 
 
 class AutoGroups:
@@ -47,18 +50,16 @@ class AutoGroups:
         if self.is_open and self._engine.hift.tokens_per_step is not None:
             self._settle(self._engine.hift.tokens_per_step)
 
-    def settle_by_inputs(self, inputs: Iterable[Any]) -> None:
-        """The first forward of training is about to begin.
-
-        Args:
-            inputs: its arguments.
+    def settle_by_inputs(self, inputs: tuple[Any, ...], named_inputs: Mapping[str, Any]) -> None:
+        """A forward is about to begin with these arguments. The first one of training says how many tokens a step has.
 
         Raises:
-            ConfigError: they do not say how many tokens it has.
+            ConfigError: it does not.
         """
-        if not self.is_open:
+        if not (self.is_open and torch.is_grad_enabled()):
             return
-        ids = next((v for v in inputs if isinstance(v, Tensor) and v.dim() == 2 and not v.is_floating_point()), None)
+        values = [*inputs, *named_inputs.values()]
+        ids = next((v for v in values if isinstance(v, Tensor) and v.dim() == 2 and not v.is_floating_point()), None)
         found = gather(None if ids is None else ids.numel())
         if None in found:
             raise ConfigError(
@@ -86,7 +87,7 @@ class AutoGroups:
         engine = self._engine
         units = self._units()
         numels = [sum(member.whole_numel for member in unit.members) for unit in units]
-        costs = costs_of(engine.state_arithmetic, engine.optimizer.parameters.ranks.world_size)
+        costs = measured_costs(engine)
         found: list[HiddenLayers] = gather(layers_hidden(costs, numels, tokens))
         choice = min(found, key=lambda hidden: hidden.group_size)
         if engine.global_rank == 0:
@@ -115,7 +116,6 @@ class AutoGroups:
         optimizer.regroup(shards)
         engine.hift, engine.partition = hift, partition
         self.is_open, self.chosen = False, group_size
-        engine.__dict__.pop("state_arithmetic", None)  # of other groups
         if hasattr(engine, "savings"):
             engine.savings.regroup({index: [m.name for m in group.members] for index, group in shards.items()})
 
@@ -125,22 +125,29 @@ def apart(group: GroupShard) -> list[GroupShard]:
     return [replace(part, parts=(replace(part, first=0),), first=0) for part in group.parts]
 
 
-def costs_of(found: StateArithmetic, world_size: int) -> BackwardCosts:
-    """What the line at the start was computed from, for one parameter."""
-    mine = found.own_numel
-    state_bytes = found.total_bytes / mine
-    on_host = found.step_on == "host"
+def measured_costs(engine: SeamEngine) -> BackwardCosts:
+    """What updates in backward cost on this rank: bytes are counted, speeds measured in some tens of milliseconds."""
+    optimizer, state, device = engine.optimizer, engine.hift.state, engine.device
+    store = optimizer.store
+    assert isinstance(store, EncodedStateStore)
+    rotating = [group for index, group in optimizer.groups.items() if index != ALWAYS]
+    numels = [sum(member.numel for member in group.members) for group in rotating]
+    dtype = rotating[0].members[0].param.dtype
+    state_bytes = store.total_bytes() / max(sum(numels), 1)
+    largest_chunk = max(store.num_bytes(chunk.id) for group in rotating for chunk in group.chunks)
+    largest, on_cpu = max(*numels, 1), device.type == "cpu"
+    host_s = measure_update(torch.device("cpu"), largest)
     return BackwardCosts(
         state_bytes=state_bytes,
-        room=found.slots * found.chunk_bytes / state_bytes if found.prefetch else 0.0,
-        flops_s=found.flops_s,
-        link=found.link,
-        host_link=found.host_link or _WITHIN,
-        weight_bytes=found.weight_bytes,
-        device_s=found.device_s,
-        host_s=found.host_s,
-        both_ways=found.slots > 1,
-        prefetch=found.prefetch,
-        ranks=world_size,
-        share=1.0 if on_host else 0.0,
+        room=state.first_slots * largest_chunk / state_bytes if state.prefetch else 0.0,
+        flops_s=measure_flops(device, dtype, SIDE_ON_CPU if on_cpu else SIDE),
+        link=store.link,
+        host_link=_WITHIN if on_cpu else measure_link(device, 4 * largest, state.pin_memory),
+        weight_bytes=dtype.itemsize,
+        device_s=host_s if on_cpu else measure_update(device, largest),
+        host_s=host_s,
+        both_ways=state.first_slots > 1,
+        prefetch=state.prefetch,
+        ranks=optimizer.parameters.ranks.world_size,
+        share=1.0 if state.step_on == "host" else 0.0,
     )

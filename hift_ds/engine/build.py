@@ -12,17 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hift_ds.collectives import Ranks, shard_bounds
 from hift_ds.config import HiFTConfig
-from hift_ds.engine.deepspeed_seam import (
-    HiFTInBackwardOptimizer,
-    HiFTOptimizer,
-    SeamEngine,
-    broadcast_from_first_rank,
-    gather_whole,
-    world_rank_and_size,
-)
+from hift_ds.engine.deepspeed_seam import HiFTInBackwardOptimizer, HiFTOptimizer, SeamEngine
 from hift_ds.engine.zero3.exact_values import exact_values
 from hift_ds.engine.zero3.parameters import PartitionedParameters
 from hift_ds.engine.zero3.seam import WeightShards
@@ -33,8 +27,9 @@ from hift_ds.optim.build import build_optimizer, is_elementwise
 from hift_ds.optim.group_states import GroupStates
 from hift_ds.optim.parameters import DEFAULT_BUCKET_NUMEL, GroupShard, Parameters, ReplicatedParameters
 from hift_ds.optim.piecewise import PiecewiseOptimizer
-from hift_ds.optim.trainable_flags import TrainableFlags
+from hift_ds.optim.trainable_flags import TrainableFlags, containers_of
 from hift_ds.precision import LossScaler, PrecisionPolicy
+from hift_ds.process_group import broadcast_from_first_rank, gather_whole, world_rank_and_size
 from hift_ds.schedule import GroupSchedule
 from hift_ds.store.choose import build_resident_store, build_store
 from hift_ds.store.machine import Machine
@@ -154,13 +149,22 @@ def build_optimizers(
 # -- before DeepSpeed casts the weights -----------------------------------------------------------------------
 
 
-def cast_and_keep_bits(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Cast the trainable fp32 weights to ``dtype`` and keep the fp32 bits of this rank's shards of them.
+def cast_and_keep_bits(model: nn.Module, dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
+    """Lay every weight out row by row (shards are ranges of elements in that order), cast the trainable fp32 weights to
+    ``dtype`` and keep the fp32 bits of this rank's shards of them.
+
+    Args:
+        dtype: bf16 or fp16; ``None``: nothing is cast and no bit kept.
 
     Returns:
         By parameter name, flat, on the host.
     """
+    for param in model.parameters():
+        if not param.is_contiguous():
+            param.data = param.data.contiguous()
     shards: dict[str, Tensor] = {}
+    if dtype is None:
+        return shards
     rank, world_size = world_rank_and_size()
     for name, param in model.named_parameters():
         if param.requires_grad and param.dtype == torch.float32:
@@ -345,6 +349,28 @@ def group_optimizer(
         seed=facts.hift.seed,
         pin_memory=state.pin_memory,
     )
+
+
+def watch_entrances(
+    model: nn.Module, optimizer: HiFTOptimizer, settle: Callable[[tuple[Any, ...], Mapping[str, Any]], None]
+) -> list[RemovableHandle]:
+    """Tell of each forward, wherever it enters: at the model, or at what lies between the model and its groups (TRL
+    calls the backbone, say, and not the engine).
+
+    Args:
+        settle: called with the forward's arguments, before the active groups get their flags.
+
+    Returns:
+        The hooks.
+    """
+
+    def enter(module: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> None:
+        settle(inputs, named_inputs)
+        optimizer.enter()
+
+    groups = ([member.param for member in group.members] for group in optimizer.groups.values())
+    modules = [model, *containers_of(model, groups)]
+    return [module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True) for module in modules]
 
 
 def _precision(facts: EngineFacts, model: nn.Module) -> PrecisionPolicy:

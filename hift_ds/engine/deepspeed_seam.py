@@ -1,4 +1,4 @@
-"""The file that touches names DeepSpeed does not document; ``deepspeed_zero3_seam`` and ``_shards`` do so for stage 3.
+"""The file that touches names DeepSpeed does not document; ``zero3/seam.py`` and ``zero3/shards.py`` do so for stage 3.
 
 ``SeamEngine`` overrides the few engine methods at which HiFT differs from stock ZeRO; everything else (config,
 launcher, process groups, batch arithmetic, monitors, timers) stays DeepSpeed's. Stock ZeRO with toggled
@@ -27,9 +27,10 @@ from deepspeed import comm as deepspeed_comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
 
 from hift_ds.activations.switches import ActivationSavings
-from hift_ds.collectives import Ranks, all_gather_shards, plan_buckets, shard_bounds
+from hift_ds.collectives import Ranks
 from hift_ds.config import HiFTConfig, read_json_file
 from hift_ds.engine.zero3.seam import WeightShards
 from hift_ds.engine.zero3.shards import as_if_parked_on_host, num_shards, partitioned_weights, weights_folder
@@ -37,6 +38,7 @@ from hift_ds.errors import ConfigError
 from hift_ds.layers.grouping import Partition
 from hift_ds.optim.group_optimizer import GroupOptimizer
 from hift_ds.optim.in_backward import InBackwardOptimizer
+from hift_ds.process_group import world_rank_and_size
 from hift_ds.store.machine import Machine
 
 logger = logging.getLogger(__name__)
@@ -108,6 +110,15 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
         """
         if state:
             raise ConfigError("optimizer.load_state_dict: states are restored by engine.load_checkpoint")
+
+    def enter(self) -> None:
+        """A forward begins. If it is one with gradients, the active groups get their flags; the first such forward of a
+        step starts the step's count of memory."""
+        if self.flags.shown and torch.is_grad_enabled():
+            if not self.flags.step_began:  # what came before, an evaluation say, is not this step's
+                restart_peak_bytes()
+                self.store.busy()
+            self.activate()
 
     def destroy(self) -> None:
         self.close()
@@ -188,9 +199,13 @@ class SeamEngine(DeepSpeedEngine):
     def clip_fp32_gradients(self) -> None:
         """Clipping is part of the optimizer's step, where the global norm is known."""
 
-    def finish_backward_without_graph(self) -> None:
-        """A loss that no active parameter contributed to: still reduce, so that all ranks run the same collectives."""
-        self._backward_epilogue()
+    def run_backward(self, loss: Tensor, retain_graph: bool, scale_wrt_gas: bool) -> None:
+        """DeepSpeed's ``backward``. For a loss that no active parameter contributed to (an unused pooler, say) only
+        what comes after it, so that all ranks run the same collectives."""
+        if loss.requires_grad:
+            super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        else:
+            self._backward_epilogue()
 
     def partition_weights(self, active_group: Callable[[], int]) -> WeightShards:
         """Cut the weights over the ranks (stage 3), those that ``deepspeed.zero.Init`` has not cut already."""
@@ -233,29 +248,6 @@ class SeamEngine(DeepSpeedEngine):
         return torch.float16 if self.fp16_enabled() else None
 
 
-def world_rank_and_size() -> tuple[int, int]:
-    if not deepspeed_comm.is_initialized():
-        return 0, 1
-    return deepspeed_comm.get_rank(), deepspeed_comm.get_world_size()
-
-
-def broadcast_from_first_rank(tensor: torch.Tensor) -> None:
-    """In place, from global rank 0."""
-    if world_rank_and_size()[1] > 1:
-        deepspeed_comm.broadcast(tensor, src=0)
-
-
-def gather_whole(shard: torch.Tensor, numel: int, device: torch.device) -> torch.Tensor:
-    """The flat tensor of ``numel`` elements of which every rank gives its ``shard_bounds`` part; on the host."""
-    ranks = Ranks(deepspeed_comm)
-    rank, world_size = world_rank_and_size()
-    whole = torch.empty(numel, dtype=shard.dtype, device=device)
-    start, end = shard_bounds(numel, world_size, rank)
-    whole[start:end].copy_(shard)
-    all_gather_shards(ranks, [whole], plan_buckets([numel], world_size, max(numel, 1)))
-    return whole.cpu()
-
-
 def restart_peak_bytes() -> None:
     """:func:`peak_bytes` counts from here on. So does ``torch.cuda.max_memory_allocated``: there is one counter."""
     get_accelerator().reset_peak_memory_stats()
@@ -292,25 +284,6 @@ def config_dict(config: Any, args: Any, config_params: Any) -> dict[str, Any]:
         return hjson.loads(base64.urlsafe_b64decode(source).decode())
     except (TypeError, ValueError):
         raise ConfigError(f"DeepSpeed config {source!r}: expected a dict or an existing JSON file") from None
-
-
-@contextlib.contextmanager
-def nothing_compiled() -> Iterator[None]:
-    """Process groups made inside this block do without DeepSpeed's shared-memory operator for CPU ranks, which it
-    would compile on first use (half a minute, and a C++ compiler); it serves inference only."""
-    if get_accelerator().device_name() != "cpu":
-        yield
-        return
-    table = "__compatible_ops__"  # made by a module-level __getattr__, which test-compiles every operator
-    module = vars(deepspeed.ops)
-    was = module.get(table)
-    module[table] = {}
-    try:
-        yield
-    finally:
-        del module[table]
-        if was is not None:
-            module[table] = was
 
 
 @contextlib.contextmanager

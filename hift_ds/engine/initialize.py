@@ -5,20 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
 from typing import Any
 
 import deepspeed
-from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from hift_ds.config import BLOCK, check_against_deepspeed, parse_block, refuse_auto
-from hift_ds.engine.deepspeed_seam import config_dict, engine_class, initialize_becomes, nothing_compiled
+from hift_ds.engine.deepspeed_seam import config_dict, engine_class, initialize_becomes
 from hift_ds.engine.engine import HiFTEngine
-from hift_ds.engine.single_process import as_single_process
 from hift_ds.errors import ConfigError
+from hift_ds.process_group import as_single_process, nothing_compiled
 
 
 def initialize(
@@ -78,21 +75,6 @@ def _building(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> Iterat
         raise ConfigError('initialize: mpu= with model parallelism is not supported with a "hift" block')
     with as_single_process(), nothing_compiled(), engine_class(HiFTEngine):
         yield
-
-
-def ensure_process_group(timeout_s: float | None = None) -> None:
-    """The process group that an engine would make, for collectives before there is an engine (evaluation, say).
-
-    Args:
-        timeout_s: of its collectives, unless DEEPSPEED_TIMEOUT says another. DeepSpeed's is 10 minutes, after which
-            NCCL kills a rank without a word while it waits for one that prepares data, exports, or writes a checkpoint.
-    """
-    options = {}
-    if timeout_s is not None and "DEEPSPEED_TIMEOUT" not in os.environ:
-        options["timeout"] = timedelta(seconds=timeout_s)
-    with as_single_process(), nothing_compiled():
-        get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        deepspeed.init_distributed(**options)
 
 
 @contextlib.contextmanager

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hift_ds.engine.deepspeed_seam import SeamEngine, peak_bytes
+from hift_ds.engine.deepspeed_seam import peak_bytes
 from hift_ds.schedule import Cursor
 from hift_ds.step_report import StepReport
+
+if TYPE_CHECKING:
+    from hift_ds.engine.engine import HiFTEngine
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +30,15 @@ class StepBegan:
 
 
 class StepNotes:
-    """Tells what one engine's steps did."""
+    """Tells what one engine's steps did.
 
-    def __init__(self, engine: SeamEngine) -> None:
+    Attributes:
+        averages: the losses of a step's micro-batches are averaged, not summed.
+    """
+
+    def __init__(self, engine: HiFTEngine) -> None:
         self._engine = engine
+        self.averages = True
         self._said_not_finite = False
 
     def before(self) -> StepBegan:
@@ -38,9 +47,9 @@ class StepNotes:
         schedule = optimizer.schedule
         return StepBegan(self._engine.global_steps, schedule.cursor, schedule.active, optimizer.scaler.scale)
 
-    def after(self, began: StepBegan, forecast_bytes: int | None, checkpoint_s: float) -> StepReport:
-        """Call this after the update that ``began``. Counts what was moved and sent since the last call."""
-        optimizer = self._engine.optimizer
+    def after(self, began: StepBegan) -> StepReport:
+        """Call this after the update that ``began``. Counts what was moved, sent and waited for since the last call."""
+        engine, optimizer = self._engine, self._engine.optimizer
         traffic, ranks = optimizer.store.traffic.take(), optimizer.parameters.ranks
         grad_numel_sent, ranks.grad_numel_sent = ranks.grad_numel_sent, 0
         report = StepReport(
@@ -48,7 +57,7 @@ class StepNotes:
             cycle=began.cursor.cycle,
             position=began.cursor.position,
             group=began.group,
-            group_name=self._engine.partition.groups[began.group].name,
+            group_name=engine.partition.groups[began.group].name,
             lr=optimizer.lr.latched[0],
             grad_norm=optimizer.grad_norm,
             loss_scale=began.loss_scale,
@@ -59,20 +68,22 @@ class StepNotes:
             transfer_s=traffic.transfer_s,
             stalled_s=traffic.stalled_s,
             peak_bytes=peak_bytes(),
-            checkpoint_s=checkpoint_s,
-            forecast_bytes=forecast_bytes,
+            checkpoint_s=engine.checkpointer.take_waited_s(),
+            forecast_bytes=engine.memory.peak_bytes(began.group),
         )
         self._warn_if_not_finite(report)
         return report
 
-    def write_loss(self, loss: Tensor, parts: int) -> None:
-        """To DeepSpeed's monitors (``"csv_monitor"`` and the others), which get the rate from DeepSpeed alone.
+    def write_loss(self, loss: Tensor | None) -> None:
+        """Write the step's loss to DeepSpeed's monitors (``"csv_monitor"`` and the others), which get the rate from
+        DeepSpeed alone.
 
         Args:
-            loss: the sum over a step's micro-batches on this rank; the first rank's is written, divided by ``parts``.
+            loss: 0-dim, the sum over a step's micro-batches on this rank; only the first rank's is written.
         """
         engine = self._engine
-        if engine.monitor.enabled and engine.global_rank == 0:
+        if loss is not None and engine.monitor.enabled and engine.global_rank == 0:
+            parts = engine.gradient_accumulation_steps() if self.averages else 1
             engine.monitor.write_events([("Train/Samples/train_loss", loss.item() / parts, engine.global_samples)])
 
     def _warn_if_not_finite(self, report: StepReport) -> None:

@@ -49,7 +49,7 @@ class EngineEvents(TrainerCallback):
         if args.auto_find_batch_size:  # the config still has the number that was tried first
             engine.set_train_micro_batch_size(state.train_batch_size)
         if engine.lr_scheduler is None:  # the Trainer steps one of its own
-            engine.watch_scheduler(kwargs.get("lr_scheduler"), lambda: state.max_steps - engine.global_steps)
+            engine.optimizer.lr.watch(kwargs.get("lr_scheduler"), lambda: state.max_steps - engine.global_steps)
         disable_input_require_grads(engine.module)
         warning = engine.schedule.too_few_turns(state.max_steps)
         if self.says_coverage and warning and state.is_world_process_zero:

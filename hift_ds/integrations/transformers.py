@@ -24,10 +24,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from hift_ds.checkpoint.files import write_errors
 from hift_ds.config import BLOCK
-from hift_ds.engine.deepspeed_seam import nothing_compiled
 from hift_ds.engine.engine import HiFTEngine
-from hift_ds.engine.initialize import ensure_process_group, hift_engines
-from hift_ds.engine.single_process import as_single_process
+from hift_ds.engine.initialize import hift_engines
 from hift_ds.engine.zero3.export import export_partitioned
 from hift_ds.engine.zero3.shards import is_partitioned
 from hift_ds.errors import CheckpointError, ConfigError, OutOfMemory
@@ -39,6 +37,7 @@ from hift_ds.integrations.events import EngineEvents, disable_input_require_grad
 from hift_ds.integrations.finished_run import StopsWhenDone
 from hift_ds.integrations.weights_once import WeightsOnce
 from hift_ds.out_of_memory import explains_evaluation
+from hift_ds.process_group import as_single_process, ensure_process_group, nothing_compiled
 from hift_ds.ranks import on_all_ranks
 
 NO_BATCH_FITS = "No executable batch size found"  # accelerate's words

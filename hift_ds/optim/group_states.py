@@ -22,7 +22,9 @@ from hift_ds.layers.grouping import ALWAYS
 from hift_ds.optim.parameters import Chunk, GroupShard, Parameters, Piece
 from hift_ds.optim.piecewise import PieceState, PiecewiseOptimizer
 from hift_ds.precision import PrecisionPolicy
+from hift_ds.store.arithmetic import StateArithmetic
 from hift_ds.store.base import MASTER, StateStore, Weights
+from hift_ds.store.encoded import EncodedStateStore
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,14 @@ class GroupStates:
             shaped = [view for key, view in record.slots.items() if key not in self._elementwise]
             total += sum(view.dtype.itemsize * math.prod(view.shape) for view in shaped)
         return total
+
+    def arithmetic(self) -> StateArithmetic:
+        """What a step of a rotating group moves, on average over a cycle. The store's link is measured for it, once."""
+        store = self.store
+        assert isinstance(store, EncodedStateStore)
+        rotating = [group for index, group in self.groups.items() if index != ALWAYS]
+        moved = sum(store.num_bytes(chunk.id) for group in rotating for chunk in group.chunks)
+        return StateArithmetic(store.place, store.total_bytes(), moved / len(rotating), store.link, store.num_slots)
 
     # -- in a step --------------------------------------------------------------------------------------------
 

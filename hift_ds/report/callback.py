@@ -85,14 +85,10 @@ class ReportCallback(TrainerCallback):
         self._writer, self._kept_step = MetricsWriter(self.run_dir, resume_step=state.global_step), None
         self._progress = self._progress or make_progress()
         self._tokens = self._tokens_seen(state)
-        if (
-            self._largest_batch is not None
-            and args.device.type != "cpu"
-            and hasattr(self._get_engine(), "start_forecast")
-        ):
+        if self._largest_batch is not None and args.device.type != "cpu" and hasattr(self._get_engine(), "last_report"):
             rows, tokens = self._largest_batch
             # Fewer if others did not fit.
-            self._get_engine().start_forecast(state.train_batch_size or rows, tokens)
+            self._get_engine().memory.start(state.train_batch_size or rows, tokens)
         groups = self._groups()
         if groups:
             write_groups(self.run_dir, groups)
@@ -251,8 +247,8 @@ class ReportCallback(TrainerCallback):
             schedule = GroupSchedule(num_groups, steps_per_group=cycle_steps // num_groups)
             if warning := schedule.too_few_turns(state.max_steps):
                 self._progress.note(f"WARNING: {warning}", style="bold yellow")
-        if (arithmetic := getattr(self._get_engine(), "state_arithmetic", None)) is not None:
-            self._progress.note(arithmetic.line())
+        if (states := getattr(getattr(self._get_engine(), "optimizer", None), "states", None)) is not None:
+            self._progress.note(states.arithmetic().line())
 
     def _report_coverage(self, step: int) -> None:
         assert self._progress is not None

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from hift_ds.engine.deepspeed_seam import engine_class, nothing_compiled
+from hift_ds.engine.deepspeed_seam import engine_class
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.forecast.setting import (
     BETWEEN,
@@ -27,6 +27,7 @@ from hift_ds.forecast.setting import (
 )
 from hift_ds.hf.model_structure import build_on_meta
 from hift_ds.layers.arch import ArchSpec, find_arch
+from hift_ds.process_group import nothing_compiled
 from hift_ds.ranks import launch_variables
 from hift_ds.simulation import device as fake_device
 from hift_ds.simulation.accelerator import join_fake_ranks, use_fake_accelerator

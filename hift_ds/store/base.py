@@ -4,8 +4,9 @@ A store keeps, for every chunk of a layer group (by its id) and every key (``mas
 one flat 1-D tensor holding this rank's shard of all the chunk's parameters. It knows nothing of parameters or
 optimizers; :mod:`hift_ds.optim.group_optimizer` cuts the tensors into views.
 
-Life of a chunk: PARKED --prefetch--> ARRIVING --fetch--> RESIDENT --evict--> PARKED. Each transition may be
-called again in the state it leads to.
+Life of a chunk: parked --prefetch--> arriving --fetch--> resident --evict--> parked. Parked: only in its resting place.
+Arriving: its copy to the update device is under way, or it was evicted and its memory there has not been used again.
+Resident: its tensors on the update device are the current ones. Each call may be repeated in the state it leads to.
 
 Who does what below this interface: ``encoded`` turns tensors into the bytes that are kept (``codecs``,
 ``layout``); ``device`` keeps the bytes where updates run; ``parked`` moves them through slots, with
@@ -14,7 +15,6 @@ Who does what below this interface: ``encoded`` turns tensors into the bytes tha
 
 from __future__ import annotations
 
-import enum
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -27,12 +27,6 @@ MASTER = "master"  # key of the fp32 copies of 16-bit weights
 
 # Flat bf16 tensors, in the order of a master's elements: the weights it is the master of.
 Weights = Callable[[], Sequence[Tensor]]
-
-
-class Residency(enum.Enum):
-    PARKED = "parked"  # only in its resting place (evict)
-    ARRIVING = "arriving"  # on its way to the update device (prefetch), or still there
-    RESIDENT = "resident"  # tensors on the update device are the current ones (fetch)
 
 
 class Traffic:
@@ -48,7 +42,8 @@ class Traffic:
         self.bytes_out = 0
         self.transfer_s = 0.0
         self.stalled_s = 0.0
-        self.collect: Callable[[], None] | None = None  # asks for times that a device still keeps
+        # Called by ``take``: adds the times of copies that have ended, which CUDA events keep.
+        self.collect: Callable[[], None] | None = None
         self._lock = threading.Lock()
 
     def add(self, bytes_in: int = 0, bytes_out: int = 0, transfer_s: float = 0.0, stalled_s: float = 0.0) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from hift_ds.store.arithmetic import Link
 from hift_ds.store.base import StateStore
 from hift_ds.store.file_io import (
     PAGE_BYTES,
@@ -27,6 +26,7 @@ from hift_ds.store.file_io import (
 )
 from hift_ds.store.movers import IN, OUT, ThreadMover, streams_of
 from hift_ds.store.parked import ParkedStateStore
+from hift_ds.store.speeds import Link
 from hift_ds.store.state_folder import StateFolder
 
 PROBE_BYTES = 1 << 25
@@ -48,7 +48,7 @@ class DiskStateStore(ParkedStateStore):
     io: str = "auto"
     pin_memory: bool = True
     speed: DiskSpeed | None = field(default=None, init=False)  # as measured at the start
-    _folder: StateFolder = field(default=None, init=False)  # type: ignore[assignment]
+    _folder: StateFolder = field(init=False)
     # Per direction; with an accelerator only.
     _buffers: dict[str, Tensor] = field(default_factory=dict, init=False)
     _sides: dict[str, Any] = field(default_factory=dict, init=False)  # streams, likewise
@@ -85,7 +85,11 @@ class DiskStateStore(ParkedStateStore):
             self.speed = measure(self._folder.file("probe"), min(PROBE_BYTES, max(self.largest_bytes(), 1)), self.io)
         return self.speed
 
-    def measured_link(self) -> Link:
+    @property
+    def place(self) -> str:
+        return f"on disk ({'direct' if self._measure().direct else 'buffered'} I/O)"
+
+    def _measured_link(self) -> Link:
         speed = self._measure()
         return Link(speed.read, speed.write)
 

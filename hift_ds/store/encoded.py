@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from abc import abstractmethod
@@ -15,6 +16,7 @@ from hift_ds.errors import ConfigError
 from hift_ds.store.base import StateStore, Weights
 from hift_ds.store.codecs import BF16_MOMENTS, INT8_MOMENTS, SPLIT_MASTER, Exact, SplitMaster, codec_for
 from hift_ds.store.layout import ChunkLayout
+from hift_ds.store.speeds import Link
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +37,12 @@ class EncodedStateStore(StateStore):
     Args:
         codecs: names of compact forms (:mod:`hift_ds.store.codecs`).
         seed: of stochastic rounding; different on every rank.
+        num_slots: that chunks arrive in ahead of their update (:mod:`hift_ds.store.parked`); 0: no prefetch.
     """
 
     codecs: tuple[str, ...] = ()
     seed: int = 0
+    num_slots: int = 0
     _layouts: dict[int, ChunkLayout] = field(default_factory=dict, init=False)
     _working: dict[int, Working] = field(default_factory=dict, init=False)
     # Written, not yet encoded: a chunk and its decoded tensors.
@@ -66,6 +70,19 @@ class EncodedStateStore(StateStore):
     @abstractmethod
     def _replace_at_rest(self, chunk: int, memory: Tensor) -> None:
         """New bytes for the resting place."""
+
+    @property
+    def place(self) -> str:
+        """Where states rest, in words."""
+        return "in host memory" if self.device.type == "cpu" else "on the device"
+
+    @functools.cached_property
+    def link(self) -> Link | None:
+        """How fast chunks come and go, measured when first asked for; ``None`` if they rest where updates run."""
+        return self._measured_link()
+
+    def _measured_link(self) -> Link | None:
+        return None
 
     # -- StateStore ----------------------------------------------------------------------------------------
 

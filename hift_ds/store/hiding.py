@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from hift_ds.store.arithmetic import Link
+from hift_ds.store.speeds import Link
 
 PATIENCE = 0.05  # of a step's computing may be spent waiting: then the link still counts as hidden
 SAME = 0.01  # step times that differ by less count as one

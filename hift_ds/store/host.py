@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from hift_ds.errors import StateStoreError
-from hift_ds.store.arithmetic import Link, measure_link
 from hift_ds.store.base import StateStore
 from hift_ds.store.machine import THIS_MACHINE, Machine, processes_on_node
 from hift_ds.store.movers import StreamMover, ThreadMover, streams_of
 from hift_ds.store.page_locked import PageLockedMemory
 from hift_ds.store.parked import ParkedStateStore
+from hift_ds.store.speeds import Link, measure_link
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,11 @@ class HostStateStore(ParkedStateStore):
     def tensors_at_rest(self) -> list[Tensor]:
         return [segment for segments in self._host.values() for segment in segments]
 
-    def measured_link(self) -> Link:
+    @property
+    def place(self) -> str:
+        return "in host memory"
+
+    def _measured_link(self) -> Link:
         return measure_link(self.device, self.largest_bytes(), self.pin_memory)
 
     def _copy_in(self, chunk: int, memory: Tensor) -> None:

@@ -21,8 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hift_ds.store.arithmetic import Link
-from hift_ds.store.base import Residency
 from hift_ds.store.encoded import EncodedStateStore
 from hift_ds.store.layout import aligned
 from hift_ds.store.movers import IN, OUT, InlineMover, Mover
@@ -47,13 +45,8 @@ class Slot:
 
 @dataclass
 class ParkedStateStore(EncodedStateStore):
-    """What host and disk share: slots, their order of events, and the count of bytes.
+    """What host and disk share: slots, their order of events, and the count of bytes."""
 
-    Args:
-        num_slots: 0: no prefetch.
-    """
-
-    num_slots: int = 0
     mover: Mover = field(init=False)
     _slots: list[Slot] = field(default_factory=list, init=False)
     _departures: dict[int, Any] = field(default_factory=dict, init=False)  # of each chunk, the last
@@ -72,20 +65,10 @@ class ParkedStateStore(EncodedStateStore):
     def _copy_out(self, chunk: int, memory: Tensor) -> None:
         """Make ``memory`` the chunk's bytes. Runs in the mover. If it fails the old bytes stay."""
 
-    @abstractmethod
-    def measured_link(self) -> Link:
-        """How fast chunks can come and go."""
-
     def _new_memory(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     # -- StateStore ----------------------------------------------------------------------------------------
-
-    def residency(self, chunk: int) -> Residency:
-        slot = self._slot_of(chunk)
-        if slot is None:
-            return Residency.PARKED
-        return Residency.RESIDENT if slot.fetched else Residency.ARRIVING
 
     def prefetch(self, *chunks: int) -> None:
         # As many as there are slots: what comes later must not keep a slot from what comes first.

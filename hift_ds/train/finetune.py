@@ -29,8 +29,6 @@ from hift_ds.data.packing import packed_samples_are_isolated
 from hift_ds.data.prepare import PreparedData, prepare_data
 from hift_ds.data.tokenizers import load_tokenizer
 from hift_ds.dtypes import torch_dtype
-from hift_ds.engine.initialize import ensure_process_group
-from hift_ds.engine.single_process import as_single_process
 from hift_ds.engine.zero3.load import load_partitioned, remember_rounded_weights
 from hift_ds.errors import CheckpointError, ConfigError
 from hift_ds.hf.export import check_files_can_be_written, export_model
@@ -39,6 +37,7 @@ from hift_ds.hf.safetensors_folder import SafetensorsFolder, load_pretrained, te
 from hift_ds.hf.weight_names import skeleton
 from hift_ds.layers.grouping import partition_model
 from hift_ds.out_of_memory import no_traceback_when_full
+from hift_ds.process_group import as_single_process, ensure_process_group
 from hift_ds.ranks import avoid_broken_links, gather, on_all_ranks, rank_and_world_size
 from hift_ds.report.coverage import kept_step
 from hift_ds.report.groups import record_movement

@@ -167,7 +167,7 @@ def test_a_lost_rank_and_other_errors_of_its_library():
 def test_collectives_wait_longer_than_the_watchdog(monkeypatch):
     import deepspeed
 
-    from hift_ds.engine.initialize import ensure_process_group
+    from hift_ds.process_group import ensure_process_group
 
     for hang_timeout_s in (1.0, 7200.0, 10**6):
         assert collective_timeout_s(hang_timeout_s) > hang_timeout_s

@@ -82,7 +82,7 @@ def _main(job: str) -> None:
     try:
         import deepspeed
 
-        from hift_ds.engine.deepspeed_seam import nothing_compiled
+        from hift_ds.process_group import nothing_compiled
 
         with nothing_compiled():
             deepspeed.init_distributed("gloo")

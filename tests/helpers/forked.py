@@ -159,7 +159,7 @@ def _run(module: str, name: str, args: tuple, answer: Path) -> int:
 
     import torch
 
-    from hift_ds.engine.initialize import ensure_process_group
+    from hift_ds.process_group import ensure_process_group
 
     try:
         ensure_process_group()

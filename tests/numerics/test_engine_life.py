@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from hift_ds.engine.single_process import as_single_process
 from hift_ds.errors import ConfigError, HiFTError
+from hift_ds.process_group import as_single_process
 from tests.helpers.engines import ds_config, make_engine, train_step, weights_of
 from tests.helpers.toy import Toy, loss_of, make_batches
 

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hift_ds.errors import ConfigError, HiFTError, TrainingError
 from hift_ds.reference import ReferenceHiFT
-from hift_ds.store.arithmetic import Link
 from hift_ds.store.hiding import HiddenLayers
+from hift_ds.store.speeds import Link
 from tests.helpers.engines import ds_config, largest_difference, make_engine, train_step, weights_of
 from tests.helpers.toy import Toy, loss_of, make_batches
 

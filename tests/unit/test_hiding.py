@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from hift_ds.store.arithmetic import Link
 from hift_ds.store.hiding import BackwardCosts, fastest_share, layers_hidden, tokens_that_hide
+from hift_ds.store.speeds import Link
 
 # Ten layers of 1000 parameters. At 1000 FLOP/s and 1 token a layer's forward takes 2 s, its backward 4 s.
 LAYERS = [1000] * 10

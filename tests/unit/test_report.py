@@ -19,8 +19,8 @@ from matplotlib.image import imread
 from rich.console import Console
 from transformers import Trainer, TrainingArguments
 
-from hift_ds.engine.single_process import as_single_process
 from hift_ds.errors import DataError
+from hift_ds.process_group import as_single_process
 from hift_ds.report.callback import ReportCallback, report_instead_of_printing
 from hift_ds.report.coverage import make_coverage, write_coverage
 from hift_ds.report.groups import GroupSummary, add_distances, read_groups, record_movement, write_groups

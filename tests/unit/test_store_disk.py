@@ -108,7 +108,7 @@ def small_store(path, **options):
 
 
 @pytest.mark.parametrize("io", ["direct", "buffered"])
-def test_one_file_per_unit_removed_at_the_end(io, tmp_path):
+def test_one_file_per_chunk_removed_at_the_end(io, tmp_path):
     store = small_store(tmp_path, io=io)
     for chunk in range(3):
         store.fetch(chunk)["master"].fill_(chunk)

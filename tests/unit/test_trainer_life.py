@@ -21,8 +21,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import hift_ds
 import model_zoo
 from hift_ds import HiFTTrainer
-from hift_ds.engine.single_process import as_single_process
 from hift_ds.errors import ConfigError, HiFTError
+from hift_ds.process_group import as_single_process
 from tests.helpers.trainer import AUTO, arguments, ragged_dataset
 from tests.numerics.test_engine_life import hooks_of
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from hift_ds.checkpoint.write_plan import saved_tensors
-from hift_ds.engine.deepspeed_seam import world_rank_and_size
 from hift_ds.engine.zero3.shards import is_partitioned, whole_of
 from hift_ds.errors import CheckpointError
 from hift_ds.hf.export import export_model, parse_size
 from hift_ds.hf.weight_names import skeleton
+from hift_ds.process_group import world_rank_and_size
 from hift_ds.ranks import on_all_ranks
 
 if TYPE_CHECKING:

@@ -15,9 +15,6 @@ import torch
 from torch import Tensor
 
 from hift_ds.collectives import shard_bounds
-from hift_ds.engine.deepspeed_seam import broadcast_from_first_rank, world_rank_and_size
-from hift_ds.engine.initialize import ensure_process_group
-from hift_ds.engine.single_process import as_single_process
 from hift_ds.engine.zero3.exact_values import ExactValues, remember_exact_values
 from hift_ds.engine.zero3.shards import (
     accelerator_device,
@@ -28,6 +25,12 @@ from hift_ds.engine.zero3.shards import (
 from hift_ds.errors import ConfigError
 from hift_ds.hf.safetensors_folder import SafetensorsFolder, check_weights, note_filled, stream_weights
 from hift_ds.hf.weight_names import plan_load
+from hift_ds.process_group import (
+    as_single_process,
+    broadcast_from_first_rank,
+    ensure_process_group,
+    world_rank_and_size,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -37,9 +37,9 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
-from hift_ds.engine.single_process import as_single_process
 from hift_ds.engine.zero3.shards import PartitionedWeight, partitioned_weights, weight_file_of, whole_of
 from hift_ds.engine.zero3.weight_file import WeightFile
+from hift_ds.process_group import as_single_process
 
 EVALUATION = -1  # the coordinator of forward passes without gradients
 ALONE_NUMEL = 1 << 22  # a weight with more elements is gathered by a collective of its own

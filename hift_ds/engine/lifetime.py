@@ -1,0 +1,75 @@
+"""From an engine's first hook on a model to the moment when the model is its owner's again."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from hift_ds.errors import HiFTError
+
+if TYPE_CHECKING:
+    from hift_ds.engine.engine import HiFTEngine
+
+_engine_of: weakref.WeakKeyDictionary[nn.Module, weakref.ref[HiFTEngine]] = weakref.WeakKeyDictionary()
+
+
+class Lifetime:
+    """Whether one engine still trains, and what it gives back when it does not.
+
+    Attributes:
+        has_ended: training is over, and its states are gone.
+        is_over: the engine has let go of the model altogether.
+        hooks: on the model while it is trained.
+    """
+
+    def __init__(self, engine: HiFTEngine) -> None:
+        self._engine = engine
+        self.has_ended = self.is_over = False
+        self.hooks: list[RemovableHandle] = []
+
+    def began(self, model: nn.Module) -> None:
+        """The engine is made, and the only one of ``model``."""
+        _engine_of[model] = weakref.ref(self._engine)
+
+    def refuse_if_ended(self) -> None:
+        """Call this before anything that needs the states.
+
+        Raises:
+            HiFTError: they are gone.
+        """
+        if self.has_ended:
+            raise HiFTError("this engine's training has ended and its states are gone: make a new engine to go on")
+
+    def end_training(self, failed: bool) -> None:
+        """Give back what only training needs (:meth:`HiFTEngine.end_training`)."""
+        if self.has_ended:
+            return
+        try:
+            if not (failed and self._engine.world_size > 1):
+                self._engine.checkpointer.wait()
+        finally:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Give back hooks, activations' switches, the forecast and the states; also of an engine that an error left
+        half made."""
+        engine, self.has_ended = self._engine, True
+        for hook in self.hooks:
+            hook.remove()
+        if hasattr(engine, "savings"):
+            engine.savings.close()
+        engine.memory.stop()
+        if getattr(engine, "optimizer", None) is not None:
+            engine.optimizer.end_training(keep_states=engine.checkpointer.is_saving)
+
+
+def end_earlier_engine(model: Any) -> None:
+    """Destroy the engine that a loop which was interrupted and begun again has left on ``model``: the model must be its
+    owner's again before another engine takes it."""
+    reference = _engine_of.get(model) if isinstance(model, nn.Module) else None
+    earlier = reference() if reference is not None else None
+    if earlier is not None:
+        earlier.destroy()

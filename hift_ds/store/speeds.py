@@ -1,0 +1,63 @@
+"""How fast this machine is, measured: matrix products, updates, copies between host and device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hift_ds.store.movers import streams_of
+
+_UPDATE_NUMEL = 1 << 20  # parameters updated at once to measure an update
+_LINK_BYTES = 1 << 26  # copied to measure a link
+
+
+@dataclass(frozen=True)
+class Link:
+    """Bytes a second between the update device and where states rest, one way at a time."""
+
+    into: float
+    out: float
+
+
+def measure_flops(device: torch.device, dtype: torch.dtype, side: int) -> float:
+    """Operations a second of a product of two matrices of ``side`` rows and columns; the best of three."""
+    a = torch.ones(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / _best_s(device, lambda: a @ a)
+
+
+def measure_update(device: torch.device, numel: int) -> float:
+    """Seconds per parameter of torch's AdamW in fp32, the usual optimizer; fused where the device has that kernel.
+
+    Args:
+        numel: parameters updated at once; no more than a million are.
+    """
+    numel = min(numel, _UPDATE_NUMEL)
+    param = torch.nn.Parameter(torch.ones(numel, device=device))
+    param.grad = torch.ones_like(param)
+    try:
+        return _best_s(device, torch.optim.AdamW([param], fused=True).step) / numel
+    except RuntimeError:
+        return _best_s(device, torch.optim.AdamW([param]).step) / numel
+
+
+def measure_link(device: torch.device, num_bytes: int, pin_memory: bool) -> Link:
+    """Copy up to 64 MiB, ``num_bytes`` of them, between host memory and ``device``; the best of three each way."""
+    num_bytes = max(min(num_bytes, _LINK_BYTES), 1)
+    host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pin_memory and device.type != "cpu")
+    there = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    into = _best_s(device, lambda: there.copy_(host, non_blocking=True))
+    return Link(num_bytes / into, num_bytes / _best_s(device, lambda: host.copy_(there, non_blocking=True)))
+
+
+def _best_s(device: torch.device, work: Callable[[], object]) -> float:
+    streams, seconds = streams_of(device), []
+    for _ in range(4):  # the first warms up
+        started = time.perf_counter()
+        work()
+        if streams is not None:
+            streams.current_stream(device).synchronize()
+        seconds.append(time.perf_counter() - started)
+    return max(min(seconds[1:]), 1e-9)
