@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hift_ds.cli.estimate_input import add_input_arguments, setting_from
+from hift_ds.forecast.fit import CONTEXT_GIB, FRAGMENTATION, NCCL_GIB, budget_gib
 from hift_ds.forecast.setting import SWITCHES, GroupStep, Setting, is_on, torch_has_fake_devices, with_switch
 from hift_ds.forecast.steps import (
     GIB,
@@ -22,10 +23,6 @@ from hift_ds.forecast.steps import (
 )
 
 CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80)
-CONTEXT_GIB = 0.6  # of the driver and its libraries: assumed
-# Buffers of NCCL on several ranks: up to 0.5 a communicator, of which DeepSpeed makes two. Assumed.
-NCCL_GIB = 1.0
-FRAGMENTATION = 0.05  # of the allocated bytes, held by the allocator beside them: assumed
 LENGTH_STEP = 16
 LORA_RANK = 16
 NUM_PROCESSES = 2
@@ -222,11 +219,6 @@ def _flops(counted: Counted, steps: list[GroupStep]) -> dict[str, float]:
         "flops_ratio_full": mean / full,
         "flops_ratio_lora": mean / (lowest + adapters),
     }
-
-
-def budget_gib(card: float, world_size: int) -> float:
-    """What may be allocated on a card of ``card`` GiB, by the assumptions."""
-    return (card - CONTEXT_GIB - (NCCL_GIB if world_size > 1 else 0)) / (1 + FRAGMENTATION)
 
 
 def _fits(counted: Counted, peak: float) -> list[dict[str, Any]]:

@@ -44,11 +44,14 @@ from hift_ds.report.groups import record_movement
 from hift_ds.report.model_card import write_model_card
 from hift_ds.report.plots import plot_run
 from hift_ds.report.run_summary import RESULTS_FILE, versions
-from hift_ds.train.group_size import settle_group_size, settle_tokens
-from hift_ds.train.preflight import CheckedRun, check_run
+from hift_ds.train.card import card_here
+from hift_ds.train.fit import CHOSEN, FIT_FILE, Chosen, Facts, apply, choose
+from hift_ds.train.group_size import tokens_per_step
+from hift_ds.train.preflight import CheckedRun, check_run, with_settings
 from hift_ds.train.resumed_settings import SETTINGS_FILE, compare, fingerprint, read_settings, settings_of
 from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig
 from hift_ds.train.run_folder_lock import RunFolderLock
+from hift_ds.train.settings import gives_passes
 from hift_ds.train.spread_masters import gathered_weights
 from hift_ds.train.trainer import build_trainer, make_arguments, zero_stage
 from hift_ds.train.watchdog import collective_timeout_s, lost_rank_error
@@ -98,14 +101,20 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]
     tokenizer, data = on_all_ranks(lambda: _load_data(checked, arguments))
     for report in data.reports:
         say(str(report))
-    settle_group_size(checked, arguments, len(data.train), bool(checkpoints), say)
-    settle_tokens(checked, arguments, data.reports[0].tokens / len(data.train))
+    chosen = _choose(checked, data, checkpoints)
+    for line in chosen.lines:
+        say(line)
+    keys = chosen.keys | tokens_per_step(checked.settings, data.reports[0].tokens / len(data.train))
+    if keys:
+        checked = with_settings(checked, apply(checked.settings, keys))
+        arguments = on_all_ranks(lambda: make_arguments(checked, fresh=not checkpoints))
     model = on_all_ranks(lambda: _load_model(checked, arguments))
 
     on_all_ranks(lambda: check_files_can_be_written(model, tokenizer) if arguments.process_index == 0 else None)
     restore_cache = turn_cache_off(model.config)
     trainer = build_trainer(checked, arguments, model, tokenizer, data)
     settings = settings_of(run, arguments.deepspeed, model.config.to_dict(), fingerprint(data.train))
+    settings[CHOSEN] = chosen.record
     results = _train(trainer, run, checkpoints, settings)
     if trainer.preemption.stopped_by is not None:
         results["stopped_by"] = trainer.preemption.stopped_by
@@ -215,20 +224,34 @@ def _introduce(checked: CheckedRun, arguments: TrainingArguments, say: Callable[
     processes = f"{checked.world_size} process{'es' if checked.world_size > 1 else ''}"
     say(f"hift_ds {__version__}, {processes} on {device}")
     say(f"{model.path}: {model.numel:,} weights in {model.dtype}, trained in {checked.dtype}")
-    say(
-        f"{batch.global_batch_size} rows a step: {batch.micro_batch_size} x "
-        f"{batch.gradient_accumulation_steps} accumulated x {processes}, "
-        f"up to {checked.max_length:,} tokens each"
+    is_open = checked.run.fit is not None and not gives_passes(checked.settings)  # said when it is chosen
+    parts = (
+        "" if is_open else f": {batch.micro_batch_size} x {batch.gradient_accumulation_steps} accumulated x {processes}"
     )
+    say(f"{batch.global_batch_size} rows a step{parts}, up to {checked.max_length:,} tokens each")
 
 
-def _write_settings(run: RunConfig, deepspeed: Any) -> None:
+def _choose(checked: CheckedRun, data: PreparedData, checkpoints: list[Path]) -> Chosen:
+    """What the run leaves open, by the first rank for all."""
+    longest = max((report.longest_tokens for report in data.reports), default=checked.max_length)
+    length = checked.max_length if checked.run.data.packing else min(max(longest, 1), checked.max_length)
+    facts = Facts(checked.settings, checked.dtype, str(checked.model.path), length, len(data.train))
+    before = (read_settings(checkpoints[0]) or {}).get(CHOSEN) if checkpoints else None
+    cards = gather(on_all_ranks(lambda: card_here(checked.settings, checked.dtype)))
+    least = min(cards, key=lambda card: card.usable_bytes)
+    first = rank_and_world_size()[0] == 0
+    return gather(on_all_ranks(lambda: choose(facts, least, before) if first else None))[0]
+
+
+def _write_settings(run: RunConfig, deepspeed: Any, chosen: Any) -> None:
     """What the run folder is the run of. Nothing before: a run that is refused changes nothing."""
     (run.output_dir / RESULTS_FILE).unlink(missing_ok=True)  # of a run that ended before this one goes on
     origin = f"# {run.file} {' '.join(run.overrides)}".rstrip()
     content = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     replace_text(run.output_dir / RUN_FILE_COPY, f"{origin}\n# every key, defaults included\n{content}")
     _write_json(run.output_dir / "deepspeed.json", deepspeed)
+    if chosen:
+        _write_json(run.output_dir / FIT_FILE, chosen)
 
 
 # -- loading -------------------------------------------------------------------------------------------------
@@ -296,7 +319,7 @@ class _Began(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
         if not self.began and args.process_index == 0:
-            _write_settings(self.run, args.deepspeed)
+            _write_settings(self.run, args.deepspeed, self.settings.get(CHOSEN))
         self.began = True
 
 

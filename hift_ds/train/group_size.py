@@ -1,154 +1,244 @@
-"""How many units a layer group gets where the run file does not say: enough turns for each group, within the memory.
+"""How many blocks a layer group gets where the run file does not say: enough turns for each group, within the memory
+and, beyond a few turns, within what the link carries while the model computes.
 
 Each step trains one of k groups, so a run of S steps gives each S / k turns. Few turns cost what is learned
-(docs/group_size.md has the measurements behind the numbers here); large groups cost memory, and nothing else as long as
-the link keeps up, which the line about transfers at the start of a run says.
+(docs/group_size.md has the measurements behind the numbers here).
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from hift_ds.config import BLOCK, HiFTConfig
-from hift_ds.engine.deepspeed_seam import device_bytes
+from hift_ds.config import HiFTConfig
+from hift_ds.dtypes import Dtype
+from hift_ds.forecast.fit import STATE_BYTES
+from hift_ds.forecast.setting import SLICE_NUMEL
 from hift_ds.hf.model_structure import build_on_meta, read_config
-from hift_ds.layers.grouping import partition_model
-from hift_ds.ranks import gather
-from hift_ds.train.preflight import CheckedRun
+from hift_ds.layers.arch import find_arch
+from hift_ds.layers.grouping import LayerGroup, partition_model
+from hift_ds.store.arithmetic import FLOPS_PER_TOKEN_AND_PARAMETER
+from hift_ds.train.card import Card
+from hift_ds.train.settings import Settings
 
 ENOUGH_TURNS = 16  # where SmolLM2-135M's held-out loss was that of full fine-tuning
+FEWEST_TURNS = 4  # below, every trainer warns: so many are worth waiting for the link
 FEWEST_GROUPS = 4  # below, little is saved
-DEVICE_SHARE = 0.75  # of the device for weights, one group's gradients and states; the rest is for activations
-_MASTER, _MOMENTS = 4, 8  # bytes a weight, AdamW's
+DEVICE_SHARE = 0.75  # of the usable memory for weights, one group's gradients and states; the rest is for activations
+_GROUP_KEYS = frozenset({"group_size", "groups", "always_active", "steps_per_group"})
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What a model's config says of the sizes of its groups.
+
+    Attributes:
+        config: of transformers.
+    """
+
+    config: Any
+    trust_remote_code: bool = False
+
+    @classmethod
+    def read(cls, source: str, trust_remote_code: bool) -> ModelSizes:
+        """Args: source: what :func:`~hift_ds.hf.model_structure.read_config` takes."""
+        return cls(read_config(source, trust_remote_code=trust_remote_code), trust_remote_code)
+
+    @cached_property
+    def model(self) -> Any:
+        """On the meta device."""
+        return build_on_meta(self.config, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def numel(self) -> int:
+        """Parameters, tied ones once."""
+        return sum(param.numel() for param in self.model.parameters())
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks between embedding and head."""
+        return len(find_arch(self.model).blocks)
+
+    @cached_property
+    def by_size(self) -> list[tuple[LayerGroup, ...]]:
+        """The groups for sizes 1, 2, 3, ..., as far as enough groups are left."""
+        first = partition_model(self.model).groups
+        sizes = range(2, len(first) // FEWEST_GROUPS + 2)
+        return [first, *(partition_model(self.model, group_size=size).groups for size in sizes)]
+
+    def largest_group(self, block: HiFTConfig) -> int:
+        """Parameters of the largest turn."""
+        partition = partition_model(
+            self.model, group_size=block.first_group_size, patterns=block.groups, always_active=block.always_active
+        )
+        always = partition.always.numel if partition.always else 0
+        return max(group.numel for group in partition.groups) + always
+
+    def largest_part(self) -> int:
+        """Parameters of the largest embedding, block or head."""
+        return max(group.numel for group in self.by_size[0])
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, and what it comes from."""
+    """What was chosen, and what it comes from.
+
+    Attributes:
+        limit: what keeps groups from being larger: "", "memory" or "link".
+    """
 
     group_size: int
     num_groups: int
     num_steps: int
-    fits_more: bool
-    """Larger groups would still fit the device."""
+    limit: str = ""
+    update: str = "after_backward"
 
     def line(self) -> str:
+        """For the terminal."""
         turns = self.num_steps / self.num_groups
-        given = f"group size {self.group_size}: {self.num_groups} layer groups, {turns:.1f} turns each"
+        text = f"group size {self.group_size}: {self.num_groups} layer groups, {turns:.1f} turns each"
+        text += f" in {self.num_steps} steps"
+        if self.update == "in_backward":
+            text += ", updated in backward, since their gradients and states would not fit at once"
         if turns >= ENOUGH_TURNS:
-            return f"{given} in {self.num_steps} steps"
-        why = "a longer run learns more" if self.fits_more else "larger groups would not fit; a longer run learns more"
-        return f"{given} in {self.num_steps} steps ({why}; docs/group_size.md)"
+            return text
+        why = {"": "", "memory": "larger groups would not fit; ", "link": "larger groups would wait for their states; "}
+        return f"{text} ({why[self.limit]}a longer run learns more; docs/group_size.md)"
 
 
-def settle_group_size(
-    checked: CheckedRun, arguments: Any, num_rows: int, goes_on: bool, say: Callable[[str], None]
-) -> None:
-    """Put the group size into the DeepSpeed config of ``arguments``, if the user has said nothing of groups or turns.
+def choose_groups(
+    settings: Settings, dtype: Dtype, length: int, num_rows: int | None, model: ModelSizes, card: Card | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Keys of the run file and lines for the terminal; neither if the user has said anything of groups or turns.
 
     Args:
-        num_rows: of the training data.
-        goes_on: from a checkpoint, whose run has chosen already; its deepspeed.json says what.
+        length: tokens of a row.
+        num_rows: of the training data; None where that is not known.
+        card: None: any.
     """
-    block = checked.settings.hift
-    if block is None or block.model_fields_set & {"group_size", "groups", "always_active", "steps_per_group"}:
-        return
-    size = gather(_size_before(checked) if goes_on else None)[0]
-    if size is None:
-        choice = choose_group_size(
-            _groups_by_size(checked),
-            num_steps(checked, num_rows),
-            None if arguments.device.type == "cpu" else _room(checked, arguments.deepspeed, block),
-        )
-        say(choice.line())
-        size = choice.group_size
-    for config in (arguments.deepspeed, arguments.deepspeed_plugin.deepspeed_config):
-        config[BLOCK]["group_size"] = size
+    block = settings.hift
+    if block is None or block.model_fields_set & _GROUP_KEYS:
+        return {}, ()
+    steps = num_steps(settings, num_rows)
+    if steps is None:
+        return {}, ("group size 1: without the data the run's length is not known (train.max_steps gives it)",)
+    bounded = card is not None and not card.is_host
+    choice = choose_group_size(
+        model.by_size,
+        steps,
+        _memory_rule(settings, dtype, model, card) if bounded else None,
+        _link_rule(settings, length, model, card) if bounded else None,
+    )
+    keys: dict[str, Any] = {"hift.group_size": choice.group_size}
+    if choice.update == "in_backward":
+        keys["hift.update"] = choice.update
+    return keys, (choice.line(),)
 
 
-def settle_tokens(checked: CheckedRun, arguments: Any, tokens_per_row: float) -> None:
-    """Put the tokens of a step into the DeepSpeed config of ``arguments``, where the group size follows from them.
+def tokens_per_step(settings: Settings, tokens_per_row: float) -> dict[str, Any]:
+    """The key that ``group_size: auto`` follows from: tokens of a step on one rank. Nothing where it is given or not
+    needed.
 
     Args:
         tokens_per_row: of the training data, on average.
     """
-    block = checked.settings.hift
+    block = settings.hift
     if block is None or block.group_size != "auto" or block.tokens_per_step is not None:
-        return
-    batch = checked.batch
-    tokens = max(round(batch.micro_batch_size * batch.gradient_accumulation_steps * tokens_per_row), 1)
-    for config in (arguments.deepspeed, arguments.deepspeed_plugin.deepspeed_config):
-        config[BLOCK]["tokens_per_step"] = tokens
+        return {}
+    rows = settings.batch.micro_batch_size * settings.batch.gradient_accumulation_steps
+    return {"hift.tokens_per_step": max(round(rows * tokens_per_row), 1)}
 
 
 def choose_group_size(
-    groups_by_size: Sequence[Sequence[int]], num_steps: int, fits: Callable[[int], bool] | None = None
+    by_size: Sequence[Sequence[LayerGroup]],
+    num_steps: int,
+    update_that_fits: Callable[[Sequence[LayerGroup]], str | None] | None = None,
+    is_hidden: Callable[[Sequence[LayerGroup]], bool] | None = None,
 ) -> Choice:
     """The smallest groups that get enough turns; if the run is too short for that, the largest allowed.
 
     Args:
-        groups_by_size: weights in each group for group sizes 1, 2, 3, ...
+        by_size: groups for group sizes 1, 2, 3, ...
         num_steps: optimizer steps of the run.
-        fits: whether the device has room for a group of so many weights; None: it has.
+        update_that_fits: ``hift.update`` for such groups, None if no update has the room; without the rule everything
+            fits.
+        is_hidden: whether the transfers of their states end while the model computes.
     """
-    largest = 1
-    fits_more = False
-    for size, groups in enumerate(groups_by_size, start=1):
-        if size > 1 and len(groups) < FEWEST_GROUPS:
+    best, update, limit = 1, "after_backward", ""
+    for size, groups in enumerate(by_size, start=1):
+        fewest = by_size[best - 1]
+        if num_steps >= ENOUGH_TURNS * len(fewest) or (size > 1 and len(groups) < FEWEST_GROUPS):
             break
-        if size > 1 and fits is not None and not fits(max(groups)):
-            return Choice(largest, len(groups_by_size[largest - 1]), num_steps, fits_more=False)
-        if len(groups) < len(groups_by_size[largest - 1]):
-            largest = size
-        if num_steps >= ENOUGH_TURNS * len(groups_by_size[largest - 1]):
-            fits_more = True
+        if size == 1 or len(groups) == len(fewest):
+            continue
+        found = update_that_fits(groups) if update_that_fits is not None else update
+        if found is None:
+            limit = "memory"
             break
-    return Choice(largest, len(groups_by_size[largest - 1]), num_steps, fits_more or largest > 1)
+        if is_hidden is not None and not is_hidden(groups) and num_steps >= FEWEST_TURNS * len(fewest):
+            limit = "link"
+            break
+        best, update = size, found
+    return Choice(best, len(by_size[best - 1]), num_steps, limit, update)
 
 
-def num_steps(checked: CheckedRun, num_rows: int) -> int:
-    """Optimizer steps of the run, counted as the Trainer counts them."""
-    train, batch = checked.run.train, checked.batch
+def num_steps(settings: Settings, num_rows: int | None) -> int | None:
+    """Optimizer steps of the run, counted as the Trainer counts them; None where ``num_rows`` decides and is not
+    known."""
+    train, batch = settings.run.train, settings.batch
     if train.max_steps:
         return train.max_steps
-    passes = math.ceil(num_rows / (batch.micro_batch_size * checked.world_size))
+    if num_rows is None:
+        return None
+    passes = math.ceil(num_rows / (batch.micro_batch_size * settings.world_size))
     return math.ceil(train.epochs * max(math.ceil(passes / batch.gradient_accumulation_steps), 1))
 
 
-def _groups_by_size(checked: CheckedRun) -> list[list[int]]:
-    trust = checked.run.model.trust_remote_code
-    model = build_on_meta(read_config(str(checked.model.path), trust_remote_code=trust), trust_remote_code=trust)
-    first = [group.numel for group in partition_model(model).groups]
-    sizes = range(2, len(first) // FEWEST_GROUPS + 2)
-    return [first, *([g.numel for g in partition_model(model, group_size=size).groups] for size in sizes)]
-
-
-def _room(checked: CheckedRun, ds: Mapping[str, Any], block: HiFTConfig) -> Callable[[int], bool]:
-    is_16_bit = checked.dtype != "fp32"
-    ranks, weight = checked.world_size, 2 if is_16_bit else 4
-    is_sharded = (ds.get("zero_optimization") or {}).get("stage", 0) == 3
-    weights = checked.model.numel * weight // (ranks if is_sharded else 1)
-    room = DEVICE_SHARE * device_bytes() - weights
-    states = _MOMENTS + (_MASTER if is_16_bit and block.master_weights else 0)
-    state = block.state
+def _memory_rule(
+    settings: Settings, dtype: Dtype, model: ModelSizes, card: Card
+) -> Callable[[Sequence[LayerGroup]], str | None]:
+    """After backward the gradients and visiting states of a whole group are there at once, in backward those of one
+    embedding, block or head."""
+    block = settings.hift
+    assert block is not None
+    state, ranks, weight = block.state, settings.world_size, 2 if dtype != "fp32" else 4
+    is_sharded = (settings.written.get("zero_optimization") or {}).get("stage", 0) == 3
+    states = STATE_BYTES if dtype != "fp32" and block.master_weights else 8
+    gradient = weight + (4 if settings.batch.gradient_accumulation_steps > 1 and weight < 4 else 0)
+    room = DEVICE_SHARE * card.usable_bytes - model.numel * weight // (ranks if is_sharded else 1)
     if state.residency == "device":
-        room -= states * checked.model.numel // ranks
-    fetched = state.residency != "device" and state.step_on == "device"
+        room -= states * model.numel // ranks
+    is_sliced = state.slice_numel or (settings.run.fit is not None and "slice_numel" not in state.model_fields_set)
+    at_once = (state.slice_numel or SLICE_NUMEL) if is_sliced else None
+    visits = state.residency != "device" and state.step_on == "device"
+    in_backward = "update" not in block.model_fields_set and dtype != "fp16" and state.residency != "disk"
 
     def fits(numel: int) -> bool:
-        visiting = min(numel, state.slice_numel or numel) * states * state.slots // ranks if fetched else 0
-        return numel * weight + visiting <= room
+        visiting = min(numel, at_once or numel) * states * (state.slots or 1) // ranks if visits else 0
+        return numel * gradient + visiting <= room
 
-    return fits
+    def update_that_fits(groups: Sequence[LayerGroup]) -> str | None:
+        if fits(max(group.numel for group in groups)):
+            return block.update
+        return "in_backward" if in_backward and fits(model.largest_part()) else None
+
+    return update_that_fits
 
 
-def _size_before(checked: CheckedRun) -> int | None:
-    try:
-        saved = json.loads((checked.run.output_dir / "deepspeed.json").read_text(encoding="utf-8"))
-        return int(saved[BLOCK]["group_size"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _link_rule(
+    settings: Settings, length: int, model: ModelSizes, card: Card
+) -> Callable[[Sequence[LayerGroup]], bool]:
+    block = settings.hift
+    assert block is not None
+    rows = settings.batch.global_batch_size // settings.world_size
+    compute = rows * length * FLOPS_PER_TOKEN_AND_PARAMETER * model.numel / card.speeds.flops_s
+    moves = block.state.residency != "device"
+
+    def is_hidden(groups: Sequence[LayerGroup]) -> bool:
+        mean = model.numel / len(groups)
+        return not moves or 2 * STATE_BYTES * mean / settings.world_size / card.speeds.link <= compute
+
+    return is_hidden

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,12 @@ def check_run(run: RunConfig, world_size: int) -> CheckedRun:
     if settings.hift is not None:
         _check_optimizer(checked.arguments["deepspeed"]["optimizer"])
     return checked
+
+
+def with_settings(checked: CheckedRun, settings: Settings) -> CheckedRun:
+    """The same run with what was chosen since it was checked."""
+    arguments = training_arguments(settings, checked.dtype, has_eval=checked.has_eval)
+    return replace(checked, settings=settings, arguments=arguments)
 
 
 def resolve_tokenizer_folder(run: RunConfig, model_folder: Path) -> Path:

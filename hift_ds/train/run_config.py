@@ -178,8 +178,8 @@ class RunConfig(Section):
     """A DeepSpeed JSON, or its contents. Its own batch sizes, optimizer and precision hold unless given
     above."""
     hift: Any = {}
-    """Keys of the "hift" block, over those of the DeepSpeed JSON. false: ordinary full fine-tuning, all at
-    once."""
+    """Keys of the "hift" block, over those of the DeepSpeed JSON; and ``fit``: what is chosen for the card. false:
+    ordinary full fine-tuning, all at once."""
 
     _file: Path | None = PrivateAttr(None)
     _overrides: tuple[str, ...] = PrivateAttr(())
@@ -194,9 +194,24 @@ class RunConfig(Section):
     @field_validator("hift")
     @classmethod
     def _block_or_false(cls, value: Any) -> Any:
-        if value is False or isinstance(value, dict):
-            return value
-        raise ValueError(f"expected keys of the hift block or false, got {value!r}")
+        if not (value is False or isinstance(value, dict)):
+            raise ValueError(f"expected keys of the hift block or false, got {value!r}")
+        fit = value.get("fit", "auto") if value else "off"
+        is_number = isinstance(fit, int | float) and not isinstance(fit, bool) and fit > 0
+        if not is_number and fit is not False and fit not in ("auto", "off"):  # YAML reads off as false
+            raise ValueError(f"hift.fit: expected auto, off or a number of GiB, got {fit!r}")
+        return value
+
+    @property
+    def hift_block(self) -> dict[str, Any]:
+        """Keys of the "hift" block."""
+        return {key: value for key, value in (self.hift or {}).items() if key != "fit"}
+
+    @property
+    def fit(self) -> float | Literal["auto"] | None:
+        """GiB of the card that the run is to fit; "auto": of the one that is there; None: nothing is chosen."""
+        fit = self.hift.get("fit", "auto") if self.hift is not False else None
+        return None if fit in (False, "off") else fit
 
     @property
     def file(self) -> Path | None:

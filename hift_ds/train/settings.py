@@ -113,6 +113,17 @@ def _batch_sizes(run: RunConfig, ds: Mapping[str, Any], world_size: int) -> Batc
     return BatchSizes(one // world_size, total // one, total)
 
 
+def gives_passes(settings: Settings) -> bool:
+    """Whether run file or DeepSpeed JSON decide how the rows of an optimizer step are cut into forward passes. They do
+    not where they give ``global_batch_size`` alone."""
+    run, ds = settings.run, settings.written
+    keys = {"train.micro_batch_size": "train_micro_batch_size_per_gpu",
+            "train.gradient_accumulation_steps": "gradient_accumulation_steps"}  # fmt: skip
+    if any(_agreed(run, key, ds, ds_key) is not None for key, ds_key in keys.items()):
+        return True
+    return _agreed(run, "train.global_batch_size", ds, "train_batch_size") is None
+
+
 def resolve_dtype(settings: Settings, stored: Dtype) -> Dtype:
     """The dtype of the weights in training.
 
@@ -164,7 +175,7 @@ def resolve_max_length(run: RunConfig, limit: int | None) -> int:
 def _hift_block(run: RunConfig, ds: Mapping[str, Any]) -> HiFTConfig | None:
     if run.hift is False:
         return None
-    return parse_block(_merged(ds.get(BLOCK) or {}, run.hift))
+    return parse_block(_merged(ds.get(BLOCK) or {}, run.hift_block))
 
 
 def deepspeed_config(settings: Settings, dtype: Dtype) -> dict[str, Any]:

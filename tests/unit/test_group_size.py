@@ -1,19 +1,36 @@
-"""The group size that a run gets where its file says nothing: by the length of the run and the memory of the device."""
+"""The group size that a run gets where its file says nothing: by its length, the memory of the device and the link."""
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from hift_ds.train import finetune as finetuning
-from hift_ds.train.finetune import finetune
-from hift_ds.train.group_size import ENOUGH_TURNS, FEWEST_GROUPS, choose_group_size
-from hift_ds.train.run_config import load_run_config
-from tests.unit.test_launch import inputs, own_cache, write_run  # noqa: F401  (fixtures)
+import model_zoo
+from hift_ds.forecast.fit import Speeds
+from hift_ds.layers.grouping import LayerGroup
+from hift_ds.train.card import Card, card_of
+from hift_ds.train.group_size import (
+    ENOUGH_TURNS,
+    FEWEST_GROUPS,
+    FEWEST_TURNS,
+    ModelSizes,
+    choose_group_size,
+    choose_groups,
+)
+from hift_ds.train.run_config import RunConfig
+from hift_ds.train.settings import resolve
 
 UNITS = 32
-GROUPS = [[10 * m] * (UNITS // m) + [10 * (UNITS % m)] * (UNITS % m > 0) for m in range(1, 12)]
+
+
+def groups_of(*numels: int) -> tuple[LayerGroup, ...]:
+    return tuple(LayerGroup(index, str(index), (), numel) for index, numel in enumerate(numels))
+
+
+GROUPS = [groups_of(*[10 * m] * (UNITS // m), *[10 * (UNITS % m)] * (UNITS % m > 0)) for m in range(1, 12)]
+
+
+def largest(groups) -> int:
+    return max(group.numel for group in groups)
 
 
 def test_the_smallest_groups_that_get_enough_turns():
@@ -27,57 +44,72 @@ def test_the_smallest_groups_that_get_enough_turns():
     assert choose_group_size(GROUPS, 511).group_size == 2
 
 
-def test_memory_limits_it_and_one_unit_is_always_allowed():
-    choice = choose_group_size(GROUPS, 64, lambda numel: numel <= 30)
-    assert (choice.group_size, choice.fits_more) == (3, False)
-    assert "larger groups would not fit" in choice.line()
-    assert choose_group_size(GROUPS, 64, lambda numel: False).group_size == 1
-
-
 def test_a_size_that_makes_no_fewer_groups_is_not_taken():
-    assert choose_group_size([[1] * 5, [2, 2, 1], [3, 2]], 3).group_size == 1  # three groups are too few
-    assert choose_group_size([[1] * 9, [2] * 4 + [1], [3] * 3], 3).group_size == 2
+    five = [groups_of(1, 1, 1, 1, 1), groups_of(2, 2, 1), groups_of(3, 2)]
+    assert choose_group_size(five, 3).group_size == 1  # three groups are too few
+    assert choose_group_size([groups_of(*[1] * 9), groups_of(2, 2, 2, 2, 1), groups_of(3, 3, 3)], 3).group_size == 2
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [({}, 2), ({"group_size": 1}, 1), ({"groups": [["embed"], ["layers", "norm", "head"]]}, 1)],
-)
-def test_a_run_says_what_it_chose_and_goes_on_with_it(inputs, tmp_path, capsys, monkeypatch, given, expected):  # noqa: F811
-    monkeypatch.setattr(finetuning, "_load_model", _stop)
-    # nine units: embedding, seven blocks, norm with head
-    import model_zoo
-    from tests.helpers.tiny_tokenizers import byte_level
-
-    folder = tmp_path / "model"
-    model_zoo.tiny.build("llama", vocab_size=280, max_position_embeddings=256, num_hidden_layers=7).save_pretrained(
-        folder
-    )
-    byte_level().save_pretrained(folder)
-    seen = []
-    settle = finetuning.settle_group_size
-
-    def watch(checked, arguments, *rest):
-        settle(checked, arguments, *rest)
-        seen.append(arguments.deepspeed_plugin.deepspeed_config["hift"]["group_size"])
-        assert arguments.deepspeed["hift"]["group_size"] == seen[-1]
-        checked.run.output_dir.mkdir(exist_ok=True)
-        (checked.run.output_dir / "deepspeed.json").write_text(json.dumps({"hift": {"group_size": 3}}))
-        settle(checked, arguments, 400, True, print)  # of a run that began with three units in a group
-        again = arguments.deepspeed["hift"]["group_size"]
-        assert again == (seen[-1] if given else 3)
-
-    monkeypatch.setattr(finetuning, "settle_group_size", watch)
-    file = write_run(inputs, tmp_path / "run", model__path=str(folder), hift=given)
-    with pytest.raises(_Stopped):
-        finetune(load_run_config(file))
-    assert seen == [expected]
-    assert ("group size 2: 5 layer groups, 2.4 turns each" in capsys.readouterr().out) == (not given)
+def test_memory_limits_it_and_one_block_is_always_allowed():
+    choice = choose_group_size(GROUPS, 64, lambda groups: "after_backward" if largest(groups) <= 30 else None)
+    assert (choice.group_size, choice.limit, choice.update) == (3, "memory", "after_backward")
+    assert "larger groups would not fit" in choice.line()
+    assert choose_group_size(GROUPS, 64, lambda groups: None).group_size == 1
 
 
-class _Stopped(Exception):
-    pass
+def test_what_fits_in_backward_only_is_updated_there():
+    def rule(groups):
+        return "after_backward" if largest(groups) <= 30 else "in_backward"
+
+    choice = choose_group_size(GROUPS, 64, rule)
+    assert (choice.num_groups, choice.update) == (4, "in_backward")
+    assert "updated in backward" in choice.line()
+    assert choose_group_size(GROUPS, 512, rule).update == "after_backward"
 
 
-def _stop(*args):
-    raise _Stopped
+def test_beyond_a_few_turns_groups_do_not_wait_for_the_link():
+    """Four turns each are worth the wait, sixteen are not."""
+    choice = choose_group_size(GROUPS, 80, is_hidden=lambda groups: largest(groups) <= 20)
+    assert (choice.group_size, choice.limit) == (2, "link") and FEWEST_TURNS * choice.num_groups <= 80
+    assert "wait for their states" in choice.line()
+    short = choose_group_size(GROUPS, 32, is_hidden=lambda groups: False)
+    assert short.num_groups == 8 == 32 / FEWEST_TURNS and short.limit == "link"
+
+
+def settings_of(hift=None, **train):
+    content = {"model": {"path": "x"}, "data": {"train": "y"}, "hift": hift or {}}
+    return resolve(RunConfig.model_validate({**content, "train": {"output_dir": "z", **train}}), 1)
+
+
+@pytest.mark.parametrize("size, card, expected", [
+    ("llama2_7b", 80, {"hift.group_size": 9}),  # 34 units in 4 groups: 32 steps are few
+    ("llama2_7b", 24, {"hift.group_size": 9, "hift.update": "in_backward"}),
+    ("llama2_7b", 16, {"hift.group_size": 1}),
+])  # fmt: skip
+def test_a_short_run_on_cards(size, card, expected):
+    model = ModelSizes.read(size, False)
+    settings = settings_of(max_steps=32, global_batch_size=64, micro_batch_size=1)
+    keys, lines = choose_groups(settings, "bf16", 2048, None, model, card_of(card, 1))
+    assert keys == expected, lines
+
+
+def test_a_slow_link_is_seen_and_what_the_user_says_holds():
+    model = ModelSizes.read("llama2_7b", False)
+    fast, slow = (Card("", 80 << 30, Speeds(100e12, link)) for link in (20e9, 0.5e9))
+    run = settings_of(max_steps=200, global_batch_size=16, micro_batch_size=1)
+    assert choose_groups(run, "bf16", 1024, None, model, fast)[0] == {"hift.group_size": 3}
+    assert choose_groups(run, "bf16", 1024, None, model, slow)[0] == {"hift.group_size": 1}
+    on_host = choose_groups(run, "bf16", 1024, None, model, Card("", 1 << 30, is_host=True))
+    assert on_host[0] == {"hift.group_size": 3}  # nothing is bounded there
+    for given in ({"group_size": 1}, {"groups": [["embed"]]}, {"always_active": ["norm"]}, {"steps_per_group": 2}):
+        assert choose_groups(settings_of(given, max_steps=32), "bf16", 1024, None, model, fast) == ({}, ())
+    after = settings_of({"update": "after_backward"}, max_steps=32, global_batch_size=64, micro_batch_size=1)
+    keys, _ = choose_groups(after, "bf16", 2048, None, model, card_of(24, 1))
+    assert keys["hift.group_size"] < 9 and "hift.update" not in keys
+
+
+def test_the_length_of_a_run_comes_from_its_data_or_is_not_known():
+    model = ModelSizes(model_zoo.config("smollm2_135m"))
+    assert "not known" in choose_groups(settings_of(), "fp32", 512, None, model, None)[1][0]
+    keys, (line,) = choose_groups(settings_of(epochs=2.0, global_batch_size=16), "fp32", 512, 512, model, None)
+    assert keys == {"hift.group_size": 8} and "16.0 turns each in 64 steps" in line

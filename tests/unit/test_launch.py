@@ -557,8 +557,8 @@ def test_the_few_fp32_weights_of_a_folder_in_bf16_keep_their_bits(inputs, tmp_pa
 
 
 def test_a_run_reads_its_deepspeed_json_once_and_builds_its_config_once(inputs, tmp_path, monkeypatch):
-    """From the check of the run file to the export, with a hift block in the JSON."""
-    (tmp_path / "ds.json").write_text(json.dumps({"hift": {"order": "top2down"}}))
+    """From the check of the run file to the export, with a hift block in the JSON; nothing is left to be chosen."""
+    (tmp_path / "ds.json").write_text(json.dumps({"hift": {"order": "top2down", "group_size": 1}}))
     calls = Counter()
 
     def counted(name):
