@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hift_ds.cli.estimate_input import add_input_arguments, setting_from
+from hift_ds.cli.estimate_input import add_input_arguments, setting_and_choice
 from hift_ds.forecast.fit import CONTEXT_GIB, FRAGMENTATION, NCCL_GIB, budget_gib
 from hift_ds.forecast.setting import SWITCHES, GroupStep, Setting, is_on, torch_has_fake_devices, with_switch
 from hift_ds.forecast.steps import (
@@ -255,8 +255,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    setting = setting_from(args)
+    setting, chosen = setting_and_choice(args)
     figures = estimate(setting)
+    if chosen is not None:
+        figures["chosen"] = {"keys": chosen.keys, "lines": list(chosen.lines)}
     if args.probe:
         from hift_ds.cli.probe import probe
 

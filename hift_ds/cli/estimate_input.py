@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from hift_ds.dtypes import TORCH_NAMES, short_name
-from hift_ds.errors import ConfigError
+from hift_ds.dtypes import short_name
+from hift_ds.errors import ConfigError, DataError
 from hift_ds.forecast.setting import SWITCHES, Setting, with_hift, with_switch
+
+if TYPE_CHECKING:
+    from hift_ds.train.fit import Chosen
+    from hift_ds.train.run_config import RunConfig
 
 PRECISIONS = ("fp32", "mixed", "mixed_hi", "bf16")
 
@@ -30,6 +35,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--precision", choices=PRECISIONS, help="default: mixed_hi (bf16 weights, fp32 masters)")
     parser.add_argument("--optimizer", metavar="NAME", help="default: AdamW")
+    parser.add_argument("--card", type=float, metavar="GIB", help="fit what the run file leaves open to such a card")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="data-parallel ranks (default: 1)")
     parser.add_argument("--accumulation", type=int, metavar="N", help="micro-batches in a step (default: 1)")
     parser.add_argument(
@@ -47,7 +53,12 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def setting_from(args: argparse.Namespace) -> Setting:
-    """The setting that the command line names.
+    """The setting that the command line names: the first of :func:`setting_and_choice`."""
+    return setting_and_choice(args)[0]
+
+
+def setting_and_choice(args: argparse.Namespace) -> tuple[Setting, Chosen | None]:
+    """The setting that the command line names, and what was chosen of what a run file leaves open.
 
     Raises:
         ConfigError: neither a run file nor a model, or flags that a run file decides.
@@ -60,14 +71,22 @@ def setting_from(args: argparse.Namespace) -> Setting:
         raise ConfigError("estimate: give a run file, or --model with a folder, a size of the zoo or a hub name")
     if args.overrides:
         raise ConfigError(f"estimate: {args.overrides[0]!r} changes a run file, and none is given")
-    return _from_flags(args)
+    if args.card is not None:
+        raise ConfigError(
+            "estimate: --card is what a run file is fitted to, and none is given; the table has all cards"
+        )
+    return _from_flags(args), None
 
 
-def _from_run_file(args: argparse.Namespace) -> Setting:
+def _from_run_file(args: argparse.Namespace) -> tuple[Setting, Chosen]:
+    import torch
+
     from hift_ds.hf.model_folder import max_sequence_length
     from hift_ds.hf.model_structure import read_config
+    from hift_ds.train.card import card_here, card_of
+    from hift_ds.train.fit import Facts, apply, choose, setting_of
     from hift_ds.train.run_config import load_run_config
-    from hift_ds.train.settings import deepspeed_config, resolve, resolve_dtype, resolve_max_length
+    from hift_ds.train.settings import resolve, resolve_dtype, resolve_max_length
 
     decided = {"batch": "train.micro_batch_size", "length": "data.max_length", "optimizer": "train.optimizer",
                "accumulation": "train.gradient_accumulation_steps", "precision": "model.dtype",
@@ -82,23 +101,38 @@ def _from_run_file(args: argparse.Namespace) -> Setting:
     stored = short_name(getattr(config, "dtype", None)) or "fp32"
     settings = resolve(run, args.gpus)
     dtype = resolve_dtype(settings, stored)
-    engine_config = deepspeed_config(settings, dtype)
-    if "hift" not in engine_config:
+    if settings.hift is None:
         raise ConfigError("hift: false is ordinary full fine-tuning, which this does not estimate; remove it")
-    if run.train.gradient_checkpointing:
-        engine_config["hift"]["activations"]["checkpointing"] = True
-    sizes = settings.batch
-    setting = Setting(
-        source, engine_config, TORCH_NAMES[dtype], sizes.micro_batch_size,
-        resolve_max_length(run, max_sequence_length(config.to_dict())), world_size=args.gpus,
-        micro_batches=min(sizes.gradient_accumulation_steps, 2),
-        eager_attention=args.eager_attention or run.model.attn_implementation == "eager",
-        trust_remote_code=run.model.trust_remote_code,
-    )  # fmt: skip
+    length = resolve_max_length(run, max_sequence_length(config.to_dict()))
+    facts = Facts(settings, dtype, source, length, _num_rows(run))
+    card = None
+    if (gib := args.card or run.fit) is not None and gib != "auto":
+        card = card_of(gib, args.gpus)
+    elif torch.accelerator.is_available():
+        card = card_here(settings, dtype)
+    chosen = choose(facts, card)
+    setting = setting_of(replace(facts, settings=apply(settings, chosen.keys)))
+    if args.eager_attention:
+        setting = replace(setting, eager_attention=True)
     for switch in SWITCHES:
         if getattr(args, f"no_{switch}"):
             setting = with_switch(setting, switch, on=False)
-    return setting
+    return setting, chosen
+
+
+def _num_rows(run: RunConfig) -> int | None:
+    """Of the training data, if it is here and a row stays a row."""
+    from hift_ds.data.sources import load_rows
+
+    sources = run.data.train_sources()
+    if run.data.packing or run.train.max_steps or any(source.path.startswith("hub:") for source in sources):
+        return None
+    try:
+        rows = len(load_rows(sources))
+    except (DataError, ModuleNotFoundError):
+        return None
+    held_out = run.data.val_size if run.data.val_size >= 1 else round(run.data.val_size * rows)
+    return rows - int(held_out)
 
 
 def _from_flags(args: argparse.Namespace) -> Setting:

@@ -23,6 +23,8 @@ def print_estimate(figures: dict[str, Any]) -> None:
         f"{figures['batch']} x {figures['length']} tokens on one GPU{gpus}",
         markup=False,
     )
+    for line in figures.get("chosen", {}).get("lines", ()):
+        console.print(line, markup=False)
     worst = figures["worst_group"]
     group = f"group {worst['index']} ({worst['name']})"
     console.print(f"\nPeak on the GPU: {figures['peak_gib']:.2f} GiB, while {group} trains.", markup=False)

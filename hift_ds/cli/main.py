@@ -29,6 +29,7 @@ class Command:
 
 
 COMMANDS = {
+    "init": Command("hift_ds.cli.init", "write a run file for a model and a card, every common key with a comment"),
     "train": Command("hift_ds.cli.train", "fine-tune as a run file says, with the accelerators found"),
     "groups": Command("hift_ds.cli.groups", "print the layer groups of a model, from its config alone"),
     "export": Command("hift_ds.cli.export", "write a training checkpoint as a Hugging Face folder"),
@@ -66,6 +67,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             subparser.epilog = getattr(module, "EXAMPLES", None)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
+    if not argv:
+        parser.print_help()
+        raise SystemExit(USER_ERROR)
     args, rest = parser.parse_known_args(argv)
     if "overrides" in args and not any(argument.startswith("-") for argument in rest):
         args.overrides += rest  # argparse gives up on section.key=value texts that come after an option

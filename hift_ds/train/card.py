@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 from hift_ds.dtypes import Dtype, torch_dtype
 from hift_ds.forecast.fit import ASSUMED_SPEEDS, GIB, Speeds, budget_gib, gib
-from hift_ds.store.arithmetic import measure_flops, measure_link
 from hift_ds.store.choose import device_bytes_free
 from hift_ds.store.machine import host_bytes, processes_on_node
+from hift_ds.store.speeds import measure_flops, measure_link
 from hift_ds.train.settings import Settings
 
 _MATRIX = 4096  # side of the product that is timed
