@@ -128,10 +128,12 @@ class HiFTConfig(BaseModel):
     update: Literal["after_backward", "in_backward"] = "after_backward"
     """``in_backward``: each embedding, block and head of the active group is updated as soon as its gradients are
     complete, while backward goes on below. See docs/update_in_backward.md."""
-    clipping: Literal["exact", "last_visit", "per_part"] = "exact"
+    clipping: Literal["exact", "speculative", "last_visit", "per_part"] = "exact"
     """With ``update: in_backward``, what ``gradient_clipping`` compares: the norm of the group (``exact``), which is
-    known when backward has ended, so that updates begin then; the norm of the group at its last visit; or the norm of
-    each embedding, block and head by itself."""
+    known when backward has ended, so that updates begin then; the same norm, with updates in backward as if nothing
+    were clipped, taken back and made again where it says otherwise (``speculative``: the same bits, and a second copy
+    of the group's states meanwhile); the norm of the group at its last visit; or the norm of each embedding, block and
+    head by itself."""
     order: Literal["bottom2up", "top2down", "random"] = "bottom2up"
     reshuffle: bool = False
     """With ``order: random``: a new order for every cycle."""

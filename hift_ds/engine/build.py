@@ -335,6 +335,7 @@ def group_optimizer(
         device,
         store=build_store(state, device, seed=rounding_seed, machine=facts.machine),
         always_store=build_resident_store(state, device, seed=rounding_seed),
+        may_hold=facts.hift.clipping == "speculative" and facts.max_grad_norm > 0,
     )
     make: Callable[..., HiFTOptimizer] = HiFTOptimizer
     if facts.in_backward:

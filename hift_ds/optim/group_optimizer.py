@@ -10,7 +10,7 @@ each rank updates its pieces, the new weights are gathered (ZeRO, arXiv 1910.020
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from hift_ds.lr import CycleLR
 from hift_ds.optim.clip import agree_on_norm, grad_factor
 from hift_ds.optim.group_states import GroupStates, StateView, part_of
 from hift_ds.optim.host_step import HostStep
-from hift_ds.optim.parameters import GroupShard, Piece
+from hift_ds.optim.parameters import Chunk, GroupShard, Piece
 from hift_ds.optim.piecewise import PieceUpdate
 from hift_ds.optim.trainable_flags import TrainableFlags
 from hift_ds.precision import LossScaler, write_weight_
@@ -211,29 +211,53 @@ class GroupOptimizer:
         changed: dict[int, dict[str, Any]] = {}
         for position, chunk in enumerate(group.chunks):
             tensors = states.fetch(group, position, then)
-            for i, piece in enumerate(chunk.pieces):
-                if (shard := shards[piece.member]) is None:
-                    continue
-                before = states.records[chunk.id][i].copy()
-                for run in self._runs(piece):
-                    update = PieceUpdate(
-                        target=self._target(group, piece, run, before.master, tensors),
+            before = [record.copy() for record in states.records[chunk.id]]
+            for together in self._batches(chunk, shards):
+                updates = [
+                    PieceUpdate(
+                        target=self._target(group, chunk.pieces[i], run, before[i].master, tensors),
                         grad=self._gradient(group, run, shard, factor),
-                        param_group=group.members[piece.member].param_group,
-                        state=before.state(tensors, piece, run),
+                        param_group=group.members[run.member].param_group,
+                        state=before[i].state(tensors, chunk.pieces[i], run),
                     )
-                    changed |= self.piecewise.step([update], rates, extras)
+                    for i, run, shard in together
+                ]
+                changed |= self.piecewise.step(updates, rates, extras)
+                for (i, run, _), update in zip(together, updates, strict=True):
                     assert update.state is not None
                     states.keep(group, chunk, i, run, update.state)
                     update.state = None
-                    weight = self.parameters.weight(group, run)
-                    if update.target.data_ptr() != weight.data_ptr():
-                        generator = self._rounding_generator(group.members[piece.member].name, run.start)
-                        self._write_weight(weight, update.target, generator)
+                    self._publish_run(group, run, update.target)
+                del updates
             states.evict(group, position, self.num_applied)
         if then:  # with one slot there was no room before
             states.prefetch(then[0], then=then[1:])
         return changed
+
+    def _batches(self, chunk: Chunk, shards: list[Tensor | None]) -> Iterator[list[tuple[int, Piece, Tensor]]]:
+        """What is stepped in one call of the optimizer: (position of the piece, the run of it, its gradient's shard),
+        ``RUN_NUMEL`` elements at most or one run. A call a tensor would cost a millisecond each."""
+        together: list[tuple[int, Piece, Tensor]] = []
+        numel = 0
+        for i, piece in enumerate(chunk.pieces):
+            if (shard := shards[piece.member]) is None:
+                continue
+            for run in self._runs(piece):
+                # A gradient on the host is in a buffer that the next one takes.
+                if together and (numel + run.numel > RUN_NUMEL or self.host_step is not None):
+                    yield together
+                    together, numel = [], 0
+                together.append((i, run, shard))
+                numel += run.numel
+        if together:
+            yield together
+
+    def _publish_run(self, group: GroupShard, run: Piece, target: Tensor) -> None:
+        """Write what the optimizer has made of ``run`` into the weight, unless that is what it changed."""
+        weight = self.parameters.weight(group, run)
+        if target.data_ptr() != weight.data_ptr():
+            generator = self._rounding_generator(group.members[run.member].name, run.start)
+            self._write_weight(weight, target, generator)
 
     def finish_copies(self) -> None:
         """What is computed from here on sees the new weights."""

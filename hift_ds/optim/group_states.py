@@ -63,6 +63,14 @@ class PieceRecord:
 
 
 @dataclass(frozen=True)
+class HeldRecords:
+    """What was known of a chunk's states before an update that may be taken back."""
+
+    records: list[PieceRecord]
+    has_masters: bool  # they held values
+
+
+@dataclass(frozen=True)
 class StateTensor:
     """A master or state tensor that holds values, as a checkpoint names it."""
 
@@ -110,6 +118,7 @@ class GroupStates:
         update_device: where the arithmetic runs.
         store: of the rotating groups.
         always_store: of the always-active group; its states never leave the update device.
+        may_hold: all chunks of a step may be held at once (:meth:`hold`): stores need the room.
 
     Attributes:
         records: by chunk id, one per piece of the chunk.
@@ -125,6 +134,7 @@ class GroupStates:
         update_device: torch.device,
         store: StateStore,
         always_store: StateStore,
+        may_hold: bool = False,
     ) -> None:
         self.groups = dict(groups)
         self.parameters = parameters
@@ -136,6 +146,9 @@ class GroupStates:
         self.records: dict[int, list[PieceRecord]] = {}
         self.extras: dict[int, dict[int, dict[str, Any]]] = {index: {} for index in self.groups}
         self._masters_filled: set[int] = set()  # chunks whose masters hold values
+        self._held: dict[int, HeldRecords] = {}  # by chunk
+        if may_hold:
+            store.may_hold = [[chunk.id for chunk in group.chunks] for group in groups.values()]
         self._reserve()
 
     def regroup(self, groups: Mapping[int, GroupShard]) -> None:
@@ -284,6 +297,37 @@ class GroupStates:
             *(c for part in then if self.store_of(part) is store for c in part.chunks),
         ]
         store.prefetch(*(chunk.id for chunk in chunks))
+
+    # -- updates that may be taken back -----------------------------------------------------------------------
+
+    def hold(self, group: GroupShard) -> None:
+        """Before an update of ``group`` that may be taken back: keep its states, here and in the store, until
+        ``release`` or ``take_back``."""
+        for chunk in group.chunks:
+            self.store_of(group).hold(chunk.id)
+            records = [PieceRecord(r.master, dict(r.slots), _copied(r.scalars)) for r in self.records[chunk.id]]
+            self._held[chunk.id] = HeldRecords(records, chunk.id in self._masters_filled)
+
+    def release(self, group: GroupShard) -> None:
+        """The update stands."""
+        for chunk in group.chunks:
+            self.store_of(group).release(chunk.id)
+            del self._held[chunk.id]
+
+    def take_back(self, group: GroupShard) -> None:
+        """The group's states are again what they were. Its weights are the caller's."""
+        for chunk in group.chunks:
+            self.store_of(group).take_back(chunk.id)
+            held = self._held.pop(chunk.id)
+            self.records[chunk.id] = held.records
+            if not held.has_masters:
+                self._masters_filled.discard(chunk.id)
+
+    def tells_weight(self, chunk: Chunk, i: int) -> bool:
+        """Whether the states of the chunk's piece ``i`` say by themselves what its weight is, so that an update which
+        begins from them needs no other copy of it."""
+        master = self.records[chunk.id][i].master
+        return master is not None and chunk.id in self._masters_filled and not self.store.reads_weights
 
     # -- out --------------------------------------------------------------------------------------------------
 

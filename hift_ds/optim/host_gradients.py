@@ -121,6 +121,14 @@ class HostGradients:
         """The inverse of ``get``."""
         self._kept[key] = value.to("cpu", self.dtype or value.dtype, copy=True)
 
+    def forget(self) -> None:
+        """As ``clear``; the buffers are used again."""
+        for key in list(self._kept):
+            self._end_addition(key)
+            total, arrived = self._kept.pop(key), self._tickets.pop(key, None)
+            if self._thread is not None:
+                self._give_back(total, partial(self._mover.settle, arrived))
+
     def clear(self) -> None:
         """Forget everything."""
         for key in list(self._kept):

@@ -11,6 +11,7 @@ weights still meet. Which weights a backward will reach is read from the graph b
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ from hift_ds.errors import ConfigError, HiFTError, TrainingError
 from hift_ds.optim.clip import fp32_norm, grad_factor
 from hift_ds.optim.group_optimizer import GroupOptimizer
 from hift_ds.optim.host_gradients import HostGradients
-from hift_ds.optim.parameters import GroupShard
+from hift_ds.optim.parameters import GroupShard, Piece
 
 
 @dataclass
@@ -41,6 +42,8 @@ class Backward:
         changed: by group, see ``GroupOptimizer.update``.
         rates: per param_group, from the first update on.
         consumed: gradients of earlier micro-batches have been added in, which cannot be done twice.
+        waits: updates are made when the norm is known.
+        tries: updates are made in backward as if nothing were clipped, and may be taken back.
     """
 
     parts: list[GroupShard]
@@ -53,13 +56,16 @@ class Backward:
     changed: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
     consumed: bool = False
+    waits: bool = False
+    tries: bool = False
 
 
 class InBackwardOptimizer(GroupOptimizer):
     """As :class:`GroupOptimizer`, with its arguments, and:
 
     Args:
-        clipping: by which norm gradients are clipped: ``"exact"``, ``"last_visit"`` or ``"per_part"``.
+        clipping: by which norm gradients are clipped, and when: ``"exact"``, ``"speculative"``, ``"last_visit"`` or
+            ``"per_part"``.
         sum_dtype: in which gradients of micro-batches are summed, in host memory.
 
     Raises:
@@ -83,6 +89,9 @@ class InBackwardOptimizer(GroupOptimizer):
         device, pin_memory = next(iter(self._part_of)).device, kwargs.get("pin_memory", True)
         self.sums = HostGradients(device, sum_dtype, pin_memory)  # by weight
         self.parked = HostGradients(device, None, pin_memory)  # by (group, position): gradients that wait for the norm
+        self.weights_before = HostGradients(device, None, pin_memory)  # by (chunk, piece): of updates on trial
+        self.undone_s: float | None = None  # the last step's second update took; ``None``: it made none
+        self.tried = False  # the last step's updates were made before their norm was known
         self._accumulating = False  # a backward that is not the step's last is under way
         self._backward: Backward | None = None
         self._interrupted = ""
@@ -138,7 +147,10 @@ class InBackwardOptimizer(GroupOptimizer):
             parts,
             [[next(by_any) for _ in part.members] for part in parts],
             [{member.param for member in part.members if next(here)} for part in parts],
+            waits=self._waits_for_norm,
+            tries=self._tries,
         )
+        self.tried, self.undone_s = self._backward.tries, None
 
     def _agree_before(self, flags: list[bool], step_loss: Tensor | None) -> list[bool]:
         """Over ranks: which weights any rank's graph leads to; and that the loss is finite on all."""
@@ -198,13 +210,23 @@ class InBackwardOptimizer(GroupOptimizer):
         shards = [shard if flag else None for shard, flag in zip(shards, reached, strict=True)]
         if self.skip_updates:
             return
-        if self._waits_for_norm:
+        if backward.waits or backward.tries:
             for i, shard in enumerate(shards):
                 if shard is not None:
                     self.parked.add((part.index, part.first + i), shard)
-            return
+            if backward.waits:
+                return
         self.parameters.begin_part(part)
+        if backward.tries:
+            self._keep_before(part, shards)
         self.update_part(part, shards, self._factor_now(backward, part))
+
+    def _gradient(self, group: GroupShard, run: Piece, shard: Tensor, factor: Tensor | None) -> Tensor:
+        grad = super()._gradient(group, run, shard, factor)
+        backward = self._backward
+        shared = grad.untyped_storage().data_ptr() == shard.untyped_storage().data_ptr()
+        # An optimizer that changes its gradient must not change the one that waits in case it is wanted again.
+        return grad.clone() if backward is not None and backward.tries and shared else grad
 
     def update_part(self, part: GroupShard, shards: list[Tensor | None], factor: Tensor | None) -> None:
         """States in, update, weights out; autograd is told that the weights have changed."""
@@ -272,11 +294,54 @@ class InBackwardOptimizer(GroupOptimizer):
     def _waits_for_norm(self) -> bool:
         if self.max_grad_norm <= 0:
             return False
+        if self.clipping == "speculative":
+            return not self._tries
         first_visit = self.clipping == "last_visit" and self.schedule.active not in self.last_norms
         return self.clipping == "exact" or first_visit
 
+    @property
+    def _tries(self) -> bool:
+        """Update before the norm is known: where the group's last visit was not clipped, as most are not that follow
+        such a one. The others wait, since a second update costs more."""
+        if self.max_grad_norm <= 0 or self.clipping != "speculative":
+            return False
+        return self.last_norms.get(self.schedule.active, float("inf")) <= self.max_grad_norm
+
+    def _keep_before(self, part: GroupShard, shards: list[Tensor | None]) -> None:
+        """What an update of ``part`` is taken back with."""
+        for chunk in part.chunks:
+            for i, piece in enumerate(chunk.pieces):
+                if shards[piece.member] is not None and not self.states.tells_weight(chunk, i):
+                    weight = self.parameters.weight(part, piece)
+                    on_host = weight.device.type == "cpu"  # else the copy leaves while the update is under way
+                    self.weights_before.add((chunk.id, i), weight if on_host else weight.clone())
+        self.states.hold(part)
+
+    def _end_trial(self, backward: Backward, factor: Tensor | None) -> None:
+        """The norm is known: let the updates stand, or take them all back and make them again, clipped."""
+        started = time.perf_counter()
+        stands = factor is None or float(factor) == 1.0
+        for part in backward.parts:
+            (self.states.release if stands else self.states.take_back)(part)
+        if stands:
+            self.parked.forget()
+            self.weights_before.forget()
+            return
+        backward.num_updated, backward.changed = 0, {}
+        self._update_parked(backward, factor)
+        self.finish_copies()
+        self.undone_s = time.perf_counter() - started
+
+    def _restore_weights(self, part: GroupShard) -> None:
+        for chunk in part.chunks:
+            for i, piece in enumerate(chunk.pieces):
+                weight = self.parameters.weight(part, piece)
+                before = self.weights_before.take((chunk.id, i), weight.device)
+                if before is not None:
+                    weight.copy_(before.view(piece.shape))
+
     def _factor_now(self, backward: Backward, part: GroupShard) -> Tensor | None:
-        if self.max_grad_norm <= 0:
+        if self.max_grad_norm <= 0 or backward.tries:
             return None
         device = self._weight_device()
         if self.clipping == "last_visit":
@@ -312,11 +377,13 @@ class InBackwardOptimizer(GroupOptimizer):
         self._finish_parts(backward)
         self.flags.end_step()
         norm = self._agree_after(backward)
-        if self._waits_for_norm:
+        if backward.waits:
             self._update_parked(backward, grad_factor(norm, self.max_grad_norm, 1.0))
-        elif not backward.rates:
+        elif backward.tries:
+            self._end_trial(backward, grad_factor(norm, self.max_grad_norm, 1.0))
+        if not backward.rates:
             self._rates()
-        if self.clipping == "last_visit":
+        if self.clipping in ("last_visit", "speculative"):
             self.last_norms[self.schedule.active] = self.grad_norm
         self.finish_copies()
         for index, changed in backward.changed.items():
@@ -354,6 +421,7 @@ class InBackwardOptimizer(GroupOptimizer):
     def _update_parked(self, backward: Backward, factor: Tensor | None) -> None:
         for part in backward.parts:
             self.parameters.begin_update(part)
+            self._restore_weights(part)
             keys = [(part.index, part.first + i) for i in range(len(part.members))]
             self.update_part(part, [self.parked.take(key, self._weight_device()) for key in keys], factor)
 
@@ -389,6 +457,7 @@ class InBackwardOptimizer(GroupOptimizer):
         if self._backward is None:
             self.sums.clear()
             self.parked.clear()
+            self.weights_before.clear()
         super().zero_grad(set_to_none)
 
     def end_training(self, keep_states: bool = False) -> None:
@@ -397,6 +466,7 @@ class InBackwardOptimizer(GroupOptimizer):
         super().end_training(keep_states)
         self.sums.close()
         self.parked.close()
+        self.weights_before.close()
 
     def _name_of(self, param: nn.Parameter) -> str:
         return next(member.name for member in self._part_of[param].members if member.param is param)

@@ -77,6 +77,8 @@ class StateStore(ABC):
     device: torch.device  # where updates run
     traffic: Traffic = field(default_factory=Traffic, init=False)
     on_fetch: Callable[[Mapping[str, Tensor]], None] | None = field(default=None, init=False, repr=False)
+    # Chunks that may be held at once; before ``start``.
+    may_hold: Sequence[Sequence[int]] = field(default=(), init=False, repr=False)
 
     @abstractmethod
     def ensure(self, chunk: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None) -> None:
@@ -116,6 +118,25 @@ class StateStore(ABC):
 
     def prefetch(self, *chunks: int) -> None:  # noqa: B027  (a hint: stores that cannot use it ignore it)
         """``chunks`` will be fetched next, in this order."""
+
+    @property
+    def reads_weights(self) -> bool:
+        """Masters are kept in a form that is decoded with their weights."""
+        return False
+
+    @abstractmethod
+    def hold(self, chunk: int) -> None:
+        """Keep what ``chunk`` is now beside what an update makes of it, until ``release`` or ``take_back``. It is not
+        fetched."""
+
+    @abstractmethod
+    def release(self, chunk: int) -> None:
+        """What ``hold`` kept is not wanted any more."""
+
+    @abstractmethod
+    def take_back(self, chunk: int) -> None:
+        """``chunk`` is again what it was at ``hold``, bit for bit. It is not fetched. A compact master is decoded with
+        its weight, which the caller has taken back by then."""
 
     def idle(self) -> None:  # noqa: B027
         """A step's work has been given to the update device, all of it."""

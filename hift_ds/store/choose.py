@@ -117,8 +117,9 @@ class AutoStateStore(StateStore):
 
     def start(self) -> StateStore:
         on_cpu = self.device.type == "cpu"
+        laid_out = self._laid_out(DeviceStateStore(self.device, self.state.codec, self.seed))
         residency, reason = pick_residency(
-            self._laid_out(DeviceStateStore(self.device, self.state.codec, self.seed)).total_bytes(),
+            laid_out.total_bytes() + laid_out.held_bytes(),
             processes_on_node(),
             None if on_cpu else device_bytes_free(self.device),
             self.machine.host_bytes(),
@@ -130,9 +131,10 @@ class AutoStateStore(StateStore):
     def _laid_out(self, store: EncodedStateStore) -> EncodedStateStore:
         for reservation in self._wanted:
             store.ensure(*reservation)
+        store.may_hold = self.may_hold
         return store
 
     def _not_started(self, *args: object) -> NoReturn:
         raise AssertionError("start() chooses the store; go on with what it returns")
 
-    keys = fetch = evict = read = write = _not_started  # type: ignore[assignment]
+    keys = fetch = evict = read = write = hold = release = take_back = _not_started  # type: ignore[assignment]

@@ -69,6 +69,13 @@ class Codec(ABC):
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The values, flat, on the parts' device."""
 
+    def aside(self) -> Tensor | None:
+        """What belongs to the form and is not in its parts, as it is now."""
+        return None
+
+    def set_aside(self, kept: Tensor | None) -> None:  # noqa: B027
+        """The inverse of :meth:`aside`."""
+
 
 class Exact(Codec):
     """The values as they are, in any dtype."""
@@ -108,6 +115,12 @@ class SplitMaster(Codec):
 
     def parts(self, numel: int) -> tuple[Part, ...]:
         return (Part("low", torch.int16, numel),)
+
+    def aside(self) -> Tensor | None:
+        return self._ties_down  # replaced by each encoding, never changed
+
+    def set_aside(self, kept: Tensor | None) -> None:
+        self._ties_down = kept
 
     def encode(self, values: Tensor, parts: Mapping[str, Tensor], seed: int) -> None:
         bits = values.contiguous().view(torch.int32)

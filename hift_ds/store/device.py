@@ -16,6 +16,7 @@ class DeviceStateStore(EncodedStateStore):
     """Never moves anything; with a codec, decodes for the update what it keeps compactly."""
 
     _memory: dict[int, Tensor] = field(default_factory=dict, init=False)
+    _held: dict[int, Tensor] = field(default_factory=dict, init=False)  # in host memory
 
     def start(self) -> StateStore:
         for chunk in self._layouts:
@@ -43,6 +44,20 @@ class DeviceStateStore(EncodedStateStore):
     def _replace_at_rest(self, chunk: int, memory: Tensor) -> None:
         self._memory[chunk] = memory
 
+    def _hold(self, chunk: int) -> None:
+        memory = self._bring(chunk)
+        pinned = self.device.type != "cpu"
+        self._held[chunk] = torch.empty(memory.shape, dtype=torch.uint8, pin_memory=pinned)
+        self._held[chunk].copy_(memory, non_blocking=True)  # in the order of the computation, as the update is
+
+    def _release(self, chunk: int) -> None:
+        del self._held[chunk]
+
+    def _take_back(self, chunk: int) -> None:
+        held = self._held.pop(chunk)
+        self._memory[chunk][: held.numel()].copy_(held, non_blocking=True)
+
     def close(self) -> None:
         super().close()
         self._memory.clear()
+        self._held.clear()

@@ -56,6 +56,8 @@ class DiskStateStore(ParkedStateStore):
     _written: dict[int, int] = field(default_factory=dict, init=False)
     # Of each chunk's file: a disk that gives back other bytes must not train on.
     _checksums: dict[int, int] = field(default_factory=dict, init=False)
+    # Of held chunks whose newer form is in a file already: bytes and checksum of the old one.
+    _before: dict[int, tuple[int, int]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,9 +72,10 @@ class DiskStateStore(ParkedStateStore):
         return super().start()
 
     def needed_bytes(self) -> int:
-        """On disk: all chunks, and the largest once more while it is rewritten."""
+        """On disk: all chunks, the largest once more while it is rewritten, and what may be held."""
         sizes = [self._file_bytes(chunk) for chunk in self._layouts]
-        return sum(sizes) + max(sizes, default=0)
+        held = (sum(self._file_bytes(chunk) for chunk in chunks) for chunks in self.may_hold)
+        return sum(sizes) + max(sizes, default=0) + max(held, default=0)
 
     def close(self) -> None:
         super().close()
@@ -117,6 +120,25 @@ class DiskStateStore(ParkedStateStore):
 
     def _put(self, chunk: int, memory: Tensor) -> None:
         self._write(chunk, [self._whole_pages(chunk, memory)])
+
+    def _divert(self, chunk: int) -> None:
+        self._before[chunk] = self._written.pop(chunk, 0), self._checksums.pop(chunk, 0)
+        if self._before[chunk][0]:
+            self._file(chunk).rename(self._old_file(chunk))
+
+    def _end_diversion(self, chunk: int, back: bool) -> None:
+        written, checksum = self._before.pop(chunk)
+        if not back:
+            self._old_file(chunk).unlink(missing_ok=True)
+            return
+        self._written.pop(chunk, None)
+        self._checksums.pop(chunk, None)
+        if written:
+            self._old_file(chunk).rename(self._file(chunk))
+            self._written[chunk], self._checksums[chunk] = written, checksum
+
+    def _old_file(self, chunk: int) -> Path:
+        return self._folder.file(f"chunk-{chunk:05d}-before")
 
     # -- files ---------------------------------------------------------------------------------------------
 

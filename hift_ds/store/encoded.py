@@ -45,6 +45,8 @@ class EncodedStateStore(StateStore):
     num_slots: int = 0
     _layouts: dict[int, ChunkLayout] = field(default_factory=dict, init=False)
     _working: dict[int, Working] = field(default_factory=dict, init=False)
+    # Of chunks that are held: what belongs to their forms beside the bytes, by key.
+    _asides: dict[int, dict[str, Tensor | None]] = field(default_factory=dict, init=False)
     # Written, not yet encoded: a chunk and its decoded tensors.
     _staged: tuple[int, dict[str, Tensor]] | None = field(default=None, init=False)
 
@@ -84,6 +86,18 @@ class EncodedStateStore(StateStore):
     def _measured_link(self) -> Link | None:
         return None
 
+    @abstractmethod
+    def _hold(self, chunk: int) -> None:
+        """The chunk's bytes as they are now must last until ``_release`` or ``_take_back``."""
+
+    @abstractmethod
+    def _release(self, chunk: int) -> None:
+        """Those bytes may go."""
+
+    @abstractmethod
+    def _take_back(self, chunk: int) -> None:
+        """Those bytes are the chunk's again."""
+
     # -- StateStore ----------------------------------------------------------------------------------------
 
     def ensure(self, chunk: int, key: str, numel: int, dtype: torch.dtype, weights: Weights | None = None) -> None:
@@ -117,6 +131,10 @@ class EncodedStateStore(StateStore):
     def total_bytes(self) -> int:
         return sum(layout.num_bytes for layout in self._layouts.values())
 
+    def held_bytes(self) -> int:
+        """Of the second copies of what may be held at once."""
+        return max((sum(self.num_bytes(chunk) for chunk in chunks) for chunks in self.may_hold), default=0)
+
     def largest_bytes(self) -> int:
         """Bytes kept for the largest chunk."""
         return max((layout.num_bytes for layout in self._layouts.values()), default=0)
@@ -144,6 +162,27 @@ class EncodedStateStore(StateStore):
             if key not in working.in_place:
                 self._encode(chunk, key, values, memory, step)
         self._send(chunk)
+
+    @property
+    def reads_weights(self) -> bool:
+        return SPLIT_MASTER in self.codecs
+
+    def hold(self, chunk: int) -> None:
+        self._encode_staged()
+        assert chunk not in self._working and chunk not in self._asides
+        entries = self._layouts[chunk].entries if chunk in self._layouts else {}
+        self._asides[chunk] = {key: entry.codec.aside() for key, entry in entries.items()}
+        self._hold(chunk)
+
+    def release(self, chunk: int) -> None:
+        del self._asides[chunk]
+        self._release(chunk)
+
+    def take_back(self, chunk: int) -> None:
+        assert chunk not in self._working
+        for key, kept in self._asides.pop(chunk).items():
+            self._layouts[chunk].entries[key].codec.set_aside(kept)
+        self._take_back(chunk)
 
     def synchronize(self) -> None:
         self._encode_staged()

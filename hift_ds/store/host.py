@@ -41,6 +41,9 @@ class HostStateStore(ParkedStateStore):
     pin_memory: bool = True
     machine: Machine = THIS_MACHINE
     _host: dict[int, list[Tensor]] = field(default_factory=dict, init=False)  # segments, uint8
+    # Of held chunks whose newer form rests already: the old segments. And segments that were such, by their bytes.
+    _before: dict[int, list[Tensor]] = field(default_factory=dict, init=False)
+    _spare: dict[int, list[list[Tensor]]] = field(default_factory=dict, init=False)
     _locked: PageLockedMemory = field(default_factory=PageLockedMemory, init=False)
 
     def __post_init__(self) -> None:
@@ -53,20 +56,21 @@ class HostStateStore(ParkedStateStore):
 
     def start(self) -> StateStore:
         processes, total = processes_on_node(), self.machine.host_bytes().total
-        if self.total_bytes() * processes > total:
+        needed = self.total_bytes() + self.held_bytes()
+        if needed * processes > total:
             raise StateStoreError(
-                f"the optimizer states need {self.total_bytes() * processes / 1e9:.1f} GB of host memory on "
+                f"the optimizer states need {needed * processes / 1e9:.1f} GB of host memory on "
                 f"this node ({processes} processes), it has {total / 1e9:.1f} GB; set "
                 '"hift.state.codec" to a compact form or '
                 f'"hift.state.residency" to "disk"'
             )
         available = self.machine.host_bytes().available
-        if self.pin_memory and self.total_bytes() > LOCKED_SHARE * available:
+        if self.pin_memory and needed > LOCKED_SHARE * available:
             logger.warning(
                 "the optimizer states need %.1f GB of host memory and %.1f GB are free: they are not page-locked, "
                 "and the "
                 'step waits for their copies; a compact "hift.state.codec" needs less',
-                self.total_bytes() / 1e9, available / 1e9,
+                needed / 1e9, available / 1e9,
             )  # fmt: skip
             self.pin_memory = False
         for chunk in self._layouts:
@@ -76,6 +80,8 @@ class HostStateStore(ParkedStateStore):
     def close(self) -> None:
         super().close()
         self._host.clear()
+        self._before.clear()
+        self._spare.clear()
         self._locked = PageLockedMemory()
 
     def tensors_at_rest(self) -> list[Tensor]:
@@ -108,6 +114,17 @@ class HostStateStore(ParkedStateStore):
     def _put(self, chunk: int, memory: Tensor) -> None:
         if memory is not self._reserve(chunk)[0]:
             self._copy_out(chunk, memory)
+
+    def _divert(self, chunk: int) -> None:
+        spare = self._spare.get(self.num_bytes(chunk))
+        self._before[chunk], self._host[chunk] = self._host[chunk], spare.pop() if spare else []
+        self._reserve(chunk)
+
+    def _end_diversion(self, chunk: int, back: bool) -> None:
+        free = self._before.pop(chunk)
+        if back:
+            free, self._host[chunk] = self._host[chunk], free
+        self._spare.setdefault(sum(segment.numel() for segment in free), []).append(free)
 
     def _reserve(self, chunk: int) -> list[Tensor]:
         """The chunk's segments, made or extended to its size. Zeros at first."""

@@ -51,6 +51,7 @@ class ParkedStateStore(EncodedStateStore):
     _slots: list[Slot] = field(default_factory=list, init=False)
     _departures: dict[int, Any] = field(default_factory=dict, init=False)  # of each chunk, the last
     _fetches: int = field(default=0, init=False)
+    _held: dict[int, bool] = field(default_factory=dict, init=False)  # whether a newer form rests elsewhere already
 
     def __post_init__(self) -> None:
         self.mover = InlineMover(self.traffic, self.device)  # subclasses with slots choose by device and place
@@ -116,6 +117,7 @@ class ParkedStateStore(EncodedStateStore):
         super().close()
         self._slots.clear()
         self._departures.clear()
+        self._held.clear()
 
     # -- EncodedStateStore ---------------------------------------------------------------------------------
 
@@ -159,6 +161,35 @@ class ParkedStateStore(EncodedStateStore):
     def _put(self, chunk: int, memory: Tensor) -> None:
         """Make ``memory`` (on the host) the chunk's bytes."""
 
+    # -- states that may be taken back ---------------------------------------------------------------------
+
+    @abstractmethod
+    def _divert(self, chunk: int) -> None:
+        """From now on ``_copy_out`` fills another resting place than the one that the chunk has, which stays."""
+
+    @abstractmethod
+    def _end_diversion(self, chunk: int, back: bool) -> None:
+        """The chunk has one resting place again: the new one, or the old one if it goes ``back``."""
+
+    def _hold(self, chunk: int) -> None:
+        slot = self._slot_of(chunk)
+        if slot is not None:
+            self._write_back(slot)  # its own bytes are the newest
+        self._held[chunk] = False
+
+    def _release(self, chunk: int) -> None:
+        if self._held.pop(chunk):
+            self._end_diversion(chunk, back=False)
+
+    def _take_back(self, chunk: int) -> None:
+        slot = self._slot_of(chunk)
+        if slot is not None:
+            self.mover.settle(slot.arrival)
+            slot.chunk, slot.dirty = None, False
+        self.mover.settle(self._departures.get(chunk))
+        if self._held.pop(chunk):
+            self._end_diversion(chunk, back=True)
+
     # -- slots ---------------------------------------------------------------------------------------------
 
     def _slot_of(self, chunk: int) -> Slot | None:
@@ -200,6 +231,9 @@ class ParkedStateStore(EncodedStateStore):
         if chunk is None or not slot.dirty or slot.fetched:
             return
         memory = slot.memory[: self.num_bytes(chunk)]
+        if self._held.get(chunk) is False:
+            self._held[chunk] = True
+            self._divert(chunk)
         slot.departure = self._departures[chunk] = self.mover.submit(OUT, lambda: self._copy_out(chunk, memory))
         slot.dirty = False
         self.traffic.add(bytes_out=memory.numel())
