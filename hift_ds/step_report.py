@@ -25,6 +25,11 @@ class StepReport:
     stalled_s: float  # of which the step waited
     # Highest allocation on the accelerator in this step, from its first forward on (host memory on a CPU-only machine).
     peak_bytes: int
+    grad_bytes_out: int = 0  # gradients (and weights kept in case of an undo) sent to host memory, this rank
+    grad_bytes_in: int = 0  # of those, brought back
+    tried: bool = False  # updated before the norm was known, as if nothing were clipped
+    undone: bool = False  # and taken back, and made again, since the norm said otherwise
+    undone_s: float = 0.0  # seconds that this took
     checkpoint_s: float = 0.0  # seconds that training waited for checkpoints since the last step
     # What peak_bytes was expected to be at most, if that has been worked out.
     forecast_bytes: int | None = None

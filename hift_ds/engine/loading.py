@@ -33,6 +33,7 @@ from hift_ds.checkpoint.write_plan import saved_tensors
 from hift_ds.engine.deepspeed_seam import SeamEngine
 from hift_ds.errors import CheckpointError
 from hift_ds.layers.arch import whole_shape
+from hift_ds.optim.group_optimizer import Trials
 from hift_ds.ranks import gather, on_all_ranks
 from hift_ds.schedule import Cursor
 
@@ -124,6 +125,7 @@ def load_progress(
     engine.global_steps, engine.global_samples = common["global_steps"], common["global_samples"]
     engine.skipped_steps, optimizer.num_applied = common["skipped_steps"], common["applied_steps"]
     optimizer.set_coverage({name: entry["updates"] for name, entry in common["tensors"].items()})
+    optimizer.trials = Trials(**common["optimizer"].get("trials", {}))
     optimizer.scaler.load_state_dict(decode(common["loss_scaler"]))
     if with_states:
         _load_options(engine, common["optimizer"]["param_groups"], with_scheduler)

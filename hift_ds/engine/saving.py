@@ -115,6 +115,7 @@ def _common_state(engine: SeamEngine, tensors: Mapping[str, Tensor]) -> dict[str
             "class": class_name(optimizer.optimizer),
             "param_groups": [encode(options_of(group)) for group in optimizer.param_groups],
             "extras": extras_by_group(optimizer.states),
+            "trials": optimizer.trials.state_dict(),
             "last_norms": {str(index): norm for index, norm in optimizer.last_norms.items()},
         },
     }

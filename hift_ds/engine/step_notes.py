@@ -52,6 +52,7 @@ class StepNotes:
         engine, optimizer = self._engine, self._engine.optimizer
         traffic, ranks = optimizer.store.traffic.take(), optimizer.parameters.ranks
         grad_numel_sent, ranks.grad_numel_sent = ranks.grad_numel_sent, 0
+        grad_bytes_out, grad_bytes_in = optimizer.take_gradient_traffic()
         report = StepReport(
             step=began.step,
             cycle=began.cursor.cycle,
@@ -68,6 +69,11 @@ class StepNotes:
             transfer_s=traffic.transfer_s,
             stalled_s=traffic.stalled_s,
             peak_bytes=peak_bytes(),
+            grad_bytes_out=grad_bytes_out,
+            grad_bytes_in=grad_bytes_in,
+            tried=optimizer.trials.last_made,
+            undone=optimizer.trials.last_undone,
+            undone_s=optimizer.trials.last_undone_s,
             checkpoint_s=engine.checkpointer.take_waited_s(),
             forecast_bytes=engine.memory.peak_bytes(began.group),
         )

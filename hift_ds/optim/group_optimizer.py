@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,40 @@ from hift_ds.store.base import StateStore
 # Per member of a group: this rank's shard of its mean gradient, and whether this rank's backward reached it.
 Reduced = tuple[list[Tensor | None], list[bool]]
 RUN_NUMEL = 1 << 24  # elements stepped at once: 64 MiB in fp32
+
+
+@dataclass
+class Trials:
+    """Updates that were made before their norm was known, since the run began.
+
+    Attributes:
+        num_made: steps that updated so.
+        num_undone: of which this many were taken back and made again.
+        undone_s: seconds that the second updates took.
+        last_made, last_undone: whether the last step did either.
+    """
+
+    num_made: int = 0
+    num_undone: int = 0
+    undone_s: float = 0.0
+    last_made: bool = False
+    last_undone: bool = False
+    last_undone_s: float = 0.0
+
+    def begin(self, is_made: bool) -> None:
+        """A step begins."""
+        self.num_made += is_made
+        self.last_made, self.last_undone, self.last_undone_s = is_made, False, 0.0
+
+    def undo(self, seconds: float) -> None:
+        """This step's was taken back and made again."""
+        self.num_undone += 1
+        self.undone_s += seconds
+        self.last_undone, self.last_undone_s = True, seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts."""
+        return {"num_made": self.num_made, "num_undone": self.num_undone, "undone_s": self.undone_s}
 
 
 class GroupOptimizer:
@@ -77,6 +112,7 @@ class GroupOptimizer:
         self.skip_updates = False  # steps drop the gradients instead of using them
         # By group, at its last visit, if gradients are clipped by that.
         self.last_norms: dict[int, float] = {}
+        self.trials = Trials()
         self._reduced: dict[int, Reduced] = {}
         self.host_step = self._build_host_step(pin_memory)
 
@@ -121,6 +157,10 @@ class GroupOptimizer:
     def set_pending(self, param: nn.Parameter, grad: Tensor) -> None:
         """The inverse of ``pending``."""
         self.parameters.set_pending(param, grad)
+
+    def take_gradient_traffic(self) -> tuple[int, int]:
+        """Bytes of gradients that went to host memory and came back since this was last asked."""
+        return 0, 0
 
     def activate(self) -> None:
         """Let gradients flow to the active groups and to no other, so that backward stops at the lowest of them."""

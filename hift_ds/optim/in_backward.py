@@ -90,8 +90,6 @@ class InBackwardOptimizer(GroupOptimizer):
         self.sums = HostGradients(device, sum_dtype, pin_memory)  # by weight
         self.parked = HostGradients(device, None, pin_memory)  # by (group, position): gradients that wait for the norm
         self.weights_before = HostGradients(device, None, pin_memory)  # by (chunk, piece): of updates on trial
-        self.undone_s: float | None = None  # the last step's second update took; ``None``: it made none
-        self.tried = False  # the last step's updates were made before their norm was known
         self._accumulating = False  # a backward that is not the step's last is under way
         self._backward: Backward | None = None
         self._interrupted = ""
@@ -150,7 +148,7 @@ class InBackwardOptimizer(GroupOptimizer):
             waits=self._waits_for_norm,
             tries=self._tries,
         )
-        self.tried, self.undone_s = self._backward.tries, None
+        self.trials.begin(self._backward.tries)
 
     def _agree_before(self, flags: list[bool], step_loss: Tensor | None) -> list[bool]:
         """Over ranks: which weights any rank's graph leads to; and that the loss is finite on all."""
@@ -320,7 +318,7 @@ class InBackwardOptimizer(GroupOptimizer):
     def _end_trial(self, backward: Backward, factor: Tensor | None) -> None:
         """The norm is known: let the updates stand, or take them all back and make them again, clipped."""
         started = time.perf_counter()
-        stands = factor is None or float(factor) == 1.0
+        stands = self._stands(factor)
         for part in backward.parts:
             (self.states.release if stands else self.states.take_back)(part)
         if stands:
@@ -330,7 +328,12 @@ class InBackwardOptimizer(GroupOptimizer):
         backward.num_updated, backward.changed = 0, {}
         self._update_parked(backward, factor)
         self.finish_copies()
-        self.undone_s = time.perf_counter() - started
+        self.trials.undo(time.perf_counter() - started)
+
+    @staticmethod
+    def _stands(factor: Tensor | None) -> bool:
+        """Whether an update by unclipped gradients is the one that ``factor`` wants."""
+        return factor is None or float(factor) == 1.0
 
     def _restore_weights(self, part: GroupShard) -> None:
         for chunk in part.chunks:
@@ -428,6 +431,10 @@ class InBackwardOptimizer(GroupOptimizer):
     def _rates(self) -> list[float]:
         schedule = self.schedule
         return self.lr.before_step(schedule.starts_cycle, schedule.cursor.cycle, schedule.steps_per_cycle)
+
+    def take_gradient_traffic(self) -> tuple[int, int]:
+        taken = [host.traffic.take() for host in (self.sums, self.parked, self.weights_before)]
+        return sum(traffic.bytes_out for traffic in taken), sum(traffic.bytes_in for traffic in taken)
 
     # -- bookkeeping --------------------------------------------------------------------------------------------
 

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 _SAME_NAME = (
     "cycle", "position", "group", "group_name", "lr", "grad_norm", "loss_scale", "skipped",
-    "state_bytes_in", "state_bytes_out", "grad_numel_sent", "transfer_s", "stalled_s",
+    "state_bytes_in", "state_bytes_out", "grad_numel_sent", "grad_bytes_out", "grad_bytes_in", "transfer_s",
+    "stalled_s", "tried", "undone", "undone_s",
     "checkpoint_s",
 )  # fmt: skip
 
@@ -255,7 +256,9 @@ class ReportCallback(TrainerCallback):
         engine = self._get_engine()
         if not hasattr(engine, "coverage"):
             return
-        coverage = make_coverage(engine.coverage(), step, getattr(engine, "groups", ()))
+        trials = getattr(getattr(engine, "optimizer", None), "trials", None)
+        counts = trials.state_dict() if trials is not None and trials.num_made else None
+        coverage = make_coverage(engine.coverage(), step, getattr(engine, "groups", ()), counts)
         write_coverage(self.run_dir, coverage)
         self._progress.note(coverage.summary())
         warning = coverage.warning()

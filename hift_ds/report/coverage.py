@@ -18,11 +18,13 @@ FILE_NAME = "coverage.json"
 
 @dataclass(frozen=True)
 class Coverage:
-    """``updates``: steps that changed each trainable parameter, by name; ``group_of`` may be empty."""
+    """``updates``: steps that changed each trainable parameter, by name; ``group_of`` may be empty; ``trials``: with
+    clipping by speculation, how many steps updated before their norm was known, and how many did so again."""
 
     updates: dict[str, int]
     num_steps: int
     group_of: dict[str, str]
+    trials: Mapping[str, Any] | None = None
 
     @property
     def never_updated(self) -> list[str]:
@@ -36,6 +38,9 @@ class Coverage:
         if counts:
             low, high = min(counts), max(counts)
             line += f", each {low} times" if low == high else f", {low} to {high} times each"
+        if self.trials is not None:
+            made, undone, seconds = (self.trials[key] for key in ("num_made", "num_undone", "undone_s"))
+            line += f"; {made} steps updated before their norm was known, {undone} of them again ({seconds:.3g} s)"
         return line
 
     def warning(self, max_names: int = 8, written: bool = True) -> str | None:
@@ -67,10 +72,15 @@ def kept_step(args: Any, state: Any) -> int:
     return state.best_global_step if best and state.best_global_step else state.global_step
 
 
-def make_coverage(updates: Mapping[str, int], num_steps: int, groups: Iterable[LayerGroup] = ()) -> Coverage:
-    """``updates``: what ``HiFTEngine.coverage()`` returns."""
+def make_coverage(
+    updates: Mapping[str, int],
+    num_steps: int,
+    groups: Iterable[LayerGroup] = (),
+    trials: Mapping[str, Any] | None = None,
+) -> Coverage:
+    """``updates``: what ``HiFTEngine.coverage()`` returns; ``trials``: the optimizer's counts, if it made any."""
     group_of = {name: group.name for group in groups for name in group.param_names}
-    return Coverage(dict(updates), num_steps, group_of)
+    return Coverage(dict(updates), num_steps, group_of, trials)
 
 
 def write_coverage(run_dir: str | Path, coverage: Coverage) -> Path:
@@ -82,6 +92,7 @@ def write_coverage(run_dir: str | Path, coverage: Coverage) -> Path:
         "num_parameters": len(coverage.updates),
         "never_updated": coverage.never_updated,
         "updates": coverage.updates,
+        **({} if coverage.trials is None else {"trials": dict(coverage.trials)}),
     }
     replace_text(path, json.dumps(content, indent=1) + "\n")
     return path

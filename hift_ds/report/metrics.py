@@ -35,6 +35,11 @@ class StepRecord(TypedDict, total=False):
     state_bytes_in: int  # optimizer state brought to the device, this rank
     state_bytes_out: int
     grad_numel_sent: int  # gradient elements this rank put into a reduction
+    grad_bytes_out: int  # gradients sent to host memory (update in backward), this rank; absent where none are
+    grad_bytes_in: int
+    tried: bool  # clipping: speculative: updated before the norm was known
+    undone: bool  # and taken back and made again
+    undone_s: float
     transfer_s: float  # state transfers, whether hidden or not
     stalled_s: float  # the part of transfer_s the step waited for, on the device or on the host
     # Training waited for checkpoints since the last step: copying, and writing unless asynchronous.

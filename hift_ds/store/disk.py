@@ -56,6 +56,7 @@ class DiskStateStore(ParkedStateStore):
     _written: dict[int, int] = field(default_factory=dict, init=False)
     # Of each chunk's file: a disk that gives back other bytes must not train on.
     _checksums: dict[int, int] = field(default_factory=dict, init=False)
+    _second_names: set[int] = field(default_factory=set, init=False)  # chunks whose file has the other of two names
     # Of held chunks whose newer form is in a file already: bytes and checksum of the old one.
     _before: dict[int, tuple[int, int]] = field(default_factory=dict, init=False)
 
@@ -123,22 +124,22 @@ class DiskStateStore(ParkedStateStore):
 
     def _divert(self, chunk: int) -> None:
         self._before[chunk] = self._written.pop(chunk, 0), self._checksums.pop(chunk, 0)
-        if self._before[chunk][0]:
-            self._file(chunk).rename(self._old_file(chunk))
+        self._second_names ^= {chunk}
 
     def _end_diversion(self, chunk: int, back: bool) -> None:
         written, checksum = self._before.pop(chunk)
+        new = self._file(chunk)
+        self._second_names ^= {chunk}
+        old = self._file(chunk)
         if not back:
-            self._old_file(chunk).unlink(missing_ok=True)
+            self._second_names ^= {chunk}
+            old.unlink(missing_ok=True)
             return
+        new.unlink(missing_ok=True)
         self._written.pop(chunk, None)
         self._checksums.pop(chunk, None)
         if written:
-            self._old_file(chunk).rename(self._file(chunk))
             self._written[chunk], self._checksums[chunk] = written, checksum
-
-    def _old_file(self, chunk: int) -> Path:
-        return self._folder.file(f"chunk-{chunk:05d}-before")
 
     # -- files ---------------------------------------------------------------------------------------------
 
@@ -146,7 +147,7 @@ class DiskStateStore(ParkedStateStore):
         return whole_pages(self.num_bytes(chunk))
 
     def _file(self, chunk: int) -> Path:
-        return self._folder.file(f"chunk-{chunk:05d}")
+        return self._folder.file(f"chunk-{chunk:05d}{'b' if chunk in self._second_names else ''}")
 
     def _read(self, chunk: int, pieces: Iterable[Tensor]) -> None:
         known = self._written.get(chunk, 0)

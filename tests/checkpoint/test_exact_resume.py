@@ -138,6 +138,15 @@ CASES = {
         ),
         at=(1, 5, 7),
     ),
+    **{
+        f"in backward, clipping {clipping}": Case(
+            ds_config(
+                clip=0.2, bf16=BF16, hift={"update": "in_backward", "clipping": clipping, "group_size": 2}
+            ),
+            at=(1, 5, 7),
+        )
+        for clipping in ("exact", "speculative", "per_part")
+    },
     "SGD": Case(ds_config(optimizer="SGD")),
     "SGD, momentum": Case(ds_config(optimizer="SGD", params={"momentum": 0.9, "nesterov": True})),
     "AdamW, amsgrad": Case(ds_config(params={"amsgrad": True})),

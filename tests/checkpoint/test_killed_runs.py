@@ -23,10 +23,13 @@ from tests.helpers.engines import ds_config, make_engine
 from tests.helpers.toy import Toy, loss_of, rows_of_rank
 
 FOREVER = 10**9
+CLIP = 0.1  # among the norms of these steps: some are clipped
 SURVIVOR_ENDS_WITHIN_S = 60
 
 
-def train(folder: str | None, last: int, asynchronous: bool = False, update: str = "after_backward"):
+def train(
+    folder: str | None, last: int, asynchronous: bool = False, update: str = "after_backward", clipping: str = "exact"
+):
     """This rank's weights, states and cursor after optimizer step ``last``."""
     rank = dist.get_rank()
     hift = {
@@ -34,9 +37,10 @@ def train(folder: str | None, last: int, asynchronous: bool = False, update: str
         "reshuffle": True,
         "steps_per_group": 2,
         "update": update,
+        "clipping": clipping,
         "checkpoint": {"asynchronous": asynchronous},
     }
-    engine = make_engine(Toy(), ds_config(world_size=2, gas=2, clip=1.0, bf16={"enabled": True}, hift=hift))
+    engine = make_engine(Toy(), ds_config(world_size=2, gas=2, clip=CLIP, bf16={"enabled": True}, hift=hift))
     if folder is not None:
         engine.load_checkpoint(folder)
     while engine.global_steps < last:
@@ -52,12 +56,12 @@ def train(folder: str | None, last: int, asynchronous: bool = False, update: str
     return end
 
 
-def one_round(launcher, folder: Path, draw: random.Random, update: str) -> str:
+def one_round(launcher, folder: Path, draw: random.Random, update: str, clipping: str) -> str:
     """Start, kill, wait. What was done."""
     for path in folder.glob("progress.*"):
         path.unlink()
     asynchronous = draw.random() < 0.5
-    job = launcher.start(train, 2, str(folder), FOREVER, asynchronous, update)
+    job = launcher.start(train, 2, str(folder), FOREVER, asynchronous, update, clipping)
     if draw.random() < 0.15:
         when, delay = "starting", draw.uniform(0.0, 0.5)
     else:
@@ -114,21 +118,23 @@ def check_and_prune(folder: Path) -> int:
     return step
 
 
-def kill_and_compare(launcher, folder: Path, num_kills: int, update: str = "after_backward") -> None:
+def kill_and_compare(
+    launcher, folder: Path, num_kills: int, update: str = "after_backward", clipping: str = "exact"
+) -> None:
     seed = int(os.environ.get("HIFT_TEST_SEED", random.SystemRandom().randrange(10**6)))
     print(f"HIFT_TEST_SEED={seed}")
     draw = random.Random(seed)
     step, progressed = 0, 0
     for number in range(num_kills):
-        what = one_round(launcher, folder, draw, update)
+        what = one_round(launcher, folder, draw, update, clipping)
         before, step = step, check_and_prune(folder)
         print(f"kill {number}: {what}; step {before} -> {step}")
         assert step >= before
         progressed += step > before
     assert progressed >= num_kills // 2
     last = step + 5
-    survivors = launcher.run(train, 2, str(folder), last, False, update)
-    whole = launcher.run(train, 2, None, last, False, update)
+    survivors = launcher.run(train, 2, str(folder), last, False, update, clipping)
+    whole = launcher.run(train, 2, None, last, False, update, clipping)
     for (weights, states, cursor), (expected_weights, expected_states, expected_cursor) in zip(
         survivors, whole, strict=True
     ):
@@ -156,5 +162,6 @@ def test_two_hundred_kills_on_a_disk(launcher, tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads process states from /proc")
-def test_twenty_kills_of_updates_in_backward(launcher, memory_path):
-    kill_and_compare(launcher, memory_path, 20, "in_backward")
+@pytest.mark.parametrize("clipping", ["exact", "speculative", "last_visit", "per_part"])
+def test_twenty_kills_of_updates_in_backward(launcher, memory_path, clipping):
+    kill_and_compare(launcher, memory_path, 20, "in_backward", clipping)

@@ -80,6 +80,7 @@ class Row:
     mutation: str = ""
     readme: bool = False  # run the README's loop instead
     forwards: int = 1  # before each backward
+    undoes: bool = False  # every update that may be taken back is (norms have no values here)
 
 
 @dataclass
@@ -150,8 +151,11 @@ def step(row: Row, device: str, machine: Any, folder: str, model: Any = None, ba
     """Build an engine and take the steps, each under a mark of its own."""
     import hift_ds
     from hift_ds.forecast.setting import make_batch
+    from hift_ds.optim.in_backward import InBackwardOptimizer
     from hift_ds.simulation.step import make_real
 
+    if row.undoes:
+        InBackwardOptimizer._stands = staticmethod(lambda factor: False)  # type: ignore[method-assign]
     if model is None:
         model = tiny_llama()
         make_real(model, __import__("torch").bfloat16, device)

@@ -173,11 +173,16 @@ def test_trials_that_are_taken_back_leave_the_same_bits(name, tmp_path):
         reports = [engine.last_report for engine in engines]
         assert len({report.grad_norm for report in reports}) == 1, step
         assert same_weights(engines[0], engines[2]) and same_weights(engines[0], engines[1]), step
-        optimizer = engines[2].optimizer
-        outcomes.append((optimizer.tried, optimizer.undone_s is not None))
+        optimizer, report = engines[2].optimizer, reports[2]
+        outcomes.append((report.tried, report.undone))
+        assert report.undone == (report.undone_s > 0) and report.grad_bytes_out > 0
+        assert (report.grad_bytes_in > 0) == (report.undone or not report.tried or gas > 1)
         assert not len(optimizer.parked) and not len(optimizer.weights_before)
     assert {(True, True), (True, False), (False, False)} == set(outcomes)
     assert engines[0].coverage() == engines[2].coverage()
+    trials = engines[2].optimizer.trials
+    assert trials.num_made == sum(made for made, _ in outcomes)
+    assert trials.num_undone == sum(undone for _, undone in outcomes) and trials.undone_s > 0
     for engine in engines:
         engine.destroy()
 

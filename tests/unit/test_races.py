@@ -43,6 +43,18 @@ ROWS = {
     "in backward, clipped, accumulation, slices": (
         Row(hift={**IN_BACKWARD, **state(slots=2, slice_numel=1500)}, gas=2, steps=4), 160,
     ),
+    "in backward, clipped by speculation": (
+        Row(hift={**IN_BACKWARD, "clipping": "speculative", **state(slots=2)}, steps=5), 160,
+    ),
+    "in backward, taken back": (
+        Row(hift={**IN_BACKWARD, "clipping": "speculative", **state(slots=2)}, undoes=True, steps=5), 160,
+    ),
+    "in backward, taken back, compact states on disk": (
+        Row(
+            hift={**IN_BACKWARD, "clipping": "speculative", **state(**DISK, slots=2, codec="split_master")},
+            undoes=True, steps=4,
+        ), 300,
+    ),
     "in backward, stage 3, 2 ranks": (
         Row(hift=IN_BACKWARD, clip=0.0, stage=3, world_size=2, more=ALL_GATHERED, steps=5), 60,
     ),
