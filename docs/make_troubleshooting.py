@@ -124,6 +124,10 @@ EXPLAINED = [
         "The run diverges: losses or gradients are not finite, or a thousand times the usual, again and again. Lower the learning rate, clip gradients, look at the rows of those steps; `train.on_divergence` decides what happens.",
     ),
     (
+        r"at the beginning: the run diverges",
+        "The logged losses have risen to more than twice the first ones. Lower the learning rate, or clip gradients (`gradient_clipping`).",
+    ),
+    (
         r"no assistant message to learn from|nothing to learn in any|answer without content|answers are empty",
         "There would be nothing to learn. Look at the rows with `hift-ds preview RUN.yaml`; `data.format`, `data.columns` and `data.template` say how they are read.",
     ),

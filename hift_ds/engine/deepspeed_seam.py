@@ -63,6 +63,14 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """The engine's own answer is asked for in ``allreduce_gradients``; nothing to remember."""
 
+    @property
+    def parameter_offload(self) -> Any:
+        """With stage 3 what gathers weights, under the name at which TRL looks for it; else there is no such name."""
+        shards = getattr(self.parameters, "shards", None)
+        if shards is None:
+            raise AttributeError("parameter_offload")
+        return shards.offload
+
     # Of a torch optimizer, for schedulers and libraries that look:
 
     @property
@@ -203,7 +211,8 @@ class SeamEngine(DeepSpeedEngine):
         """DeepSpeed's ``backward``. For a loss that no active parameter contributed to (an unused pooler, say) only
         what comes after it, so that all ranks run the same collectives."""
         if loss.requires_grad:
-            super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+            with self.optimizer.parameters.during_backward():
+                super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         else:
             self._backward_epilogue()
 

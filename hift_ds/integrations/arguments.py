@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from typing import Any
 
+from accelerate import DeepSpeedPlugin
 from transformers import TrainingArguments
 
 from hift_ds.config import BLOCK, check_against_deepspeed, parse_block
 from hift_ds.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+
+def zero_optimization_may_be_left_out() -> None:
+    """From now on a DeepSpeed config with a "hift" block needs no "zero_optimization", whose default is stage 0.
+
+    accelerate insists on that key while TrainingArguments are made, before any of our classes sees them.
+    """
+    made = DeepSpeedPlugin.__post_init__
+    if hasattr(made, "__wrapped__"):
+        return
+
+    @functools.wraps(made)
+    def with_stage_0(plugin: DeepSpeedPlugin) -> None:
+        given = plugin.hf_ds_config
+        config = given if isinstance(given, dict) else getattr(given, "config", None)
+        if isinstance(config, dict) and BLOCK in config and config.get("zero_optimization") is None:
+            config["zero_optimization"] = {"stage": 0}
+        made(plugin)
+
+    DeepSpeedPlugin.__post_init__ = with_stage_0
+
+
+zero_optimization_may_be_left_out()
 
 
 def check_arguments(args: TrainingArguments | None) -> None:

@@ -97,6 +97,8 @@ class HiFTCallback(EngineEvents):
             super().on_step_end(*args, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.is_on:
+            super().on_log(args, state, control, logs, **kwargs)
         if self.is_on and logs is not None and "learning_rate" in logs:
             fields = self.fields()
             logs.update(fields)  # for the callbacks after this one

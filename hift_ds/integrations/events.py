@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -33,6 +34,7 @@ class EngineEvents(TrainerCallback):
         self.says_coverage = says_coverage
         self.adviser = Adviser()
         self._reports: list[StepReport] = []  # since the last log
+        self._rise = RisingLoss()
         self._mark = time.monotonic()
         self._step_time_s = 0.0
 
@@ -55,7 +57,17 @@ class EngineEvents(TrainerCallback):
         if self.says_coverage and warning and state.is_world_process_zero:
             logger.warning("%s", warning)
         self._reports.clear()
+        self._rise = RisingLoss()
         self._mark = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        rise = self._rise.after((logs or {}).get("loss"))
+        if rise is not None and state.is_world_process_zero:
+            logger.warning(
+                "the loss is %.3g at step %d, and was %.3g at the beginning: the run diverges; lower the learning "
+                "rate, or clip gradients",
+                rise[1], state.global_step, rise[0],
+            )  # fmt: skip
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._reports:
@@ -91,6 +103,33 @@ class EngineEvents(TrainerCallback):
         logger.info(coverage.summary())
         if (warning := coverage.warning(written=False)) is not None:
             logger.warning(warning)
+
+
+class RisingLoss:
+    """Finds once that a loss has risen far above where it began, though it is a number still: too high a rate."""
+
+    NEEDED, TIMES = 5, 2.0
+
+    def __init__(self) -> None:
+        self._losses: list[float] = []
+        self._said = False
+
+    def after(self, loss: Any) -> tuple[float, float] | None:
+        """Takes the next logged loss.
+
+        Returns:
+            The medians of the first and the last ones (single batches vary) if that is so and was not told before.
+        """
+        if not isinstance(loss, int | float) or self._said:
+            return None
+        self._losses.append(float(loss))
+        if len(self._losses) < 2 * self.NEEDED:
+            return None
+        first, last = (statistics.median(part) for part in (self._losses[: self.NEEDED], self._losses[-self.NEEDED :]))
+        if not last > self.TIMES * first > 0:
+            return None
+        self._said = True
+        return first, last
 
 
 def disable_input_require_grads(model: Any) -> None:

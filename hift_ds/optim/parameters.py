@@ -360,6 +360,10 @@ class Parameters(ABC):
         """Around a forward: how autograd saves weights."""
         return contextlib.nullcontext()
 
+    def during_backward(self) -> contextlib.AbstractContextManager[None]:
+        """Around a backward: what functions with one of their own may ask of saved weights."""
+        return contextlib.nullcontext()
+
     def end_training(self) -> None:
         """No gradient is taken any more."""
         self.sums.close()

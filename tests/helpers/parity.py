@@ -15,8 +15,10 @@ import numpy
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hift_ds import HiFTMixin
+from hift_ds.engine.zero3.shards import is_partitioned, whole_of
 from tests.helpers.trainer import AUTO, ragged_dataset
 
 ONE_GROUP: dict[str, Any] = {**AUTO, "hift": {"groups": [["."]], "lr_update": "step"}}
@@ -48,6 +50,7 @@ def run(
     """Train once. ``resume``: go on from ``checkpoint-N`` of ``folder``. ``stop_at``: steps after which the run ends,
     as if it had been killed."""
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # set by an earlier run's arguments
+    unset_hf_deepspeed_config()  # as long as those live, a plain model would be made in shards too
     defaults = {
         "per_device_train_batch_size": 2,
         "max_steps": 4,
@@ -73,9 +76,16 @@ def run(
     return Run(
         made,
         [{key: e[key] for key in COMPARED if key in e} for e in made.state.log_history if "train_loss" not in e],
-        {name: value.detach().clone() for name, value in made.model.state_dict().items()},
+        weights_of(made.model),
         [random.random(), float(numpy.random.rand()), torch.rand(()).item()],
     )
+
+
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    """Of a model whose weights may be in shards: whole ones. Collective there."""
+    found = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    parts = {name: param for name, param in model.named_parameters() if is_partitioned(param)}
+    return found | {name: whole_of(param).clone() for name, param in parts.items()}
 
 
 def compare(folder: Path, cls: type[Trainer], make_model: Callable[[], Any], **options: Any) -> tuple[Run, Run]:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import model_zoo
-from tests.helpers.parity import compare
+from hift_ds.ranks import free_port, launch_variables
+from tests.helpers.parity import ONE_GROUP, compare
 
 trl = pytest.importorskip("trl")
 
@@ -72,15 +74,29 @@ TRAINERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
-def test_trainer(tmp_path, kind):
+PARTITIONED = {**ONE_GROUP, "zero_optimization": {"stage": 3}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "ds"),
+    [*((kind, None) for kind in TRAINERS), ("sft", PARTITIONED), ("grpo", PARTITIONED),
+     pytest.param("dpo", PARTITIONED, marks=pytest.mark.slow),
+     pytest.param("kto", PARTITIONED, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_trainer(tmp_path, monkeypatch, kind, ds):
+    """With partitioned weights too: TRL's chunked loss asks saved weights whether they are whole, and its generation
+    takes DeepSpeed's hooks off and puts them on again."""
     name, options, given = TRAINERS[kind]
+    for variable, value in launch_variables(rank=0, world_size=1, port=free_port()).items() if ds else ():
+        monkeypatch.setenv(variable, value)  # deepspeed.zero.Init and DeepSpeed's own engine insist on them
+    monkeypatch.setattr(nn.functional, "linear", nn.functional.linear)  # which the former rebinds for good
     saved = folder_of(kind, tmp_path / "model")
     auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
     compare(
         tmp_path,
         getattr(trl, f"{name}Trainer"),
         lambda: auto.from_pretrained(saved, dtype="float32"),
+        ds=ds,
         args_cls=getattr(trl, f"{name}Config"),
         data=rows(kind),
         trainer={"processing_class": tokenizer(), **given},

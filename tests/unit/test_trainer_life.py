@@ -285,3 +285,36 @@ def test_what_the_log_and_its_readers_get(tmp_path, caplog):
     assert "one cycle over the 5 layer groups takes 5 steps and the run has 4" in caplog.text
     assert "27 of 30 trainable parameters updated in 4 steps" in caplog.text or "NEVER UPDATED" in caplog.text
     json.dumps(trainer.state.log_history)
+
+
+@pytest.mark.parametrize("config", [{"hift": {}}, {"hift": {}, "zero_optimization": None}, "file"])
+def test_a_config_of_the_block_alone(tmp_path, config):
+    """accelerate insists on "zero_optimization"; what else is missing is the arguments'."""
+    if config == "file":
+        (tmp_path / "ds.json").write_text('{"hift": {}}')
+        config = str(tmp_path / "ds.json")
+    args = arguments(tmp_path, config, max_steps=2, gradient_accumulation_steps=2, max_grad_norm=0.0)
+    trainer = HiFTTrainer(model_zoo.tiny.build("llama"), args, train_dataset=ragged_dataset(12))
+    trainer.train()
+    assert trainer.engine.zero_optimization_stage() == 0 and trainer.engine.global_steps == 2
+    twin = model_zoo.tiny.build("llama")
+    args = arguments(tmp_path, {k: v for k, v in AUTO.items() if k != "gradient_clipping"}, max_steps=2,
+                     gradient_accumulation_steps=2, max_grad_norm=0.0)  # fmt: skip
+    HiFTTrainer(twin, args, train_dataset=ragged_dataset(12)).train()
+    assert all(map(torch.equal, trainer.model.parameters(), twin.parameters()))
+
+
+def test_a_config_without_a_block_still_needs_what_accelerate_asks_for(tmp_path):
+    with pytest.raises(ValueError, match="ZeRO optimization config"):
+        arguments(tmp_path, {"gradient_clipping": 1.0})
+
+
+@pytest.mark.parametrize(("rate", "diverges"), [(1.0, True), (1e-4, False)])
+def test_a_loss_that_explodes_and_stays_a_number_is_said_once(tmp_path, caplog, rate, diverges):
+    trainer = HiFTTrainer(
+        model_zoo.tiny.build("llama"),
+        arguments(tmp_path, max_steps=14, learning_rate=rate, lr_scheduler_type="constant", max_grad_norm=0.0),
+        train_dataset=ragged_dataset(28),
+    )
+    trainer.train()
+    assert caplog.text.count("the run diverges; lower the learning rate") == diverges

@@ -122,6 +122,9 @@ class PartitionedParameters(Parameters):
     def saved_by_reference(self) -> contextlib.AbstractContextManager[None]:
         return self.shards.saved_by_reference()
 
+    def during_backward(self) -> contextlib.AbstractContextManager[None]:
+        return self.shards.saved_weights_say_that_they_are_whole()
+
     def close(self) -> None:
         super().close()
         self._owned.clear()

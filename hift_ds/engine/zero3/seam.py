@@ -125,6 +125,7 @@ class WeightShards:
         self._module: nn.Module = offload.module
         self._active_group = active_group
         self._coordinators: dict[int, _Coordinator] = {}
+        self._registered_as = self._module.ds_id  # DeepSpeed numbers modules when it registers its hooks
         self._storage_of: dict[PartitionedWeight, int] = {}
         self._param_in: dict[int, PartitionedWeight] = {}  # by address of the storage of a gathered weight
         self._file: WeightFile | None = None
@@ -138,6 +139,9 @@ class WeightShards:
 
     def _choose_coordinator(self, *_: Any) -> None:
         """Before each forward of the whole model."""
+        if self._module.ds_id != self._registered_as:  # again, by TRL after a generation: traces name modules by number
+            self._registered_as = self._module.ds_id
+            self._coordinators.clear()
         group = self._active_group() if torch.is_grad_enabled() else EVALUATION
         coordinator = self._coordinators.get(group)
         if coordinator is None or (coordinator.had_trace and coordinator.is_invalid_trace()):
@@ -277,6 +281,27 @@ class WeightShards:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
+
+    @contextlib.contextmanager
+    def saved_weights_say_that_they_are_whole(self) -> Iterator[None]:
+        """Inside this block, which is a backward, a tensor that is no parameter answers ``ds_status``.
+
+        What autograd gives back of a saved parameter that was packed is a plain tensor, here a whole one; a function
+        with a backward of its own (TRL's chunked losses) asks of it whether it must be gathered.
+        """
+        if hasattr(Tensor, "ds_status"):
+            yield
+            return
+        Tensor.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            del Tensor.ds_status  # type: ignore[attr-defined]
+
+    @property
+    def offload(self) -> DeepSpeedZeRoOffload:
+        """DeepSpeed's, with the module hooks: TRL takes them off for the time in which a model generates."""
+        return self._offload
 
     def close(self) -> None:
         """Back to a model without hooks. The weights stay in shards."""
