@@ -61,7 +61,7 @@ def missing(plan: dict[str, Any], seconds: dict[str, float], done: list[dict[str
     have = {key_of(line) for line in done}
     wanted = []
     for task in plan["tasks"]:
-        for name in plan["methods"]:
+        for name in plan["tasks"][task].get("methods", plan["methods"]):
             if f"{task}/{name}" not in seconds:
                 continue
             first = specs_of(plan, task, name, plan["seeds"][0])
@@ -130,7 +130,7 @@ def measure_seconds(args: argparse.Namespace, plan: dict[str, Any]) -> None:
     """Time a step of every method of every task, interleaved in one process a task."""
     found = []
     for task in plan["tasks"]:
-        specs = [specs_of(plan, task, name, 0)[0] for name in plan["methods"]]
+        specs = [specs_of(plan, task, name, 0)[0] for name in plan["tasks"][task].get("methods", plan["methods"])]
         specs = [spec for spec in specs if _chosen(args, spec)]
         if specs:
             command = _command(args, plan, task, specs, "--seconds", str(args.rounds))
