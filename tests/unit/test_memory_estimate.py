@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -12,7 +13,7 @@ import pytest
 import model_zoo
 from hift_ds.cli import estimate as estimate_module
 from hift_ds.cli.main import main
-from hift_ds.forecast.setting import Setting, is_on, with_switch
+from hift_ds.forecast.setting import SWITCHES, Setting, is_on, with_switch
 
 KEYS = {"peak_gib", "phases", "categories", "worst_group", "host_gib", "disk_gib", "flops_ratio_full", "fits"}
 SMALL = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -36,6 +37,7 @@ def run_file(tmp_path_factory, folder):
         "data: {train: nowhere.jsonl, max_length: 64}\n"
         f"train: {{output_dir: {tmp_path / 'out'}, micro_batch_size: 3, gradient_checkpointing: true}}\n"
         f"deepspeed: {tmp_path / 'ds.json'}\n"
+        "hift: {fit: off}\n"
     )
     return path
 
@@ -137,6 +139,7 @@ def test_the_largest_batch_really_fits_and_the_next_does_not():
     "argv, message",
     [
         ([], "give a run file, or --model"),
+        (["--model", "llama2_7b", "--card", "24"], "--card is what a run file is fitted to"),
         (["train.epochs=1", "--model", "llama2_7b"], "changes a run file, and none is given"),
         (["--model", "llama2_7"], "no such folder"),
         (["--model", "llama2_7b", "--length", "5000"], "--length: 5000 is longer than the 4096 positions"),
@@ -155,6 +158,34 @@ def test_one_line_and_exit_code_two(argv, message, run_file, capsys, monkeypatch
     assert main(["estimate", *(part.format(run=run_file) for part in argv)]) == 2
     err = capsys.readouterr().err.strip()
     assert message in err and "\n" not in err
+
+
+def test_a_run_file_is_counted_with_what_train_would_choose(folder, tmp_path):
+    """Group size by the length of the run, micro-batch and switches by the card; without a card, all that saves
+    memory."""
+    from hift_ds.cli.estimate_input import add_input_arguments, setting_and_choice
+
+    data, file = tmp_path / "data.jsonl", tmp_path / "run.yaml"
+    data.write_text('{"text": "a"}\n' * 100)
+    file.write_text(
+        f"model: {{path: {folder}}}\ndata: {{train: {data}, max_length: 64, val_size: 4}}\n"
+        f"train: {{output_dir: {tmp_path / 'out'}, global_batch_size: 8, epochs: 4}}\nhift: {{order: top2down}}\n"
+    )
+
+    def asked(*argv):
+        parser = argparse.ArgumentParser()
+        add_input_arguments(parser)
+        return setting_and_choice(parser.parse_args([str(file), *argv]))
+
+    setting, chosen = asked("--card", "24")
+    assert setting.batch == 8 and chosen.keys["train.micro_batch_size"] == 8
+    assert "group size 1: 5 layer groups, 9.6 turns each in 48 steps" in chosen.lines[0]  # 96 rows, 12 steps an epoch
+    assert not any(is_on(setting, switch) for switch in SWITCHES)
+    lean, chosen = asked()
+    assert lean.batch == 1 and all(is_on(lean, switch) for switch in SWITCHES) and "no card" in chosen.lines[-1]
+    plain, chosen = asked("hift.fit=off")
+    assert plain.batch == 1 and not any(is_on(plain, switch) for switch in SWITCHES)
+    assert plain.engine_config["hift"]["order"] == "top2down" and set(chosen.keys) == {"hift.group_size"}
 
 
 def test_switches_on_and_off():
