@@ -246,8 +246,16 @@ EXPLAINED = [
         "The rows have other columns than the formats in [data.md](data.md). Set `data.format`, or map names with `data.columns`.",
     ),
     (
-        r"preference data",
-        "Chosen and rejected answers are for DPO and its kin. [trainer.md](trainer.md) shows `DPOTrainer` with our mixin.",
+        r"preference data|train on one kind",
+        "Chosen and rejected answers are for DPO and its kin: [tasks.md](tasks.md). All rows of a run are texts, or all are messages.",
+    ),
+    (
+        r"a new head cannot be made in shards",
+        "A head with random weights is made whole. Use ZeRO stage 0, 1 or 2; the states are sharded there too.",
+    ),
+    (
+        r"^label |: label |labels are|this one needs the package|task here is|but task ",
+        "The task and the data, or the packages, do not go together. [tasks.md](tasks.md) has the columns, labels and packages of each task.",
     ),
     (
         r"does not come to an end",

@@ -40,6 +40,10 @@ class DataConfig(BaseModel):
     """Learn every token, not only answers."""
     mask_history: bool = False
     """Learn only the last answer of a conversation."""
+    labels: list[str] = []
+    """Names of the classes or tags, in the order of their numbers; empty: from the data."""
+    shuffle: bool = True
+    """Draw a new order of the rows in every epoch. false: as they stand in the data."""
     max_samples: int | None = Field(None, ge=1)
     """Rows to take from the beginning of each source."""
     seed: int = 42

@@ -97,18 +97,28 @@ def to_sample(row: Row, format: str, origin: str) -> Sample:
     Raises:
         DataError: a column is missing, or holds something else than the format says.
     """
-    required, build = FORMATS[format]
+    return build_sample(row, format, FORMATS[format], origin)
+
+
+def build_sample(row: Row, format: str, how: tuple[tuple[str, ...], Callable[[Row], Any]], origin: str) -> Any:
+    """What ``how`` (required columns, row -> sample) makes of a row.
+
+    Raises:
+        DataError: a column is missing, or holds something else than the format says; begins with ``origin``.
+    """
+    required, build = how
     row = present(row)
     for column in required:
         if column not in row:
             found = ", ".join(row) or "none"
+            other = "set data.format, or rename" if format in FORMATS else "rename"
             raise DataError(
-                f"{origin}: no {column!r}, which format {format} needs; found columns: {found}; "
-                "set data.format, or rename with data.columns"
+                f"{origin}: no {column!r}, which format {format} needs; found columns: {found}; {other} with "
+                "data.columns"
             )
     try:
         return build(row)
-    except _Malformed as error:
+    except Malformed as error:
         raise DataError(f"{origin}: {error}") from None
 
 
@@ -137,8 +147,7 @@ def detect_format(columns: set[str], origin: str, empty_too: Set[str] = frozense
                 return format
     if {"chosen", "rejected"} <= columns:
         raise DataError(
-            f"{origin}: chosen and rejected are preference data, which a run file does not train on; see "
-            "docs/trainer.md for DPO"
+            f"{origin}: chosen and rejected are preference data; set task: dpo, kto or reward (docs/tasks.md)"
         )
     expected = "; ".join(f"{name} ({', '.join(required)})" for name, (required, _) in FORMATS.items())
     raise DataError(
@@ -203,8 +212,8 @@ class NoContent(str):
     """The content of a message that has none: an empty text, told from one that the data say is empty."""
 
 
-class _Malformed(Exception):
-    pass
+class Malformed(Exception):
+    """What is wrong with a row; whoever knows where it comes from makes a DataError of it."""
 
 
 def _from_messages(row: Row) -> Sample:
@@ -222,7 +231,7 @@ def _from_prompt_completion(row: Row) -> Sample:
     if isinstance(prompt, list) and isinstance(completion, list):
         asked = _messages(prompt, "prompt")
         return _conversation(row, asked + _messages(completion, "completion"), first_answer=len(asked))
-    raise _Malformed(
+    raise Malformed(
         "prompt and completion: expected two texts or two lists of messages, "
         f"got {type(prompt).__name__} and {type(completion).__name__}"
     )
@@ -232,17 +241,17 @@ def _from_alpaca(row: Row) -> Sample:
     turns = _system(row)
     history = _parsed(row.get("history"), "history") or []
     if not isinstance(history, list):
-        raise _Malformed(f"history: expected a list of [question, answer], got {_short(history)}")
+        raise Malformed(f"history: expected a list of [question, answer], got {short(history)}")
     for turn in history:
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(part, str) for part in turn)):
-            raise _Malformed(f"history: expected pairs of [question, answer], got {_short(turn)}")
+            raise Malformed(f"history: expected pairs of [question, answer], got {short(turn)}")
         turns += _question_and_answer(*turn)
-    asked = "\n".join(part for part in (_text(row, "instruction"), _text(row, "input")) if part)
-    return _conversation(row, turns + _question_and_answer(asked, _text(row, "output")))
+    asked = "\n".join(part for part in (text_of(row, "instruction"), text_of(row, "input")) if part)
+    return _conversation(row, turns + _question_and_answer(asked, text_of(row, "output")))
 
 
 def _from_text(row: Row) -> Sample:
-    return Text(_text(row, "text"))
+    return Text(text_of(row, "text"))
 
 
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Sample]]] = {
@@ -255,12 +264,17 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Sample]]] = {
 """Name -> (required columns, row -> sample), in the order in which they are looked for."""
 
 
-def _text(row: Row, column: str) -> str:
+def text_of(row: Row, column: str) -> str:
+    """The text in a column, "" if it is absent.
+
+    Raises:
+        Malformed: it is something else.
+    """
     value = row.get(column)
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise _Malformed(f"{column}: expected text, got {_short(value)}")
+        raise Malformed(f"{column}: expected text, got {short(value)}")
     return value
 
 
@@ -279,9 +293,9 @@ def _conversation(row: Row, turns: list[_Turn], first_answer: int = 0) -> Conver
     """The turns, and what lies beside them in the row."""
     options = _parsed(row.get("chat_template_kwargs"), "chat_template_kwargs") or None
     if options is not None and not isinstance(options, Mapping):
-        raise _Malformed(f"chat_template_kwargs: expected an object, got {_short(options)}")
+        raise Malformed(f"chat_template_kwargs: expected an object, got {short(options)}")
     if ours := _NOT_THE_TEMPLATES.intersection(options or ()):
-        raise _Malformed(f"chat_template_kwargs: {min(ours)!r} is no option of a chat template; remove it")
+        raise Malformed(f"chat_template_kwargs: {min(ours)!r} is no option of a chat template; remove it")
     return Conversation(
         messages=[message for message, _ in turns],
         tools=_tools(row),
@@ -293,7 +307,7 @@ def _conversation(row: Row, turns: list[_Turn], first_answer: int = 0) -> Conver
 
 
 def _system(row: Row) -> list[_Turn]:
-    system = _text(row, "system")
+    system = text_of(row, "system")
     return [({"role": "system", "content": system}, None)] if system else []
 
 
@@ -305,20 +319,29 @@ def _messages(value: Any, column: str) -> list[_Turn]:
     """Messages with ``role`` and ``content``, whichever of the two spellings they came in."""
     value = _parsed(value, column)
     if not isinstance(value, list) or not value:
-        raise _Malformed(f"{column}: expected a list of messages, got {_short(value)}")
+        raise Malformed(f"{column}: expected a list of messages, got {short(value)}")
     return [_turn(entry, column) for entry in value]
+
+
+def messages_of(value: Any, column: str) -> list[Message]:
+    """The messages in a column, in the spelling of OpenAI.
+
+    Raises:
+        Malformed: it holds something else.
+    """
+    return [message for message, _ in _messages(value, column)]
 
 
 def _turn(entry: Any, column: str) -> _Turn:
     if not isinstance(entry, Mapping):
-        raise _Malformed(f"{column}: expected messages with role and content, got {_short(entry)}")
+        raise Malformed(f"{column}: expected messages with role and content, got {short(entry)}")
     # Arrow gives every message every key that any message has; the absent ones are None.
     entry = present(entry)
     said_role = entry.pop("role", None) or entry.pop("from", None)
     if isinstance(said_role, str):
         said_role = said_role.lower()  # "Human", "GPT"
     if said_role not in _ROLES:
-        raise _Malformed(f"{column}: unknown role {said_role!r}; expected one of {', '.join(_ROLES)}")
+        raise Malformed(f"{column}: unknown role {said_role!r}; expected one of {', '.join(_ROLES)}")
     content = entry.pop("content", entry.pop("value", NoContent()))
     learned = _is_learned(entry, column)
     calls = _calls(entry.pop("tool_calls", None), column)
@@ -336,12 +359,12 @@ def _is_learned(entry: dict[str, Any], column: str) -> bool | None:
     """Whether the data say to learn the message; takes the keys that say it out of ``entry``."""
     for key in _PARTIAL_FLAGS:
         if entry.pop(key, None):
-            raise _Malformed(f"{column}: {key}: parts of a message cannot be masked; use train: true or false")
+            raise Malformed(f"{column}: {key}: parts of a message cannot be masked; use train: true or false")
     flags = {key: entry.pop(key) for key in _LEARNED_FLAGS if key in entry}
     for key, value in flags.items():
         if isinstance(value, str) or value not in (0, 1):
-            raise _Malformed(
-                f"{column}: {key}: expected 0 or 1, false or true (learn the message or not), got {_short(value)}"
+            raise Malformed(
+                f"{column}: {key}: expected 0 or 1, false or true (learn the message or not), got {short(value)}"
             )
     if not all(flags.values()):
         return False
@@ -357,7 +380,7 @@ def _calls(value: Any, column: str) -> list[dict[str, Any]]:
     calls = [_parsed(call, f"{column}: tool_calls") for call in _as_list(_parsed(value, f"{column}: tool_calls"))]
     for call in calls:
         if not isinstance(call, dict):
-            raise _Malformed(f"{column}: tool_calls: expected a list of objects, got {_short(call)}")
+            raise Malformed(f"{column}: tool_calls: expected a list of objects, got {short(call)}")
     return calls
 
 
@@ -377,7 +400,7 @@ def _parsed(value: Any, column: str) -> Any:
     try:
         return json.loads(value) if value.strip() else None
     except ValueError:
-        raise _Malformed(f"{column}: not valid JSON: {_short(value)}") from None
+        raise Malformed(f"{column}: not valid JSON: {short(value)}") from None
 
 
 def _content(content: Any, column: str) -> str:
@@ -386,17 +409,18 @@ def _content(content: Any, column: str) -> str:
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         return "".join(part.get("text") or "" for part in content)
     media = "; images and audio cannot be trained on" if isinstance(content, list) else ""
-    raise _Malformed(f"{column}: expected content to be text, got {_short(content)}{media}")
+    raise Malformed(f"{column}: expected content to be text, got {short(content)}{media}")
 
 
 def _tools(row: Row) -> list[dict[str, Any]] | None:
     tools = [_parsed(tool, "tools") for tool in _as_list(_parsed(row.get("tools"), "tools"))]
     for tool in tools:
         if not isinstance(tool, Mapping):
-            raise _Malformed(f"tools: expected a list of objects, got {_short(tool)}")
+            raise Malformed(f"tools: expected a list of objects, got {short(tool)}")
     return tools or None
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """For a message: no more than 60 letters of it."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

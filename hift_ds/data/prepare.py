@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -96,17 +96,25 @@ class DataReport:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Datasets with ``input_ids`` and ``labels`` (and ``seq_lengths`` when packed), and what batches them."""
+    """Datasets with what the task's trainer takes (language models: ``input_ids`` and ``labels``, when packed
+    ``seq_lengths``), and what batches them; None: the trainer's own."""
 
     train: Dataset
     eval: Dataset | None
     collator: Any
     template: str
-    reports: tuple[DataReport, ...]
+    reports: tuple[Any, ...]
+    score: Any = None
+    """What makes scores of the predictions of ``eval``; a Trainer's ``compute_metrics``."""
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    """Entries of the model's config that the data decide: its labels."""
 
 
 def prepare_data(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, vocab_size: int | None = None
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    vocab_size: int | None = None,
 ) -> PreparedData:
     """Read, tokenise, mask, cut and pack.
 
@@ -122,14 +130,7 @@ def prepare_data(
     """
     template = set_chat_template(tokenizer, config.template)
     sources = config.train_sources()
-    weights = [source.weight for source in sources]
-    weighted = any(weight is not None for weight in weights)
-    train_rows = load_mixture(sources) if weighted else load_rows(sources)
-    eval_rows = load_rows(config.eval_sources()) if config.eval is not None else None
-    if config.val_size:
-        train_rows, eval_rows = _hold_out(train_rows, config.val_size, config.seed)
-    if weighted:  # after the split: no held-out row is trained on
-        train_rows = mix(train_rows, [1.0 if weight is None else weight for weight in weights], config.seed)
+    train_rows, eval_rows = load_splits(config, sources, config.eval_sources())
     tokenize = Tokenize(
         Encoder(tokenizer, config.train_on_prompt, config.mask_history),
         max_length,
@@ -148,7 +149,10 @@ def prepare_data(
 
 
 def prepare_eval(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, vocab_size: int | None = None
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    vocab_size: int | None = None,
 ) -> tuple[Dataset, DataReport]:
     """The held-out part of :func:`prepare_data` alone, of the same rows: those of ``eval``, or ``val_size`` of
     ``train``.
@@ -168,6 +172,27 @@ def prepare_eval(
     tokenize = Tokenize(encoder, max_length, config.truncation, code_stamp())
     with cache_in_use():
         return _prepare_one("eval", rows, tokenize, config, vocab_size)
+
+
+def load_splits(config: DataConfig, sources: list[Source], held_out: list[Source]) -> tuple[Dataset, Dataset | None]:
+    """Rows to train on and to evaluate on, as :func:`load_rows` makes them: mixed by weight, ``val_size`` held out.
+
+    Args:
+        sources: of ``data.train``.
+        held_out: of ``data.eval``; empty if there are none.
+
+    Raises:
+        DataError: as :func:`load_rows`; or ``val_size`` leaves nothing.
+    """
+    weights = [source.weight for source in sources]
+    weighted = any(weight is not None for weight in weights)
+    train_rows = load_mixture(sources) if weighted else load_rows(sources)
+    eval_rows = load_rows(held_out) if held_out else None
+    if config.val_size:
+        train_rows, eval_rows = _hold_out(train_rows, config.val_size, config.seed)
+    if weighted:  # after the split: no held-out row is trained on
+        train_rows = mix(train_rows, [1.0 if weight is None else weight for weight in weights], config.seed)
+    return train_rows, eval_rows
 
 
 @dataclass(frozen=True)
@@ -338,7 +363,7 @@ def _prepare_one(
     dataset = samples.select_columns(["input_ids", "labels"])
     packed = config.packing and name == "train"
     if packed:
-        dataset = packing.pack(dataset.shuffle(seed=config.seed), tokenize.max_length)
+        dataset = packing.pack(dataset.shuffle(seed=config.seed) if config.shuffle else dataset, tokenize.max_length)
     report = DataReport(
         name=name,
         num_rows=len(rows),

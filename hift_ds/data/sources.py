@@ -27,6 +27,7 @@ from hift_ds.data.files import (
     without_filling,
 )
 from hift_ds.data.formats import check_format, detect_format, guess_columns, present, rename, with_open_answer
+from hift_ds.data.task_rows import TASK_FORMATS, guess_task_columns
 from hift_ds.errors import ConfigError, DataError, HiFTError, unknown_key
 from hift_ds.hf.model_folder import CANNOT_WRITE
 from hift_ds.shipped import BUNDLED, find
@@ -258,8 +259,7 @@ def iterate_rows(source: Source, *, answered: bool = True) -> Iterator[dict[str,
             row = source.tags.apply(row)
         if count == 1:
             _check_columns(row, source, origin)
-            if format is None and not columns:
-                columns = guess_columns(row)
+            columns = columns or _guess(row, format)
         whole = rename(row, columns)
         whole = whole if answered else with_open_answer(present(whole))
         row = present(whole)
@@ -290,13 +290,19 @@ def guessed(source: Source) -> str | None:
     """How the columns of a source are read, if that is a guess; in words. Reads one row."""
     source = resolve(source)
     row: Any = next(iter(_raw_rows(source)), (None, ""))[0]
-    if source.format is not None or source.columns or source.tags is not None or not isinstance(row, Mapping):
+    if source.columns or source.tags is not None or not isinstance(row, Mapping):
         return None
-    columns = guess_columns(row)
+    columns = _guess(row, source.format)
     if not columns:
         return None
     theirs, ours = ", ".join(columns.values()), ", ".join(columns)
     return f"{source.path}: columns {theirs} read as {ours} (a guess; set data.columns to say otherwise)"
+
+
+def _guess(row: Mapping[str, Any], format: str | None) -> dict[str, str]:
+    if format is None:
+        return guess_columns(row)
+    return guess_task_columns(row, format) if format in TASK_FORMATS else {}
 
 
 def _check_columns(row: Mapping[str, Any], source: Source, origin: str) -> None:

@@ -99,15 +99,22 @@ def resolve_model(path: str, *, key: str = "model.path", trust_remote_code: bool
         ) from error
 
 
-def check_model_folder(path: str | Path, *, key: str = "model.path", trust_remote_code: bool = False) -> ModelFolder:
+def check_model_folder(
+    path: str | Path,
+    *,
+    key: str = "model.path",
+    trust_remote_code: bool = False,
+    auto_class: str = "AutoModelForCausalLM",
+) -> ModelFolder:
     """Read config.json and the headers of the weight files, nothing more.
 
     Args:
         path: a local folder; see :func:`resolve_model`.
         key: of the run file, for messages.
+        auto_class: of transformers, which is to make the model. Any but the default may give it a new head.
 
     Raises:
-        ConfigError: it is no model folder, or not of a causal language model.
+        ConfigError: it is no model folder, or not of a model that ``auto_class`` can make.
         CheckpointError: weights are missing, pickled, quantized, truncated, or do not match their index.
     """
     folder = Path(path).expanduser()
@@ -116,7 +123,7 @@ def check_model_folder(path: str | Path, *, key: str = "model.path", trust_remot
     if not folder.is_dir():
         raise ConfigError(f"{key}: no such folder: {str(path)!r}")
     config = read_config_json(folder, key)
-    _check_architecture(config, folder, key, trust_remote_code)
+    _check_architecture(config, folder, key, trust_remote_code, auto_class)
     tensors = check_weights(folder)
     numel_by_dtype: Counter[str] = Counter()
     for tensor in tensors.values():
@@ -131,6 +138,20 @@ def check_model_folder(path: str | Path, *, key: str = "model.path", trust_remot
         max_length=max_sequence_length(config),
         vocab_size=_text_config(config).get("vocab_size"),
     )
+
+
+def classes_by_model_type(auto_class: str) -> Mapping[str, Any]:
+    """What an ``Auto...`` class of transformers can make: model_type -> the class's name, or several."""
+    from transformers.models.auto import modeling_auto
+
+    names = {
+        "AutoModelForCausalLM": "CAUSAL_LM",
+        "AutoModelForSeq2SeqLM": "SEQ_TO_SEQ_CAUSAL_LM",
+        "AutoModelForSequenceClassification": "SEQUENCE_CLASSIFICATION",
+        "AutoModelForTokenClassification": "TOKEN_CLASSIFICATION",
+        "AutoModelForQuestionAnswering": "QUESTION_ANSWERING",
+    }
+    return getattr(modeling_auto, f"MODEL_FOR_{names[auto_class]}_MAPPING_NAMES")
 
 
 def max_sequence_length(config: Mapping[str, Any]) -> int | None:
@@ -187,22 +208,21 @@ def read_config_json(folder: Path, key: str = "model.path") -> dict[str, Any]:
     raise ConfigError(f"{key}: no config.json in {str(folder)!r}; expected a model folder in Hugging Face's layout")
 
 
-def _check_architecture(config: Mapping[str, Any], folder: Path, key: str, trust_remote_code: bool) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    model_type = config.get("model_type")
-    if "auto_map" in config and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+def _check_architecture(
+    config: Mapping[str, Any], folder: Path, key: str, trust_remote_code: bool, auto_class: str
+) -> None:
+    model_type, known = config.get("model_type"), classes_by_model_type(auto_class)
+    if "auto_map" in config and model_type not in known:
         if not trust_remote_code:
             raise ConfigError(
                 f"{key}: {str(folder)!r} brings its own Python code; set model.trust_remote_code: true if you trust it"
             )
-    elif model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ConfigError(
-            f"{key}: model_type {model_type!r} in {str(folder / 'config.json')!r} is no causal language "
-            "model "
-            "that transformers knows"
-        )
-    else:
+    elif model_type not in known:
+        what = "is no causal language model that transformers knows"
+        if auto_class != "AutoModelForCausalLM":
+            what = f"has no {auto_class.removeprefix('AutoModelFor')} model in transformers"
+        raise ConfigError(f"{key}: model_type {model_type!r} in {str(folder / 'config.json')!r} {what}")
+    elif auto_class == "AutoModelForCausalLM":
         _check_class(config, folder, key)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "quantized")

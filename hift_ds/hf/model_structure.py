@@ -17,6 +17,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from hift_ds.errors import ConfigError
+from hift_ds.hf.model_folder import classes_by_model_type
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CONFIG_FILE = "config.json"
@@ -51,6 +52,16 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> PretrainedCo
         f"{source}: no such folder; expected a folder with a {CONFIG_FILE}, a hub name owner/name, "
         f"or a size of the zoo such as {near[0]}"
     )
+
+
+def read_task_config(source: str, auto_class: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """As :func:`read_config`, ``architectures`` naming what an ``Auto...`` class of transformers makes of it, whatever head
+    the weights have; of ``AutoModelForCausalLM`` what the config itself names."""
+    config = read_config(source, trust_remote_code=trust_remote_code)
+    if auto_class != "AutoModelForCausalLM":
+        name = classes_by_model_type(auto_class)[config.model_type]
+        config.architectures = [name] if isinstance(name, str) else list(name[:1])
+    return config
 
 
 def configs_with_cache(config: Any) -> list[Any]:

@@ -226,17 +226,13 @@ def load_pretrained(
     """
     from transformers import AutoModelForCausalLM
 
-    check_weights(folder)
     if device is not None:
         from_pretrained["device_map"] = {"": device}
-    model, info = (model_class or AutoModelForCausalLM).from_pretrained(
-        str(folder),
+    model, info = _from_pretrained(
+        folder,
+        model_class or AutoModelForCausalLM,
         dtype=dtype,
-        use_safetensors=True,
-        local_files_only=True,
         trust_remote_code=trust_remote_code,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
         **from_pretrained,
     )
     for name, found, expected in sorted(info["mismatched_keys"]):
@@ -247,6 +243,57 @@ def load_pretrained(
     _refuse(info["missing_keys"], allow_missing, f"{folder} lacks", f"of {type(model).__name__}")
     _refuse(info["unexpected_keys"], allow_unexpected, f"{folder} has", f"unknown to {type(model).__name__}")
     return model
+
+
+def load_pretrained_with_head(
+    folder: str | Path, model_class: Any, **options: Any
+) -> tuple[PreTrainedModel, list[str], list[str]]:
+    """As :func:`load_pretrained`, for a task: what lies below the model's head must be there, the head and a pooler may
+    be new, and another head in the folder is left aside.
+
+    Args:
+        model_class: an ``Auto...`` class of transformers.
+        options: ``dtype``, and what ``from_pretrained`` takes, entries of the config such as ``num_labels`` among it.
+            New weights are drawn from the global generators.
+
+    Returns:
+        The model, the names of its new weights, the names of tensors of the folder that it does not use.
+
+    Raises:
+        CheckpointError: damaged files, or a weight below the head that is missing, unexpected or misshapen.
+    """
+    model, info = _from_pretrained(folder, model_class, **options)
+    below = f"{model.base_model_prefix}."
+    base = getattr(model, model.base_model_prefix, model)
+    # Folders without a head of their own name weights without the prefix.
+    parts = {name.partition(".")[0] for name, _ in base.named_parameters()}
+
+    def is_head(name: str) -> bool:
+        return ".pooler." in f".{name}" or not (name.startswith(below) or name.partition(".")[0] in parts)
+
+    sized = [name for name, *_ in info["mismatched_keys"]]
+    _refuse([n for n in info["missing_keys"] if not is_head(n)], (), f"{folder} lacks", f"of {type(model).__name__}")
+    _refuse(
+        [n for n in info["unexpected_keys"] if not is_head(n)],
+        (),
+        f"{folder} has",
+        f"unknown to {type(model).__name__}",
+    )
+    _refuse([n for n in sized if not is_head(n)], (), f"{folder} has another shape of", f"in {type(model).__name__}")
+    return model, sorted({*info["missing_keys"], *sized}), sorted(info["unexpected_keys"])
+
+
+def _from_pretrained(folder: str | Path, model_class: Any, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and which weights were missing, unexpected or of another shape."""
+    check_weights(folder)
+    return model_class.from_pretrained(
+        str(folder),
+        use_safetensors=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
+    )
 
 
 def weight_distances(

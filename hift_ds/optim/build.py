@@ -94,6 +94,15 @@ def build_optimizer(
     return _construct(name, cls, options, list(param_groups), hollow_weights)
 
 
+def takes_option(name: str, option: str) -> bool:
+    """Whether the optimizer of that name has such an argument; False for names that are not known here."""
+    try:
+        cls = torch.optim.Muon if name.lower() == "muon" else _optimizer_class(name, {})
+    except ConfigError:
+        return False
+    return option in inspect.signature(cls.__init__).parameters
+
+
 def _optimizer_class(name: str, options: dict[str, Any]) -> type[torch.optim.Optimizer]:
     lower = name.lower()
     adam_w_mode = options.pop("adam_w_mode", True) if lower in ("adam", "adamw") else True

@@ -50,6 +50,7 @@ class ReportCallback(TrainerCallback):
             beside the first steps, what each group's peak memory should be.
         progress: a ``Progress``; chosen by what the terminal can do if None.
         plots: draw the pictures when training ends.
+        shown: what is printed of an evaluation besides its loss, by name without ``eval_``.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class ReportCallback(TrainerCallback):
         largest_batch: tuple[int, int] | None = None,
         progress: Progress | None = None,
         plots: bool = True,
+        shown: tuple[str, ...] = (),
     ) -> None:
         self.run_dir = Path(run_dir)
         self._get_engine = get_engine or (lambda: None)
@@ -68,6 +70,7 @@ class ReportCallback(TrainerCallback):
         self._largest_batch = largest_batch
         self._progress = progress
         self._plots = plots
+        self._shown = shown
         self._writer: MetricsWriter | None = None
         self._pending: StepRecord | None = None
         self._unwritten = False  # the last line was left out
@@ -150,7 +153,10 @@ class ReportCallback(TrainerCallback):
         if writer is not self._writer:
             writer.close()
         progress = self._progress or make_progress()
-        progress.note(f"evaluation at step {state.global_step}: loss {metrics['eval_loss']:.4f}", style="bold")
+        measured = [("loss", metrics["eval_loss"])]
+        measured += [(name, metrics[f"eval_{name}"]) for name in self._shown if f"eval_{name}" in metrics]
+        told = ", ".join(f"{name} {value:.4f}" for name, value in measured)
+        progress.note(f"evaluation at step {state.global_step}: {told}", style="bold")
         self._mark = time.monotonic()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from hift_ds.checkpoint.files import replace_text
 from hift_ds.checkpoint.manifest import latest_tag
@@ -27,13 +27,19 @@ from hift_ds.checkpoint.saved_checkpoint import SavedCheckpoint
 from hift_ds.checkpoint.trainer_folder import find_checkpoints
 from hift_ds.data.packing import packed_samples_are_isolated
 from hift_ds.data.prepare import PreparedData, prepare_data
+from hift_ds.data.task_data import Preparation
 from hift_ds.data.tokenizers import load_tokenizer
 from hift_ds.dtypes import torch_dtype
 from hift_ds.engine.zero3.load import load_partitioned, remember_rounded_weights
 from hift_ds.errors import CheckpointError, ConfigError
 from hift_ds.hf.export import check_files_can_be_written, export_model
-from hift_ds.hf.model_structure import build_on_meta, read_config, turn_cache_off
-from hift_ds.hf.safetensors_folder import SafetensorsFolder, load_pretrained, tensor_dtypes
+from hift_ds.hf.model_structure import build_on_meta, quiet_hugging_face, read_task_config, turn_cache_off
+from hift_ds.hf.safetensors_folder import (
+    SafetensorsFolder,
+    load_pretrained,
+    load_pretrained_with_head,
+    tensor_dtypes,
+)
 from hift_ds.hf.weight_names import skeleton
 from hift_ds.layers.grouping import partition_model
 from hift_ds.out_of_memory import no_traceback_when_full
@@ -53,6 +59,7 @@ from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig
 from hift_ds.train.run_folder_lock import RunFolderLock
 from hift_ds.train.settings import gives_passes
 from hift_ds.train.spread_masters import gathered_weights
+from hift_ds.train.tasks import TASKS
 from hift_ds.train.trainer import build_trainer, make_arguments, zero_stage
 from hift_ds.train.watchdog import collective_timeout_s, lost_rank_error
 from hift_ds.version import __version__
@@ -108,7 +115,7 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]
     if keys:
         checked = with_settings(checked, apply(checked.settings, keys))
         arguments = on_all_ranks(lambda: make_arguments(checked, fresh=not checkpoints))
-    model = on_all_ranks(lambda: _load_model(checked, arguments))
+    model = on_all_ranks(lambda: _load_model(checked, arguments, tokenizer, data.model_options, say))
 
     on_all_ranks(lambda: check_files_can_be_written(model, tokenizer) if arguments.process_index == 0 else None)
     restore_cache = turn_cache_off(model.config)
@@ -136,11 +143,8 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]
 def data_counts(data: PreparedData) -> dict[str, int]:
     """Of the training data, for those who look at the run later."""
     report = data.reports[0]
-    return {
-        "train_samples": report.num_samples,
-        "train_tokens": report.tokens,
-        "train_learned_tokens": report.learned_tokens,
-    }
+    counted = {"train_samples": report.num_samples, "train_tokens": report.tokens}
+    return counted | ({"train_learned_tokens": report.learned_tokens} if hasattr(report, "learned_tokens") else {})
 
 
 def closing_lines(run: RunConfig, results: Mapping[str, Any]) -> list[str]:
@@ -162,8 +166,8 @@ def _check(run: RunConfig) -> CheckedRun:
     checked = check_run(run, rank_and_world_size()[1])
     block = checked.settings.hift
     if block is not None:
-        trust = run.model.trust_remote_code
-        config = read_config(str(checked.model.path), trust_remote_code=trust)
+        trust, auto_class = run.model.trust_remote_code, TASKS[run.task].auto_class
+        config = read_task_config(str(checked.model.path), auto_class, trust_remote_code=trust)
         if run.model.attn_implementation:
             _check_attention(config, run)
         structure = build_on_meta(config, trust_remote_code=trust)
@@ -262,17 +266,32 @@ def _load_data(checked: CheckedRun, arguments: TrainingArguments) -> tuple[Any, 
     run = checked.run
     with arguments.main_process_first(local=True, desc="preparing data"):
         tokenizer = load_tokenizer(checked.tokenizer_folder, trust_remote_code=run.model.trust_remote_code)
-        return tokenizer, prepare_data(run.data, tokenizer, checked.max_length, checked.model.vocab_size)
+        task = TASKS[run.task]
+        if not task.is_language_modelling:
+            return tokenizer, task.prepare(Preparation(run.data, tokenizer, checked.max_length, checked.model.config))
+        return tokenizer, prepare_data(run.data_of_task, tokenizer, checked.max_length, checked.model.vocab_size)
 
 
 @no_traceback_when_full("while the model is loaded")
-def _load_model(checked: CheckedRun, arguments: TrainingArguments) -> Any:
+def _load_model(
+    checked: CheckedRun,
+    arguments: TrainingArguments,
+    tokenizer: Any,
+    labels: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> Any:
     """Straight to the accelerator where the dtype is final; else mapped from the files, which costs a rank no
     memory of its own until the engine casts: fp32 weights that train in 16 bits keep their bits in the
     masters."""
     run, stored = checked.run, checked.model.dtype
     block = checked.settings.hift
     options = {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
+    task = TASKS[run.task]
+    has_head = task.auto_class not in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+    if has_head:
+        labels = {"num_labels": 1} if run.task == "reward" else labels
+        return _load_with_head(checked, arguments, tokenizer, labels, say, options)
+    options["model_class"] = task.model_class()
     if zero_stage(arguments) == 3 and block is not None:
         return load_partitioned(
             checked.model.path, arguments.deepspeed, dtype=torch_dtype(checked.dtype),
@@ -297,6 +316,41 @@ def _load_model(checked: CheckedRun, arguments: TrainingArguments) -> Any:
             "set data.packing: false, or another model.attn_implementation"
         )
     return model
+
+
+def _load_with_head(
+    checked: CheckedRun,
+    arguments: TrainingArguments,
+    tokenizer: Any,
+    labels: Mapping[str, Any],
+    say: Callable[[str], None],
+    options: dict[str, Any],
+) -> Any:
+    """With the task's head, which begins with random weights unless the folder has one that fits; the same on all
+    ranks."""
+    run, task = checked.run, TASKS[checked.run.task]
+    if zero_stage(arguments) == 3:
+        raise ConfigError(
+            f'task: {run.task} with "zero_optimization.stage": 3: a new head cannot be made in shards; use stage 0, 1 '
+            "or 2"
+        )
+    set_seed(run.train.seed)
+    with quiet_hugging_face():  # what is new and what is unused is said below
+        model, new, unused = load_pretrained_with_head(
+            checked.model.path, task.model_class(), dtype=torch_dtype(checked.dtype),
+            trust_remote_code=run.model.trust_remote_code, **labels, **options,
+        )  # fmt: skip
+    if model.config.get_text_config().pad_token_id is None:  # decoders find the last token of a row by it
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if new:
+        say(f"new weights, at random: {_some(new)}")
+    if unused:
+        say(f"weights of another head, not used: {_some(unused)}")
+    return model
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 # -- training and after --------------------------------------------------------------------------------------
@@ -334,13 +388,13 @@ def _train(trainer: Any, run: RunConfig, checkpoints: list[Path], settings: dict
                 on_all_ranks(lambda folder=folder: _compare_settings(folder, settings))
                 if trainer.args.process_index == 0:
                     print(f"resuming from {folder}", flush=True)
-                return _summary(trainer, trainer.train(resume_from_checkpoint=str(folder)))
+                return _summary(trainer, run, trainer.train(resume_from_checkpoint=str(folder)))
             except (CheckpointError, pickle.UnpicklingError, EOFError) as found:
                 error = found if isinstance(found, CheckpointError) else _unreadable(folder, found)
                 if progress.began or position + 1 == len(checkpoints):
                     raise error from None
                 logger.warning("%s; trying %s", error, checkpoints[position + 1])
-        return _summary(trainer, trainer.train())
+        return _summary(trainer, run, trainer.train())
     except RuntimeError as error:
         engine = getattr(trainer, "engine", None)
         lost = lost_rank_error(error, engine) if engine is not None else None
@@ -372,7 +426,7 @@ def _unreadable(folder: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{folder}: a file with states in it {why}; remove the folder to go on from an earlier one")
 
 
-def _summary(trainer: Any, output: Any) -> dict[str, Any]:
+def _summary(trainer: Any, run: RunConfig, output: Any) -> dict[str, Any]:
     state = trainer.state
     results = {**output.metrics, "steps": state.global_step}
     if trainer.args.load_best_model_at_end and state.best_metric is not None:
@@ -382,8 +436,8 @@ def _summary(trainer: Any, output: Any) -> dict[str, Any]:
     results.pop("total_flos", None)  # transformers' estimate is of full fine-tuning
     first = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), None)
     if first is not None:
-        results["eval_loss_before"] = first["eval_loss"]
-        results["eval_perplexity_before"] = first["eval_perplexity"]
+        measured = ("loss", *TASKS[run.task].metrics)
+        results |= {f"eval_{name}_before": first[f"eval_{name}"] for name in measured if f"eval_{name}" in first}
     if trainer.args.auto_find_batch_size:
         results["micro_batch_size"] = state.train_batch_size
     engine = getattr(trainer, "engine", None)

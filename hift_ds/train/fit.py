@@ -22,6 +22,7 @@ from hift_ds.store.machine import host_bytes, processes_on_node
 from hift_ds.train.card import Card
 from hift_ds.train.group_size import ModelSizes, choose_groups
 from hift_ds.train.settings import BatchSizes, Settings, deepspeed_config, gives_passes
+from hift_ds.train.tasks import TASKS
 
 FIT_FILE = "fit.json"
 CHOSEN = "fit"  # its key in the settings beside a checkpoint
@@ -79,7 +80,8 @@ def choose(facts: Facts, card: Card | None, before: Mapping[str, Any] | None = N
         said = ", ".join(f"{key}={value}" for key, value in kept.items())
         lines = (f"as when this run began: {said}",) if said else ()
         return Chosen(kept, lines, {**before, "chosen": kept})
-    model = ModelSizes.read(facts.model, settings.run.model.trust_remote_code)
+    auto_class = TASKS[settings.run.task].auto_class
+    model = ModelSizes.read(facts.model, settings.run.model.trust_remote_code, auto_class)
     if before is not None:  # the groups cannot be others, whatever the card
         keys = {key: value for key, value in kept.items() if key in ("hift.group_size", "hift.update")}
         lines = [f"as when this run began: {key}={value}" for key, value in keys.items()]

@@ -17,7 +17,7 @@ from hift_ds.config import HiFTConfig
 from hift_ds.dtypes import Dtype
 from hift_ds.forecast.fit import STATE_BYTES
 from hift_ds.forecast.setting import SLICE_NUMEL
-from hift_ds.hf.model_structure import build_on_meta, read_config
+from hift_ds.hf.model_structure import build_on_meta, read_task_config
 from hift_ds.layers.arch import find_arch
 from hift_ds.layers.grouping import LayerGroup, partition_model
 from hift_ds.train.card import Card
@@ -45,9 +45,13 @@ class ModelSizes:
     trust_remote_code: bool = False
 
     @classmethod
-    def read(cls, source: str, trust_remote_code: bool) -> ModelSizes:
-        """Args: source: what :func:`~hift_ds.hf.model_structure.read_config` takes."""
-        return cls(read_config(source, trust_remote_code=trust_remote_code), trust_remote_code)
+    def read(cls, source: str, trust_remote_code: bool, auto_class: str = "AutoModelForCausalLM") -> ModelSizes:
+        """
+        Args:
+            source: what :func:`~hift_ds.hf.model_structure.read_config` takes.
+            auto_class: of transformers, which makes the model.
+        """
+        return cls(read_task_config(source, auto_class, trust_remote_code=trust_remote_code), trust_remote_code)
 
     @cached_property
     def model(self) -> Any:

@@ -16,6 +16,7 @@ from hift_ds.errors import ConfigError
 from hift_ds.hf.model_folder import max_sequence_length
 from hift_ds.train.evaluate import sums_per_row
 from hift_ds.train.settings import DEFAULT_MAX_LENGTH
+from hift_ds.train.tasks import TASKS
 from hift_ds.train.trained_model import TrainedModel
 
 
@@ -45,14 +46,14 @@ def data_to_evaluate(trained: TrainedModel, data: str | None) -> DataConfig:
                 f"{trained.folder} is a model and not a run, which would say what was held out; give --data FILE"
             )
         return DataConfig(train=data, eval=data)
-    task = getattr(trained.run, "task", "sft")
-    if task not in ("sft", "text"):
+    task = trained.run.task
+    if not TASKS[task].is_language_modelling:
         raise ConfigError(
             f"task: {task}; the held-out loss of a token is of sft and text; all_results.json has this one's measures"
         )
     if data is None:
-        return trained.run.data
-    return DataConfig(**{**trained.run.data.model_dump(), "train": data, "eval": data, "val_size": 0.0})
+        return trained.run.data_of_task
+    return DataConfig(**{**trained.run.data_of_task.model_dump(), "train": data, "eval": data, "val_size": 0.0})
 
 
 @torch.no_grad()

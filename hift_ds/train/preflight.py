@@ -24,6 +24,7 @@ from hift_ds.train.settings import (
     resolve_max_length,
     training_arguments,
 )
+from hift_ds.train.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def check_run(run: RunConfig, world_size: int) -> CheckedRun:
         check_source(source)
     _check_output(run)
     folder = resolve_model(run.model.path, trust_remote_code=trust)
-    model = check_model_folder(folder, trust_remote_code=trust)
+    model = check_model_folder(folder, trust_remote_code=trust, auto_class=TASKS[run.task].auto_class)
     if reason := broken_seal(folder, weights=True):  # of a run's checkpoint-N, the only folders that have one
         raise CheckpointError(f"model.path: {reason}")
     tokenizer = resolve_tokenizer_folder(run, folder)

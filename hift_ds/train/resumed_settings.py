@@ -27,6 +27,7 @@ _NOTHING = ""
 
 # key -> (what becomes of another value, and what that means)
 RULES: dict[str, tuple[str, str]] = {
+    "task": (REFUSED, "its states are another model's"),
     "model.path": (KEPT, "the weights are the checkpoint's"),
     "model.tokenizer": (CHANGED, _ROWS),
     "model.dtype": (CHANGED, "masters go with their weights"),
@@ -43,6 +44,8 @@ RULES: dict[str, tuple[str, str]] = {
     "data.packing": (CHANGED, _ROWS),
     "data.train_on_prompt": (CHANGED, _NOTHING),
     "data.mask_history": (CHANGED, _NOTHING),
+    "data.labels": (REFUSED, "the head has other classes"),
+    "data.shuffle": (CHANGED, _ROWS),
     "data.max_samples": (CHANGED, _ROWS),
     "data.seed": (CHANGED, _ROWS),
     "data.num_workers": (CHANGED, _NOTHING),

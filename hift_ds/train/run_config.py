@@ -26,6 +26,7 @@ from hift_ds.dtypes import Dtype
 from hift_ds.errors import ConfigError
 from hift_ds.shipped import file_or_shipped
 from hift_ds.train.run_file import apply_overrides, explain, read_yaml
+from hift_ds.train.tasks import TASKS, TaskName
 
 RUN_FILE_COPY = "run.yaml"  # in the run folder: every key, defaults included
 
@@ -170,6 +171,9 @@ class ExportConfig(Section):
 class RunConfig(Section):
     """A checked run file. ``run.file`` and ``run.overrides`` say where it came from."""
 
+    task: TaskName = "sft"
+    """What is learned: sft (chat and completion), text (plain language modelling), dpo, kto, reward, classification,
+    token_classification, qa (extractive), seq2seq."""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
@@ -183,6 +187,21 @@ class RunConfig(Section):
 
     _file: Path | None = PrivateAttr(None)
     _overrides: tuple[str, ...] = PrivateAttr(())
+
+    @model_validator(mode="after")
+    def _task_and_data(self) -> RunConfig:
+        if TASKS[self.task].format is None:
+            return self
+        names = ["format"] if self.task == "text" else ["format", "packing", "train_on_prompt", "mask_history"]
+        for name in names:
+            if (given := getattr(self.data, name)) != type(self.data).model_fields[name].default:
+                tasks = "sft" if name == "format" else "sft and text"
+                raise ValueError(f"data.{name}: {given} is for task {tasks}; the task here is {self.task}")
+        if self.task != "text" and self.hift and self.hift.get("fit", "off") not in (False, "off"):
+            raise ValueError(f"hift.fit: {self.hift['fit']} is for task sft and text; the task here is {self.task}")
+        if self.data.labels and self.task not in ("classification", "token_classification"):
+            raise ValueError(f"data.labels: is for tasks with labels; the task here is {self.task}")
+        return self
 
     @field_validator("deepspeed")
     @classmethod
@@ -210,6 +229,8 @@ class RunConfig(Section):
     @property
     def fit(self) -> float | Literal["auto"] | None:
         """GiB of the card that the run is to fit; "auto": of the one that is there; None: nothing is chosen."""
+        if not TASKS[self.task].is_language_modelling:  # what can be forecast
+            return None
         fit = self.hift.get("fit", "auto") if self.hift is not False else None
         return None if fit in (False, "off") else fit
 
@@ -220,6 +241,14 @@ class RunConfig(Section):
     @property
     def overrides(self) -> tuple[str, ...]:
         return self._overrides
+
+    @property
+    def data_of_task(self) -> DataConfig:
+        """``data``, its rows read as language modelling's task says: those of ``text`` have texts only."""
+        format = self.data.format or TASKS[self.task].format
+        return (
+            self.data if not TASKS[self.task].is_language_modelling else self.data.model_copy(update={"format": format})
+        )
 
     @property
     def export_dir(self) -> Path:

@@ -163,7 +163,9 @@ def explain(error: ValidationError, model: type[BaseModel], file: Path, overridd
         return ConfigError(f"{file}: {key}: this key is required")
     if kind == "value_error":
         message = first["msg"].removeprefix("Value error, ")
-        if message.startswith((f"{key}:", f"{key}.")):  # parts with a check of their own name the key themselves
+        if not key or message.startswith(
+            (f"{key}:", f"{key}.")
+        ):  # parts with a check of their own name the key themselves
             return ConfigError(f"{where}: {message}")
         return ConfigError(f"{where}: {key}: {message.removeprefix(key.rpartition('.')[2] + ': ')}")
     return ConfigError(f"{where}: {key}: expected {_expected(first)}, got {given!r}")

@@ -14,8 +14,10 @@ from typing import Any
 from hift_ds.config import BLOCK, HiFTConfig, check_against_deepspeed, parse_block, read_json_file
 from hift_ds.dtypes import Dtype
 from hift_ds.errors import ConfigError
+from hift_ds.optim.build import takes_option
 from hift_ds.shipped import file_or_shipped
 from hift_ds.train.run_config import RunConfig
+from hift_ds.train.tasks import TASKS
 
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_OPTIMIZER = "AdamW"
@@ -227,7 +229,9 @@ def training_arguments(settings: Settings, dtype: Dtype, *, has_eval: bool) -> d
         _check_finding_a_batch(ds, settings.world_size)
     options = ds["optimizer"]["params"]
     betas = options.get("betas", (0.9, 0.999))
+    task = TASKS[run.task]
     return {
+        **task.options,
         "output_dir": str(run.output_dir),
         "num_train_epochs": train.epochs,
         "max_steps": train.max_steps or -1,
@@ -261,11 +265,30 @@ def training_arguments(settings: Settings, dtype: Dtype, *, has_eval: bool) -> d
         "seed": train.seed,
         "data_seed": run.data.seed,
         "report_to": list(train.report_to) or "none",
-        "prediction_loss_only": True,
+        "prediction_loss_only": task.is_language_modelling or task.uses_trl,
         "remove_unused_columns": False,  # packed rows have a column for the collator that no model knows
         "use_cpu": not torch.accelerator.is_available(),
         "deepspeed": ds,
+        **_of_the_data(run),
     }
+
+
+def _of_the_data(run: RunConfig) -> dict[str, Any]:
+    """Arguments that say how the trainer reads its data."""
+    task, data = TASKS[run.task], run.data
+    found: dict[str, Any] = {} if data.shuffle else {"train_sampling_strategy": "sequential"}
+    if task.uses_trl:
+        found |= {
+            "trust_remote_code": run.model.trust_remote_code,
+            "dataset_num_proc": data.num_workers if data.num_workers > 1 else None,
+        }
+        if (
+            data.truncation != ("drop" if run.task == "reward" else "keep_start")
+            and "truncation" in data.model_fields_set
+        ):
+            how = "drops rows that are longer" if run.task == "reward" else "keeps the start of longer rows"
+            raise ConfigError(f"data.truncation: {data.truncation}, but task {run.task} {how}; leave the key out")
+    return found
 
 
 def _check_finding_a_batch(ds: Mapping[str, Any], world_size: int) -> None:
@@ -291,7 +314,8 @@ def _optimizer_block(run: RunConfig, block: Mapping[str, Any] | None) -> dict[st
         block = {"type": train.optimizer or DEFAULT_OPTIMIZER, "params": train.optimizer_args}
     options = dict(block.get("params") or {})
     options["lr"] = _agreed(run, "train.learning_rate", options, "lr", "optimizer.params.lr")
-    if train.weight_decay or run.is_given("train.weight_decay") or "weight_decay" in options:
+    # 0 too: the default of torch's AdamW is 0.01.
+    if "weight_decay" in options or train.weight_decay or takes_option(block["type"], "weight_decay"):
         options["weight_decay"] = _agreed(
             run, "train.weight_decay", options, "weight_decay", "optimizer.params.weight_decay"
         )

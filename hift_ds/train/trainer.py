@@ -6,12 +6,12 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from hift_ds.data.packing import collator
 from hift_ds.dtypes import torch_dtype
 from hift_ds.engine.deepspeed_seam import checkpoints_without_code
-from hift_ds.errors import ConfigError
+from hift_ds.errors import ConfigError, DataError
 from hift_ds.hf.export import savable_generation_config
 from hift_ds.integrations.finished_run import StopsWhenDone
 from hift_ds.integrations.transformers import HiFTMixin
@@ -21,6 +21,7 @@ from hift_ds.train.disk_room import DiskRoomCallback
 from hift_ds.train.evaluate import TokenMeanEvaluation
 from hift_ds.train.preemption import PreemptionCallback
 from hift_ds.train.preflight import CheckedRun
+from hift_ds.train.tasks import TASKS, Task
 from hift_ds.train.watchdog import NotesProgress, WatchdogCallback
 
 ONLY_AT_THE_END = (
@@ -58,8 +59,8 @@ class _RefusesToGoBack:
             )
 
 
-class FullTrainer(_RefusesToGoBack, StopsWhenDone, TokenMeanEvaluation, _DecayMatricesOnly, Trainer):
-    """``hift: false``: every weight in every step, by DeepSpeed alone; what HiFT is compared with."""
+class _AllAtOnce(StopsWhenDone):
+    """Mixin for ``hift: false``: every weight in every step, by DeepSpeed alone; what HiFT is compared with."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = output_dir or self.args.output_dir
@@ -71,31 +72,65 @@ class FullTrainer(_RefusesToGoBack, StopsWhenDone, TokenMeanEvaluation, _DecayMa
             return super().train(*args, **kwargs)
 
 
-class GroupTrainer(_RefusesToGoBack, TokenMeanEvaluation, _DecayMatricesOnly, HiFTMixin, Trainer):
-    """One layer group in every step."""
+class _OneGroupAtATime(HiFTMixin):
+    """Mixin: one layer group in every step."""
 
     says_coverage = False  # the report does
 
 
-def build_trainer(
-    checked: CheckedRun, arguments: TrainingArguments, model: Any, tokenizer: Any, data: Any
-) -> FullTrainer | GroupTrainer:
+class _WithoutTelemetry:
+    """Mixin for TRL's trainers, which tell their makers of each run: a run file's run asks the network for nothing."""
+
+    def _send_telemetry(self) -> None:
+        pass
+
+
+def trainer_class(task: Task, *, hift: bool) -> Any:
+    """The task's trainer with our engine below it, or DeepSpeed's own.
+
+    Raises:
+        ConfigError: the package that has it is not installed.
+    """
+    parts: list[type] = [_RefusesToGoBack, _WithoutTelemetry]
+    if task.is_language_modelling:
+        parts.append(TokenMeanEvaluation)
+    parts += [_DecayMatricesOnly, _OneGroupAtATime if hift else _AllAtOnce, task.trainer_class()]
+    return type(f"{'Group' if hift else 'Full'}{task.trainer.rpartition('.')[2]}", tuple(parts), {})
+
+
+def build_trainer(checked: CheckedRun, arguments: TrainingArguments, model: Any, tokenizer: Any, data: Any) -> Any:
     """With an attribute ``preemption`` that knows whether a signal ended the training.
 
     Args:
         data: a :class:`~hift_ds.data.prepare.PreparedData`.
+
+    Raises:
+        ConfigError, DataError: the task's trainer refuses its arguments or its data.
     """
-    cls = FullTrainer if checked.run.hift is False else GroupTrainer
-    trainer = cls(
-        model=model,
-        args=arguments,
-        train_dataset=data.train,
-        eval_dataset=data.eval,
-        data_collator=data.collator,
-        eval_collator=collator(tokenizer, packing=False),
-        processing_class=tokenizer,
-    )
-    if cls is GroupTrainer:
+    task, hift = TASKS[checked.run.task], checked.run.hift is not False
+    options: dict[str, Any] = {"data_collator": data.collator}
+    if task.is_language_modelling:
+        options["eval_collator"] = collator(tokenizer, packing=False)
+    elif data.score is not None and data.eval is not None:
+        options["compute_metrics"] = data.score
+    if hasattr(data.collator, "model"):  # it makes the decoder's input of the labels where the model does not
+        data.collator.model = model
+    try:
+        trainer = trainer_class(task, hift=hift)(
+            model=model,
+            args=arguments,
+            train_dataset=data.train,
+            eval_dataset=data.eval,
+            processing_class=tokenizer,
+            **options,
+        )
+    except (ValueError, ImportError) as error:
+        if not task.uses_trl:
+            raise
+        raise ConfigError(f"task: {checked.run.task}: {' '.join(str(error).split())[:300]}") from error
+    if task.uses_trl:
+        _say_what_is_dropped(checked, trainer, data)
+    if hift:
         trainer.add_callback(
             DiskRoomCallback(
                 lambda: trainer.engine,
@@ -108,17 +143,34 @@ def build_trainer(
     report = ReportCallback(
         checked.run.output_dir,
         get_engine=lambda: trainer.model_wrapped,
-        largest_batch=(checked.batch.micro_batch_size, checked.max_length),
+        # What the simulation steps are language models on one batch.
+        largest_batch=(checked.batch.micro_batch_size, checked.max_length) if task.is_language_modelling else None,
+        shown=task.metrics[:2],
     )
     report_instead_of_printing(trainer, report)
     trainer.preemption = PreemptionCallback(lambda: trainer.model_wrapped)
     trainer.add_callback(trainer.preemption)
     trainer.add_callback(NotesProgress(lambda: trainer.model_wrapped))
-    if cls is GroupTrainer:
+    if hift:
         train = checked.run.train
         watchdog = WatchdogCallback(lambda: trainer.engine, train.on_divergence, hang_timeout_s=train.hang_timeout_s)
         trainer.add_callback(watchdog)
     return trainer
+
+
+def _say_what_is_dropped(checked: CheckedRun, trainer: Any, data: Any) -> None:
+    """TRL's trainers drop rows that do not fit, and say nothing."""
+    for name, given, kept in (("train", data.train, trainer.train_dataset), ("eval", data.eval, trainer.eval_dataset)):
+        if given is None:
+            continue
+        pairs = checked.run.task == "kto" and "chosen" in given.column_names
+        lost = len(given) * (2 if pairs else 1) - len(kept)
+        if not len(kept):
+            raise DataError(
+                f"data.{name}: nothing of {len(given)} rows fits data.max_length {checked.max_length}; raise it"
+            )
+        if lost and trainer.args.process_index == 0:
+            print(f"{name}: {lost:,} dropped: nothing to learn within {checked.max_length:,} tokens")
 
 
 def zero_stage(arguments: TrainingArguments) -> int:
@@ -144,12 +196,20 @@ def make_arguments(checked: CheckedRun, *, fresh: bool) -> TrainingArguments:
         for suffix in ("", "_kwargs"):
             options[f"gradient_checkpointing{suffix}"] = options.pop(f"activation_checkpointing{suffix}")
     _check_loggers(checked.run.train.report_to)
+    task = TASKS[checked.run.task]
+    if task.uses_trl:  # whose own default is on
+        options |= {
+            "gradient_checkpointing": checked.run.train.gradient_checkpointing,
+            "max_length": checked.max_length,
+        }
+    if "generation_max_length" not in options and checked.run.task == "seq2seq":  # transformers' 20 cuts most texts
+        options["generation_max_length"] = checked.max_length
     try:
-        return TrainingArguments(
+        return task.arguments_class()(
             **options,
             eval_on_start=checked.has_eval and fresh,
             include_num_input_tokens_seen="non_padding",
-            label_names=["labels"],
+            label_names=list(task.label_names) if task.label_names else None,
             log_level="error",  # also of DeepSpeed; what a run has to say is said by our own callback
             log_level_replica="error",
             disable_tqdm=True,

@@ -1,0 +1,217 @@
+"""What a row means for tasks other than language modelling: preferences, labels, tags, questions about a text, pairs.
+
+| format | columns | becomes |
+|---|---|---|
+| preference | chosen, rejected; prompt; or instruction, input | prompt, chosen, rejected: texts, or lists of messages |
+| rated | prompt, completion, label; or preference rows | prompt, completion, label (true: wanted) |
+| labelled | text, label; text_pair | text, text_pair, label |
+| tagged | tokens, tags | one tag for each word |
+| question | question, context, answers: {text, answer_start} | as in SQuAD |
+| pair | source, target | two texts |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hift_ds.data.formats import Malformed, Message, Row, build_sample, messages_of, present, short, text_of
+
+Example = dict[str, Any]
+
+
+def to_example(row: Row, format: str, origin: str) -> Example:
+    """The example in a row.
+
+    Args:
+        row: column name -> value.
+        format: a key of ``TASK_FORMATS``.
+        origin: where the row comes from, for messages.
+
+    Returns:
+        The columns that the table above names; absent ones are left out.
+
+    Raises:
+        DataError: a column is missing, or holds something else than the format says.
+    """
+    return build_sample(row, format, TASK_FORMATS[format], origin)
+
+
+def guess_task_columns(row: Row, format: str) -> dict[str, str]:
+    """Our names -> the names in the data, for a row that lacks our columns but has others that are known to mean the
+    same; empty if there are none."""
+    row = present(row)
+    guess: dict[str, str] = {}
+    for ours, spellings in _SPELLINGS[format]:
+        if all(name in row or name in guess for name in ours):
+            continue
+        found = next((names for names in spellings if all(name in row for name in names)), None)
+        if found is not None:
+            guess |= dict(zip(ours, found, strict=True))
+    return guess
+
+
+# Of each format: our columns, and what data sets call them, all of a tuple together; the first that is there counts.
+_SPELLINGS: dict[str, tuple[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]], ...]] = {
+    "preference": (),
+    "rated": (),
+    "labelled": (
+        (
+            ("text", "text_pair"),
+            (
+                ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"),
+                ("question", "sentence"), ("question", "passage"),
+            ),
+        ),
+        (("text",), (("sentence",), ("content",), ("review",), ("title",))),
+        (("label",), (("labels",), ("class",), ("category",), ("answer",))),
+    ),
+    "tagged": (
+        (("tokens",), (("words",),)),
+        (("tags",), (("ner_tags",), ("pos_tags",), ("chunk_tags",), ("labels",))),
+    ),
+    "question": (),
+    "pair": (
+        (
+            ("source", "target"),
+            (
+                ("document", "summary"), ("article", "highlights"), ("dialogue", "summary"), ("text", "summary"),
+                ("meaning_representation", "human_reference"), ("input", "output"), ("inputs", "targets"),
+                ("question", "answer"), ("prompt", "completion"),
+            ),
+        ),
+    ),
+}  # fmt: skip
+
+
+def _preference(row: Row) -> Example:
+    if "instruction" in row:  # LLaMA-Factory's: the chat template renders it
+        asked = "\n".join(part for part in (text_of(row, "instruction"), text_of(row, "input")) if part)
+        system = text_of(row, "system")
+        turns = [{"role": "system", "content": system}] if system else []
+        prompt: Any = [*turns, {"role": "user", "content": asked}]
+        chosen, rejected = (_answer(row[name], name) for name in ("chosen", "rejected"))
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    if "conversations" in row or "messages" in row:
+        column = "conversations" if "conversations" in row else "messages"
+        system = text_of(row, "system")
+        turns = [{"role": "system", "content": system}] if system else []
+        chosen, rejected = (_answer(row[name], name) for name in ("chosen", "rejected"))
+        return {"prompt": [*turns, *_talk(row[column], column)], "chosen": chosen, "rejected": rejected}
+    return _alike(row, ("prompt", "chosen", "rejected"))
+
+
+def _rated(row: Row) -> Example:
+    if "chosen" in row or "rejected" in row:
+        return _preference(row)
+    label = row["label"]
+    if isinstance(label, str) and label.strip().lower() in ("true", "false", "0", "1"):
+        label = label.strip().lower() in ("true", "1")
+    if isinstance(label, str) or label not in (0, 1):
+        raise Malformed(f"label: expected true (a wanted answer) or false, got {short(label)}")
+    return {**_alike(row, ("prompt", "completion")), "label": bool(label)}
+
+
+def _alike(row: Row, columns: tuple[str, ...]) -> Example:
+    """Columns that are all texts or all lists of messages."""
+    row = {name: _perhaps_messages(row[name]) for name in columns if name in row}
+    if all(isinstance(value, str) for value in row.values()):
+        return row
+    if all(isinstance(value, list) for value in row.values()):
+        return {name: _talk(value, name) for name, value in row.items()}
+    kinds = ", ".join(f"{name}: {type(value).__name__}" for name, value in row.items())
+    raise Malformed(f"expected texts in all columns or lists of messages in all, got {kinds}")
+
+
+def _perhaps_messages(value: Any) -> Any:
+    """A table of text (CSV) has lists of messages as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _answer(value: Any, column: str) -> list[Message]:
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    return _talk(value if isinstance(value, list) else [value], column)
+
+
+def _talk(value: Any, column: str) -> list[Message]:
+    messages = messages_of(value, column)
+    for message in messages:
+        if further := [key for key in message if key not in ("role", "content")]:
+            raise Malformed(f"{column}: {further[0]}: messages of preference data have role and content only")
+    return messages
+
+
+def _labelled(row: Row) -> Example:
+    label = row["label"]
+    if isinstance(label, str) and not label.strip():
+        raise Malformed("label: expected a name or a number, got an empty text")
+    parts = label if isinstance(label, list) else [label]
+    if not all(isinstance(part, str | int | float) for part in parts):
+        raise Malformed(f"label: expected a name, a number or a list of these, got {short(label)}")
+    if label == -1:
+        raise Malformed("label: -1 stands for rows whose label is not published (a test split); take another split")
+    return {"text": text_of(row, "text"), "text_pair": text_of(row, "text_pair"), "label": json.dumps(label)}
+
+
+def _tagged(row: Row) -> Example:
+    tokens, tags = (_listed(row[name], name) for name in ("tokens", "tags"))
+    if len(tokens) != len(tags) or not tokens:
+        raise Malformed(f"tokens and tags: expected one tag for each word, got {len(tokens)} and {len(tags)}")
+    if not all(isinstance(token, str) for token in tokens):
+        raise Malformed(f"tokens: expected words, got {short(tokens)}")
+    if not all(isinstance(tag, str | int) for tag in tags):
+        raise Malformed(f"tags: expected names or numbers, got {short(tags)}")
+    return {"tokens": tokens, "tags": [json.dumps(tag) for tag in tags]}
+
+
+def _listed(value: Any, column: str) -> list[Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = value.split()
+    if not isinstance(value, list):
+        raise Malformed(f"{column}: expected a list, got {short(value)}")
+    return value
+
+
+def _question(row: Row) -> Example:
+    answers, context = row["answers"], text_of(row, "context")
+    if isinstance(answers, str):
+        try:
+            answers = json.loads(answers)
+        except ValueError:
+            raise Malformed(f"answers: not valid JSON: {short(answers)}") from None
+    if isinstance(answers, list):
+        answers = {key: [answer.get(key) for answer in answers] for key in ("text", "answer_start")}
+    texts, starts = ((answers.get(key) if isinstance(answers, Mapping) else None) for key in ("text", "answer_start"))
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        raise Malformed(f"answers: expected {{text: [...], answer_start: [...]}}, got {short(answers)}")
+    for text, start in zip(texts, starts, strict=True):
+        if not isinstance(text, str) or not isinstance(start, int):
+            raise Malformed(f"answers: expected texts and the numbers of their first letters, got {short(answers)}")
+        if context[start : start + len(text)] != text:
+            raise Malformed(f"answers: {short(text)} is not at letter {start} of the context")
+    return {"question": text_of(row, "question"), "context": context, "texts": texts, "starts": starts}
+
+
+def _pair(row: Row) -> Example:
+    return {"source": text_of(row, "source"), "target": text_of(row, "target")}
+
+
+TASK_FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Example]]] = {
+    "preference": (("chosen", "rejected"), _preference),
+    "rated": (("prompt",), _rated),
+    "labelled": (("text", "label"), _labelled),
+    "tagged": (("tokens", "tags"), _tagged),
+    "question": (("question", "context", "answers"), _question),
+    "pair": (("source", "target"), _pair),
+}
+"""Name -> (required columns, row -> example)."""

@@ -1,0 +1,365 @@
+"""Every task of the run file: its rows, its scores, and a run of each from file to export; two of them against the
+plain trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from transformers import AutoTokenizer, set_seed
+
+import model_zoo
+from hift_ds.data import scores
+from hift_ds.data.task_rows import guess_task_columns, to_example
+from hift_ds.errors import ConfigError, DataError
+from hift_ds.train.finetune import finetune
+from hift_ds.train.run_config import load_run_config
+from hift_ds.train.tasks import TASKS
+from tests.helpers.tiny_tokenizers import byte_level
+from tests.unit.test_launch import own_cache  # noqa: F401  (a fixture)
+
+ONE_GROUP = {"groups": [["."]], "lr_update": "step"}
+
+
+def words(seed: int, length: int) -> str:
+    return " ".join("abcdefgh"[(seed * 7 + 3 * i) % 8] * 2 for i in range(length))
+
+
+def talk(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def qa_row(i: int) -> dict[str, Any]:
+    context = f"{words(i, 4)} xx {words(i + 1, 2)}"
+    return {
+        "question": "where?",
+        "context": context,
+        "answers": {"text": ["xx"], "answer_start": [context.index("xx")]},
+    }
+
+
+# kind -> (task, family, row number -> row)
+KINDS: dict[str, tuple[str, str, Any]] = {
+    "text": ("text", "llama", lambda i: {"text": words(i, 12)}),
+    "dpo": ("dpo", "llama", lambda i: {
+        "prompt": words(i, 3) + " ", "chosen": "yes " + words(i, 2), "rejected": "no " + words(i, 2)}),
+    "dpo_messages": ("dpo", "llama", lambda i: {
+        "chosen": talk(words(i, 3), "good " + words(i, 2)), "rejected": talk(words(i, 3), "bad")}),
+    "kto": ("kto", "llama", lambda i: {
+        "prompt": words(i, 3) + " ", "completion": ("yes " if i % 3 else "no ") + words(i, 2), "label": i % 3 > 0}),
+    "reward": ("reward", "llama", lambda i: {
+        "prompt": words(i, 2) + " ", "chosen": "yes " + words(i, 2), "rejected": "no " + words(i, 2)}),
+    "classification": ("classification", "roberta", lambda i: {
+        "sentence": ("good " if i % 2 else "bad ") + words(i, 3), "label": ["negative", "positive"][i % 2]}),
+    "classification_decoder": ("classification", "gpt2", lambda i: {
+        "text": "abc"[i % 3] * 9, "label": i % 3}),
+    "several_labels": ("classification", "bert", lambda i: {
+        "text": words(i, 3), "labels": ["a", "b", "c"][: 1 + i % 3]}),
+    "a_number": ("classification", "bert", lambda i: {"text": words(i, 1 + i % 5), "label": i % 5 / 2}),
+    "token_classification": ("token_classification", "bert", lambda i: {
+        "tokens": words(i, 5).split(), "ner_tags": [["O", "B-X", "I-X"][(i + k) % 3] for k in range(5)]}),
+    "qa": ("qa", "bert", qa_row),
+    "seq2seq": ("seq2seq", "t5", lambda i: {"document": words(i, 4), "summary": words(i, 1)}),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Half of such a short run; they are drawn in other tests."""
+    monkeypatch.setattr("hift_ds.report.callback.plot_run", lambda folder: [])
+    monkeypatch.setattr("hift_ds.train.finetune.plot_run", lambda folder: [])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """Pretrained models, none of them with the head of a task."""
+    root = tmp_path_factory.mktemp("models")
+    lengths = {"roberta": 258, "t5": None, "gpt2": None}
+    for family in {family for _, family, _ in KINDS.values()}:
+        length = lengths.get(family, 256)
+        options = {"max_position_embeddings": length} if length else {"n_positions": 256} if family == "gpt2" else {}
+        model_zoo.tiny.build(family, vocab_size=280, **options).save_pretrained(root / family)
+        byte_level().save_pretrained(root / family)
+    return root
+
+
+def write(folders: Path, folder: Path, kind: str, **changes: Any) -> Path:
+    task, family, row = KINDS[kind]
+    data = folder / f"{kind}.jsonl"
+    data.write_text("\n".join(json.dumps(row(i)) for i in range(26)))
+    run: dict[str, Any] = {
+        "task": task,
+        "model": {"path": str(folders / family)},
+        "data": {"train": str(data), "val_size": 6, "max_length": 96},
+        "train": {
+            "output_dir": str(folder / "run"), "max_steps": 6, "micro_batch_size": 2, "learning_rate": 5e-3,
+            "eval_steps": 6, "save_steps": 3,
+        },
+    }  # fmt: skip
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        run.setdefault(section, {})
+        if name:
+            run[section][name] = value
+        else:
+            run[section] = value
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(run))
+    return file
+
+
+# -- runs ------------------------------------------------------------------------------------------------------
+
+
+SLOW = ("dpo_messages", "classification_decoder", "several_labels", "a_number")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in KINDS])
+def test_a_run_trains_evaluates_and_exports(folders, tmp_path, kind):
+    task = TASKS[KINDS[kind][0]]
+    if task.uses_trl:
+        pytest.importorskip("trl")
+    results = finetune(load_run_config(write(folders, tmp_path, kind)))
+    assert results["steps"] == 6 and results["never_updated"] == 0
+    assert results["eval_loss"] < results["eval_loss_before"]
+    assert any(f"eval_{name}" in results and f"eval_{name}_before" in results for name in task.metrics)
+    model = task.model_class().from_pretrained(tmp_path / "run" / "model")
+    before = task.model_class().from_pretrained(folders / KINDS[kind][1])
+    moved = {n for n, v in model.state_dict().items() if not torch.equal(v, before.state_dict().get(n, v - 1))}
+    assert {name for name, _ in model.named_parameters()} <= moved
+    if kind == "classification":
+        assert model.config.id2label == {0: "negative", 1: "positive"}
+    if kind == "several_labels":
+        assert model.config.problem_type == "multi_label_classification" and model.config.num_labels == 3
+
+
+def test_an_interrupted_run_with_a_new_head_ends_like_one_that_was_not(folders, tmp_path):
+    whole = finetune(load_run_config(write(folders, tmp_path, "classification")))
+    expected = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    for name in ("all_results.json", "checkpoint-6"):
+        (tmp_path / "run" / name).rename(tmp_path / name)
+    again = finetune(load_run_config(tmp_path / "run.yaml"))
+    assert again["eval_loss"] == whole["eval_loss"] and again["steps"] == 6
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == expected
+
+
+def plain(folder: Path, cls: Any, args_cls: Any, model: Any, rows: Any, tokenizer: Any, **options: Any) -> Any:
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    args = args_cls(
+        str(folder / "plain"), max_steps=6, per_device_train_batch_size=2, learning_rate=5e-3, save_strategy="no",
+        lr_scheduler_type="cosine", logging_steps=1, report_to=[], use_cpu=True, seed=42, data_seed=42,
+        disable_tqdm=True, bf16=False, **options,
+    )  # fmt: skip
+    trainer = cls(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    return trainer
+
+
+def rows_of(kind: str) -> list[dict[str, Any]]:
+    return [KINDS[kind][2](i) for i in range(26)]
+
+
+def same_weights(ours: Path, model: Any) -> None:
+    theirs = type(model).from_pretrained(ours).state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(theirs[name], value, atol=2e-6, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_classification_is_the_plain_trainers(folders, tmp_path):
+    from datasets import Dataset
+
+    finetune(load_run_config(write(folders, tmp_path, "classification", hift=ONE_GROUP, data__val_size=0,
+                                   train__eval_steps=None)))  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(folders / "roberta")
+    rows = Dataset.from_list([
+        {**tokenizer(row["sentence"]), "labels": int(row["label"] == "positive")} for row in rows_of("classification")
+    ])  # fmt: skip
+    set_seed(42)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folders / "roberta", num_labels=2)
+    same_weights(
+        tmp_path / "run" / "model",
+        plain(tmp_path, transformers.Trainer, transformers.TrainingArguments, model, rows, tokenizer).model,
+    )
+
+
+def test_dpo_is_trls(folders, tmp_path):
+    from datasets import Dataset
+
+    trl = pytest.importorskip("trl")
+    finetune(load_run_config(write(folders, tmp_path, "dpo", hift=ONE_GROUP, data__val_size=0, train__eval_steps=None)))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders / "llama")
+    tokenizer = AutoTokenizer.from_pretrained(folders / "llama")
+    rows = Dataset.from_list(rows_of("dpo"))
+    trained = plain(tmp_path, trl.DPOTrainer, trl.DPOConfig, model, rows, tokenizer, max_length=96,
+                    gradient_checkpointing=False).model  # fmt: skip
+    same_weights(tmp_path / "run" / "model", trained)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "error", "message"),
+    [
+        (
+            "dpo",
+            {"data__packing": True},
+            ConfigError,
+            "data.packing: True is for task sft and text; the task here is dpo",
+        ),
+        ("qa", {"data__format": "text"}, ConfigError, "data.format: text is for task sft"),
+        ("dpo", {"data__labels": ["a"]}, ConfigError, "data.labels: is for tasks with labels"),
+        ("dpo", {"data__truncation": "drop"}, ConfigError, "data.truncation: drop, but task dpo keeps the start"),
+        ("kto", {"train__micro_batch_size": 1}, ConfigError, "task: kto: .*batch size must be > 1"),
+        ("dpo", {"data__max_length": 8}, DataError, "nothing of 20 rows fits data.max_length 8"),
+        ("dpo", {"task": "classification"}, DataError, "no 'text', which format labelled needs; found columns: prompt"),
+        ("qa", {"task": "seq2seq"}, ConfigError, "model_type 'bert' .* has no Seq2SeqLM model in transformers"),
+        (
+            "classification",
+            {"data__labels": ["negative", "neutral"]},
+            DataError,
+            "label 'positive' is none of negative",
+        ),
+        ("classification", {"task": "sft"}, ConfigError, "expected a causal language model"),
+        ("classification", {"task": "rank"}, ConfigError, "task: expected one of sft, text, dpo"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(folders, tmp_path, kind, changes, error, message):
+    with pytest.raises(error, match=message):
+        finetune(load_run_config(write(folders, tmp_path, kind, **changes)))
+
+
+def test_preference_data_without_the_task_names_it(folders, tmp_path):
+    with pytest.raises(DataError, match="preference data; set task: dpo, kto or reward"):
+        finetune(load_run_config(write(folders, tmp_path, "dpo_messages", task="sft")))
+
+
+# -- rows ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "expected"),
+    [
+        ("preference", {"instruction": "a", "input": "b", "chosen": "c", "rejected": "d"},
+         {"prompt": [{"role": "user", "content": "a\nb"}], "chosen": [{"role": "assistant", "content": "c"}],
+          "rejected": [{"role": "assistant", "content": "d"}]}),
+        ("preference", {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "c"},
+                        "rejected": {"from": "gpt", "value": "d"}},
+         {"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "c"}],
+          "rejected": [{"role": "assistant", "content": "d"}]}),
+        ("rated", {"prompt": "a", "completion": "b", "label": "False"},
+         {"prompt": "a", "completion": "b", "label": False}),
+        ("tagged", {"tokens": "a b", "tags": "[0, 1]"}, {"tokens": ["a", "b"], "tags": ["0", "1"]}),
+        ("question", {"question": "q", "context": "a b", "answers": [{"text": "b", "answer_start": 2}]},
+         {"question": "q", "context": "a b", "texts": ["b"], "starts": [2]}),
+    ],
+)  # fmt: skip
+def test_spellings_of_rows(format, row, expected):
+    assert to_example(row, format, "here") == expected
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "message"),
+    [
+        ("preference", {"prompt": "a", "chosen": talk("a", "b"), "rejected": "c"}, "texts in all columns or lists"),
+        ("preference", {"chosen": [{"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}],
+                        "rejected": talk("a", "b")}, "have role and content only"),
+        ("rated", {"prompt": "a", "completion": "b", "label": "good"}, "expected true .* or false, got 'good'"),
+        ("labelled", {"text": "a", "label": -1}, "-1 stands for rows whose label is not published"),
+        ("tagged", {"tokens": ["a"], "tags": [1, 2]}, "one tag for each word, got 1 and 2"),
+        ("question", {"question": "q", "context": "a b", "answers": {"text": ["c"], "answer_start": [2]}},
+         "'c' is not at letter 2 of the context"),
+        ("pair", {"source": "a"}, "no 'target', which format pair needs"),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_one_line(format, row, message):
+    with pytest.raises(DataError, match=f"^here: .*{message}"):
+        to_example(row, format, "here")
+
+
+def test_columns_of_well_known_data_sets_are_guessed():
+    assert guess_task_columns({"premise": "a", "hypothesis": "b", "label": 0}, "labelled") == {
+        "text": "premise", "text_pair": "hypothesis"
+    }  # fmt: skip
+    assert guess_task_columns({"question": "a", "sentence": "b", "label": 0}, "labelled") == {
+        "text": "question", "text_pair": "sentence"
+    }  # fmt: skip
+    assert guess_task_columns({"text": "a", "sentence": "b", "label": 0}, "labelled") == {}
+
+
+# -- scores: numbers that others have published ----------------------------------------------------------------
+
+
+def test_classification_scores():
+    """scikit-learn's example of a macro F1."""
+    found = scores.classification_scores([0, 2, 1, 0, 0, 1], [0, 1, 2, 0, 1, 2])
+    assert found["f1"] == pytest.approx(0.26666, abs=1e-4) and found["accuracy"] == pytest.approx(1 / 3)
+    binary = scores.classification_scores([1, 1, 0, 1], [1, 1, 1, 0])  # scikit-learn: matthews_corrcoef -0.33...
+    assert binary["matthews_correlation"] == pytest.approx(-1 / 3) and binary["f1"] == pytest.approx(2 / 3)
+    assert scores.multi_label_scores([[1, 0], [1, 1]], [[1, 0], [0, 1]]) == {"accuracy": 0.5, "f1": pytest.approx(0.8)}
+    assert scores.regression_scores([1, 2, 3], [2, 4, 7]) == {
+        "mse": pytest.approx(7.0),
+        "pearson": pytest.approx(0.99339927),
+    }
+
+
+def test_tag_scores():
+    """seqeval's example."""
+    right = [["O", "O", "O", "B-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
+    given = [["O", "O", "B-MISC", "I-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
+    assert scores.tag_scores(given, right) == {"accuracy": 0.8, "precision": 0.5, "recall": 0.5, "f1": 0.5}
+    assert scores.entities(["B-A", "I-A", "B-A", "O", "I-B", "I-C"]) == [
+        ("A", 0, 1),
+        ("A", 2, 2),
+        ("B", 4, 4),
+        ("C", 5, 5),
+    ]
+    assert scores.tag_scores([["NN", "VB"]], [["NN", "NN"]]) == {"accuracy": 0.5}
+
+
+def test_answer_scores():
+    found = scores.answer_scores(["the Denver Broncos!", "", "in Rome"], [["Denver Broncos"], [], ["Paris", "Rome"]])
+    assert found["exact_match"] == pytest.approx(200 / 3) and found["f1"] == pytest.approx(100 * (1 + 1 + 2 / 3) / 3)
+
+
+def test_text_scores():
+    """BLEU of the example of Papineni et al. (2002), candidate 1 with reference 1 alone: precisions 14/18 ... ."""
+    assert scores.text_scores(["a b c d e"], ["a b c d e"]) == {
+        "bleu": pytest.approx(100),
+        "rouge_l": pytest.approx(100),
+    }
+    given, right = "the cat sat on the mat today", "the cat sat on a mat"
+    found = scores.text_scores([given], [right])
+    precisions = (5 / 7) * (3 / 6) * (2 / 5) * (1 / 4)
+    assert found["bleu"] == pytest.approx(100 * precisions**0.25) and found["rouge_l"] == pytest.approx(1000 / 13)
+
+
+def test_answers_are_found_in_the_pieces_of_a_long_context(folders, tmp_path):
+    """The piece with the answer is the third; the logits point at it."""
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    from hift_ds.data.task_data import AnswerScores, TokenizeQuestions
+
+    context = "ab " * 30 + "xyz" + " cd" * 5
+    start = context.index("xyz")
+    row = json.dumps({"question": "q?", "context": context, "texts": ["xyz"], "starts": [start]})
+    out = TokenizeQuestions(byte_level(), 60, "")({"example": [row]}, [0])
+    holds = [index for index, begin in enumerate(out["start_positions"]) if begin > 0]
+    assert len(out["input_ids"]) > 2 and holds
+    for index in holds:
+        begin, end = out["start_positions"][index], out["end_positions"][index]
+        assert context[out["offsets"][index][begin][0] : out["offsets"][index][end][1]] == "xyz"
+    from datasets import Dataset
+
+    shape = (len(out["input_ids"]), 60)
+    starts, ends = np.zeros(shape), np.zeros(shape)
+    starts[holds[-1], out["start_positions"][holds[-1]]] = ends[holds[-1], out["end_positions"][holds[-1]]] = 9
+    pieces = Dataset.from_dict({"offsets": out["offsets"], "example": out["example"]})
+    score = AnswerScores([json.loads(row)], pieces)
+    assert score(SimpleNamespace(predictions=(starts, ends)))["exact_match"] == 100
+    assert score(SimpleNamespace(predictions=(ends, starts)))["exact_match"] == 0
