@@ -150,12 +150,19 @@ def data_counts(data: PreparedData) -> dict[str, int]:
 def closing_lines(run: RunConfig, results: Mapping[str, Any]) -> list[str]:
     """What came of the run, and what to type next."""
     lines = []
+    task = TASKS[run.task]
     if "eval_loss_before" in results and "eval_loss" in results:
         before, after = (f"{results[key]:.4f}" for key in ("eval_loss_before", "eval_loss"))
-        perplexity = f"{results['eval_perplexity_before']:,.2f} -> {results['eval_perplexity']:,.2f}"
-        lines.append(f"held-out loss {before} -> {after}, perplexity {perplexity}")
+        told = [f"held-out loss {before} -> {after}"]
+        for name in task.metrics[:2]:
+            if (key := f"eval_{name}") in results and f"{key}_before" in results:
+                digits = 2 if name == "perplexity" else 4
+                told.append(f"{name} {results[f'{key}_before']:,.{digits}f} -> {results[key]:,.{digits}f}")
+        lines.append(", ".join(told))
     folder = shlex.quote(str(run.output_dir))
-    lines.append(f"next: hift-ds chat {folder}    hift-ds eval {folder}")
+    then = [f"hift-ds chat {folder}"] if task.auto_class == "AutoModelForCausalLM" else []
+    then += [f"hift-ds eval {folder}"] if task.is_language_modelling else []
+    lines.append(f"next: {'    '.join(then) or task.load_line(str(run.export_dir))}")
     return lines
 
 

@@ -60,6 +60,10 @@ class Task:
     def model_class(self) -> Any:
         return _named(f"transformers.{self.auto_class}")
 
+    def load_line(self, folder: str) -> str:
+        """Python that loads the exported model."""
+        return f"transformers.{self.auto_class}.from_pretrained({folder!r})"
+
     def prepare(self, how: Preparation) -> PreparedData:
         """As ``prepare_data``, for the tasks that have a function of their own."""
         from hift_ds.data import task_data
