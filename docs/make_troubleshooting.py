@@ -250,10 +250,6 @@ EXPLAINED = [
         "Chosen and rejected answers are for DPO and its kin: [tasks.md](tasks.md). All rows of a run are texts, or all are messages.",
     ),
     (
-        r"a new head cannot be made in shards",
-        "A head with random weights is made whole. Use ZeRO stage 0, 1 or 2; the states are sharded there too.",
-    ),
-    (
         r"^label |: label |labels are|this one needs the package|task here is|but task ",
         "The task and the data, or the packages, do not go together. [tasks.md](tasks.md) has the columns, labels and packages of each task.",
     ),

@@ -338,8 +338,7 @@ def _load_with_head(
     run, task = checked.run, TASKS[checked.run.task]
     if zero_stage(arguments) == 3:
         raise ConfigError(
-            f'task: {run.task} with "zero_optimization.stage": 3: a new head cannot be made in shards; use stage 0, 1 '
-            "or 2"
+            f'task: {run.task} with "zero_optimization.stage": 3: a new head needs whole weights; use stage 0, 1 or 2'
         )
     set_seed(run.train.seed)
     with quiet_hugging_face():  # what is new and what is unused is said below
