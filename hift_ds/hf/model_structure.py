@@ -55,8 +55,8 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> PretrainedCo
 
 
 def read_task_config(source: str, auto_class: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """As :func:`read_config`, ``architectures`` naming what an ``Auto...`` class of transformers makes of it, whatever head
-    the weights have; of ``AutoModelForCausalLM`` what the config itself names."""
+    """As :func:`read_config`, ``architectures`` naming what an ``Auto...`` class of transformers makes of it, whatever
+    head the weights have; of ``AutoModelForCausalLM`` what the config itself names."""
     config = read_config(source, trust_remote_code=trust_remote_code)
     if auto_class != "AutoModelForCausalLM":
         name = classes_by_model_type(auto_class)[config.model_type]

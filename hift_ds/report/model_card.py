@@ -26,13 +26,27 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=256)[0], skip_specia
 ```"""
 
 
-def write_model_card(run_dir: str | Path, out_dir: str | Path) -> Path | None:
-    """Write the card of a run into the folder of its exported model; None where a card of somebody's own stays."""
+_PIPELINES = {  # the Hub's names
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+}
+
+
+def write_model_card(run_dir: str | Path, out_dir: str | Path, auto: str = "AutoModelForCausalLM") -> Path | None:
+    """Write the card of a run into the folder of its exported model; None where a card of somebody's own stays.
+
+    Args:
+        auto: the class of transformers that loads the model.
+    """
     path = Path(out_dir) / FILE_NAME
     if path.exists() and MARK not in path.read_text(encoding="utf-8"):
         return None
     has_template = any((path.parent / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
-    replace_text(path, model_card(read_run(run_dir), has_chat_template=has_template))
+    is_talked_to = has_template and auto == "AutoModelForCausalLM"
+    replace_text(path, model_card(read_run(run_dir), has_chat_template=is_talked_to, auto=auto))
     return path
 
 
@@ -47,7 +61,7 @@ def model_card(run: RunSummary, *, has_chat_template: bool = False, auto: str = 
         base_model=run.base_model_on_hub,
         datasets=run.data_on_hub or None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=_PIPELINES[auto],
         tags=["hift_ds", "full-fine-tuning"],
     )
     method = "all weights, one group of layers in each optimizer step (HiFT, arXiv:2401.15207)"
@@ -150,10 +164,9 @@ def _data(run: RunSummary) -> str:
     counts = run.results
     line = "; ".join(run.data) or "not recorded"
     if "train_samples" in counts:
-        learned = counts["train_learned_tokens"] / max(counts["train_tokens"], 1)
-        line += (
-            f": {counts['train_samples']:,} samples, {counts['train_tokens']:,} tokens, {learned:.0%} of them learned"
-        )
+        line += f": {counts['train_samples']:,} samples, {counts['train_tokens']:,} tokens"
+        if "train_learned_tokens" in counts:
+            line += f", {counts['train_learned_tokens'] / max(counts['train_tokens'], 1):.0%} of them learned"
     return line + "."
 
 

@@ -134,7 +134,7 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]
     say(f"exported to {run.export_dir}")
     if arguments.process_index == 0:
         _write_results(run, {**results, "environment": versions()})
-        write_model_card(run.output_dir, run.export_dir)
+        write_model_card(run.output_dir, run.export_dir, TASKS[run.task].auto_class)
     for line in closing_lines(run, results):
         say(line)
     return results

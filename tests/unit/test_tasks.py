@@ -133,6 +133,8 @@ def test_a_run_trains_evaluates_and_exports(folders, tmp_path, kind):
     before = task.model_class().from_pretrained(folders / KINDS[kind][1])
     moved = {n for n, v in model.state_dict().items() if not torch.equal(v, before.state_dict().get(n, v - 1))}
     assert {name for name, _ in model.named_parameters()} <= moved
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"{task.auto_class}.from_pretrained" in card and "train_samples" not in card
     if kind == "classification":
         assert model.config.id2label == {0: "negative", 1: "positive"}
     if kind == "several_labels":
