@@ -250,7 +250,7 @@ EXPLAINED = [
         "Chosen and rejected answers are for DPO and its kin: [tasks.md](tasks.md). All rows of a run are texts, or all are messages.",
     ),
     (
-        r"^label |: label |labels are|this one needs the package|task here is|but task ",
+        r"cannot be set here|has a key of its own|^label |: label |labels are|this one needs the package|task here is|but task ",
         "The task and the data, or the packages, do not go together. [tasks.md](tasks.md) has the columns, labels and packages of each task.",
     ),
     (

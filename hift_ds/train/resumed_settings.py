@@ -72,6 +72,10 @@ RULES: dict[str, tuple[str, str]] = {
     "train.save_steps": (CHANGED, _NOTHING),
     "train.save_total_limit": (CHANGED, _NOTHING),
     "train.load_best_model_at_end": (CHANGED, _NOTHING),
+    "train.best_metric": (CHANGED, "what was best by the other measure is kept until a checkpoint is better"),
+    "train.early_stopping.patience": (CHANGED, _NOTHING),
+    "train.early_stopping.threshold": (CHANGED, _NOTHING),
+    "train.arguments": (CHANGED, _NOTHING),
     "train.resume": (ELSEWHERE, "says itself where the run goes on"),
     "train.on_divergence": (CHANGED, _NOTHING),
     "train.hang_timeout_s": (CHANGED, _NOTHING),
@@ -192,10 +196,13 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
 
 def _pairs(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """(key, value then, value now) of all that differs."""
-    theirs, ours = (dict(_flat(content["run"], depth=2)) for content in (then, now))
+    theirs, ours = (dict(_flat(content["run"], depth=3)) for content in (then, now))
     for key in sorted(theirs.keys() | ours.keys()):
-        elsewhere = key in RESOLVED.values() or key.split(".")[0] in ("hift", "deepspeed")
-        if not elsewhere and theirs.get(key) != ours.get(key):
+        above = ".".join(key.split(".")[:2])
+        elsewhere = above in RESOLVED.values() or key.split(".")[0] in ("hift", "deepspeed")
+        if key not in theirs and ours[key] == _default(key):  # a key that the version which saved did not have
+            continue
+        if not elsewhere and _nothing_as_none(theirs.get(key)) != _nothing_as_none(ours.get(key)):
             yield key, theirs.get(key), ours.get(key)
     modes = [content["run"].get("hift") is False for content in (then, now)]
     if modes[0] != modes[1]:
@@ -208,6 +215,21 @@ def _pairs(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[st
     if then.get("training data") != now.get("training data"):
         rows = [(content.get("training data") or {}).get("rows") for content in (then, now)]
         yield "training data", *(rows if rows[0] != rows[1] else (f"{rows[0]} rows", "other rows"))
+
+
+def _default(key: str) -> Any:
+    """Of a key of the run file; None where it has none."""
+    model: Any = RunConfig
+    for part in key.split("."):
+        info = getattr(model, "model_fields", {}).get(part)
+        if info is None:
+            return None
+        model = info.annotation
+    return None if info.is_required() else info.get_default(call_default_factory=True)
+
+
+def _nothing_as_none(value: Any) -> Any:
+    return None if value == {} else value
 
 
 def _name(section: str, key: str) -> str:

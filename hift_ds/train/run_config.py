@@ -51,6 +51,15 @@ class ModelConfig(Section):
     """Run Python code that comes with the model."""
 
 
+class EarlyStoppingConfig(Section):
+    """When a run ends before its last step."""
+
+    patience: int | None = Field(None, ge=1)
+    """Evaluations in a row without a better ``best_metric`` after which the run ends; null: never."""
+    threshold: float = Field(0.0, ge=0)
+    """How much better counts as better."""
+
+
 class TrainConfig(Section):
     """How long, how much at once, and how fast."""
 
@@ -95,7 +104,13 @@ class TrainConfig(Section):
     save_total_limit: int | None = Field(2, ge=1)
     """Checkpoints to keep; a checkpoint holds masters and optimizer states, up to 14 bytes a parameter."""
     load_best_model_at_end: bool = False
-    """Export the checkpoint with the lowest evaluation loss instead of the last."""
+    """Export the checkpoint with the best ``best_metric`` instead of the last."""
+    best_metric: str = "loss"
+    """What evaluation measures that decides: loss, perplexity, or one of the task's (docs/tasks.md). Of losses,
+    perplexity and mse the lowest is best, of others the highest."""
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    arguments: dict[str, Any] = {}
+    """More fields of the task's own arguments class (transformers' TrainingArguments, TRL's DPOConfig, ...)."""
     resume: str = "auto"
     """auto: go on from the newest good checkpoint in output_dir. never: start anew. Or a checkpoint's
     folder."""
@@ -136,6 +151,8 @@ class TrainConfig(Section):
                 "auto_find_batch_size: true changes the rows of a step, which global_batch_size: "
                 f"{self.global_batch_size} fixes; remove one"
             )
+        if "best_metric" in self.model_fields_set and not (self.load_best_model_at_end or self.early_stopping.patience):
+            raise ValueError(f"best_metric: {self.best_metric} needs load_best_model_at_end or early_stopping.patience")
         if self.load_best_model_at_end:
             if self.save_steps is None or self.eval_steps is None:
                 name = "save_steps" if self.save_steps is None else "eval_steps"

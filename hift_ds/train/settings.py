@@ -13,9 +13,10 @@ from typing import Any
 
 from hift_ds.config import BLOCK, HiFTConfig, check_against_deepspeed, parse_block, read_json_file
 from hift_ds.dtypes import Dtype
-from hift_ds.errors import ConfigError
+from hift_ds.errors import ConfigError, unknown_key
 from hift_ds.optim.build import takes_option
 from hift_ds.shipped import file_or_shipped
+from hift_ds.train.passed_arguments import checked_arguments
 from hift_ds.train.run_config import RunConfig
 from hift_ds.train.tasks import TASKS
 
@@ -221,9 +222,15 @@ def training_arguments(settings: Settings, dtype: Dtype, *, has_eval: bool) -> d
     import torch
 
     run, train = settings.run, settings.run.train
-    if not has_eval and (train.eval_steps or train.load_best_model_at_end):
+    stops = train.early_stopping.patience is not None
+    if not has_eval and (train.eval_steps or train.load_best_model_at_end or stops):
         name = "eval_steps" if train.eval_steps else "load_best_model_at_end"
-        raise ConfigError(f"train.{name}: {getattr(train, name)} needs data.eval or data.val_size")
+        name, value = ("early_stopping", "it") if stops else (name, getattr(train, name))
+        raise ConfigError(f"train.{name}: {value} needs data.eval or data.val_size")
+    measured = ("loss", *TASKS[run.task].metrics)
+    if train.best_metric.removeprefix("eval_") not in measured:
+        raise unknown_key(train.best_metric, measured, f"train.best_metric of task {run.task}")
+    metric = f"eval_{train.best_metric.removeprefix('eval_')}"
     ds = deepspeed_config(settings, dtype)
     if train.auto_find_batch_size:
         _check_finding_a_batch(ds, settings.world_size)
@@ -261,7 +268,9 @@ def training_arguments(settings: Settings, dtype: Dtype, *, has_eval: bool) -> d
         "save_steps": train.save_steps or 500,
         "save_total_limit": train.save_total_limit,
         "load_best_model_at_end": train.load_best_model_at_end,
-        "metric_for_best_model": "eval_loss" if train.load_best_model_at_end else None,
+        "metric_for_best_model": metric if train.load_best_model_at_end or stops else None,
+        "greater_is_better": not metric.endswith(("loss", "perplexity", "mse")),
+        "restore_callback_states_from_checkpoint": stops,  # its count of evaluations that were no better
         "seed": train.seed,
         "data_seed": run.data.seed,
         "report_to": list(train.report_to) or "none",
@@ -270,6 +279,7 @@ def training_arguments(settings: Settings, dtype: Dtype, *, has_eval: bool) -> d
         "use_cpu": not torch.accelerator.is_available(),
         "deepspeed": ds,
         **_of_the_data(run),
+        **checked_arguments(train.arguments, task.arguments_class()),
     }
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 from hift_ds.data.packing import collator
 from hift_ds.dtypes import torch_dtype
@@ -148,6 +148,9 @@ def build_trainer(checked: CheckedRun, arguments: TrainingArguments, model: Any,
         shown=task.metrics[:2],
     )
     report_instead_of_printing(trainer, report)
+    stopping = checked.run.train.early_stopping
+    if stopping.patience is not None:
+        trainer.add_callback(EarlyStopping.of(stopping.patience, stopping.threshold))
     trainer.preemption = PreemptionCallback(lambda: trainer.model_wrapped)
     trainer.add_callback(trainer.preemption)
     trainer.add_callback(NotesProgress(lambda: trainer.model_wrapped))
@@ -156,6 +159,36 @@ def build_trainer(checked: CheckedRun, arguments: TrainingArguments, model: Any,
         watchdog = WatchdogCallback(lambda: trainer.engine, train.on_divergence, hang_timeout_s=train.hang_timeout_s)
         trainer.add_callback(watchdog)
     return trainer
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers', which also says that it ends the run, and has a checkpoint of its end saved.
+
+    A run that goes on restores the number of evaluations that were no better, which transformers does with the settings
+    of the checkpoint; those of this run stand in ``settings``.
+    """
+
+    settings: tuple[int, float]
+
+    @classmethod
+    def of(cls, patience: int, threshold: float) -> EarlyStopping:
+        return type(cls.__name__, (cls,), {"settings": (patience, threshold)})()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Without transformers' warning where the best weights are not kept, which is the user's choice."""
+        self.early_stopping_patience, self.early_stopping_threshold = self.settings
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        if not control.should_training_stop or state.global_step >= state.max_steps:
+            return
+        control.should_save = True
+        if state.is_world_process_zero:
+            print(
+                f"stopped early at step {state.global_step}: {args.metric_for_best_model} has not become better by "
+                f"{self.early_stopping_threshold:g} in {self.early_stopping_patience} evaluations",
+                flush=True,
+            )
 
 
 def _say_what_is_dropped(checked: CheckedRun, trainer: Any, data: Any) -> None:
@@ -206,15 +239,14 @@ def make_arguments(checked: CheckedRun, *, fresh: bool) -> TrainingArguments:
         options["generation_max_length"] = checked.max_length
     try:
         return task.arguments_class()(
-            **options,
-            eval_on_start=checked.has_eval and fresh,
+            **{"eval_on_start": checked.has_eval and fresh} | options,
             include_num_input_tokens_seen="non_padding",
             label_names=list(task.label_names) if task.label_names else None,
             log_level="error",  # also of DeepSpeed; what a run has to say is said by our own callback
             log_level_replica="error",
             disable_tqdm=True,
         )
-    except ValueError as error:  # an accelerator without bf16, say
+    except (ValueError, TypeError, ImportError) as error:  # an accelerator without bf16, say
         raise ConfigError(f"transformers does not accept this run's settings: {error}") from error
 
 

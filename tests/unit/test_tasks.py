@@ -239,6 +239,81 @@ def test_preference_data_without_the_task_names_it(folders, tmp_path):
         finetune(load_run_config(write(folders, tmp_path, "dpo_messages", task="sft")))
 
 
+# -- more of the trainer ----------------------------------------------------------------------------------------
+
+
+def test_arguments_of_the_tasks_own_class_are_passed_on(folders, tmp_path):
+    """Label smoothing, by the loss of the plain trainer; beta, by the loss being another."""
+    from datasets import Dataset
+
+    smoothing = {"label_smoothing_factor": 0.4}
+    file = write(folders, tmp_path, "classification", hift=ONE_GROUP, data__val_size=0, train__eval_steps=None,
+                 train__arguments=smoothing)  # fmt: skip
+    results = finetune(load_run_config(file))
+    tokenizer = AutoTokenizer.from_pretrained(folders / "roberta")
+    rows = Dataset.from_list([
+        {**tokenizer(row["sentence"]), "labels": int(row["label"] == "positive")} for row in rows_of("classification")
+    ])  # fmt: skip
+    set_seed(42)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folders / "roberta", num_labels=2)
+    same = plain(tmp_path, transformers.Trainer, transformers.TrainingArguments, model, rows, tokenizer, **smoothing)
+    assert results["train_loss"] == pytest.approx(same.state.log_history[-1]["train_loss"], rel=1e-5)
+    same_weights(tmp_path / "run" / "model", same.model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("text", {"neftune_noise_alfa": 5}, "unknown key 'neftune_noise_alfa'; did you mean 'neftune_noise_alpha'"),
+        ("text", {"learning_rate": 1}, "train.arguments.learning_rate: the run file has a key .*: train.learning_rate"),
+        ("text", {"fsdp": "full_shard"}, "train.arguments.fsdp: cannot be set here: DeepSpeed partitions here"),
+        ("text", {"neftune_noise_alpha": "much"}, "train.arguments.neftune_noise_alpha: expected number.*, got 'much'"),
+        ("text", {"beta": 0.1}, "unknown key 'beta'"),
+        ("dpo", {"bta": 0.1}, "unknown key 'bta'; did you mean 'beta'"),
+        ("text", {"use_liger_kernel": True}, "needs the package liger-kernel"),
+    ],
+)
+def test_arguments_are_checked_by_that_class(folders, tmp_path, kind, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        finetune(load_run_config(write(folders, tmp_path, kind, train__arguments=arguments)))
+
+
+def test_a_run_that_gets_no_better_stops_early_and_keeps_its_best(folders, tmp_path, capsys):
+    """The rate is 0: no evaluation is better than the first. Its count survives an interruption."""
+    changes = {
+        "train__learning_rate": 0.0, "train__max_steps": 40, "train__eval_steps": 2, "train__save_steps": 2,
+        "train__early_stopping": {"patience": 3}, "train__load_best_model_at_end": True,
+        "train__best_metric": "accuracy", "train__save_total_limit": None,
+    }  # fmt: skip
+    file = write(folders, tmp_path, "classification", **changes)
+    results = finetune(load_run_config(file))
+    assert results["steps"] == 8 and results["best_step"] == 2
+    assert (
+        "stopped early at step 8: eval_accuracy has not become better by 0 in 3 evaluations" in capsys.readouterr().out
+    )
+    assert finetune(load_run_config(file)) == json.loads((tmp_path / "run" / "all_results.json").read_text())
+    for step in (6, 8):  # as if it had been killed after step 4
+        (tmp_path / "run" / f"checkpoint-{step}").rename(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "run" / "all_results.json").unlink()
+    assert finetune(load_run_config(file))["steps"] == 8
+    (tmp_path / "run" / "all_results.json").unlink()
+    assert finetune(load_run_config(file, ["train.early_stopping.patience=4"]))["steps"] == 10
+
+
+def test_settings_of_a_version_without_these_keys_are_no_difference():
+    from hift_ds.train.resumed_settings import compare
+
+    now = load_run_config("smollm2_135m").model_dump(mode="json")
+    then = json.loads(json.dumps(now))
+    for key in ("task", "model", "train"):
+        then.pop(key) if key == "task" else None
+    for key in ("best_metric", "early_stopping", "arguments"):
+        then["train"].pop(key)
+    then["data"].pop("shuffle")
+    found = compare({"run": then}, {"run": now})
+    assert (found.refused, found.kept, found.changed) == ((), (), ())
+
+
 # -- rows ------------------------------------------------------------------------------------------------------
 
 
