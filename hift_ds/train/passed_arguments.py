@@ -1,4 +1,4 @@
-"""``train.arguments``: any field of the task's own arguments class, but for those that the run file or the engine has."""
+"""``train.arguments``: any field of the task's own arguments class but those that the run file or the engine has."""
 
 from __future__ import annotations
 
