@@ -214,23 +214,27 @@ def scatter_from_owner(ranks: Ranks, weight: Tensor | None, numel: int, like: Te
     return received[: end - start]
 
 
-def join_norms_and_flags(ranks: Ranks, norm: Tensor, flags: Sequence[bool]) -> tuple[Tensor, float | None, list[bool]]:
+def join_norms_and_flags(
+    ranks: Ranks, norm: Tensor, flags: Sequence[bool | Tensor]
+) -> tuple[Tensor, float | None, list[bool]]:
     """One small all-reduce for two questions, and one wait of the host for the device; every rank gets the same
     answers.
 
     Args:
         norm: 0-dim, fp32: the 2-norm of the elements that this rank holds, and no other rank does.
-        flags: as many on every rank.
+        flags: as many on every rank; a 0-dim tensor for one that only the device knows yet.
 
     Returns:
         The 2-norm of all ranks' elements, on ``norm``'s device; its value, where it has been read with the flags; and
         for each flag whether any rank raised it.
     """
     if ranks.world_size == 1:
-        return norm, None, list(flags)
+        return _read_with_norm(norm, flags)
     raised = torch.ones(len(flags), dtype=torch.float32, device=norm.device)
     for position, flag in enumerate(flags):
-        if not flag:  # seldom; copying the flags from the host would wait for the device
+        if isinstance(flag, Tensor):
+            raised[position].copy_(flag)
+        elif not flag:  # seldom; copying the flags from the host would wait for the device
             raised[position].zero_()
     summed = torch.cat([norm.square().reshape(1), raised])
     ranks.comm.all_reduce(summed, group=ranks.process_group)
@@ -239,6 +243,15 @@ def join_norms_and_flags(ranks: Ranks, norm: Tensor, flags: Sequence[bool]) -> t
         return norm, None, []
     value, *counts = torch.cat([norm.reshape(1), summed[1:]]).cpu().tolist()
     return norm, value, [count > 0 for count in counts]
+
+
+def _read_with_norm(norm: Tensor, flags: Sequence[bool | Tensor]) -> tuple[Tensor, float | None, list[bool]]:
+    on_device = [flag.to(norm.device, torch.float32).reshape(()) for flag in flags if isinstance(flag, Tensor)]
+    if not on_device:
+        return norm, None, [bool(flag) for flag in flags]
+    value, *read = torch.stack([norm, *on_device]).cpu().tolist()
+    answers = iter(read)
+    return norm, value, [next(answers) > 0 if isinstance(flag, Tensor) else flag for flag in flags]
 
 
 def assign_owners(numels: Sequence[int], world_size: int) -> list[int]:

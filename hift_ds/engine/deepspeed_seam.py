@@ -33,7 +33,14 @@ from hift_ds.activations.switches import ActivationSavings
 from hift_ds.collectives import Ranks
 from hift_ds.config import HiFTConfig, read_json_file
 from hift_ds.engine.zero3.seam import WeightShards
-from hift_ds.engine.zero3.shards import as_if_parked_on_host, num_shards, partitioned_weights, weights_folder
+from hift_ds.engine.zero3.shards import (
+    as_if_parked_on_host,
+    into_page_locked_slabs,
+    num_shards,
+    page_locks_weights,
+    partitioned_weights,
+    weights_folder,
+)
 from hift_ds.errors import ConfigError
 from hift_ds.layers.grouping import Partition
 from hift_ds.optim.group_optimizer import GroupOptimizer
@@ -219,7 +226,8 @@ class SeamEngine(DeepSpeedEngine):
     def partition_weights(self, active_group: Callable[[], int]) -> WeightShards:
         """Cut the weights over the ranks (stage 3), those that ``deepspeed.zero.Init`` has not cut already."""
         folder = weights_folder(self._config.zero_config)
-        with as_if_parked_on_host(self) if folder else contextlib.nullcontext():
+        page_locks = not folder and page_locks_weights(self._config.zero_config)
+        with as_if_parked_on_host(self) if folder or page_locks else contextlib.nullcontext():
             # With optimizer=None ZeRO-3 gathers and releases weights and steps nothing: stepping is ours.
             offload = self._configure_zero_optimizer(optimizer=None)
         ranks = self.replica_ranks().world_size
@@ -231,6 +239,8 @@ class SeamEngine(DeepSpeedEngine):
         shards = WeightShards(offload, active_group, keep_linear=self.torch_autocast_enabled())
         if folder:
             shards.park_in_file(folder)
+        if page_locks:
+            into_page_locked_slabs(self.module)
         return shards
 
     def remove_deepspeed_hooks(self) -> None:

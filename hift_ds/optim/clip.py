@@ -19,21 +19,25 @@ def agree_on_norm(
     grads: Sequence[Tensor | None],  # this rank's disjoint shards, any float dtype
     present: Sequence[Sequence[bool]],  # per group and parameter: did this rank's backward reach it
     device: torch.device,  # where ranks talk to each other
-) -> tuple[Tensor, float, list[list[bool]]]:
-    """One small all-reduce for all: the 2-norm (0-dim, fp32) of the whole gradient and its value, and, in the form of
-    ``present``, which parameters any rank reached. The host waits for the device here, and nowhere else in a step.
+    asked: Sequence[bool | Tensor] = (),  # of every rank; 0-dim where only the device knows
+) -> tuple[Tensor, float, list[list[bool]], list[bool]]:
+    """One small all-reduce for all: the 2-norm (0-dim, fp32) of the whole gradient and its value; in the form of
+    ``present``, which parameters any rank reached; and for each of ``asked`` whether any rank says yes. The host waits
+    for the device here, and nowhere else in a step.
 
     Every rank gets the same numbers, so all skip or clip alike. A parameter that no rank reached is skipped by the
     update, as ``torch.optim`` skips a missing gradient.
     """
     have = [grad for grad in grads if grad is not None]
     norm = _norm(have).to(device) if have else torch.zeros((), dtype=torch.float32, device=device)
-    norm, value, reached = join_norms_and_flags(ranks, norm, [flag for flags in present for flag in flags])
+    together = [*(flag for flags in present for flag in flags), *asked]
+    norm, value, reached = join_norms_and_flags(ranks, norm, together)
     ends = list(itertools.accumulate(map(len, present)))
     return (
         norm,
         float(norm) if value is None else value,
         [reached[end - len(flags) : end] for flags, end in zip(present, ends, strict=True)],
+        reached[len(reached) - len(asked) :],
     )
 
 

@@ -10,7 +10,7 @@ each rank updates its pieces, the new weights are gathered (ZeRO, arXiv 1910.020
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,9 @@ class GroupOptimizer:
         self.overflow = False  # the last step was skipped
         self.grad_norm = 0.0
         self.skip_updates = False  # steps drop the gradients instead of using them
+        # What ranks ask each other, by name: each step's read of the norm brings home whether any rank says yes.
+        self.questions: dict[str, Callable[[], bool | Tensor]] = {}
+        self.answers: dict[str, bool] | None = None  # at the last step, the same on every rank; None: it did not ask
         # By group, at its last visit, if gradients are clipped by that.
         self.last_norms: dict[int, float] = {}
         self.trials = Trials()
@@ -181,17 +184,20 @@ class GroupOptimizer:
         4. update this rank's pieces, bringing their states in and sending them back;  5. publish the weights;
         6. rotate.
         """
+        self.answers = None
         if self.skip_updates:
             self.drop_gradients()
             return False
         reduced = self._take_reduced()
         self.flags.end_step()
-        norm, value, reached = agree_on_norm(
+        norm, value, reached, answers = agree_on_norm(
             self.parameters.ranks,
             [grad for grads, _ in reduced for grad in grads],
             [present for _, present in reduced],
             self._weight_device(),
+            [ask() for ask in self.questions.values()],
         )
+        self.answers = dict(zip(self.questions, answers, strict=True))
         self.grad_norm = value / self.scaler.scale  # a power of two
         if norm.device != self.update_device:
             norm = torch.tensor(value, dtype=torch.float32, device=self.update_device)
@@ -249,10 +255,12 @@ class GroupOptimizer:
         """
         states, extras = self.states, self.states.extras[group.index]
         changed: dict[int, dict[str, Any]] = {}
+        ahead = self._download_ahead(group, shards)
         for position, chunk in enumerate(group.chunks):
             tensors = states.fetch(group, position, then)
             before = [record.copy() for record in states.records[chunk.id]]
             for together in self._batches(chunk, shards):
+                next(ahead, None)
                 updates = [
                     PieceUpdate(
                         target=self._target(group, chunk.pieces[i], run, before[i].master, tensors),
@@ -340,6 +348,19 @@ class GroupOptimizer:
             grad = self.host_step.gradient(grad)
         grad = grad.to(self.update_device, torch.float32)
         return grad if factor is None else grad.mul_(factor)
+
+    def _download_ahead(self, group: GroupShard, shards: list[Tensor | None]) -> Iterator[None]:
+        """Where the host updates: at the n-th step, the gradient of the part after the n-th is on its way down."""
+        step = self.host_step
+        if step is None:
+            return
+        pieces = [piece for chunk in group.chunks for piece in chunk.pieces if shards[piece.member] is not None]
+        for at, run in enumerate(run for piece in pieces for run in self._runs(piece)):
+            grad = self.parameters.grad(group, run, shards[run.member])
+            if grad.device != self.update_device:
+                step.expect(grad)
+            if at:
+                yield
 
     def _rounding_generator(self, name: str, start: int) -> torch.Generator | None:
         """Seeded by the run's seed, the step and the first element that is rounded, so that a resumed run rounds alike,

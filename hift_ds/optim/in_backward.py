@@ -351,15 +351,17 @@ class InBackwardOptimizer(GroupOptimizer):
             norm = torch.tensor(self.last_norms[self.schedule.active], dtype=torch.float32, device=device)
         else:
             keys = [(part.index, part.first + i) for i in range(len(part.members))]
-            norm = self._norm_over_ranks([backward.norms[key] for key in keys if key in backward.norms], [])[0]
+            norm, *_ = self._norm_over_ranks([backward.norms[key] for key in keys if key in backward.norms], [])
         return grad_factor(norm, self.max_grad_norm, 1.0)
 
-    def _norm_over_ranks(self, norms: list[Tensor], flags: list[bool]) -> tuple[Tensor, list[bool]]:
-        """The norm of ``norms``, all ranks' together, and for each flag whether it is set on any."""
+    def _norm_over_ranks(
+        self, norms: list[Tensor], flags: list[bool | Tensor]
+    ) -> tuple[Tensor, float | None, list[bool]]:
+        """The norm of ``norms``, all ranks' together, its value if it was read, and for each flag whether it is set on
+        any."""
         device = self._weight_device()
         norm = torch.linalg.vector_norm(torch.stack(norms)).to(device) if norms else torch.zeros((), device=device)
-        norm, _, flags = join_norms_and_flags(self.parameters.ranks, norm, flags)
-        return norm, flags
+        return join_norms_and_flags(self.parameters.ranks, norm, flags)
 
     # -- the end of a step --------------------------------------------------------------------------------------
 
@@ -370,6 +372,7 @@ class InBackwardOptimizer(GroupOptimizer):
     def step(self) -> bool:
         """1. agree on the norm;  2. update what has waited for it;  3. count and rotate."""
         self.check_whole()
+        self.answers = None
         if self.skip_updates:
             self.drop_gradients()
             return False
@@ -405,14 +408,16 @@ class InBackwardOptimizer(GroupOptimizer):
         """The norm over all ranks; and that backward has brought what the graph promised."""
         in_order = [(g.index, i) for g in self.active_groups for i in range(len(g.members))]
         norms = [backward.norms[key] for key in in_order if key in backward.norms]
-        norm, present = self._norm_over_ranks(norms, [backward.present[key] for key in in_order])
-        self.grad_norm = float(norm)
+        asked = [ask() for ask in self.questions.values()]
+        norm, value, present = self._norm_over_ranks(norms, [*(backward.present[key] for key in in_order), *asked])
+        self.answers = dict(zip(self.questions, present[len(in_order) :], strict=True))
+        self.grad_norm = float(norm) if value is None else value
         reached = {
             (part.index, part.first + i): flag
             for part, flags in zip(backward.parts, backward.reached, strict=True)
             for i, flag in enumerate(flags)
         }
-        for (group, i), flag in zip(in_order, present, strict=True):
+        for (group, i), flag in zip(in_order, present, strict=False):
             if reached[group, i] and not flag:  # on several ranks it has been updated as if by a gradient of zeros
                 self._interrupted = (
                     f"{self.groups[group].members[i].name}: the graph leads to it and backward brought no gradient, on "

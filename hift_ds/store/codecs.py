@@ -103,15 +103,20 @@ class SplitMaster(Codec):
     as its high half, plus L with its top bit as a sign. At the tie L == 0x8000 the weight's bits are
     whichever of H and H + 1 is even, so the weight does not tell: the ties that were rounded down are kept as
     a list of positions. One element in 2^17 of trained masters is on it; up to one in 16 of masters that came
-    from fp16, until their first update. The list is in host memory, as its length changes.
+    from fp16, until their first update.
+
+    On an accelerator the list has a fixed length and stays there, with -1 where there is none: a length that follows
+    the values would have the host wait for them, pass after pass. Its room is for one element in 2^12. Should a pass
+    ever find more, its ties become 0x7FFF, which is half a unit of fp32 away.
     """
 
     TIE = -(1 << 15)  # 0x8000 as int16
+    ROOM_SHIFT, LEAST_ROOM = 12, 64
 
     def __init__(self, weights: Weights) -> None:
         assert sys.byteorder == "little"
         self.weights = weights
-        self._ties_down: Tensor | None = None  # positions, int32 or int64, on the host
+        self._ties_down: Tensor | None = None  # positions, int32 or int64
 
     def parts(self, numel: int) -> tuple[Part, ...]:
         return (Part("low", torch.int16, numel),)
@@ -125,12 +130,32 @@ class SplitMaster(Codec):
     def encode(self, values: Tensor, parts: Mapping[str, Tensor], seed: int) -> None:
         bits = values.contiguous().view(torch.int32)
         dtype = torch.int32 if values.numel() < 1 << 31 else torch.int64
+        find = self._of_fixed_length if self._fixes_length(values) else self._of_their_number
         found = []
         for start, end in passes(values):
             low = parts["low"][start:end].copy_(bits[start:end])  # an int32's low half
             down = (bits[start:end] & (1 << 16) == 0).logical_and_(low == self.TIE)
-            found.append(down.nonzero().view(-1).to(dtype).add_(start))  # the host waits here, once a pass
-        self._ties_down = torch.cat(found).cpu() if found else None
+            found.append(find(down, low, start, dtype))
+        self._ties_down = torch.cat(found) if found else None
+
+    def _fixes_length(self, values: Tensor) -> bool:
+        """Not for masters of which many are ties: those that came from fp16 and have not been updated since."""
+        before = self._ties_down
+        return values.device.type != "cpu" and (
+            before is None or before.device == values.device or before.numel() <= values.numel() >> self.ROOM_SHIFT
+        )
+
+    @staticmethod
+    def _of_their_number(down: Tensor, low: Tensor, start: int, dtype: torch.dtype) -> Tensor:
+        return down.nonzero().view(-1).to(dtype).add_(start).cpu()  # the host waits here
+
+    def _of_fixed_length(self, down: Tensor, low: Tensor, start: int, dtype: torch.dtype) -> Tensor:
+        room = max(down.numel() >> self.ROOM_SHIFT, self.LEAST_ROOM)
+        found = down.nonzero_static(size=room + 1, fill_value=-1).view(-1)
+        too_many = found[-1] >= 0
+        low.add_(down.logical_and_(too_many), alpha=-1)
+        here = found[:-1]
+        return torch.where((here < 0) | too_many, -1, here + start).to(dtype)
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         low = parts["low"]
@@ -139,12 +164,13 @@ class SplitMaster(Codec):
         for weight in self.weights():
             high, here = weight.view(torch.int16), slice(offset, offset + weight.numel())
             for start, end in passes(low[here]):  # where the values are made: the weight may be on the host
-                part = bits[here][start:end].copy_(high[start:end])
+                part = bits[here][start:end].copy_(high[start:end].to(bits.device, non_blocking=True))
                 part.bitwise_left_shift_(16).add_(low[here][start:end].int())
             offset += weight.numel()
         assert offset == low.numel(), (offset, low.numel())
         if self._ties_down is not None and self._ties_down.numel():
-            bits[self._ties_down.to(bits.device)] += 1 << 16
+            ties = self._ties_down.to(bits.device)
+            bits.index_add_(0, ties.clamp(min=0), (ties >= 0).int() << 16)
         return values
 
 

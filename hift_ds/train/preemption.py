@@ -1,13 +1,13 @@
 """Ending a run early without losing a step: SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C.
 
-A signal may reach one rank only, or each at another moment. So it is only noted; after each optimizer step
-the ranks agree (one element all-reduced) whether any of them was asked, and all save at the same step. The
-exit code is 0: the job did what it was told.
+A signal may reach one rank only, or each at another moment. So it is only noted; with each optimizer step the ranks
+agree (in the all-reduce of the gradient norm) whether any of them was asked, and all save at the same step. The exit
+code is 0: the job did what it was told.
 
 In a Trainer: ``trainer.add_callback(PreemptionCallback(lambda: trainer.engine))``, and after ``train()``
 ``callback.exit_if_stopped("how to resume")``. In your own training loop::
 
-    with StopRequest(engine.device) as stop:
+    with StopRequest(engine.device, engine) as stop:
         for batch in data:
             engine.backward(engine(batch))
             engine.step()
@@ -19,6 +19,7 @@ In a Trainer: ``trainer.add_callback(PreemptionCallback(lambda: trainer.engine))
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -41,27 +42,45 @@ class StopRequest:
 
     Args:
         device: where a tensor for a collective must be.
+        engine: a ``HiFTEngine``, whose steps then ask the other ranks by the way. Without one :meth:`agreed` asks them,
+            and waits for the device.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, engine: Any = None) -> None:
         self.device = device
+        self._optimizer = getattr(engine, "optimizer", None)
+        if not hasattr(self._optimizer, "questions"):
+            self._optimizer = None
         self._noted = 0  # signal number
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        if self._optimizer is not None:
+            for number in SIGNALS:
+                self._optimizer.questions[number.name] = functools.partial(self._has_noted, number)
         return self
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+        if self._optimizer is not None:
+            for number in SIGNALS:
+                self._optimizer.questions.pop(number.name, None)
+
+    def _has_noted(self, number: int) -> bool:
+        return self._noted == number
 
     def agreed(self) -> str | None:
-        """The name of a signal that any rank has noted. All ranks call this at the same step."""
+        """The name of a signal that any rank has noted, before its last step at the latest. All ranks call this at the
+        same step."""
         noted = self._noted
         if dist.is_initialized() and dist.get_world_size() > 1:
+            answers = None if self._optimizer is None else self._optimizer.answers
+            if answers is not None:
+                return next((number.name for number in SIGNALS if answers.get(number.name)), None)
             shared = torch.tensor([noted], dtype=torch.int32, device=self.device)
             dist.all_reduce(shared, op=dist.ReduceOp.MAX)
             noted = int(shared)
@@ -104,7 +123,7 @@ class PreemptionCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
         self._restore()
         self.stopped_by = None
-        self._stop = StopRequest(args.device).__enter__()
+        self._stop = StopRequest(args.device, self._get_engine()).__enter__()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self._stop is not None

@@ -37,6 +37,7 @@ from hift_ds.train.processes import PROGRESS_FILE, ProgressNotes
 HANG_EXIT_CODE = 75  # EX_TEMPFAIL: trying again may well work
 _NORMS_KEPT = 16  # per group; a layer's gradients are compared with its own earlier ones
 _NORMS_NEEDED = 4
+_LOSS_NOT_FINITE = "the loss is not finite"  # the question to all ranks
 
 Policy = Literal["stop", "skip", "rollback"]
 
@@ -70,6 +71,7 @@ class DivergenceGuard:
         self._norms: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_NORMS_KEPT))
         self._in_a_row = 0
         self._go_back = False
+        engine.optimizer.questions[_LOSS_NOT_FINITE] = self._loss_is_not_finite
         engine.optimizer.scaler = _GuardedScaler(engine.optimizer.scaler, self._refuses, self._saw_overflow)
 
     def after_step(self) -> None:
@@ -106,10 +108,13 @@ class DivergenceGuard:
         self._count_skip()
         return True
 
-    def _reason(self, norm: float, earlier: deque[float]) -> str | None:
+    def _loss_is_not_finite(self) -> bool | torch.Tensor:
+        """On this rank: asked with the gradient norm, so that the host waits for the device once a step."""
         losses = self.engine.step_loss
-        bad_loss = losses is not None and not math.isfinite(float(losses))
-        if _any_rank(bad_loss, self.engine.device):
+        return False if losses is None else torch.isfinite(losses).logical_not()
+
+    def _reason(self, norm: float, earlier: deque[float]) -> str | None:
+        if self.engine.optimizer.answers[_LOSS_NOT_FINITE]:
             return "the loss is not finite"
         if not math.isfinite(norm):
             return f"the gradient norm is {norm}"
@@ -304,14 +309,6 @@ def collective_timeout_s(hang_timeout_s: float) -> float:
     """For the process group: longer than the :class:`HangWatchdog` waits (0: for ever), which names step, group and
     checkpoint, where NCCL's own watchdog ends a process without a word of Python."""
     return 1.25 * hang_timeout_s + 600 if hang_timeout_s else 365 * 86400.0
-
-
-def _any_rank(flag: bool, device: torch.device) -> bool:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return flag
-    shared = torch.tensor([int(flag)], dtype=torch.int32, device=device)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    return bool(shared)
 
 
 def _last_good(engine: Any) -> str:

@@ -36,7 +36,7 @@ def loop(folder: str, last: int) -> dict:
     """Trains to ``last`` or until told to stop; in the latter case saves and leaves."""
     engine = make_engine(Toy(), ds_config(world_size=2))
     engine.load_checkpoint(folder)
-    with StopRequest(engine.device) as stop:
+    with StopRequest(engine.device, engine) as stop:
         while engine.global_steps < last:
             step(engine, engine.global_steps)
             time.sleep(0.02)  # few steps while the other side looks

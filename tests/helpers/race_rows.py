@@ -81,6 +81,7 @@ class Row:
     readme: bool = False  # run the README's loop instead
     forwards: int = 1  # before each backward
     undoes: bool = False  # every update that may be taken back is (norms have no values here)
+    guarded: bool = False  # asks after each step whether the loss is finite and a signal has come, as ``hift-ds train``
 
 
 @dataclass
@@ -95,6 +96,8 @@ class Outcome:
     hazards: int
     shown: list[str]
     syncs: dict[str, int]
+    page_locked: list[int] = field(default_factory=list)  # bytes of each page-locked block
+    copies_ahead: int = 0  # that were under way out behind one for which the host waited, at most
     error: str = ""
 
     @property
@@ -140,11 +143,21 @@ def run_row(row: Row) -> Outcome:
             (run_readme if row.readme else step)(row, name, machine, folder)
             last_cycle = [_syncs_of(machine, f"step {row.steps - 1 - back}") for back in range(4)]
             most = max(last_cycle, key=lambda syncs: sum(syncs.values()))
-            return Outcome(len(machine.hazards), [str(hazard) for hazard in machine.hazards[:8]], most)
+            shown = [str(hazard) for hazard in machine.hazards[:8]]
+            return Outcome(len(machine.hazards), shown, most, machine.page_locked, _copies_ahead(machine.log))
 
 
 def _syncs_of(machine: Any, mark: str) -> dict[str, int]:
     return dict(Counter(f"{what} at {place}" for when, what, place in machine.syncs if when == mark))
+
+
+def _copies_ahead(log: Sequence[Any]) -> int:
+    most = 0
+    for at, entry in enumerate(log):
+        if entry.kind == "sync" and entry.after and log[max(entry.after)].link == "out":
+            behind = log[max(entry.after) + 1 : at]
+            most = max(most, sum(other.link == "out" for other in behind))
+    return most
 
 
 def step(row: Row, device: str, machine: Any, folder: str, model: Any = None, batch: Any = None) -> Any:
@@ -163,6 +176,7 @@ def step(row: Row, device: str, machine: Any, folder: str, model: Any = None, ba
         model=model.train(), model_parameters=list(model.parameters()), config=config_of(row, folder)
     )
     batch_shape = batch or (2, 16)
+    stop = _guards(engine) if row.guarded else None
     for number in range(row.steps):
         machine.mark(f"step {number}")
         for _ in range(row.gas):
@@ -171,8 +185,20 @@ def step(row: Row, device: str, machine: Any, folder: str, model: Any = None, ba
             engine.backward(loss)
             del loss
             engine.step()
+        if stop is not None:
+            stop.agreed()
     machine.mark("end")
     return engine
+
+
+def _guards(engine: Any) -> Any:
+    from hift_ds.train.preemption import StopRequest
+    from hift_ds.train.watchdog import DivergenceGuard
+
+    guard = DivergenceGuard(engine, max_norm_ratio=0.0)
+    judge = guard._reason
+    guard._reason = lambda *args: (judge(*args), None)[1]  # there are no values to find a reason in
+    return StopRequest(engine.device, engine).__enter__()
 
 
 def run_readme(row: Row, device: str, machine: Any, folder: str) -> None:

@@ -154,6 +154,7 @@ class Machine(TorchDispatchMode):
     Attributes:
         hazards: found so far.
         syncs: (mark in force, what, where) of every wait of the host for the device or another thread.
+        page_locked: bytes of each page-locked block that was asked for.
         log: every operation in the order of its launch.
     """
 
@@ -165,6 +166,7 @@ class Machine(TorchDispatchMode):
         self.log: list[Entry] = []
         self.mark_now = ""
         self.blocks: dict[Any, Block] = {}
+        self.page_locked: list[int] = []
         self.main = Agent("host")
         self.host = self.main
         self.streams: list[Stream] = []
@@ -337,6 +339,7 @@ class Machine(TorchDispatchMode):
 
     def page_lock(self, tensor: Tensor) -> Tensor:
         self.block_of(tensor).page_locked = True
+        self.page_locked.append(tensor.nbytes)
         return tensor
 
     def _is_page_locked(self, tensor: Tensor) -> bool:
@@ -345,6 +348,8 @@ class Machine(TorchDispatchMode):
     def _allocate(self, tensor: Tensor, page_locked: bool) -> None:
         block = self.block_of(tensor)
         block.page_locked = page_locked
+        if page_locked:
+            self.page_locked.append(tensor.nbytes)
         if tensor.device.type == self.device_type:
             owner = block.owner = self.current
             owner.join(self.host.clock)

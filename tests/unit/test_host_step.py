@@ -31,7 +31,20 @@ def test_every_part_arrives(dtype, streams, monkeypatch):
     taken = traffic.take()
     assert taken.bytes_in == taken.bytes_out == sum(w.numel() for w in weights) * dtype.itemsize
     carrier.close()
-    assert not carrier._for_gradients.numel() and not any(buffer.numel() for buffer in carrier._for_weights)
+    assert not any(buffer.numel() for buffer in (*carrier._for_gradients, *carrier._for_weights))
+
+
+def test_a_gradient_comes_down_while_the_host_updates_with_the_one_before(monkeypatch):
+    fake_streams.use_fake_streams(monkeypatch)
+    monkeypatch.setattr(host_step, "streams_of", lambda device: fake_streams.FakeStreams())
+    carrier = HostStep(Traffic(), CPU)
+    grads = [torch.full((4,), float(value)) for value in range(1, 6)]
+    carrier.expect(grads[0])
+    for at, grad in enumerate(grads):
+        if at + 1 < len(grads):
+            carrier.expect(grads[at + 1])
+        assert torch.equal(carrier.gradient(grad).mul_(2), grad * 2)
+    carrier.close()
 
 
 def test_weights_travel_while_the_host_goes_on(monkeypatch):

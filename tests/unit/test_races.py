@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from hift_ds.store.page_locked import SLAB_BYTES
 from tests.helpers.race_rows import MUTATIONS, Row, run_rows
 
 DISK = {"residency": "disk", "path": "FOLDER"}
@@ -24,10 +25,12 @@ def state(**switches):
 ROWS = {
     "one slot": (Row(), 1),
     "README": (Row(readme=True, steps=4), 0),
+    "guarded": (Row(guarded=True), 1),
+    "2 ranks: guarded": (Row(guarded=True, world_size=2), 1),
     "two slots": (Row(hift=state(slots=2)), 1),
     "slices": (Row(hift=state(slice_numel=1500)), 1),
     "a ring of slices": (Row(hift=state(slice_numel=1500, slots=4)), 1),
-    "codecs, accumulation": (Row(hift=state(codec="split_master+int8_moments"), gas=2), 3),
+    "codecs, accumulation": (Row(hift=state(codec="split_master+int8_moments"), gas=2), 1),
     "always active, turns of 3": (Row(hift={"steps_per_group": 3, "always_active": ["norm"]}, steps=13), 1),
     "prefetch off": (Row(hift=state(prefetch=False)), 5),
     "update on the host": (Row(hift=state(step_on="host")), 19),
@@ -107,6 +110,17 @@ def test_no_two_accesses_without_an_order(outcomes, name):
 @pytest.mark.parametrize("name", ROWS)
 def test_how_often_the_host_waits_in_a_step(outcomes, name):
     assert outcomes[name].num_syncs <= ROWS[name][1], outcomes[name].syncs
+
+
+def test_weights_in_host_memory_are_page_locked_in_slabs(outcomes):
+    """A block for each weight would be rounded up to a power of two."""
+    locked = outcomes["stage 3, 1 rank, weights on the host"].page_locked
+    assert locked and min(locked) >= SLAB_BYTES
+
+
+def test_gradients_for_an_update_on_the_host_come_one_part_ahead(outcomes):
+    assert outcomes["update on the host"].copies_ahead == 1
+    assert outcomes["one slot"].copies_ahead == 0
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

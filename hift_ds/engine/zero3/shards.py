@@ -154,6 +154,17 @@ def _give_shard(param: PartitionedWeight, init: Any, file: WeightFile | None, lo
     param.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
 
+def into_page_locked_slabs(module: nn.Module) -> PageLockedMemory:
+    """Move the shards that are in ordinary host memory into page-locked memory, one by one: a block of its own for each
+    would be rounded up to a power of two."""
+    here = [p for p in module.parameters() if p.ds_tensor.device.type == "cpu" and not p.ds_tensor.is_pinned()]
+    locked = PageLockedMemory(sum(p.ds_tensor.nbytes for p in here))
+    for param in here:
+        shard = param.ds_tensor
+        shard.data = locked.whole(shard.numel(), shard.dtype).copy_(shard)
+    return locked
+
+
 def with_weights_on_host(config: dict[str, Any]) -> dict[str, Any]:
     """``config`` as DeepSpeed is to read it when we keep the parked weights in a file: its own swapper compiles an
     operator at run time, and cannot hold a tensor larger than its buffers."""
@@ -167,9 +178,16 @@ def weights_folder(zero_config: Any) -> Path | None:
     return Path(offload.nvme_path) if offload is not None and offload.device == OffloadDeviceEnum.nvme else None
 
 
+def page_locks_weights(zero_config: Any) -> bool:
+    """``"offload_param": {"device": "cpu", "pin_memory": true}``, where there is an accelerator to copy them."""
+    offload = zero_config.offload_param
+    wanted = offload is not None and offload.device == OffloadDeviceEnum.cpu and offload.pin_memory
+    return bool(wanted) and get_accelerator().device_name() != "cpu"
+
+
 @contextlib.contextmanager
 def as_if_parked_on_host(engine: Any) -> Iterator[None]:
-    """Inside this block DeepSpeed's ``engine`` reads ``cpu`` for ``nvme``."""
+    """Inside this block DeepSpeed's ``engine`` puts weights into ordinary host memory, whatever its config says."""
     zero_config, config = engine._config.zero_config, engine.config
     offload = zero_config.offload_param
     zero_config.offload_param, engine.config = (
