@@ -245,12 +245,12 @@ def _held_back(delay: str) -> Iterator[None]:
     """Inside, a kernel that does nothing for 50 ms stands in front of each of these."""
     import torch
 
-    from hift_ds.optim import group_optimizer, piecewise
+    from hift_ds.optim import parameters, piecewise
     from hift_ds.store import movers
 
     owner, name = {
         "updates": (piecewise.PiecewiseOptimizer, "step"),
-        "writes": (group_optimizer, "write_weight_"),
+        "writes": (parameters, "write_weight_"),
         "copies": (movers, "_run"),
     }.get(delay, (None, ""))
     if owner is None:

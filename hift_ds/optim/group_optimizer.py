@@ -25,7 +25,7 @@ from hift_ds.optim.host_step import HostStep
 from hift_ds.optim.parameters import Chunk, GroupShard, Piece
 from hift_ds.optim.piecewise import PieceUpdate
 from hift_ds.optim.trainable_flags import TrainableFlags
-from hift_ds.precision import LossScaler, write_weight_
+from hift_ds.precision import LossScaler
 from hift_ds.schedule import GroupSchedule
 from hift_ds.store.base import StateStore
 
@@ -311,12 +311,13 @@ class GroupOptimizer:
         """What is computed from here on sees the new weights."""
         if self.host_step is not None:
             self.host_step.finish()
+        self.parameters.finish_writes()
 
     def _write_weight(self, weight: Tensor, value: Tensor, generator: torch.Generator | None) -> None:
         if self.host_step is not None and weight.device != self.update_device:
             self.host_step.send_weight(weight, value, generator)
         else:
-            write_weight_(weight, value, generator)
+            self.parameters.write_weight(weight, value, generator)
 
     def _runs(self, piece: Piece) -> list[Piece]:
         """The piece in parts that are stepped one after the other, so that beside the chunk's buffers only one part's
@@ -339,7 +340,10 @@ class GroupOptimizer:
         if master is not None:
             return part_of(master.view(tensors), piece, run)
         # An fp32 weight is its own master; a bf16 one without masters is fp32 only while it is updated.
-        return self.parameters.weight(group, run).to(self.update_device, torch.float32)
+        weight = self.parameters.weight(group, run)
+        if weight.device.type == "cpu":  # 16 bits travel, and nobody waits
+            weight = weight.to(self.update_device, non_blocking=True)
+        return weight.to(self.update_device, torch.float32)
 
     def _gradient(self, group: GroupShard, run: Piece, shard: Tensor, factor: Tensor | None) -> Tensor:
         """The run's part of a reduced gradient, fp32, on the update device, multiplied with ``factor``."""

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hift_ds import collectives
 from hift_ds.collectives import Column, Ranks
+from hift_ds.precision import write_weight_
 
 DEFAULT_BUCKET_NUMEL = 1 << 25  # 128 MiB in fp32
 
@@ -339,6 +340,14 @@ class Parameters(ABC):
     @abstractmethod
     def weight(self, group: GroupShard, piece: Piece) -> Tensor:
         """The piece of the weight: a view, in the weight's dtype, of ``piece.shape``."""
+
+    def write_weight(self, weight: Tensor, value: Tensor, generator: torch.Generator | None) -> None:
+        """Round ``value`` (fp32) into ``weight``, which ``weight()`` gave; see :func:`hift_ds.precision.write_weight_`.
+        It may be on its way there until ``finish_writes``."""
+        write_weight_(weight, value, generator)
+
+    def finish_writes(self) -> None:  # noqa: B027
+        """What is computed from here on sees what was written."""
 
     @abstractmethod
     def whole_weight(self, weight: Tensor) -> Tensor:

@@ -164,7 +164,9 @@ class SplitMaster(Codec):
         for weight in self.weights():
             high, here = weight.view(torch.int16), slice(offset, offset + weight.numel())
             for start, end in passes(low[here]):  # where the values are made: the weight may be on the host
-                part = bits[here][start:end].copy_(high[start:end].to(bits.device, non_blocking=True))
+                # 16 bits travel, not 32; and towards the host a copy must end before it is read.
+                arrived = high[start:end].to(bits.device, non_blocking=bits.device.type != "cpu")
+                part = bits[here][start:end].copy_(arrived)
                 part.bitwise_left_shift_(16).add_(low[here][start:end].int())
             offset += weight.numel()
         assert offset == low.numel(), (offset, low.numel())

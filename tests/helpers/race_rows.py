@@ -50,6 +50,16 @@ MUTATIONS = {
         "hift_ds.engine.zero3.seam", "WeightShards", "_choose_coordinator",
         "self._wait_for_updates()", "pass",
     ),
+    "gathers do not wait for new weights on their way to host memory": (
+        "hift_ds.engine.zero3.host_shards", "WriteBack", "finish", "self._mover.wait(ticket)", "pass",
+    ),
+    "new weights are written over others that still travel": (
+        "hift_ds.engine.zero3.host_shards", "WriteBack", "send", "self._mover.wait(self._sent[at])", "pass",
+    ),
+    "memory of gathered shards is used again early": (
+        "hift_ds.engine.zero3.host_shards", "Gathered", "wait",
+        "self._copies.wait_stream(get_accelerator().current_stream())", "pass",
+    ),
     "gradients are freed before their copies have ended": (
         "hift_ds.optim.host_gradients", "HostGradients", "_wait_for_oldest", "self._mover.settle(ticket)", "pass",
     ),

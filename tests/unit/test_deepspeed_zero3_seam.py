@@ -31,6 +31,11 @@ def test_a_coordinator_takes_what_we_give_it():
     [
         (PartitionedParameterCoordinator, "self.__all_gather_params(params_to_fetch, forward)"),
         (PartitionedParameterCoordinator, "self.__all_gather_params(params_to_prefetch, forward)"),
+        (PartitionedParameterCoordinator, "with get_accelerator().stream(self.__allgather_stream):"),
+        (PartitionedParameterCoordinator, "self.__inflight_param_registry[param] = handle"),
+        (PartitionedParameterCoordinator, "self.__n_available_params += all_gather_numel"),
+        (PartitionedParameterCoordinator, "self.__inflight_param_registry.pop(param).wait(handle_dependency="),
+        (partition.Init, "p.ds_tensor.to(get_accelerator().current_device_name())"),
         (PartitionedParameterCoordinator, "self.__param_queue = collections.deque("),
         (PartitionedParameterCoordinator, "def fetch_sub_module(self, current_submodule: Module, forward: bool)"),
         (PartitionedParameterCoordinator, "def release_sub_module(self, submodule: Module, forward=False)"),

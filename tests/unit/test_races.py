@@ -65,8 +65,11 @@ ROWS = {
     "stage 3, 2 ranks, persistent, accumulation": (
         Row(stage=3, world_size=2, gas=2, more=PERSISTENT, checkpointing=True), 3,
     ),
-    "stage 3, 2 ranks, weights on the host": (Row(stage=3, world_size=2, more=WEIGHTS_ON_HOST), 23),
-    "stage 3, 1 rank, weights on the host": (Row(stage=3, more=WEIGHTS_ON_HOST), 14),
+    "stage 3, 2 ranks, weights on the host": (Row(stage=3, world_size=2, more=WEIGHTS_ON_HOST, steps=13), 2),
+    "stage 3, 1 rank, weights on the host": (Row(stage=3, more=WEIGHTS_ON_HOST, steps=13), 2),
+    "in backward, stage 3, weights on the host": (
+        Row(hift=IN_BACKWARD, clip=0.0, stage=3, more=WEIGHTS_ON_HOST, steps=5), 6,
+    ),
 }  # fmt: skip
 MORE_ROWS = {
     "stage 3, 2 ranks, with the timer": (Row(stage=3, world_size=2, timer=True, more=ALL_GATHERED), 5),
@@ -87,6 +90,9 @@ NEEDS = {
     "copies of the disk do not wait for the computation": Row(steps=6, hift=state(**DISK, prefetch=False)),
     "threads do not wait for the computation": Row(steps=6, hift=state(**DISK)),
     "gathers do not wait for updates": Row(steps=9, stage=3, world_size=2, more=ALL_GATHERED),
+    "gathers do not wait for new weights on their way to host memory": Row(steps=6, stage=3, more=WEIGHTS_ON_HOST),
+    "new weights are written over others that still travel": Row(steps=4, stage=3, more=WEIGHTS_ON_HOST),
+    "memory of gathered shards is used again early": Row(steps=9, stage=3, world_size=2, more=WEIGHTS_ON_HOST),
     "gradients are freed before their copies have ended": Row(hift=IN_BACKWARD, gas=2, clip=0.0, steps=3),
     "gathered weights are given back early": Row(steps=9, stage=3, world_size=2, more=ALL_GATHERED),
 }

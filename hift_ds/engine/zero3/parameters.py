@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from hift_ds import collectives
+from hift_ds.engine.zero3.host_shards import WriteBack
 from hift_ds.engine.zero3.seam import WeightShards
 from hift_ds.engine.zero3.shards import as_partitioned, is_partitioned, shard_of, whole_of
 from hift_ds.layers.arch import whole_shape
@@ -33,6 +34,7 @@ class PartitionedParameters(Parameters):
     shards: WeightShards = field(kw_only=True)
     _owned: dict[Tensor, Tensor] = field(default_factory=dict, init=False)  # whole weights during an update
     _changed: set[nn.Parameter] = field(default_factory=set, init=False)  # whose whole copies, if any, are old
+    _write_back: WriteBack | None = field(default=None, init=False)  # for shards in host memory
 
     def shape_of(self, param: nn.Parameter) -> tuple[int, ...]:
         return whole_shape(param)
@@ -89,13 +91,32 @@ class PartitionedParameters(Parameters):
         offset = piece.start - member.start
         return shard_of(as_partitioned(member.param))[offset : offset + piece.numel].view(piece.shape)
 
+    def write_weight(self, weight: Tensor, value: Tensor, generator: torch.Generator | None) -> None:
+        if weight.device == value.device or weight.device.type != "cpu":
+            super().write_weight(weight, value, generator)
+            return
+        if self._write_back is None:
+            self._write_back = WriteBack(value.device)
+        self._write_back.send(weight, value, generator)
+
+    def finish_writes(self) -> None:
+        if self._write_back is not None:
+            self._write_back.finish()
+
+    def _settle(self) -> None:
+        """The host is about to read or write shards."""
+        if self._write_back is not None:
+            self._write_back.settle()
+
     def whole_weight(self, weight: Tensor) -> Tensor:
         return whole_of(weight) if is_partitioned(weight) else weight.detach()
 
     def held(self, weights: Iterable[Tensor]) -> list[Tensor]:
+        self._settle()
         return [shard_of(weight) if is_partitioned(weight) else weight for weight in weights]
 
     def begin_loading(self, weights: Iterable[Tensor]) -> None:
+        self._settle()
         self.shards.release(weights)  # whole copies would be used in place of the new shards
 
     def set_weight(self, weight: Tensor, value: Tensor) -> None:
@@ -117,7 +138,8 @@ class PartitionedParameters(Parameters):
                     member.param,
                     member.owner,
                 )
-                shard_of(as_partitioned(member.param)).copy_(new)
+                self.write_weight(shard_of(as_partitioned(member.param)), new, None)
+            self.finish_writes()
 
     def saved_by_reference(self) -> contextlib.AbstractContextManager[None]:
         return self.shards.saved_by_reference()
@@ -127,5 +149,7 @@ class PartitionedParameters(Parameters):
 
     def close(self) -> None:
         super().close()
+        if self._write_back is not None:
+            self._write_back.close()
         self._owned.clear()
         self.shards.close()

@@ -1,7 +1,7 @@
 """ZeRO-3 without its optimizer, in names that DeepSpeed does not document: what is gathered when, and for how long.
 
 ``DeepSpeedZeRoOffload`` cuts the weights over the ranks and gathers each module's around its forward and backward.
-What its own optimizer adds to that (gradients, masters, writing shards) is ours; seven things it does for training of
+What its own optimizer adds to that (gradients, masters, writing shards) is ours; eight things it does for training of
 all weights are wrong or costly when backward stops at one layer group, and are put right here:
 
 * It prefetches by a trace of the modules as they ran, one trace for all steps. Backward stops elsewhere for each
@@ -13,6 +13,7 @@ all weights are wrong or costly when backward stops at one layer group, and are 
   function is put back, and saved weights become references (:meth:`WeightShards.saved_by_reference`).
 * A recomputed block loses its frozen weights after the first module of its backward
   (:meth:`_Coordinator._keep_recomputed`).
+* The host waits for each shard that comes from its memory (:meth:`_Coordinator._gather`).
 * What it prefetches together is on the device twice for a while; large weights are gathered alone (``ALONE_NUMEL``).
 * It lets no gather wait for the update that wrote the shards (:meth:`WeightShards._wait_for_updates`).
 * Its module hooks close over the first engine that a model had, and outlive it. ``close`` removes them.
@@ -37,7 +38,8 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
-from hift_ds.engine.zero3.shards import PartitionedWeight, partitioned_weights, weight_file_of, whole_of
+from hift_ds.engine.zero3.host_shards import Gathered, on_the_accelerator, start_copies
+from hift_ds.engine.zero3.shards import PartitionedWeight, num_shards, partitioned_weights, weight_file_of, whole_of
 from hift_ds.engine.zero3.weight_file import WeightFile
 from hift_ds.process_group import as_single_process
 
@@ -105,7 +107,35 @@ class _Coordinator(PartitionedParameterCoordinator):
         # DeepSpeed gathers several into one buffer and copies them out of it. A large one gains nothing by company.
         large = sorted((p for p in missing if p.ds_numel > ALONE_NUMEL), key=lambda p: p.ds_id)
         for part in [*([param] for param in large), [p for p in missing if p.ds_numel <= ALONE_NUMEL]]:
-            super()._PartitionedParameterCoordinator__all_gather_params(part, forward)
+            self._gather(part, forward)
+
+    def _gather(self, params: list[PartitionedWeight], forward: bool) -> None:
+        """As DeepSpeed's; where the shards are in host memory, or are all there is, without waiting for them."""
+        plain = not params or any(hasattr(param.ds_tensor, "ds_quant_scale") for param in params)
+        on_host = not plain and all(param.ds_tensor.device.type == "cpu" for param in params)
+        alone = not plain and all(num_shards(param) == 1 for param in params)
+        if get_accelerator().device_name() == "cpu" or not (on_host or alone):
+            super()._PartitionedParameterCoordinator__all_gather_params(params, forward)
+            return
+        registry = self._PartitionedParameterCoordinator__inflight_param_registry
+        if alone:
+            with get_accelerator().stream(self.shards.copies):
+                copied = start_copies(params)
+            self._PartitionedParameterCoordinator__n_available_params += sum(param.ds_numel for param in params)
+            registry.update(dict.fromkeys(params, copied))
+            return
+        gathers = self._PartitionedParameterCoordinator__allgather_stream
+        self._PartitionedParameterCoordinator__allgather_stream = self.shards.copies
+        try:
+            with get_accelerator().stream(self.shards.copies), on_the_accelerator(params) as sent:
+                super()._PartitionedParameterCoordinator__all_gather_params(params, forward)
+        finally:
+            self._PartitionedParameterCoordinator__allgather_stream = gathers
+        for handle in {registry[param] for param in params}:
+            gathered = Gathered(handle, self.shards.copies, sent)
+            for param in [param for param in params if registry[param] is handle]:
+                registry.pop(param)
+                registry[param] = gathered
 
 
 class WeightShards:
@@ -117,6 +147,7 @@ class WeightShards:
         keep_linear: leave DeepSpeed's linear function in place (autocast: torch's would save casted copies).
 
     Attributes:
+        copies: the stream of shards that come from host memory; ``None`` on a CPU.
         numel_gathered: elements of whole weights that this rank has asked for so far.
     """
 
@@ -130,6 +161,7 @@ class WeightShards:
         self._param_in: dict[int, PartitionedWeight] = {}  # by address of the storage of a gathered weight
         self._file: WeightFile | None = None
         self._num_written: dict[nn.Parameter, int] = {}
+        self.copies = get_accelerator().Stream() if get_accelerator().device_name() != "cpu" else None
         self.numel_gathered = 0
         if not keep_linear:
             restore_torch_linear()
@@ -154,9 +186,9 @@ class WeightShards:
     def _wait_for_updates(self) -> None:
         """Gathers read the shards on a stream of their own, which DeepSpeed never lets wait for what wrote them: its
         optimizer synchronizes the device after each update, and ours does not."""
-        gathers = self._offload._DeepSpeedZeRoOffload__allgather_stream
-        if gathers is not None:
-            gathers.wait_stream(get_accelerator().current_stream())
+        for stream in (self._offload._DeepSpeedZeRoOffload__allgather_stream, self.copies):
+            if stream is not None:
+                stream.wait_stream(get_accelerator().current_stream())
 
     def _new_coordinator(self) -> _Coordinator:
         offload = self._offload
