@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from hift_ds import collectives
