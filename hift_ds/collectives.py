@@ -108,34 +108,73 @@ def reduce_scatter_shards(
     """This rank's shard of the *mean* gradient of each parameter, flat, fp32, unpadded; ``None`` where it has no
     element. On one rank the gradients themselves, flat, in the dtypes they have, and ``None`` where there is none.
     """
-    world_size, rank = ranks.world_size, ranks.rank
-    if world_size == 1:
+    if ranks.world_size == 1:
         return [None if grad is None else grad.reshape(-1) for grad in grads]
-    bounds = [shard_bounds(n, world_size, rank) for n in numels]
-    shards = [torch.empty(end - start, dtype=torch.float32, device=device) for start, end in bounds]
+    reduction = ReduceScatter(ranks, numels, dtype, device)
     for bucket in buckets:
-        width = sum(column.length for column in bucket)
-        send = torch.zeros(world_size, width, dtype=dtype, device=device)
+        reduction.send(bucket, grads)
+    shards = dict(reduction.take_complete())
+    return [shards.get(index) for index in range(len(numels))]
+
+
+class ReduceScatter:
+    """The buckets of one list of parameters, sent one by one, in any order that is the same on every rank.
+
+    Args:
+        numels: of the parameters.
+        dtype: of the sum on the wire.
+    """
+
+    def __init__(self, ranks: Ranks, numels: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self._ranks, self._numels, self._dtype, self._device = ranks, numels, dtype, device
+        bounds = [shard_bounds(numel, ranks.world_size, ranks.rank) for numel in numels]
+        self._shard_numels = [end - start for start, end in bounds]
+        self._columns_left = [shard_numel(numel, ranks.world_size) for numel in numels]
+        self._shards: dict[int, Tensor] = {}
+
+    def send(self, bucket: Sequence[Column], grads: Sequence[Tensor | None]) -> None:
+        """Average the columns of ``bucket``. The device waits, the host does not.
+
+        Args:
+            grads: by parameter, as :func:`reduce_scatter_shards` takes them; those that the bucket does not name are
+                not looked at.
+        """
+        ranks, width = self._ranks, sum(column.length for column in bucket)
+        self.reserve(bucket)
+        send = torch.zeros(ranks.world_size, width, dtype=self._dtype, device=self._device)
         offset = 0
         for column in bucket:
             grad = grads[column.index]
             if grad is not None:
                 flat = grad.reshape(-1)
-                for row, start, end in _rows(numels[column.index], world_size, column):
+                for row, start, end in _rows(self._numels[column.index], ranks.world_size, column):
                     send[row, offset : offset + end - start].copy_(flat[start:end])
                     ranks.grad_numel_sent += end - start
             offset += column.length
-        received = torch.empty(width, dtype=dtype, device=device)
+        received = torch.empty(width, dtype=self._dtype, device=self._device)
         ranks.comm.reduce_scatter_tensor(received, send.view(-1), group=ranks.process_group)
         del send
         offset = 0
         for column in bucket:
-            shard = shards[column.index]
-            length = max(0, min(column.length, shard.numel() - column.start))
-            if length:
-                shard[column.start : column.start + length].copy_(received[offset : offset + length])
+            self._keep(column, received[offset : offset + column.length])
             offset += column.length
-    return [shard.div_(ranks.num_batches) if shard.numel() else None for shard in shards]
+
+    def reserve(self, bucket: Sequence[Column]) -> None:
+        """Make room for what :meth:`send` will leave here, on the current stream."""
+        for index in {column.index for column in bucket} - self._shards.keys():
+            if numel := self._shard_numels[index]:
+                self._shards[index] = torch.empty(numel, dtype=torch.float32, device=self._device)
+
+    def _keep(self, column: Column, values: Tensor) -> None:
+        length = max(0, min(column.length, self._shard_numels[column.index] - column.start))
+        if length:
+            self._shards[column.index][column.start : column.start + length].copy_(values[:length])
+        self._columns_left[column.index] -= column.length
+
+    def take_complete(self) -> list[tuple[int, Tensor]]:
+        """(parameter, this rank's shard of its mean gradient) of those all of whose columns were sent."""
+        complete = [index for index in self._shards if not self._columns_left[index]]
+        return [(index, self._shards.pop(index).div_(self._ranks.num_batches)) for index in complete]
 
 
 def all_gather_shards(
@@ -179,9 +218,24 @@ def reduce_to_owner(
     the dtype it has, and ``None`` if there is none."""
     if ranks.world_size == 1:
         return None if grad is None else grad.reshape(-1)
-    buffer = torch.zeros(numel, dtype=dtype, device=device) if grad is None else grad.reshape(-1).to(dtype)
+    buffer = whole_on_wire(ranks, grad, numel, device, dtype)
+    sum_at_owner(ranks, buffer, owner)
+    return mean_at_owner(ranks, buffer, owner)
+
+
+def whole_on_wire(ranks: Ranks, grad: Tensor | None, numel: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The first of the three steps of :func:`reduce_to_owner`: what is sent; may be the gradient's own memory."""
     ranks.grad_numel_sent += 0 if grad is None else grad.numel()
+    return torch.zeros(numel, dtype=dtype, device=device) if grad is None else grad.reshape(-1).to(dtype)
+
+
+def sum_at_owner(ranks: Ranks, buffer: Tensor, owner: int) -> None:
+    """The second."""
     ranks.comm.reduce(buffer, dst=ranks.global_rank(owner), group=ranks.process_group)
+
+
+def mean_at_owner(ranks: Ranks, buffer: Tensor, owner: int) -> Tensor | None:
+    """The third."""
     return buffer.float().div_(ranks.num_batches) if ranks.rank == owner else None
 
 

@@ -24,6 +24,7 @@ from hift_ds.errors import ConfigError
 from hift_ds.layers.grouping import Partition, partition_model
 from hift_ds.lr import CycleLR
 from hift_ds.optim.build import build_optimizer, is_elementwise
+from hift_ds.optim.early_reduction import EarlyReducedParameters
 from hift_ds.optim.group_states import GroupStates
 from hift_ds.optim.parameters import DEFAULT_BUCKET_NUMEL, GroupShard, Parameters, ReplicatedParameters
 from hift_ds.optim.piecewise import PiecewiseOptimizer
@@ -70,6 +71,12 @@ class EngineFacts:
         """Elements in one collective, over all ranks."""
         configured = (self.config.get("zero_optimization") or {}).get("reduce_bucket_size")
         return int(configured) if isinstance(configured, int | float) else DEFAULT_BUCKET_NUMEL
+
+    @property
+    def overlaps_reduction(self) -> bool:
+        """Gradients are averaged over ranks while backward goes on."""
+        wanted = (self.config.get("zero_optimization") or {}).get("overlap_comm")
+        return self.ranks.world_size > 1 and wanted is not False
 
     @property
     def in_backward(self) -> bool:
@@ -286,9 +293,13 @@ def build_parameters(facts: EngineFacts, model: nn.Module, base: Optimizer, shar
         if not facts.in_backward:
             partitioned.take_gradients(trainable)
         return partitioned
-    replicated = ReplicatedParameters(*shared)
-    if facts.micro_batches > 1 and not facts.in_backward:
+    if facts.in_backward:
+        return ReplicatedParameters(*shared)
+    replicated = EarlyReducedParameters(*shared) if facts.overlaps_reduction else ReplicatedParameters(*shared)
+    if facts.micro_batches > 1:
         replicated.accumulate_in_fp32(trainable)
+    if isinstance(replicated, EarlyReducedParameters):
+        replicated.watch(trainable)
     return replicated
 
 

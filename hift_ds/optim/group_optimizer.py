@@ -143,6 +143,8 @@ class GroupOptimizer:
 
     def begin_backward(self, loss: Tensor, step_loss: Tensor, is_boundary: bool, retain_graph: bool) -> None:
         """Before each backward."""
+        if is_boundary:
+            self.parameters.begin_reduction(self.active_groups[::-1], loss)
 
     def end_backward(self, is_boundary: bool) -> None:
         """A micro-batch's backward is over; at the boundary gradients are reduced, once."""
@@ -152,6 +154,7 @@ class GroupOptimizer:
 
     def backward_failed(self, error: BaseException) -> None:
         """An error has ended a backward."""
+        self.parameters.abandon_reduction()
 
     def pending(self, param: nn.Parameter) -> Tensor | None:
         """What the micro-batches since the last step have summed up so far, whole."""

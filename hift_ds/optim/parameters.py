@@ -273,6 +273,13 @@ class Parameters(ABC):
             for member in group.members:
                 self.sums.take(member.param)
 
+    def begin_reduction(self, groups: Sequence[GroupShard], loss: Tensor) -> None:  # noqa: B027
+        """The backward of ``loss`` begins, after which ``groups`` will be reduced: their gradients may be sent as they
+        come."""
+
+    def abandon_reduction(self) -> None:  # noqa: B027
+        """That backward has failed."""
+
     def reduce(self, group: GroupShard) -> tuple[list[Tensor | None], list[bool]]:
         """Mean gradients over ranks, and which parameters had one here. Takes the gradients off the parameters.
 

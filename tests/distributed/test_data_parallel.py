@@ -172,6 +172,43 @@ def unused_on_one_rank(rank: int, world_size: int) -> list[str]:
     return errors
 
 
+def early_equals_late(rank: int, world_size: int, optimizer: str) -> list[str]:
+    """Gradients sent while backward goes on, or after it: the same bits, also when ranks reach other weights."""
+    weights, in_backward = [], 0
+    original = {name: getattr(deepspeed_comm, name) for name in ("reduce_scatter_tensor", "reduce")}
+
+    def spy(name):
+        def counting(*args, **kwargs):
+            nonlocal in_backward
+            in_backward += torch._C._current_graph_task_id() != -1
+            return original[name](*args, **kwargs)
+
+        return counting
+
+    for name in original:
+        setattr(deepspeed_comm, name, spy(name))
+    counts = []
+    try:
+        for overlap in (True, False):
+            model = Toy()
+            config = ds_config(world_size=world_size, gas=2, clip=0.05, optimizer=optimizer, bf16={"enabled": True})
+            config["zero_optimization"] |= {"overlap_comm": overlap, "reduce_bucket_size": 64}
+            engine = make_engine(model, config)
+            forward, in_backward = model.layers[1].forward, 0
+            for step, batch in enumerate(make_batches(20)):
+                if rank == 1:
+                    model.layers[1].forward = (lambda h: h) if step % 4 == 0 else forward
+                train_step(engine, [batch, batch], rank, world_size)
+            weights.append([p.detach().clone() for p in model.parameters()])
+            counts.append(in_backward)
+            engine.destroy()
+    finally:
+        for name, function in original.items():
+            setattr(deepspeed_comm, name, function)
+    errors = [] if all(torch.equal(a, b) for a, b in zip(*weights, strict=True)) else [f"{optimizer}: other bits"]
+    return errors + ([] if counts[0] > 40 and counts[1] == 0 else [f"{optimizer}: sent in backward {counts}"])
+
+
 def states_are_sharded(rank: int, world_size: int) -> list[str]:
     model = Toy()
     engine = make_engine(model, ds_config(world_size=world_size, bf16={"enabled": True}))
@@ -220,6 +257,7 @@ def every_case(world_size: int) -> list[str]:
     errors += unused_on_one_rank(rank, world_size)
     errors += states_are_sharded(rank, world_size)
     for optimizer in ("AdamW", "Adafactor"):
+        errors += early_equals_late(rank, world_size, optimizer)
         errors += fp32_bits_survive_on_every_rank(rank, world_size, optimizer)
     return errors
 

@@ -60,6 +60,14 @@ MUTATIONS = {
         "hift_ds.engine.zero3.host_shards", "Gathered", "wait",
         "self._copies.wait_stream(get_accelerator().current_stream())", "pass",
     ),
+    "gradients are sent before they are there": (
+        "hift_ds.optim.early_reduction", "EarlyReduction", "_start",
+        "self._side.wait_stream(self._streams.current_stream(self._device))", "pass",
+    ),
+    "the norm does not wait for gradients of other ranks": (
+        "hift_ds.optim.early_reduction", "EarlyReduction", "finish",
+        "self._streams.current_stream(self._device).wait_stream(self._side)", "pass",
+    ),
     "gradients are freed before their copies have ended": (
         "hift_ds.optim.host_gradients", "HostGradients", "_wait_for_oldest", "self._mover.settle(ticket)", "pass",
     ),
@@ -107,6 +115,7 @@ class Outcome:
     shown: list[str]
     syncs: dict[str, int]
     page_locked: list[int] = field(default_factory=list)  # bytes of each page-locked block
+    reduced_in_backward: int = 0  # collectives of gradients that were launched before backward's last product
     copies_ahead: int = 0  # that were under way out behind one for which the host waited, at most
     error: str = ""
 
@@ -154,11 +163,27 @@ def run_row(row: Row) -> Outcome:
             last_cycle = [_syncs_of(machine, f"step {row.steps - 1 - back}") for back in range(4)]
             most = max(last_cycle, key=lambda syncs: sum(syncs.values()))
             shown = [str(hazard) for hazard in machine.hazards[:8]]
-            return Outcome(len(machine.hazards), shown, most, machine.page_locked, _copies_ahead(machine.log))
+            return Outcome(
+                len(machine.hazards),
+                shown,
+                most,
+                machine.page_locked,
+                _reduced_in_backward(machine.log),
+                _copies_ahead(machine.log),
+            )
 
 
 def _syncs_of(machine: Any, mark: str) -> dict[str, int]:
     return dict(Counter(f"{what} at {place}" for when, what, place in machine.syncs if when == mark))
+
+
+def _reduced_in_backward(log: Sequence[Any]) -> int:
+    found = 0
+    for at, entry in enumerate(log):
+        if entry.name in ("_reduce_scatter_base_", "reduce_"):
+            then = next(e.name for e in log[at + 1 :] if e.name in ("mm", "allreduce_"))
+            found += then == "mm"
+    return found
 
 
 def _copies_ahead(log: Sequence[Any]) -> int:

@@ -11,6 +11,7 @@ from tests.helpers.race_rows import MUTATIONS, Row, run_rows
 DISK = {"residency": "disk", "path": "FOLDER"}
 WEIGHTS_ON_HOST = {"zero_optimization": {"offload_param": {"device": "cpu", "pin_memory": True}}}
 PERSISTENT = {"zero_optimization": {"stage3_param_persistence_threshold": 1000}}
+SMALL_BUCKETS = {"zero_optimization": {"reduce_bucket_size": 1024}}
 ALL_GATHERED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
@@ -40,6 +41,10 @@ ROWS = {
     "activations on the host, two forwards": (Row(hift={"activations": {"offload": True}}, forwards=2, steps=5), 1),
     "2 ranks: slices, 2 slots, codecs": (
         Row(hift=state(slots=2, slice_numel=1500, codec="bf16_moments"), stage=2, world_size=2), 1,
+    ),
+    "2 ranks: small buckets, accumulation": (Row(more=SMALL_BUCKETS, stage=2, world_size=2, gas=2), 1),
+    "2 ranks: always active": (
+        Row(hift={"always_active": ["norm"]}, more=SMALL_BUCKETS, world_size=2, steps=5), 1,
     ),
     "2 ranks: update on the host": (Row(hift=state(step_on="host"), stage=2, world_size=2), 19),
     "in backward": (Row(hift={**IN_BACKWARD, **state(slots=2)}, clip=0.0, steps=5), 4),
@@ -93,6 +98,8 @@ NEEDS = {
     "gathers do not wait for new weights on their way to host memory": Row(steps=6, stage=3, more=WEIGHTS_ON_HOST),
     "new weights are written over others that still travel": Row(steps=4, stage=3, more=WEIGHTS_ON_HOST),
     "memory of gathered shards is used again early": Row(steps=9, stage=3, world_size=2, more=WEIGHTS_ON_HOST),
+    "gradients are sent before they are there": Row(more=SMALL_BUCKETS, world_size=2, steps=4),
+    "the norm does not wait for gradients of other ranks": Row(more=SMALL_BUCKETS, world_size=2, steps=4),
     "gradients are freed before their copies have ended": Row(hift=IN_BACKWARD, gas=2, clip=0.0, steps=3),
     "gathered weights are given back early": Row(steps=9, stage=3, world_size=2, more=ALL_GATHERED),
 }
@@ -122,6 +129,10 @@ def test_weights_in_host_memory_are_page_locked_in_slabs(outcomes):
     """A block for each weight would be rounded up to a power of two."""
     locked = outcomes["stage 3, 1 rank, weights on the host"].page_locked
     assert locked and min(locked) >= SLAB_BYTES
+
+
+def test_gradients_travel_to_other_ranks_while_backward_goes_on(outcomes):
+    assert outcomes["2 ranks: small buckets, accumulation"].reduced_in_backward > 9
 
 
 def test_gradients_for_an_update_on_the_host_come_one_part_ahead(outcomes):

@@ -1,0 +1,240 @@
+"""Averaging the gradients of a group over ranks while backward goes on below it.
+
+What travels together (a bucket of several gradients, or one that an optimizer wants whole) starts when all of it has
+come, from the hook of the last that came, on a side stream: backward's kernels do not wait for it. The order is a list
+that all ranks have, from the top of the group down, and never that of arrival: ranks whose batches reach other weights
+still meet.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hift_ds import collectives
+from hift_ds.collectives import Ranks
+from hift_ds.errors import HiFTError
+from hift_ds.optim.parameters import GradientSums, GroupShard, Member, ReplicatedParameters
+from hift_ds.store.movers import streams_of
+
+Reduced = tuple[list[Tensor | None], list[bool]]
+
+
+@dataclass
+class _Unit:
+    """What travels together: the members whose gradients are in it, and how it is sent.
+
+    Attributes:
+        reserve: makes room for the result, on the computation's stream, which will free it.
+        finish: makes the result of it, when the computation has waited.
+    """
+
+    members: list[Member]
+    reserve: Callable[[], None]
+    send: Callable[[], None]
+    finish: Callable[[], None]
+
+
+class EarlyReduction:
+    """Of one backward pass.
+
+    Args:
+        groups: the active ones.
+        sums: where the gradients are taken from.
+        comm_dtype: of the sums on the wire.
+        side: the stream on which they are sent; ``None`` on a device without streams.
+    """
+
+    def __init__(
+        self, ranks: Ranks, groups: Sequence[GroupShard], sums: GradientSums, comm_dtype: torch.dtype, side: Any
+    ) -> None:
+        self._ranks, self._sums, self._comm_dtype = ranks, sums, comm_dtype
+        self._device = groups[0].members[0].param.device
+        self._streams = streams_of(self._device) if side is not None else None
+        self._side = side
+        self._arrived: set[nn.Parameter] = set()
+        # Taken off the parameters; kept until the computation has waited for what reads them on the side stream.
+        self._grads: dict[nn.Parameter, Tensor | None] = {}
+        self._names = {member.param: member.name for group in groups for member in group.members}
+        self._shards = {group.index: [None] * len(group.members) for group in groups}
+        self._left = deque(unit for group in groups for unit in self._units_of(group))
+        self._sent: list[_Unit] = []
+
+    def arrived(self, param: nn.Parameter) -> None:
+        """Backward has brought ``param`` all of its gradient.
+
+        Raises:
+            HiFTError: it was sent before.
+        """
+        if param not in self._names:
+            return
+        if param in self._grads:
+            raise HiFTError(
+                f"{self._names[param]}: a second gradient came in one backward, after the first was sent to the other "
+                'ranks; set "zero_optimization": {"overlap_comm": false}'
+            )
+        self._arrived.add(param)
+        while self._left and all(member.param in self._arrived for member in self._left[0].members):
+            self._start(self._left.popleft())
+
+    def has(self, group: GroupShard) -> bool:
+        """``finish`` can be asked for it."""
+        return group.index in self._shards
+
+    @property
+    def is_empty(self) -> bool:
+        """``finish`` was asked for all groups."""
+        return not self._shards
+
+    def finish(self, group: GroupShard) -> Reduced:
+        """What :meth:`hift_ds.optim.parameters.Parameters.reduce` gives; the computation waits for it."""
+        while self._left:
+            self._start(self._left.popleft())
+        if self._sent and self._streams is not None:
+            self._streams.current_stream(self._device).wait_stream(self._side)
+        while self._sent:
+            self._sent.pop(0).finish()
+        present = [self._grads.pop(member.param) is not None for member in group.members]
+        return self._shards.pop(group.index), present
+
+    def abandon(self) -> None:
+        """Backward has failed: what was taken is the sum so far again."""
+        if self._streams is not None:
+            self._streams.current_stream(self._device).wait_stream(self._side)
+        for param, grad in self._grads.items():
+            if grad is not None:
+                self._sums.set(param, grad)
+        self._grads.clear()
+        self._left.clear()
+
+    def _start(self, unit: _Unit) -> None:
+        for member in unit.members:
+            if member.param not in self._grads:
+                self._grads[member.param] = self._sums.take(member.param)
+        unit.reserve()
+        self._sent.append(unit)
+        if self._streams is None:
+            unit.send()
+            return
+        self._side.wait_stream(self._streams.current_stream(self._device))
+        with self._streams.stream(self._side):
+            unit.send()
+
+    def _units_of(self, group: GroupShard) -> list[_Unit]:
+        """Topmost first, as backward goes."""
+        shards = self._shards[group.index]
+        if group.members[0].owner is not None:
+            return [self._to_owner(member, shards, at) for at, member in reversed(list(enumerate(group.members)))]
+        units = []
+        for dtype, buckets in group.buckets.items():
+            positions = group.of_dtype(dtype)
+            reduction = collectives.ReduceScatter(
+                self._ranks, [group.members[at].whole_numel for at in positions], self._comm_dtype, self._device
+            )
+            units += [self._bucket(group, positions, bucket, reduction, shards) for bucket in reversed(buckets)]
+        return units
+
+    def _bucket(
+        self,
+        group: GroupShard,
+        positions: Sequence[int],
+        bucket: Sequence[collectives.Column],
+        reduction: collectives.ReduceScatter,
+        shards: list[Tensor | None],
+    ) -> _Unit:
+        members = [group.members[at] for at in positions]
+
+        def send() -> None:
+            reduction.send(bucket, [self._grads.get(member.param) for member in members])
+
+        def finish() -> None:
+            for index, shard in reduction.take_complete():
+                shards[positions[index]] = shard
+
+        here = [members[index] for index in dict.fromkeys(column.index for column in bucket)]
+        return _Unit(here, lambda: reduction.reserve(bucket), send, finish)
+
+    def _to_owner(self, member: Member, shards: list[Tensor | None], at: int) -> _Unit:
+        owner, ranks, buffers = member.owner, self._ranks, []
+        assert owner is not None
+
+        def reserve() -> None:
+            grad = self._grads[member.param]
+            buffers.append(collectives.whole_on_wire(ranks, grad, member.whole_numel, self._device, self._comm_dtype))
+
+        def finish() -> None:
+            shards[at] = collectives.mean_at_owner(ranks, buffers.pop(), owner)
+
+        return _Unit([member], reserve, lambda: collectives.sum_at_owner(ranks, buffers[0], owner), finish)
+
+
+class EarlyReducedParameters(ReplicatedParameters):
+    """Whole weights on every rank, whose gradients are averaged while backward goes on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._under_way: EarlyReduction | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._comes_in_parts: dict[int, bool] = {}  # by group: of its first backward
+        self._side: Any = None
+
+    def watch(self, params: Iterable[nn.Parameter]) -> None:
+        """From now on send gradients as they come. After all hooks that sum them up."""
+        self._hooks = [param.register_post_accumulate_grad_hook(self._arrived) for param in params]
+
+    def _arrived(self, param: nn.Parameter) -> None:
+        if self._under_way is not None:
+            with torch.no_grad():
+                self._under_way.arrived(param)
+
+    def begin_reduction(self, groups: Sequence[GroupShard], loss: Tensor) -> None:
+        key = groups[0].index
+        if key not in self._comes_in_parts:
+            self._comes_in_parts[key] = recomputes_in_backward(loss)
+        if self._comes_in_parts[key]:
+            return
+        device = groups[0].members[0].param.device
+        if self._side is None and (streams := streams_of(device)) is not None:
+            self._side = streams.Stream(device)
+        self._under_way = EarlyReduction(self.ranks, groups, self.sums, self.comm_dtype, self._side)
+
+    def abandon_reduction(self) -> None:
+        if self._under_way is not None:
+            self._under_way.abandon()
+            self._under_way = None
+
+    def reduce(self, group: GroupShard) -> Reduced:
+        if self._under_way is None or not self._under_way.has(group):
+            return super().reduce(group)
+        reduced = self._under_way.finish(group)
+        if self._under_way.is_empty:
+            self._under_way = None
+        return reduced
+
+    def end_training(self) -> None:
+        super().end_training()
+        for hook in self._hooks:
+            hook.remove()
+        self._under_way = None
+
+
+def recomputes_in_backward(loss: Tensor) -> bool:
+    """Whether some of the graph is built within backward (reentrant checkpointing), where a weight's gradient may come
+    in several parts."""
+    seen: set[Any] = set()
+    left = [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        left.extend(function for function, _ in node.next_functions)
+    return False
