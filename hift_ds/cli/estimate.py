@@ -10,7 +10,15 @@ from typing import Any
 
 from hift_ds.cli.estimate_input import add_input_arguments, setting_and_choice
 from hift_ds.forecast.fit import CONTEXT_GIB, FRAGMENTATION, NCCL_GIB, budget_gib
-from hift_ds.forecast.setting import SWITCHES, GroupStep, Setting, is_on, torch_has_fake_devices, with_switch
+from hift_ds.forecast.setting import (
+    SWITCHES,
+    WORKSPACE_BYTES,
+    GroupStep,
+    Setting,
+    is_on,
+    torch_has_fake_devices,
+    with_switch,
+)
 from hift_ds.forecast.steps import (
     GIB,
     Request,
@@ -21,6 +29,7 @@ from hift_ds.forecast.steps import (
     run_requests,
     worst_step,
 )
+from hift_ds.store.page_locked import SLAB_BYTES
 
 CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80)
 LENGTH_STEP = 16
@@ -30,9 +39,11 @@ ASSUMPTIONS = (
     f"a card gives its nominal GiB less {CONTEXT_GIB} GiB of context (with several ranks {NCCL_GIB} more for NCCL's "
     f"buffers); the allocator holds {FRAGMENTATION:.0%} more than "
     "is allocated (neither is counted)",
-    "attention runs in a fused kernel (FlashAttention-2's buffers) where the model allows it; batches have no padding",
-    "workspaces inside of GPU kernels (cuBLAS, cuDNN) are not counted",
+    f"cuBLAS takes {WORKSPACE_BYTES >> 20} MiB of workspaces (not counted); other kernels' and what is compiled are "
+    "left out",
 )
+ATTENTION = "attention runs in a fused kernel (FlashAttention-2's buffers) where the model allows it; batches have "
+UNPADDED, PADDED = "no padding", "padding: a mask, for which grouped heads are repeated"
 
 
 @dataclass(frozen=True)
@@ -163,7 +174,7 @@ def estimate(setting: Setting) -> dict[str, Any]:
         "switched": {name: worst_step(steps).peak_bytes / GIB for name, steps in counted.switched.items()},
         "fits": _fits(counted, peak),
         "method": _method(counted),
-        "assumptions": list(ASSUMPTIONS),
+        "assumptions": [*ASSUMPTIONS, ATTENTION + (PADDED if setting.padded and setting.batch > 1 else UNPADDED)],
     }  # fmt: skip
 
 
@@ -182,13 +193,31 @@ def _elsewhere(setting: Setting, steps: list[GroupStep], weight_bytes: int, stat
     offloaded = max(step.offloaded_bytes for step in steps)
     on_host += gradient_bytes_on_host(setting, max(step.numel for step in steps))
     ranks = setting.world_size
+    numel, itemsize = sum(step.numel for step in steps), {"float32": 4}.get(setting.weight_dtype, 2)
+    weights_on_host, weights_pinned = _weights_on_host(setting, numel * itemsize)
+    pinned = ranks * slab_bytes(on_host + offloaded) if state.get("pin_memory", True) else 0
     return {
-        "host_gib": ranks * (on_host + offloaded) / GIB,
-        "pinned_gib": (ranks * (on_host + offloaded) / GIB) if state.get("pin_memory", True) else 0.0,
+        "host_gib": (max(ranks * (on_host + offloaded), pinned) + max(weights_on_host, weights_pinned)) / GIB,
+        "pinned_gib": (pinned + weights_pinned) / GIB,
         "disk_gib": ranks * on_disk / GIB,
         "checkpoint_gib": (weight_bytes + ranks * state_bytes) / GIB,
         "state_gib_per_step": sum(step.state_bytes for step in steps) / len(steps) / GIB,
     }
+
+
+def slab_bytes(num_bytes: float) -> float:
+    """What is page-locked for so many bytes: whole slabs."""
+    return -(-num_bytes // SLAB_BYTES) * SLAB_BYTES
+
+
+def _weights_on_host(setting: Setting, num_bytes: int) -> tuple[float, float]:
+    """Of one node with all ranks: the shards that ``offload_param`` puts into host memory, and what is page-locked for
+    them."""
+    offload = (setting.engine_config.get("zero_optimization") or {}).get("offload_param") or {}
+    if offload.get("device") != "cpu":
+        return 0.0, 0.0
+    pinned = setting.world_size * slab_bytes(num_bytes / setting.world_size) if offload.get("pin_memory") else 0.0
+    return num_bytes, pinned
 
 
 def gradient_bytes_on_host(setting: Setting, numel: int) -> int:

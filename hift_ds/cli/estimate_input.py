@@ -45,6 +45,11 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--blocks-kept", type=int, metavar="K", help="blocks that checkpointing leaves out (default: 0)"
     )
+    parser.add_argument(
+        "--padded",
+        action="store_true",
+        help="batches of several texts with padding: a mask, and grouped heads repeated (a run file decides by itself)",
+    )
     parser.add_argument("--eager-attention", action="store_true", help="no fused attention kernel: scores are held")
     for switch in SWITCHES:
         name = switch.replace("_", "-").replace("slice-numel", "slices")
@@ -114,6 +119,8 @@ def _from_run_file(args: argparse.Namespace) -> tuple[Setting, Chosen]:
     setting = setting_of(replace(facts, settings=apply(settings, chosen.keys)))
     if args.eager_attention:
         setting = replace(setting, eager_attention=True)
+    if args.padded:
+        setting = replace(setting, padded=True)
     for switch in SWITCHES:
         if getattr(args, f"no_{switch}"):
             setting = with_switch(setting, switch, on=False)
@@ -161,7 +168,8 @@ def _from_flags(args: argparse.Namespace) -> Setting:
         engine_config["hift"]["master_weights"] = precision == "mixed_hi"
     setting = Setting(
         args.model, engine_config, "float32" if precision in ("fp32", "mixed") else "bfloat16", args.batch or 1, length,
-        world_size=args.gpus, micro_batches=min(args.accumulation or 1, 2), eager_attention=args.eager_attention,
+        world_size=args.gpus, micro_batches=min(args.accumulation or 1, 2), padded=args.padded,
+        eager_attention=args.eager_attention,
         trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     for switch in SWITCHES:

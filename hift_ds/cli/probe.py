@@ -19,6 +19,7 @@ from typing import Any
 
 from hift_ds.errors import ConfigError
 from hift_ds.forecast.setting import (
+    WORKSPACE_BYTES,
     Result,
     Setting,
     SimulationError,
@@ -68,7 +69,7 @@ def probe(setting: Setting, index: int | None = None) -> dict[str, Any]:
     step = result.steps[0]
     _check_room(result, on_cpu)
     measured = measure(setting)
-    predicted = step.peak_bytes + (measured["parked_bytes"] if on_cpu else 0)
+    predicted = step.peak_bytes + (measured["parked_bytes"] if on_cpu else WORKSPACE_BYTES)
     return {
         "device": measured["device"],
         "group": f"{step.index} ({step.name})",
@@ -163,7 +164,7 @@ def _step(engine: Any, setting: Setting, device: Any) -> None:
 
     engine.schedule.move_to(setting.groups[0])
     engine.optimizer.activate()
-    batch = make_batch(engine.module, setting.batch, setting.length, device)
+    batch = make_batch(engine.module, setting.batch, setting.length, device, setting.padded)
     with torch.profiler.record_function(STEP):
         for _ in range(setting.micro_batches):
             loss = engine(**batch).loss

@@ -119,7 +119,7 @@ class HiFTEngine(SeamEngine):
             return self.module(*inputs, **kwargs)
         self.auto_groups.settle_by_inputs(inputs, kwargs)
         self.optimizer.enter()
-        self.memory.note_shape([*inputs, *kwargs.values()])
+        self.memory.note_shape([*inputs, *kwargs.values()], has_mask=kwargs.get("attention_mask") is not None)
         active = [group.index for group in self.optimizer.active_groups]
         try:
             with self.savings.during_forward(active), self.optimizer.parameters.saved_by_reference():

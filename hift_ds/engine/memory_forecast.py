@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hift_ds.engine.deepspeed_seam import SeamEngine, device_bytes
 from hift_ds.forecast.background import BackgroundForecast
-from hift_ds.forecast.setting import Setting
+from hift_ds.forecast.setting import WORKSPACE_BYTES, Setting
 from hift_ds.store.parked import ParkedStateStore
 
 logger = logging.getLogger(__name__)
@@ -35,38 +35,43 @@ class MemoryForecast:
 
     Attributes:
         last_shape: (sequences, tokens) of the last forward on this rank, if its inputs were token ids.
+        last_had_mask: it brought an attention mask.
     """
 
     def __init__(self, engine: SeamEngine) -> None:
         self._engine = engine
         self.last_shape: tuple[int, int] | None = None
+        self.last_had_mask = False
         self._forecast: BackgroundForecast | None = None
         # The model's config, for the process that forecasts.
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._slots_settled = False
 
-    def note_shape(self, inputs: list[Any]) -> None:
+    def note_shape(self, inputs: list[Any], has_mask: bool = False) -> None:
         """Remember how large this batch of token ids is, for the forecast that an out-of-memory error asks for."""
+        self.last_had_mask = has_mask
         for value in inputs:
             if isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point():
                 self.last_shape = (value.shape[0], value.shape[1])
                 return
 
-    def start(self, batch: int, length: int) -> None:
+    def start(self, batch: int, length: int, padded: bool = False) -> None:
         """From here on :meth:`peak_bytes` says what a step's peak was expected to be, once that is known (a process of
         low priority works it out). Only transformers models have a config to work from; for others nothing happens.
 
         Args:
             batch, length: of the largest micro-batch on one rank.
+            padded: its sequences may differ in length.
         """
         if not hasattr(self._engine.module, "config") or self._forecast is not None:
             return
         self._folder = tempfile.TemporaryDirectory()
-        self._forecast = BackgroundForecast(self.setting(self._folder.name, batch, length))
+        self._forecast = BackgroundForecast(self.setting(self._folder.name, batch, length, padded))
 
     def peak_bytes(self, group: int) -> int | None:
         """The expected peak of a step of ``group``, if it is known."""
-        return None if self._forecast is None else self._forecast.peak_bytes(group)
+        peak = None if self._forecast is None else self._forecast.peak_bytes(group)
+        return None if peak is None else peak + WORKSPACE_BYTES
 
     def use_spare(self) -> None:
         """Once the forecast is there, more slots for states in half of the memory that it leaves, as far as they help;
@@ -101,8 +106,12 @@ class MemoryForecast:
         """Memory of this rank's device."""
         return device_bytes()
 
-    def setting(self, folder: str, batch: int, length: int) -> Setting:
-        """What this engine does, for the simulation. The model's config goes to ``folder``."""
+    def setting(self, folder: str, batch: int, length: int, padded: bool | None = None) -> Setting:
+        """What this engine does, for the simulation. The model's config goes to ``folder``.
+
+        Args:
+            padded: ``None``: as the last forward's batch.
+        """
         engine = self._engine
         engine.module.config.save_pretrained(folder)
         block = engine.hift.model_dump(mode="json")
@@ -117,4 +126,5 @@ class MemoryForecast:
         return Setting(
             folder, {**config, "hift": block}, str(dtype).removeprefix("torch."), batch, length,
             world_size=engine.world_size, micro_batches=min(engine.gradient_accumulation_steps(), 2),
+            padded=self.last_had_mask if padded is None else padded,
         )  # fmt: skip

@@ -13,7 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hift_ds.forecast.lines import through
-from hift_ds.forecast.setting import SLICE_NUMEL, GroupStep, Setting, torch_has_fake_devices, with_hift, with_switch
+from hift_ds.forecast.setting import (
+    SLICE_NUMEL,
+    WORKSPACE_BYTES,
+    GroupStep,
+    Setting,
+    torch_has_fake_devices,
+    with_hift,
+    with_switch,
+)
 from hift_ds.forecast.steps import GIB, Request, Slope, Steps, Structure, read_structure, run_requests, worst_step
 
 CONTEXT_GIB = 0.6  # of the driver and its libraries: assumed
@@ -49,7 +57,7 @@ VERIFIED = 3  # candidates that are counted whole before the leanest is taken
 
 def budget_gib(card: float, world_size: int) -> float:
     """What may be allocated on a card of ``card`` GiB, by the assumptions."""
-    return (card - CONTEXT_GIB - (NCCL_GIB if world_size > 1 else 0)) / (1 + FRAGMENTATION)
+    return (card - CONTEXT_GIB - (NCCL_GIB if world_size > 1 else 0)) / (1 + FRAGMENTATION) - WORKSPACE_BYTES / GIB
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ Bytes = dict[str, int]  # by category
 # are left out where steps are interpolated.
 BETWEEN = "blocks between"
 SWITCHES = ("slice_numel", "checkpointing", "chunked_loss", "offload")  # exact ways to hold less in a step
+# cuBLAS takes one from the allocator for each thread that computes on a stream (forward's and backward's), of 32 MiB on
+# cards since Hopper and 8 before: assumed, not counted.
+WORKSPACE_BYTES = 2 << 25
 SLICE_NUMEL = 1 << 24  # what "sliced update" means unless a number is given
 
 
@@ -50,6 +53,8 @@ class Setting:
         micro_batches: accumulated before an update.
         updates: with ``False`` gradients are dropped instead of used: forward and backward alone are reported.
         second_update: update each group again: the first time makes its states, later ones find them.
+        padded: batches have padding, where there are several sequences: attention gets a mask, for which grouped heads
+            are repeated.
         eager_attention: hold the scores, as without a fused kernel.
         on_host: count on fake host tensors, for a torch without fake devices; states at rest are then told apart.
         trust_remote_code: run the code that the checkpoint brings along.
@@ -68,6 +73,7 @@ class Setting:
     micro_batches: int = 1
     updates: bool = True
     second_update: bool = True
+    padded: bool = False
     eager_attention: bool = False
     on_host: bool = False
     trust_remote_code: bool = False
@@ -202,11 +208,16 @@ def model_config(setting: Setting) -> PretrainedConfig:
     return config
 
 
-def make_batch(model: nn.Module, batch: int, length: int, device: Any) -> dict[str, Tensor]:
-    """Tokens and the labels that the model's head wants, no padding: int64, all zero, (batch, length); one label a
-    sequence, of shape (batch,), for heads that classify or answer."""
+def make_batch(model: nn.Module, batch: int, length: int, device: Any, padded: bool = False) -> dict[str, Tensor]:
+    """Tokens and the labels that the model's head wants, int64, all zero, (batch, length); one label a sequence, of
+    shape (batch,), for heads that classify or answer. With ``padded`` and several sequences the last token of the first
+    is padding."""
     import torch
 
+    if padded and batch > 1:
+        mask = torch.ones(batch, length, dtype=torch.long, device=device)
+        mask[0, -1] = 0
+        return {**make_batch(model, batch, length, device), "attention_mask": mask}
     tokens = torch.zeros(batch, length, dtype=torch.long, device=device)
     one_each = torch.zeros(batch, dtype=torch.long, device=device)
     kind = type(model).__name__

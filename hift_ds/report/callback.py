@@ -48,6 +48,7 @@ class ReportCallback(TrainerCallback):
             either there is no token rate.
         largest_batch: (rows, tokens) of the largest micro-batch. With it and on an accelerator the engine works out,
             beside the first steps, what each group's peak memory should be.
+        padded: its rows may differ in length.
         progress: a ``Progress``; chosen by what the terminal can do if None.
         plots: draw the pictures when training ends.
         shown: what is printed of an evaluation besides its loss, by name without ``eval_``.
@@ -60,6 +61,7 @@ class ReportCallback(TrainerCallback):
         get_engine: Callable[[], Any] | None = None,
         tokens_seen: Callable[[TrainerState], int] | None = None,
         largest_batch: tuple[int, int] | None = None,
+        padded: bool = False,
         progress: Progress | None = None,
         plots: bool = True,
         shown: tuple[str, ...] = (),
@@ -67,7 +69,7 @@ class ReportCallback(TrainerCallback):
         self.run_dir = Path(run_dir)
         self._get_engine = get_engine or (lambda: None)
         self._tokens_seen = tokens_seen or (lambda state: state.num_input_tokens_seen)
-        self._largest_batch = largest_batch
+        self._largest_batch, self._padded = largest_batch, padded
         self._progress = progress
         self._plots = plots
         self._shown = shown
@@ -92,7 +94,7 @@ class ReportCallback(TrainerCallback):
         if self._largest_batch is not None and args.device.type != "cpu" and hasattr(self._get_engine(), "last_report"):
             rows, tokens = self._largest_batch
             # Fewer if others did not fit.
-            self._get_engine().memory.start(state.train_batch_size or rows, tokens)
+            self._get_engine().memory.start(state.train_batch_size or rows, tokens, self._padded)
         groups = self._groups()
         if groups:
             write_groups(self.run_dir, groups)

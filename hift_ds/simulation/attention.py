@@ -99,11 +99,18 @@ def register_flops() -> None:
 
 def register_unpadded_masks() -> None:
     """Attention masks of transformers for batches without padding: none where the kernel is told "causal", a real one
-    for a window shorter than the sequence. (transformers takes fake tensors for a trace and would always build one.)"""
+    for a window shorter than the sequence, and for a batch that brings a mask of its own. (transformers takes fake
+    tensors for a trace and would always build one.)"""
     from transformers import AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     def mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+        if kwargs.get("attention_mask") is not None:  # whether it masks anything is not to be read
+            return sdpa_mask(
+                *args,
+                local_size=local_size,
+                **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
+            )
         kv_length = kwargs["kv_length"] if "kv_length" in kwargs else args[2]
         if local_size is None or kv_length < local_size:
             return None

@@ -253,7 +253,7 @@ def state_bytes(engine: Any, index: int) -> int:
 
 def _step(engine: Any, setting: Setting, tracker: MemoryTracker, flops: FlopCounter) -> None:
     for _ in range(setting.micro_batches):
-        batch = make_batch(engine.module, setting.batch, setting.length, tracker.device_type)
+        batch = make_batch(engine.module, setting.batch, setting.length, tracker.device_type, setting.padded)
         tracker.mark("forward", "-1")
         flops.phase = "forward"
         loss = engine(**batch).loss

@@ -146,6 +146,7 @@ def setting_of(facts: Facts) -> Setting:
     return Setting(
         facts.model, config, TORCH_NAMES[facts.dtype], settings.batch.micro_batch_size, facts.length,
         world_size=settings.world_size, micro_batches=min(settings.batch.gradient_accumulation_steps, 2),
+        padded=not settings.run.data.packing,
         eager_attention=settings.run.model.attn_implementation == "eager",
         trust_remote_code=settings.run.model.trust_remote_code,
     )  # fmt: skip

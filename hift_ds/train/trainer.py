@@ -145,6 +145,7 @@ def build_trainer(checked: CheckedRun, arguments: TrainingArguments, model: Any,
         get_engine=lambda: trainer.model_wrapped,
         # What the simulation steps are language models on one batch.
         largest_batch=(checked.batch.micro_batch_size, checked.max_length) if task.is_language_modelling else None,
+        padded=not checked.run.data.packing,
         shown=task.metrics[:2],
     )
     report_instead_of_printing(trainer, report)

@@ -221,3 +221,14 @@ def test_nothing_is_compiled_for_a_forecast(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     simulate([setting(model="smollm2_135m", length=16, groups=(0,))])
     assert not list(tmp_path.iterdir())
+
+
+def test_padding_costs_a_mask_and_the_repeated_heads():
+    """transformers hands grouped heads to the kernel as they are only where there is no mask."""
+    with model_folder(num_hidden_layers=3, **SMALL) as folder:
+        both = [setting(model=folder, batch=batch, length=256, groups=(0,), padded=padded)
+                for batch in (1, 4) for padded in (False, True)]  # fmt: skip
+        alone, alone_padded, plain, padded = (result.steps[0].peak_bytes for result in simulate(both, 2))
+    assert alone == alone_padded
+    repeated = 3 * 2 * (4 - 2) * 64 * 4 * 256 * 2  # blocks, k and v, heads more, their width, tokens, bytes
+    assert padded - plain >= repeated
