@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -33,3 +33,5 @@ class StepReport:
     checkpoint_s: float = 0.0  # seconds that training waited for checkpoints since the last step
     # What peak_bytes was expected to be at most, if that has been worked out.
     forecast_bytes: int | None = None
+    # Seconds, by cause (hift_ds.store.base.CAUSES), that the step stood still; stalled_s is what was for states.
+    waits: dict[str, float] = field(default_factory=dict)

@@ -133,6 +133,7 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
             if not self.flags.step_began:  # what came before, an evaluation say, is not this step's
                 restart_peak_bytes()
                 self.store.busy()
+                self.waits.busy()
             self.activate()
 
     def destroy(self) -> None:

@@ -164,6 +164,7 @@ class HiFTEngine(SeamEngine):
         self._notes.write_loss(self.step_loss)
         self.step_loss = None
         self.optimizer.store.idle()
+        self.optimizer.waits.idle()
         self.last_report = self._notes.after(began)
         self.memory.use_spare()
 

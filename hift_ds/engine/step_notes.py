@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,11 +14,58 @@ from torch import Tensor
 from hift_ds.engine.deepspeed_seam import peak_bytes
 from hift_ds.schedule import Cursor
 from hift_ds.step_report import StepReport
+from hift_ds.store.base import CAUSES
 
 if TYPE_CHECKING:
     from hift_ds.engine.engine import HiFTEngine
 
 logger = logging.getLogger(__name__)
+
+
+WORTH_A_LINE = 0.05  # of the time that a step computes
+
+
+def _together(states: dict[str, float], others: dict[str, float]) -> dict[str, float]:
+    """By cause. A device that was synchronized stood still between two steps: that time is not counted twice."""
+    waits = {**others, **states}
+    if waits.get("synchronized") and "between_steps" in waits:
+        waits["between_steps"] = max(waits["between_steps"] - waits["synchronized"], 0.0)
+    return {cause: seconds for cause, seconds in waits.items() if seconds}
+
+
+class SlowSteps:
+    """Whether the steps of a cycle were slower than their forward, backward and update, and why."""
+
+    def __init__(self) -> None:
+        self._cycle: int | None = None
+        self._waits: Counter[str] = Counter()
+        self._seconds, self._steps = 0.0, 0
+        self._said: set[str] = set()
+
+    def add(self, report: StepReport, seconds: float) -> str | None:
+        """One step that took ``seconds``. When a cycle has ended, but not the first, in which states are made: a line
+        that says for what it waited, if that is worth one and was not said before."""
+        line = None
+        if report.cycle != self._cycle:
+            line = self._line() if self._cycle else None
+            self._cycle, self._waits = report.cycle, Counter()
+            self._seconds, self._steps = 0.0, 0
+        self._waits.update(report.waits)
+        self._seconds, self._steps = self._seconds + seconds, self._steps + 1
+        return line
+
+    def _line(self) -> str | None:
+        waited = self._waits.total()
+        worst = max(self._waits, key=lambda cause: self._waits[cause], default="")
+        if waited <= WORTH_A_LINE * max(self._seconds - waited, 0.0) or worst in self._said:
+            return None
+        self._said.add(worst)
+        parts = ", ".join(
+            f"{seconds / self._steps:.3g} s a step for {CAUSES[cause]}"
+            for cause, seconds in self._waits.most_common()
+            if seconds >= 0.1 * waited
+        )
+        return f"steps waited {waited / self._seconds:.1%} of their time in cycle {self._cycle}: {parts}"
 
 
 @dataclass(frozen=True)
@@ -40,6 +89,8 @@ class StepNotes:
         self._engine = engine
         self.averages = True
         self._said_not_finite = False
+        self._slow = SlowSteps()
+        self._ended_at: float | None = None
 
     def before(self) -> StepBegan:
         """Call this before an update."""
@@ -76,9 +127,22 @@ class StepNotes:
             undone_s=optimizer.trials.last_undone_s,
             checkpoint_s=engine.checkpointer.take_waited_s(),
             forecast_bytes=engine.memory.peak_bytes(began.group),
+            waits=_together(traffic.waits, optimizer.take_waits()),
         )
         self._warn_if_not_finite(report)
+        self._say_what_steps_wait_for(report)
         return report
+
+    def _say_what_steps_wait_for(self, report: StepReport) -> None:
+        """Once a cycle is over that waited for more than ``WORTH_A_LINE`` of its time; again for another cause."""
+        now = time.perf_counter()
+        started, self._ended_at = self._ended_at, now
+        if started is None:
+            return
+        line = self._slow.add(report, now - started - report.checkpoint_s)
+        if line and self._engine.global_rank == 0:
+            # Without an accelerator nothing runs beside the computation, and there is nothing to mend.
+            logger.log(logging.INFO if self._engine.device.type == "cpu" else logging.WARNING, line)
 
     def write_loss(self, loss: Tensor | None) -> None:
         """Write the step's loss to DeepSpeed's monitors (``"csv_monitor"`` and the others), which get the rate from

@@ -2,8 +2,8 @@
 
 What travels together (a bucket of several gradients, or one that an optimizer wants whole) starts when all of it has
 come, from the hook of the last that came, on a side stream: backward's kernels do not wait for it. The order is a list
-that all ranks have, from the top of the group down, and never that of arrival: ranks whose batches reach other weights
-still meet.
+that all ranks have, and never that of arrival: ranks whose batches reach other weights still meet. It is the order in
+which gradients came to the first rank in the group's first backward.
 """
 
 from __future__ import annotations
@@ -49,21 +49,32 @@ class EarlyReduction:
         sums: where the gradients are taken from.
         comm_dtype: of the sums on the wire.
         side: the stream on which they are sent; ``None`` on a device without streams.
+        order: of what travels together, by its position from the top of the groups down; ``None`` for just that.
+        waits: gradients may come in several parts: none is sent before backward is over.
     """
 
     def __init__(
-        self, ranks: Ranks, groups: Sequence[GroupShard], sums: GradientSums, comm_dtype: torch.dtype, side: Any
+        self,
+        ranks: Ranks,
+        groups: Sequence[GroupShard],
+        sums: GradientSums,
+        comm_dtype: torch.dtype,
+        side: Any,
+        order: Sequence[int] | None = None,
+        waits: bool = False,
     ) -> None:
         self._ranks, self._sums, self._comm_dtype = ranks, sums, comm_dtype
         self._device = groups[0].members[0].param.device
         self._streams = streams_of(self._device) if side is not None else None
         self._side = side
-        self._arrived: set[nn.Parameter] = set()
+        self._waits = waits
+        self._arrived: dict[nn.Parameter, int] = {}  # how many came before
         # Taken off the parameters; kept until the computation has waited for what reads them on the side stream.
         self._grads: dict[nn.Parameter, Tensor | None] = {}
         self._names = {member.param: member.name for group in groups for member in group.members}
         self._shards = {group.index: [None] * len(group.members) for group in groups}
-        self._left = deque(unit for group in groups for unit in self._units_of(group))
+        self._units = [unit for group in groups for unit in self._units_of(group)]
+        self._left = deque(self._units if order is None else [self._units[at] for at in order])
         self._sent: list[_Unit] = []
 
     def arrived(self, param: nn.Parameter) -> None:
@@ -72,14 +83,14 @@ class EarlyReduction:
         Raises:
             HiFTError: it was sent before.
         """
-        if param not in self._names:
+        if param not in self._names or self._waits:
             return
         if param in self._grads:
             raise HiFTError(
                 f"{self._names[param]}: a second gradient came in one backward, after the first was sent to the other "
                 'ranks; set "zero_optimization": {"overlap_comm": false}'
             )
-        self._arrived.add(param)
+        self._arrived[param] = len(self._arrived)
         while self._left and all(member.param in self._arrived for member in self._left[0].members):
             self._start(self._left.popleft())
 
@@ -91,6 +102,13 @@ class EarlyReduction:
     def is_empty(self) -> bool:
         """``finish`` was asked for all groups."""
         return not self._shards
+
+    def order_of_arrival(self) -> list[int]:
+        """For ``order`` the next time."""
+        last = [
+            max(self._arrived.get(member.param, len(self._names)) for member in unit.members) for unit in self._units
+        ]
+        return sorted(range(len(last)), key=lambda at: (last[at], at))
 
     def finish(self, group: GroupShard) -> Reduced:
         """What :meth:`hift_ds.optim.parameters.Parameters.reduce` gives; the computation waits for it."""
@@ -181,12 +199,18 @@ class EarlyReducedParameters(ReplicatedParameters):
         super().__init__(*args, **kwargs)
         self._under_way: EarlyReduction | None = None
         self._hooks: list[RemovableHandle] = []
-        self._comes_in_parts: dict[int, bool] = {}  # by group: of its first backward
+        self._hooked: list[nn.Parameter] = []
+        # By the active groups, since their first backward: in which order all ranks send, and whether gradients come
+        # in parts.
+        self._orders: dict[tuple[int, ...], list[int]] = {}
+        self._comes_in_parts: dict[tuple[int, ...], bool] = {}
+        self._key: tuple[int, ...] = ()
         self._side: Any = None
 
     def watch(self, params: Iterable[nn.Parameter]) -> None:
         """From now on send gradients as they come. After all hooks that sum them up."""
-        self._hooks = [param.register_post_accumulate_grad_hook(self._arrived) for param in params]
+        self._hooked = list(params)
+        self._hooks = [param.register_post_accumulate_grad_hook(self._arrived) for param in self._hooked]
 
     def _arrived(self, param: nn.Parameter) -> None:
         if self._under_way is not None:
@@ -194,15 +218,19 @@ class EarlyReducedParameters(ReplicatedParameters):
                 self._under_way.arrived(param)
 
     def begin_reduction(self, groups: Sequence[GroupShard], loss: Tensor) -> None:
-        key = groups[0].index
+        key = self._key = tuple(group.index for group in groups)
         if key not in self._comes_in_parts:
             self._comes_in_parts[key] = recomputes_in_backward(loss)
-        if self._comes_in_parts[key]:
-            return
         device = groups[0].members[0].param.device
         if self._side is None and (streams := streams_of(device)) is not None:
             self._side = streams.Stream(device)
-        self._under_way = EarlyReduction(self.ranks, groups, self.sums, self.comm_dtype, self._side)
+        self._under_way = EarlyReduction(
+            self.ranks, groups, self.sums, self.comm_dtype, self._side, self._orders.get(key), self._comes_in_parts[key]
+        )
+
+    def forget_groups(self) -> None:
+        self._orders.clear()
+        self._comes_in_parts.clear()
 
     def abandon_reduction(self) -> None:
         if self._under_way is not None:
@@ -214,8 +242,18 @@ class EarlyReducedParameters(ReplicatedParameters):
             return super().reduce(group)
         reduced = self._under_way.finish(group)
         if self._under_way.is_empty:
+            if self._key not in self._orders:
+                self._orders[self._key] = self._agree(self._under_way.order_of_arrival())
             self._under_way = None
         return reduced
+
+    def _agree(self, order: list[int]) -> list[int]:
+        """The first rank's."""
+        device = self._hooked[0].device
+        shared = torch.tensor(order, dtype=torch.int64, device=device)
+        self.ranks.comm.broadcast(shared, src=self.ranks.global_rank(0), group=self.ranks.process_group)
+        first = shared.cpu().tolist()
+        return first if sorted(first) == sorted(order) else order  # a simulated device has no values
 
     def end_training(self) -> None:
         super().end_training()

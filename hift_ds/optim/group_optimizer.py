@@ -9,6 +9,7 @@ each rank updates its pieces, the new weights are gathered (ZeRO, arXiv 1910.020
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from hift_ds.optim.trainable_flags import TrainableFlags
 from hift_ds.precision import LossScaler
 from hift_ds.schedule import GroupSchedule
 from hift_ds.store.base import StateStore
+from hift_ds.store.movers import Waits
 
 # Per member of a group: this rank's shard of its mean gradient, and whether this rank's backward reached it.
 Reduced = tuple[list[Tensor | None], list[bool]]
@@ -118,6 +120,8 @@ class GroupOptimizer:
         self.trials = Trials()
         self._reduced: dict[int, Reduced] = {}
         self.host_step = self._build_host_step(pin_memory)
+        self.waits = Waits(self._weight_device())
+        self.parameters.note_waits(self.waits)
 
     # -- what DeepSpeed and schedulers read -------------------------------------------------------------------
 
@@ -177,7 +181,9 @@ class GroupOptimizer:
         """At the accumulation boundary: average the active groups' gradients over ranks, once."""
         for group in self.active_groups:
             # A second backward of the same step adds to what the first has left.
-            self._reduced[group.index] = _added(self._reduced.get(group.index), self.parameters.reduce(group))
+            with self.waiting_for_ranks():
+                reduced = self.parameters.reduce(group)
+            self._reduced[group.index] = _added(self._reduced.get(group.index), reduced)
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -221,11 +227,22 @@ class GroupOptimizer:
             self.parameters.begin_update(group)
             self.states.extras[group.index] |= self.update(group, shards, factor, rates)
             self.finish_copies()
-            self.parameters.publish(group)
+            with self.waiting_for_ranks():
+                self.parameters.publish(group)
         self.num_applied += 1
         self.schedule.advance()
         self.states.prefetch(self.groups[self.schedule.active])
         return True
+
+    def waiting_for_ranks(self) -> contextlib.AbstractContextManager[None]:
+        """Around what ranks do together: the computation stands still for it."""
+        alone = self.parameters.ranks.world_size == 1
+        return contextlib.nullcontext() if alone else self.waits.around("reduction")
+
+    def take_waits(self) -> dict[str, float]:
+        """Seconds, by cause, that the computation stood still since the last call, for other things than states."""
+        waits = self.waits.traffic.take().waits
+        return {cause: seconds for cause, seconds in waits.items() if seconds}
 
     def _take_reduced(self) -> list[tuple[list[Tensor | None], list[bool]]]:
         # ``step()`` without a backward: nothing to do, but every rank does the same nothing.
@@ -415,6 +432,7 @@ class GroupOptimizer:
         self.set_coverage(coverage)
         self.schedule.regroup(len([index for index in groups if index != ALWAYS]))
         self.last_norms.clear()
+        self.parameters.forget_groups()
 
     @property
     def is_mid_step(self) -> bool:

@@ -38,6 +38,7 @@ class HostGradients:
         self._mover: Mover = (
             InlineMover(self.traffic, device) if self._streams is None else StreamMover(self.traffic, device)
         )
+        self._mover.causes = dict.fromkeys((IN, OUT), "gradients_on_host")
         self._pin_memory = pin_memory and device.type != "cpu"
         self._thread = None if self._streams is None else one_thread("gradients")
         self._kept: dict[Hashable, Tensor] = {}

@@ -33,6 +33,7 @@ class HostStep:
         self.traffic = traffic
         has_streams = streams_of(device) is not None
         self.mover: Mover = StreamMover(traffic, device) if has_streams else InlineMover(traffic, device)
+        self.mover.causes = dict.fromkeys((IN, OUT), "host_update")
         self._pin_memory = pin_memory and device.type != "cpu"
         self._for_gradients = _buffers()
         self._coming: deque[tuple[Any, Tensor, Tensor]] = deque()  # ticket, gradient, where it will be

@@ -97,6 +97,13 @@ class InBackwardOptimizer(GroupOptimizer):
 
     # -- backward -----------------------------------------------------------------------------------------------
 
+    def take_waits(self) -> dict[str, float]:
+        waits = super().take_waits()
+        for kept in (self.sums, self.parked):
+            for cause, seconds in kept.traffic.take().waits.items():
+                waits[cause] = waits.get(cause, 0.0) + seconds
+        return waits
+
     def activate(self) -> None:
         self.check_whole()
         super().activate()
@@ -197,7 +204,8 @@ class InBackwardOptimizer(GroupOptimizer):
             if (total := self.sums.take(member.param, member.param.device)) is not None:
                 backward.consumed = True
                 self.parameters.set_pending(member.param, total)
-        shards, present = self.parameters.reduce(part)
+        with self.waiting_for_ranks():
+            shards, present = self.parameters.reduce(part)
         if self.parameters.ranks.world_size == 1:
             reached = backward.reached[backward.num_done] = present
         backward.num_done += 1
@@ -239,7 +247,8 @@ class InBackwardOptimizer(GroupOptimizer):
         backward.changed[part.index] = {**changed, **before}  # the topmost part's last, as after backward
         if self.parameters.ranks.world_size > 1:
             self.finish_copies()
-        self.parameters.publish(part)
+        with self.waiting_for_ranks():
+            self.parameters.publish(part)
         for member, shard in zip(part.members, shards, strict=True):
             if shard is not None or self.parameters.ranks.world_size > 1:
                 torch.autograd.graph.increment_version(member.param)

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from hift_ds import collectives
 from hift_ds.collectives import Column, Ranks
 from hift_ds.precision import write_weight_
+from hift_ds.store.movers import Waits
 
 DEFAULT_BUCKET_NUMEL = 1 << 25  # 128 MiB in fp32
 
@@ -277,6 +278,9 @@ class Parameters(ABC):
         """The backward of ``loss`` begins, after which ``groups`` will be reduced: their gradients may be sent as they
         come."""
 
+    def forget_groups(self) -> None:  # noqa: B027
+        """Groups have other parameters from now on."""
+
     def abandon_reduction(self) -> None:  # noqa: B027
         """That backward has failed."""
 
@@ -352,6 +356,9 @@ class Parameters(ABC):
         """Round ``value`` (fp32) into ``weight``, which ``weight()`` gave; see :func:`hift_ds.precision.write_weight_`.
         It may be on its way there until ``finish_writes``."""
         write_weight_(weight, value, generator)
+
+    def note_waits(self, waits: Waits) -> None:  # noqa: B027
+        """From now on note there for how long the computation waits for weights."""
 
     def finish_writes(self) -> None:  # noqa: B027
         """What is computed from here on sees what was written."""

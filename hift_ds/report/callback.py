@@ -197,6 +197,8 @@ class ReportCallback(TrainerCallback):
         report = getattr(self._get_engine(), "last_report", None)
         if report is not None:
             record |= {name: getattr(report, name) for name in _SAME_NAME if hasattr(report, name)}  # type: ignore[typeddict-item]
+            if getattr(report, "waits", None):
+                record["waits_s"] = {cause: round(seconds, 6) for cause, seconds in report.waits.items()}
             if hasattr(report, "peak_bytes"):
                 record["peak_memory_gib"] = report.peak_bytes / 2**30
             if getattr(report, "forecast_bytes", None) is not None:

@@ -42,6 +42,7 @@ class StepRecord(TypedDict, total=False):
     undone_s: float
     transfer_s: float  # state transfers, whether hidden or not
     stalled_s: float  # the part of transfer_s the step waited for, on the device or on the host
+    waits_s: dict[str, float]  # seconds that the step stood still, by cause; those for states are stalled_s
     # Training waited for checkpoints since the last step: copying, and writing unless asynchronous.
     checkpoint_s: float
     # Highest allocation on the device in this step, this rank; without one resident memory at its end.

@@ -23,6 +23,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+# What a step may wait for, in words that say what to do about it.
+CAUSES = {
+    "states_in": 'states to arrive (more "hift.state.slots", a compact "hift.state.codec", more tokens a step)',
+    "states_out": 'states to leave (more "hift.state.slots", a compact "hift.state.codec", more tokens a step)',
+    "disk": 'states on disk ("hift.state.residency": "host", a compact "hift.state.codec", more tokens a step)',
+    "host_update": 'gradients and weights of a host update ("hift.state.step_on": "device", more tokens a step)',
+    "gradients_on_host": "gradients that rest in host memory (fewer micro-batches, or no exact norm)",
+    "reduction": 'gradients and weights between ranks (more micro-batches, "communication_data_type": "bf16")',
+    "gather": "weights of other ranks or from host memory (ZeRO-3: more tokens a micro-batch)",
+    "synchronized": "somebody who synchronized the device (a timer, a profiler, a callback)",
+    "between_steps": "what comes between steps (data loading, logging, evaluation)",
+}
 MASTER = "master"  # key of the fp32 copies of 16-bit weights
 
 # Flat bf16 tensors, in the order of a master's elements: the weights it is the master of.
@@ -33,8 +45,9 @@ class Traffic:
     """State traffic since the last ``take``: bytes to and from where states rest, and wall seconds.
 
     Of ``transfer_s`` seconds that transfers took, the training step waited ``stalled_s``; the rest was hidden
-    behind compute. Bytes count when a transfer starts, seconds when it has ended: one that is under way at
-    ``take`` has its seconds in the next report.
+    behind compute. ``waits`` says for what it waited, these and others, in seconds by cause (:data:`CAUSES`). Bytes
+    count when a transfer starts, seconds when it has ended: one that is under way at ``take`` has its seconds in the
+    next report.
     """
 
     def __init__(self) -> None:
@@ -42,24 +55,39 @@ class Traffic:
         self.bytes_out = 0
         self.transfer_s = 0.0
         self.stalled_s = 0.0
-        # Called by ``take``: adds the times of copies that have ended, which CUDA events keep.
-        self.collect: Callable[[], None] | None = None
+        self.waits: dict[str, float] = {}
+        # Called by ``take``: add the times of copies and waits that have ended, which CUDA events keep.
+        self.collectors: list[Callable[[], None]] = []
         self._lock = threading.Lock()
 
-    def add(self, bytes_in: int = 0, bytes_out: int = 0, transfer_s: float = 0.0, stalled_s: float = 0.0) -> None:
-        """Callable from any thread."""
+    def add(
+        self, bytes_in: int = 0, bytes_out: int = 0, transfer_s: float = 0.0, stalled_s: float = 0.0, cause: str = ""
+    ) -> None:
+        """Callable from any thread.
+
+        Args:
+            cause: of the stall.
+        """
+        if cause:
+            self.waited(cause, stalled_s)
         with self._lock:
             self.bytes_in += bytes_in
             self.bytes_out += bytes_out
             self.transfer_s += transfer_s
             self.stalled_s += stalled_s
 
+    def waited(self, cause: str, seconds: float) -> None:
+        """Not for a transfer of states, or not for that alone. Callable from any thread."""
+        with self._lock:
+            self.waits[cause] = self.waits.get(cause, 0.0) + seconds
+
     def take(self) -> Traffic:
         """The counts so far, which start again at zero."""
-        if self.collect is not None:
-            self.collect()
+        for collect in self.collectors:
+            collect()
         taken = Traffic()
         with self._lock:
+            taken.waits, self.waits = self.waits, {}
             for name in ("bytes_in", "bytes_out", "transfer_s", "stalled_s"):
                 setattr(taken, name, getattr(self, name))
                 setattr(self, name, type(getattr(self, name))(0))

@@ -64,6 +64,7 @@ class DiskStateStore(ParkedStateStore):
         super().__post_init__()
         if self.num_slots:
             self.mover = ThreadMover(self.traffic, self.device)
+        self.mover.causes = dict.fromkeys((IN, OUT), "disk")
         self._on_cpu = self.device.type == "cpu"
         self._folder = StateFolder(self.path)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,7 @@ class Mover(ABC):
 
     def __init__(self, traffic: Traffic) -> None:
         self.traffic = traffic
+        self.causes = {IN: "states_in", OUT: "states_out"}  # what a wait for a copy in that direction is
 
     @abstractmethod
     def submit(self, direction: str, copy: Callable[[], object], after: Iterable[Any] = ()) -> Any:
@@ -78,7 +79,7 @@ class InlineMover(Mover):
         if self._streams is not None:
             self._streams.current_stream(self._device).synchronize()
         elapsed = time.perf_counter() - started
-        self.traffic.add(transfer_s=elapsed, stalled_s=elapsed)
+        self.traffic.add(transfer_s=elapsed, stalled_s=elapsed, cause=self.causes[direction])
 
     def wait(self, ticket: None) -> None:
         pass
@@ -103,7 +104,9 @@ class ThreadMover(Mover):
         if self._streams is not None:
             computed = self._streams.Event()
             computed.record(self._streams.current_stream(self._device))
-        return self._threads[direction].submit(self._run, copy, [t for t in after if t is not None], computed)
+        ticket = self._threads[direction].submit(self._run, copy, [t for t in after if t is not None], computed)
+        ticket.cause = self.causes[direction]  # type: ignore[attr-defined]
+        return ticket
 
     def _run(self, copy: Callable[[], object], after: list[Future], computed: Any) -> None:
         for ticket in after:
@@ -123,7 +126,7 @@ class ThreadMover(Mover):
         try:
             ticket.result()
         finally:
-            self.traffic.add(stalled_s=time.perf_counter() - started)
+            self.traffic.add(stalled_s=time.perf_counter() - started, cause=ticket.cause)  # type: ignore[attr-defined]
 
     def close(self) -> None:
         for thread in self._threads.values():
@@ -134,6 +137,7 @@ class ThreadMover(Mover):
 class StreamTicket:
     start: Any  # events around the copy, on its stream
     end: Any
+    cause: str  # of a wait for it
 
 
 class StreamMover(Mover):
@@ -149,13 +153,14 @@ class StreamMover(Mover):
         assert streams is not None
         self._streams = streams
         self._sides = {d: self._streams.Stream(device) for d in (IN, OUT)}
-        self._timed: list[tuple[str, Any, Any]] = []  # (counter of the traffic, start, end), not yet read
+        # (cause of a wait, or none for a copy; start, end), not yet read
+        self._timed: list[tuple[str, Any, Any]] = []
         self._idle_since: Any = None  # event at the end of the last step
         self._gaps: list[
             tuple[Any, Any, list[StreamTicket]]
         ] = []  # between two steps, and copies that may explain them
         self._recent: list[StreamTicket] = []  # copies since the step before the last ended
-        traffic.collect = self._collect
+        traffic.collectors.append(self._collect)
 
     def submit(self, direction: str, copy: Callable[[], object], after: Iterable[Any] = ()) -> StreamTicket:
         side = self._sides[direction]
@@ -163,12 +168,12 @@ class StreamMover(Mover):
         for ticket in after:
             if ticket is not None:
                 side.wait_event(ticket.end)
-        ticket = StreamTicket(self._event(), self._event())
+        ticket = StreamTicket(self._event(), self._event(), self.causes[direction])
         with self._streams.stream(side):
             ticket.start.record(side)
             _run(copy)
             ticket.end.record(side)
-        self._timed.append(("transfer_s", ticket.start, ticket.end))
+        self._timed.append(("", ticket.start, ticket.end))
         self._recent.append(ticket)
         return ticket
 
@@ -192,13 +197,13 @@ class StreamMover(Mover):
         before.record(compute)
         compute.wait_event(ticket.end)
         after.record(compute)
-        self._timed.append(("stalled_s", before, after))
+        self._timed.append((ticket.cause, before, after))
 
     def settle(self, ticket: StreamTicket | None) -> None:
         if ticket is not None:
             started = time.perf_counter()
             ticket.end.synchronize()
-            self.traffic.add(stalled_s=time.perf_counter() - started)
+            self.traffic.add(stalled_s=time.perf_counter() - started, cause=ticket.cause)
 
     def close(self) -> None:
         for side in self._sides.values():
@@ -210,11 +215,13 @@ class StreamMover(Mover):
     def _collect(self) -> None:
         """Read the times of what has ended; nothing waits for what has not."""
         pending = []
-        for counter, start, end in self._timed:
-            if end.query():
-                self.traffic.add(**{counter: start.elapsed_time(end) / 1e3})
+        for cause, start, end in self._timed:
+            if not end.query():
+                pending.append((cause, start, end))
+            elif cause:
+                self.traffic.add(stalled_s=start.elapsed_time(end) / 1e3, cause=cause)
             else:
-                pending.append((counter, start, end))
+                self.traffic.add(transfer_s=start.elapsed_time(end) / 1e3)
         self._timed = pending
         waiting = []
         for idle, resumed, copies in self._gaps:
@@ -225,8 +232,65 @@ class StreamMover(Mover):
             ended = [copy for copy in copies if copy.end.query() and copy.end.elapsed_time(resumed) >= 0]
             last_s = min((copy.end.elapsed_time(resumed) for copy in ended), default=None)
             if last_s is not None and last_s <= RESUMES_WITHIN_MS:
-                self.traffic.add(stalled_s=idle.elapsed_time(resumed) / 1e3)
+                self.traffic.add(stalled_s=idle.elapsed_time(resumed) / 1e3, cause="synchronized")
         self._gaps = waiting
+
+
+class Waits:
+    """For how long the computation stands still for other things than states: between ranks, and between steps.
+
+    Args:
+        device: where it runs. Without streams the host's time counts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.traffic = Traffic()
+        self.traffic.collectors.append(self._collect)
+        self._device = device
+        self._streams = streams_of(device)
+        self._timed: list[tuple[str, Any, Any]] = []
+        self._idle_since: Any = None
+
+    @contextlib.contextmanager
+    def around(self, cause: str) -> Iterator[None]:
+        """What is given to the computation inside this block is a wait for ``cause`` and no more."""
+        started = self._now()
+        try:
+            yield
+        finally:
+            self._note(cause, started)
+
+    def idle(self) -> None:
+        """A step's work has been given to the device, all of it."""
+        self._idle_since = self._now()
+
+    def busy(self) -> None:
+        """The next step begins."""
+        if self._idle_since is not None:
+            self._note("between_steps", self._idle_since)
+            self._idle_since = None
+
+    def _now(self) -> Any:
+        if self._streams is None:
+            return time.perf_counter()
+        event = self._streams.Event(enable_timing=True)
+        event.record(self._streams.current_stream(self._device))
+        return event
+
+    def _note(self, cause: str, started: Any) -> None:
+        if self._streams is None:
+            self.traffic.waited(cause, time.perf_counter() - started)
+        else:
+            self._timed.append((cause, started, self._now()))
+
+    def _collect(self) -> None:
+        pending = []
+        for cause, start, end in self._timed:
+            if end.query():
+                self.traffic.waited(cause, start.elapsed_time(end) / 1e3)
+            else:
+                pending.append((cause, start, end))
+        self._timed = pending
 
 
 def one_thread(name: str) -> ThreadPoolExecutor:

@@ -44,7 +44,7 @@ ROWS = {
     ),
     "2 ranks: small buckets, accumulation": (Row(more=SMALL_BUCKETS, stage=2, world_size=2, gas=2), 1),
     "2 ranks: always active": (
-        Row(hift={"always_active": ["norm"]}, more=SMALL_BUCKETS, world_size=2, steps=5), 1,
+        Row(hift={"always_active": ["norm"]}, more=SMALL_BUCKETS, world_size=2), 1,
     ),
     "2 ranks: update on the host": (Row(hift=state(step_on="host"), stage=2, world_size=2), 19),
     "in backward": (Row(hift={**IN_BACKWARD, **state(slots=2)}, clip=0.0, steps=5), 4),

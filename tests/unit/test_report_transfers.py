@@ -5,9 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from hift_ds.engine.step_notes import SlowSteps, _together
 from hift_ds.report.plots import plot_run
 from hift_ds.report.progress import Pace
 from hift_ds.report.transfers import has_transfers, stretch_means, summary, transfers_figure
+from hift_ds.step_report import StepReport
+from hift_ds.store.base import CAUSES
 
 
 def records(num, **more):
@@ -58,3 +61,28 @@ def test_the_progress_line_says_how_much_was_waited():
     pace = Pace(10, 0, 5)
     pace.add(records(1, stalled_s=0.001)[0])
     assert not [part for part in pace.parts({}) if "waiting" in part]
+
+
+def report_of(cycle, waits):
+    names = ("step", "position", "group", "lr", "grad_norm", "loss_scale", "state_bytes_in", "state_bytes_out",
+             "grad_numel_sent", "transfer_s", "stalled_s", "peak_bytes")  # fmt: skip
+    return StepReport(cycle=cycle, group_name="", skipped=False, waits=waits, **dict.fromkeys(names, 0))
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_a_cycle_that_is_slower_than_its_work_says_why_once(cause):
+    """From the second cycle on, above 5 % of the rest, for each leading cause once."""
+    slow, other = SlowSteps(), next(name for name in CAUSES if name != cause)
+    lines = [slow.add(report_of(cycle, {cause: 0.05, other: 0.02}), 1.0) for cycle in (0, 0, 1, 1, 2, 2, 3)]
+    assert [bool(line) for line in lines] == [False] * 4 + [True, False, False]
+    assert lines[4] == (
+        f"steps waited 7.0% of their time in cycle 1: 0.05 s a step for {CAUSES[cause]}, 0.02 s a step for "
+        f"{CAUSES[other]}"
+    )
+    assert not any(SlowSteps().add(report_of(cycle, {cause: 0.04}), 1.0) for cycle in (0, 1, 2))
+
+
+def test_a_synchronized_device_is_not_counted_twice():
+    assert _together({"synchronized": 0.3}, {"between_steps": 0.4, "reduction": 0.0}) == {
+        "between_steps": pytest.approx(0.1), "synchronized": 0.3,
+    }  # fmt: skip

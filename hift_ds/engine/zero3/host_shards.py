@@ -91,6 +91,7 @@ class WriteBack:
         traffic = Traffic()
         has_streams = streams_of(device) is not None
         self._mover: Mover = StreamMover(traffic, device) if has_streams else InlineMover(traffic, device)
+        self._mover.causes[OUT] = "gather"
         self._device = device
         self._buffers = self._none()
         self._sent: list[Any] = [None] * NUM_BUFFERS  # tickets

@@ -22,6 +22,7 @@ from hift_ds.engine.zero3.seam import WeightShards
 from hift_ds.engine.zero3.shards import as_partitioned, is_partitioned, shard_of, whole_of
 from hift_ds.layers.arch import whole_shape
 from hift_ds.optim.parameters import GroupShard, Parameters, Piece
+from hift_ds.store.movers import Waits
 
 
 @dataclass(eq=False)
@@ -99,6 +100,9 @@ class PartitionedParameters(Parameters):
         if self._write_back is None:
             self._write_back = WriteBack(value.device)
         self._write_back.send(weight, value, generator)
+
+    def note_waits(self, waits: Waits) -> None:
+        self.shards.waits = waits
 
     def finish_writes(self) -> None:
         if self._write_back is not None:

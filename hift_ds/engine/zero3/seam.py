@@ -42,6 +42,7 @@ from hift_ds.engine.zero3.host_shards import Gathered, on_the_accelerator, start
 from hift_ds.engine.zero3.shards import PartitionedWeight, num_shards, partitioned_weights, weight_file_of, whole_of
 from hift_ds.engine.zero3.weight_file import WeightFile
 from hift_ds.process_group import as_single_process
+from hift_ds.store.movers import Waits
 
 EVALUATION = -1  # the coordinator of forward passes without gradients
 ALONE_NUMEL = 1 << 22  # a weight with more elements is gathered by a collective of its own
@@ -54,7 +55,10 @@ class _Coordinator(PartitionedParameterCoordinator):
     had_trace = False
 
     def fetch_sub_module(self, current_submodule: nn.Module, forward: bool) -> None:
-        super().fetch_sub_module(current_submodule, forward)
+        params = iter_params(current_submodule, recurse=z3_leaf_module(current_submodule))
+        waits = any(param.ds_status is not ZeroParamStatus.AVAILABLE for param in params)
+        with self.shards.waiting() if waits else contextlib.nullcontext():
+            super().fetch_sub_module(current_submodule, forward)
         self.shards.arrived(current_submodule)
 
     def release_sub_module(self, submodule: nn.Module, forward: bool = False) -> None:
@@ -147,6 +151,7 @@ class WeightShards:
         keep_linear: leave DeepSpeed's linear function in place (autocast: torch's would save casted copies).
 
     Attributes:
+        waits: where it is noted for how long the computation waits for weights.
         copies: the stream of shards that come from host memory; ``None`` on a CPU.
         numel_gathered: elements of whole weights that this rank has asked for so far.
     """
@@ -161,11 +166,16 @@ class WeightShards:
         self._param_in: dict[int, PartitionedWeight] = {}  # by address of the storage of a gathered weight
         self._file: WeightFile | None = None
         self._num_written: dict[nn.Parameter, int] = {}
+        self.waits: Waits | None = None
         self.copies = get_accelerator().Stream() if get_accelerator().device_name() != "cpu" else None
         self.numel_gathered = 0
         if not keep_linear:
             restore_torch_linear()
         self._hook = self._module.register_forward_pre_hook(self._choose_coordinator, prepend=True)
+
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Around what gives the computation nothing to do but to wait for weights."""
+        return contextlib.nullcontext() if self.waits is None else self.waits.around("gather")
 
     # -- traces -----------------------------------------------------------------------------------------------
 
