@@ -197,7 +197,7 @@ def _elsewhere(setting: Setting, steps: list[GroupStep], weight_bytes: int, stat
     weights_on_host, weights_pinned = _weights_on_host(setting, numel * itemsize)
     pinned = ranks * slab_bytes(on_host + offloaded) if state.get("pin_memory", True) else 0
     return {
-        "host_gib": (max(ranks * (on_host + offloaded), pinned) + max(weights_on_host, weights_pinned)) / GIB,
+        "host_gib": (ranks * (on_host + offloaded) + weights_on_host) / GIB,
         "pinned_gib": (pinned + weights_pinned) / GIB,
         "disk_gib": ranks * on_disk / GIB,
         "checkpoint_gib": (weight_bytes + ranks * state_bytes) / GIB,
