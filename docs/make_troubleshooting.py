@@ -364,6 +364,14 @@ EXPLAINED = [
         'The Trainer trains through our engine only with a `"hift"` block. Add it as the line says.',
     ),
     (
+        r"a second gradient came in one backward",
+        "Gradients travel to the other ranks as soon as backward has brought them, and this model brings one in several parts (a backward within a backward). With `overlap_comm: false` they travel after backward.",
+    ),
+    (
+        r"steps waited .* of their time",
+        "The steps of a cycle were slower than their forward, backward and update; the line says for what they waited and what would help. Nothing is wrong with the result.",
+    ),
+    (
         r"cannot be run ahead",
         "The learning-rate schedule cannot be asked for its coming values, so that a warm-up begins with this step's rate. Nothing to do.",
     ),

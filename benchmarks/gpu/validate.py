@@ -152,12 +152,56 @@ def link(asked: Asked) -> Found:
             synchronize(asked.device)
             row[f"{way}_gb_s"] = times * size / (time.perf_counter() - started) / 1e9
         found.rows.append(row)
-    best = found.rows[-1]
+    best = dict(found.rows[-1])
+    found.rows += [{"piece_mib": mib, "memory of node": node, "in_gb_s": rate} for node, rate in _from_each_node(asked)]
+    found.rows.append({"disk read, O_DIRECT, page-locked, gb_s": _direct_read(asked)})
     if asked.on_gpu and not asked.tiny:
         found.require(min(best["in_gb_s"], best["out_gb_s"]) >= 20, "a direction is below 20 GB/s (PCIe 4 x16)")
         slowest = 0.8 * min(best["in_gb_s"], best["out_gb_s"])
         found.require(best["both_gb_s"] >= slowest, "both at once are slower than 80 % of one")
     return found
+
+
+def _from_each_node(asked: Asked) -> list[tuple[str, float]]:
+    """How fast page-locked memory of each NUMA node comes: memory is taken from the node whose core asks first."""
+    import torch
+
+    size, cores, rates = (1 << 20) if asked.tiny else (256 << 20), os.sched_getaffinity(0), []
+    for node in sorted(Path("/sys/devices/system/node").glob("node[0-9]*")):
+        here = _cores(node / "cpulist") & cores
+        if not here:
+            continue
+        os.sched_setaffinity(0, here)
+        try:
+            host = torch.zeros(size, dtype=torch.uint8, pin_memory=asked.on_gpu)
+            there = torch.zeros(size, dtype=torch.uint8, device=asked.device)
+            synchronize(asked.device)
+            started = time.perf_counter()
+            for _ in range(8):
+                there.copy_(host, non_blocking=True)
+            synchronize(asked.device)
+            rates.append((node.name, 8 * size / (time.perf_counter() - started) / 1e9))
+        finally:
+            os.sched_setaffinity(0, cores)
+    return rates
+
+
+def _cores(cpulist: Path) -> set[int]:
+    ranges = [part.split("-") for part in cpulist.read_text().strip().split(",") if part]
+    return {core for part in ranges for core in range(int(part[0]), int(part[-1]) + 1)}
+
+
+def _direct_read(asked: Asked) -> float:
+    """GB a second from a file into page-locked memory past the page cache, as states on disk come."""
+    from hift_ds.store.file_io import page_aligned, read_file, write_file
+
+    buffer = page_aligned((1 << 20) if asked.tiny else (1 << 30), asked.on_gpu)
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        file = Path(folder) / "probe"
+        checksum = write_file(file, [buffer], True)
+        started = time.perf_counter()
+        read_file(file, [buffer], True, checksum)
+        return buffer.numel() / (time.perf_counter() - started) / 1e9
 
 
 # -- 2: races -------------------------------------------------------------------------------------------------------
@@ -175,7 +219,7 @@ def races(asked: Asked) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         for codec, slice_numel in itertools.product(("fp32", "split_master+int8_moments"), (None, width * width // 3)):
             base = {"codec": codec, **({"slice_numel": slice_numel} if slice_numel else {})}
-            expected = _trajectory(asked, width, steps, {**base, "residency": "device"}, "none")
+            expected = trajectory(asked, width, steps, {**base, "residency": "device"}, "none")
             for residency, slots, delay in itertools.product(("host", "disk"), (0, 1, 2, 4), delays):
                 if slots == 4 and not slice_numel:
                     continue
@@ -187,15 +231,21 @@ def races(asked: Asked) -> Found:
                 }
                 if residency == "disk":
                     state["path"] = folder
-                same = _same(_trajectory(asked, width, steps, state, delay), expected)
+                same = same_bits(trajectory(asked, width, steps, state, delay), expected)
                 found.rows.append({"residency": residency, "slots": slots, "codec": codec,
                                    "sliced": bool(slice_numel), "held back": delay, "same bits": same})  # fmt: skip
                 found.require(same, f"{state} with {delay} held back: other weights")
+        expected = trajectory(asked, width, steps, {"residency": "device"}, "none")
+        for delay in (*delays, *(["gathers"] if asked.on_gpu else [])):
+            same = same_bits(trajectory(asked, width, steps, {}, delay, weights_on_host=True), expected)
+            found.rows.append({"residency": "host, weights too", "slots": 1, "codec": "fp32", "sliced": False,
+                               "held back": delay, "same bits": same})  # fmt: skip
+            found.require(same, f"weights on the host with {delay} held back: other weights")
         if asked.on_gpu:
             state = {"residency": "disk", "prefetch": False, "path": folder}
-            expected = _trajectory(asked, width, steps, {"residency": "device"}, "none")
-            with _without_the_wait():
-                same = _same(_trajectory(asked, width, steps, state, "updates"), expected)
+            expected = trajectory(asked, width, steps, {"residency": "device"}, "none")
+            with without_the_wait():
+                same = same_bits(trajectory(asked, width, steps, state, "updates"), expected)
             found.rows.append(
                 {
                     "residency": "disk",
@@ -211,8 +261,14 @@ def races(asked: Asked) -> Found:
     return found
 
 
-def _trajectory(asked: Asked, width: int, steps: int, state: dict[str, Any], delay: str) -> list[Any]:
-    """Weights at the end, on the host."""
+def trajectory(
+    asked: Asked, width: int, steps: int, state: dict[str, Any], delay: str, weights_on_host: bool = False
+) -> list[Any]:
+    """Weights at the end, on the host.
+
+    Args:
+        weights_on_host: ZeRO-3 with ``offload_param``.
+    """
     import torch
     from torch import nn
 
@@ -222,29 +278,35 @@ def _trajectory(asked: Asked, width: int, steps: int, state: dict[str, Any], del
     model.forward = lambda x: sum(layer(x).float().square().mean() for layer in model.layers)
     model.to(asked.device, torch.bfloat16)
     groups = [[f"layers.{i}."] for i in range(4)]
-    engine = engine_of(model, config_of(state, hift={"groups": groups}))
-    with _held_back(delay):
+    config = config_of(state, stage=3 if weights_on_host else 0, hift={"groups": groups})
+    if weights_on_host:
+        offload = {"device": "cpu", "pin_memory": asked.on_gpu}
+        config["zero_optimization"] |= {"offload_param": offload, "stage3_param_persistence_threshold": 0}
+    engine = engine_of(model, config)
+    with held_back(delay):
         for step in range(steps):
             generator = torch.Generator().manual_seed(step)
             x = torch.randn(4, width, generator=generator).to(asked.device, torch.bfloat16)
             engine.backward(engine(x))
             engine.step()
-    weights = [p.detach().cpu() for p in model.parameters()]
+    parameters = engine.optimizer.parameters
+    weights = [parameters.whole_weight(p).to("cpu", copy=True) for p in model.parameters()]
     engine.destroy()
     return weights
 
 
-def _same(one: list[Any], other: list[Any]) -> bool:
+def same_bits(one: list[Any], other: list[Any]) -> bool:
     import torch
 
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @contextlib.contextmanager
-def _held_back(delay: str) -> Iterator[None]:
+def held_back(delay: str) -> Iterator[None]:
     """Inside, a kernel that does nothing for 50 ms stands in front of each of these."""
     import torch
 
+    from hift_ds.engine.zero3 import seam
     from hift_ds.optim import parameters, piecewise
     from hift_ds.store import movers
 
@@ -252,6 +314,7 @@ def _held_back(delay: str) -> Iterator[None]:
         "updates": (piecewise.PiecewiseOptimizer, "step"),
         "writes": (parameters, "write_weight_"),
         "copies": (movers, "_run"),
+        "gathers": (seam, "start_copies"),
     }.get(delay, (None, ""))
     if owner is None:
         yield
@@ -270,7 +333,7 @@ def _held_back(delay: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_the_wait() -> Iterator[None]:
+def without_the_wait() -> Iterator[None]:
     from hift_ds.store import movers
 
     real = movers.InlineMover.submit
@@ -489,6 +552,7 @@ def _child_environment(asked: Asked) -> dict[str, str]:
     env = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH", "")]))
     return env if asked.on_gpu else {**env, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
@@ -558,38 +622,282 @@ def _rank(job: dict[str, Any]) -> None:
     engine.destroy()
 
 
-# -- 7: a real run --------------------------------------------------------------------------------------------------
+# -- 7: a run --------------------------------------------------------------------------------------------------
 
 
 def run(asked: Asked) -> Found:
-    """``hift-ds train`` on a real model and real data, three cycles; peaks against the forecast beside them."""
+    """``hift-ds train`` on a model and data, three cycles with checkpoints, then from a batch that may not fit
+    (``auto_find_batch_size``): it ends, exports, and no peak is above its forecast."""
     found = Found("run")
-    if asked.model is None or asked.data is None:
-        found.notes.append("left out: needs --model and --data")
-        return found
-    with tempfile.TemporaryDirectory() as folder:
-        text = {
-            "model": {"path": asked.model}, "data": {"train": [{"path": asked.data}]}, "output_dir": f"{folder}/run",
-            "train": {"max_steps": 105, "per_device_train_batch_size": 1 if asked.tiny else 8},
-        }  # fmt: skip
-        file = Path(folder) / "run.yaml"
-        file.write_text(json.dumps(text))
-        done = subprocess.run([sys.executable, "-m", "hift_ds", "train", str(file)], env=_child_environment(asked))
-        found.require(done.returncode == 0, f"hift-ds train ended with {done.returncode}")
-        metrics = list(Path(folder).rglob("metrics.jsonl"))
-        steps = [json.loads(line) for line in metrics[0].read_text().splitlines()] if metrics else []
-    peaks = [s for s in steps if s.get("forecast_memory_gib") and s.get("peak_memory_gib")]
+    with _model_and_data(asked) as (model, data):
+        if model is None:
+            found.notes.append("left out: needs --model and --data")
+            return found
+        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+            changes = [{"micro_batch_size": 2 if asked.tiny else 8}, {"micro_batch_size": 2 if asked.tiny else 512,
+                                                                        "auto_find_batch_size": True}]  # fmt: skip
+            for number, train in enumerate(changes):
+                _one_run(asked, found, Path(folder) / f"run{number}", model, data, train)
+    return found
+
+
+def _one_run(asked: Asked, found: Found, out: Path, model: str, data: str, train: dict[str, Any]) -> None:
+    file = write_run(out, model, data, asked, **train)
+    command = [sys.executable, "-m", "hift_ds", "train", str(file)]
+    done = subprocess.run(command, env=_child_environment(asked), cwd=ROOT, capture_output=True, text=True)
+    found.require(done.returncode == 0, f"hift-ds train ended with {done.returncode}: {done.stderr[-1500:]}")
+    if done.returncode:
+        return
+    found.require(bool(list(out.glob("model/*.safetensors"))), "nothing was exported")
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if "group_name" in step]
+    seconds = sum(step["step_time_s"] for step in steps[len(steps) // 3 :])
+    waited = sum(sum((step.get("waits_s") or {}).values()) for step in steps[len(steps) // 3 :])
+    row: dict[str, Any] = {"steps": len(steps), "rows": train["micro_batch_size"], "waited": waited / seconds}
+    peaks = [step for step in steps if step.get("forecast_memory_gib") and step.get("peak_memory_gib")]
     if peaks:
-        worst = max(peaks, key=lambda s: s["peak_memory_gib"] / s["forecast_memory_gib"])
-        found.rows.append({k: worst[k] for k in ("group_name", "peak_memory_gib", "forecast_memory_gib") if k in worst})
+        worst = max(peaks, key=lambda step: step["peak_memory_gib"] / step["forecast_memory_gib"])
+        row |= {key: worst[key] for key in ("group_name", "peak_memory_gib", "forecast_memory_gib")}
         found.require(worst["peak_memory_gib"] <= 1.05 * worst["forecast_memory_gib"], "a peak is above its forecast")
+    found.rows.append(row)
+
+
+def write_run(out: Path, model: str, data: str, asked: Asked, **train: Any) -> Path:
+    """A run file of three cycles."""
+    import yaml
+
+    from hift_ds.hf.model_structure import read_config
+
+    cycle = read_config(model).num_hidden_layers + 2
+    train = {"output_dir": str(out), "max_steps": 3 * cycle, "save_steps": cycle, "learning_rate": 1e-5, **train}
+    length = {"max_length": 128} if asked.tiny else {"max_length": 1024}
+    config = {
+        "model": {"path": model, "dtype": "bf16"},
+        "data": {"train": data, "val_size": 4, **length},
+        "train": train,
+    }
+    file = out.parent / f"{out.name}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+@contextlib.contextmanager
+def _model_and_data(asked: Asked) -> Iterator[tuple[str | None, str]]:
+    """What the command line names; with ``--tiny`` and no model a tiny one with rows to learn."""
+    if asked.model is not None and asked.data is not None:
+        yield asked.model, asked.data
+        return
+    if not asked.tiny:
+        yield None, ""
+        return
+    import model_zoo
+    from tests.helpers.tiny_tokenizers import byte_level
+
+    with tempfile.TemporaryDirectory() as folder:
+        model_zoo.tiny.build("llama", vocab_size=280, max_position_embeddings=256).save_pretrained(folder)
+        byte_level().save_pretrained(folder)
+        rows = [{"messages": [{"role": "user", "content": f"{i} + 1?"},
+                              {"role": "assistant", "content": f"It is {i + 1}."}]} for i in range(44)]  # fmt: skip
+        data = Path(folder) / "data.jsonl"
+        data.write_text("\n".join(map(json.dumps, rows)))
+        yield folder, str(data)
+
+
+# -- 8: a rank that dies ----------------------------------------------------------------------------------------------
+
+
+def lost_rank(asked: Asked) -> Found:
+    """``kill -9`` to one of two ranks of ``hift-ds train``: the job ends within a minute, and says which rank, in which
+    step and group, and what the last good checkpoint is."""
+    found = Found("lost_rank")
+    with _model_and_data(asked) as (model, data), tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        if model is None:
+            found.notes.append("left out: needs --model and --data")
+            return found
+        out = Path(folder) / "run"
+        file = write_run(out, model, data, asked, micro_batch_size=1, max_steps=10_000, save_steps=2)
+        job = subprocess.Popen(
+            [sys.executable, "-m", "hift_ds", "train", "--num-procs", "2", str(file)], env=_child_environment(asked),
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        try:
+            _wait_for(lambda: any(out.glob("checkpoint-*/trainer_files.json")) or job.poll() is not None, 600)
+            victim = _rank_of(job.pid, 1)
+            found.require(victim is not None, "no second rank")
+            if victim is not None:
+                os.kill(victim, signal.SIGKILL)
+            started = time.perf_counter()
+            said, _ = job.communicate(timeout=120)
+            seconds = time.perf_counter() - started
+        finally:
+            job.kill()
+        line = next((line for line in said.splitlines() if "was killed by SIGKILL" in line), "")
+        found.rows.append({"seconds until the job ended": seconds, "it said": line})
+        found.require(seconds < 60, f"the job took {seconds:.0f} s to end")
+        named = all(word in line for word in ("rank 1", "in step", "group", "last good checkpoint"))
+        found.require(named, f"rank, step, group or checkpoint is not named: {line or said[-1500:]}")
+    return found
+
+
+def _rank_of(parent: int, rank: int) -> int | None:
+    import psutil
+
+    children = psutil.Process(parent).children(recursive=True)
+    return next((child.pid for child in children if child.environ().get("RANK") == str(rank)), None)
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+# -- 9: peers side by side ---------------------------------------------------------------------------------------------
+
+
+PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "hift_ds, states on the host": ("hift", {"state": {}}),
+    "hift_ds, states on the device": ("hift", {}),
+    "full fine-tuning": ("full", {}),
+    "ZeRO-Offload": ("zero_offload", {}),
+    "LoRA, rank 16": ("lora", {}),
+    "BAdam, a block a step": ("badam", {"switch_block_every": 1}),
+}
+
+
+def peers(asked: Asked) -> Found:
+    """Seconds of a step and the highest allocation of each way of training, side by side, each in a process of its own.
+    What is not installed, or does not fit, is left out with a line."""
+    found = Found("peers")
+    for name, (method, settings) in PEERS.items():
+        job = json.dumps({"method": method, "settings": settings, "device": asked.device, "tiny": asked.tiny})
+        done = subprocess.run([sys.executable, str(HERE), "--peer", job], env=_child_environment(asked),
+                              capture_output=True, text=True)  # fmt: skip
+        if done.returncode == 0:
+            found.rows.append({"method": name, **json.loads(done.stdout.splitlines()[-1])})
+        else:
+            why = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+            found.notes.append(f"{name}: left out: {why[0][:200] if why else done.returncode}")
+    found.require(any("hift_ds" in row["method"] for row in found.rows), "ours did not run")
+    return found
+
+
+def _peer(job: dict[str, Any]) -> None:
+    import resource
+
+    import torch
+
+    out, sys.stdout = sys.stdout, sys.stderr
+    model = llama("llama2_7b", job["device"], **(TINY if job["tiny"] else {})).train()
+    model.config.use_cache = False
+    inputs = tokens_of(model, *((2, 16) if job["tiny"] else (8, 512)), job["device"])
+    cycle = model.config.num_hidden_layers + 2
+    if job["method"] == "zero_offload":
+        step = _zero_offload(model, job)
+    else:
+        from benchmarks.methods.methods import build
+
+        method = build(job["method"], model, 0, job["settings"])
+        step = lambda: method.step(inputs, 1e-5)  # noqa: E731
+    num = cycle if job["method"] in ("hift", "badam") else 4
+    for number in range(2 * num):
+        if number == num:
+            synchronize(job["device"])
+            started = time.perf_counter()
+        step() if job["method"] != "zero_offload" else step(inputs)
+    synchronize(job["device"])
+    seconds = (time.perf_counter() - started) / num
+    on_gpu = job["device"] != "cpu"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds a step": seconds, "peak, GiB": peak / 2**30, "host, GiB": host / 2**30}), file=out,
+          flush=True)  # fmt: skip
+
+
+def _zero_offload(model: Any, job: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """DeepSpeed's stage 2 with optimizer states and updates on the host."""
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": job["device"] != "cpu"}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": job["tiny"]}},
+        "zero_force_ds_cpu_optimizer": not job["tiny"],  # DeepSpeed's own compiles
+    }  # fmt: skip
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+
+    def step(inputs: dict[str, Any]) -> None:
+        engine.backward(engine(**inputs).loss)
+        engine.step()
+
+    return step
+
+
+# -- 10: the tests, and the demo ------------------------------------------------------------------------------------
+
+
+def suite(asked: Asked) -> Found:
+    """``make test``: as on a machine without a GPU, and no process of it on the GPU."""
+    found = Found("suite")
+    some = (
+        ["tests/unit/test_schedule.py", "-p", "no:cacheprovider"] if asked.tiny else ["-n", "3", "--dist", "loadfile"]
+    )
+    job = subprocess.Popen([sys.executable, "-m", "pytest", "-q", *some], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    seen: set[str] = set()
+    if asked.on_gpu:
+        while job.poll() is None:
+            seen |= _processes_on_gpu() - {str(os.getpid())}
+            time.sleep(5)
+    said, _ = job.communicate()
+    found.rows.append({"pytest": said.strip().splitlines()[-1] if said.strip() else "", "on the GPU": len(seen)})
+    found.require(job.returncode == 0, f"make test: {said[-1500:]}")
+    found.require(not seen, f"processes {sorted(seen)} were on the GPU")
+    return found
+
+
+def _processes_on_gpu() -> set[str]:
+    done = subprocess.run(["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"], capture_output=True,
+                          text=True)  # fmt: skip
+    return set(done.stdout.split())
+
+
+def gpu_tests(asked: Asked) -> Found:
+    """``make test-gpu``, and again with torch's sanitizer of streams. Without a GPU: all are skipped, none breaks."""
+    found = Found("gpu_tests")
+    for sanitizer in ("0", "1") if asked.on_gpu else ("0",):
+        env = {**os.environ, "TORCH_CUDA_SANITIZER": sanitizer}
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-500:]
+        found.rows.append({"sanitizer": sanitizer, "pytest": last})
+        found.require(done.returncode == 0, f"make test-gpu: {done.stdout[-1500:]}")
+        found.require("CSAN detected" not in done.stdout + done.stderr, "the sanitizer reports a race")
+        if not asked.on_gpu:
+            found.require("skipped" in last and "passed" not in last, f"without a GPU: {last}")
+    return found
+
+
+def demo(asked: Asked) -> Found:
+    """``make demo``: three minutes, the held-out loss falls, every parameter moves, the export loads. (It downloads a
+    model; on a CPU it takes longer and is left out.)"""
+    found = Found("demo")
+    if not asked.on_gpu:
+        found.notes.append("left out on a CPU: tests/unit/test_demo_data.py and `make demo-short` stand for it")
+        return found
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "examples.demo"], cwd=ROOT, capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    found.rows.append({"seconds": seconds, "it said": done.stdout.strip().splitlines()[-1] if done.stdout else ""})
+    found.require(done.returncode == 0, f"make demo: {done.stderr[-1500:]}")
+    found.require(seconds <= 180, f"make demo took {seconds:.0f} s")
     return found
 
 
 CHECKS: dict[str, Callable[[Asked], Found]] = {
-    check.__name__: check for check in (link, races, overlap, memory, resume, two_ranks, run)
+    check.__name__: check
+    for check in (link, suite, gpu_tests, races, demo, overlap, memory, resume, two_ranks, run, lost_rank, peers)
 }
-BY_DEFAULT = ("link", "races", "overlap", "memory", "resume")
+BY_DEFAULT = ("link", "races", "overlap", "memory", "resume", "peers")
 
 
 def table(results: list[Found], machine: str) -> str:
@@ -634,8 +942,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu_validation"))
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--peer", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    for job, work in ((args.child, _child), (args.rank, _rank)):
+    for job, work in ((args.child, _child), (args.rank, _rank), (args.peer, _peer)):
         if job is not None:
             work(job)
             return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import tempfile
 from typing import Any
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 # Of the driver and its libraries, and what the allocator holds more than is asked for.
 CONTEXT_BYTES = int(0.6 * 2**30)
 FRAGMENTATION = 0.05
+_SLOTS = tuple(f"slots for states: bit {bit} is 0" for bit in range(7))  # what the first rank tells the others
 # Keys of the DeepSpeed config that decide what is allocated.
 CONFIG_KEYS = (
     "optimizer",
@@ -46,6 +48,8 @@ class MemoryForecast:
         # The model's config, for the process that forecasts.
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._slots_settled = False
+        self._num_slots = 0  # that the first rank wants; 0: not known yet
+        self._measured: dict[int, int] = {}  # highest peak by group
 
     def note_shape(self, inputs: list[Any], has_mask: bool = False) -> None:
         """Remember how large this batch of token ids is, for the forecast that an out-of-memory error asks for."""
@@ -74,24 +78,53 @@ class MemoryForecast:
         return None if peak is None else peak + WORKSPACE_BYTES
 
     def use_spare(self) -> None:
-        """Once the forecast is there, more slots for states in half of the memory that it leaves, as far as they help;
-        only where ``"state.slots"`` is left to us, and on an accelerator. Called after each step."""
-        engine = self._engine
-        state, store = engine.hift.state, engine.optimizer.store
-        if self._slots_settled or not isinstance(store, ParkedStateStore):
+        """More slots for states in half of the memory that steps leave, as far as they help: what the forecast leaves,
+        or without one what a whole cycle has left. Only where ``"state.slots"`` is left to us, and on an accelerator.
+        The first rank decides, and its word comes to all with the norm of a step. Called after each step."""
+        if self._slots_settled:
             return
-        if state.slots is not None or not state.prefetch or store.device.type == "cpu":
+        engine = self._engine
+        state, store, optimizer = engine.hift.state, engine.optimizer.store, engine.optimizer
+        ours = state.slots is None and state.prefetch and store.device.type != "cpu"
+        if not isinstance(store, ParkedStateStore) or not ours:
             self._slots_settled = True
             return
-        peaks = [self.peak_bytes(group.index) for group in engine.partition.groups]
-        known = [peak for peak in peaks if peak is not None]
-        if len(known) < len(peaks):
-            return
+        for bit, name in enumerate(_SLOTS):
+            optimizer.questions.setdefault(name, functools.partial(self._says, bit))
+        answers = optimizer.answers or {}
+        agreed = sum(1 << bit for bit, name in enumerate(_SLOTS) if not answers.get(name, True))
+        if agreed:
+            self._settle(store, agreed)
+        elif engine.global_rank == 0 and not self._num_slots and (peak := self._highest_peak()) is not None:
+            spare = (device_bytes() - CONTEXT_BYTES) / (1 + FRAGMENTATION) - peak
+            most_chunks = max(len(optimizer.groups[group.index].chunks) for group in engine.partition.groups)
+            wanted = store.slots_within(max(int(spare / 2), 0), useful=2 * most_chunks)
+            self._num_slots = min(wanted, (1 << len(_SLOTS)) - 1)
+
+    def _says(self, bit: int) -> bool:
+        """On the first rank: that the bit of the number is 0; it is as long as there is no number."""
+        return self._engine.global_rank == 0 and not self._num_slots >> bit & 1
+
+    def _settle(self, store: ParkedStateStore, num_slots: int) -> None:
         self._slots_settled = True
-        spare = (device_bytes() - CONTEXT_BYTES) / (1 + FRAGMENTATION) - max(known)
-        most_chunks = max(len(engine.optimizer.groups[group.index].chunks) for group in engine.partition.groups)
-        if store.grow(max(int(spare / 2), 0), useful=2 * most_chunks):
-            logger.info("states: %d slots in the memory that the forecast leaves", store.num_slots)
+        for name in _SLOTS:
+            self._engine.optimizer.questions.pop(name, None)
+        if num_slots > store.num_slots:
+            store.num_slots = num_slots
+            logger.info("states: %d slots in the memory that steps leave", num_slots)
+
+    def _highest_peak(self) -> int | None:
+        """Of all groups' steps, if it is known."""
+        engine = self._engine
+        if (report := engine.last_report) is not None and report.cycle > 0:  # in the first, states are made
+            self._measured[report.group] = max(report.peak_bytes, self._measured.get(report.group, 0))
+        groups = [group.index for group in engine.partition.groups]
+        forecasts = [self.peak_bytes(group) for group in groups]
+        measured = [self._measured.get(group, 0) for group in groups]
+        known = [peak for peak in forecasts if peak is not None]
+        if len(known) == len(groups):
+            return max(known + measured)
+        return max(measured) if all(measured) else None
 
     def stop(self) -> None:
         """End the process; nothing is expected any more."""

@@ -87,12 +87,10 @@ class ParkedStateStore(EncodedStateStore):
                     break
                 self._load(chunk, vacant)
 
-    def grow(self, spare_bytes: int, useful: int) -> int:
-        """Take as many more slots as fit into ``spare_bytes``, up to ``useful`` in all; how many came."""
+    def slots_within(self, spare_bytes: int, useful: int) -> int:
+        """How many slots there would be with as many more as fit into ``spare_bytes``, up to ``useful`` in all."""
         room = aligned(max(self.largest_bytes(), 1))
-        more = max(min(spare_bytes // room, useful - self.num_slots), 0)
-        self.num_slots += more
-        return more
+        return self.num_slots + max(min(spare_bytes // room, useful - self.num_slots), 0)
 
     def idle(self) -> None:
         self.mover.idle()

@@ -14,17 +14,8 @@ from tests.helpers.race_rows import ROOT
 
 def run(tmp_path, *checks):
     """Results by name."""
-    command = [
-        sys.executable,
-        "benchmarks/gpu/validate.py",
-        *checks,
-        "--device",
-        "cpu",
-        "--tiny",
-        "--out",
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "benchmarks/gpu/validate.py", *checks, "--device", "cpu", "--tiny", "--out", tmp_path]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     table = (tmp_path / "results.md").read_text()
@@ -32,10 +23,14 @@ def run(tmp_path, *checks):
     return {line["name"]: line for line in lines}
 
 
-def test_link_and_races(tmp_path):
-    found = run(tmp_path, "link", "races")
-    assert all(row["same bits"] for row in found["races"]["rows"]) and len(found["races"]["rows"]) > 20
-    assert all(row["in_gb_s"] > 0 for row in found["link"]["rows"])
+def test_link_and_races_and_the_suite_of_the_gpu(tmp_path):
+    found = run(tmp_path, "link", "races", "gpu_tests", "demo")
+    races = found["races"]["rows"]
+    assert all(row["same bits"] for row in races) and len(races) > 20
+    assert {row["residency"] for row in races} == {"host", "disk", "host, weights too"}
+    assert all(row["in_gb_s"] > 0 for row in found["link"]["rows"] if "in_gb_s" in row)
+    assert any(row.get("disk read, O_DIRECT, page-locked, gb_s", 0) > 0 for row in found["link"]["rows"])
+    assert "skipped" in found["gpu_tests"]["rows"][0]["pytest"] and found["demo"]["notes"]
 
 
 def test_a_failed_check_is_told_and_costs_the_others_nothing(tmp_path):
@@ -50,6 +45,13 @@ def test_a_failed_check_is_told_and_costs_the_others_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_others(tmp_path):
-    found = run(tmp_path, "overlap", "memory", "resume", "two_ranks")
+@pytest.mark.parametrize(
+    "checks", [("overlap", "memory", "resume"), ("two_ranks", "suite"), ("run", "lost_rank"), ("peers",)]
+)
+def test_the_others(tmp_path, checks):
+    found = run(tmp_path, *checks)
     assert all(line["rows"] for line in found.values())
+    if "lost_rank" in found:
+        assert "last good checkpoint" in found["lost_rank"]["rows"][0]["it said"]
+    if "peers" in found:
+        assert {"hift_ds, states on the host", "full fine-tuning"} <= {row["method"] for row in found["peers"]["rows"]}

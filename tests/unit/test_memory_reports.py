@@ -11,6 +11,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from transformers import TrainerControl, TrainerState
 
 import model_zoo
+from hift_ds.engine import memory_forecast
 from hift_ds.engine.memory_forecast import MemoryForecast
 from hift_ds.errors import CheckpointError, HiFTError, OutOfMemory
 from hift_ds.forecast import advice as out_of_memory
@@ -20,6 +21,7 @@ from hift_ds.forecast.steps import Slope
 from hift_ds.report.callback import ReportCallback
 from hift_ds.report.metrics import read_metrics
 from hift_ds.report.progress import SilentProgress
+from hift_ds.store.host import HostStateStore
 from tests.helpers.engines import ds_config, make_engine
 from tests.helpers.out_of_memory import NoAdvice, full
 from tests.helpers.toy import Toy, loss_of, make_batches
@@ -287,3 +289,39 @@ def test_a_probe_on_an_accelerator_reads_the_peak_of_the_steps(monkeypatch):
 
 def test_nothing_is_expected_before_a_forecast():
     assert MemoryForecast(None).peak_bytes(0) is None
+
+
+@pytest.mark.parametrize("forecast", [True, False])
+def test_slots_that_are_left_to_us_follow_the_first_rank(monkeypatch, forecast):
+    """From its forecast, or from what a cycle after the first has measured: as many as help, in half of the rest."""
+
+    def store_on_an_accelerator():
+        store = HostStateStore(torch.device("cpu"), (), 0, 1)
+        store.device, store.largest_bytes = torch.device("meta"), lambda: 2 << 30
+        return store
+
+    def engine_of(rank, store):
+        groups = [SimpleNamespace(index=index, chunks=(1,)) for index in range(2)]
+        state = SimpleNamespace(slots=None, prefetch=True)
+        optimizer = SimpleNamespace(store=store, questions={}, answers=None, groups=dict(enumerate(groups)))
+        return SimpleNamespace(hift=SimpleNamespace(state=state), optimizer=optimizer, global_rank=rank,
+                               partition=SimpleNamespace(groups=groups), last_report=None)  # fmt: skip
+
+    monkeypatch.setattr(memory_forecast, "device_bytes", lambda: 10 << 30)
+    stores = [store_on_an_accelerator() for _ in range(2)]
+    engines = [engine_of(rank, store) for rank, store in enumerate(stores)]
+    memories = [MemoryForecast(engine) for engine in engines]
+    if forecast:
+        monkeypatch.setattr(memories[0], "peak_bytes", lambda group: 3 << 30)
+    seen = []
+    for step in range(8):
+        asked = [{name: ask() for name, ask in engine.optimizer.questions.items()} for engine in engines]
+        answers = {name: asked[0][name] or asked[1][name] for name in asked[0]} if asked[0] else None
+        for engine, memory in zip(engines, memories, strict=True):
+            engine.optimizer.answers = answers
+            engine.last_report = SimpleNamespace(cycle=step // 2, group=step % 2, peak_bytes=3 << 30)
+            memory.use_spare()
+        seen.append([store.num_slots for store in stores])
+    assert all(one == other for one, other in seen), seen
+    assert seen[0] == [1, 1] and seen[-1] == [2, 2] and not engines[0].optimizer.questions
+    assert seen.index([2, 2]) == (1 if forecast else 4)

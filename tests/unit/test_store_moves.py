@@ -318,8 +318,10 @@ def test_slots_come_as_memory_is_found_for_them():
     store = HostStateStore(CPU, (), 0, 1)
     filled(store, [64] * 6)
     room = aligned(store.largest_bytes())
-    assert store.grow(2 * room + 1, useful=12) == 2 and store.num_slots == 3
-    assert store.grow(100 * room, useful=4) == 1 and store.grow(room, useful=4) == 0 and store.grow(0, 9) == 0
+    assert store.slots_within(2 * room + 1, useful=12) == 3
+    assert store.slots_within(100 * room, useful=4) == 4 and store.slots_within(0, 9) == 1
+    store.num_slots = 4
+    assert store.slots_within(room, useful=4) == store.slots_within(room, useful=2) == 4
     store.prefetch(0, 1, 2, 3)
     assert len(store._slots) == store.num_slots == 4
     store.close()
