@@ -72,7 +72,7 @@ class EarlyReduction:
         # Taken off the parameters; kept until the computation has waited for what reads them on the side stream.
         self._grads: dict[nn.Parameter, Tensor | None] = {}
         self._names = {member.param: member.name for group in groups for member in group.members}
-        self._shards = {group.index: [None] * len(group.members) for group in groups}
+        self._shards: dict[int, list[Tensor | None]] = {group.index: [None] * len(group.members) for group in groups}
         self._units = [unit for group in groups for unit in self._units_of(group)]
         self._left = deque(self._units if order is None else [self._units[at] for at in order])
         self._sent: list[_Unit] = []

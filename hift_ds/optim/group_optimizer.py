@@ -380,7 +380,9 @@ class GroupOptimizer:
             return
         pieces = [piece for chunk in group.chunks for piece in chunk.pieces if shards[piece.member] is not None]
         for at, run in enumerate(run for piece in pieces for run in self._runs(piece)):
-            grad = self.parameters.grad(group, run, shards[run.member])
+            shard = shards[run.member]
+            assert shard is not None
+            grad = self.parameters.grad(group, run, shard)
             if grad.device != self.update_device:
                 step.expect(grad)
             if at:

@@ -128,13 +128,14 @@ class _Coordinator(PartitionedParameterCoordinator):
             self._PartitionedParameterCoordinator__n_available_params += sum(param.ds_numel for param in params)
             registry.update(dict.fromkeys(params, copied))
             return
-        gathers = self._PartitionedParameterCoordinator__allgather_stream
-        self._PartitionedParameterCoordinator__allgather_stream = self.shards.copies
+        name = "_PartitionedParameterCoordinator__allgather_stream"
+        gathers = getattr(self, name)
+        setattr(self, name, self.shards.copies)
         try:
             with get_accelerator().stream(self.shards.copies), on_the_accelerator(params) as sent:
                 super()._PartitionedParameterCoordinator__all_gather_params(params, forward)
         finally:
-            self._PartitionedParameterCoordinator__allgather_stream = gathers
+            setattr(self, name, gathers)
         for handle in {registry[param] for param in params}:
             gathered = Gathered(handle, self.shards.copies, sent)
             for param in [param for param in params if registry[param] is handle]:

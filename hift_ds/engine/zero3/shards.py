@@ -157,7 +157,7 @@ def _give_shard(param: PartitionedWeight, init: Any, file: WeightFile | None, lo
 def into_page_locked_slabs(module: nn.Module) -> PageLockedMemory:
     """Move the shards that are in ordinary host memory into page-locked memory, one by one: a block of its own for each
     would be rounded up to a power of two."""
-    here = [p for p in module.parameters() if p.ds_tensor.device.type == "cpu" and not p.ds_tensor.is_pinned()]
+    here = [p for p in partitioned_weights(module) if p.ds_tensor.device.type == "cpu" and not p.ds_tensor.is_pinned()]
     locked = PageLockedMemory(sum(p.ds_tensor.nbytes for p in here))
     for param in here:
         shard = param.ds_tensor
