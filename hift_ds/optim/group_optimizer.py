@@ -204,9 +204,9 @@ class GroupOptimizer:
             [grad for grads, _ in reduced for grad in grads],
             [present for _, present in reduced],
             self._weight_device(),
-            [ask() for ask in self.questions.values()],
+            self.ask(),
         )
-        self.answers = dict(zip(self.questions, answers, strict=True))
+        self.answers = dict(zip(sorted(self.questions), answers, strict=True))
         self.grad_norm = value / self.scaler.scale  # a power of two
         if norm.device != self.update_device:
             norm = torch.tensor(value, dtype=torch.float32, device=self.update_device)
@@ -243,6 +243,10 @@ class GroupOptimizer:
         """Seconds, by cause, that the computation stood still since the last call, for other things than states."""
         waits = self.waits.traffic.take().waits
         return {cause: seconds for cause, seconds in waits.items() if seconds}
+
+    def ask(self) -> list[bool | Tensor]:
+        """What this rank says to the ``questions``, by name."""
+        return [self.questions[name]() for name in sorted(self.questions)]
 
     def _take_reduced(self) -> list[tuple[list[Tensor | None], list[bool]]]:
         # ``step()`` without a backward: nothing to do, but every rank does the same nothing.

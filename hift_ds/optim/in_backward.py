@@ -417,9 +417,9 @@ class InBackwardOptimizer(GroupOptimizer):
         """The norm over all ranks; and that backward has brought what the graph promised."""
         in_order = [(g.index, i) for g in self.active_groups for i in range(len(g.members))]
         norms = [backward.norms[key] for key in in_order if key in backward.norms]
-        asked = [ask() for ask in self.questions.values()]
+        asked = self.ask()
         norm, value, present = self._norm_over_ranks(norms, [*(backward.present[key] for key in in_order), *asked])
-        self.answers = dict(zip(self.questions, present[len(in_order) :], strict=True))
+        self.answers = dict(zip(sorted(self.questions), present[len(in_order) :], strict=True))
         self.grad_norm = float(norm) if value is None else value
         reached = {
             (part.index, part.first + i): flag
