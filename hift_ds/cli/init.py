@@ -88,13 +88,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _model(given: str) -> tuple[str, str]:
     """What a run file names, and where its config is read: for a preset that is the zoo, which needs no network."""
-    import model_zoo
+    from hift_ds.hf.model_structure import is_zoo_size
     from hift_ds.shipped import presets
     from hift_ds.train.run_config import load_run_config
 
     if given in presets() and not Path(given).exists():
-        return load_run_config(find(given, "preset")).model.path, given if given in model_zoo.SIZES else given
-    if given in model_zoo.SIZES and not Path(given).exists():
+        path = load_run_config(find(given, "preset")).model.path
+        return path, given if is_zoo_size(given) else path
+    if is_zoo_size(given) and not Path(given).exists():
         raise ConfigError(
             f"init: {given!r} is a size without weights; give a folder, a hub name, or one of {', '.join(presets())}"
         )

@@ -64,6 +64,13 @@ def read_task_config(source: str, auto_class: str, *, trust_remote_code: bool = 
     return config
 
 
+def is_zoo_size(name: str) -> bool:
+    """Whether :func:`read_config` has a config of that name without a folder or the network."""
+    import model_zoo
+
+    return name in model_zoo.SIZES
+
+
 def configs_with_cache(config: Any) -> list[Any]:
     """The config of a model and those inside it, as far as they have ``use_cache``."""
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())]

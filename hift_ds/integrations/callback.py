@@ -22,6 +22,7 @@ from hift_ds.engine.initialize import hift_engines
 from hift_ds.errors import ConfigError
 from hift_ds.integrations.arguments import check_arguments
 from hift_ds.integrations.events import EngineEvents, disable_input_require_grads
+from hift_ds.integrations.weights_once import keep_once
 from hift_ds.ranks import gather
 from hift_ds.version import __version__
 
@@ -111,6 +112,7 @@ class HiFTCallback(EngineEvents):
         gather(None)  # each rank has written its random state
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():
+            keep_once(folder)
             seal_folder(folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

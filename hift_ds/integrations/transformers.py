@@ -35,7 +35,7 @@ from hift_ds.integrations.callback import HiFTCallback
 from hift_ds.integrations.checkpoint_rotation import WholeCheckpointsStay
 from hift_ds.integrations.events import EngineEvents, disable_input_require_grads
 from hift_ds.integrations.finished_run import StopsWhenDone
-from hift_ds.integrations.weights_once import WeightsOnce
+from hift_ds.integrations.weights_once import WeightsOnce, has_the_form_of_a_checkpoint
 from hift_ds.out_of_memory import explains_evaluation
 from hift_ds.process_group import as_single_process, ensure_process_group, nothing_compiled
 from hift_ds.ranks import on_all_ranks
@@ -148,14 +148,19 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
             super().save_model(output_dir, **options)
 
     def _save_partitioned(self, output_dir: str, is_checkpoint: bool) -> None:
-        """All ranks gather, one weight at a time; rank 0 writes. The Trainer's checkpoints hold the weights
-        in the engine's own files already, so that they are gathered for those only if DeepSpeed's key says
-        so."""
+        """All ranks gather, one weight at a time; rank 0 writes. The Trainer's checkpoints hold the weights in the
+        engine's own file already, which gets a second name; where ``from_pretrained`` would want other tensors they are
+        gathered for those too, if DeepSpeed's key says so."""
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        if not is_checkpoint or self.engine.zero_gather_16bit_weights_on_model_save():
+        shared = is_checkpoint and not self.args.save_only_model and has_the_form_of_a_checkpoint(self.model)
+        self.engine.checkpointer.weights_beside = shared
+        if not is_checkpoint or (not shared and self.engine.zero_gather_16bit_weights_on_model_save()):
             export_partitioned(self.model, output_dir, tokenizer=tokenizer)
         elif self.args.should_save:
             self.model.config.save_pretrained(output_dir)
+            if getattr(self.model, "generation_config", None) is not None:
+                with savable_generation_config(self.model, output_dir):
+                    self.model.generation_config.save_pretrained(output_dir)
             if tokenizer is not None:
                 tokenizer.save_pretrained(output_dir)
         if self.args.should_save:

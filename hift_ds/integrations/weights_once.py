@@ -7,13 +7,20 @@ writes none.
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel, Trainer
 
-from hift_ds.checkpoint.files import ALIGNMENT
+from hift_ds.checkpoint.files import ALIGNMENT, second_name
+from hift_ds.checkpoint.manifest import latest_tag
 from hift_ds.checkpoint.write_plan import saved_tensors
+from hift_ds.checkpoint.writer import WEIGHTS_FILE
 from hift_ds.hf.weight_names import plan_names
+from hift_ds.layers.arch import whole_shape
 
 
 def has_the_form_of_a_checkpoint(model: Any) -> bool:
@@ -29,8 +36,45 @@ def has_the_form_of_a_checkpoint(model: Any) -> bool:
         not plan.sets
         and set(plan.saved) == set(tensors)
         and all(name == saved for name, saved in plan.renamed.items())
-        and all(tensor.numel() * tensor.element_size() % ALIGNMENT == 0 for tensor in tensors.values())
+        and all(math.prod(whole_shape(one)) * one.element_size() % ALIGNMENT == 0 for one in tensors.values())
     )
+
+
+def keep_once(checkpoint: Path) -> bool:
+    """Give the engine's file of weights the name of the one that a Trainer has written beside it, if both hold the same
+    tensors; for a Trainer whose saving is not ours. By one process, when both are written.
+
+    Args:
+        checkpoint: a ``checkpoint-N``.
+
+    Returns:
+        Whether the two are the same now. Not where the Trainer writes several files or other tensors, nor while an
+        asynchronous save is under way.
+    """
+    tag, theirs = latest_tag(checkpoint), checkpoint / WEIGHTS_FILE
+    if tag is None or not (ours := checkpoint / tag / WEIGHTS_FILE).is_file() or not theirs.is_file():
+        return False
+    if not theirs.samefile(ours) and not _same_tensors(ours, theirs):
+        return False
+    if not theirs.samefile(ours):
+        second_name(ours, theirs)
+    return True
+
+
+def _same_tensors(a: Path, b: Path) -> bool:
+    """Names, dtypes, shapes and bits; one tensor of each in memory at a time."""
+    with safe_open(a, "pt") as left, safe_open(b, "pt") as right:
+        names = sorted(left.keys())
+        return names == sorted(right.keys()) and all(
+            _same_bits(left.get_tensor(name), right.get_tensor(name)) for name in names
+        )
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Of contiguous tensors, a NaN included."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 class WeightsOnce:

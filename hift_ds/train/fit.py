@@ -23,6 +23,7 @@ from hift_ds.train.card import Card
 from hift_ds.train.group_size import ModelSizes, choose_groups
 from hift_ds.train.settings import BatchSizes, Settings, deepspeed_config, gives_passes
 from hift_ds.train.tasks import TASKS
+from hift_ds.train.tasks import TASKS
 
 FIT_FILE = "fit.json"
 CHOSEN = "fit"  # its key in the settings beside a checkpoint
@@ -154,6 +155,10 @@ def setting_of(facts: Facts) -> Setting:
 
 def _fitted(facts: Facts, model: ModelSizes, card: Card | None) -> Chosen:
     settings = facts.settings
+    if not TASKS[settings.run.task].is_language_modelling:
+        return Chosen(
+            {}, (f"fit: the forecast knows language modelling; task {settings.run.task} runs as it is written",)
+        )
     setting, free = setting_of(facts), free_keys(settings, is_host=card is not None and card.is_host)
     rows = settings.batch.global_batch_size // settings.world_size
     if card is None:
@@ -172,6 +177,10 @@ def _fitted(facts: Facts, model: ModelSizes, card: Card | None) -> Chosen:
     if bound is not None and bound <= SURE * usable:
         keys = _keys(settings, largest, ())
         what = f"micro-batch {batches[-1]} x {rows // batches[-1]} accumulated, no switch on"
+        if "residency" in free and bound + forecast.STATE_BYTES * model.numel // settings.world_size <= SURE * usable:
+            bound += forecast.STATE_BYTES * model.numel // settings.world_size
+            keys["hift.state.residency"] = "device"
+            what += f", {forecast.NAMES['residency']}"
         line = f"fit: {card.words}; at most {gib(bound)} needed: {what}"
         return Chosen(keys, (line, *_host_lines(settings, model, card)), {"bound_gib": bound / GIB})
     if card.is_host and bound is None:

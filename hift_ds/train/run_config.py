@@ -25,7 +25,7 @@ from hift_ds.data.config import DataConfig
 from hift_ds.dtypes import Dtype
 from hift_ds.errors import ConfigError
 from hift_ds.shipped import file_or_shipped
-from hift_ds.train.run_file import apply_overrides, explain, read_yaml
+from hift_ds.train.run_file import apply_overrides, explain, read_yaml, refuse_other_tools
 from hift_ds.train.tasks import TASKS, TaskName
 
 RUN_FILE_COPY = "run.yaml"  # in the run folder: every key, defaults included
@@ -293,6 +293,7 @@ def load_run_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (
     """
     file = file_or_shipped(path, "preset")
     content = read_yaml(file)
+    refuse_other_tools(content, file)
     overridden = apply_overrides(content, overrides)
     try:
         run = RunConfig.model_validate(content)

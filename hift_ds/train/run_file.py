@@ -16,6 +16,7 @@ from hift_ds.errors import ConfigError, unknown_key
 # What users of other tools write -> what it is called here.
 SYNONYMS = {
     "model_name_or_path": "model.path",
+    "base_model": "model.path",
     "torch_dtype": "model.dtype",
     "tokenizer_name_or_path": "model.tokenizer",
     "flash_attn": "model.attn_implementation",
@@ -54,6 +55,11 @@ SYNONYMS = {
     "export_dir": "export.dir",
     "ds_config": "deepspeed",
     "deepspeed_config": "deepspeed",
+}
+
+_OTHER_TOOLS = {  # by the key that names the model
+    "model_name_or_path": ("LLaMA-Factory or TRL", "python -m hift_ds.launch_with"),
+    "base_model": ("Axolotl", "its plugins key with hift_ds.integrations.axolotl.HiFTPlugin"),
 }
 
 _EXPECTED = {
@@ -110,6 +116,21 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected sections model, data, train, got {type(content).__name__}")
     return content
+
+
+def refuse_other_tools(content: Mapping[str, Any], file: Path) -> None:
+    """A run file of another program, told by a key that names its model.
+
+    Raises:
+        ConfigError: names the program, how its file is trained with HiFT as it is, and what its keys are called here.
+    """
+    for key, (tool, how) in _OTHER_TOOLS.items():
+        if key in content and "model" not in content:
+            ours = [f"{name}: {SYNONYMS[name]}" for name in content if name in SYNONYMS]
+            raise ConfigError(
+                f"{file}: this looks like a file of {tool}, which {how} trains as it is (docs/other_tools.md); "
+                f"here its keys are called {', '.join(ours)}"
+            )
 
 
 def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer import DEFAULT_CALLBACKS
@@ -23,12 +23,15 @@ from transformers.trainer import DEFAULT_CALLBACKS
 import hift_ds
 import model_zoo
 from hift_ds import HiFTCallback, HiFTMixin
+from hift_ds.checkpoint.sealed_folder import broken_seal
 from hift_ds.errors import ConfigError
+from hift_ds.integrations.weights_once import keep_once
 from tests.helpers.trainer import AUTO, arguments, ragged_dataset
 from tests.numerics.test_engine_life import hooks_of
-from tests.parity.test_trl import folder_of, rows, tokenizer
+from tests.parity.test_trl import TRAINERS, folder_of, rows, tokenizer
 
 trl = pytest.importorskip("trl")
+NUMEL = model_zoo.tiny.build("llama").num_parameters()
 GROUPS = {**AUTO, "hift": {"state": {"io": "auto"}}}
 
 
@@ -70,7 +73,13 @@ def test_bit_equal_to_the_mixin(tmp_path, options):
         results[form] = trained(tmp_path, Trainer, model, form, **llama_options(**copy.deepcopy(options)))
         assert deepspeed.initialize is stock and not {"RANK", "MASTER_PORT"} & set(os.environ)
         assert all(p.requires_grad for p in model.parameters())
-        assert (tmp_path / form / "checkpoint-5" / "trainer_files.json").exists(), "not sealed"
+        checkpoint = tmp_path / form / "checkpoint-5"
+        assert (checkpoint / "trainer_files.json").exists(), "not sealed"
+        assert (checkpoint / "model.safetensors").samefile(checkpoint / "global_step5" / "model.safetensors")
+        assert broken_seal(checkpoint, weights=True) is None
+        assert sum(weight.numel() for weight in load_file(checkpoint / "model.safetensors").values()) == NUMEL
+        if "ds" not in options:
+            assert AutoModelForCausalLM.from_pretrained(checkpoint).num_parameters() == NUMEL
     assert logs_of(results["mixin"]) == logs_of(results["callback"])
     saved = [load_file(tmp_path / form / "saved" / "model.safetensors") for form in results]
     assert saved[0].keys() == saved[1].keys()
@@ -81,6 +90,20 @@ def test_bit_equal_to_the_mixin(tmp_path, options):
     assert results["callback"].evaluate()["eval_loss"] > 0
     if "ds" not in options:
         assert not hooks_of(results["callback"].model)
+
+
+def test_only_the_same_tensors_become_one_file(tmp_path):
+    ours, theirs = tmp_path / "tag" / "model.safetensors", tmp_path / "model.safetensors"
+    ours.parent.mkdir()
+    assert not keep_once(tmp_path)  # nothing there
+    (tmp_path / "latest").write_text("tag")
+    weight = torch.tensor([1.0, float("nan")])
+    save_file({"a": weight}, ours)
+    for other in ({"a": weight + 1}, {"b": weight}, {"a": weight.double()}, {"a": weight, "b": weight.clone()}):
+        save_file(other, theirs)
+        assert not keep_once(tmp_path) and load_file(theirs).keys() == other.keys()
+    save_file({"a": weight.clone()}, theirs)
+    assert keep_once(tmp_path) and theirs.samefile(ours) and keep_once(tmp_path)
 
 
 def test_it_goes_on_from_a_checkpoint(tmp_path):
@@ -100,14 +123,18 @@ def test_it_goes_on_from_a_checkpoint(tmp_path):
         again.train()
 
 
-def test_with_a_reference_model(tmp_path):
-    saved, results = folder_of("dpo", tmp_path / "model"), []
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_with_a_reference_model(tmp_path, kind):
+    """Which gets DeepSpeed's own engine; GRPO generates between the steps besides."""
+    saved, results = folder_of(kind, tmp_path / "model"), []
+    name, options, given = TRAINERS[kind]
     for form in ("mixin", "callback"):
         model = AutoModelForCausalLM.from_pretrained(saved, dtype="float32")
         results.append(
             trained(
-                tmp_path, trl.DPOTrainer, model, form, trl.DPOConfig, bf16=False, max_steps=6, learning_rate=1e-2,
-                trainer={"train_dataset": rows("dpo"), "processing_class": tokenizer()},
+                tmp_path, getattr(trl, f"{name}Trainer"), model, form, getattr(trl, f"{name}Config"), bf16=False,
+                trainer={"train_dataset": rows(kind), "processing_class": tokenizer(), **given},
+                **{"max_steps": 6, "learning_rate": 1e-2, **options},
             )
         )  # fmt: skip
         assert type(results[-1].ref_model) is deepspeed.DeepSpeedEngine

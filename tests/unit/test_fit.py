@@ -140,6 +140,7 @@ def chosen_for(settings, card=24, before=None, length=1024, model="llama2_7b"):
 def test_a_small_model_needs_no_simulation(monkeypatch):
     monkeypatch.setattr(forecast, "run_requests", lambda *args: pytest.fail("simulated"))
     chosen = chosen_for(settings_of(global_batch_size=48, max_steps=999, ranks=2), 40, length=512, model="smollm2_135m")
+    assert chosen.keys.pop("hift.state.residency") == "device"
     assert chosen.keys == {"hift.group_size": 1, "train.micro_batch_size": 12}  # of 24 rows a rank, 8192 tokens at most
     settings = apply(settings_of(global_batch_size=48, ranks=2), chosen.keys)
     assert (settings.batch.micro_batch_size, settings.batch.gradient_accumulation_steps) == (12, 2)
@@ -171,6 +172,14 @@ def test_a_model_that_cannot_be_simulated_is_trained_as_it_is_written(monkeypatc
     assert chosen.keys == {} and "no such operator" in chosen.lines[0]
 
 
+def test_a_task_that_the_forecast_does_not_know_is_left_as_it_is_written():
+    """Preferences are two rows at once, beside a second model."""
+    content = {"model": {"path": "x"}, "data": {"train": "y"}, "train": {"output_dir": "z", "global_batch_size": 8}}
+    settings = resolve(RunConfig.model_validate({**content, "task": "dpo", "hift": {"group_size": 1}}), 1)
+    chosen = chosen_for(settings)
+    assert chosen.keys == {} and "task dpo runs as it is written" in chosen.lines[0]
+
+
 def test_a_run_that_goes_on_keeps_what_was_chosen():
     run = settings_of({"fit": 24}, global_batch_size=8, max_steps=64)
     before = {"fit": 24, "ranks": 1, "rows": 8, "chosen": {
@@ -182,6 +191,7 @@ def test_a_run_that_goes_on_keeps_what_was_chosen():
     given = settings_of({"fit": 24, "activations": {"chunked_loss": False}}, global_batch_size=8, micro_batch_size=2)
     assert chosen_for(given, before=before).keys == {"hift.group_size": 3}
     other = chosen_for(settings_of({"fit": 48}, global_batch_size=8), 48, before, 64, "smollm2_135m")
+    assert other.keys.pop("hift.state.residency") == "device"
     assert other.keys == {"hift.group_size": 3, "train.micro_batch_size": 8}  # groups as they were, the rest anew
 
 
@@ -212,11 +222,13 @@ def test_the_micro_batch_of_a_run_changes_no_step(inputs, tmp_path, capsys):  # 
     assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (8, 1)
     assert made["train_batch_size"] == 8
     record = json.loads((tmp_path / "chosen" / "fit.json").read_text())
-    assert record["chosen"] == {"train.micro_batch_size": 8} and record["bound_gib"] < 1
+    assert (
+        record["chosen"] == {"train.micro_batch_size": 8, "hift.state.residency": "device"} and record["bound_gib"] < 1
+    )
     out = capsys.readouterr().out
     assert "fit: a card of 24 GiB, 22.3 usable; at most" in out and "micro-batch 8 x 1 accumulated" in out
     assert losses(tmp_path / "chosen", train__micro_batch_size=None, **{**common, "train__max_steps": 5})[:3] == chosen
-    assert "as when this run began: train.micro_batch_size=8" in capsys.readouterr().out
+    assert "as when this run began: train.micro_batch_size=8, hift.state.residency=device" in capsys.readouterr().out
 
 
 def test_a_forecast_of_the_whole_step_decides(tmp_path):

@@ -390,3 +390,17 @@ def test_every_key_is_documented():
         assert f"`{section}`" in page or f"## `{section}`" in page, section
         for key in getattr(model, "model_fields", {}):
             assert f"| `{key}` |" in page, f"{section}.{key}"
+
+
+@pytest.mark.parametrize(
+    ("text", "tool"),
+    [
+        ("model_name_or_path: a/b\nstage: sft\ncutoff_len: 9\nlearning_rate: 1e-5\n", "LLaMA-Factory or TRL"),
+        ("base_model: a/b\nsequence_len: 9\n", "Axolotl"),
+    ],
+)
+def test_a_file_of_another_program_is_recognized(tmp_path, text, tool):
+    file = tmp_path / "theirs.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=f"a file of {tool}, which .* trains as it is .*data.max_length"):
+        load_run_config(file)
