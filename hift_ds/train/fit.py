@@ -23,7 +23,6 @@ from hift_ds.train.card import Card
 from hift_ds.train.group_size import ModelSizes, choose_groups
 from hift_ds.train.settings import BatchSizes, Settings, deepspeed_config, gives_passes
 from hift_ds.train.tasks import TASKS
-from hift_ds.train.tasks import TASKS
 
 FIT_FILE = "fit.json"
 CHOSEN = "fit"  # its key in the settings beside a checkpoint
