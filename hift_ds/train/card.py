@@ -47,10 +47,10 @@ def card_here(settings: Settings, dtype: Dtype) -> Card:
         return Card(f"no accelerator, {gib(free)} of host memory free{each}", free, is_host=True)
     kind = torch.accelerator.current_accelerator().type
     device = torch.device(kind, torch.accelerator.current_device_index())
+    free = device_bytes_free(device)  # before anything is measured there
     speeds = Speeds(measure_flops(device, torch_dtype(dtype), _MATRIX), measure_link(device, _LINK_BYTES, True).into)
     if isinstance(fit, int | float):
         return replace(card_of(fit, ranks), speeds=speeds)
-    free = device_bytes_free(device)
     usable = budget_gib(free / GIB, ranks)
     return Card(f"{gib(free)} free on the device, {usable:.1f} usable", int(usable * GIB), speeds)
 

@@ -137,6 +137,28 @@ def chosen_for(settings, card=24, before=None, length=1024, model="llama2_7b"):
     return choose(Facts(settings, "bf16", model, length, None), card and card_of(card, settings.world_size), before)
 
 
+def test_the_card_is_what_is_free_on_the_accelerator_or_what_the_file_names(monkeypatch):
+    from types import SimpleNamespace
+
+    import torch
+
+    from hift_ds.store.speeds import Link
+    from hift_ds.train import card as cards
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(cards, "device_bytes_free", lambda device: 20 << 30)
+    monkeypatch.setattr(cards, "measure_flops", lambda *args: 7e12)
+    monkeypatch.setattr(cards, "measure_link", lambda *args: Link(9e9, 8e9))
+    for ranks, taken in ((1, 0.6), (2, 1.6)):
+        here = cards.card_here(settings_of(ranks=ranks), "bf16")
+        assert here.usable_bytes == int((20 - taken) / 1.05 * 2**30) and here.speeds == Speeds(7e12, 9e9)
+        assert here.is_here and not here.is_host and "20.0 GiB free on the device" in here.words
+    named = cards.card_here(settings_of({"fit": 24}), "bf16")
+    assert named.usable_bytes == card_of(24, 1).usable_bytes and named.speeds == Speeds(7e12, 9e9) and not named.is_here
+
+
 def test_a_small_model_needs_no_simulation(monkeypatch):
     monkeypatch.setattr(forecast, "run_requests", lambda *args: pytest.fail("simulated"))
     chosen = chosen_for(settings_of(global_batch_size=48, max_steps=999, ranks=2), 40, length=512, model="smollm2_135m")
