@@ -154,10 +154,6 @@ def setting_of(facts: Facts) -> Setting:
 
 def _fitted(facts: Facts, model: ModelSizes, card: Card | None) -> Chosen:
     settings = facts.settings
-    if not TASKS[settings.run.task].is_language_modelling:
-        return Chosen(
-            {}, (f"fit: the forecast knows language modelling; task {settings.run.task} runs as it is written",)
-        )
     setting, free = setting_of(facts), free_keys(settings, is_host=card is not None and card.is_host)
     rows = settings.batch.global_batch_size // settings.world_size
     if card is None:

@@ -194,14 +194,6 @@ def test_a_model_that_cannot_be_simulated_is_trained_as_it_is_written(monkeypatc
     assert chosen.keys == {} and "no such operator" in chosen.lines[0]
 
 
-def test_a_task_that_the_forecast_does_not_know_is_left_as_it_is_written():
-    """Preferences are two rows at once, beside a second model."""
-    content = {"model": {"path": "x"}, "data": {"train": "y"}, "train": {"output_dir": "z", "global_batch_size": 8}}
-    settings = resolve(RunConfig.model_validate({**content, "task": "dpo", "hift": {"group_size": 1}}), 1)
-    chosen = chosen_for(settings)
-    assert chosen.keys == {} and "task dpo runs as it is written" in chosen.lines[0]
-
-
 def test_a_run_that_goes_on_keeps_what_was_chosen():
     run = settings_of({"fit": 24}, global_batch_size=8, max_steps=64)
     before = {"fit": 24, "ranks": 1, "rows": 8, "chosen": {

@@ -9,6 +9,7 @@ import pytest
 
 from hift_ds.cli.main import main
 from hift_ds.hf.safetensors_folder import tensor_dtypes
+from hift_ds.train.finetune import finetune
 from hift_ds.train.run_config import TrainConfig, load_run_config
 from hift_ds.train.settings import resolve
 from tests.unit.test_launch import inputs, own_cache  # noqa: F401  (fixtures)
@@ -27,7 +28,7 @@ def test_what_it_writes_is_previewed_and_trained_as_it_is(inputs, tmp_path, caps
     assert (run.train.micro_batch_size, resolve(run, 1).batch.gradient_accumulation_steps) == (16, 1)
     assert main(["preview", "my.yaml"]) == 0
     assert "learned" in capsys.readouterr().out
-    assert main(["train", "my.yaml", "train.max_steps=2", "data.max_length=128"]) == 0
+    finetune(load_run_config("my.yaml", ["train.max_steps=2", "data.max_length=128"]))
     assert tensor_dtypes(Path("runs/model/model")) and json.loads(Path("runs/model/fit.json").read_text())["fit"] == 24
     capsys.readouterr()
     assert main(["init", str(inputs / "model"), "--card", "24", "-o", "my.yaml"]) == 2
