@@ -254,6 +254,10 @@ EXPLAINED = [
         "The task and the data, or the packages, do not go together. [tasks.md](tasks.md) has the columns, labels and packages of each task.",
     ),
     (
+        r"a checkpoint could not hold it",
+        'The config or the tokenizer refuses to be saved, for the reason in the line: it would have ended the run at its first checkpoint. Repair it, or train without checkpoints (`save_strategy="no"`).',
+    ),
+    (
         r"does not come to an end",
         "A loop of the chat template has no end, by mistake or on purpose. Use another template; the file is `chat_template.jinja` or in tokenizer_config.json.",
     ),

@@ -12,7 +12,12 @@ import subprocess
 import sys
 
 KERNELS = {
-    "no vector instructions": {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"},
+    # torch would pack bf16 weights for oneDNN's AMX kernels, and fail where its own are without AVX-512.
+    "no vector instructions": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_CBWR": "COMPATIBLE",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+    },
     "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     "this processor's": {},
 }

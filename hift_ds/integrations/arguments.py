@@ -54,6 +54,7 @@ def check_arguments(args: TrainingArguments | None) -> None:
             "or use the plain Trainer"
         )
     check_against_deepspeed(parse_block(config[BLOCK]), config)
+    _check_output(args)
     _complete(args, config)
     _check_agreement(args, config)
     _check_processes(args)
@@ -66,6 +67,18 @@ def _complete(args: TrainingArguments, config: Any) -> None:
     if "train_batch_size" not in config:
         config.setdefault("train_micro_batch_size_per_gpu", args.per_device_train_batch_size)
         config.setdefault("gradient_accumulation_steps", args.gradient_accumulation_steps)
+
+
+def _check_output(args: TrainingArguments) -> None:
+    """The Trainer makes its folder when it is made, and would not say whose setting that is."""
+    try:
+        if args.should_save and args.output_dir is not None:
+            os.makedirs(args.output_dir, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: {args.output_dir!r} cannot be made or written: {error.strerror}; choose a folder this user may "
+            "write to"
+        ) from None
 
 
 def _check_agreement(args: TrainingArguments, config: Any) -> None:

@@ -31,8 +31,10 @@ from hift_ds.engine.zero3.shards import is_partitioned
 from hift_ds.errors import CheckpointError, ConfigError, OutOfMemory
 from hift_ds.hf.export import savable_generation_config
 from hift_ds.integrations.arguments import check_arguments
+from hift_ds.integrations.before_saving import ready_to_save
 from hift_ds.integrations.callback import HiFTCallback
 from hift_ds.integrations.checkpoint_rotation import WholeCheckpointsStay
+from hift_ds.integrations.disk_room import DiskRoomCallback
 from hift_ds.integrations.events import EngineEvents, disable_input_require_grads
 from hift_ds.integrations.finished_run import StopsWhenDone
 from hift_ds.integrations.weights_once import WeightsOnce, has_the_form_of_a_checkpoint
@@ -56,6 +58,7 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
     """
 
     says_coverage = True  # at the end of training; a subclass with a report of its own turns it off
+    is_ready_to_save = False  # a program that has made sure of it says so
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = next((value for value in args if isinstance(value, TrainingArguments)), None)
@@ -69,6 +72,8 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
             callback.leave()
         self._events = EngineEvents(lambda: self.engine, self.says_coverage)
         self.add_callback(self._events)
+        if not self.is_ready_to_save:
+            self.add_callback(DiskRoomCallback(lambda: self.engine))
 
     @property
     def engine(self) -> HiFTEngine | None:
@@ -84,7 +89,10 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         self.deepspeed = None
         disable_input_require_grads(self.model)  # enabling again forgets the earlier hooks
         failed = True
-        with _block_set_aside(self.args.deepspeed_plugin) as block, hift_engines(block, _draws_itself):
+        ready = contextlib.nullcontext()
+        if not self.is_ready_to_save:
+            ready = ready_to_save(self.args, self.model, self.processing_class)
+        with ready, _block_set_aside(self.args.deepspeed_plugin) as block, hift_engines(block, _draws_itself):
             try:
                 output = super().train(*args, **kwargs)
                 self.finish_checkpoints()

@@ -22,6 +22,7 @@ import yaml
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from hift_ds.checkpoint.files import replace_text
+from hift_ds.checkpoint.folder_lock import FolderLock
 from hift_ds.checkpoint.manifest import latest_tag
 from hift_ds.checkpoint.saved_checkpoint import SavedCheckpoint
 from hift_ds.checkpoint.trainer_folder import find_checkpoints
@@ -56,7 +57,6 @@ from hift_ds.train.group_size import tokens_per_step
 from hift_ds.train.preflight import CheckedRun, check_run, with_settings
 from hift_ds.train.resumed_settings import SETTINGS_FILE, compare, fingerprint, read_settings, settings_of
 from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig
-from hift_ds.train.run_folder_lock import RunFolderLock
 from hift_ds.train.settings import gives_passes
 from hift_ds.train.spread_masters import gathered_weights
 from hift_ds.train.tasks import TASKS
@@ -82,7 +82,7 @@ def finetune(run: RunConfig) -> dict[str, Any]:
     ensure_process_group(collective_timeout_s(run.train.hang_timeout_s))
     checked = on_all_ranks(lambda: _check(run))
     is_first = rank_and_world_size()[0] == 0
-    lock = on_all_ranks(lambda: RunFolderLock(run.output_dir) if is_first else None)
+    lock = on_all_ranks(lambda: FolderLock(run.output_dir) if is_first else None)
     try:
         return _finetune(checked, print if is_first else _silent)
     finally:
@@ -130,10 +130,11 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]
     results |= _evaluate(trainer, data)
     restore_cache()
     results |= data_counts(data)
+    results["environment"] = versions()
     on_all_ranks(lambda: _export(checked, trainer, model, tokenizer))
     say(f"exported to {run.export_dir}")
     if arguments.process_index == 0:
-        _write_results(run, {**results, "environment": versions()})
+        _write_results(run, results)
         write_model_card(run.output_dir, run.export_dir, TASKS[run.task].auto_class)
     for line in closing_lines(run, results):
         say(line)

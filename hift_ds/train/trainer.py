@@ -13,11 +13,10 @@ from hift_ds.dtypes import torch_dtype
 from hift_ds.engine.deepspeed_seam import checkpoints_without_code
 from hift_ds.errors import ConfigError, DataError
 from hift_ds.hf.export import savable_generation_config
+from hift_ds.integrations.disk_room import DiskRoomCallback
 from hift_ds.integrations.finished_run import StopsWhenDone
 from hift_ds.integrations.transformers import HiFTMixin
-from hift_ds.integrations.weights_once import has_the_form_of_a_checkpoint
 from hift_ds.report.callback import ReportCallback, report_instead_of_printing
-from hift_ds.train.disk_room import DiskRoomCallback
 from hift_ds.train.evaluate import TokenMeanEvaluation
 from hift_ds.train.preemption import PreemptionCallback
 from hift_ds.train.preflight import CheckedRun
@@ -76,6 +75,7 @@ class _OneGroupAtATime(HiFTMixin):
     """Mixin: one layer group in every step."""
 
     says_coverage = False  # the report does
+    is_ready_to_save = True  # finetune has made sure, and counts the export too
 
 
 class _WithoutTelemetry:
@@ -134,10 +134,10 @@ def build_trainer(checked: CheckedRun, arguments: TrainingArguments, model: Any,
         trainer.add_callback(
             DiskRoomCallback(
                 lambda: trainer.engine,
-                zero_stage(arguments) != 3 and not has_the_form_of_a_checkpoint(model),
                 checked.run.export_dir,
                 checked.model.numel * torch_dtype(checked.export_dtype).itemsize,
                 say=print if arguments.process_index == 0 else lambda line: None,
+                section="train.",
             )
         )
     report = ReportCallback(

@@ -16,13 +16,13 @@ import psutil
 import pytest
 import torch
 
+from hift_ds.checkpoint.folder_lock import LOCK_FILE, FolderLock
 from hift_ds.checkpoint.manifest import verify
 from hift_ds.errors import ConfigError
 from hift_ds.train import worker
 from hift_ds.train.finetune import finetune
 from hift_ds.train.processes import FirstEnd, ProgressNotes, _is_launcher, bind_to_device
 from hift_ds.train.run_config import load_run_config
-from hift_ds.train.run_folder_lock import LOCK_FILE, RunFolderLock
 from tests.unit.test_launch import ROOT, inputs, own_cache, weights_in, write_run  # noqa: F401  (fixtures)
 
 
@@ -112,8 +112,8 @@ def test_full_fine_tuning_executes_nothing_of_a_checkpoint(inputs, tmp_path, cap
 
 def hold(folder: Path) -> subprocess.Popen:
     code = (
-        "import sys, time, pathlib; from hift_ds.train.run_folder_lock import RunFolderLock;"
-        "lock = RunFolderLock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+        "import sys, time, pathlib; from hift_ds.checkpoint.folder_lock import FolderLock;"
+        "lock = FolderLock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
@@ -131,7 +131,7 @@ def test_a_run_folder_has_one_writer_and_a_killed_one_leaves_no_lock(inputs, tmp
     finally:
         owner.kill()
         owner.wait()
-    RunFolderLock(out).release()
+    FolderLock(out).release()
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(inputs, tmp_path, capsys):  # noqa: F811
@@ -217,7 +217,7 @@ def test_a_killed_parent_takes_its_ranks_with_it(inputs, tmp_path, command):  # 
         assert len(ranks) == 2
         os.kill(parent.pid, signal.SIGKILL)
         assert not psutil.wait_procs(ranks, timeout=20)[1]
-        RunFolderLock(out).release()  # nobody holds it any more
+        FolderLock(out).release()  # nobody holds it any more
     finally:
         for process in ranks:
             if process.is_running():

@@ -7,8 +7,8 @@ import os
 import pytest
 
 from hift_ds.errors import CheckpointError
-from hift_ds.train import disk_room
-from hift_ds.train.disk_room import bytes_on_disk, checkpoints_at_once
+from hift_ds.integrations import disk_room
+from hift_ds.integrations.disk_room import bytes_on_disk, checkpoints_at_once
 from hift_ds.train.finetune import finetune
 from hift_ds.train.run_config import load_run_config
 from tests.unit.test_launch import inputs, own_cache, write_run  # noqa: F401  (fixtures)

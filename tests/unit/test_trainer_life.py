@@ -15,13 +15,16 @@ import deepspeed
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hift_ds
 import model_zoo
 from hift_ds import HiFTTrainer
+from hift_ds.checkpoint.folder_lock import FolderLock
 from hift_ds.errors import ConfigError, HiFTError
+from hift_ds.integrations import disk_room
 from hift_ds.process_group import as_single_process
 from tests.helpers.trainer import AUTO, arguments, ragged_dataset
 from tests.numerics.test_engine_life import hooks_of
@@ -318,3 +321,89 @@ def test_a_loss_that_explodes_and_stays_a_number_is_said_once(tmp_path, caplog, 
     )
     trainer.train()
     assert caplog.text.count("the run diverges; lower the learning rate") == diverges
+
+
+# -- what only a checkpoint does -----------------------------------------------------------------------------
+
+
+class Unsavable:
+    """Stands for a tokenizer whose class refuses to be written."""
+
+    def save_pretrained(self, folder, **kwargs):
+        raise ValueError("no vocabulary\nfile")
+
+
+class Steps(TrainerCallback):
+    num = 0
+
+    def on_step_begin(self, *args, **kwargs):
+        self.num += 1
+
+
+def saving_trainer(folder: Any, model: Any = None, processing: Any = None, **options: Any) -> tuple[HiFTTrainer, Steps]:
+    steps = Steps()
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, **options}
+    trainer = HiFTTrainer(model or model_zoo.tiny.build("llama"), arguments(folder, **options),
+                          train_dataset=ragged_dataset(12), processing_class=processing, callbacks=[steps])  # fmt: skip
+    return trainer, steps
+
+
+def test_a_folder_that_cannot_be_made_or_a_tokenizer_that_cannot_be_saved_is_found_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="^output_dir: .* cannot be made or written"):
+        saving_trainer(tmp_path / "file" / "out")
+    trainer, steps = saving_trainer(tmp_path / "out", processing=Unsavable())
+    with pytest.raises(ConfigError, match="^processing_class: a checkpoint could not hold it: no vocabulary file$"):
+        trainer.train()
+    assert steps.num == 0
+    trainer, steps = saving_trainer(tmp_path / "out", processing=Unsavable(), save_strategy="no")
+    trainer.train()
+    assert steps.num == 6
+
+
+def test_a_generation_config_that_cannot_be_saved_does_not_end_a_trainer_s_run(tmp_path):
+    model = model_zoo.tiny.build("llama")
+    model.generation_config.temperature = 0.5  # without do_sample
+    trainer, _ = saving_trainer(tmp_path / "out", model)
+    trainer.train()
+    assert json.loads((tmp_path / "out" / "checkpoint-6" / "generation_config.json").read_text())["temperature"] == 0.5
+
+
+def test_a_disk_that_will_not_hold_the_checkpoints_is_found_before_the_first_step(tmp_path, monkeypatch):
+    """save_total_limit + 1 of them, each as large as those that are written."""
+    trainer, _ = saving_trainer(tmp_path / "out")
+    trainer.train()
+    folder = tmp_path / "out" / "checkpoint-6"
+    size = sum(
+        tensor.nbytes for path in (folder / "global_step6").glob("*.safetensors") for tensor in load_file(path).values()
+    )
+    free = disk_room.shutil.disk_usage(tmp_path)
+    for limit, room, fits in ((1, 1.9, False), (1, 2.1, True), (None, 2.9, False), (None, 3.1, True)):
+        monkeypatch.setattr(disk_room.shutil, "disk_usage", lambda path, r=room: free._replace(free=int(size * r)))
+        trainer, steps = saving_trainer(tmp_path / f"{limit} {room}", save_total_limit=limit)
+        if fits:
+            trainer.train()
+        else:
+            with pytest.raises(HiFTError, match="output_dir: .* will need .* at a time"):
+                trainer.train()
+        assert steps.num == (6 if fits else 0)
+
+
+def test_an_output_folder_has_one_writer(tmp_path):
+    held = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time, pathlib; from hift_ds.checkpoint.folder_lock import FolderLock;"
+         "lock = FolderLock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(600)", str(tmp_path)],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert held.stdout.readline() == "held\n"
+        trainer, steps = saving_trainer(tmp_path)
+        with pytest.raises(ConfigError, match=f"^output_dir: .* is in use by another run .process {held.pid}"):
+            trainer.train()
+        assert steps.num == 0
+    finally:
+        held.kill()
+        held.wait()
+    trainer.train()
+    assert steps.num == 6
+    FolderLock(tmp_path).release()  # given back

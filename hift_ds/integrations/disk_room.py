@@ -14,6 +14,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hift_ds.errors import CheckpointError
+from hift_ds.integrations.weights_once import has_the_form_of_a_checkpoint
 from hift_ds.ranks import on_all_ranks
 
 GIB = 2**30
@@ -25,29 +26,34 @@ class DiskRoomCallback(TrainerCallback):
 
     Args:
         get_engine: the engine in training; asked for a checkpoint's size.
-        weights_twice: the Trainer writes the weights a second time, beside the engine's.
-        export_dir: of the fine-tuned model.
+        export_dir: of the fine-tuned model; None: the run exports none.
         export_bytes: of its weights.
         say: prints a line; on the first rank.
+        section: before the names of settings in messages.
     """
 
     def __init__(
-        self, get_engine: Callable[[], Any], weights_twice: bool, export_dir: Path, export_bytes: int,
-        say: Callable[[str], None],
+        self, get_engine: Callable[[], Any], export_dir: Path | None = None, export_bytes: int = 0,
+        say: Callable[[str], None] = lambda line: None, section: str = "",
     ) -> None:  # fmt: skip
         self._get_engine = get_engine
-        self._weights_twice = weights_twice
         self._export_dir, self._export_bytes = export_dir, export_bytes
-        self._say = say
+        self._say, self._section = say, section
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Raises CheckpointError on all ranks: too little is free."""
-        each = self._get_engine().checkpointer.num_bytes()
-        if self._weights_twice:
+        engine = self._get_engine()
+        if engine is None or args.save_strategy == "no":
+            return
+        each = 0 if args.save_only_model else engine.checkpointer.num_bytes()
+        partitioned = engine.zero_optimization_stage() == 3  # the Trainer writes no weights beside the engine's
+        if not partitioned and (args.save_only_model or not has_the_form_of_a_checkpoint(model)):
             each += sum(t.numel() * t.element_size() for t in model.state_dict().values())
         every = math.ceil(args.save_steps) if args.save_steps >= 1 else math.ceil(args.save_steps * state.max_steps)
         left = max(state.max_steps - state.global_step, 0)
         saves = math.ceil(left / every) if args.save_strategy == "steps" else 1
+        if args.save_strategy == "epoch":
+            saves = math.ceil(args.num_train_epochs) if args.max_steps <= 0 else 1
         count = checkpoints_at_once(saves, args.save_total_limit, bool(args.load_best_model_at_end))
         on_all_ranks(lambda: self._check(Path(args.output_dir), each, count, args.should_save), CheckpointError)
 
@@ -56,19 +62,19 @@ class DiskRoomCallback(TrainerCallback):
             return
         existing = [path for path in _existing(folder) if _CHECKPOINT.fullmatch(path.name)]
         needed = count * each - sum(map(bytes_on_disk, existing))
-        export = self._export_bytes - bytes_on_disk(self._export_dir)
-        there, here = _existing_parent(self._export_dir), _existing_parent(folder)
+        export_dir = self._export_dir or folder
+        export = self._export_bytes - bytes_on_disk(export_dir) if self._export_dir else 0
+        there, here = _existing_parent(export_dir), _existing_parent(folder)
         together = os.stat(there).st_dev == os.stat(here).st_dev
         what = f"{count} checkpoint{'s' if count > 1 else ''} of {_gib(each)}"
-        exported = f" and a model of {_gib(self._export_bytes)}"
+        exported = f" and a model of {_gib(self._export_bytes)}" if self._export_dir else ""
         free = shutil.disk_usage(here).free
         self._say(f"disk: {what}{exported}; {_gib(free)} free in {folder}")
         if needed + (export if together else 0) > free:
             raise CheckpointError(
-                f"train.output_dir: {str(folder)!r} will need {what}{exported if together else ''} at a time, and "
-                f"{_gib(free)} are free: choose another folder, fewer of them (train.save_total_limit, "
-                f"train.save_steps) "
-                "or a smaller form of the states"
+                f"{self._section}output_dir: {str(folder)!r} will need {what}{exported if together else ''} at a time, "
+                f"and {_gib(free)} are free: choose another folder, fewer of them ({self._section}save_total_limit, "
+                f"{self._section}save_steps) or a smaller form of the states"
             )
         if not together and export > (free := shutil.disk_usage(there).free):
             raise CheckpointError(

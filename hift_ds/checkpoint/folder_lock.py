@@ -21,8 +21,11 @@ LOCK_FILE = "run.lock"
 _CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)  # file systems without locks
 
 
-class RunFolderLock:
+class FolderLock:
     """Held from now on until :meth:`release` or the end of this process. The folder is made if it is missing.
+
+    Args:
+        key: what names the folder, for messages.
 
     A POSIX record lock: it works over NFS, and a data loader's worker that outlives a killed run does not inherit it.
 
@@ -30,14 +33,14 @@ class RunFolderLock:
         ConfigError: another process holds it, or the folder cannot be made or written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, key: str = "train.output_dir") -> None:
         path = folder / LOCK_FILE
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._handle: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise ConfigError(
-                f"train.output_dir: {str(folder)!r} cannot be made or written: {error.strerror}; choose a folder this "
+                f"{key}: {str(folder)!r} cannot be made or written: {error.strerror}; choose a folder this "
                 "user may write to"
             ) from None
         try:
@@ -48,9 +51,8 @@ class RunFolderLock:
             owner = _read_owner(self._handle)
             self.release()
             raise ConfigError(
-                f"train.output_dir: {str(folder)!r} is in use by another run ({owner}); wait for it, stop it, or "
-                f"choose "
-                "another folder"
+                f"{key}: {str(folder)!r} is in use by another run ({owner}); wait for it, stop it, or "
+                "choose another folder"
             ) from None
         _write_owner(self._handle)
 
