@@ -76,8 +76,8 @@ def _check_output(args: TrainingArguments) -> None:
             os.makedirs(args.output_dir, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"output_dir: {args.output_dir!r} cannot be made or written: {error.strerror}; choose a folder this user may "
-            "write to"
+            f"output_dir: {args.output_dir!r} cannot be made or written: {error.strerror}; choose a folder this user "
+            "may write to"
         ) from None
 
 
