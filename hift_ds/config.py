@@ -34,8 +34,12 @@ class StateConfig(BaseModel):
     """Folder for ``disk``, on a local disk; every process makes its own in it and removes it at the end."""
     io: Literal["auto", "direct", "buffered"] = "auto"
     """``disk``: past the page cache (``direct``) or through it; ``auto`` measures."""
-    step_on: Literal["device", "host"] = "device"
-    """``device``: states come up, the accelerator updates. ``host``: gradients go down, weights come up."""
+    step_on: Literal["device", "host", "split"] = "device"
+    """``device``: states come up, the accelerator updates. ``host``: gradients go down, weights come up. ``split``:
+    some embeddings, blocks, heads (or slices) here and some there, side by side."""
+    host_share: float | None = Field(None, ge=0, le=1)
+    """With ``split``: of the parameters, how many the host updates. ``null``: the share that is fastest, by measured
+    speeds; a checkpoint keeps it."""
     prefetch: bool = True
     """Move states while the model computes: needs ``slots`` times the largest group's states on the update
     device all the time. ``false``: they are there for the update only, and every move is waited for."""
@@ -69,6 +73,13 @@ class StateConfig(BaseModel):
     def _agree(self) -> StateConfig:
         if self.residency == "disk" and not self.path:
             raise ValueError('state.path: residency "disk" needs a folder for its files, none given')
+        if self.step_on == "split" and self.residency not in ("host", "device"):
+            raise ValueError(
+                f'state.step_on: "split" needs residency "host" or "device", got "{self.residency}"; states that the '
+                "host updates rest in its memory"
+            )
+        if self.host_share is not None and self.step_on != "split":
+            raise ValueError(f'state.host_share: {self.host_share} has no effect without step_on: "split"; remove it')
         if self.path and self.residency not in ("disk", "auto"):
             given = f'state.path: {self.path!r} has no effect with residency "{self.residency}"'
             raise ValueError(f'{given}; use "disk" or "auto"')

@@ -25,6 +25,7 @@ from hift_ds.ranks import gather
 from hift_ds.store.encoded import EncodedStateStore
 from hift_ds.store.hiding import BackwardCosts, HiddenLayers, layers_hidden
 from hift_ds.store.speeds import Link, measure_flops, measure_link, measure_update
+from hift_ds.store.split import SplitStateStore
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def measured_costs(engine: SeamEngine) -> BackwardCosts:
     """What updates in backward cost on this rank: bytes are counted, speeds measured in some tens of milliseconds."""
     optimizer, state, device = engine.optimizer, engine.hift.state, engine.device
     store = optimizer.store
-    assert isinstance(store, EncodedStateStore)
+    assert isinstance(store, EncodedStateStore | SplitStateStore)
     rotating = [group for index, group in optimizer.groups.items() if index != ALWAYS]
     numels = [sum(member.numel for member in group.members) for group in rotating]
     dtype = rotating[0].members[0].param.dtype
@@ -149,5 +150,5 @@ def measured_costs(engine: SeamEngine) -> BackwardCosts:
         both_ways=state.first_slots > 1,
         prefetch=state.prefetch,
         ranks=optimizer.parameters.ranks.world_size,
-        share=1.0 if state.step_on == "host" else 0.0,
+        share=optimizer.states.split.share if optimizer.states.split else float(state.step_on == "host"),
     )

@@ -21,18 +21,20 @@ from hift_ds.engine.zero3.exact_values import exact_values
 from hift_ds.engine.zero3.parameters import PartitionedParameters
 from hift_ds.engine.zero3.seam import WeightShards
 from hift_ds.errors import ConfigError
-from hift_ds.layers.grouping import Partition, partition_model
+from hift_ds.layers.grouping import ALWAYS, Partition, partition_model
 from hift_ds.lr import CycleLR
 from hift_ds.optim.build import build_optimizer, is_elementwise
 from hift_ds.optim.early_reduction import EarlyReducedParameters
-from hift_ds.optim.group_states import GroupStates
+from hift_ds.optim.group_states import GroupStates, SplitUpdates
 from hift_ds.optim.parameters import DEFAULT_BUCKET_NUMEL, GroupShard, Parameters, ReplicatedParameters
 from hift_ds.optim.piecewise import PiecewiseOptimizer
 from hift_ds.optim.trainable_flags import TrainableFlags, containers_of
 from hift_ds.precision import LossScaler, PrecisionPolicy
 from hift_ds.process_group import broadcast_from_first_rank, gather_whole, world_rank_and_size
+from hift_ds.ranks import gather
 from hift_ds.schedule import GroupSchedule
-from hift_ds.store.choose import build_resident_store, build_store
+from hift_ds.store.choose import build_resident_store, build_split_store, build_store
+from hift_ds.store.hiding import costs_before_states, fastest_share
 from hift_ds.store.machine import Machine
 
 logger = logging.getLogger(__name__)
@@ -286,7 +288,7 @@ def build_parameters(facts: EngineFacts, model: nn.Module, base: Optimizer, shar
         facts.bucket_numel,
         whole_tensors,
         facts.hift.state.slice_numel,
-        facts.in_backward,
+        facts.in_backward or facts.hift.state.step_on == "split",
     )
     if shards is not None:
         partitioned = PartitionedParameters(*shared, shards=shards)
@@ -338,14 +340,22 @@ def group_optimizer(
     """
     state, device = facts.hift.state, facts.update_device
     rounding_seed = facts.hift.seed * 65_537 + facts.rank
+    piecewise = PiecewiseOptimizer(base)
+    split = None
+    if state.step_on == "split":
+        make_store = functools.partial(build_split_store, state, device, seed=rounding_seed, machine=facts.machine)
+        split = SplitUpdates(host_share(facts, groups, parameters, piecewise), state.host_share is not None, make_store)
     states = GroupStates(
         groups,
         parameters,
-        PiecewiseOptimizer(base),
+        piecewise,
         _precision(facts, model),
         device,
-        store=build_store(state, device, seed=rounding_seed, machine=facts.machine),
+        store=split.make_store()
+        if split is not None
+        else build_store(state, device, seed=rounding_seed, machine=facts.machine),
         always_store=build_resident_store(state, device, seed=rounding_seed),
+        split=split,
         may_hold=facts.hift.clipping == "speculative" and facts.max_grad_norm > 0,
     )
     make: Callable[..., HiFTOptimizer] = HiFTOptimizer
@@ -360,6 +370,7 @@ def group_optimizer(
         max_grad_norm=facts.max_grad_norm,
         seed=facts.hift.seed,
         pin_memory=state.pin_memory,
+        on_threads=facts.machine.copies_on_threads,
     )
 
 
@@ -383,6 +394,31 @@ def watch_entrances(
     groups = ([member.param for member in group.members] for group in optimizer.groups.values())
     modules = [model, *containers_of(model, groups)]
     return [module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True) for module in modules]
+
+
+def host_share(
+    facts: EngineFacts, groups: Mapping[int, GroupShard], parameters: Parameters, piecewise: PiecewiseOptimizer
+) -> float:
+    """Of the parameters, how many the host updates beside the device: as configured, or what measured speeds say is
+    fastest, on all ranks alike."""
+    state, device = facts.hift.state, facts.device
+    if state.host_share is not None:
+        return state.host_share
+    units = [part for index in sorted(groups) if index != ALWAYS for part in groups[index].parts]
+    numels = [sum(member.whole_numel for member in part.members) for part in units]
+    weight = units[0].members[0].param
+    keys = {} if parameters.whole_tensors else piecewise.elementwise_keys(device)
+    moments = sum(dtype.itemsize for dtype in keys.values()) or 4
+    costs = costs_before_states(
+        device, weight.dtype, moments, state, max(numels), facts.ranks.world_size, facts.hift.master_weights
+    )
+    tokens = facts.hift.tokens_per_step or 1  # where they are not known: as if nothing hid the link
+    group_size = facts.hift.first_group_size
+    size = len(numels) if group_size in ("all", 1) else int(group_size)
+    share = gather(fastest_share(costs, numels, size, tokens))[0]
+    if facts.rank == 0:
+        logger.info("step_on split: the host updates %.0f %% of the parameters (%s)", 100 * share, costs.rates())
+    return share
 
 
 def _precision(facts: EngineFacts, model: nn.Module) -> PrecisionPolicy:

@@ -237,6 +237,10 @@ class Checkpointer:
         client_state = saved.client_state()
         engine.optimizer.drop_gradients()
         engine.auto_groups.settle_by_checkpoint(saved.common.get("auto_group_size"))
+        split, share = engine.optimizer.states.split, saved.common.get("host_share")
+        if with_states and split is not None and not split.given and share not in (None, split.share):
+            say(engine, f"step_on split: the host updates {share:.0%} of the parameters, as the checkpoint has it")
+            engine.optimizer.states.move(share)
         load_weights(engine, saved, custom_load_fn)
         engine.optimizer.states.load(saved.states, with_states=with_states)
         if not load_module_only:

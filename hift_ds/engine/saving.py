@@ -86,6 +86,7 @@ def _common_state(engine: SeamEngine, tensors: Mapping[str, Tensor]) -> dict[str
         "hift_ds": __version__,
         "hift": engine.hift.model_dump(mode="json"),
         "auto_group_size": engine.auto_groups.chosen,
+        "host_share": None if optimizer.states.split is None else optimizer.states.split.share,
         "world_size": engine.world_size,
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,

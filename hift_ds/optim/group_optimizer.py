@@ -10,6 +10,7 @@ each rank updates its pieces, the new weights are gathered (ZeRO, arXiv 1910.020
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ from hift_ds.layers.grouping import ALWAYS
 from hift_ds.lr import CycleLR
 from hift_ds.optim.clip import agree_on_norm, grad_factor
 from hift_ds.optim.group_states import GroupStates, StateView, part_of
-from hift_ds.optim.host_step import HostStep
+from hift_ds.optim.host_step import HostStep, HostUpdates
 from hift_ds.optim.parameters import Chunk, GroupShard, Piece
-from hift_ds.optim.piecewise import PieceUpdate
+from hift_ds.optim.piecewise import PieceUpdate, PiecewiseOptimizer
 from hift_ds.optim.trainable_flags import TrainableFlags
 from hift_ds.precision import LossScaler
 from hift_ds.schedule import GroupSchedule
@@ -80,6 +81,7 @@ class GroupOptimizer:
         max_grad_norm: 0 for no clipping.
         seed: of stochastic rounding.
         pin_memory: page-lock what gradients and weights travel through when the host updates.
+        on_threads: what the host updates beside the device is updated on a thread.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class GroupOptimizer:
         max_grad_norm: float = 0.0,
         seed: int = 0,
         pin_memory: bool = True,
+        on_threads: bool = True,
     ) -> None:
         self.states = states
         self.flags = flags
@@ -122,6 +125,12 @@ class GroupOptimizer:
         self.host_step = self._build_host_step(pin_memory)
         self.waits = Waits(self._weight_device())
         self.parameters.note_waits(self.waits)
+        # What the host updates beside the device, and the scalars that this has changed so far in the step, by group.
+        self.host_updates: HostUpdates | None = None
+        if states.split is not None:
+            weights_on = next(member.param.device for group in self.groups.values() for member in group.members)
+            self.host_updates = HostUpdates(self.optimizer, weights_on, on_threads)
+        self._changed_on_host: list[tuple[int, dict[int, dict[str, Any]]]] = []
 
     # -- what DeepSpeed and schedulers read -------------------------------------------------------------------
 
@@ -229,6 +238,7 @@ class GroupOptimizer:
             self.finish_copies()
             with self.waiting_for_ranks():
                 self.parameters.publish(group)
+        self._take_changes_on_host()
         self.num_applied += 1
         self.schedule.advance()
         self.states.prefetch(self.groups[self.schedule.active])
@@ -247,6 +257,11 @@ class GroupOptimizer:
     def ask(self) -> list[bool | Tensor]:
         """What this rank says to the ``questions``, by name."""
         return [self.questions[name]() for name in sorted(self.questions)]
+
+    def _take_changes_on_host(self) -> None:
+        for index, changed in self._changed_on_host:
+            self.states.extras[index] |= changed
+        self._changed_on_host.clear()
 
     def _take_reduced(self) -> list[tuple[list[Tensor | None], list[bool]]]:
         # ``step()`` without a backward: nothing to do, but every rank does the same nothing.
@@ -277,46 +292,90 @@ class GroupOptimizer:
         Returns:
             By param_group, the scalars that the optimizer has changed there: for ``extras`` when the step is over.
         """
-        states, extras = self.states, self.states.extras[group.index]
+        states = self.states
         changed: dict[int, dict[str, Any]] = {}
-        ahead = self._download_ahead(group, shards)
+        ahead = self._download_ahead(group, [c for c in group.chunks if c.id not in states.on_host], shards)
         for position, chunk in enumerate(group.chunks):
+            if chunk.id in states.on_host:
+                assert self.host_updates is not None
+                states.prefetch(group, position, then)
+                self.host_updates.submit(
+                    functools.partial(self._update_on_host, group, position, list(shards), factor, list(rates))
+                )
+                continue
             tensors = states.fetch(group, position, then)
-            before = [record.copy() for record in states.records[chunk.id]]
-            for together in self._batches(chunk, shards):
-                next(ahead, None)
-                updates = [
-                    PieceUpdate(
-                        target=self._target(group, chunk.pieces[i], run, before[i].master, tensors),
-                        grad=self._gradient(group, run, shard, factor),
-                        param_group=group.members[run.member].param_group,
-                        state=before[i].state(tensors, chunk.pieces[i], run),
-                    )
-                    for i, run, shard in together
-                ]
-                changed |= self.piecewise.step(updates, rates, extras)
-                for (i, run, _), update in zip(together, updates, strict=True):
-                    assert update.state is not None
-                    states.keep(group, chunk, i, run, update.state)
-                    update.state = None
-                    self._publish_run(group, run, update.target)
-                del updates
+            changed |= self._update_chunk(group, chunk, tensors, shards, factor, rates, self.piecewise, ahead)
             states.evict(group, position, self.num_applied)
         if then:  # with one slot there was no room before
             states.prefetch(then[0], then=then[1:])
         return changed
 
-    def _batches(self, chunk: Chunk, shards: list[Tensor | None]) -> Iterator[list[tuple[int, Piece, Tensor]]]:
+    def _update_on_host(
+        self, group: GroupShard, position: int, shards: list[Tensor | None], factor: Tensor | None, rates: list[float]
+    ) -> tuple[int, dict[int, dict[str, Any]]]:
+        """One chunk, beside those that are updated on the device. Returns the group, and what its scalars became."""
+        assert self.host_updates is not None
+        chunk = group.chunks[position]
+        tensors = self.states.bring(group, chunk)
+        factor = None if factor is None else factor.to("cpu")
+        ahead = self._download_ahead(group, [chunk], shards)
+        changed = self._update_chunk(group, chunk, tensors, shards, factor, rates, self.host_updates.piecewise, ahead)
+        self.states.evict(group, position, self.num_applied)
+        return group.index, changed
+
+    def _update_chunk(
+        self,
+        group: GroupShard,
+        chunk: Chunk,
+        tensors: Mapping[str, Tensor],
+        shards: list[Tensor | None],
+        factor: Tensor | None,
+        rates: list[float],
+        piecewise: PiecewiseOptimizer,
+        ahead: Iterator[None],
+    ) -> dict[int, dict[str, Any]]:
+        """Step, and weights out.
+
+        Args:
+            tensors: the chunk's states, where they are updated.
+            ahead: sets gradients on their way down, one at a time.
+        """
+        states, extras, device = self.states, self.states.extras[group.index], self.states.device_of(chunk)
+        changed: dict[int, dict[str, Any]] = {}
+        before = [record.copy() for record in states.records[chunk.id]]
+        for together in self._batches(chunk, shards, device):
+            next(ahead, None)
+            updates = [
+                PieceUpdate(
+                    target=self._target(group, chunk.pieces[i], run, before[i].master, tensors, device),
+                    grad=self._gradient(group, run, shard, factor, device),
+                    param_group=group.members[run.member].param_group,
+                    state=before[i].state(tensors, chunk.pieces[i], run),
+                )
+                for i, run, shard in together
+            ]
+            changed |= piecewise.step(updates, rates, extras)
+            for (i, run, _), update in zip(together, updates, strict=True):
+                assert update.state is not None
+                states.keep(group, chunk, i, run, update.state)
+                update.state = None
+                self._publish_run(group, run, update.target)
+            del updates
+        return changed
+
+    def _batches(
+        self, chunk: Chunk, shards: list[Tensor | None], device: torch.device
+    ) -> Iterator[list[tuple[int, Piece, Tensor]]]:
         """What is stepped in one call of the optimizer: (position of the piece, the run of it, its gradient's shard),
         ``RUN_NUMEL`` elements at most or one run. A call a tensor would cost a millisecond each."""
         together: list[tuple[int, Piece, Tensor]] = []
-        numel = 0
+        numel, through_buffer = 0, self.host_step is not None and device.type == "cpu"
         for i, piece in enumerate(chunk.pieces):
             if (shard := shards[piece.member]) is None:
                 continue
             for run in self._runs(piece):
                 # A gradient on the host is in a buffer that the next one takes.
-                if together and (numel + run.numel > RUN_NUMEL or self.host_step is not None):
+                if together and (numel + run.numel > RUN_NUMEL or through_buffer):
                     yield together
                     together, numel = [], 0
                 together.append((i, run, shard))
@@ -328,17 +387,19 @@ class GroupOptimizer:
         """Write what the optimizer has made of ``run`` into the weight, unless that is what it changed."""
         weight = self.parameters.weight(group, run)
         if target.data_ptr() != weight.data_ptr():
-            generator = self._rounding_generator(group.members[run.member].name, run.start)
+            generator = self._rounding_generator(group.members[run.member].name, run.start, target.device)
             self._write_weight(weight, target, generator)
 
     def finish_copies(self) -> None:
         """What is computed from here on sees the new weights."""
+        if self.host_updates is not None:
+            self._changed_on_host += self.host_updates.finish()
         if self.host_step is not None:
             self.host_step.finish()
         self.parameters.finish_writes()
 
     def _write_weight(self, weight: Tensor, value: Tensor, generator: torch.Generator | None) -> None:
-        if self.host_step is not None and weight.device != self.update_device:
+        if self.host_step is not None and value.device.type == "cpu" and weight.device.type != "cpu":
             self.host_step.send_weight(weight, value, generator)
         else:
             self.parameters.write_weight(weight, value, generator)
@@ -359,6 +420,7 @@ class GroupOptimizer:
         run: Piece,
         master: StateView | None,
         tensors: Mapping[str, Tensor],
+        device: torch.device,
     ) -> Tensor:
         """What the optimizer changes, fp32, of ``run``, a part of ``piece``."""
         if master is not None:
@@ -366,47 +428,51 @@ class GroupOptimizer:
         # An fp32 weight is its own master; a bf16 one without masters is fp32 only while it is updated.
         weight = self.parameters.weight(group, run)
         if weight.device.type == "cpu":  # 16 bits travel, and nobody waits
-            weight = weight.to(self.update_device, non_blocking=True)
-        return weight.to(self.update_device, torch.float32)
+            weight = weight.to(device, non_blocking=True)
+        return weight.to(device, torch.float32)
 
-    def _gradient(self, group: GroupShard, run: Piece, shard: Tensor, factor: Tensor | None) -> Tensor:
-        """The run's part of a reduced gradient, fp32, on the update device, multiplied with ``factor``."""
+    def _gradient(
+        self, group: GroupShard, run: Piece, shard: Tensor, factor: Tensor | None, device: torch.device
+    ) -> Tensor:
+        """The run's part of a reduced gradient, fp32, on ``device``, multiplied with ``factor``."""
         grad = self.parameters.grad(group, run, shard)
-        if self.host_step is not None and grad.device != self.update_device:
+        if self.host_step is not None and device.type == "cpu" and grad.device.type != "cpu":
             grad = self.host_step.gradient(grad)
-        grad = grad.to(self.update_device, torch.float32)
+        grad = grad.to(device, torch.float32)
         return grad if factor is None else grad.mul_(factor)
 
-    def _download_ahead(self, group: GroupShard, shards: list[Tensor | None]) -> Iterator[None]:
+    def _download_ahead(
+        self, group: GroupShard, chunks: Sequence[Chunk], shards: list[Tensor | None]
+    ) -> Iterator[None]:
         """Where the host updates: at the n-th step, the gradient of the part after the n-th is on its way down."""
         step = self.host_step
-        if step is None:
+        if step is None or any(self.states.device_of(chunk).type != "cpu" for chunk in chunks):
             return
-        pieces = [piece for chunk in group.chunks for piece in chunk.pieces if shards[piece.member] is not None]
+        pieces = [piece for chunk in chunks for piece in chunk.pieces if shards[piece.member] is not None]
         for at, run in enumerate(run for piece in pieces for run in self._runs(piece)):
             shard = shards[run.member]
             assert shard is not None
             grad = self.parameters.grad(group, run, shard)
-            if grad.device != self.update_device:
+            if grad.device.type != "cpu":
                 step.expect(grad)
             if at:
                 yield
 
-    def _rounding_generator(self, name: str, start: int) -> torch.Generator | None:
+    def _rounding_generator(self, name: str, start: int, device: torch.device) -> torch.Generator | None:
         """Seeded by the run's seed, the step and the first element that is rounded, so that a resumed run rounds alike,
         and one that updates in another order too."""
         if not self.precision.stochastic_rounding:
             return None
         what = f"{self.seed}:{self.num_applied}:{name}:{start}".encode()
-        generator = torch.Generator(device=self.update_device)
+        generator = torch.Generator(device=device)
         generator.manual_seed(int.from_bytes(hashlib.blake2b(what, digest_size=8).digest(), "little") >> 1)
         return generator
 
     def _build_host_step(self, pin_memory: bool) -> HostStep | None:
         """If updates run on the host and weights are elsewhere."""
         devices = {member.param.device for group in self.groups.values() for member in group.members}
-        elsewhere = [device for device in devices if device.type != self.update_device.type]
-        if self.update_device.type != "cpu" or not elsewhere:
+        elsewhere = [device for device in devices if device.type != "cpu"]
+        if not (self.update_device.type == "cpu" or self.states.split is not None) or not elsewhere:
             return None
         return HostStep(self.store.traffic, elsewhere[0], pin_memory)
 
@@ -447,6 +513,9 @@ class GroupOptimizer:
 
     def drop_gradients(self) -> None:
         """Reduced or not: another state is about to be loaded."""
+        if self.host_updates is not None:
+            self.host_updates.abandon()
+        self._changed_on_host.clear()
         self._reduced.clear()
         self.zero_grad()
         self.flags.end_step()
@@ -460,6 +529,8 @@ class GroupOptimizer:
             self.drop_gradients()
         self.flags.show()
         self.parameters.end_training()
+        if self.host_updates is not None:
+            self.host_updates.close()
         if not keep_states:
             self.states.close()
         if self.host_step is not None:

@@ -25,6 +25,9 @@ from hift_ds.precision import PrecisionPolicy
 from hift_ds.store.arithmetic import StateArithmetic
 from hift_ds.store.base import MASTER, StateStore, Weights
 from hift_ds.store.encoded import EncodedStateStore
+from hift_ds.store.split import SplitStateStore
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,33 @@ class PieceRecord:
         state = {key: part_of(slot.view(tensors), piece, run) for key, slot in self.slots.items()}
         # Each run counts its own step.
         return state | (self.scalars if run is piece else _copied(self.scalars))
+
+
+@dataclass
+class SplitUpdates:
+    """Which chunks the host updates.
+
+    Attributes:
+        share: of the parameters.
+        given: the user has said so, and no checkpoint says otherwise.
+        make_store: an empty store for it.
+    """
+
+    share: float
+    given: bool
+    make_store: Callable[[], SplitStateStore]
+
+    def chunks(self, groups: Mapping[int, GroupShard]) -> frozenset[int]:
+        """Ids, spread evenly over the model from bottom to top, so that within a step both places have work."""
+        on_host, due = set(), 0.0
+        for index in sorted(index for index in groups if index != ALWAYS):
+            for chunk in groups[index].chunks:
+                numel = sum(piece.numel for piece in chunk.pieces)
+                due += self.share * numel
+                if numel and due >= numel / 2:
+                    on_host.add(chunk.id)
+                    due -= numel
+        return frozenset(on_host)
 
 
 @dataclass(frozen=True)
@@ -118,6 +148,7 @@ class GroupStates:
         update_device: where the arithmetic runs.
         store: of the rotating groups.
         always_store: of the always-active group; its states never leave the update device.
+        split: some chunks are updated on the host; ``store`` is then a :class:`SplitStateStore`.
         may_hold: all chunks of a step may be held at once (:meth:`hold`): stores need the room.
 
     Attributes:
@@ -135,6 +166,7 @@ class GroupStates:
         store: StateStore,
         always_store: StateStore,
         may_hold: bool = False,
+        split: SplitUpdates | None = None,
     ) -> None:
         self.groups = dict(groups)
         self.parameters = parameters
@@ -147,9 +179,32 @@ class GroupStates:
         self.extras: dict[int, dict[int, dict[str, Any]]] = {index: {} for index in self.groups}
         self._masters_filled: set[int] = set()  # chunks whose masters hold values
         self._held: dict[int, HeldRecords] = {}  # by chunk
-        if may_hold:
-            store.may_hold = [[chunk.id for chunk in group.chunks] for group in groups.values()]
+        self.split = split
+        self.on_host: frozenset[int] = frozenset()  # chunks that the host updates, of a split
+        self._may_hold = may_hold
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Say which chunk is where, and reserve."""
+        if self.split is not None:
+            assert isinstance(self.store, SplitStateStore)
+            self.on_host = self.store.on_host = self.split.chunks(self.groups)
+        if self._may_hold:
+            self.store.may_hold = [[chunk.id for chunk in group.chunks] for group in self.groups.values()]
         self._reserve()
+
+    def move(self, host_share: float) -> None:
+        """Update another share on the host from now on. What the states were is forgotten: they are about to be
+        loaded."""
+        assert self.split is not None
+        self.store.close()
+        self.split.share, self.store = host_share, self.split.make_store()
+        self._masters_filled.clear()
+        self._lay_out()
+
+    def device_of(self, chunk: Chunk) -> torch.device:
+        """Where ``chunk`` is updated."""
+        return _CPU if chunk.id in self.on_host else self.update_device
 
     def regroup(self, groups: Mapping[int, GroupShard]) -> None:
         """The same chunks belong to other groups from now on: what they keep stays. Of what the optimizer keeps in its
@@ -186,7 +241,7 @@ class GroupStates:
         key, offset, mastered = _shared_key(group, chunk, shared, MASTER), 0, []
         for i in shared:
             piece = chunk.pieces[i]
-            if self._needs_master(group.members[piece.member].param):
+            if self._needs_master(group.members[piece.member].param, chunk):
                 self.records[chunk.id][i].master = StateView(key, offset, piece.shape)
                 offset += piece.numel
                 mastered.append(piece)
@@ -194,8 +249,8 @@ class GroupStates:
             weights = self._weights_of_masters(group, mastered)
             self.store_of(group).ensure(chunk.id, key, offset, torch.float32, weights)
 
-    def _needs_master(self, param: nn.Parameter) -> bool:
-        elsewhere = param.device.type != self.update_device.type  # step_on host: mirror fp32 weights too
+    def _needs_master(self, param: nn.Parameter, chunk: Chunk) -> bool:
+        elsewhere = param.device.type != self.device_of(chunk).type  # step_on host: mirror fp32 weights too
         return self.precision.has_master(param.dtype) or (elsewhere and param.dtype == torch.float32)
 
     def _weights_of_masters(self, group: GroupShard, mastered: list[Piece]) -> Weights | None:
@@ -235,7 +290,7 @@ class GroupStates:
     def arithmetic(self) -> StateArithmetic:
         """What a step of a rotating group moves, on average over a cycle. The store's link is measured for it, once."""
         store = self.store
-        assert isinstance(store, EncodedStateStore)
+        assert isinstance(store, EncodedStateStore | SplitStateStore)
         rotating = [group for index, group in self.groups.items() if index != ALWAYS]
         moved = sum(store.num_bytes(chunk.id) for group in rotating for chunk in group.chunks)
         return StateArithmetic(store.place, store.total_bytes(), moved / len(rotating), store.link, store.num_slots)
@@ -252,10 +307,13 @@ class GroupStates:
         Returns:
             The chunk's buffers by key, flat. On the first visit the masters are made from the weights.
         """
-        store, chunk = self.store_of(group), group.chunks[position]
         # First, so that the last chunk leaves and the next ones arrive while this one is updated.
         self.prefetch(group, position, then)
-        tensors = store.fetch(chunk.id)
+        return self.bring(group, group.chunks[position])
+
+    def bring(self, group: GroupShard, chunk: Chunk) -> Mapping[str, Tensor]:
+        """As :meth:`fetch`, and nothing else is set on its way."""
+        tensors = self.store_of(group).fetch(chunk.id)
         if chunk.id not in self._masters_filled:
             for piece, record in self._pieces(chunk):
                 if record.master is not None:
@@ -426,7 +484,7 @@ class GroupStates:
         for piece, record in self._pieces(chunk):
             member = group.members[piece.member]
             record.scalars = {
-                key: self.piecewise.placed(key, value, member.param_group, self.update_device)
+                key: self.piecewise.placed(key, value, member.param_group, self.device_of(chunk))
                 for key, value in (saved.scalars(member.name) or {}).items()
             }
 

@@ -7,14 +7,19 @@ behind those: the host does not wait for them.
 
 from __future__ import annotations
 
-from collections import deque
+import contextlib
+from collections import defaultdict, deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hift_ds.errors import ConfigError
+from hift_ds.optim.piecewise import PiecewiseOptimizer
 from hift_ds.precision import write_weight_
-from hift_ds.store.movers import IN, OUT, InlineMover, Mover, StreamMover, streams_of
+from hift_ds.store.movers import IN, OUT, InlineMover, Mover, StreamMover, one_thread, streams_of
 
 NUM_BUFFERS = 2  # each way: one is filled while the other travels
 
@@ -89,6 +94,76 @@ class HostStep:
 
 def _buffers() -> list[Tensor]:
     return [torch.empty(0, dtype=torch.uint8) for _ in range(NUM_BUFFERS)]
+
+
+class HostUpdates:
+    """Updates on the host beside those on the device: one after the other, on a thread of their own.
+
+    Args:
+        optimizer: whose class and options they use; another object steps them, since this one is busy meanwhile.
+        device: where weights are.
+        on_thread: ``False``: at once, where they are submitted.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, on_thread: bool) -> None:
+        self.piecewise = PiecewiseOptimizer(twin_of(optimizer))
+        self._device, self._streams = device, streams_of(device)
+        self._thread = one_thread("host-updates") if on_thread else None
+        self._pending: list[Future] = []
+        self._done: list[Any] = []
+
+    def submit(self, update: Callable[[], Any]) -> None:
+        """Run ``update`` after those before it."""
+        if self._thread is None:
+            self._done.append(update())
+        else:
+            self._pending.append(self._thread.submit(self._run, update))
+
+    @torch.no_grad()
+    def _run(self, update: Callable[[], Any]) -> Any:
+        # A new thread starts on the first device, whatever the caller's is.
+        with self._streams.device(self._device) if self._streams is not None else contextlib.nullcontext():
+            return update()
+
+    def finish(self) -> list[Any]:
+        """Wait for all; what they returned, in order."""
+        pending, self._pending = self._pending, []
+        self._done += [update.result() for update in pending]
+        done, self._done = self._done, []
+        return done
+
+    def abandon(self) -> None:
+        """Wait for all; what they made is not wanted."""
+        for update in self._pending:
+            with contextlib.suppress(Exception):
+                update.result()
+        self._pending, self._done = [], []
+
+    def close(self) -> None:
+        """No update comes any more."""
+        self.abandon()
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+
+
+def twin_of(optimizer: torch.optim.Optimizer) -> Any:
+    """Another optimizer with the same param_groups, whose ``step`` shares nothing else with the first's.
+
+    Raises:
+        ConfigError: it may keep what cannot be seen here.
+    """
+    if not type(optimizer).__module__.startswith(("torch.optim", "hift_ds.")):
+        raise ConfigError(
+            f'"hift.state.step_on": split is not supported with {type(optimizer).__name__}, which two threads may not '
+            'step at once; use "device" or "host"'
+        )
+    twin = object.__new__(type(optimizer))
+    twin.__dict__.update(optimizer.__dict__)
+    twin.state = defaultdict(dict)
+    for name, value in vars(optimizer).items():
+        if isinstance(value, dict) and value and all(isinstance(v, torch.optim.Optimizer) for v in value.values()):
+            setattr(twin, name, {key: twin_of(inner) for key, inner in value.items()})
+    return twin
 
 
 def _shaped(buffer: Tensor, like: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ class InBackwardOptimizer(GroupOptimizer):
         self.sums = HostGradients(device, sum_dtype, pin_memory)  # by weight
         self.parked = HostGradients(device, None, pin_memory)  # by (group, position): gradients that wait for the norm
         self.weights_before = HostGradients(device, None, pin_memory)  # by (chunk, piece): of updates on trial
+        self._unpublished: list[GroupShard] = []  # parts whose updates are still being made on the host
         self._accumulating = False  # a backward that is not the step's last is under way
         self._backward: Backward | None = None
         self._interrupted = ""
@@ -227,8 +228,10 @@ class InBackwardOptimizer(GroupOptimizer):
             self._keep_before(part, shards)
         self.update_part(part, shards, self._factor_now(backward, part))
 
-    def _gradient(self, group: GroupShard, run: Piece, shard: Tensor, factor: Tensor | None) -> Tensor:
-        grad = super()._gradient(group, run, shard, factor)
+    def _gradient(
+        self, group: GroupShard, run: Piece, shard: Tensor, factor: Tensor | None, device: torch.device
+    ) -> Tensor:
+        grad = super()._gradient(group, run, shard, factor, device)
         backward = self._backward
         shared = grad.untyped_storage().data_ptr() == shard.untyped_storage().data_ptr()
         # An optimizer that changes its gradient must not change the one that waits in case it is wanted again.
@@ -245,13 +248,24 @@ class InBackwardOptimizer(GroupOptimizer):
         changed = self.update(part, shards, factor, backward.rates, below)
         before = backward.changed.setdefault(part.index, {})
         backward.changed[part.index] = {**changed, **before}  # the topmost part's last, as after backward
-        if self.parameters.ranks.world_size > 1:
-            self.finish_copies()
-        with self.waiting_for_ranks():
-            self.parameters.publish(part)
+        if self.host_updates is not None and not self.parameters.whole_tensors:
+            self._unpublished.append(part)  # which chunks the host has differs from rank to rank: all later, in order
+        else:
+            if self.parameters.ranks.world_size > 1 or self.host_updates is not None:
+                self.finish_copies()
+            with self.waiting_for_ranks():
+                self.parameters.publish(part)
         for member, shard in zip(part.members, shards, strict=True):
             if shard is not None or self.parameters.ranks.world_size > 1:
                 torch.autograd.graph.increment_version(member.param)
+
+    def _finish_updates(self) -> None:
+        """The host has made its part of the updates so far, and all ranks have them."""
+        self.finish_copies()
+        for part in self._unpublished:
+            with self.waiting_for_ranks():
+                self.parameters.publish(part)
+        self._unpublished.clear()
 
     @torch.no_grad()
     def end_backward(self, is_boundary: bool) -> None:
@@ -316,6 +330,7 @@ class InBackwardOptimizer(GroupOptimizer):
 
     def _keep_before(self, part: GroupShard, shards: list[Tensor | None]) -> None:
         """What an update of ``part`` is taken back with."""
+        self.parameters.held([])  # weights in host memory are there: what was on its way has come
         for chunk in part.chunks:
             for i, piece in enumerate(chunk.pieces):
                 if shards[piece.member] is not None and not self.states.tells_weight(chunk, i):
@@ -326,6 +341,7 @@ class InBackwardOptimizer(GroupOptimizer):
 
     def _end_trial(self, backward: Backward, factor: Tensor | None) -> None:
         """The norm is known: let the updates stand, or take them all back and make them again, clipped."""
+        self._finish_updates()
         started = time.perf_counter()
         stands = self._stands(factor)
         for part in backward.parts:
@@ -335,8 +351,9 @@ class InBackwardOptimizer(GroupOptimizer):
             self.weights_before.forget()
             return
         backward.num_updated, backward.changed = 0, {}
+        self._changed_on_host.clear()
         self._update_parked(backward, factor)
-        self.finish_copies()
+        self._finish_updates()
         self.trials.undo(time.perf_counter() - started)
 
     @staticmethod
@@ -345,6 +362,8 @@ class InBackwardOptimizer(GroupOptimizer):
         return factor is None or float(factor) == 1.0
 
     def _restore_weights(self, part: GroupShard) -> None:
+        if len(self.weights_before):
+            self.parameters.held([])
         for chunk in part.chunks:
             for i, piece in enumerate(chunk.pieces):
                 weight = self.parameters.weight(part, piece)
@@ -400,9 +419,10 @@ class InBackwardOptimizer(GroupOptimizer):
             self._rates()
         if self.clipping in ("last_visit", "speculative"):
             self.last_norms[self.schedule.active] = self.grad_norm
-        self.finish_copies()
+        self._finish_updates()
         for index, changed in backward.changed.items():
             self.states.extras[index] |= changed
+        self._take_changes_on_host()
         for part, reached in zip(backward.parts, backward.reached, strict=True):
             for i, flag in enumerate(reached):
                 self.num_updates[part.index][part.first + i] += flag
@@ -472,6 +492,7 @@ class InBackwardOptimizer(GroupOptimizer):
 
     def drop_gradients(self) -> None:
         self._backward, self._interrupted = None, ""
+        self._unpublished.clear()
         super().drop_gradients()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -16,6 +16,7 @@ from hift_ds.store.disk import DiskStateStore
 from hift_ds.store.encoded import EncodedStateStore
 from hift_ds.store.host import HostStateStore
 from hift_ds.store.machine import THIS_MACHINE, HostBytes, Machine, disk_bytes_free, processes_on_node
+from hift_ds.store.split import SplitStateStore
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,16 @@ def build_store(
     return _build(state, state.residency, device, seed, machine)
 
 
+def build_split_store(state: StateConfig, device: torch.device, *, seed: int, machine: Machine) -> SplitStateStore:
+    """The store of rotating groups of which the host updates a part.
+
+    Args:
+        device: where the others are updated. The rest as for :func:`build_store`.
+    """
+    moved = _build(state, state.residency, device, seed, machine)
+    return SplitStateStore(device, moved, DeviceStateStore(torch.device("cpu"), state.codec, seed))
+
+
 def build_resident_store(state: StateConfig, device: torch.device, *, seed: int = 0) -> StateStore:
     """The store of the always-active group: never moved, in the same compact form."""
     return DeviceStateStore(device, state.codec, seed)
@@ -54,7 +65,7 @@ def _build(state: StateConfig, residency: str, device: torch.device, seed: int, 
         return DiskStateStore(
             device, state.codec, seed, num_slots, path=state.path, io=state.io, pin_memory=state.pin_memory
         )
-    if residency == "host" and state.step_on == "device":
+    if residency == "host" and state.step_on != "host":
         return HostStateStore(device, state.codec, seed, num_slots, pin_memory=state.pin_memory, machine=machine)
     return DeviceStateStore(device, state.codec, seed)  # states rest where updates run: nothing to move
 

@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from hift_ds.store.speeds import Link
+import torch
+
+from hift_ds.config import StateConfig
+from hift_ds.store.speeds import Link, measure_flops, measure_link, measure_update
 
 PATIENCE = 0.05  # of a step's computing may be spent waiting: then the link still counts as hidden
 SAME = 0.01  # step times that differ by less count as one
@@ -52,6 +55,14 @@ class BackwardCosts:
     prefetch: bool = True
     ranks: int = 1
     share: float = 0.0
+
+    def rates(self) -> str:
+        """What was measured, in words."""
+        link = self.link or self.host_link
+        return (
+            f"{self.state_bytes:.3g} bytes a parameter each way over {link.into / 1e9:.3g} GB/s in and "
+            f"{link.out / 1e9:.3g} GB/s out, {self.host_s * 1e9:.3g} ns a parameter on the host"
+        )
 
     def step(self, parts: Sequence[int], above: int, total: int, tokens: float) -> tuple[float, float]:
         """Seconds that a step computes, and that it waits on top of them.
@@ -122,6 +133,46 @@ class BackwardCosts:
         """Whether steps of ``group_size`` layers wait for next to nothing."""
         computing, waiting = self.cycle(numels, group_size, tokens)
         return waiting <= PATIENCE * computing
+
+
+def costs_before_states(
+    device: torch.device,
+    dtype: torch.dtype,
+    moment_bytes: int,
+    state: StateConfig,
+    largest: int,
+    ranks: int,
+    masters: bool,
+) -> BackwardCosts:
+    """By what can be measured before there are states.
+
+    Args:
+        device: where the model computes.
+        dtype: of the weights.
+        moment_bytes: of a parameter's fp32 moments.
+        largest: parameters of the largest embedding, block or head.
+        masters: 16-bit weights have fp32 ones.
+    """
+    master = 4 if masters and dtype.itemsize < 4 else 0
+    if "split_master" in state.codec:
+        master -= 2
+    share_kept = 0.5 if "bf16_moments" in state.codec else 0.254 if "int8_moments" in state.codec else 1.0
+    on_cpu = device.type == "cpu"
+    link = measure_link(device, 4 * largest, state.pin_memory)
+    host_s = measure_update(torch.device("cpu"), largest)
+    return BackwardCosts(
+        state_bytes=master + share_kept * moment_bytes,
+        room=max(state.first_slots, 1) * min(largest, state.slice_numel or largest) / ranks,
+        flops_s=measure_flops(device, dtype, 1024 if on_cpu else 4096),
+        link=link if state.residency == "host" else None,
+        host_link=link,
+        weight_bytes=dtype.itemsize,
+        device_s=host_s if on_cpu else measure_update(device, largest),
+        host_s=host_s,
+        both_ways=state.first_slots > 1,
+        prefetch=state.prefetch,
+        ranks=ranks,
+    )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ from deepspeed import comm as deepspeed_comm
 from torch import nn
 
 from hift_ds.errors import TrainingError
+from hift_ds.ranks import gather
+from hift_ds.store import host
+from hift_ds.store.speeds import Link
 from tests.distributed.test_partitioned import KEEP_NOTHING, values
 from tests.helpers.distributed import run_distributed
 from tests.helpers.engines import ds_config, make_engine, train_step
@@ -34,9 +37,23 @@ CASES: dict[str, tuple[dict, dict, dict, dict]] = {
     ),
     "Muon": ({"optimizer": "Muon"}, {"group_size": "all", "always_active": ["head"]}, {}, {}),
     "Muon, stage 3": ({"optimizer": "Muon", "stage": 3}, {"group_size": "all"}, KEEP_NOTHING, {}),
+    "split, slices, experts": (
+        {"params": {"weight_decay": 0.1}},
+        {"group_size": "all", "state": {"step_on": "split", "host_share": 0.4, "slots": 2, "slice_numel": 17}},
+        {}, {"experts": True},
+    ),
+    "split, stage 3, taken back": (
+        {"stage": 3, "clip": 0.1},
+        {"group_size": 2, "clipping": "speculative", "state": {"step_on": "split", "host_share": 0.4}},
+        KEEP_NOTHING, {},
+    ),
+    "taken back, Muon": ({"optimizer": "Muon", "clip": 0.1}, {"group_size": 3, "clipping": "speculative"}, {}, {}),
     "turns, slices": ({}, {"group_size": 2, "steps_per_group": 2, "state": {"slice_numel": 11, "slots": 2}}, {}, {}),
 }  # fmt: skip
-FEW = ("all", "experts", "stage 2, accumulation, clipping", "stage 3", "Muon, stage 3")
+FEW = (
+    "all", "experts", "stage 2, accumulation, clipping", "stage 3", "Muon, stage 3", "split, slices, experts",
+    "split, stage 3, taken back", "taken back, Muon",
+)  # fmt: skip
 
 
 class WithExperts(Toy):
@@ -65,7 +82,12 @@ def difference(name: str, rank: int, world_size: int) -> str:
     build = (lambda: WithExperts(rank, world_size)) if model.pop("experts", False) else (lambda: Toy(**model))
     gas, batches, results = options.get("gas", 1), make_batches(6), []
     for update in ("after_backward", "in_backward"):
-        engine = make_engine(build(), {**config, "hift": {**hift, "update": update}})
+        block = {**hift, "update": update}
+        if update == "after_backward":  # the exact norm, and one processor for all
+            block.pop("clipping", None)
+            block["state"] = {**hift.get("state", {}), "step_on": "device"}
+            block["state"].pop("host_share", None)
+        engine = make_engine(build(), {**config, "hift": block})
         reports = []
         for step in range(2 * engine.schedule.steps_per_cycle + 1):
             train_step(engine, [batches[(step * gas + i) % 6] for i in range(gas)], rank, world_size)
@@ -81,7 +103,21 @@ def difference(name: str, rank: int, world_size: int) -> str:
 def job(names: list[str]) -> list[str]:
     rank, world_size = deepspeed_comm.get_rank(), deepspeed_comm.get_world_size()
     found = [text for name in names if (text := difference(name, rank, world_size))]
-    return found + bad_loss_on_one_rank(rank, world_size)
+    return found + bad_loss_on_one_rank(rank, world_size) + auto_size_of_ranks(rank, world_size)
+
+
+def auto_size_of_ranks(rank: int, world_size: int) -> list[str]:
+    """The last rank's link hides fewer layers: all take what it does."""
+    speed = 1e3 if rank == world_size - 1 else 1e15
+    host.measure_link = lambda *args: Link(speed, speed)
+    config = ds_config(
+        world_size=world_size, hift={"group_size": "auto", "update": "in_backward", "tokens_per_step": 1}
+    )
+    engine = make_engine(Toy(), config)
+    train_step(engine, make_batches(1), rank, world_size)
+    sizes = gather(engine.hift.group_size)
+    engine.destroy()
+    return [] if len(set(sizes)) == 1 and sizes[0] != "all" else [f"group sizes {sizes}"]
 
 
 def bad_loss_on_one_rank(rank: int, world_size: int) -> list[str]:

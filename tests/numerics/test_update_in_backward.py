@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import tempfile
+import threading
 
 import pytest
 import torch
@@ -331,6 +332,122 @@ def test_backward_goes_on_after_a_part_was_updated():
     ((_, changed),) = seen
     assert {n.split(".")[0] for n in changed} == {"layers", "norm", "head"}
     assert not any(n.startswith("layers.0") for n in changed) and "layers.1.down.weight" in changed
+    engine.destroy()
+
+
+# -- some updates on the host, some on the device -------------------------------------------------------------------
+
+SPLITS = {
+    "after backward": ({}, {"update": "after_backward", "group_size": 2}),
+    "after backward, slices": (BF16, {"update": "after_backward", "state": {"slice_numel": 17, "slots": 2}}),
+    "all": ({}, {"group_size": "all", "state": {"slots": 2}}),
+    "slices, accumulation": ({**BF16, "gas": 2}, {"group_size": "all", "state": {"slots": 2, "slice_numel": 17}}),
+    "states on the device": (BF16, {"group_size": 3, "state": {"residency": "device"}}),
+    "split master, int8 moments": (BF16, {"group_size": "all", "state": {"codec": "split_master+int8_moments"}}),
+    "no masters, stochastic": (BF16, {"group_size": 3, "master_weights": False, "stochastic_rounding": True}),
+    "clipped": ({"clip": 0.05}, {"group_size": "all"}),
+    "clipped per part": ({"clip": 0.05}, {"group_size": "all", "clipping": "per_part"}),
+    "clipped by speculation": ({"clip": 0.3, **BF16}, {"group_size": 3, "clipping": "speculative"}),
+    "always active": ({}, {"group_size": 2, "always_active": ["gain"]}),
+    "Muon": ({"optimizer": "Muon"}, {"group_size": "all"}),
+    "Adafactor": ({"optimizer": "Adafactor"}, {"group_size": "all"}),
+    "stage 3": ({"stage": 3}, {"group_size": "all"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_an_update_is_the_same_on_the_host(name):
+    """Bit for bit what ``step_on: device`` makes, here where both are one processor; and both places have work."""
+    options, hift = copy.deepcopy(SPLITS[name])
+    gas = options.get("gas", 1)
+    hift = {"update": "in_backward", **hift}
+    split = {**hift, "state": {**hift.get("state", {}), "step_on": "split", "host_share": 0.4}}
+    pair = [make_engine(Toy(), ds_config(lr=1e-3, hift=block, **options)) for block in (hift, split)]
+    threads, updates = set(), pair[1].optimizer._update_on_host
+
+    def update_on_host(*args):
+        threads.add(threading.current_thread().name)
+        return updates(*args)
+
+    pair[1].optimizer._update_on_host = update_on_host
+    on_host = pair[1].optimizer.states.on_host
+    chunks = {c.id for g in pair[1].optimizer.groups.values() for c in g.chunks}
+    assert on_host and chunks - on_host
+    batches = make_batches(6 * gas)
+    for step in range(2 * pair[0].schedule.steps_per_cycle + 2):
+        micro_batches = [batches[(step * gas + i) % len(batches)] for i in range(gas)]
+        losses = [train_step(engine, micro_batches) for engine in pair]
+        assert losses[0] == losses[1] and same_weights(*pair), step
+        assert pair[0].last_report.grad_norm == pair[1].last_report.grad_norm
+    assert all("host-updates" in thread for thread in threads) and threads
+    assert pair[0].coverage() == pair[1].coverage()
+    for engine in pair:
+        engine.destroy()
+
+
+def test_a_checkpoint_keeps_the_hosts_share(tmp_path, monkeypatch, caplog):
+    """As it keeps the group size; a share that is given counts as it is given."""
+    shares = iter([0.3, 0.7])
+    monkeypatch.setattr("hift_ds.engine.build.fastest_share", lambda *args: next(shares))
+    config = in_backward(ds_config(), group_size="all", state={"step_on": "split", "slots": 2})
+    engine = make_engine(Toy(), copy.deepcopy(config))
+    batches = make_batches(6)
+    for batch in batches[:3]:
+        train_step(engine, [batch])
+    engine.save_checkpoint(str(tmp_path))
+    resumed = make_engine(Toy(seed=4), copy.deepcopy(config))
+    assert resumed.optimizer.states.on_host != engine.optimizer.states.on_host
+    resumed.load_checkpoint(str(tmp_path))
+    assert resumed.optimizer.states.on_host == engine.optimizer.states.on_host
+    assert "30%" in caplog.text
+    given = copy.deepcopy(config)
+    given["hift"]["state"]["host_share"] = 1.0
+    other = make_engine(Toy(seed=4), given)
+    other.load_checkpoint(str(tmp_path))
+    for batch in batches[3:]:
+        for one in (engine, resumed, other):
+            train_step(one, [batch])
+        assert same_weights(engine, resumed) and same_weights(engine, other)
+    assert len(other.optimizer.states.on_host) == 5
+    for one in (engine, resumed, other):
+        one.destroy()
+
+
+def test_the_host_takes_part_by_what_is_measured():
+    config = in_backward(ds_config(), group_size="all", state={"step_on": "split"})
+    engine = make_engine(Toy(), config)
+    assert 0.0 <= engine.optimizer.states.split.share <= 1.0
+    engine.destroy()
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"step_on": "split", "residency": "disk", "path": "x"}, "residency"),
+        ({"step_on": "split", "residency": "auto"}, "residency"),
+        ({"host_share": 0.5}, "host_share"),
+    ],
+)
+def test_what_a_split_is_refused_with(state, words):
+    with pytest.raises(ConfigError, match=words):
+        make_engine(Toy(), ds_config(hift={"state": state}))
+
+
+def test_an_optimizer_that_two_threads_may_not_step_is_not_split():
+    class Own(torch.optim.SGD):
+        pass
+
+    model = Toy()
+    config = ds_config(optimizer=None, hift={"state": {"step_on": "split", "host_share": 0.5}})
+    with pytest.raises(ConfigError, match="two threads"):
+        make_engine(model, config, optimizer=Own(model.parameters(), lr=0.1))
+
+
+def test_a_failed_update_on_the_host_is_the_steps_error():
+    engine = make_engine(Toy(), in_backward(ds_config(), group_size="all", state={"step_on": "split", "host_share": 1}))
+    engine.optimizer.host_updates.piecewise.step = lambda *args: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        train_step(engine, make_batches(1))
     engine.destroy()
 
 

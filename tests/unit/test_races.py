@@ -63,6 +63,18 @@ ROWS = {
             undoes=True, steps=4,
         ), 300,
     ),
+    "split": (
+        Row(hift={"group_size": 2, **state(slots=2, step_on="split", host_share=0.5)}, steps=9), 40,
+    ),
+    "in backward, split": (
+        Row(hift={**IN_BACKWARD, **state(slots=2, step_on="split", host_share=0.5)}, clip=0.0, steps=5), 60,
+    ),
+    "in backward, split, taken back, 2 ranks": (
+        Row(
+            hift={**IN_BACKWARD, "clipping": "speculative", **state(slots=2, step_on="split", host_share=0.5)},
+            undoes=True, stage=2, world_size=2, steps=5,
+        ), 200,
+    ),
     "in backward, stage 3, 2 ranks": (
         Row(hift=IN_BACKWARD, clip=0.0, stage=3, world_size=2, more=ALL_GATHERED, steps=5), 60,
     ),
