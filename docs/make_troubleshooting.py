@@ -96,6 +96,10 @@ def _text(node: ast.expr) -> str:
 # first.
 EXPLAINED = [
     (
+        r"a second gradient came in one backward",
+        "Gradients travel to the other ranks as soon as backward has brought them, and this model brings one in several parts (a backward within a backward). With `overlap_comm: false` they travel after backward.",
+    ),
+    (
         r"is in use by another run",
         "Another `hift-ds train` writes into this run folder; the line names its process, host and start. The lock ends with that process, so there is nothing to delete.",
     ),
@@ -366,14 +370,6 @@ EXPLAINED = [
     (
         r"the DeepSpeed config has no",
         'The Trainer trains through our engine only with a `"hift"` block. Add it as the line says.',
-    ),
-    (
-        r"a second gradient came in one backward",
-        "Gradients travel to the other ranks as soon as backward has brought them, and this model brings one in several parts (a backward within a backward). With `overlap_comm: false` they travel after backward.",
-    ),
-    (
-        r"steps waited .* of their time",
-        "The steps of a cycle were slower than their forward, backward and update; the line says for what they waited and what would help. Nothing is wrong with the result.",
     ),
     (
         r"cannot be run ahead",
