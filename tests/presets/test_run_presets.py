@@ -18,6 +18,7 @@ from hift_ds.train.settings import (
     resolve_dtype,
     training_arguments,
 )
+from hift_ds.train.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "model_zoo" / "presets").glob("*.yaml"))
@@ -41,7 +42,7 @@ def test_preset_is_complete(file, tmp_path, monkeypatch):
         options = training_arguments(resolve(run, world_size), dtype, has_eval=True)
         assert options["deepspeed"]["train_batch_size"] == run.train.global_batch_size
         assert options["bf16"] == (dtype == "bf16") == ("bf16" in run.deepspeed)
-    assert run.data.max_length <= model_zoo.config(size_of(file)).max_position_embeddings
+    assert run.data.max_length <= getattr(model_zoo.config(size_of(file)), "max_position_embeddings", 512)
     assert run.train.output_dir == f"runs/{file.stem}"
 
 
@@ -65,6 +66,10 @@ def test_header_gives_the_command_and_true_numbers(file):
     assert billions == pytest.approx(numel / 1e9, abs=0.005)
     assert weights_gb == pytest.approx((4 if is_fp32 else 2) * numel / 1e9, abs=0.05)
     assert host_gb == pytest.approx((8 if is_fp32 else 12) * numel / 1e9, abs=0.05)
+
+
+def test_every_task_has_one():
+    assert {load_run_config(file).task for file in FILES} >= set(TASKS) - {"text"}  # which needs texts of one's own
 
 
 def test_the_common_models_have_one():
