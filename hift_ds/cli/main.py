@@ -38,7 +38,8 @@ COMMANDS = {
         "hift_ds.cli.eval", "held-out loss and perplexity of what a run has made, or benchmarks of lm-eval"
     ),
     "predict": Command("hift_ds.cli.predict", "answer the rows of a file, many at once"),
-    "plot": Command("hift_ds.cli.plot", "draw loss.png and groups.png of a run, finished or not"),
+    "report": Command("hift_ds.cli.report", "write one HTML page about a run, finished or not"),
+    "plot": Command("hift_ds.cli.plot", "draw the pictures of a run, finished or not"),
     "estimate": Command(
         "hift_ds.cli.estimate",
         "count how much memory a run will take, before anything is rented or loaded",

@@ -1,8 +1,15 @@
-"""``hift-ds plot RUN_DIR``: draw loss.png, groups.png and transfers.png of a run, finished or not."""
+"""``hift-ds plot RUN_DIR``: the pictures of a run, finished or not, drawn from its metrics."""
 
 from __future__ import annotations
 
 import argparse
+
+EXAMPLES = """examples:
+  hift-ds plot runs/first
+
+Into the run folder: loss.png; groups.png (which layer group moved when, and how far); memory.png (peak memory of each
+group beside its forecast); transfers.png if steps waited for optimizer states.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -83,8 +83,7 @@ def model_card(run: RunSummary, *, has_chat_template: bool = False, auto: str = 
         "## Coverage",
         coverage_line(run),
         "## Versions",
-        ", ".join(f"{name} {version}" for name, version in run.results.get("environment", {}).items() if version)
-        or "not recorded",
+        versions_line(run) or "not recorded",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -117,6 +116,11 @@ def settings_table(run: RunSummary) -> list[tuple[str, str]]:
             1, ("layer groups", f"{groups} of {run.hift.get('group_size')} units, {run.hift.get('order')}{master}")
         )
     return rows
+
+
+def versions_line(run: RunSummary) -> str:
+    """What the run was made with; empty if it has not ended."""
+    return ", ".join(f"{name} {version}" for name, version in run.results.get("environment", {}).items() if version)
 
 
 def coverage_line(run: RunSummary) -> str:

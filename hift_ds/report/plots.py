@@ -1,5 +1,5 @@
-"""``loss.png``, ``groups.png`` and ``transfers.png``, drawn from a run folder's files alone, during the run or years
-later."""
+"""``loss.png``, ``groups.png``, ``memory.png`` and ``transfers.png``, drawn from a run folder's files alone, during the
+run or years later."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hift_ds.errors import DataError
-from hift_ds.report.groups import GroupSummary, read_groups
-from hift_ds.report.metrics import FILE_NAME, EvalRecord, Metrics, StepRecord, read_metrics
-from hift_ds.report.transfers import has_transfers, transfers_figure
+from hift_ds.report.groups import GroupSummary
+from hift_ds.report.metrics import EvalRecord, Metrics, StepRecord
+from hift_ds.report.run_summary import GroupMemory, RunSummary, read_run
+from hift_ds.report.transfers import are_worth_a_picture, transfers_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _INK, _FAINT, _GRID = "#1f2933", "#9aa5b1", "#e4e7eb"
 _RAW, _SMOOTH, _EVAL, _SKIPPED, _BAR = "#a3bfe8", "#1f5fbf", "#d9480f", "#c92a2a", "#4c78a8"
+_MAX_CYCLE_LINES = 15
 _MAX_COLUMNS = 450  # of the raster: two pixels each on a common screen
 
 
@@ -30,31 +31,56 @@ def plot_run(run_dir: str | Path) -> list[Path]:
     Raises:
         DataError: the folder has no metrics.
     """
-    run_dir = Path(run_dir)
-    metrics = read_metrics(run_dir)
-    if not metrics.steps:
-        raise DataError(f"{str(run_dir / FILE_NAME)!r} holds no optimizer step; expected the folder of a run")
-    paths = [run_dir / "loss.png"]
-    _save(loss_figure(metrics), paths[0])
-    if any("group" in record for record in metrics.steps):
-        paths.append(run_dir / "groups.png")
-        _save(groups_figure(metrics.steps, read_groups(run_dir)), paths[1])
-    if has_transfers(metrics.steps):
-        paths.append(run_dir / "transfers.png")
-        _save(transfers_figure(metrics.steps), paths[-1])
+    paths = []
+    for name, figure in figures(read_run(run_dir)).items():
+        paths.append(Path(run_dir) / f"{name}.png")
+        _save(figure, paths[-1])
     return paths
 
 
-def loss_figure(metrics: Metrics) -> Figure:
-    """Loss per step, raw and smoothed, with evaluations and cycles; below it the learning rate."""
+def figures(run: RunSummary) -> dict[str, Figure]:
+    """The pictures of a run that have something to show, by name, most important first."""
+    steps = run.metrics.steps
+    out = {"loss": loss_figure(run.metrics, run.name, best_step=run.results.get("best_step"))}
+    if any("group" in record for record in steps):
+        out["groups"] = groups_figure(steps, run.groups, run.name)
+    if any(group.peak is not None for group in run.memory):
+        out["memory"] = memory_figure(run.memory, run.name)
+    if are_worth_a_picture(steps):
+        out["transfers"] = transfers_figure(steps)
+    return out
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as the contents of a PNG file."""
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    out = io.BytesIO()
+    # Not pyplot: it would choose a backend for the whole process, and open a display where there is one.
+    FigureCanvasAgg(figure)
+    figure.savefig(out, dpi=150, format="png")
+    return out.getvalue()
+
+
+def loss_figure(metrics: Metrics, title: str = "", best_step: int | None = None) -> Figure:
+    """Loss per step, raw and smoothed, with evaluations and cycles; below it the learning rate.
+
+    Args:
+        title: of the picture.
+        best_step: of whose weights are kept, if they are not the last.
+    """
     from matplotlib.figure import Figure
 
     records = [r for r in metrics.steps if r.get("loss") is not None]
-    figure = Figure(figsize=(10, 5.6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    figure = Figure(figsize=(10, 5.8), layout="constrained")
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=_INK)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
     if records:
         _draw_loss(top, records, span=max(_cycle_length(metrics.steps), len(records) // 40))
-    _draw_evaluations(top, metrics)
+    _draw_evaluations(top, metrics, best_step)
     skipped = [r["step"] for r in metrics.steps if r.get("skipped")]
     if skipped:
         marks = top.get_xaxis_transform()
@@ -63,13 +89,7 @@ def loss_figure(metrics: Metrics) -> Figure:
     top.set_ylabel("loss")
     if top.get_legend_handles_labels()[0]:
         top.legend(frameon=False, loc="upper right", ncols=4)
-
-    rates = [(r["step"], r["lr"]) for r in metrics.steps if r.get("lr") is not None]
-    if rates:
-        bottom.plot(*zip(*rates, strict=True), color=_INK, linewidth=1.2, drawstyle="steps-mid")
-        bottom.set_ylim(0, max(rate for _, rate in rates) * 1.15 or 1)
-        bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    bottom.set_ylabel("learning rate")
+    _draw_rates(bottom, metrics.steps)
     bottom.set_xlabel("optimizer step")
     _whole_steps(bottom, [*metrics.evals, *metrics.steps])
     for axes in (top, bottom):
@@ -78,7 +98,31 @@ def loss_figure(metrics: Metrics) -> Figure:
     return figure
 
 
-def groups_figure(steps: Sequence[StepRecord], groups: Sequence[GroupSummary] = ()) -> Figure:
+def memory_figure(groups: Sequence[GroupMemory], title: str = "") -> Figure:
+    """Peak memory of the steps of each group, beside its forecast where there is one; bottom of the model first."""
+    from matplotlib.figure import Figure
+
+    height = min(max(1.8 + 0.2 * len(groups), 3.0), 11)
+    figure = Figure(figsize=(9.5, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(f"{title}: peak memory while a group trains" if title else "peak memory while a group trains",
+                   loc="left", fontsize=11)  # fmt: skip
+    axes.barh(range(len(groups)), [group.peak or 0.0 for group in groups], height=0.72, color=_BAR, label="measured")
+    forecasts = [(row, group.forecast) for row, group in enumerate(groups) if group.forecast is not None]
+    for number, (row, value) in enumerate(forecasts):
+        label = "forecast: at most" if number == 0 else None
+        axes.plot([value, value], [row - 0.42, row + 0.42], color=_EVAL, linewidth=2, label=label)
+    every = math.ceil(len(groups) / 45)
+    axes.set_yticks(range(0, len(groups), every), [_short(group.name) for group in groups[::every]])
+    axes.tick_params(axis="y", length=0, labelsize=9 if len(groups) <= 30 else 8)
+    axes.set_xlabel("GiB, on the first rank")
+    axes.set_xlim(0, 1.02 * max([group.peak or 0.0 for group in groups] + [value for _, value in forecasts]) or 1)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.55, 1.0), ncols=2, borderaxespad=0.2)
+    _plain(axes, grid="x")
+    return figure
+
+
+def groups_figure(steps: Sequence[StepRecord], groups: Sequence[GroupSummary] = (), title: str = "") -> Figure:
     """Which group moved when, coloured by gradient norm; if measured, how far each one moved in the end."""
     from matplotlib.figure import Figure
 
@@ -86,14 +130,17 @@ def groups_figure(steps: Sequence[StepRecord], groups: Sequence[GroupSummary] = 
     rows = _rows(steps, groups)
     moved = [group.relative if group else None for _, group in rows]
     has_bars = any(value is not None for value in moved)
-    height = min(max(2.2 + 0.17 * len(rows), 3.6), 11)
+    height = min(max(2.8 + 0.17 * len(rows), 4.2), 11)
     figure = Figure(figsize=(12 if has_bars else 9.5, height), layout="constrained")
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=_INK)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1)) if has_bars else (figure.subplots(), None)
 
     _draw_raster(figure, left, steps, [index for index, _ in rows])
     _name_rows(left, rows, steps)
     if right is not None:
-        _draw_bars(right, moved)
+        turns = {record["group"] for record in steps}
+        _draw_bars(right, moved, [index in turns for index, _ in rows])
     return figure
 
 
@@ -120,16 +167,32 @@ def _draw_loss(axes: Axes, records: list[StepRecord], span: int) -> None:
     axes.set_ylim(low - margin, high + 2.5 * margin)
 
 
-def _draw_evaluations(axes: Axes, metrics: Metrics) -> None:
+def _draw_evaluations(axes: Axes, metrics: Metrics, best_step: int | None) -> None:
     points = [(r["step"], r["eval_loss"]) for r in metrics.evals if r.get("eval_loss") is not None]
     if not points:
         return
     style: dict[str, Any] = {"color": _EVAL, "marker": "D", "markersize": 5 if len(points) <= 60 else 3}
     axes.plot(*zip(*points, strict=True), linewidth=1.2, label="evaluation", zorder=3, clip_on=False, **style)
+    if (best := dict(points).get(best_step)) is not None:
+        label = f"best: {best:.4g} at step {best_step}, kept"
+        axes.plot([best_step], [best], "o", markersize=11, markerfacecolor="none", color=_INK, label=label, zorder=4)
     values = [value for _, value in points]
     low, high = axes.get_ylim()
     if math.isfinite(max(values)):
         axes.set_ylim(min(low, min(values) - 0.03 * (high - low)), max(high, max(values) + 0.15 * (high - low)))
+
+
+def _draw_rates(axes: Axes, steps: Sequence[StepRecord]) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    rates = [(r["step"], r["lr"]) for r in steps if r.get("lr") is not None]
+    if rates:
+        axes.plot(*zip(*rates, strict=True), color=_INK, linewidth=1.2, drawstyle="steps-mid")
+        axes.set_ylim(0, max(rate for _, rate in rates) * 1.15 or 1)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
+    # Each tick whole, not a factor of ten above the axis, where it runs into the picture above.
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value else "0"))
+    axes.set_ylabel("learning rate")
 
 
 def smoothed(values: np.ndarray, span: int) -> np.ndarray:
@@ -161,11 +224,11 @@ def _cycle_length(steps: Sequence[StepRecord]) -> int:
 
 
 def _mark_cycles(axes: Axes, steps: Sequence[StepRecord]) -> None:
-    """Faint lines where cycles begin while they can be told apart, and cycle numbers along the top."""
+    """Faint lines where cycles begin while they do not hatch the picture, and cycle numbers along the top."""
     starts = _cycle_starts(steps)
     if not starts:
         return
-    if len(starts) <= 50:
+    if len(starts) <= _MAX_CYCLE_LINES:
         for step, _ in starts[1:]:
             axes.axvline(step - 0.5, color=_GRID, linewidth=1, zorder=0)
     stride = next(s * 10**e for e in range(9) for s in (1, 2, 5) if len(starts) <= 12 * s * 10**e)
@@ -235,11 +298,11 @@ def _draw_raster(figure: Figure, axes: Axes, steps: list[StepRecord], rows: list
     axes.set_xlabel("optimizer step")
     axes.set_title("which group moved when" + (f" (a column is {width} steps)" if width > 1 else ""), fontsize=11)
     _whole_steps(axes, steps)
-    bar = figure.colorbar(shown, ax=axes, pad=0.01, fraction=0.03, extend="both")
-    ticks = np.geomspace(norm.vmin, norm.vmax, 5)
-    bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+    bar = figure.colorbar(shown, ax=axes, location="bottom", pad=0.02, fraction=0.03, aspect=50, extend="both")
+    ticks = round_ticks(norm.vmin, norm.vmax)
+    bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.minorticks_off()
-    bar.set_label("gradient norm")
+    bar.set_label("gradient norm of the group's step (grey: not its turn)")
     bar.outline.set_visible(False)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -249,32 +312,55 @@ def _draw_raster(figure: Figure, axes: Axes, steps: list[StepRecord], rows: list
     axes.tick_params(which="minor", length=0)
 
 
+def round_ticks(low: float, high: float, most: int = 8) -> list[float]:
+    """1, 2 and 5 times powers of ten between ``low`` and ``high``; powers of ten alone where these are too many; the
+    ends where none lies between."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1,)):
+        ticks = [f * 10.0**e for e in exponents for f in factors if low <= f * 10.0**e <= high]
+        if len(ticks) <= most:
+            break
+    else:
+        ticks = ticks[:: math.ceil(len(ticks) / most)]
+    return ticks or [float(f"{low:.2g}"), float(f"{high:.2g}")]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 28 else name[:27] + "…"
+
+
 def _name_rows(axes: Axes, rows: list[tuple[int, GroupSummary | None]], steps: list[StepRecord]) -> None:
     names = {record["group"]: record.get("group_name") or str(record["group"]) for record in steps}
     names |= {index: group.name for index, group in rows if group is not None}
     every = math.ceil(len(rows) / 45)
     shown = range(0, len(rows), every)
     labels = [names[rows[row][0]] + (" (always)" if rows[row][0] < 0 else "") for row in shown]
-    axes.set_yticks(list(shown), [label if len(label) <= 28 else label[:27] + "…" for label in labels])
+    axes.set_yticks(list(shown), [_short(label) for label in labels])
     axes.tick_params(axis="y", length=0, labelsize=9 if len(rows) <= 30 else 8)
     for row, (index, _) in enumerate(rows):
         if index < 0:
             axes.axhspan(row - 0.5, row + 0.5, color=_FAINT, alpha=0.5)
 
 
-def _draw_bars(axes: Axes, moved: list[float | None]) -> None:
+def _draw_bars(axes: Axes, moved: list[float | None], had_turns: list[bool]) -> None:
     percent = [100 * value if value is not None else 0.0 for value in moved]
     axes.barh(range(len(percent)), percent, height=0.72, color=_BAR)
     axes.set_xlim(0, max(percent) * 1.22 or 1)
     if len(percent) <= 45:
         for row, value in enumerate(percent):
-            label = f" {value:.2g}" if value else (" 0" if moved[row] is not None else " ?")
+            label = f" {percent_text(value)}" if value else (" 0" if moved[row] is not None else " ?")
+            label = label if value or had_turns[row] else " never trained"
             axes.text(value, row, label, va="center", fontsize=8, color=_INK if value else _SKIPPED)
     axes.set_xlabel("% of the group's weight norm")
     axes.set_title("how far it moved", fontsize=11)
     axes.tick_params(axis="y", which="both", length=0, labelleft=False)
     _plain(axes, grid="x")
     axes.spines["left"].set_visible(False)
+
+
+def percent_text(value: float) -> str:
+    """Two digits, and never an exponent for large ones: "0.031", "2.7", "180"."""
+    return f"{float(f'{value:.2g}'):,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def _plain(axes: Axes, grid: str = "y") -> None:
@@ -293,8 +379,4 @@ def _whole_steps(axes: Axes, records: Sequence[StepRecord | EvalRecord]) -> None
 
 
 def _save(figure: Figure, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    # Not pyplot: it would choose a backend for the whole process, and open a display where there is one.
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=150)
+    path.write_bytes(png(figure))

@@ -92,7 +92,7 @@ class RunSummary:
     @property
     def hift(self) -> Mapping[str, Any] | None:
         """The "hift" block in force; None: full fine-tuning."""
-        return self.deepspeed.get("hift")
+        return self.deepspeed.get("hift", {} if self.groups else None)
 
     @property
     def evaluations(self) -> list[tuple[int, float]]:
@@ -144,7 +144,7 @@ def read_run(folder: str | Path) -> RunSummary:
     folder = Path(folder)
     metrics = read_metrics(folder)
     if not metrics.steps:
-        raise DataError(f"{str(folder)!r} holds no metrics of an optimizer step; expected the folder of a run")
+        raise DataError(f"{str(folder)!r} holds no optimizer step; expected the folder of a run")
     settings = folder / SETTINGS_FILE
     return RunSummary(
         folder,

@@ -17,8 +17,14 @@ _HIDDEN, _STALLED, _STEP, _IN, _OUT = "#a3bfe8", "#d9480f", "#1f2933", "#1f5fbf"
 _MAX_BARS = 200
 
 
-def has_transfers(steps: Sequence[StepRecord]) -> bool:
-    return any(record.get("state_bytes_in") or record.get("state_bytes_out") for record in steps)
+WORTH_A_PICTURE = 0.01  # of the steps' time that they waited; below it one number says all
+
+
+def are_worth_a_picture(steps: Sequence[StepRecord]) -> bool:
+    """Something moved, and steps waited for it."""
+    moved = any(record.get("state_bytes_in") or record.get("state_bytes_out") for record in steps)
+    stalled, total = (float(np.nansum(column(steps, key))) for key in ("stalled_s", "step_time_s"))
+    return moved and total > 0 and stalled / total > WORTH_A_PICTURE
 
 
 def transfers_figure(steps: Sequence[StepRecord]) -> Figure:

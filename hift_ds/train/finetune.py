@@ -49,6 +49,8 @@ from hift_ds.ranks import avoid_broken_links, gather, on_all_ranks, rank_and_wor
 from hift_ds.report.coverage import kept_step
 from hift_ds.report.groups import record_movement
 from hift_ds.report.model_card import write_model_card
+from hift_ds.report.page import FILE_NAME as REPORT_FILE
+from hift_ds.report.page import write_report
 from hift_ds.report.plots import plot_run
 from hift_ds.report.run_summary import RESULTS_FILE, versions
 from hift_ds.train.card import card_here
@@ -126,6 +128,8 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]
     if trainer.preemption.stopped_by is not None:
         results["stopped_by"] = trainer.preemption.stopped_by
         say(f"saved after step {results['steps']}; the same command goes on from there")
+        if arguments.process_index == 0:
+            write_report(run.output_dir)
         return results
     results |= _evaluate(trainer, data)
     restore_cache()
@@ -136,6 +140,7 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]
     if arguments.process_index == 0:
         _write_results(run, results)
         write_model_card(run.output_dir, run.export_dir, TASKS[run.task].auto_class)
+        write_report(run.output_dir)
     for line in closing_lines(run, results):
         say(line)
     return results
@@ -161,6 +166,7 @@ def closing_lines(run: RunConfig, results: Mapping[str, Any]) -> list[str]:
                 told.append(f"{name} {results[f'{key}_before']:,.{digits}f} -> {results[key]:,.{digits}f}")
         lines.append(", ".join(told))
     folder = shlex.quote(str(run.output_dir))
+    lines.append(f"report: {run.output_dir / REPORT_FILE}")
     then = [f"hift-ds chat {folder}"] if task.auto_class == "AutoModelForCausalLM" else []
     then += [f"hift-ds eval {folder}"] if task.is_language_modelling else []
     lines.append(f"next: {'    '.join(then) or task.load_line(str(run.export_dir))}")

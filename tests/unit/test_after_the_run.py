@@ -142,12 +142,13 @@ def test_a_run_that_has_not_ended_or_was_moved(finished, inputs, tmp_path):  # n
 def test_the_last_lines_say_what_came_of_it_and_what_to_type(finished):
     run = load_run_config(finished / "run.yaml")
     results = json.loads((finished / "all_results.json").read_text())
-    first, second = closing_lines(run, results)
+    first, page, second = closing_lines(run, results)
     assert first.startswith(
         f"held-out loss {results['eval_loss_before']:.4f} -> {results['eval_loss']:.4f}, perplexity "
     )
     assert second == f"next: hift-ds chat {finished}    hift-ds eval {finished}"
-    assert closing_lines(run, {}) == [second]
+    assert page == f"report: {finished / 'report.html'}" and (finished / "report.html").is_file()
+    assert closing_lines(run, {}) == [page, second]
 
 
 # -- predict -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from hift_ds.engine.step_notes import SlowSteps, _together
 from hift_ds.report.plots import plot_run
 from hift_ds.report.progress import Pace
-from hift_ds.report.transfers import has_transfers, stretch_means, summary, transfers_figure
+from hift_ds.report.transfers import are_worth_a_picture, stretch_means, summary, transfers_figure
 from hift_ds.step_report import StepReport
 from hift_ds.store.base import CAUSES
 
@@ -44,10 +44,12 @@ def test_long_runs_are_averaged_and_gaps_left_out():
     assert len(figure.axes[0].patches) <= 400
 
 
-@pytest.mark.parametrize(("moved", "drawn"), [(5, True), (0, False)])
-def test_drawn_if_something_moved(moved, drawn, tmp_path):
-    steps = records(3, state_bytes_in=moved, state_bytes_out=0, loss=1.0)
-    assert has_transfers(steps) is drawn
+@pytest.mark.parametrize(
+    ("moved", "waited", "drawn"), [(5, 0.25, True), (0, 0.25, False), (5, 0.02, False)],
+)  # fmt: skip
+def test_drawn_if_steps_waited_for_what_moved(moved, waited, drawn, tmp_path):
+    steps = records(3, state_bytes_in=moved, state_bytes_out=0, loss=1.0, stalled_s=waited)
+    assert are_worth_a_picture(steps) is drawn
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     assert (tmp_path / "transfers.png" in plot_run(tmp_path)) is drawn
     assert (tmp_path / "transfers.png").is_file() is drawn
