@@ -300,7 +300,7 @@ def test_hub_names_and_full_fine_tuning_in_a_card(finished):
     run = read_run(finished)
     data = {"train": ["hub:owner/questions", {"path": "/home/me/b.jsonl", "weight": 2}]}
     settings = {"model": {"path": "owner/base"}, "data": data}
-    text = model_card(dataclasses.replace(run, settings=settings, deepspeed={}, results={}, coverage={}))
+    text = model_card(dataclasses.replace(run, settings=settings, deepspeed={}, groups=[], results={}, coverage={}))
     assert "base_model: owner/base" in text and "- owner/questions" in text
     assert "hub:owner/questions; b.jsonl, weight 2" in text and "/home/me" not in text
     assert "in every optimizer step" in text and "Every trainable weight was updated in every step." in text
