@@ -51,6 +51,12 @@ def _gb(num_bytes: int) -> float:
     return round(num_bytes / 1e9, 1)
 
 
+EXAMPLES = """examples:
+  hift-ds env            # to paste into a report of a problem
+  hift-ds env --json
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print as JSON")
 

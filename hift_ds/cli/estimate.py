@@ -277,6 +277,14 @@ def _method(counted: Counted) -> str:
     return f"counted {where}, on the whole model"
 
 
+EXAMPLES = """examples:
+  hift-ds estimate run.yaml                                      # as `hift-ds train run.yaml` would run here
+  hift-ds estimate --model llama2_7b --batch 4 --length 1024     # without a run file
+  hift-ds estimate run.yaml train.micro_batch_size=8 --json
+What the lines mean, and how it was checked: docs/memory.md
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")

@@ -10,6 +10,12 @@ from typing import Any
 from hift_ds.cli.estimate_input import count_or_all
 from hift_ds.schedule import ORDERS
 
+EXAMPLES = """examples:
+  hift-ds groups path/to/model
+  hift-ds groups llama2_7b --group-size 4      # a size that needs no folder
+  hift-ds groups owner/name --json             # from the Hub: its config alone
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(

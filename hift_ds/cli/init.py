@@ -12,6 +12,8 @@ from hift_ds.shipped import BUNDLED, find
 DATA = f"{BUNDLED}hift_questions"
 LENGTH, ROWS = 1024, 16
 TEMPLATE = """\
+# yaml-language-server: $schema=hift_run.schema.json
+# (completion in an editor, once there: hift-ds schema -o hift_run.schema.json)
 # {title}
 #   hift-ds preview {file}     which tokens are learned from
 #   hift-ds estimate {file}    memory, counted
@@ -55,6 +57,12 @@ COMMENTS = {
     "hift.state.residency": "masters and optimizer states stay on the GPU",
     "train.micro_batch_size": "rows in a forward pass; what is left of the step is accumulated",
 }
+
+
+EXAMPLES = """examples:
+  hift-ds init path/to/model --card 24                   # written for a card with 24 GiB
+  hift-ds init owner/name --data my.jsonl -o my.yaml     # for the card that is here
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

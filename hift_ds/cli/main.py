@@ -12,7 +12,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from hift_ds.errors import INTERRUPTED, PROG, USER_ERROR, HiFTError, OneLineParser, as_missing_extra
@@ -27,6 +27,14 @@ class Command:
     module: str
     help: str
 
+
+EXAMPLES = """examples:
+  hift-ds train smollm2_135m         # runs as it is: model from the Hub, data from the package
+  hift-ds init MODEL --card 24       # a run file for your model and card, to edit
+  hift-ds preview run.yaml           # see what is learned from
+  hift-ds train run.yaml             # train; the same command goes on where it was stopped
+  hift-ds chat runs/NAME             # talk to what came of it
+hift-ds COMMAND --help has more, with examples."""
 
 COMMANDS = {
     "init": Command("hift_ds.cli.init", "write a run file for a model and a card, every common key with a comment"),
@@ -45,6 +53,8 @@ COMMANDS = {
         "count how much memory a run will take, before anything is rented or loaded",
     ),
     "preview": Command("hift_ds.cli.preview", "print the first training samples of a run file, learned tokens marked"),
+    "schema": Command("hift_ds.cli.schema", "print the JSON schema of a run file, for editors"),
+    "completion": Command("hift_ds.cli.completion", "print a script that completes commands and options in a shell"),
     "env": Command(
         "hift_ds.cli.env",
         "print versions, accelerators, memory and disk, for a report of a problem",
@@ -52,22 +62,31 @@ COMMANDS = {
 }
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def make_parser(loaded: Collection[str]) -> argparse.ArgumentParser:
+    """The parser, with the arguments of the commands in ``loaded``, whose modules it imports, and the names of all."""
     parser = OneLineParser(
-        prog=PROG, description="Full-parameter fine-tuning, one layer group at a time, on DeepSpeed."
+        prog=PROG,
+        description="Full-parameter fine-tuning, one layer group at a time, on DeepSpeed.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    called = next((argument for argument in argv if not argument.startswith("-")), None)
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(
             name, help=command.help, description=command.help, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        if name == called:
+        if name in loaded:
             module = importlib.import_module(command.module)
-            subparser.epilog = getattr(module, "EXAMPLES", None)
+            subparser.epilog = module.EXAMPLES
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    called = next((argument for argument in argv if not argument.startswith("-")), None)
+    parser = make_parser({called} if called else set())
     if not argv:
         parser.print_help()
         raise SystemExit(USER_ERROR)

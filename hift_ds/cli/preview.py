@@ -39,6 +39,12 @@ def preview(run: RunConfig, console: Console, num_samples: int = 3, counted_rows
     show_totals(run.data, tokenizer, max_length, console, counted_rows)
 
 
+EXAMPLES = """examples:
+  hift-ds preview run.yaml
+  hift-ds preview run.yaml data.train=other.jsonl -n 5
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_file", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

@@ -25,6 +25,15 @@ WORKER = "hift_ds.train.worker"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
+EXAMPLES = """examples:
+  hift-ds train smollm2_135m                            # a run file and data that come with the package; also on a CPU
+  hift-ds train run.yaml --dry-run                      # everything before the first step, then stop
+  hift-ds train run.yaml train.learning_rate=1e-5 data.train='[a.jsonl, b.jsonl]'
+  hift-ds train run.yaml --num-procs 2
+The same command goes on where a run was stopped. Every key of a run file: docs/run_file.md
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_file", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -39,11 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PORT",
         help="for the processes to meet (default: a free one)",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="read the data, load the model, build the engine, count memory and disk; stop before the first step",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     run = load_run_config(args.run_file, args.overrides)  # a mistake in it is said once, before anything is started
-    arguments = [args.run_file, *args.overrides]
+    arguments = [*(["--dry-run"] if args.dry_run else []), args.run_file, *args.overrides]
     if rank_and_world_size()[1] > 1:  # torchrun or a batch system started this very command on every rank
         return _run_here(arguments)
     accelerators = _visible_accelerators()
@@ -54,10 +67,31 @@ def run(args: argparse.Namespace) -> int:
         expected = f"1 to {len(accelerators)}, the accelerators found" if accelerators else "at least 1"
         raise ConfigError(f"--num-procs: expected {expected}; got {num_procs}")
     if num_procs == 1:
-        return _run_here(arguments)
-    devices = accelerators[:num_procs] or [str(i) for i in range(num_procs)]
-    return _launch(devices, args.master_port or free_port(), arguments, on_cpu=not accelerators,
-                   output_dir=run.output_dir)  # fmt: skip
+        code = _run_here(arguments)
+    else:
+        devices = accelerators[:num_procs] or [str(i) for i in range(num_procs)]
+        code = _launch(devices, args.master_port or free_port(), arguments, on_cpu=not accelerators,
+                       output_dir=run.output_dir)  # fmt: skip
+    if args.dry_run and code == 0:
+        print(_memory_line(args.run_file, args.overrides))
+    return code
+
+
+def _memory_line(run_file: str, overrides: Sequence[str]) -> str:
+    """The most that a step will take, counted as ``hift-ds estimate`` does."""
+    from hift_ds.cli.estimate_input import add_input_arguments, setting_from
+    from hift_ds.errors import HiFTError, OneLineParser
+    from hift_ds.forecast.steps import GIB, Request, read_structure, run_requests, worst_step
+
+    parser = OneLineParser()
+    add_input_arguments(parser)
+    try:
+        setting = setting_from(parser.parse_args([run_file, *overrides]))
+        worst = worst_step(run_requests([Request(setting, read_structure(setting))], 1)[0])
+    except HiFTError as error:
+        return f"memory: not counted ({' '.join(str(error).split())})"
+    most = f"{worst.peak_bytes / GIB:.2f} GiB at most on each device, with {setting.batch} x {setting.length:,} tokens"
+    return f"memory: {most} (more: hift-ds estimate {run_file})"
 
 
 def _run_here(arguments: Sequence[str]) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import DefaultFlowCallback
 
 from hift_ds.checkpoint.files import replace_text
 from hift_ds.checkpoint.folder_lock import FolderLock
@@ -42,6 +43,7 @@ from hift_ds.hf.safetensors_folder import (
     tensor_dtypes,
 )
 from hift_ds.hf.weight_names import skeleton
+from hift_ds.integrations.events import EngineEvents
 from hift_ds.layers.grouping import partition_model
 from hift_ds.out_of_memory import no_traceback_when_full
 from hift_ds.process_group import as_single_process, ensure_process_group
@@ -54,11 +56,16 @@ from hift_ds.report.page import write_report
 from hift_ds.report.plots import plot_run
 from hift_ds.report.run_summary import RESULTS_FILE, versions
 from hift_ds.train.card import card_here
+from hift_ds.train.disk_room import DiskRoomCallback
 from hift_ds.train.fit import CHOSEN, FIT_FILE, Chosen, Facts, apply, choose
 from hift_ds.train.group_size import tokens_per_step
 from hift_ds.train.preflight import CheckedRun, check_run, with_settings
 from hift_ds.train.resumed_settings import SETTINGS_FILE, compare, fingerprint, read_settings, settings_of
 from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig
+<<<<<<< HEAD
+=======
+from hift_ds.train.run_folder_lock import LOCK_FILE, RunFolderLock
+>>>>>>> 6ca4309 (A dry run, help with examples on every verb, completion, schema)
 from hift_ds.train.settings import gives_passes
 from hift_ds.train.spread_masters import gathered_weights
 from hift_ds.train.tasks import TASKS
@@ -70,12 +77,15 @@ logger = logging.getLogger(__name__)
 
 
 @as_single_process()
-def finetune(run: RunConfig) -> dict[str, Any]:
+def finetune(run: RunConfig, dry_run: bool = False) -> dict[str, Any]:
     """Check, load, train, evaluate, export, report.
+
+    Args:
+        dry_run: end where the first step would begin, with the run folder as it was.
 
     Returns:
         The contents of ``all_results.json``, on every rank. If a signal ended the training early there is no
-        evaluation and no export, and ``stopped_by`` names it.
+        evaluation and no export, and ``stopped_by`` names it. Of a dry run: the number of steps to come.
 
     Raises:
         HiFTError: one line for the user, on every rank alike wherever the ranks could agree on it.
@@ -84,15 +94,24 @@ def finetune(run: RunConfig) -> dict[str, Any]:
     ensure_process_group(collective_timeout_s(run.train.hang_timeout_s))
     checked = on_all_ranks(lambda: _check(run))
     is_first = rank_and_world_size()[0] == 0
+<<<<<<< HEAD
     lock = on_all_ranks(lambda: FolderLock(run.output_dir) if is_first else None)
+=======
+    made = is_first and not run.output_dir.exists()
+    lock = on_all_ranks(lambda: RunFolderLock(run.output_dir) if is_first else None)
+>>>>>>> 6ca4309 (A dry run, help with examples on every verb, completion, schema)
     try:
-        return _finetune(checked, print if is_first else _silent)
+        return _finetune(checked, print if is_first else _silent, dry_run)
     finally:
         if lock is not None:
             lock.release()
+        if dry_run and made:
+            (run.output_dir / LOCK_FILE).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is not empty: somebody else is there by now
+                run.output_dir.rmdir()
 
 
-def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]:
+def _finetune(checked: CheckedRun, say: Callable[[str], None], dry_run: bool) -> dict[str, Any]:
     run = checked.run
     checkpoints, damage = on_all_ranks(lambda: find_checkpoints(run.output_dir, run.train.resume))
     if run.train.resume == "auto":
@@ -122,6 +141,8 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None]) -> dict[str, Any]
     on_all_ranks(lambda: check_files_can_be_written(model, tokenizer) if arguments.process_index == 0 else None)
     restore_cache = turn_cache_off(model.config)
     trainer = build_trainer(checked, arguments, model, tokenizer, data)
+    if dry_run:
+        return _rehearse(trainer, checkpoints, say)
     settings = settings_of(run, arguments.deepspeed, model.config.to_dict(), fingerprint(data.train))
     settings[CHOSEN] = chosen.record
     results = _train(trainer, run, checkpoints, settings)
@@ -414,6 +435,39 @@ def _train(trainer: Any, run: RunConfig, checkpoints: list[Path], settings: dict
         if lost is None:
             raise
         raise lost from error
+
+
+class _AtTheFirstStep(Exception):
+    """Everything before it went well."""
+
+
+class _StopsThere(TrainerCallback):
+    def on_train_begin(self, *rest: Any, **kwargs: Any) -> None:
+        raise _AtTheFirstStep
+
+
+@no_traceback_when_full("before the first step")
+def _rehearse(trainer: Any, checkpoints: list[Path], say: Callable[[str], None]) -> dict[str, Any]:
+    """Training up to its first step, a checkpoint's loading included. No callback that writes or reports is told."""
+    handler = trainer.callback_handler
+    quiet = (EngineEvents, DiskRoomCallback, DefaultFlowCallback)
+    handler.callbacks = [callback for callback in handler.callbacks if isinstance(callback, quiet)]
+    handler.callbacks.append(_StopsThere())
+    with contextlib.suppress(_AtTheFirstStep):
+        trainer.train(resume_from_checkpoint=str(checkpoints[0]) if checkpoints else None)
+    state, engine = trainer.state, getattr(trainer, "engine", None)
+    if checkpoints:
+        say(f"would go on from {checkpoints[0]}, step {state.global_step}")
+    if engine is not None:
+        turns = [group.name for group in engine.groups]
+        shown = ", ".join(turns[:3]) + (f", ... {turns[-1]}" if len(turns) > 3 else "")
+        cycles = state.max_steps / engine.schedule.steps_per_cycle
+        say(f"{len(turns)} layer groups, bottom to top: {shown}; {cycles:.1f} cycles")
+        if warning := engine.schedule.too_few_turns(state.max_steps):
+            say(f"WARNING: {warning}")
+    left = state.max_steps - state.global_step
+    say(f"dry run: everything up to the first of {left:,} steps is in order; nothing was trained or written")
+    return {"steps": left}
 
 
 def _compare_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = load_run_config(args.run_file, args.overrides)
         from hift_ds.train.finetune import finetune
 
-        finetune(run)
+        finetune(run, dry_run=args.dry_run)
         _leave_job()
         return 0
     except HiFTError as error:
@@ -83,6 +83,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     argv = [word for given in argv for word in _decoded(given)]
     parser = OneLineParser(prog=PROG, description="Fine-tune as a run file says; started once per rank.")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help="given by some launchers")
+    parser.add_argument("--dry-run", action="store_true", help="end where the first step would begin")
     parser.add_argument("run_file", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_args(argv)
