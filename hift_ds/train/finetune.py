@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import DefaultFlowCallback
 
 from hift_ds.checkpoint.files import replace_text
-from hift_ds.checkpoint.folder_lock import FolderLock
+from hift_ds.checkpoint.folder_lock import LOCK_FILE, FolderLock
 from hift_ds.checkpoint.manifest import latest_tag
 from hift_ds.checkpoint.saved_checkpoint import SavedCheckpoint
 from hift_ds.checkpoint.trainer_folder import find_checkpoints
@@ -43,6 +43,7 @@ from hift_ds.hf.safetensors_folder import (
     tensor_dtypes,
 )
 from hift_ds.hf.weight_names import skeleton
+from hift_ds.integrations.disk_room import DiskRoomCallback
 from hift_ds.integrations.events import EngineEvents
 from hift_ds.layers.grouping import partition_model
 from hift_ds.out_of_memory import no_traceback_when_full
@@ -56,16 +57,11 @@ from hift_ds.report.page import write_report
 from hift_ds.report.plots import plot_run
 from hift_ds.report.run_summary import RESULTS_FILE, versions
 from hift_ds.train.card import card_here
-from hift_ds.train.disk_room import DiskRoomCallback
 from hift_ds.train.fit import CHOSEN, FIT_FILE, Chosen, Facts, apply, choose
 from hift_ds.train.group_size import tokens_per_step
 from hift_ds.train.preflight import CheckedRun, check_run, with_settings
 from hift_ds.train.resumed_settings import SETTINGS_FILE, compare, fingerprint, read_settings, settings_of
 from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig
-<<<<<<< HEAD
-=======
-from hift_ds.train.run_folder_lock import LOCK_FILE, RunFolderLock
->>>>>>> 6ca4309 (A dry run, help with examples on every verb, completion, schema)
 from hift_ds.train.settings import gives_passes
 from hift_ds.train.spread_masters import gathered_weights
 from hift_ds.train.tasks import TASKS
@@ -94,12 +90,8 @@ def finetune(run: RunConfig, dry_run: bool = False) -> dict[str, Any]:
     ensure_process_group(collective_timeout_s(run.train.hang_timeout_s))
     checked = on_all_ranks(lambda: _check(run))
     is_first = rank_and_world_size()[0] == 0
-<<<<<<< HEAD
-    lock = on_all_ranks(lambda: FolderLock(run.output_dir) if is_first else None)
-=======
     made = is_first and not run.output_dir.exists()
-    lock = on_all_ranks(lambda: RunFolderLock(run.output_dir) if is_first else None)
->>>>>>> 6ca4309 (A dry run, help with examples on every verb, completion, schema)
+    lock = on_all_ranks(lambda: FolderLock(run.output_dir) if is_first else None)
     try:
         return _finetune(checked, print if is_first else _silent, dry_run)
     finally:
