@@ -77,7 +77,12 @@ def report_page(run: RunSummary) -> str:
 def next_lines(run: RunSummary) -> str:
     """What to type next."""
     folder = shlex.quote(str(run.folder))
-    return f"hift-ds chat {folder}\nhift-ds eval {folder}\nhift-ds export {folder} OUT --check"
+    task = run.settings.get("task", "sft")
+    verbs = [
+        *(["chat"] if task in ("sft", "text", "dpo", "kto") else []),
+        *(["eval"] if task in ("sft", "text") else []),
+    ]
+    return "\n".join([*(f"hift-ds {verb} {folder}" for verb in verbs), f"hift-ds export {folder} OUT --check"])
 
 
 def _subtitle(run: RunSummary) -> str:
