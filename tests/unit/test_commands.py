@@ -49,7 +49,7 @@ def test_the_first_help_shows_the_way(capsys):
     text = capsys.readouterr().out
     listed, _, examples = text.partition("examples:")
     assert all(re.search(rf"^    {name}\b", listed, re.M) for name in COMMANDS)
-    assert [words[0] for words in commands_in(examples)] == ["train", "init", "preview", "train", "chat"]
+    assert [words[0] for words in commands_in(examples)] == ["train", "init", "preview", "train", "chat", "COMMAND"]
 
 
 # -- completion and schema -----------------------------------------------------------------------------------
