@@ -129,7 +129,7 @@ def test_a_dry_run_finds_what_a_run_would_stop_at(inputs, tmp_path, monkeypatch)
     from hift_ds.errors import CheckpointError
 
     usage = files.disk_usage(tmp_path)._replace(free=1)
-    monkeypatch.setattr("hift_ds.train.disk_room.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("hift_ds.integrations.disk_room.shutil.disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match="are free"):
         finetune(load_run_config(write_run(inputs, tmp_path / "run")), dry_run=True)
 
