@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from hift_ds.train.run_config import RunConfig, load_run_config
+from hift_ds.train.tasks import TASKS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +26,7 @@ def preview(run: RunConfig, console: Console, num_samples: int = 3, counted_rows
         ConfigError: no tokenizer, or a setting is wrong.
         DataError: data is missing or a row is malformed.
     """
-    from hift_ds.data.preview import show_samples, show_totals
+    from hift_ds.data.preview import show_samples, show_task_rows, show_totals
     from hift_ds.data.tokenizers import load_tokenizer
     from hift_ds.hf.model_folder import max_sequence_length, read_config_json, resolve_model
     from hift_ds.train.preflight import resolve_tokenizer_folder
@@ -35,8 +36,13 @@ def preview(run: RunConfig, console: Console, num_samples: int = 3, counted_rows
     folder = resolve_model(run.model.path, trust_remote_code=trust)
     max_length = resolve_max_length(run, max_sequence_length(read_config_json(folder)))
     tokenizer = load_tokenizer(resolve_tokenizer_folder(run, folder), trust_remote_code=trust)
-    show_samples(run.data, tokenizer, max_length, console, num_samples)
-    show_totals(run.data, tokenizer, max_length, console, counted_rows)
+    task = TASKS[run.task]
+    if not task.is_language_modelling:
+        assert task.format is not None
+        show_task_rows(run.data, task.format, tokenizer, max_length, console, num_samples, counted_rows)
+        return
+    show_samples(run.data_of_task, tokenizer, max_length, console, num_samples)
+    show_totals(run.data_of_task, tokenizer, max_length, console, counted_rows)
 
 
 EXAMPLES = """examples:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ from hift_ds.data.config import DataConfig
 from hift_ds.data.encoding import Encoder
 from hift_ds.data.formats import to_sample
 from hift_ds.data.prepare import IGNORED, Tokenize, count_source
-from hift_ds.data.sources import iterate_rows
+from hift_ds.data.sources import guessed, iterate_rows
 from hift_ds.errors import DataError
 
 if TYPE_CHECKING:
@@ -93,6 +95,60 @@ def show_totals(
             line, suspicious = str(error), True
         text = Text(encodable(line, console.encoding), style="yellow" if suspicious else "")
         console.print(text, soft_wrap=True)
+
+
+def show_task_rows(
+    config: DataConfig,
+    format: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    console: Console,
+    num_samples: int = 3,
+    num_rows: int | None = 1000,
+) -> None:
+    """Print the first rows of ``data.train`` as a task other than language modelling reads them, and of each source how
+    many rows there are, how many are longer than ``max_length``, and what labels they have.
+
+    Args:
+        format: of the task's rows, a key of ``task_rows.TASK_FORMATS``.
+        num_rows: of each source, from its beginning; None: all.
+
+    Raises:
+        DataError: data is missing or a row is malformed.
+    """
+    from rich.text import Text
+
+    from hift_ds.data.task_rows import to_example
+
+    def show(text: str, style: str = "") -> None:
+        console.print(Text(encodable(text, console.encoding), style=style), soft_wrap=True)
+
+    shown, totals = 0, []
+    for source in config.train_sources():
+        source = replace(source, format=format)
+        longer, rows, labels = 0, 0, Counter[str]()
+        for row in islice(iterate_rows(source), num_rows):
+            example = to_example(json.loads(row["row"]), format, row["origin"])
+            texts = [value for name, value in example.items() if isinstance(value, str) and name != "label"]
+            length = sum(map(len, tokenizer(texts)["input_ids"])) if texts else 0
+            # A long context of a question is cut into pieces, of which none is lost.
+            rows, longer = rows + 1, longer + (length > max_length and format != "question")
+            labels.update(map(str, [example["label"]] if "label" in example else example.get("tags", ())))
+            if shown < num_samples:
+                shown += 1
+                console.rule(characters=_either("─", "-", console.encoding), style=_CONTEXT)
+                show(f"{row['origin']}   {format}" + (f"   {length:,} tokens" if length else ""), "bold")
+                for name, value in example.items():
+                    said = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                    show(f"{name}: {said}")
+        parts = [f"{source.path}: {'the first ' if rows == num_rows else ''}{rows:,} rows"]
+        parts += [f"labels {', '.join(f'{name} {count:,}' for name, count in labels.most_common(8))}"] if labels else []
+        parts += [f"{longer:,} longer than data.max_length {max_length:,}"] if longer else []
+        parts += [note for note in [guessed(source)] if note]
+        totals.append(("; ".join(parts), "yellow" if longer or len(labels) == 1 else ""))
+    console.rule(characters=_either("─", "-", console.encoding), style=_CONTEXT)
+    for line, style in totals:
+        show(line, style)
 
 
 def encodable(text: str, encoding: str) -> str:

@@ -314,6 +314,44 @@ def test_settings_of_a_version_without_these_keys_are_no_difference():
     assert (found.refused, found.kept, found.changed) == ((), (), ())
 
 
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (
+            "classification",
+            ["text: bad aa", 'label: "negative"', '26 rows; labels "negative" 13, "positive" 13', "a guess"],
+        ),
+        ("dpo_messages", ['chosen: [{"role": "user"', "26 rows"]),
+        ("text", ["26 samples of 26 rows"]),
+    ],
+)
+def test_preview_shows_what_the_task_reads(folders, tmp_path, capsys, kind, expected):
+    from hift_ds.cli.main import main
+
+    assert main(["preview", str(write(folders, tmp_path, kind))]) == 0
+    printed = capsys.readouterr().out
+    for text in expected:
+        assert text in printed, printed
+
+
+def test_without_shuffling_rows_are_trained_on_as_they_stand(folders, tmp_path, monkeypatch):
+    from hift_ds.train.trainer import _DecayMatricesOnly
+
+    seen: list[list[int]] = []
+    monkeypatch.setattr(
+        _DecayMatricesOnly, "training_step",
+        lambda self, model, inputs, *rest: (
+            seen.append(inputs["labels"].tolist()), super(_DecayMatricesOnly, self).training_step(model, inputs, *rest)
+        )[1],
+        raising=False,
+    )  # fmt: skip
+    for shuffle in (False, True):
+        changes = {"data__shuffle": shuffle, "data__val_size": 0, "train__eval_steps": None}
+        file = write(folders, tmp_path, "classification", **changes, train__output_dir=str(tmp_path / str(shuffle)))
+        finetune(load_run_config(file))
+    assert seen[:6] == [[0, 1]] * 6 and seen[6:] != [[0, 1]] * 6
+
+
 # -- rows ------------------------------------------------------------------------------------------------------
 
 
