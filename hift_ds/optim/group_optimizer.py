@@ -360,7 +360,7 @@ class GroupOptimizer:
                 states.keep(group, chunk, i, run, update.state)
                 update.state = None
                 self._publish_run(group, run, update.target)
-            del updates
+            del updates, update  # each holds a gradient: not beside the next batch's
         return changed
 
     def _batches(

@@ -175,7 +175,12 @@ def test_bad_arguments_are_one_line_and_exit_code_2(
 
 def test_an_unknown_command_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert_one_line(["grops"], "invalid choice: 'grops'", capsys)
-    assert_one_line([], "required: COMMAND", capsys)
+
+
+def test_no_command_is_answered_by_the_list_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("usage: hift-ds") and "train" in out and err == ""
 
 
 def assert_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
