@@ -94,7 +94,7 @@ def show_totals(
         except DataError as error:  # the samples above may still be worth seeing
             line, suspicious = str(error), True
         text = Text(encodable(line, console.encoding), style="yellow" if suspicious else "")
-        console.print(text, soft_wrap=True)
+        console.print(text, soft_wrap=not console.is_terminal)
 
 
 def show_task_rows(

@@ -16,6 +16,12 @@ from rich.text import Text
 from hift_ds.report.metrics import StepRecord
 
 
+def print_line(text: str) -> None:
+    """On a terminal wrapped at words, whatever its width; in a log a line stays one line."""
+    console = Console(highlight=False)
+    console.print(Text(text), soft_wrap=not console.is_terminal)
+
+
 class Progress(Protocol):
     """What a run shows; see :func:`make_progress`."""
 

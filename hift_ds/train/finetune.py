@@ -55,6 +55,7 @@ from hift_ds.report.model_card import write_model_card
 from hift_ds.report.page import FILE_NAME as REPORT_FILE
 from hift_ds.report.page import write_report
 from hift_ds.report.plots import plot_run
+from hift_ds.report.progress import print_line
 from hift_ds.report.run_summary import RESULTS_FILE, versions
 from hift_ds.train.card import card_here
 from hift_ds.train.fit import CHOSEN, FIT_FILE, Chosen, Facts, apply, choose
@@ -93,7 +94,7 @@ def finetune(run: RunConfig, dry_run: bool = False) -> dict[str, Any]:
     made = is_first and not run.output_dir.exists()
     lock = on_all_ranks(lambda: FolderLock(run.output_dir) if is_first else None)
     try:
-        return _finetune(checked, print if is_first else _silent, dry_run)
+        return _finetune(checked, print_line if is_first else _silent, dry_run)
     finally:
         if lock is not None:
             lock.release()

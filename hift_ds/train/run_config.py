@@ -151,7 +151,8 @@ class TrainConfig(Section):
                 "auto_find_batch_size: true changes the rows of a step, which global_batch_size: "
                 f"{self.global_batch_size} fixes; remove one"
             )
-        if "best_metric" in self.model_fields_set and not (self.load_best_model_at_end or self.early_stopping.patience):
+        # Not "is it given": a run folder's run.yaml gives every key, and is read again.
+        if self.best_metric != "loss" and not (self.load_best_model_at_end or self.early_stopping.patience):
             raise ValueError(f"best_metric: {self.best_metric} needs load_best_model_at_end or early_stopping.patience")
         if self.load_best_model_at_end:
             if self.save_steps is None or self.eval_steps is None:

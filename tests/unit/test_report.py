@@ -455,3 +455,17 @@ def test_other_ranks_write_and_show_nothing(tmp_path):
     ):
         event(None, state, SimpleNamespace(should_log=False))
     assert not (tmp_path / "run").exists()
+
+
+def test_long_lines_break_at_words_on_a_terminal_and_nowhere_else(capsys, monkeypatch):
+    import hift_ds.report.progress as progress
+
+    line = "train: 1,000 samples of 1,000 rows; " + "12 cut to data.max_length 2,048 (3,000 tokens lost); " * 3
+    progress.print_line(line)
+    assert capsys.readouterr().out.splitlines() == [line]
+    console = progress.Console
+    monkeypatch.setattr(progress, "Console", lambda **options: console(force_terminal=True, width=50, **options))
+    progress.print_line(line)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) > 2 and max(map(len, printed)) <= 50
+    assert " ".join(" ".join(printed).split()) == " ".join(line.split())  # no word was cut in two
