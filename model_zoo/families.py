@@ -51,205 +51,128 @@ DECODER = ("causal_lm", "sequence_classification", "token_classification", "ques
 ENCODER = ("masked_lm", "causal_lm", "sequence_classification", "token_classification", "question_answering")
 
 # fmt: off
+# What most tiny models have in common, without and with grouped keys and values.
+_TINY = dict(
+    vocab_size=67, hidden_size=16, intermediate_size=36, num_hidden_layers=3, num_attention_heads=2,
+    max_position_embeddings=64,
+)
+_GROUPED = dict(_TINY, num_attention_heads=4, num_key_value_heads=2)
+_LLAMA = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "max_position_embeddings head_dim"
+)
+_BERT = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
+_TIED = dict(tie_word_embeddings=True)
+
+
+def _rope(theta: float, **more: Any) -> dict[str, Any]:
+    return dict(rope_parameters={"rope_type": "default", "rope_theta": theta, **more})
+
+
+def _deberta(buckets: int, pooler: int) -> dict[str, Any]:
+    return dict(
+        relative_attention=True, position_buckets=buckets, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm",
+        share_att_key=True, position_biased_input=False, type_vocab_size=0, pooler_hidden_size=pooler,
+    )
+
+
 _ALL = (
     # LLaMA: pre-norm decoder, RMSNorm, SwiGLU, rotary positions; also SmolLM2, Vicuna and many more.
-    Family(
-        "llama", "llama", DECODER,
-        dict(
-            vocab_size=67, hidden_size=16, intermediate_size=36, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64,
-        ),
-        _table(
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-            "num_key_value_heads max_position_embeddings", {
-            "smollm2_135m":   ( 49152,  576,  1536, 30,  9,  3,   8192, dict(tie_word_embeddings=True)),
-            "tinyllama_1_1b": ( 32000, 2048,  5632, 22, 32,  4,   2048),
-            "llama2_7b":      ( 32000, 4096, 11008, 32, 32, 32,   4096),
-            "llama2_13b":     ( 32000, 5120, 13824, 40, 40, 40,   4096),
-            "llama2_70b":     ( 32000, 8192, 28672, 80, 64,  8,   4096),
-            "llama3_8b":      (128256, 4096, 14336, 32, 32,  8,   8192, dict(
-                rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-            )),
-            "llama3_70b":     (128256, 8192, 28672, 80, 64,  8,   8192, dict(
-                rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-            )),
-            "llama3_2_1b":    (128256, 2048,  8192, 16, 32,  8, 131072, dict(
-                tie_word_embeddings=True,
-                rope_parameters={
-                    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-                },
-            )),
-        }),
-    ),
+    Family("llama", "llama", DECODER, _GROUPED, _table(_LLAMA, {
+        "smollm2_135m":   ( 49152,  576,  1536, 30,  9,  3,   8192, None, _TIED),
+        "tinyllama_1_1b": ( 32000, 2048,  5632, 22, 32,  4,   2048),
+        "llama2_7b":      ( 32000, 4096, 11008, 32, 32, 32,   4096),
+        "llama2_13b":     ( 32000, 5120, 13824, 40, 40, 40,   4096),
+        "llama2_70b":     ( 32000, 8192, 28672, 80, 64,  8,   4096),
+        "llama3_8b":      (128256, 4096, 14336, 32, 32,  8,   8192, None, _rope(500000.0)),
+        "llama3_70b":     (128256, 8192, 28672, 80, 64,  8,   8192, None, _rope(500000.0)),
+        "llama3_2_1b":    (128256, 2048,  8192, 16, 32,  8, 131072, None, _TIED | _rope(
+            500000.0, rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=8192,
+        )),
+    })),
     # Mistral: LLaMA's layout with grouped keys and values and a sliding attention window.
-    Family(
-        "mistral", "mistral", DECODER,
-        dict(
-            vocab_size=67, hidden_size=16, intermediate_size=36, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=4, max_position_embeddings=64, sliding_window=8,
-        ),
-        {
-            "mistral_7b": dict(
-                vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768,
-                sliding_window=4096,
-            ),
-        },
-    ),
+    Family("mistral", "mistral", DECODER, dict(_GROUPED, head_dim=4, sliding_window=8), _table(_LLAMA, {
+        "mistral_7b": (32000, 4096, 14336, 32, 32, 8, 32768, None, dict(sliding_window=4096)),
+    })),
     # Mixtral: Mistral's layout with a router and experts in place of each feed-forward layer.
     Family(
         "mixtral", "mixtral", DECODER,
-        dict(
-            vocab_size=67, hidden_size=16, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
-        ),
-        {
-            "mixtral_8x7b": dict(
-                vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768,
-            ),
-        },
+        dict(_GROUPED, intermediate_size=20, num_local_experts=4, num_experts_per_tok=2),
+        _table(_LLAMA, {"mixtral_8x7b": (32000, 4096, 14336, 32, 32, 8, 32768)}),
     ),
     # Qwen2 and Qwen2.5: LLaMA's layout with biases on queries, keys and values; small sizes tie the head.
-    Family(
-        "qwen2", "qwen2", DECODER,
-        dict(
-            vocab_size=67, hidden_size=16, intermediate_size=36, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64,
-        ),
-        _table(
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-            "num_key_value_heads", {
-            "qwen2.5_0.5b": (151936,  896,  4864, 24, 14, 2, dict(
-                tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
-            )),
-            "qwen2.5_7b":   (152064, 3584, 18944, 28, 28, 4, dict(
-                rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
-            )),
-            "qwen2.5_14b":  (152064, 5120, 13824, 48, 40, 8, dict(
-                rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
-            )),
-        }),
-    ),
+    Family("qwen2", "qwen2", DECODER, _GROUPED, _table(_LLAMA, {
+        "qwen2.5_0.5b": (151936,  896,  4864, 24, 14, 2, None, None, _TIED | _rope(1000000.0)),
+        "qwen2.5_7b":   (152064, 3584, 18944, 28, 28, 4, None, None, _rope(1000000.0)),
+        "qwen2.5_14b":  (152064, 5120, 13824, 48, 40, 8, None, None, _rope(1000000.0)),
+    })),
     # Qwen3: Qwen2's layout with norms on queries and keys in place of biases.
-    Family(
-        "qwen3", "qwen3", DECODER,
-        dict(
-            vocab_size=67, hidden_size=16, intermediate_size=36, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=6, max_position_embeddings=64,
-        ),
-        _table(
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-            "num_key_value_heads head_dim max_position_embeddings", {
-            "qwen3_0.6b": (151936, 1024,  3072, 28, 16, 8, 128, 40960, dict(
-                tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
-            )),
-            "qwen3_8b":   (151936, 4096, 12288, 36, 32, 8, 128, 40960, dict(
-                rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
-            )),
-        }),
-    ),
+    Family("qwen3", "qwen3", DECODER, dict(_GROUPED, head_dim=6), _table(_LLAMA, {
+        "qwen3_0.6b": (151936, 1024,  3072, 28, 16, 8, 40960, 128, _TIED | _rope(1000000.0)),
+        "qwen3_8b":   (151936, 4096, 12288, 36, 32, 8, 40960, 128, _rope(1000000.0)),
+    })),
     # Gemma 2: four norms a block, tied head, alternating local and global attention, soft-capped logits.
     Family(
         "gemma2", "gemma2", ("causal_lm", "sequence_classification", "token_classification"),
-        dict(
-            vocab_size=67, hidden_size=16, intermediate_size=36, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=6, query_pre_attn_scalar=6, max_position_embeddings=64,
-            sliding_window=8,
-        ),
-        _table(
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-            "num_key_value_heads head_dim", {
-            "gemma2_2b": (256000, 2304,  9216, 26,  8, 4, 256),
-            "gemma2_9b": (256000, 3584, 14336, 42, 16, 8, 256),
+        dict(_GROUPED, head_dim=6, query_pre_attn_scalar=6, sliding_window=8),
+        _table(_LLAMA, {
+            "gemma2_2b": (256000, 2304,  9216, 26,  8, 4, None, 256),
+            "gemma2_9b": (256000, 3584, 14336, 42, 16, 8, None, 256),
         }),
     ),
     # Gemma 3, text only: Gemma 2's layout with norms on queries and keys, five local blocks to one global.
     Family(
         "gemma3", "gemma3_text", ("causal_lm", "sequence_classification"),
         dict(
-            vocab_size=67, hidden_size=16, intermediate_size=36, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=6, query_pre_attn_scalar=6, max_position_embeddings=64,
-            sliding_window=8, layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            _GROUPED, head_dim=6, query_pre_attn_scalar=6, sliding_window=8,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
         ),
-        {
-            "gemma3_1b": dict(
-                vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26,
-                num_attention_heads=4, num_key_value_heads=1, head_dim=256, max_position_embeddings=32768,
-                sliding_window=512,
-            ),
-        },
+        _table(_LLAMA, {"gemma3_1b": (262144, 1152, 6912, 26, 4, 1, 32768, 256, dict(sliding_window=512))}),
     ),
     # Phi-1 to Phi-2: attention and feed-forward in parallel from one LayerNorm, a biased output head.
-    Family(
-        "phi", "phi", ("causal_lm", "sequence_classification", "token_classification"),
-        dict(
-            vocab_size=67, hidden_size=16, intermediate_size=36, num_hidden_layers=3, num_attention_heads=2,
-            max_position_embeddings=64,
+    Family("phi", "phi", ("causal_lm", "sequence_classification", "token_classification"), _TINY, {
+        "phi_2": dict(
+            vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32,
+            num_attention_heads=32, pad_token_id=None, **_rope(10000.0, partial_rotary_factor=0.4),
         ),
-        {
-            "phi_2": dict(
-                vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32,
-                num_attention_heads=32, pad_token_id=None,
-                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.4},
-            ),
-        },
-    ),
+    }),
     # Phi-3: LLaMA's layout with queries, keys and values fused, and gate and up projections fused.
     Family(
         "phi3", "phi3", ("causal_lm", "sequence_classification", "token_classification"),
-        dict(
-            vocab_size=67, hidden_size=16, intermediate_size=36, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, original_max_position_embeddings=64,
-        ),
-        {
-            "phi3_mini": dict(
-                vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
-                num_attention_heads=32, num_key_value_heads=32,
-            ),
-        },
+        dict(_GROUPED, original_max_position_embeddings=64),
+        _table(_LLAMA, {"phi3_mini": (32064, 3072, 8192, 32, 32, 32)}),
     ),
-    # OPT: learned positions, ReLU, head tied to the embedding. The 350M model is a shape of its own:
-    # embeddings narrower than the blocks with a projection on either side, and norms after each sub-layer, so
-    # that it has no final norm.
+    # OPT: learned positions, ReLU, head tied to the embedding.
     Family(
         "opt", "opt", ("causal_lm", "sequence_classification", "question_answering"),
         dict(
             vocab_size=67, hidden_size=16, word_embed_proj_dim=16, ffn_dim=36, num_hidden_layers=3,
             num_attention_heads=2, max_position_embeddings=64,
         ),
-        _table(
-            "hidden_size word_embed_proj_dim ffn_dim num_hidden_layers num_attention_heads", {
+        _table("hidden_size word_embed_proj_dim ffn_dim num_hidden_layers num_attention_heads", {
             "opt_125m": ( 768,  768,  3072, 12, 12),
             "opt_1.3b": (2048, 2048,  8192, 24, 32),
             "opt_13b":  (5120, 5120, 20480, 40, 40),
         }),
     ),
-    # OPT: learned positions, ReLU, head tied to the embedding. The 350M model is a shape of its own:
-    # embeddings narrower than the blocks with a projection on either side, and norms after each sub-layer, so
-    # that it has no final norm.
+    # The 350M OPT is a shape of its own: embeddings narrower than the blocks with a projection on either side, and
+    # norms after each sub-layer, so that it has no final norm.
     Family(
         "opt_350m_style", "opt", ("causal_lm", "sequence_classification", "question_answering"),
         dict(
             vocab_size=67, hidden_size=16, word_embed_proj_dim=8, ffn_dim=36, num_hidden_layers=3,
             num_attention_heads=2, max_position_embeddings=64, do_layer_norm_before=False,
         ),
-        {
-            "opt_350m": dict(
-                hidden_size=1024, word_embed_proj_dim=512, ffn_dim=4096, num_hidden_layers=24,
-                num_attention_heads=16, do_layer_norm_before=False,
-            ),
-        },
+        _table("hidden_size word_embed_proj_dim ffn_dim num_hidden_layers num_attention_heads", {
+            "opt_350m": (1024, 512, 4096, 24, 16, dict(do_layer_norm_before=False)),
+        }),
     ),
     # GPT-2: learned positions, weights stored transposed (Conv1D), head tied to the embedding.
     Family(
         "gpt2", "gpt2", DECODER,
-        dict(
-            vocab_size=67, n_embd=16, n_layer=3, n_head=2, n_inner=36, n_positions=64,
-        ),
-        _table(
-            "n_embd n_layer n_head", {
+        dict(vocab_size=67, n_embd=16, n_layer=3, n_head=2, n_inner=36, n_positions=64),
+        _table("n_embd n_layer n_head", {
             "gpt2":        ( 768, 12, 12),
             "gpt2_medium": (1024, 24, 16),
             "gpt2_large":  (1280, 36, 20),
@@ -263,35 +186,22 @@ _ALL = (
             vocab_size=67, hidden_size=16, intermediate_size=36, num_layers=3, num_heads=2,
             attention_types=[[["global", "local", "global"], 1]], window_size=8, max_position_embeddings=64,
         ),
-        _table(
-            "hidden_size num_layers num_heads", {
+        _table("hidden_size num_layers num_heads", {
             "gpt_neo_125m": ( 768, 12, 12, dict(attention_types=[[["global", "local"], 6]])),
             "gpt_neo_1.3b": (2048, 24, 16, dict(attention_types=[[["global", "local"], 12]])),
             "gpt_neo_2_7b": (2560, 32, 20, dict(attention_types=[[["global", "local"], 16]])),
         }),
     ),
     # GPT-NeoX and Pythia: rotary positions, attention and feed-forward in parallel, an untied head.
-    Family(
-        "gpt_neox", "gpt_neox", DECODER,
-        dict(
-            vocab_size=67, hidden_size=16, intermediate_size=36, num_hidden_layers=3, num_attention_heads=2,
-            max_position_embeddings=64,
-        ),
-        _table(
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads", {
-            "pythia_410m":  (50304, 1024,  4096, 24, 16),
-            "pythia_6.9b":  (50432, 4096, 16384, 32, 32),
-            "gpt_neox_20b": (50432, 6144, 24576, 44, 64),
-        }),
-    ),
+    Family("gpt_neox", "gpt_neox", DECODER, _TINY, _table(_BERT, {
+        "pythia_410m":  (50304, 1024,  4096, 24, 16),
+        "pythia_6.9b":  (50432, 4096, 16384, 32, 32),
+        "gpt_neox_20b": (50432, 6144, 24576, 44, 64),
+    })),
     # BLOOM: ALiBi positions, a norm right after the word embedding, head tied to the embedding.
     Family(
-        "bloom", "bloom", DECODER,
-        dict(
-            vocab_size=67, hidden_size=16, n_layer=3, n_head=2,
-        ),
-        _table(
-            "vocab_size hidden_size n_layer n_head", {
+        "bloom", "bloom", DECODER, dict(vocab_size=67, hidden_size=16, n_layer=3, n_head=2),
+        _table("vocab_size hidden_size n_layer n_head", {
             "bloom_560m": (250880, 1024, 24, 16),
             "bloom_7b1":  (250880, 4096, 30, 32),
         }),
@@ -311,52 +221,24 @@ _ALL = (
         },
     ),
     # BERT: encoder with token, position and segment embeddings, a pooler, and a language head tied below.
-    Family(
-        "bert", "bert", ENCODER,
-        dict(
-            vocab_size=67, hidden_size=16, intermediate_size=36, num_hidden_layers=3, num_attention_heads=2,
-            max_position_embeddings=64,
-        ),
-        {
-            "bert_base": dict(),
-            "bert_large": dict(
-                hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-            ),
-        },
-    ),
+    Family("bert", "bert", ENCODER, _TINY, _table(_BERT, {
+        "bert_base":  (),
+        "bert_large": (None, 1024, 4096, 24, 16),
+    })),
     # RoBERTa: BERT's layout without segments, positions counted from the padding index, a deeper output head.
     Family(
-        "roberta", "roberta", ENCODER,
-        dict(
-            vocab_size=67, hidden_size=16, intermediate_size=36, num_hidden_layers=3, num_attention_heads=2,
-            max_position_embeddings=67, type_vocab_size=1,
-        ),
-        {
-            "roberta_base": dict(max_position_embeddings=514, type_vocab_size=1),
-            "roberta_large": dict(
-                max_position_embeddings=514, type_vocab_size=1, hidden_size=1024, intermediate_size=4096,
-                num_hidden_layers=24, num_attention_heads=16,
-            ),
-        },
+        "roberta", "roberta", ENCODER, dict(_TINY, max_position_embeddings=67, type_vocab_size=1),
+        _table(_BERT, {
+            "roberta_base":  (None, None, None, None, None, 514, dict(type_vocab_size=1)),
+            "roberta_large": (None, 1024, 4096,   24,   16, 514, dict(type_vocab_size=1)),
+        }),
     ),
     # DeBERTa-v2 and v3: relative positions with a table and a norm of their own, shared by every block.
     Family(
         "deberta_v2", "deberta-v2",
         ("masked_lm", "sequence_classification", "token_classification", "question_answering"),
-        dict(
-            vocab_size=67, hidden_size=16, intermediate_size=36, num_hidden_layers=3, num_attention_heads=2,
-            max_position_embeddings=64, relative_attention=True, max_relative_positions=8,
-            position_buckets=4, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm", share_att_key=True,
-            position_biased_input=False, type_vocab_size=0, conv_kernel_size=3, pooler_hidden_size=16,
-        ),
-        {
-            "deberta_v3_base": dict(
-                vocab_size=128100, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                num_attention_heads=12, max_position_embeddings=512, relative_attention=True,
-                position_buckets=256, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm",
-                share_att_key=True, position_biased_input=False, type_vocab_size=0, pooler_hidden_size=768,
-            ),
-        },
+        dict(_TINY, max_relative_positions=8, conv_kernel_size=3, **_deberta(buckets=4, pooler=16)),
+        _table(_BERT, {"deberta_v3_base": (128100, 768, 3072, 12, 12, 512, _deberta(buckets=256, pooler=768))}),
     ),
     # T5: encoder and decoder on one shared embedding; position biases live in each stack's first block.
     Family(

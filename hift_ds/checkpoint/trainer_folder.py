@@ -1,18 +1,81 @@
-"""Where a run goes on: the newest whole checkpoint of its run folder."""
+"""The ``checkpoint-N`` folders that a Trainer writes: whether one is whole, which one a run goes on from, which may go.
+
+The engine's checkpoint inside has its own manifest. What the Trainer writes beside it (``trainer_state.json``, the
+scheduler's state, the random states) is written file by file under final names; the seal, a list of sizes and checksums
+written last, says that they are complete, and finds damage before a run resumes with them.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
-from hift_ds.checkpoint.files import read_regular_text
-from hift_ds.checkpoint.manifest import latest_tag, read_manifest, tags_by_age
-from hift_ds.checkpoint.sealed_folder import broken_seal
+from hift_ds.checkpoint.files import (
+    is_plain_name,
+    is_temporary,
+    read_regular_text,
+    record_of,
+    remove_folder,
+    replace_text,
+    sync_folder,
+)
+from hift_ds.checkpoint.manifest import LATEST, latest_tag, read_manifest, tags_by_age
 from hift_ds.errors import CheckpointError, ConfigError
 
 STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
+SEAL = "trainer_files.json"
+_NOT_SEALED = (SEAL, LATEST)  # "latest" comes later if the engine saves asynchronously
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+# -- the seal -------------------------------------------------------------------------------------------------
+
+
+def seal_folder(folder: Path) -> None:
+    """By one process, when all have written their files."""
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in _NOT_SEALED]
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+    replace_text(folder / SEAL, json.dumps({path.name: asdict(record_of(path)) for path in files}, indent=1))
+
+
+def broken_seal(folder: Path, weights: bool = False) -> str | None:
+    """Which sealed file is not what it was; None if all are, or if the folder was never sealed.
+
+    Args:
+        weights: read the weights too (a quarter of a second for each GiB). A run that goes on reads the engine's own
+            copy; these are for ``from_pretrained``.
+    """
+    try:
+        content = json.loads(read_regular_text(folder / SEAL))
+        if not all(is_plain_name(name) for name in content):
+            raise ValueError("it names files outside of the folder")
+        records = {name: (entry["num_bytes"], entry["crc32"]) for name, entry in content.items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{folder / SEAL} is damaged ({type(error).__name__})"
+    for name, expected in records.items():
+        if name.endswith(".safetensors") and not weights:
+            continue
+        try:
+            found = record_of(folder / name)
+        except FileNotFoundError:
+            return f"{folder / name} is missing"
+        except OSError as error:
+            return f"{folder / name} cannot be read ({error.strerror})"
+        if (found.num_bytes, found.crc32) != expected:
+            return f"{folder / name} is damaged: its checksum is not the one in {SEAL}"
+    return None
+
+
+# -- which one to go on from ----------------------------------------------------------------------------------
 
 
 def find_checkpoints(output_dir: Path, resume: str) -> tuple[list[Path], list[str]]:
@@ -85,3 +148,47 @@ def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
         return []
     folders = [path for path in output_dir.iterdir() if path.is_dir()]
     return [(int(match[1]), path) for path in folders if (match := _NAME.fullmatch(path.name))]
+
+
+# -- which may go ---------------------------------------------------------------------------------------------
+
+
+def rotate_checkpoints(
+    output_dir: str | Path, limit: int | None, best: str | Path | None = None, model_only: bool = False
+) -> list[Path]:
+    """Delete ``checkpoint-N`` folders older than the ``limit`` newest whole ones. Each goes in one step. (The Trainer's
+    ``save_total_limit`` counts by name: after a kill the newest may be half a checkpoint, and the only whole one would
+    be deleted.)
+
+    Args:
+        limit: whole checkpoints that stay; None or 0: nothing is deleted.
+        best: stays too, and counts.
+        model_only: folders without the engine's checkpoint are whole too, as ``save_only_model`` writes them; sealed
+        ones.
+
+    Returns:
+        What was deleted.
+    """
+    output_dir = Path(output_dir)
+    if not limit or limit < 0:
+        return []
+    for path in output_dir.iterdir():
+        if is_temporary(path) and path.name.startswith(".checkpoint-"):  # a deletion that was killed
+            shutil.rmtree(path, ignore_errors=True)
+    folders = sorted(_numbered(output_dir))
+
+    def is_whole(path: Path) -> bool:
+        return why_unusable(path) is None or (model_only and (path / SEAL).is_file() and why_incomplete(path) is None)
+
+    whole = [(number, path) for number, path in folders if is_whole(path)]
+    if not whole:
+        return []
+    newest, newest_path = whole[-1]
+    kept = {newest_path.name, *([Path(best).name] if best else [])}
+    for _, path in reversed(whole):
+        if len(kept) < limit:
+            kept.add(path.name)
+    deleted = [path for number, path in folders if number < newest and path.name not in kept]
+    for path in deleted:
+        remove_folder(path)
+    return deleted

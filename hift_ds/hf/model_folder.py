@@ -47,7 +47,6 @@ class ModelFolder:
 
     Attributes:
         config: the contents of config.json.
-        safetensors_files: the weight files.
         dtype: of most weights: fp32, bf16 or fp16.
         numel: of all tensors in the files; tied ones are usually stored once.
         weight_bytes: size of the files' tensors.
@@ -57,7 +56,6 @@ class ModelFolder:
 
     path: Path
     config: Mapping[str, Any] = field(repr=False)
-    safetensors_files: tuple[Path, ...]
     dtype: Dtype
     numel: int
     weight_bytes: int
@@ -131,7 +129,6 @@ def check_model_folder(
     return ModelFolder(
         path=folder,
         config=config,
-        safetensors_files=tuple(dict.fromkeys(tensor.file for tensor in tensors.values())),
         dtype=_main_dtype(numel_by_dtype, folder),
         numel=sum(tensor.numel for tensor in tensors.values()),
         weight_bytes=sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors.values()),

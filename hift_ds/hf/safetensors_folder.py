@@ -158,22 +158,6 @@ def stream_weights(
 
 
 @torch.no_grad()
-def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
-    """Copy a checkpoint into an existing model, each weight straight to its parameter's device and dtype.
-
-    Parameters keep their identity (an optimizer may already hold them). Host memory: one conversion set.
-
-    Raises:
-        CheckpointError: as :func:`stream_weights`; or two weights the model ties differ in the checkpoint.
-    """
-    targets = model.state_dict(keep_vars=True)
-    filled: dict[int, str] = {}
-    for name, tensor in stream_weights(model, folder):
-        target = targets[name]
-        note_filled(filled, target, name, folder, target, tensor)
-        target.copy_(tensor)
-
-
 def note_filled(
     filled: dict[int, str],
     target: torch.Tensor,

@@ -15,7 +15,7 @@ from collections import UserDict
 from pathlib import Path
 from typing import Any
 
-from hift_ds.checkpoint.sealed_folder import seal_folder
+from hift_ds.checkpoint.trainer_folder import seal_folder
 from hift_ds.config import BLOCK
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.engine.initialize import hift_engines

@@ -8,60 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from hift_ds.checkpoint.files import is_temporary, remove_folder, write_errors
+from hift_ds.checkpoint.files import write_errors
 from hift_ds.checkpoint.manifest import latest_tag
-from hift_ds.checkpoint.sealed_folder import SEAL, seal_folder
-from hift_ds.checkpoint.trainer_folder import why_incomplete, why_unusable
+from hift_ds.checkpoint.trainer_folder import rotate_checkpoints, seal_folder
 from hift_ds.errors import CheckpointError
 from hift_ds.ranks import gather, on_all_ranks
 
 logger = logging.getLogger(__name__)
-
-_NAME = re.compile(r"checkpoint-(\d+)")
-
-
-def rotate_checkpoints(
-    output_dir: str | Path, limit: int | None, best: str | Path | None = None, model_only: bool = False
-) -> list[Path]:
-    """Delete ``checkpoint-N`` folders older than the ``limit`` newest whole ones. Each goes in one step.
-
-    Args:
-        limit: whole checkpoints that stay; None or 0: nothing is deleted.
-        best: stays too, and counts.
-        model_only: folders without the engine's checkpoint are whole too, as ``save_only_model`` writes them; sealed
-        ones.
-
-    Returns:
-        What was deleted.
-    """
-    output_dir = Path(output_dir)
-    if not limit or limit < 0:
-        return []
-    for path in output_dir.iterdir():
-        if is_temporary(path) and path.name.startswith(".checkpoint-"):  # a deletion that was killed
-            shutil.rmtree(path, ignore_errors=True)
-    folders = sorted((int(m[1]), p) for p in output_dir.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name)))
-
-    def is_whole(path: Path) -> bool:
-        return why_unusable(path) is None or (model_only and (path / SEAL).is_file() and why_incomplete(path) is None)
-
-    whole = [path for _, path in folders if is_whole(path)]
-    if not whole:
-        return []
-    kept = {whole[-1].name, *([Path(best).name] if best else [])}
-    for path in reversed(whole):
-        if len(kept) < limit:
-            kept.add(path.name)
-    newest = int(_NAME.fullmatch(whole[-1].name)[1])
-    deleted = [path for number, path in folders if number < newest and path.name not in kept]
-    for path in deleted:
-        remove_folder(path)
-    return deleted
 
 
 def _make_folder(folder: Path) -> None:

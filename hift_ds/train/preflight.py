@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hift_ds.checkpoint.sealed_folder import broken_seal
+from hift_ds.checkpoint.trainer_folder import broken_seal
 from hift_ds.data.sources import check_source
 from hift_ds.data.tokenizers import check_tokenizer_folder
 from hift_ds.dtypes import Dtype

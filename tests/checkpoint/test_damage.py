@@ -17,6 +17,7 @@ from hift_ds.checkpoint import files as durable_files
 from hift_ds.checkpoint import shared_folder
 from hift_ds.checkpoint.manifest import MANIFEST
 from hift_ds.errors import CheckpointError
+from tests.checkpoint.conftest import disk_of
 from tests.checkpoint.runs import Case, advance, states_of, whole_weights
 from tests.helpers.engines import ds_config
 
@@ -166,13 +167,8 @@ def test_a_checkpoint_of_plain_deepspeed(engine, memory_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("cannot mount a small tmpfs here (needs root)")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with disk_of("128k", tmp_path / "small") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

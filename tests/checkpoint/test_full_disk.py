@@ -8,7 +8,6 @@ import errno
 import logging
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,19 +21,15 @@ from hift_ds.report.metrics import MetricsWriter, read_metrics
 from hift_ds.train import worker
 from hift_ds.train.finetune import finetune
 from hift_ds.train.run_config import load_run_config
+from tests.checkpoint.conftest import disk_of
 from tests.checkpoint.test_trainer_resume import checkpoints, make_trainer
 from tests.unit.test_launch import inputs, own_cache, write_run  # noqa: F401  (fixtures)
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("cannot mount a small tmpfs here (needs root)")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with disk_of("4m", tmp_path / "small") as folder:
+        yield folder
 
 
 class Fill(TrainerCallback):

@@ -12,9 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 import model_zoo
-from hift_ds.checkpoint.sealed_folder import broken_seal
-from hift_ds.checkpoint.trainer_folder import find_checkpoints
-from hift_ds.integrations.checkpoint_rotation import rotate_checkpoints
+from hift_ds.checkpoint.trainer_folder import broken_seal, find_checkpoints, rotate_checkpoints
 from hift_ds.integrations.transformers import HiFTTrainer
 from hift_ds.train.preemption import PreemptionCallback
 from tests.helpers.trainer import AUTO, arguments, ragged_dataset

@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 import model_zoo
-from hift_ds.checkpoint.sealed_folder import broken_seal
-from hift_ds.checkpoint.trainer_folder import find_checkpoints, why_unusable
+from hift_ds.checkpoint.trainer_folder import broken_seal, find_checkpoints, why_unusable
 from hift_ds.integrations.transformers import HiFTTrainer
 from hift_ds.integrations.weights_once import has_the_form_of_a_checkpoint
 from tests.helpers.trainer import AUTO, arguments, ragged_dataset

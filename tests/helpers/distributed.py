@@ -47,6 +47,12 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         return results
 
 
+def deepspeed_launcher(num_processes: int) -> list[str]:
+    """The command before a script, or ``--module NAME``, that DeepSpeed starts on so many processes here."""
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    return [*runner, "--num_gpus", str(num_processes), "--master_port", str(free_port())]
+
+
 def _start(job: Path, rank: int, world_size: int, port: int) -> subprocess.Popen:
     env = dict(
         os.environ,

@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hift_ds import HiFTMixin
 from hift_ds.engine.zero3.shards import is_partitioned, whole_of
-from tests.helpers.trainer import AUTO, ragged_dataset
+from tests.helpers.trainer import AUTO, QUIET, ragged_dataset
 
 ONE_GROUP: dict[str, Any] = {**AUTO, "hift": {"groups": [["."]], "lr_update": "step"}}
 COMPARED = ("loss", "grad_norm", "learning_rate", "eval_loss")
@@ -51,21 +51,10 @@ def run(
     as if it had been killed."""
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # set by an earlier run's arguments
     unset_hf_deepspeed_config()  # as long as those live, a plain model would be made in shards too
-    defaults = {
-        "per_device_train_batch_size": 2,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 3,
-    }
     args = args_cls(
         str(folder / ("hift" if hift else "plain")),
         deepspeed=copy.deepcopy(ds or ONE_GROUP) if hift else None,
-        **{**defaults, **options},
+        **{**QUIET, "max_steps": 4, "learning_rate": 1e-2, **options},
     )
     chosen = type("HiFT" + cls.__name__, (HiFTMixin, cls), {}) if hift else cls
     given = {"train_dataset": ragged_dataset(18) if data is None else data, **(trainer or {})}

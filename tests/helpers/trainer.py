@@ -19,6 +19,16 @@ AUTO: dict[str, Any] = {
     "bf16": {"enabled": "auto"},
     "hift": {},
 }
+# TrainingArguments: two rows a step on the CPU, every step logged, nothing written.
+QUIET: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "seed": 3,
+}
 
 
 def arguments(
@@ -27,21 +37,8 @@ def arguments(
     cls: type[TrainingArguments] = TrainingArguments,
     **options: Any,
 ) -> TrainingArguments:
-    defaults = {
-        "per_device_train_batch_size": 2,
-        "max_steps": 5,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 3,
-    }
-    return cls(
-        str(folder),
-        deepspeed=copy.deepcopy(ds) if ds is not None else copy.deepcopy(AUTO),
-        **{**defaults, **options},
-    )
+    ds = copy.deepcopy(AUTO if ds is None else ds)
+    return cls(str(folder), deepspeed=ds, **{**QUIET, "max_steps": 5, **options})
 
 
 def ragged_dataset(num_rows: int, seed: int = 0, padded: bool = True) -> list[dict[str, Tensor]]:

@@ -17,9 +17,9 @@ from hift_ds import deepspeed_config, shipped
 from hift_ds.data.prepare import prepare_data
 from hift_ds.data.sources import parse_sources
 from hift_ds.errors import ConfigError
-from hift_ds.ranks import free_port
 from hift_ds.train.run_config import load_run_config
 from hift_ds.train.settings import read_deepspeed
+from tests.helpers.distributed import deepspeed_launcher
 from tests.helpers.tiny_tokenizers import byte_level
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,15 +108,7 @@ def test_an_installed_wheel_runs_every_command_from_an_empty_folder(wheel, tiny_
     run(*hift_ds, "train", "smollm2_135m", model, *steps, "train.max_steps=6")
     run_folder = home / "runs" / "smollm2_135m"
     assert (run_folder / "model" / "model.safetensors").is_file() and (run_folder / "loss.png").is_file()
-    launched = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
+    launched = deepspeed_launcher(2)
     more = ["train.max_steps=8", "train.output_dir=runs/two", "deepspeed=bf16_host"]
     run(
         *launched,

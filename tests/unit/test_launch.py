@@ -23,11 +23,11 @@ from hift_ds.activations.switches import _without_cache
 from hift_ds.cli import train as command
 from hift_ds.errors import CheckpointError
 from hift_ds.hf.safetensors_folder import tensor_dtypes
-from hift_ds.ranks import free_port
 from hift_ds.report.metrics import read_metrics
 from hift_ds.train import preflight, settings, worker
 from hift_ds.train.finetune import finetune
 from hift_ds.train.run_config import load_run_config
+from tests.helpers.distributed import deepspeed_launcher
 from tests.helpers.tiny_tokenizers import LLAMA_LIKE, byte_level, sentencepiece_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,15 +96,7 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
 def test_deepspeed_launch_on_two_processes_and_resume_on_one(inputs, tmp_path):
     out = tmp_path / "run"
     file = write_run(inputs, out, data__packing=True, data__val_size=5)  # odd: one row is filled in
-    launcher = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
+    launcher = deepspeed_launcher(2)
     done = subprocess.run(
         [*launcher, str(ROOT / "launch"), str(file), "train.seed=7"],
         cwd=tmp_path,

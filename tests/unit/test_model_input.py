@@ -42,7 +42,7 @@ def test_a_whole_folder(folder):
     found = check_model_folder(folder)
     model = model_zoo.tiny.build("llama", vocab_size=300)
     assert found.dtype == "bf16" and found.numel == sum(p.numel() for p in model.parameters())
-    assert found.weight_bytes == 2 * found.numel and len(found.safetensors_files) > 1
+    assert found.weight_bytes == 2 * found.numel and len(list(found.path.glob("*.safetensors"))) > 1
     assert (found.max_length, found.vocab_size) == (64, 300)
 
 
