@@ -1,5 +1,29 @@
-"""Weights and gradients of the layer groups, as one rank sees them: which piece it updates, how gradients
-reach it and how the new weights reach the other ranks.
+"""Weights and gradients of the layer groups, as one rank sees them: which pieces it updates, how gradients reach it and
+how the new weights reach the other ranks.
+
+The words, on two ranks: ``group_size`` 2, ``slice_numel`` 4, blocks of a weight ``w`` with 6 elements and a bias ``b``
+with 3 (``tests/unit/test_optim.py`` cuts them so).
+
+    model   | embedding | block 0 | block 1 | block 2 | ... | head |           units, bottom to top (layers/arch.py)
+                        \________ __________/
+                                 V
+    group   | w0 w1 w2 w3 w4 w5  b0 b1 b2 | w0 w1 w2 w3 w4 w5  b0 b1 b2 |      what a step trains (layers/grouping.py)
+              \______ ________/  \__ ___/   \____________ ____________/
+                  member        member                 part                    a parameter; a unit's share of the group
+
+    rank 0  | w0 w1 w2           b0 b1    | w0 w1 w2           b0 b1    |      GroupShard: of each member a shard of
+    rank 1  |          w3 w4 w5        b2 |          w3 w4 w5        b2 |      ceil(numel / ranks) elements
+
+    rank 0    [w0 w1 w2  b0] [b1]           [w0 w1 w2  b0] [b1]                chunks: fetched, updated and evicted
+               \__ ___/  \/   \/                                               together; one a group without slice_numel
+                piece  piece piece                                             a member's elements in one chunk
+
+A slice is a chunk that ``slice_numel`` has made. Updates in backward end a chunk with each part, as slices do. A chunk's
+masters and states are in the state store under its id: for each key (``master``, ``exp_avg`` ...) and part one flat
+buffer with an entry for each of those elements. On the update device a chunk is in a slot, memory that holds one chunk
+at a time (store/parked.py). A piece of more than ``RUN_NUMEL`` elements is stepped in several runs
+(optim/group_optimizer.py). On the wire a member is a matrix with a row for each rank's shard, and a bucket, what travels
+in one collective, is whole columns of several such matrices (collectives.py).
 
 ``ReplicatedParameters`` serves DeepSpeed's stages 0, 1 and 2: every rank holds the whole weight. Gradients travel
 once per optimizer step, at the accumulation boundary, and only the active group's exist.

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from hift_ds.collectives import Ranks
 from hift_ds.errors import ConfigError
 from hift_ds.optim.build import build_optimizer, is_elementwise
 from hift_ds.optim.clip import fp32_norm
 from hift_ds.optim.lion import Lion
 from hift_ds.optim.muon import MuonWithAuxAdamW
+from hift_ds.optim.parameters import ReplicatedParameters
 from hift_ds.optim.piecewise import PieceUpdate, PiecewiseOptimizer
 
 
@@ -183,3 +185,40 @@ def test_the_norm_of_a_large_gradient_is_that_of_its_values(dtype):
     assert float(fp32_norm(grad[: 3 * 70_000].view(3, 70_000).t())) == pytest.approx(
         float(torch.linalg.vector_norm(grad[: 3 * 70_000].double())), rel=1e-5
     )
+
+
+class TwoRanks:
+    """What of ``torch.distributed`` says who is there."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def get_world_size(self, group):
+        return 2
+
+    def get_rank(self, group):
+        return self.rank
+
+
+@pytest.mark.parametrize(
+    "rank, of_a_block",
+    [(0, [["w0", "w1", "w2", "b0"], ["b1"]]), (1, [["w3", "w4", "w5", "b2"]])],
+)
+def test_the_drawing_of_a_group_on_two_ranks(rank, of_a_block):
+    """Two blocks, a weight of 6 elements and a bias of 3 each, slices of 4: as drawn in ``optim/parameters.py``."""
+    names = ["0.w", "0.b", "1.w", "1.b"]
+    entries = [(name, nn.Parameter(torch.zeros(6 if name.endswith("w") else 3)), 0) for name in names]
+    parameters = ReplicatedParameters(Ranks(TwoRanks(rank)), torch.float32, 1 << 20, False, slice_numel=4)
+    group = parameters.group_shard(0, "blocks", entries, [(1, names[:2]), (2, names[2:])])
+    drawn = [
+        [
+            f"{group.members[piece.member].name[-1]}{element}"
+            for piece in chunk.pieces
+            for element in range(piece.start, piece.start + piece.numel)
+        ]
+        for chunk in group.chunks
+    ]
+    assert drawn == of_a_block * 2
+    assert [part.first for part in group.parts] == [0, 2]
+    (bucket,) = group.buckets[torch.float32]
+    assert [(column.index, column.length) for column in bucket] == [(0, 3), (1, 2), (2, 3), (3, 2)]
