@@ -18,12 +18,12 @@ with 3 (``tests/unit/test_optim.py`` cuts them so).
                \__ ___/  \/   \/                                               together; one a group without slice_numel
                 piece  piece piece                                             a member's elements in one chunk
 
-A slice is a chunk that ``slice_numel`` has made. Updates in backward end a chunk with each part, as slices do. A chunk's
-masters and states are in the state store under its id: for each key (``master``, ``exp_avg`` ...) and part one flat
-buffer with an entry for each of those elements. On the update device a chunk is in a slot, memory that holds one chunk
-at a time (store/parked.py). A piece of more than ``RUN_NUMEL`` elements is stepped in several runs
-(optim/group_optimizer.py). On the wire a member is a matrix with a row for each rank's shard, and a bucket, what travels
-in one collective, is whole columns of several such matrices (collectives.py).
+A slice is a chunk that ``slice_numel`` has made. Updates in backward end a chunk with each part, as slices do. The
+masters and states of a chunk are in the state store under its id: for each key (``master``, ``exp_avg`` ...) and part
+one flat buffer with an entry for each of those elements. On the update device a chunk is in a slot, memory that holds
+one chunk at a time (store/parked.py). A piece of more than ``RUN_NUMEL`` elements is stepped in several runs
+(optim/group_optimizer.py). On the wire a member is a matrix with a row for each rank's shard, and a bucket, which is
+what travels in one collective, is whole columns of several such matrices (collectives.py).
 
 ``ReplicatedParameters`` serves DeepSpeed's stages 0, 1 and 2: every rank holds the whole weight. Gradients travel
 once per optimizer step, at the accumulation boundary, and only the active group's exist.
