@@ -87,7 +87,7 @@ class StateConfig(BaseModel):
 
     @property
     def first_slots(self) -> int:
-        """That a run starts with; 0 without prefetch."""
+        """The number of slots that a run starts with; 0 without prefetch."""
         return (self.slots or 1) if self.prefetch else 0
 
 
@@ -204,7 +204,7 @@ class HiFTConfig(BaseModel):
 
     @property
     def first_group_size(self) -> int | str:
-        """That a run starts with: one layer where the size is still to be found."""
+        """The group size that a run starts with: one layer where the size is still to be found."""
         return 1 if self.group_size == "auto" else self.group_size
 
 

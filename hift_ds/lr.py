@@ -28,9 +28,14 @@ MODES = ("cycle", "step", "reference")
 class Scheduler(Protocol):
     """What torch's and DeepSpeed's schedulers have in common."""
 
-    def step(self) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def step(self) -> None:
+        """Set the rates of the next step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scheduler's state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
 
 
 class CycleLR:
@@ -87,9 +92,11 @@ class CycleLR:
             group["lr"] = base * function(self.scheduler.last_epoch)
 
     def state_dict(self) -> dict[str, Any]:
+        """The latched rates, for a checkpoint."""
         return {"mode": self.mode, "latched": self.latched, "history": self._history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
         self.latched = list(state["latched"])
         if self.mode == "reference":
             self._history = [list(values) for values in state["history"]]

@@ -29,6 +29,7 @@ class PrecisionPolicy:
     stochastic_rounding: bool
 
     def has_master(self, weight_dtype: torch.dtype) -> bool:
+        """True if a weight of that dtype has an fp32 master."""
         return self.keep_masters and weight_dtype != torch.float32
 
 
@@ -85,7 +86,7 @@ class LossScaler:
 
     @classmethod
     def from_fp16_block(cls, fp16: dict[str, Any]) -> LossScaler:
-        """From DeepSpeed's ``"fp16"`` block. ``loss_scale: 0`` (the default) means dynamic."""
+        """Make a scaler of DeepSpeed's ``"fp16"`` block. ``loss_scale: 0`` (the default) means dynamic."""
         static = float(fp16.get("loss_scale", 0) or 0)
         return cls(
             scale=static or 2.0 ** int(fp16.get("initial_scale_power", 16)),
@@ -102,9 +103,11 @@ class LossScaler:
 
     @property
     def active(self) -> bool:
+        """True if losses are multiplied at all."""
         return self.dynamic or self.scale != 1.0
 
     def update(self, overflow: bool) -> None:
+        """Note whether a step overflowed, and change a dynamic scale by DeepSpeed's rule."""
         if not self.dynamic:
             return
         if overflow:
@@ -123,7 +126,9 @@ class LossScaler:
             self.scale *= 2
 
     def state_dict(self) -> dict[str, Any]:
+        """The scale and its counters, for a checkpoint."""
         return {"scale": self.scale, "left": self._left, "good_steps": self._good_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
         self.scale, self._left, self._good_steps = state["scale"], state["left"], state["good_steps"]

@@ -65,6 +65,7 @@ class GroupSchedule:
 
     @property
     def steps_per_cycle(self) -> int:
+        """Optimizer steps of one cycle."""
         return self.num_groups * self.steps_per_group
 
     def too_few_turns(self, num_steps: int) -> str | None:
@@ -91,6 +92,7 @@ class GroupSchedule:
 
     @property
     def order_of_cycle(self) -> list[int]:
+        """The groups of this cycle, in the order of their turns."""
         return self.order_at(self.cursor.cycle)
 
     @property

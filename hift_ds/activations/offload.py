@@ -48,7 +48,7 @@ class ActivationOffload:
 
     @contextlib.contextmanager
     def during_forward(self) -> Iterator[None]:
-        """Around one forward. Its graph may be used at any later time, or never."""
+        """A context for one forward, whose graph may be used at any later time, or never."""
         if self._context.tracker:  # of a forward that has not had its backward; its graph keeps it
             before, self._context = self._context, self._new_context()
             self._context.s1, self._context.param_storages = before.s1, before.param_storages

@@ -67,7 +67,7 @@ class ActivationSavings:
 
     @contextlib.contextmanager
     def during_forward(self, active: Iterable[int]) -> Iterator[None]:
-        """Around a forward while the groups with indices ``active`` train."""
+        """A context for a forward while the groups with indices ``active`` train."""
         if self._recompute is not None:
             self._recompute.from_block(min(self._lowest[index] for index in active))
         keeps = self._offload is not None and torch.is_grad_enabled() and self._model.training
@@ -89,8 +89,8 @@ class ActivationSavings:
 
 
 def lowest_blocks(model: nn.Module, arch: ArchSpec, groups: Mapping[int, Sequence[str]]) -> dict[int, int]:
-    """For each group the lowest block that its gradients pass: 0 for the first block or anything below it, the number
-    of blocks for the head alone. A tied weight counts where it is used lowest."""
+    """The lowest block that each group's gradients pass: 0 for the first block or anything below it, the number of
+    blocks for the head alone. A tied weight counts where it is used lowest."""
     unit_of = arch.unit_of(model)
     return {index: max(min(unit_of[name] for name in names) - 1, 0) for index, names in groups.items()}
 

@@ -75,7 +75,7 @@ class BackgroundSave:
         self._raise_failure()
 
     def finish(self) -> Path:
-        """After every rank's :meth:`finish_files`: wait until the folder has its name, and return it.
+        """Wait until the folder has its name, and return it. Called after every rank's :meth:`finish_files`.
 
         Raises:
             CheckpointError: it will not get it.
@@ -85,7 +85,7 @@ class BackgroundSave:
         return self._writer.shared_folder.final
 
     def forget(self) -> None:
-        """Nothing more is wanted of it: it gives up waiting for copies or for other ranks' files."""
+        """Give up: nobody wants the copies or the other ranks' files any more."""
         self._given_up.set()
         self._remaining.clear()
         self._copies.put(_END)
@@ -93,7 +93,7 @@ class BackgroundSave:
         atexit.unregister(self._finish_at_exit)
 
     def discard(self) -> None:
-        """After every rank's :meth:`finish_files`, when one of them failed: nothing of the folder stays."""
+        """Remove what there is of the folder. Called after every rank's :meth:`finish_files`, when one has failed."""
         self.forget()
         if self._writer.shared_folder.leads:
             self._writer.shared_folder.discard()
@@ -105,7 +105,7 @@ class BackgroundSave:
     def _finish_at_exit(self) -> None:
         """A program that ends without asking for its last checkpoint gets it, if all ranks end well.
 
-        Not if copying is a collective: a rank that has died, or ends otherwise, would be waited for for ever.
+        Not if copying is a collective: a rank that has died, or ends otherwise, would never come.
         """
         if self._collective and self._remaining:
             logger.error(

@@ -37,7 +37,7 @@ PADDING = "$padding."  # names of the tensors that fill the gaps
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a manifest says about a file."""
+    """A file as a manifest lists it."""
 
     num_bytes: int
     crc32: str  # 8 hexadecimal digits
@@ -53,6 +53,7 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the tensor's elements."""
         numel = 1
         for length in self.shape:
             numel *= length
@@ -69,6 +70,7 @@ class DurableFile:
         self._num_bytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
+        """Append ``data`` and count it into size and checksum."""
         view = memoryview(data).cast("B")
         for start in range(0, len(view), BLOCK_BYTES):
             block = view[start : start + BLOCK_BYTES]
@@ -78,11 +80,13 @@ class DurableFile:
         self._num_bytes += len(view)
 
     def close(self) -> FileRecord:
+        """Bring everything to the disk; returns size and checksum."""
         os.fsync(self._file.fileno())
         self._file.close()
         return FileRecord(self._num_bytes, f"{self._crc32:08x}")
 
     def discard(self) -> None:
+        """Close the file, whatever has become of it."""
         self._file.close()
 
 
@@ -133,18 +137,22 @@ class SafetensorsWriter:
         self._next += 1
 
     def close(self) -> FileRecord:
+        """Bring the file to the disk, once every tensor was written; returns size and checksum."""
         assert self._next == len(self._plan)
         return self._file.close()
 
     def discard(self) -> None:
+        """Close the file, whatever has become of it."""
         self._file.discard()
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> FileRecord:
+    """Write ``value`` to a new file and to the disk."""
     return write_bytes(path, json.dumps(value, indent=indent, allow_nan=False).encode())
 
 
 def write_bytes(path: Path, data: bytes) -> FileRecord:
+    """Write ``data`` to a new file and to the disk."""
     file = DurableFile(path)
     try:
         file.write(data)
@@ -174,7 +182,7 @@ def read_regular_text(path: Path) -> str:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether ``name`` can only be of a file in the folder that it is looked up in."""
+    """True if ``name`` can only be of a file in the folder that it is looked up in."""
     return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\0"} & set(name)
 
 
@@ -195,6 +203,7 @@ def record_of(path: Path) -> FileRecord:
 
 
 def as_json(records: Mapping[str, FileRecord]) -> dict[str, Any]:
+    """The records as JSON values, by file name."""
     return {name: asdict(record) for name, record in records.items()}
 
 
@@ -263,6 +272,7 @@ def temporary_folder(final: Path, token: str) -> Path:
 
 
 def is_temporary(path: Path) -> bool:
+    """True for a path that :func:`temporary_folder` may have given."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 

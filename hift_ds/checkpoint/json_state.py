@@ -41,7 +41,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """The inverse of :func:`encode`. 0-dim tensors come back on the host."""
+    """Give back what :func:`encode` was given. 0-dim tensors come back on the host."""
     if isinstance(value, list):
         return [decode(item) for item in value]
     if not isinstance(value, dict):

@@ -43,6 +43,8 @@ class NewerCheckpoint(CheckpointError):
 
 @dataclass(frozen=True)
 class Manifest:
+    """The list of a checkpoint's files, read from ``manifest.json``."""
+
     tag: str
     global_steps: int
     files: Mapping[str, FileRecord]
@@ -53,6 +55,7 @@ class Manifest:
 def write_manifest(
     folder: Path, tag: str, global_steps: int, files: Mapping[str, FileRecord], node_local: bool = False
 ) -> None:
+    """Write ``manifest.json`` into ``folder``, which by that is a complete checkpoint."""
     content: dict[str, Any] = {
         "format": FORMAT,
         "hift_ds": __version__,

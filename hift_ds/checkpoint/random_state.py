@@ -27,7 +27,8 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """The inverse. A checkpoint of another kind of machine leaves the device's generator as it is."""
+    """Set the generators to what :func:`random_state` gave. A checkpoint of another kind of machine leaves the device's
+    generator as it is."""
     random.setstate(decode(state["python"]))
     name, keys, *rest = state["numpy"]
     numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))

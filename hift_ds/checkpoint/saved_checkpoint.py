@@ -43,6 +43,7 @@ class SavedCheckpoint:
 
     @property
     def world_size(self) -> int:
+        """The number of ranks that saved."""
         return self.common["world_size"]
 
     @property
@@ -57,6 +58,7 @@ class SavedCheckpoint:
 
     @cached_property
     def states(self) -> SavedStates:
+        """The masters and states of all ranks, by parameter."""
         scalars: dict[str, Any] = {}
         for rank in range(self.world_size):
             scalars |= (self.of_rank(rank) or {}).get("scalars", {})
@@ -97,7 +99,7 @@ class SavedCheckpoint:
         )
 
     def states_of(self, rank: int) -> SavedStates:
-        """Of one rank's file alone."""
+        """The masters and states in one rank's file alone."""
         return SavedStates([self.folder / states_file(rank)], {}, {})
 
     def weights(self, best: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -106,8 +108,8 @@ class SavedCheckpoint:
             yield name, self.weight(name, best)
 
     def gradients(self, rank: int, world_size: int) -> dict[str, Tensor]:
-        """What ``rank`` had summed up since the last step. On another number of ranks each gets the mean over
-        all ranks, which has the same mean over ranks."""
+        """The gradients that ``rank`` had summed up since the last step. On another number of ranks each gets the mean
+        over all ranks, which has the same mean over ranks."""
         if world_size == self.world_size:
             return self._gradients_of(rank)
         total: dict[str, Tensor] = {}
@@ -125,6 +127,7 @@ class SavedCheckpoint:
             return {name: file.get_tensor(name) for name in file.keys() if not name.startswith(PADDING)}  # noqa: SIM118
 
     def client_state(self) -> dict[str, Any]:
+        """The caller's state, as it was given to ``save_checkpoint``."""
         state = decode(self.common["client_state"])
         path = self.folder / CLIENT_STATE_FILE
         if path.is_file():
@@ -168,6 +171,11 @@ def check_same_model(saved: SavedCheckpoint, shapes: Mapping[str, tuple[int, ...
 
 
 def check_same_optimizer(saved: SavedCheckpoint, name: str) -> None:
+    """See that the states are those of the optimizer class ``name``.
+
+    Raises:
+        CheckpointError: they are another's.
+    """
     theirs = saved.common["optimizer"]["class"]
     if theirs != name:
         raise CheckpointError(
@@ -229,7 +237,7 @@ def option_differences(saved: Sequence[Mapping[str, Any]], now: Sequence[Mapping
 
 
 def groups_now(saved: SavedCheckpoint, groups: Sequence[LayerGroup]) -> dict[int, int | None]:
-    """By saved group, the group in which its first parameter is now."""
+    """For each saved group (by index), the group in which its first parameter is now; ``None`` if it is in none."""
     home = {name: group.index for group in groups for name in group.param_names}
     return {
         group["index"]: next((home[name] for name in group["parameters"] if name in home), None)

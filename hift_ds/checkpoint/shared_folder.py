@@ -51,18 +51,21 @@ class SharedFolder:
 
     @property
     def path(self) -> Path:
+        """The folder while it is written, under its temporary name."""
         return temporary_folder(self.final, self.token)
 
     @property
     def final(self) -> Path:
+        """The folder's final name."""
         return self.save_dir / self.tag
 
     @property
     def leads(self) -> bool:
+        """True on the rank that writes what is common, and publishes."""
         return self.rank == self.leader
 
     def create(self) -> None:
-        """By every rank that may lead."""
+        """Make the folder and mark it. Called by every rank that may lead."""
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / f"leader-{self.rank:05d}").touch()
 
@@ -109,8 +112,8 @@ class SharedFolder:
         timeout_s: float,
         given_up: Callable[[], bool] = lambda: False,
     ) -> None:
-        """By the leader: when all members' parts are there, the manifest; then the final name; then
-        ``latest``.
+        """Write the manifest when all members' parts are there; then give the folder its final name; then write
+        ``latest``. Called by the leader.
 
         Args:
             given_up: true as soon as the parts need not be waited for any more.
@@ -127,6 +130,7 @@ class SharedFolder:
             replace_text(self.save_dir / LATEST, self.tag)
 
     def discard(self) -> None:
+        """Remove the folder and what is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _part(self, rank: int) -> Path:

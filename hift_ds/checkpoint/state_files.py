@@ -194,7 +194,7 @@ class SavedStates:
 
 
 def check_reachable(states: GroupStates, saved: SavedStates, updated: Collection[str], where: Path) -> None:
-    """Before anything is changed: the files in this folder hold all that this rank will ask for.
+    """See that the files in this folder hold all that this rank will ask for, before anything is changed.
 
     Args:
         updated: parameters that had been updated when the checkpoint was saved, so that a state is to be
@@ -217,7 +217,7 @@ def check_reachable(states: GroupStates, saved: SavedStates, updated: Collection
 def restore_extras(
     states: GroupStates, saved: Iterable[Mapping[str, Any]], group_of_saved: Mapping[int, int | None]
 ) -> None:
-    """The inverse of :func:`extras_by_group`.
+    """Take over what :func:`extras_by_group` gave.
 
     Args:
         group_of_saved: where each saved group's parameters are now; ``None`` for nowhere.

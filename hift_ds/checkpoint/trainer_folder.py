@@ -36,7 +36,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def seal_folder(folder: Path) -> None:
-    """By one process, when all have written their files."""
+    """Write the seal. Called by one process, when all have written their files."""
     files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in _NOT_SEALED]
     for path in files:
         with open(path, "rb") as file:

@@ -71,7 +71,7 @@ class WritePlan:
 
     @property
     def num_bytes(self) -> int:
-        """That this rank will write, headers not counted."""
+        """Bytes that this rank will write, headers not counted."""
         return sum(spec.num_bytes for specs in self.specs.values() for spec in specs)
 
     def frozen(self) -> Iterator[tuple[str, Tensor]]:

@@ -28,14 +28,17 @@ CLIENT_STATE_FILE = "client_state.pt"
 
 
 def states_file(rank: int) -> str:
+    """The file in which ``rank`` keeps its masters and states."""
     return f"states-rank-{rank:05d}.safetensors"
 
 
 def rank_file(rank: int) -> str:
+    """The file in which ``rank`` keeps scalars of states and random generators."""
     return f"rank-{rank:05d}.json"
 
 
 def gradients_file(rank: int) -> str:
+    """The file in which ``rank`` keeps pending gradients."""
     return f"gradients-rank-{rank:05d}.safetensors"
 
 
@@ -126,6 +129,7 @@ class CheckpointWriter:
             self.shared_folder.write_part(self._records)
 
     def discard(self) -> None:
+        """Close the files, whatever has become of them."""
         for file in self._files.values():
             file.discard()
 

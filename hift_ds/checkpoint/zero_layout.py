@@ -88,6 +88,7 @@ def _optimizer_states(saved: SavedCheckpoint, weights: dict[str, Any], part: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m hift_ds.checkpoint.zero_layout", description=__doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("out_dir")

@@ -34,7 +34,7 @@ SIDE, SIDE_ON_CPU = 4096, 1024  # of the matrices that are multiplied: typical, 
 
 
 class AutoGroups:
-    """Of one engine. Every rank makes the same calls.
+    """Finds one engine's group size. Every rank makes the same calls.
 
     Attributes:
         is_open: the size is to be found.

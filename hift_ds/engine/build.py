@@ -87,7 +87,8 @@ class EngineFacts:
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """Of gradients of several micro-batches in host memory: DeepSpeed's ``data_types.grad_accum_dtype``, or fp32.
+        """The dtype in which gradients of several micro-batches are summed in host memory: DeepSpeed's
+        ``data_types.grad_accum_dtype``, or fp32.
 
         Raises:
             ConfigError: it is something else.

@@ -65,7 +65,8 @@ class Checkpointer:
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """As DeepSpeed's: every rank calls it, ``<save_dir>/<tag>`` appears, ``<save_dir>/latest`` names it.
+        """Save a checkpoint as DeepSpeed's call does: every rank calls it, ``<save_dir>/<tag>`` appears,
+        ``<save_dir>/latest`` names it.
 
         Nothing has its final name before all of it is on disk: whatever happens, the previous checkpoint is
         whole. With ``"hift": {"checkpoint": {"asynchronous": true}}`` it returns when training may go on; the
@@ -171,7 +172,7 @@ class Checkpointer:
 
     @property
     def is_saving(self) -> bool:
-        """Whether an asynchronous save is under way, which still reads states."""
+        """True while an asynchronous save is under way, which still reads states."""
         return self._background is not None
 
     def take_waited_s(self) -> float:
@@ -203,7 +204,7 @@ class Checkpointer:
         load_module_only: bool = False,
         custom_load_fn: Callable[..., None] | None = None,
     ) -> tuple[str | None, dict[str, Any] | None]:
-        """As DeepSpeed's, on any number of ranks, whatever the number that saved.
+        """Load a checkpoint as DeepSpeed's call does, on any number of ranks, whatever the number that saved.
 
         Every file is compared with its checksum before anything is changed. Without ``tag`` a damaged newest
         checkpoint is reported and the newest whole one is loaded instead.

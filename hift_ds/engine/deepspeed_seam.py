@@ -61,6 +61,7 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
 
     @property
     def cur_scale(self) -> float:
+        """The loss scale; 1.0 without one."""
         return self.scaler.scale
 
     @property
@@ -103,7 +104,7 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
             mine.update(new)
 
     def add_param_group(self, group: dict[str, Any]) -> None:
-        """Not possible.
+        """Refuse: the parameters are fixed when the engine is made.
 
         Raises:
             ConfigError: always.
@@ -118,7 +119,7 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What ``state_dict`` gave.
+        """Accept what ``state_dict`` gave, which is empty.
 
         Raises:
             ConfigError: it is another optimizer's.
@@ -137,6 +138,7 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
             self.activate()
 
     def destroy(self) -> None:
+        """Let go of the weights; DeepSpeed's engine calls this."""
         self.close()
 
 
@@ -206,10 +208,12 @@ class SeamEngine(DeepSpeedEngine):
         self.optimizer.dp_process_group = self.seq_data_parallel_group
 
     def allreduce_gradients(self, bucket_size: int = 0) -> None:
+        """Called by DeepSpeed after each micro-batch's backward; gradients are reduced at the accumulation boundary."""
         self.optimizer.end_backward(self.is_gradient_accumulation_boundary())
 
     def gradient_clipping(self) -> float:
-        """What the config says, and 0 if it says nothing: DeepSpeed's own default became 1.0."""
+        """The largest gradient norm: what the config says, and 0 (no clipping) if it says nothing. DeepSpeed's own
+        default became 1.0."""
         return float(self.config.get("gradient_clipping") or 0.0)
 
     def clip_fp32_gradients(self) -> None:

@@ -114,7 +114,7 @@ class HiFTEngine(SeamEngine):
 
     @explains_out_of_memory("forward")
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """As DeepSpeed's."""
+        """Compute the model's output, as DeepSpeed's call does; below the lowest active group no graph is built."""
         if self.life.has_ended:
             return self.module(*inputs, **kwargs)
         self.auto_groups.settle_by_inputs(inputs, kwargs)
@@ -153,7 +153,7 @@ class HiFTEngine(SeamEngine):
 
     @explains_out_of_memory("the update")
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
-        """As DeepSpeed's: at the accumulation boundary updates the active group and rotates; else does nothing."""
+        """Update the active group and rotate, at the accumulation boundary; else do nothing, as DeepSpeed's call."""
         self.life.refuse_if_ended()
         if not self.is_gradient_accumulation_boundary():
             super().step(lr_kwargs)
@@ -179,12 +179,12 @@ class HiFTEngine(SeamEngine):
     # -- checkpoints ------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> bool:
-        """As DeepSpeed's: writes ``<save_dir>/<tag>``. :meth:`Checkpointer.save` has the arguments and the promises."""
+        """Write ``<save_dir>/<tag>``. :meth:`Checkpointer.save` has the arguments and the promises."""
         self.life.refuse_if_ended()
         return self.checkpointer.save(*args, **kwargs)
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> tuple[str | None, dict[str, Any] | None]:
-        """As DeepSpeed's: (folder, client_state). :meth:`Checkpointer.load` has the arguments and the promises."""
+        """Load a checkpoint; returns (folder, client_state). :meth:`Checkpointer.load` has arguments and promises."""
         self.life.refuse_if_ended()
         return self.checkpointer.load(*args, **kwargs)
 

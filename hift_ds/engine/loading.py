@@ -85,7 +85,8 @@ def _verify(engine: SeamEngine, folder: Path) -> str | None:
 
 
 def check_fits(engine: SeamEngine, saved: SavedCheckpoint, strict: bool, with_states: bool) -> None:
-    """Before anything is changed: the checkpoint is one of this model and optimizer, and all of it is here.
+    """See that the checkpoint is one of this model and optimizer, and that all of it is here, before anything is
+    changed.
 
     Raises:
         CheckpointError: it is not; on all ranks.
@@ -114,7 +115,7 @@ def load_weights(engine: SeamEngine, saved: SavedCheckpoint, custom_load_fn: Cal
 def load_progress(
     engine: SeamEngine, saved: SavedCheckpoint, with_states: bool, with_scheduler: bool, with_generators: bool
 ) -> None:
-    """Where the saved run stood: counters, schedule, learning rate, options, pending gradients.
+    """Take over where the saved run stood: counters, schedule, learning rate, options, pending gradients.
 
     Args:
         with_states: the optimizer's options and extras too.

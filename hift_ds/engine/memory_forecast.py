@@ -60,7 +60,7 @@ class MemoryForecast:
                 return
 
     def start(self, batch: int, length: int, padded: bool = False) -> None:
-        """From here on :meth:`peak_bytes` says what a step's peak was expected to be, once that is known (a process of
+        """Work out what a step's peak is expected to be, which :meth:`peak_bytes` says once it is known (a process of
         low priority works it out). Only transformers models have a config to work from; for others nothing happens.
 
         Args:
@@ -140,7 +140,7 @@ class MemoryForecast:
         return device_bytes()
 
     def setting(self, folder: str, batch: int, length: int, padded: bool | None = None) -> Setting:
-        """What this engine does, for the simulation. The model's config goes to ``folder``.
+        """Describe what this engine does, for the simulation. The model's config goes to ``folder``.
 
         Args:
             padded: ``None``: as the last forward's batch.

@@ -62,7 +62,8 @@ def budget_gib(card: float, world_size: int) -> float:
 
 @dataclass(frozen=True)
 class Speeds:
-    """Of the device: matrix products (operations a second) and the link to host memory (bytes a second, one way)."""
+    """How fast a device is: matrix products (operations a second) and the link to host memory (bytes a second, one
+    way)."""
 
     flops_s: float
     link: float
@@ -113,7 +114,7 @@ class Candidate:
     seconds: float
 
     def words(self) -> str:
-        """For a line: "micro-batch 4, recomputed blocks (but for the top 3), loss in chunks"."""
+        """The choice in words: "micro-batch 4, recomputed blocks (but for the top 3), loss in chunks"."""
         kept = f" (but for the top {self.blocks_kept})" if self.blocks_kept else ""
         names = [NAMES[name] + (kept if name == "checkpointing" else "") for name in self.on]
         return ", ".join([f"micro-batch {self.setting.batch}", *(names or ["no switch on"])])
@@ -167,7 +168,7 @@ def find_fit(question: Question) -> Fit:
 
 
 def leanest_setting(setting: Setting, free: frozenset[str]) -> tuple[Setting, tuple[str, ...]]:
-    """With every free switch on; and their names."""
+    """``setting`` with every free switch on, and the names of these switches."""
     on = tuple(name for name in LADDER[-1] if name in free)
     for name in on:
         setting = with_switch(setting, name, on=True)

@@ -91,7 +91,7 @@ def with_switch(setting: Setting, switch: str, on: bool) -> Setting:
 
 
 def is_on(setting: Setting, switch: str) -> bool:
-    """Whether the setting has that one of ``SWITCHES`` on."""
+    """True if the setting has that one of ``SWITCHES`` on."""
     block = setting.engine_config["hift"]
     where = "state" if switch == "slice_numel" else "activations"
     return bool((block.get(where) or {}).get(switch))
@@ -147,6 +147,7 @@ class GroupStep:
 
     @property
     def peak_bytes(self) -> int:
+        """Bytes allocated at the highest peak."""
         return sum(self.categories.values())
 
 
@@ -170,6 +171,7 @@ class Result:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Result:
+        """The result that a worker has sent as JSON."""
         return cls(**{**data, "steps": [GroupStep(**step) for step in data["steps"]]})
 
 

@@ -40,11 +40,12 @@ class Structure:
 
     @property
     def num_groups(self) -> int:
+        """The number of layer groups."""
         return len(self.group_names)
 
 
 def read_structure(setting: Setting) -> Structure:
-    """From the model's config and the ``"hift"`` block; no weights."""
+    """Read how a model is stepped from its config and the ``"hift"`` block; no weights."""
     from hift_ds.config import parse_block
     from hift_ds.hf.model_structure import build_on_meta, read_config
     from hift_ds.layers.grouping import partition_model
@@ -69,7 +70,8 @@ def read_structure(setting: Setting) -> Structure:
 class Steps(Protocol):
     """The steps of a model's groups under one setting."""
 
-    def step(self, index: int) -> GroupStep: ...
+    def step(self, index: int) -> GroupStep:
+        """The step of group ``index``, as counted or worked out."""
 
     def known(self) -> Sequence[int]:
         """Groups whose steps can be asked for."""

@@ -214,6 +214,7 @@ class ShardWriter:
         return names
 
     def commonest_dtype(self) -> torch.dtype | None:
+        """The dtype that most elements were written in; ``None`` before the first."""
         return self._numel_of_dtype.most_common(1)[0][0] if self._numel_of_dtype else None
 
     def _provisional(self, number: int) -> Path:

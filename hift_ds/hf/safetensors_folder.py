@@ -42,9 +42,11 @@ class TensorHeader:
 
     @property
     def numel(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
     def on_meta(self) -> torch.Tensor:
+        """A tensor of this shape and dtype without memory."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
@@ -97,6 +99,7 @@ class SafetensorsFolder:
         self._open: dict[Path, Any] = {}
 
     def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, read from its file."""
         file = self.headers[name].file
         if file not in self._open:
             self._open[file] = safe_open(str(file), framework="pt")

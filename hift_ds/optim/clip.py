@@ -63,7 +63,8 @@ def fp32_norm(grad: Tensor) -> Tensor:
 
 
 def grad_factor(norm: Tensor, max_norm: float, loss_scale: float) -> Tensor | None:
-    """What gradients under ``loss_scale`` are multiplied with so that their joint norm is at most ``max_norm``.
+    """The factor by which gradients under ``loss_scale`` are multiplied so that their joint norm is at most
+    ``max_norm``.
 
     ``norm`` is already free of the scale. ``None`` if nothing needs multiplying. torch's formula for the clipping.
     """

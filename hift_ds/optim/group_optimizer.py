@@ -136,10 +136,13 @@ class GroupOptimizer:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
+        """The stepped optimizer's param_groups, over the whole model."""
         return self.optimizer.param_groups
 
     @property
     def active_groups(self) -> list[GroupShard]:
+        """This rank's shards of what the coming step trains: the always-active group, if there is one, and the
+        schedule's."""
         return [self.groups[index] for index in (ALWAYS, self.schedule.active) if index in self.groups]
 
     @property
@@ -155,7 +158,7 @@ class GroupOptimizer:
         """No update was cut short."""
 
     def begin_backward(self, loss: Tensor, step_loss: Tensor, is_boundary: bool, retain_graph: bool) -> None:
-        """Before each backward."""
+        """Called before each backward; at the boundary gradients may be reduced while it goes on."""
         if is_boundary:
             self.parameters.begin_reduction(self.active_groups[::-1], loss)
 
@@ -170,11 +173,12 @@ class GroupOptimizer:
         self.parameters.abandon_reduction()
 
     def pending(self, param: nn.Parameter) -> Tensor | None:
-        """What the micro-batches since the last step have summed up so far, whole."""
+        """The sum of the gradients of the micro-batches since the last step, of the parameter's shape; ``None`` without
+        any."""
         return self.parameters.pending(param)
 
     def set_pending(self, param: nn.Parameter, grad: Tensor) -> None:
-        """The inverse of ``pending``."""
+        """Go on from ``grad``, which :meth:`pending` gave."""
         self.parameters.set_pending(param, grad)
 
     def take_gradient_traffic(self) -> tuple[int, int]:
@@ -187,7 +191,7 @@ class GroupOptimizer:
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
-        """At the accumulation boundary: average the active groups' gradients over ranks, once."""
+        """Average the active groups' gradients over ranks, once, at the accumulation boundary."""
         for group in self.active_groups:
             # A second backward of the same step adds to what the first has left.
             with self.waiting_for_ranks():
@@ -391,7 +395,7 @@ class GroupOptimizer:
             self._write_weight(weight, target, generator)
 
     def finish_copies(self) -> None:
-        """What is computed from here on sees the new weights."""
+        """See that what is computed from here on has the new weights."""
         if self.host_updates is not None:
             self._changed_on_host += self.host_updates.finish()
         if self.host_step is not None:
@@ -487,7 +491,7 @@ class GroupOptimizer:
         }
 
     def set_coverage(self, updates: Mapping[str, int]) -> None:
-        """The inverse of :meth:`coverage`; parameters that ``updates`` does not name were never updated."""
+        """Take over what :meth:`coverage` gave; parameters that ``updates`` does not name were never updated."""
         for index, group in self.groups.items():
             self.num_updates[index] = [updates.get(member.name, 0) for member in group.members]
 
@@ -521,6 +525,7 @@ class GroupOptimizer:
         self.flags.end_step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients; ``set_to_none`` is torch's, and always true here."""
         self.parameters.drop_grads(self.groups.values())
 
     def end_training(self, keep_states: bool = False) -> None:
@@ -537,7 +542,7 @@ class GroupOptimizer:
             self.host_step.close()
 
     def close(self) -> None:
-        """After ``end_training``: let go of the weights too."""
+        """Let go of the weights too, after ``end_training``."""
         self.parameters.close()
 
 

@@ -112,6 +112,7 @@ class StateTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape in a checkpoint: flat, or the state's own."""
         return (self.piece.numel,) if self.flat else self.place.shape
 
     def view(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -122,19 +123,26 @@ class StateTensor:
 class SavedStates(Protocol):
     """What :meth:`GroupStates.load` reads: masters and states of whole parameters, by name and range."""
 
-    def keys(self, param: str) -> set[str]: ...
+    def keys(self, param: str) -> set[str]:
+        """The keys saved for ``param``, ``MASTER`` among them."""
 
-    def scalars(self, param: str) -> PieceState | None: ...
+    def scalars(self, param: str) -> PieceState | None:
+        """The saved scalars of ``param``, by the optimizer's key."""
 
-    def has_master(self, param: str) -> bool: ...
+    def has_master(self, param: str) -> bool:
+        """True if there is a master of ``param``."""
 
-    def master(self, param: str, start: int, numel: int) -> Tensor: ...
+    def master(self, param: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of a master, fp32, flat."""
 
-    def is_flat(self, param: str, key: str) -> bool: ...
+    def is_flat(self, param: str, key: str) -> bool:
+        """True if the state has an entry for each element of ``param``."""
 
-    def elements(self, param: str, key: str, start: int, numel: int) -> Tensor: ...
+    def elements(self, param: str, key: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of a flat state."""
 
-    def shaped(self, param: str, key: str) -> Tensor: ...
+    def shaped(self, param: str, key: str) -> Tensor:
+        """A state with a shape of its own, whole."""
 
 
 class GroupStates:
@@ -215,6 +223,7 @@ class GroupStates:
         self.extras = {index: dict(extras_of[group.chunks[0].id]) for index, group in groups.items()}
 
     def store_of(self, group: GroupShard) -> StateStore:
+        """The store that keeps the states of ``group``."""
         return self.always_store if group.index == ALWAYS else self.store
 
     # -- layout -----------------------------------------------------------------------------------------------
@@ -276,9 +285,9 @@ class GroupStates:
         return StateView(own_key, 0, tuple(like.shape), like.dtype)
 
     def num_bytes(self) -> int:
-        """Of this rank's masters and states in a checkpoint, once all are filled. What an optimizer gives a shape of
-        its
-        own (Adafactor's rows and columns) is known after the first visits only, and counted then."""
+        """Bytes of this rank's masters and states in a checkpoint, once all are filled. States to which an optimizer
+        gives a shape of its own (Adafactor's rows and columns) are known after the first visits only, and counted then.
+        """
         total = 0
         for _, piece, record in self.pieces():
             total += 4 * piece.numel if record.master is not None else 0

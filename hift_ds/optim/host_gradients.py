@@ -93,7 +93,7 @@ class HostGradients:
             total.add_(staged)
 
     def get(self, key: Hashable) -> Tensor | None:
-        """What is kept, on the host; not to be changed."""
+        """The tensor kept under ``key``, on the host, not to be changed; ``None`` if there is none."""
         self._mover.settle(self._tickets.pop(key, None))
         self._end_addition(key)
         return self._kept.get(key)
@@ -104,7 +104,7 @@ class HostGradients:
             addition.result()
 
     def take(self, key: Hashable, device: torch.device) -> Tensor | None:
-        """What was kept, on ``device``; forgotten here."""
+        """The tensor kept under ``key``, on ``device``, and forgotten here; ``None`` if there is none."""
         if key not in self._kept:
             return None
         self._end_addition(key)
@@ -119,7 +119,7 @@ class HostGradients:
         return there
 
     def set(self, key: Hashable, value: Tensor) -> None:
-        """The inverse of ``get``."""
+        """Keep a copy of ``value``, which ``get`` gave."""
         self._kept[key] = value.to("cpu", self.dtype or value.dtype, copy=True)
 
     def forget(self) -> None:

@@ -76,11 +76,12 @@ class HostStep:
         self.traffic.add(bytes_out=weight.numel() * weight.element_size())
 
     def finish(self) -> None:
-        """What is computed from here on sees the new weights."""
+        """Let what is computed from here on wait for the new weights."""
         for ticket in self._sent:
             self.mover.wait(ticket)
 
     def close(self) -> None:
+        """Give back the buffers, and the streams."""
         self.mover.close()
         self._coming.clear()
         self._for_gradients, self._for_weights = _buffers(), _buffers()

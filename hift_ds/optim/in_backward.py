@@ -61,7 +61,8 @@ class Backward:
 
 
 class InBackwardOptimizer(GroupOptimizer):
-    """As :class:`GroupOptimizer`, with its arguments, and:
+    """Updates each part of the active groups while backward goes on below it. Arguments are those of
+    :class:`GroupOptimizer`, and:
 
     Args:
         clipping: by which norm gradients are clipped, and when: ``"exact"``, ``"speculative"``, ``"last_visit"`` or

@@ -45,6 +45,7 @@ class MuonWithAuxAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # as torch's
+        """Update every parameter that has a gradient; returns what ``closure`` returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

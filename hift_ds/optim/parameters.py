@@ -64,6 +64,7 @@ class Member:
 
     @property
     def whole_numel(self) -> int:
+        """Elements of the whole parameter, over all ranks."""
         return math.prod(self.shape)
 
 
@@ -146,7 +147,7 @@ class GradientSums:
         self._hooks: list[RemovableHandle] = []
 
     def watch(self, params: Iterable[nn.Parameter], add: Callable[[Tensor | None, Tensor], Tensor]) -> None:
-        """From now on take each gradient off its parameter as soon as backward has made it.
+        """Take each gradient off its parameter as soon as backward has made it, from now on.
 
         Args:
             add: (the sum so far or ``None``, a gradient) -> the new sum.
@@ -169,7 +170,7 @@ class GradientSums:
         self._sums[param] = grad.to(param.device)
 
     def take(self, param: nn.Parameter) -> Tensor | None:
-        """As :meth:`get`; none is left."""
+        """The sum that :meth:`get` would give, of which none is left here."""
         grad = self._sums.pop(param, None)
         if grad is None:
             grad = param.grad
@@ -285,12 +286,13 @@ class Parameters(ABC):
         """A micro-batch's backward is over."""
 
     def pending(self, param: nn.Parameter) -> Tensor | None:
-        """What the micro-batches since the last step have summed up so far, whole."""
+        """The sum of the gradients of the micro-batches since the last step, of the parameter's shape; ``None`` without
+        any."""
         return self.sums.get(param)
 
     @abstractmethod
     def set_pending(self, param: nn.Parameter, grad: Tensor) -> None:
-        """The inverse of ``pending``."""
+        """Go on from ``grad``, which :meth:`pending` gave."""
 
     def drop_grads(self, groups: Iterable[GroupShard]) -> None:
         """Forget all gradients of ``groups``."""
@@ -357,7 +359,7 @@ class Parameters(ABC):
         """The group's weights are about to be read or changed through ``weight``. Every rank calls this."""
 
     def begin_part(self, part: GroupShard) -> None:  # noqa: B027
-        """As ``begin_update``, while backward goes on below."""
+        """Do what ``begin_update`` does, while backward goes on below ``part``."""
 
     @abstractmethod
     def abandon_update(self, group: GroupShard) -> None:
@@ -401,10 +403,11 @@ class Parameters(ABC):
 
     @abstractmethod
     def held(self, weights: Iterable[Tensor]) -> list[Tensor]:
-        """What this rank keeps of parameters or buffers from step to step; may be in host memory."""
+        """The memory in which this rank keeps ``weights`` (parameters or buffers) from step to step, which may be the
+        host's."""
 
     def saved_by_reference(self) -> contextlib.AbstractContextManager[None]:
-        """Around a forward: how autograd saves weights."""
+        """A context for a forward, inside of which autograd saves weights so that no gathered copy stays alive."""
         return contextlib.nullcontext()
 
     def during_backward(self) -> contextlib.AbstractContextManager[None]:
@@ -424,7 +427,7 @@ class ReplicatedParameters(Parameters):
     """Whole weights on every rank; states and updates sharded. For DeepSpeed's stages 0, 1 and 2."""
 
     def accumulate_in_fp32(self, params: Iterable[nn.Parameter]) -> None:
-        """From now on sum the micro-batches of 16-bit weights in fp32: sums in bf16 drop small gradients."""
+        """Sum the micro-batches of 16-bit weights in fp32 from now on: sums in bf16 drop small gradients."""
         low = [param for param in params if param.dtype != torch.float32]
         self.sums.watch(low, lambda total, grad: grad.float() if total is None else total.add_(grad))
 

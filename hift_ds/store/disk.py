@@ -74,7 +74,7 @@ class DiskStateStore(ParkedStateStore):
         return super().start()
 
     def needed_bytes(self) -> int:
-        """On disk: all chunks, the largest once more while it is rewritten, and what may be held."""
+        """Bytes on the disk: all chunks, the largest once more while it is rewritten, and what may be held."""
         sizes = [self._file_bytes(chunk) for chunk in self._layouts]
         held = (sum(self._file_bytes(chunk) for chunk in chunks) for chunks in self.may_hold)
         return sum(sizes) + max(sizes, default=0) + max(held, default=0)

@@ -28,6 +28,7 @@ _LARGEST = {True: 127, False: 255}
 
 
 def num_blocks(numel: int) -> int:
+    """The number of blocks, each with a scale of its own, of ``numel`` elements."""
     return -(-numel // BLOCK_NUMEL)
 
 

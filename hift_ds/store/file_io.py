@@ -58,7 +58,7 @@ def _huge_pages(num_bytes: int) -> Tensor:
 
 
 def checksum(pages: np.ndarray, offset: int, before: int = 0) -> int:
-    """Of whole pages (uint8) at ``offset`` in a file, added to that of what stands before them: 64 bits.
+    """A sum over whole pages (uint8) at ``offset`` in a file, added to that of what stands before them: 64 bits.
 
     The sum of each page's 64-bit words, times an odd number that tells pages apart: one changed word is always found,
     pages that changed places or are stale, too. Two to three times as fast as ``zlib.crc32``, which NumPy cannot do.

@@ -130,7 +130,7 @@ class BackwardCosts:
         return sum(step[0] for step in steps) / len(steps), sum(step[1] for step in steps) / len(steps)
 
     def hides(self, numels: Sequence[int], group_size: int, tokens: float) -> bool:
-        """Whether steps of ``group_size`` layers wait for next to nothing."""
+        """True if steps of ``group_size`` layers wait for next to nothing."""
         computing, waiting = self.cycle(numels, group_size, tokens)
         return waiting <= PATIENCE * computing
 
@@ -197,7 +197,7 @@ class HiddenLayers:
     costs: BackwardCosts
 
     def line(self) -> str:
-        """In one sentence, with the figures."""
+        """The choice in one sentence, with the figures."""
         costs = self.costs
         moves = "states that stay where they are"
         if costs.link is not None:

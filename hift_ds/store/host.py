@@ -142,7 +142,8 @@ class HostStateStore(ParkedStateStore):
 
 
 def copy_bytes(target: Tensor, source: Tensor) -> None:
-    """On the CPU on one thread, whatever torch's number of threads: this runs beside the computation."""
+    """Copy bytes (uint8, 1-D). On the CPU with one thread, whatever torch's number of threads: this runs beside the
+    computation."""
     if type(target) is type(source) is Tensor and target.device.type == source.device.type == "cpu":
         target.numpy()[:] = source.numpy()
         return

@@ -13,6 +13,7 @@ ALIGNMENT = 256  # of every part: any dtype can be viewed there, and vector inst
 
 
 def aligned(num_bytes: int, alignment: int = ALIGNMENT) -> int:
+    """The next multiple of ``alignment`` bytes."""
     return -(-num_bytes // alignment) * alignment
 
 
@@ -34,6 +35,7 @@ class ChunkLayout:
     num_bytes: int = 0
 
     def add(self, key: str, numel: int, dtype: torch.dtype, codec: Codec) -> None:
+        """Lay out ``numel`` elements of ``key``, in the codec's parts, behind what is there."""
         offsets = {}
         for part in codec.parts(numel):
             offsets[part.name] = self.num_bytes

@@ -10,12 +10,14 @@ from typing import NamedTuple
 
 
 class HostBytes(NamedTuple):
+    """Host memory, in bytes."""
+
     total: int
     available: int  # without swapping
 
 
 def host_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> HostBytes:
-    """Of this machine, bounded by this control group's limit (version 2 or 1) where there is one."""
+    """The memory of this machine, bounded by this control group's limit (version 2 or 1) where there is one."""
     total, available = _physical(proc)
     for limit_file, usage_file in (
         ("memory.max", "memory.current"),
@@ -49,7 +51,7 @@ THIS_MACHINE = Machine()
 
 
 def disk_bytes_free(path: str | os.PathLike[str]) -> int:
-    """Where ``path`` is or will be."""
+    """Free bytes of the disk where ``path`` is or will be."""
     folder = Path(path).expanduser().absolute()
     while not folder.exists():
         folder = folder.parent

@@ -135,6 +135,8 @@ class ThreadMover(Mover):
 
 @dataclass
 class StreamTicket:
+    """A copy on a side stream: the events around it."""
+
     start: Any  # events around the copy, on its stream
     end: Any
     cause: str  # of a wait for it

@@ -52,6 +52,7 @@ class StateFolder:
         self._remove = weakref.finalize(self, _remove, self.folder, lock, os.getpid())
 
     def file(self, name: str) -> Path:
+        """The path of a file of this folder."""
         return self.folder / name
 
     def promise(self, num_bytes: int) -> None:
@@ -73,6 +74,7 @@ class StateFolder:
             (self.folder / _PROMISED).write_text(str(num_bytes))
 
     def close(self) -> None:
+        """Remove the folder and give back the disk that was promised to it."""
         self._remove()
 
     def _folders(self) -> list[Path]:

@@ -28,8 +28,10 @@ class ExactValues:
 
 
 def remember_exact_values(model: nn.Module, values: ExactValues) -> None:
+    """Leave ``values`` with ``model``, for the engine that will be made of it."""
     model.__dict__[_ATTRIBUTE] = values
 
 
 def exact_values(model: nn.Module) -> ExactValues | None:
+    """The values that :func:`remember_exact_values` has left with ``model``, if any."""
     return model.__dict__.get(_ATTRIBUTE)

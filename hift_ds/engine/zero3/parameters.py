@@ -44,7 +44,7 @@ class PartitionedParameters(Parameters):
     # -- gradients --------------------------------------------------------------------------------------------
 
     def take_gradients(self, params: Iterable[nn.Parameter]) -> None:
-        """From now on take each gradient off its parameter as soon as it is there: ZeRO-3 releases the weight next,
+        """Take each gradient off its parameter as soon as it is there, from now on: ZeRO-3 releases the weight next,
         and a whole gradient does not belong to an empty one."""
         # From the second micro-batch on in fp32: sums of 16-bit gradients drop small ones.
         self.sums.watch(params, lambda total, grad: grad if total is None else total.float().add_(grad))
