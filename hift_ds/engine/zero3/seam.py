@@ -80,7 +80,7 @@ class _Coordinator(PartitionedParameterCoordinator):
                 param.ds_active_sub_modules.discard(submodule.ds_id)
 
     def _used_soon(self) -> set[PartitionedWeight]:
-        """The weights of the next modules in DeepSpeed's recorded order, up to ``stage3_max_reuse_distance`` elements."""
+        """Weights of the next modules in DeepSpeed's recorded order, up to ``stage3_max_reuse_distance`` elements."""
         left = self._PartitionedParameterCoordinator__max_reuse_dist_in_numel
         soon: set[PartitionedWeight] = set()
         order = self._PartitionedParameterCoordinator__submodule_order
