@@ -16,9 +16,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import counting  # noqa: E402
+from benchmarks.counting import GIB, MIXED_HI  # noqa: E402
 from hift_ds.forecast.setting import Setting, simulate  # noqa: E402
 
-GIB = 1 << 30
 STREAMED = {  # weights in host memory, a module's at a time on the device
     "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0,
 }  # fmt: skip
@@ -34,18 +35,14 @@ def setting(
     zero: dict[str, Any] | None = None,
     offload: bool = False,
 ) -> Setting:
-    config = {
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
-        "bf16": {"enabled": True},
-        "zero_optimization": zero or {"stage": 0},
-        "hift": {
-            "update": "in_backward",
-            "group_size": "all",
-            "state": {"slots": 2, "slice_numel": 1 << 23},
-            "activations": {"checkpointing": True, "chunked_loss": True, "offload": offload},
-        },
+    hift = {
+        "update": "in_backward",
+        "group_size": "all",
+        "state": {"slots": 2, "slice_numel": 1 << 23},
+        "activations": {"checkpointing": True, "chunked_loss": True, "offload": offload},
     }
-    return Setting(model, config, "bfloat16", batch, length, world_size=ranks)
+    stage = {"zero_optimization": zero or {"stage": 0}}
+    return counting.setting(model, MIXED_HI, batch, length, hift, deepspeed=stage, world_size=ranks)
 
 
 # What, the setting, the goal in GiB.

@@ -16,18 +16,14 @@ import argparse
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.counting import GIB, count, setting  # noqa: E402
 from hift_ds.cli.estimate_table import SWITCH_NAMES  # noqa: E402
-from hift_ds.forecast.setting import (  # noqa: E402
-    GroupStep,
-    Setting,
-    with_switch,  # noqa: E402
-)
-from hift_ds.forecast.steps import GIB, Request, Steps, read_structure, run_requests, worst_step  # noqa: E402
+from hift_ds.forecast.setting import GroupStep, Setting, with_switch  # noqa: E402
+from hift_ds.forecast.steps import worst_step  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "memory_goals.md"
 TITLES = {"llama2_7b": "LLaMA-2-7B", "llama3_8b": "Llama-3-8B"}
@@ -49,15 +45,8 @@ class Goal:
     @property
     def setting(self) -> Setting:
         """No switch on."""
-        config: dict[str, Any] = {
-            "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
-            "gradient_clipping": 1.0,
-            "hift": {},
-        }
-        if self.precision == "mixed_hi":
-            config["bf16"] = {"enabled": True}
-        dtype = "bfloat16" if self.precision == "mixed_hi" else "float32"
-        return Setting(self.model, config, dtype, self.batch, self.length)
+        clipping = {"gradient_clipping": 1.0}
+        return setting(self.model, self.precision, self.batch, self.length, {}, deepspeed=clipping)
 
 
 GOALS = (
@@ -76,28 +65,20 @@ GOALS = (
 SAVINGS = (GOALS[1], GOALS[2], GOALS[6], Goal("llama3_8b", "mixed_hi", 8, 2048, 0))
 
 
-def with_switches(setting: Setting, switches: tuple[str, ...]) -> Setting:
+def with_switches(asked: Setting, switches: tuple[str, ...]) -> Setting:
     for switch in switches:
         if switch == NOT_SLOTTED:
-            block = setting.engine_config["hift"]
+            block = asked.engine_config["hift"]
             block = {**block, "state": {**block.get("state", {}), "prefetch": False}}
-            setting = replace(setting, engine_config={**setting.engine_config, "hift": block})
+            asked = replace(asked, engine_config={**asked.engine_config, "hift": block})
         else:
-            setting = with_switch(setting, switch, on=True)
-    return setting
+            asked = with_switch(asked, switch, on=True)
+    return asked
 
 
 def levels() -> list[tuple[str, ...]]:
     """Sets of switches, each with one more than the one before, the cheapest first."""
-    return [BY_COST[:count] for count in range(len(BY_COST) + 1)]
-
-
-def step_all(settings: list[Setting], num_processes: int, ends_only: bool = True) -> list[Steps]:
-    """The steps of all groups, or of the embedding, the lowest block and the head."""
-    structures = {
-        model: read_structure(next(s for s in settings if s.model == model)) for model in {s.model for s in settings}
-    }
-    return run_requests([Request(s, structures[s.model], ends_only) for s in settings], num_processes)
+    return [BY_COST[:number] for number in range(len(BY_COST) + 1)]
 
 
 # -- goals --------------------------------------------------------------------------------------------------------
@@ -106,7 +87,7 @@ def step_all(settings: list[Setting], num_processes: int, ends_only: bool = True
 def goal_table(goals: tuple[Goal, ...], num_processes: int) -> tuple[list[str], int]:
     """Lines of markdown, and how many goals are missed."""
     tried = levels()
-    found = step_all([with_switches(goal.setting, switches) for goal in goals for switches in tried], num_processes)
+    found = count([with_switches(goal.setting, switches) for goal in goals for switches in tried], num_processes)
     lines = [
         "| model | precision | batch x length | goal, GiB | no switch | all switches | fewest switches | peak with "
         "them | worst group | where | met |",
@@ -118,7 +99,7 @@ def goal_table(goals: tuple[Goal, ...], num_processes: int) -> tuple[list[str], 
         met = (level for level, step in enumerate(steps) if step.peak_bytes / GIB < goal.below_gib)
         chosen.append(next(met, len(tried) - 1))
         outer.append((steps[0], steps[-1]))
-    every_group = step_all(
+    every_group = count(
         [with_switches(goal.setting, tried[level]) for goal, level in zip(goals, chosen, strict=True)],
         num_processes,
         False,
@@ -162,7 +143,7 @@ def savings_table(cases: tuple[Goal, ...], num_processes: int) -> list[str]:
     settings = [with_switches(case.setting, switches) for case in cases for switches in sets]
     settings += [replace(case.setting, micro_batches=2) for case in cases]
     settings += [replace(with_switches(case.setting, everything), micro_batches=2) for case in cases]
-    peaks = [worst_step(steps).peak_bytes / GIB for steps in step_all(settings, num_processes)]
+    peaks = [worst_step(steps).peak_bytes / GIB for steps in count(settings, num_processes)]
 
     def row(title: str, number: int) -> str:
         return f"| {title} | " + " | ".join(f"{peaks[i * len(sets) + number]:.2f}" for i in range(len(cases))) + " |"

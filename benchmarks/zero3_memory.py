@@ -23,10 +23,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import counting  # noqa: E402
+from benchmarks.counting import GIB, MIXED_HI  # noqa: E402
 from hift_ds.forecast.setting import Result, Setting, simulate  # noqa: E402
 
 OUT = ROOT / "docs" / "zero3_memory.md"
-GIB = 1 << 30
 RANKS = (1, 2, 4, 8)
 LENGTH = 2048
 NOTHING_KEPT = {
@@ -88,16 +89,10 @@ Cell = tuple[Model, str, int]
 
 def setting(model: Model, mode: str, ranks: int, num_blocks: int | None) -> Setting:
     """bf16 weights, fp32 masters and AdamW states in host memory; the savings of the streamed presets for all modes."""
-    config = {
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
-        "gradient_clipping": 1.0,
-        "bf16": {"enabled": True},
-        "zero_optimization": MODES[mode],
-        "hift": preset("bf16_zero3_param_cpu")["hift"],
-    }
-    return Setting(
-        model.name, config, length=LENGTH, num_blocks=num_blocks, groups=(0, 1, -1), world_size=ranks,
-        visits=1 if mode == REPLICATED else 2,
+    return counting.setting(
+        model.name, MIXED_HI, 1, LENGTH, preset("bf16_zero3_param_cpu")["hift"],
+        deepspeed={"gradient_clipping": 1.0, "zero_optimization": MODES[mode]},
+        num_blocks=num_blocks, groups=(0, 1, -1), world_size=ranks, visits=1 if mode == REPLICATED else 2,
     )  # fmt: skip
 
 
