@@ -10,10 +10,6 @@ import torch
 
 from hift_ds.store.movers import streams_of
 
-# A token costs 6 operations a parameter in full training: 2 forward, 4 backward. A layer group's turn has all of the
-# forward and, averaged over the groups, half of the backward for inputs and its own part of the other.
-FLOPS_PER_TOKEN_AND_PARAMETER = 3.1
-
 _UPDATE_NUMEL = 1 << 20  # parameters updated at once to measure an update
 _LINK_BYTES = 1 << 26  # copied to measure a link
 
