@@ -43,8 +43,7 @@ class HiFTEngine(SeamEngine):
         checkpointer: saves and resumes.
         auto_groups: finds the size of groups, if that is left to it.
         memory: what steps are expected to need.
-        adviser: answers when there is no memory left; handed on by a loop that builds another engine for a smaller
-            batch, so that the forecast is made once.
+        adviser: answers when there is no memory left; a loop that builds engine after engine hands it on.
     """
 
     # A simulation has others (:class:`SeamEngine` says what they are).
@@ -56,11 +55,11 @@ class HiFTEngine(SeamEngine):
         check_against_deepspeed(self.hift, config)
         self.last_report: StepReport | None = None
         self.step_loss: Tensor | None = None
-        self.life = Lifetime(self)
         self._fp32_shards: dict[str, Tensor] = {}  # bits that casting the weights would lose
         self.checkpointer = Checkpointer(self)
         self.auto_groups = AutoGroups(self)
         self.memory = MemoryForecast(self)
+        self.life = Lifetime(self, self.checkpointer, self.memory)
         self.adviser = Adviser()
         self._notes = StepNotes(self)
         end_earlier_engine(kwargs.get("model"))
@@ -165,7 +164,8 @@ class HiFTEngine(SeamEngine):
         self.step_loss = None
         self.optimizer.store.idle()
         self.optimizer.waits.idle()
-        self.last_report = self._notes.after(began)
+        expected, waited_s = self.memory.peak_bytes(began.group), self.checkpointer.take_waited_s()
+        self.last_report = self._notes.after(began, expected, waited_s)
         self.memory.use_spare()
 
     def get_lr(self) -> list[float]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from hift_ds.engine.checkpointer import Checkpointer
+from hift_ds.engine.deepspeed_seam import SeamEngine
+from hift_ds.engine.memory_forecast import MemoryForecast
 from hift_ds.errors import HiFTError
 
-if TYPE_CHECKING:
-    from hift_ds.engine.engine import HiFTEngine
-
-_engine_of: weakref.WeakKeyDictionary[nn.Module, weakref.ref[HiFTEngine]] = weakref.WeakKeyDictionary()
+_engine_of: weakref.WeakKeyDictionary[nn.Module, weakref.ref[SeamEngine]] = weakref.WeakKeyDictionary()
 
 
 class Lifetime:
@@ -25,8 +25,8 @@ class Lifetime:
         hooks: on the model while it is trained.
     """
 
-    def __init__(self, engine: HiFTEngine) -> None:
-        self._engine = engine
+    def __init__(self, engine: SeamEngine, checkpointer: Checkpointer, memory: MemoryForecast) -> None:
+        self._engine, self._checkpointer, self._memory = engine, checkpointer, memory
         self.has_ended = self.is_over = False
         self.hooks: list[RemovableHandle] = []
 
@@ -44,12 +44,12 @@ class Lifetime:
             raise HiFTError("this engine's training has ended and its states are gone: make a new engine to go on")
 
     def end_training(self, failed: bool) -> None:
-        """Give back what only training needs (:meth:`HiFTEngine.end_training`)."""
+        """Give back what only training needs (``HiFTEngine.end_training``)."""
         if self.has_ended:
             return
         try:
             if not (failed and self._engine.world_size > 1):
-                self._engine.checkpointer.wait()
+                self._checkpointer.wait()
         finally:
             self.let_go()
 
@@ -61,9 +61,9 @@ class Lifetime:
             hook.remove()
         if hasattr(engine, "savings"):
             engine.savings.close()
-        engine.memory.stop()
+        self._memory.stop()
         if getattr(engine, "optimizer", None) is not None:
-            engine.optimizer.end_training(keep_states=engine.checkpointer.is_saving)
+            engine.optimizer.end_training(keep_states=self._checkpointer.is_saving)
 
 
 def end_earlier_engine(model: Any) -> None:

@@ -7,17 +7,13 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hift_ds.engine.deepspeed_seam import peak_bytes
+from hift_ds.engine.deepspeed_seam import SeamEngine, peak_bytes
 from hift_ds.schedule import Cursor
 from hift_ds.step_report import StepReport
 from hift_ds.store.base import CAUSES
-
-if TYPE_CHECKING:
-    from hift_ds.engine.engine import HiFTEngine
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +81,7 @@ class StepNotes:
         averages: the losses of a step's micro-batches are averaged, not summed.
     """
 
-    def __init__(self, engine: HiFTEngine) -> None:
+    def __init__(self, engine: SeamEngine) -> None:
         self._engine = engine
         self.averages = True
         self._said_not_finite = False
@@ -98,8 +94,13 @@ class StepNotes:
         schedule = optimizer.schedule
         return StepBegan(self._engine.global_steps, schedule.cursor, schedule.active, optimizer.scaler.scale)
 
-    def after(self, began: StepBegan) -> StepReport:
-        """Call this after the update that ``began``. Counts what was moved, sent and waited for since the last call."""
+    def after(self, began: StepBegan, forecast_bytes: int | None, checkpoint_s: float) -> StepReport:
+        """Call this after the update that ``began``. Counts what was moved and sent since the last call.
+
+        Args:
+            forecast_bytes: the peak that was expected of the step, if it is known.
+            checkpoint_s: seconds that training has waited for checkpoints since the last step.
+        """
         engine, optimizer = self._engine, self._engine.optimizer
         traffic, ranks = optimizer.store.traffic.take(), optimizer.parameters.ranks
         grad_numel_sent, ranks.grad_numel_sent = ranks.grad_numel_sent, 0
@@ -125,8 +126,8 @@ class StepNotes:
             tried=optimizer.trials.last_made,
             undone=optimizer.trials.last_undone,
             undone_s=optimizer.trials.last_undone_s,
-            checkpoint_s=engine.checkpointer.take_waited_s(),
-            forecast_bytes=engine.memory.peak_bytes(began.group),
+            checkpoint_s=checkpoint_s,
+            forecast_bytes=forecast_bytes,
             waits=_together(traffic.waits, optimizer.take_waits()),
         )
         self._warn_if_not_finite(report)

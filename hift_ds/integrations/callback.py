@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections import UserDict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from hift_ds.engine.initialize import hift_engines
 from hift_ds.errors import ConfigError
 from hift_ds.integrations.arguments import check_arguments
 from hift_ds.integrations.events import EngineEvents, disable_input_require_grads
+from hift_ds.integrations.loops import kept_from_accelerate
 from hift_ds.integrations.weights_once import keep_once
 from hift_ds.ranks import gather
 from hift_ds.version import __version__
@@ -63,7 +63,7 @@ class HiFTCallback(EngineEvents):
         if zero["stage"] == 3:
             # Else transformers' save_model has no weights to write once training has ended.
             zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
-        self._entered.enter_context(_kept_from_accelerate(plugin.deepspeed_config))
+        self._entered.enter_context(kept_from_accelerate(plugin.deepspeed_config))
         self._entered.enter_context(hift_engines(on_made=self._took))
         if model is not None:
             disable_input_require_grads(model)
@@ -123,17 +123,6 @@ class HiFTCallback(EngineEvents):
         self.engine.end_training()
         if self.engine.zero_optimization_stage() != 3:  # partitioned weights are still gathered for evaluation
             self.engine.destroy()
-
-
-@contextlib.contextmanager
-def _kept_from_accelerate(config: dict[str, Any]):
-    """accelerate would fill in every "auto" in the dicts of ``config``, those of our block too."""
-    block = config[BLOCK]
-    config[BLOCK] = UserDict(block)
-    try:
-        yield
-    finally:
-        config[BLOCK] = block
 
 
 class AnnouncedCallback(HiFTCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import UserDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -43,16 +44,25 @@ def accelerate(block: Mapping[str, Any] | None = None) -> Iterator[list[HiFTEngi
         raise ConfigError(
             f'hift_ds.accelerate: no "{BLOCK}" block: give it here, or put it in the DeepSpeed config of accelerate'
         )
-    block = config.get(BLOCK) if block is None else block
-    parse_block(block)
-    was = config.pop(BLOCK, None)  # accelerate would fill in every "auto"
+    parse_block(config.get(BLOCK) if block is None else block)
     engines: list[HiFTEngine] = []
+    with kept_from_accelerate(config, block), hift_engines(block, engines.append):
+        yield engines
+
+
+@contextlib.contextmanager
+def kept_from_accelerate(config: dict[str, Any], block: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Inside this block accelerate finds the ``"hift"`` block of ``config`` (a DeepSpeed config), or ``block`` in its
+    place, in a form that it leaves alone: it would fill in every "auto" in the dicts of a config."""
+    if BLOCK not in config:
+        yield
+        return
+    own = config[BLOCK]
+    config[BLOCK] = UserDict(own if block is None else block)
     try:
-        with hift_engines(block, engines.append):
-            yield engines
+        yield
     finally:
-        if was is not None:
-            config[BLOCK] = was
+        config[BLOCK] = own
 
 
 def _plugin() -> Any:

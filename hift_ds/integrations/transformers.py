@@ -23,7 +23,6 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from hift_ds.checkpoint.files import write_errors
-from hift_ds.config import BLOCK
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.engine.initialize import hift_engines
 from hift_ds.engine.zero3.export import export_partitioned
@@ -37,6 +36,7 @@ from hift_ds.integrations.checkpoint_rotation import WholeCheckpointsStay
 from hift_ds.integrations.disk_room import DiskRoomCallback
 from hift_ds.integrations.events import EngineEvents, disable_input_require_grads
 from hift_ds.integrations.finished_run import StopsWhenDone
+from hift_ds.integrations.loops import kept_from_accelerate
 from hift_ds.integrations.weights_once import WeightsOnce, has_the_form_of_a_checkpoint
 from hift_ds.out_of_memory import explains_evaluation
 from hift_ds.process_group import as_single_process, ensure_process_group, nothing_compiled
@@ -92,7 +92,8 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         ready = contextlib.nullcontext()
         if not self.is_ready_to_save:
             ready = ready_to_save(self.args, self.model, self.processing_class)
-        with ready, _block_set_aside(self.args.deepspeed_plugin) as block, hift_engines(block, _draws_itself):
+        kept = kept_from_accelerate(self.args.deepspeed_plugin.deepspeed_config)
+        with ready, kept, hift_engines(on_made=_draws_itself):
             try:
                 output = super().train(*args, **kwargs)
                 self.finish_checkpoints()
@@ -198,13 +199,3 @@ class HiFTTrainer(HiFTMixin, Trainer):
 def _draws_itself(engine: HiFTEngine) -> None:
     """A Trainer that goes on draws its epoch's order first, and then sets the generators to the checkpoint's."""
     engine.checkpointer.restores_generators = False
-
-
-@contextlib.contextmanager
-def _block_set_aside(plugin: Any) -> Iterator[Any]:
-    """The "hift" block, out of the DeepSpeed config meanwhile: accelerate would fill in every "auto"."""
-    block = plugin.deepspeed_config.pop(BLOCK)
-    try:
-        yield block
-    finally:
-        plugin.deepspeed_config[BLOCK] = block
