@@ -202,8 +202,7 @@ class HiFTEngine(SeamEngine):
         ``requires_grad`` flags. A second call does nothing. The engine still evaluates and answers ``coverage()``.
 
         Args:
-            failed: this rank leaves training by itself, by an error or Ctrl-C: nothing that waits for others is done.
-                On several ranks an asynchronous checkpoint under way keeps the states it still has to copy.
+            failed: this rank leaves by an error or Ctrl-C: no other is waited for, and a save under way keeps its states.
         """
         self.life.end_training(failed)
 
