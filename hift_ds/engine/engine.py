@@ -202,7 +202,7 @@ class HiFTEngine(SeamEngine):
         ``requires_grad`` flags. A second call does nothing. The engine still evaluates and answers ``coverage()``.
 
         Args:
-            failed: this rank leaves by an error or Ctrl-C: no other is waited for, and a save under way keeps its states.
+            failed: this rank leaves by an error or Ctrl-C: it waits for none, and a save under way keeps its states.
         """
         self.life.end_training(failed)
 
