@@ -37,7 +37,7 @@ class StateConfig(BaseModel):
     step_on: Literal["device", "host", "split"] = "device"
     """``device``: states come up, the accelerator updates. ``host``: gradients go down, weights come up. ``split``:
     some embeddings, blocks, heads (or slices) here and some there, side by side."""
-    host_share: float | None = Field(None, ge=0, le=1)
+    host_share: float | None = Field(default=None, ge=0, le=1)
     """With ``split``: of the parameters, how many the host updates. ``null``: the share that is fastest, by measured
     speeds; a checkpoint keeps it."""
     prefetch: bool = True
