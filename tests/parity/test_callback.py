@@ -15,7 +15,6 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from hift_ds.checkpoint.sealed_folder import broken_seal
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -24,6 +23,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 import hift_ds
 import model_zoo
 from hift_ds import HiFTCallback, HiFTMixin
+from hift_ds.checkpoint.trainer_folder import broken_seal
 from hift_ds.errors import ConfigError
 from hift_ds.integrations.weights_once import keep_once
 from tests.helpers.trainer import AUTO, arguments, ragged_dataset
