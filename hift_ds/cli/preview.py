@@ -27,7 +27,7 @@ def preview(run: RunConfig, console: Console, num_samples: int = 3, counted_rows
         DataError: data is missing or a row is malformed.
     """
     from hift_ds.data.preview import show_samples, show_task_rows, show_totals
-    from hift_ds.data.tokenizers import load_tokenizer
+    from hift_ds.data.tokenizers import add_tokens, load_tokenizer
     from hift_ds.hf.model_folder import max_sequence_length, read_config_json, resolve_model
     from hift_ds.train.preflight import resolve_tokenizer_folder
     from hift_ds.train.settings import resolve_max_length
@@ -36,6 +36,7 @@ def preview(run: RunConfig, console: Console, num_samples: int = 3, counted_rows
     folder = resolve_model(run.model.path, trust_remote_code=trust)
     max_length = resolve_max_length(run, max_sequence_length(read_config_json(folder)))
     tokenizer = load_tokenizer(resolve_tokenizer_folder(run, folder), trust_remote_code=trust)
+    add_tokens(tokenizer, run.model.added_tokens, run.model.added_special_tokens)
     task = TASKS[run.task]
     if not task.is_language_modelling:
         assert task.format is not None

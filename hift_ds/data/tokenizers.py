@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,21 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = choose_pad_token(tokenizer)
     return tokenizer
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], special: Sequence[str] = ()) -> int:
+    """Give the tokenizer tokens that it lacks, each one token wherever its text stands.
+
+    Args:
+        special: left out where a text is decoded without special tokens.
+
+    Returns:
+        How many are new.
+    """
+    from transformers import AddedToken
+
+    made = tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    return made + tokenizer.add_tokens([AddedToken(token, normalized=False) for token in special], special_tokens=True)
 
 
 def check_tokenizer_folder(folder: Path, *, key: str = "model.tokenizer") -> None:

@@ -299,13 +299,15 @@ def weight_distances(
     Args:
         model: compare its parameters, by their names in memory, whatever the two checkpoints call them
             (published GPT-2 and Mixtral name weights otherwise than memory does); on any device, meta
-            included, not partitioned. Without it tensors are compared under the names in the files.
+            included, not partitioned. Of embeddings with more rows than before the old rows are compared, and a head of
+            another shape is left out. Without it tensors are compared under the names in the files.
         chunk_numel: values compared at once, in fp32 (norms are summed in fp64); bounds the memory.
 
     Raises:
-        CheckpointError: a folder is damaged, or a weight has another shape in the other one.
+        CheckpointError: a folder is damaged; or, without ``model``, a weight has another shape in the other one.
     """
     before, after = SafetensorsFolder(before_dir), SafetensorsFolder(after_dir)
+    embeddings = set() if model is None else _embedding_names(model)
     if model is None:
         names = [name for name in before.headers if name in after.headers]
         pairs = ((name, before.tensor(name), after.tensor(name)) for name in names)
@@ -315,6 +317,10 @@ def weight_distances(
     for name, old, new in pairs:
         if not old.is_floating_point():
             continue
+        if old.shape != new.shape and model is not None:
+            if name not in embeddings or old.shape[1:] != new.shape[1:] or len(old) > len(new):
+                continue
+            new = new[: len(old)]
         if old.shape != new.shape:
             raise CheckpointError(f"{name!r}: shape {tuple(old.shape)} before, {tuple(new.shape)} after")
         moved = norm = 0.0
@@ -325,6 +331,13 @@ def weight_distances(
             norm += a.double().square().sum().item()
         out[name] = (math.sqrt(moved), math.sqrt(norm))
     return out
+
+
+def _embedding_names(model: PreTrainedModel) -> set[str]:
+    """All names of the weights that have a row for each token."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = {id(module.weight) for module in modules if module is not None}
+    return {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in weights}
 
 
 def _pairs_of_weights(

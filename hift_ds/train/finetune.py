@@ -30,7 +30,7 @@ from hift_ds.checkpoint.trainer_folder import find_checkpoints
 from hift_ds.data.packing import packed_samples_are_isolated
 from hift_ds.data.prepare import PreparedData, prepare_data
 from hift_ds.data.task_data import Preparation
-from hift_ds.data.tokenizers import load_tokenizer
+from hift_ds.data.tokenizers import add_tokens, load_tokenizer
 from hift_ds.dtypes import torch_dtype
 from hift_ds.engine.zero3.load import load_partitioned, remember_rounded_weights
 from hift_ds.errors import CheckpointError, ConfigError
@@ -294,10 +294,14 @@ def _load_data(checked: CheckedRun, arguments: TrainingArguments) -> tuple[Any, 
     run = checked.run
     with arguments.main_process_first(local=True, desc="preparing data"):
         tokenizer = load_tokenizer(checked.tokenizer_folder, trust_remote_code=run.model.trust_remote_code)
+        add_tokens(tokenizer, run.model.added_tokens, run.model.added_special_tokens)
         task = TASKS[run.task]
         if not task.is_language_modelling:
             return tokenizer, task.prepare(Preparation(run.data, tokenizer, checked.max_length, checked.model.config))
-        return tokenizer, prepare_data(run.data_of_task, tokenizer, checked.max_length, checked.model.vocab_size)
+        vocab_size = checked.model.vocab_size
+        if vocab_size is not None and (run.model.added_tokens or run.model.added_special_tokens):
+            vocab_size = max(vocab_size, len(tokenizer))
+        return tokenizer, prepare_data(run.data_of_task, tokenizer, checked.max_length, vocab_size)
 
 
 @no_traceback_when_full("while the model is loaded")
@@ -316,17 +320,26 @@ def _load_model(
     options = {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
     task = TASKS[run.task]
     has_head = task.auto_class not in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+    adds_tokens = bool(run.model.added_tokens or run.model.added_special_tokens)
+    if adds_tokens and zero_stage(arguments) == 3:
+        raise ConfigError(
+            'model.added_tokens: with "zero_optimization.stage": 3 the embeddings are in shards, which get no more '
+            "rows; use stage 0, 1 or 2"
+        )
+    keeps_bits = stored == "fp32" and checked.dtype != "fp32" and block is not None and block.master_weights
+    dtype = torch_dtype("fp32" if keeps_bits else checked.dtype)
     if has_head:
         labels = {"num_labels": 1} if run.task == "reward" else labels
-        return _load_with_head(checked, arguments, tokenizer, labels, say, options)
+        model = _load_with_head(checked, arguments, tokenizer, {**labels, **options, "dtype": dtype}, say)
+        if adds_tokens:
+            _add_rows(model, tokenizer, run, say)
+        return model
     options["model_class"] = task.model_class()
     if zero_stage(arguments) == 3 and block is not None:
         return load_partitioned(
             checked.model.path, arguments.deepspeed, dtype=torch_dtype(checked.dtype),
             trust_remote_code=run.model.trust_remote_code, **options,
         )  # fmt: skip
-    keeps_bits = stored == "fp32" and checked.dtype != "fp32" and block is not None and block.master_weights
-    dtype = torch_dtype("fp32" if keeps_bits else checked.dtype)
     is_partitioned = zero_stage(arguments) == 3  # while it loads, by transformers
     model = load_pretrained(
         checked.model.path,
@@ -335,6 +348,8 @@ def _load_model(
         trust_remote_code=run.model.trust_remote_code,
         **options,
     )
+    if adds_tokens:
+        _add_rows(model, tokenizer, run, say)
     if not keeps_bits and not is_partitioned and block is not None and block.master_weights:
         remember_rounded_weights(model, SafetensorsFolder(checked.model.path))
     if run.data.packing and not is_partitioned and not packed_samples_are_isolated(model):
@@ -346,13 +361,24 @@ def _load_model(
     return model
 
 
+def _add_rows(model: Any, tokenizer: Any, run: RunConfig, say: Callable[[str], None]) -> None:
+    """For tokens that the embeddings have no rows for; published ones often have a few more rows than tokens."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        set_seed(run.train.seed)  # new rows are drawn around the mean of the others, the same on all ranks
+        with quiet_hugging_face():
+            model.resize_token_embeddings(len(tokenizer))
+    say(
+        f"added tokens: {len(tokenizer):,} in the vocabulary; embeddings {rows:,} -> {max(rows, len(tokenizer)):,} rows"
+    )
+
+
 def _load_with_head(
     checked: CheckedRun,
     arguments: TrainingArguments,
     tokenizer: Any,
-    labels: Mapping[str, Any],
-    say: Callable[[str], None],
     options: dict[str, Any],
+    say: Callable[[str], None],
 ) -> Any:
     """With the task's head, which begins with random weights unless the folder has one that fits; the same on all
     ranks."""
@@ -364,8 +390,7 @@ def _load_with_head(
     set_seed(run.train.seed)
     with quiet_hugging_face():  # what is new and what is unused is said below
         model, new, unused = load_pretrained_with_head(
-            checked.model.path, task.model_class(), dtype=torch_dtype(checked.dtype),
-            trust_remote_code=run.model.trust_remote_code, **labels, **options,
+            checked.model.path, task.model_class(), trust_remote_code=run.model.trust_remote_code, **options
         )  # fmt: skip
     if model.config.get_text_config().pad_token_id is None:  # decoders find the last token of a row by it
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

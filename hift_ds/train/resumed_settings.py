@@ -31,6 +31,8 @@ RULES: dict[str, tuple[str, str]] = {
     "model.path": (KEPT, "the weights are the checkpoint's"),
     "model.tokenizer": (CHANGED, _ROWS),
     "model.dtype": (CHANGED, "masters go with their weights"),
+    "model.added_tokens": (REFUSED, "the embeddings have other rows"),
+    "model.added_special_tokens": (REFUSED, "the embeddings have other rows"),
     "model.attn_implementation": (CHANGED, _NOTHING),
     "model.trust_remote_code": (CHANGED, _NOTHING),
     "data.train": (CHANGED, _ROWS),

@@ -45,6 +45,10 @@ class ModelConfig(Section):
     """Its folder, if not the model's."""
     dtype: Literal["auto", Dtype] = "auto"
     """Dtype of the weights in training. auto: what the DeepSpeed JSON says, else as stored."""
+    added_tokens: list[str] = []
+    """Tokens to add to the vocabulary; the embeddings get rows for them, which are trained and exported."""
+    added_special_tokens: list[str] = []
+    """The same for special tokens, which are left out where a text is decoded without them."""
     attn_implementation: str | None = None
     """eager, sdpa, flash_attention_2, ...; null: transformers' choice."""
     trust_remote_code: bool = False
@@ -205,6 +209,15 @@ class RunConfig(Section):
 
     _file: Path | None = PrivateAttr(None)
     _overrides: tuple[str, ...] = PrivateAttr(())
+
+    @model_validator(mode="after")
+    def _tokens_and_task(self) -> RunConfig:
+        if self.task in ("dpo", "kto") and (self.model.added_tokens or self.model.added_special_tokens):
+            raise ValueError(
+                f"model.added_tokens: the reference of task {self.task} is the model as it was, which lacks them; "
+                "train them with task sft first"
+            )
+        return self
 
     @model_validator(mode="after")
     def _task_and_data(self) -> RunConfig:

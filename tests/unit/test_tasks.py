@@ -352,6 +352,55 @@ def test_without_shuffling_rows_are_trained_on_as_they_stand(folders, tmp_path, 
     assert seen[:6] == [[0, 1]] * 6 and seen[6:] != [[0, 1]] * 6
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_added_tokens_get_rows_that_are_trained_and_exported(folders, tmp_path, tied):
+    model = model_zoo.tiny.build("llama", vocab_size=259, max_position_embeddings=256, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "model")
+    byte_level().save_pretrained(tmp_path / "model")
+    rows = [{"text": f"<think>{words(i, 4)}</think> {words(i, 4)}"} for i in range(26)]
+    changes = {"model__path": str(tmp_path / "model"), "model__added_tokens": ["<think>", "</think>"],
+               "model__added_special_tokens": ["<|tool|>"]}  # fmt: skip
+    file = write(folders, tmp_path, "text", **changes)
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    finetune(load_run_config(file))
+    out = tmp_path / "run" / "model"
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer("<think>a</think><|tool|>")["input_ids"] == [259, *byte_level()("a")["input_ids"], 260, 261]
+    assert tokenizer.decode([259, 261], skip_special_tokens=True) == "<think>"
+    exported = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert exported.config.vocab_size == 262
+    before, after = (m.get_input_embeddings().weight for m in (model, exported))
+    head = exported.get_output_embeddings().weight
+    assert after.shape[0] == head.shape[0] == 262 and (after is head) == tied
+    assert not torch.equal(after[:259], before) and len({tuple(row.tolist()) for row in after[259:]}) == 3
+    groups = json.loads((tmp_path / "run" / "groups.json").read_text())
+    assert all(group["moved"] for group in groups)
+    again = finetune(load_run_config(file, ["train.max_steps=8"]))  # goes on from its checkpoint
+    assert again["steps"] == 8
+    from hift_ds.errors import CheckpointError
+
+    with pytest.raises(CheckpointError, match="model.added_tokens .*the embeddings have other rows"):
+        finetune(load_run_config(file, ["train.max_steps=10", "model.added_tokens=[<other>]"]))
+    with pytest.raises(ConfigError, match="model.added_tokens: the reference of task dpo"):
+        load_run_config(file, ["task=dpo"])
+
+
+def test_a_head_of_other_classes_is_replaced_and_the_rest_keeps_its_bits(folders, tmp_path):
+    """bf16 training of fp32 weights: the first masters are the fp32 weights. The rate is 0, so that they stay."""
+    three = model_zoo.tiny.build(
+        "roberta", "sequence_classification", num_labels=3, vocab_size=280, max_position_embeddings=258
+    )
+    three.save_pretrained(tmp_path / "three")
+    byte_level().save_pretrained(tmp_path / "three")
+    changes = {"model__path": str(tmp_path / "three"), "deepspeed": "bf16_host", "train__learning_rate": 0.0}
+    finetune(load_run_config(write(folders, tmp_path, "classification", **changes)))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.num_labels == 2 and model.dtype == torch.float32
+    for name, value in three.state_dict().items():
+        if "out_proj" not in name:
+            assert torch.equal(model.state_dict()[name], value), name
+
+
 # -- rows ------------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from hift_ds.engine.zero3.shards import (
 from hift_ds.errors import ConfigError
 from hift_ds.hf.safetensors_folder import SafetensorsFolder, check_weights, note_filled, stream_weights
 from hift_ds.hf.weight_names import plan_load
+from hift_ds.layers.arch import whole_shape
 from hift_ds.process_group import (
     as_single_process,
     broadcast_from_first_rank,
@@ -180,6 +181,7 @@ def remember_rounded_weights(
         and id(targets[name]) in parameter_names
         and files.headers[source].dtype == torch.float32
         and targets[name].dtype != torch.float32
+        and files.headers[source].shape == whole_shape(targets[name])  # else it has got more rows
     }
     if rounded:
         remember_exact_values(model, ExactValues(files, rounded))
