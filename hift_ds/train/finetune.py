@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import pickle
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -91,7 +92,7 @@ def finetune(run: RunConfig, dry_run: bool = False) -> dict[str, Any]:
     ensure_process_group(collective_timeout_s(run.train.hang_timeout_s))
     checked = on_all_ranks(lambda: _check(run))
     is_first = rank_and_world_size()[0] == 0
-    made = is_first and not run.output_dir.exists()
+    made = is_first and not os.path.exists(run.output_dir)  # which raises nothing, whatever the name
     lock = on_all_ranks(lambda: FolderLock(run.output_dir) if is_first else None)
     try:
         return _finetune(checked, print_line if is_first else _silent, dry_run)
