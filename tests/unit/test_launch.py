@@ -322,7 +322,7 @@ def pickle_weights(folder: Path) -> None:
     ("changes", "spoil", "message"),
     [
         ({"train__learning_rat": 1}, None, "learning_rate"),
-        ({"train__early_stopping_patience": 2}, None, "'early_stopping_patience'; known keys"),
+        ({"train__early_stopping_patience": 2}, None, "'early_stopping_patience'; did you mean 'early_stopping'?"),
         (
             {"model__attn_implementation": "flesh"},
             None,
