@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hift_ds.cli.estimate_input import add_input_arguments, setting_and_choice
-from hift_ds.forecast.fit import CONTEXT_GIB, FRAGMENTATION, NCCL_GIB, budget_gib
+from hift_ds.config import parse_block
+from hift_ds.forecast.fit import ASSUMED_SPEEDS, CONTEXT_GIB, FRAGMENTATION, NCCL_GIB, budget_gib
 from hift_ds.forecast.setting import (
     SWITCHES,
     WORKSPACE_BYTES,
@@ -29,7 +30,9 @@ from hift_ds.forecast.steps import (
     run_requests,
     worst_step,
 )
+from hift_ds.store.hiding import BackwardCosts, layers_hidden
 from hift_ds.store.page_locked import SLAB_BYTES
+from hift_ds.store.speeds import Link
 
 CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80)
 LENGTH_STEP = 16
@@ -221,18 +224,48 @@ def _weights_on_host(setting: Setting, num_bytes: int) -> tuple[float, float]:
 
 
 def gradient_bytes_on_host(setting: Setting, numel: int) -> int:
-    """On one rank, of a group of ``numel`` elements: with the update in backward, sums of micro-batches and gradients
-    that
-    wait for the exact norm."""
+    """On one rank, of a group of ``numel`` elements: with the update in backward, sums of micro-batches, gradients that
+    wait for the exact norm or may be wanted again, and of what may be taken back the states' second copy (12 bytes a
+    parameter at most; on disk with states there)."""
     config, block = setting.engine_config, setting.engine_config["hift"]
     if block.get("update") != "in_backward":
         return 0
-    clips = bool(config.get("gradient_clipping")) and block.get("clipping", "exact") == "exact"
+    clipping = block.get("clipping", "exact") if config.get("gradient_clipping") else ""
+    clips = clipping in ("exact", "speculative")
     sum_bytes = 2 if (config.get("data_types") or {}).get("grad_accum_dtype") == "bf16" else 4
     sums = sum_bytes * numel if setting.micro_batches > 1 else 0
     in_fp32 = setting.micro_batches > 1 or setting.world_size > 1 or setting.weight_dtype == "float32"
     waiting = (4 if in_fp32 else 2) * numel // setting.world_size if clips else 0
-    return sums + waiting
+    second = 12 * numel // setting.world_size if clipping == "speculative" else 0
+    if (block.get("state") or {}).get("residency") == "disk":
+        second = 0
+    return sums + waiting + second
+
+
+def settle_layers(setting: Setting, micro_batches: int) -> tuple[Setting, str]:
+    """A setting whose ``"group_size"`` is ``"auto"``, with the size that speeds assumed for a card and its link give;
+    and how that came about."""
+    block = setting.engine_config["hift"]
+    hift = parse_block(block)
+    numels = read_structure(setting).group_numels
+    state, ranks = hift.state, setting.world_size
+    master = 4 if hift.master_weights and setting.weight_dtype != "float32" else 0
+    largest = max(numels)
+    costs = BackwardCosts(
+        state_bytes=master + 8,  # AdamW's
+        room=max(state.first_slots, 1) * min(largest // ranks, state.slice_numel or largest),
+        flops_s=ASSUMED_SPEEDS.flops_s,
+        link=None if state.residency == "device" else Link(ASSUMED_SPEEDS.link, ASSUMED_SPEEDS.link),
+        both_ways=state.first_slots > 1,
+        prefetch=state.prefetch,
+        ranks=ranks,
+        share=float(state.step_on == "host"),
+    )
+    tokens = hift.tokens_per_step or setting.batch * setting.length * micro_batches
+    choice = layers_hidden(costs, numels, tokens, split=state.step_on == "split")
+    size = "all" if choice.num_groups == 1 else choice.group_size
+    block = {**block, "group_size": size, "tokens_per_step": None}
+    return replace(setting, engine_config={**setting.engine_config, "hift": block}), choice.line()
 
 
 def _flops(counted: Counted, steps: list[GroupStep]) -> dict[str, float]:
@@ -293,7 +326,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     setting, chosen = setting_and_choice(args)
+    layers = ""
+    if setting.engine_config["hift"].get("group_size") == "auto":
+        setting, layers = settle_layers(setting, args.accumulation or setting.micro_batches)
+        print(f"group size auto, by assumed speeds: {layers}", file=sys.stderr)
     figures = estimate(setting)
+    if layers:
+        figures["group_size_auto"] = layers
     if chosen is not None:
         figures["chosen"] = {"keys": chosen.keys, "lines": list(chosen.lines)}
     if args.probe:

@@ -20,9 +20,9 @@ PRECISIONS = ("fp32", "mixed", "mixed_hi", "bf16")
 def count_or_all(text: str) -> int | str:
     """The value of ``--group-size``."""
     try:
-        return text if text == "all" else int(text)
+        return text if text in ("all", "auto") else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number or all, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected a whole number, all or auto, got {text!r}") from None
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="data-parallel ranks (default: 1)")
     parser.add_argument("--accumulation", type=int, metavar="N", help="micro-batches in a step (default: 1)")
     parser.add_argument(
-        "--group-size", type=count_or_all, metavar="M", help='blocks trained together, or "all" (default: 1)'
+        "--group-size", type=count_or_all, metavar="M", help='blocks trained together, "all", or "auto" (default: 1)'
     )
     parser.add_argument("--update", choices=("after_backward", "in_backward"), help="default: after_backward")
     parser.add_argument(

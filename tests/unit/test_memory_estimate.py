@@ -231,9 +231,24 @@ def test_gradients_that_rest_in_host_memory_are_counted():
     """With the update in backward: sums of micro-batches (4 bytes), and what waits for the exact norm (2, or 4 over
     ranks)."""
 
-    def on_host(clip=1.0, update="in_backward", **more):
-        config = {"gradient_clipping": clip, "hift": {"update": update}}
+    def on_host(clip=1.0, update="in_backward", clipping="exact", **more):
+        config = {"gradient_clipping": clip, "hift": {"update": update, "clipping": clipping}}
         return estimate_module.gradient_bytes_on_host(Setting("model", config, **more), 100)
 
     assert on_host() == 200 and on_host(clip=0.0) == 0 and on_host(update="after_backward") == 0
     assert on_host(micro_batches=2) == 800 and on_host(world_size=4) == 100
+    assert on_host(clipping="speculative") == 1400 and on_host(clipping="last_visit") == 0
+
+
+def test_layers_that_the_link_hides_by_assumed_speeds():
+    """More tokens, more layers; all without a link in the way."""
+
+    def size(batch, state=None):
+        block = {"update": "in_backward", "group_size": "auto", "state": {"slots": 2, **(state or {})}}
+        setting = Setting("llama2_7b", {"hift": block}, batch=batch, length=1024)
+        settled, line = estimate_module.settle_layers(setting, 2)
+        assert f"at {2 * batch * 1024:,} tokens" in line and settled.engine_config["hift"]["tokens_per_step"] is None
+        return settled.engine_config["hift"]["group_size"]
+
+    assert size(1) == 1 and 1 < size(4) < 34 and size(64) == "all"
+    assert size(1, {"residency": "device"}) == "all"
