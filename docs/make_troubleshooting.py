@@ -96,6 +96,10 @@ def _text(node: ast.expr) -> str:
 # first.
 EXPLAINED = [
     (
+        r"so that settings which differ",
+        "The run goes on, with the settings of the run file; nobody can say which of them are others than when the checkpoint was saved. An earlier version's checkpoints have no such file.",
+    ),
+    (
         r"a second gradient came in one backward",
         "Gradients travel to the other ranks as soon as backward has brought them, and this model brings one in several parts (a backward within a backward). With `overlap_comm: false` they travel after backward.",
     ),

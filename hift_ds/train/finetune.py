@@ -62,7 +62,14 @@ from hift_ds.train.card import card_here
 from hift_ds.train.fit import CHOSEN, FIT_FILE, Chosen, Facts, apply, choose
 from hift_ds.train.group_size import tokens_per_step
 from hift_ds.train.preflight import CheckedRun, check_run, with_settings
-from hift_ds.train.resumed_settings import SETTINGS_FILE, compare, fingerprint, read_settings, settings_of
+from hift_ds.train.resumed_settings import (
+    SETTINGS_FILE,
+    compare,
+    fingerprint,
+    read_settings,
+    settings_of,
+    settings_text,
+)
 from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig
 from hift_ds.train.settings import gives_passes
 from hift_ds.train.spread_masters import gathered_weights
@@ -422,7 +429,7 @@ class _Began(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.process_index == 0 and folder.is_dir():
             with contextlib.suppress(OSError):  # it says what would differ, no more
-                replace_text(folder / SETTINGS_FILE, json.dumps(self.settings, indent=1))
+                replace_text(folder / SETTINGS_FILE, settings_text(self.settings))
 
     def on_train_begin(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
         if not self.began and args.process_index == 0:
@@ -491,8 +498,15 @@ def _rehearse(trainer: Any, checkpoints: list[Path], say: Callable[[str], None])
 
 def _compare_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Say what is another than when ``folder`` was saved; refuse what cannot be."""
+    if rank_and_world_size()[0] != 0:
+        return
     then = read_settings(folder)
-    if rank_and_world_size()[0] != 0 or then is None:
+    if then is None:
+        logger.warning(
+            "%s: %s is missing or is not what was written, so that settings which differ from the checkpoint's are not "
+            "noticed",
+            folder, SETTINGS_FILE,
+        )  # fmt: skip
         return
     differences = compare(then, settings)
     differences.raise_refused(folder)

@@ -176,12 +176,27 @@ def _whole(chunk: Any) -> Any:
     return pa.concat_arrays([chunk, chunk[:0]])
 
 
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """What stands in the file: the settings and a checksum of them."""
+    return json.dumps({**settings, _CHECKSUM: _crc32(settings)}, indent=1)
+
+
+_CHECKSUM = "crc32"
+
+
+def _crc32(settings: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
+
+
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """What :func:`settings_of` had made of the run that saved ``folder``; None if that is not known."""
+    """What :func:`settings_of` had made of the run that saved ``folder``; None if that is not known, or not what was
+    written."""
     try:
         content = json.loads(read_regular_text(folder / SETTINGS_FILE))
+        if content.pop(_CHECKSUM, None) not in (None, _crc32(content)):  # None: of an earlier version
+            return None
         return content if isinstance(content["run"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -21,8 +21,11 @@ from hift_ds.train.resumed_settings import (
     REFUSED,
     RESOLVED,
     RULES,
+    SETTINGS_FILE,
     compare,
     fingerprint,
+    read_settings,
+    settings_text,
 )
 from hift_ds.train.run_config import RunConfig, load_run_config
 from tests.unit.test_launch import inputs, own_cache, weights_in, write_run  # noqa: F401  (fixtures)
@@ -89,6 +92,25 @@ def test_fingerprints_are_of_the_rows_and_their_order():
     assert fingerprint(data) == fingerprint(same) and fingerprint(data)["rows"] == 3
     others = [[*rows, rows[0]], rows[::-1], [{**rows[0], "labels": [-100, -100, 1]}, *rows[1:]]]
     assert len({json.dumps(fingerprint(Dataset.from_list(other))) for other in [rows, *others]}) == 4
+
+
+def test_settings_that_are_not_what_was_written_are_said(tmp_path, caplog):
+    """A changed letter that leaves valid JSON too; what an earlier version wrote, without a checksum, is read."""
+    settings = {"run": {"train": {"learning_rate": 1e-05}}, "deepspeed": {}, "model config": {}, "training data": {}}
+    file = tmp_path / SETTINGS_FILE
+    file.write_text(settings_text(settings))
+    assert read_settings(tmp_path) == settings
+    module._compare_settings(tmp_path, settings)
+    assert not caplog.records
+    for content in (file.read_text().replace("1e-05", "1e-06"), "[]", "{", json.dumps({"crc32": None})):
+        file.write_text(content)
+        assert read_settings(tmp_path) is None
+        caplog.clear()
+        module._compare_settings(tmp_path, settings)
+        [record] = caplog.records
+        assert "settings.json is missing or is not what was written" in record.getMessage()
+    file.write_text(json.dumps(settings))
+    assert read_settings(tmp_path) == settings
 
 
 def test_what_is_said_is_true(inputs, tmp_path, caplog):  # noqa: F811
