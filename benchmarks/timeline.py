@@ -116,10 +116,13 @@ def step_times(log: Sequence[Any], card: Card) -> dict[str, float]:
 
 
 def mean_step(times: dict[str, float], num_groups: int, num_blocks: int) -> float:
-    """Over all groups of the model, from the last cycle: embedding, the blocks that stand for all, head."""
+    """Over all groups of the model, from the last cycle: embedding, lowest block, those between, which the inner ones
+    stand for, topmost block, head. (The outermost blocks have the embedding and the head for neighbours, whose states
+    are of another size.)"""
     steps = [times[f"step {number}"] for number in range(num_groups, 2 * num_groups)]
-    blocks = steps[1:-1]
-    return (steps[0] + num_blocks * sum(blocks) / len(blocks) + steps[-1]) / (num_blocks + 2)
+    inner = steps[2:-2] or steps[1:-1]
+    outer = steps[0] + steps[1] + steps[-2] + steps[-1]
+    return (outer + (num_blocks - 2) * sum(inner) / len(inner)) / (num_blocks + 2)
 
 
 def record(

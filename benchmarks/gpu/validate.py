@@ -818,6 +818,9 @@ def _zero_offload(model: Any, job: dict[str, Any]) -> Callable[[dict[str, Any]],
     """DeepSpeed's stage 2 with optimizer states and updates on the host."""
     import deepspeed
 
+    from hift_ds.ranks import free_port, launch_variables
+
+    os.environ.update(launch_variables(0, 1, free_port()))  # else DeepSpeed asks MPI
     config = {
         "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "bf16": {"enabled": True},
         "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": job["device"] != "cpu"}},
