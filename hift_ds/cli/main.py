@@ -1,9 +1,8 @@
 """``hift-ds COMMAND ...``: a table of commands, each in a module that is imported only when it is called.
 
 A command's module has ``add_arguments(parser)``, ``run(args) -> int``, the exit code, and ``EXAMPLES``, the end of its
-help. An error that is the
-user's (:class:`~hift_ds.errors.HiFTError`) becomes one line on stderr and exit code 2; any other is a bug and
-keeps its traceback.
+help. An error that is the user's (:class:`~hift_ds.errors.HiFTError`) becomes one line on stderr and exit code 2; any
+other is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
