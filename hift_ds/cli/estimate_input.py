@@ -18,10 +18,20 @@ PRECISIONS = ("fp32", "mixed", "mixed_hi", "bf16")
 
 
 def count_or_all(text: str) -> int | str:
-    """The value of ``--group-size``."""
+    """The value of ``--group-size`` where nothing is known that "auto" could go by."""
     try:
-        return text if text in ("all", "auto") else int(text)
+        return "all" if text == "all" else int(text)
     except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number or all, got {text!r}") from None
+
+
+def count_all_or_auto(text: str) -> int | str:
+    """The value of ``--group-size`` of an estimate."""
+    if text == "auto":
+        return text
+    try:
+        return count_or_all(text)
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"expected a whole number, all or auto, got {text!r}") from None
 
 
@@ -39,7 +49,10 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="data-parallel ranks (default: 1)")
     parser.add_argument("--accumulation", type=int, metavar="N", help="micro-batches in a step (default: 1)")
     parser.add_argument(
-        "--group-size", type=count_or_all, metavar="M", help='blocks trained together, "all", or "auto" (default: 1)'
+        "--group-size",
+        type=count_all_or_auto,
+        metavar="M",
+        help='blocks trained together, "all", or "auto" (default: 1)',
     )
     parser.add_argument("--update", choices=("after_backward", "in_backward"), help="default: after_backward")
     parser.add_argument(

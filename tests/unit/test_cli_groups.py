@@ -161,7 +161,7 @@ def test_a_bad_folder_is_one_line_and_exit_code_2(
         (["tests/no_such_model"], "tests/no_such_model: no such folder"),  # owner/name, but tests/ is here
         (["lama2_7b"], "lama2_7b: no such folder; expected .* size of the zoo such as llama2_7b"),
         (["llama2_7b", "--group-size", "0"], "group_size: expected a whole number of at least 1, got 0"),
-        (["llama2_7b", "--group-size", "two"], "--group-size: expected a whole number, all or auto, got 'two'"),
+        (["llama2_7b", "--group-size", "two"], "--group-size: expected a whole number or all, got 'two'"),
         (["llama2_7b", "--order", "up"], "--order: invalid choice: 'up'"),
         (["llama2_7b", "--jsn"], "unrecognized arguments: --jsn"),
         ([], "required: MODEL"),
