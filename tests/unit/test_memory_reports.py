@@ -199,8 +199,8 @@ def test_metrics_show_the_peak_and_on_accelerators_the_forecast(tmp_path, device
 
         class memory:  # noqa: N801
             @staticmethod
-            def start(rows, tokens):
-                asked.append((rows, tokens))
+            def start(rows, tokens, padded):
+                asked.append((rows, tokens, padded))
 
     engine = Engine()
     report = ReportCallback(
@@ -218,7 +218,7 @@ def test_metrics_show_the_peak_and_on_accelerators_the_forecast(tmp_path, device
     steps = read_metrics(tmp_path).steps
     assert [(r["group"], r["peak_memory_gib"]) for r in steps] == [(0, 1.0), (1, 2.0), (2, 3.0)]
     on_device = device != "cpu"
-    assert asked == ([(3, 512)] if on_device else [])
+    assert asked == ([(3, 512, False)] if on_device else [])
     assert [r.get("forecast_memory_gib") for r in steps] == ([None, 6.0, 5.0] if on_device else [None] * 3)
 
 
