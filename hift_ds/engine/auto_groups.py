@@ -24,13 +24,12 @@ from hift_ds.optim.parameters import GroupShard
 from hift_ds.ranks import gather
 from hift_ds.store.encoded import EncodedStateStore
 from hift_ds.store.hiding import BackwardCosts, HiddenLayers, layers_hidden
-from hift_ds.store.speeds import Link, measure_flops, measure_link, measure_update
+from hift_ds.store.speeds import Link, measure_link
 from hift_ds.store.split import SplitStateStore
 
 logger = logging.getLogger(__name__)
 
 _WITHIN = Link(1e12, 1e12)  # between a host and itself
-SIDE, SIDE_ON_CPU = 4096, 1024  # of the matrices that are multiplied: typical, and milliseconds
 
 
 class AutoGroups:
@@ -136,19 +135,16 @@ def measured_costs(engine: SeamEngine) -> BackwardCosts:
     dtype = rotating[0].members[0].param.dtype
     state_bytes = store.total_bytes() / max(sum(numels), 1)
     largest_chunk = max(store.num_bytes(chunk.id) for group in rotating for chunk in group.chunks)
-    largest, on_cpu = max(*numels, 1), device.type == "cpu"
-    host_s = measure_update(torch.device("cpu"), largest)
-    return BackwardCosts(
+    largest = max(*numels, 1)
+    return BackwardCosts.measured(
+        device,
+        dtype,
+        largest,
+        state,
         state_bytes=state_bytes,
         room=state.first_slots * largest_chunk / state_bytes if state.prefetch else 0.0,
-        flops_s=measure_flops(device, dtype, SIDE_ON_CPU if on_cpu else SIDE),
         link=store.link,
-        host_link=_WITHIN if on_cpu else measure_link(device, 4 * largest, state.pin_memory),
-        weight_bytes=dtype.itemsize,
-        device_s=host_s if on_cpu else measure_update(device, largest),
-        host_s=host_s,
-        both_ways=state.first_slots > 1,
-        prefetch=state.prefetch,
+        host_link=_WITHIN if device.type == "cpu" else measure_link(device, 4 * largest, state.pin_memory),
         ranks=optimizer.parameters.ranks.world_size,
         share=optimizer.states.split.share if optimizer.states.split else float(state.step_on == "host"),
     )

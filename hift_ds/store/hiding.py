@@ -56,6 +56,34 @@ class BackwardCosts:
     ranks: int = 1
     share: float = 0.0
 
+    @classmethod
+    def measured(
+        cls, device: torch.device, dtype: torch.dtype, largest: int, state: StateConfig, *, state_bytes: float,
+        room: float, link: Link | None, host_link: Link, ranks: int, share: float = 0.0,
+    ) -> BackwardCosts:  # fmt: skip
+        """By this machine's products and updates, which takes some tens of milliseconds.
+
+        Args:
+            device: where the model computes.
+            dtype: of the weights.
+            largest: parameters of the largest embedding, block or head.
+        """
+        host_s = measure_update(torch.device("cpu"), largest)
+        return cls(
+            state_bytes=state_bytes,
+            room=room,
+            flops_s=measure_flops(device, dtype),
+            link=link,
+            host_link=host_link,
+            weight_bytes=dtype.itemsize,
+            device_s=host_s if device.type == "cpu" else measure_update(device, largest),
+            host_s=host_s,
+            both_ways=state.first_slots > 1,
+            prefetch=state.prefetch,
+            ranks=ranks,
+            share=share,
+        )
+
     def rates(self) -> str:
         """What was measured, in words."""
         link = self.link or self.host_link
@@ -157,20 +185,16 @@ def costs_before_states(
     if "split_master" in state.codec:
         master -= 2
     share_kept = 0.5 if "bf16_moments" in state.codec else 0.254 if "int8_moments" in state.codec else 1.0
-    on_cpu = device.type == "cpu"
     link = measure_link(device, 4 * largest, state.pin_memory)
-    host_s = measure_update(torch.device("cpu"), largest)
-    return BackwardCosts(
+    return BackwardCosts.measured(
+        device,
+        dtype,
+        largest,
+        state,
         state_bytes=master + share_kept * moment_bytes,
         room=max(state.first_slots, 1) * min(largest, state.slice_numel or largest) / ranks,
-        flops_s=measure_flops(device, dtype, 1024 if on_cpu else 4096),
         link=link if state.residency == "host" else None,
         host_link=link,
-        weight_bytes=dtype.itemsize,
-        device_s=host_s if on_cpu else measure_update(device, largest),
-        host_s=host_s,
-        both_ways=state.first_slots > 1,
-        prefetch=state.prefetch,
         ranks=ranks,
     )
 

@@ -10,6 +10,7 @@ import torch
 
 from hift_ds.store.movers import streams_of
 
+_SIDE, _SIDE_ON_CPU = 4096, 1024  # of the matrices that are multiplied: typical, and milliseconds
 _UPDATE_NUMEL = 1 << 20  # parameters updated at once to measure an update
 _LINK_BYTES = 1 << 26  # copied to measure a link
 
@@ -22,8 +23,13 @@ class Link:
     out: float
 
 
-def measure_flops(device: torch.device, dtype: torch.dtype, side: int) -> float:
-    """Operations a second of a product of two matrices of ``side`` rows and columns; the best of three."""
+def measure_flops(device: torch.device, dtype: torch.dtype, side: int | None = None) -> float:
+    """Operations a second of a product of two matrices of ``side`` rows and columns; the best of three.
+
+    Args:
+        side: ``None`` for one that is typical of the device.
+    """
+    side = side or (_SIDE_ON_CPU if device.type == "cpu" else _SIDE)
     a = torch.ones(side, side, device=device, dtype=dtype)
     return 2 * side**3 / _best_s(device, lambda: a @ a)
 

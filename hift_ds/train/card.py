@@ -11,7 +11,6 @@ from hift_ds.store.machine import host_bytes, processes_on_node
 from hift_ds.store.speeds import measure_flops, measure_link
 from hift_ds.train.settings import Settings
 
-_MATRIX = 4096  # side of the product that is timed
 _LINK_BYTES = 1 << 26
 
 
@@ -48,7 +47,7 @@ def card_here(settings: Settings, dtype: Dtype) -> Card:
     kind = torch.accelerator.current_accelerator().type
     device = torch.device(kind, torch.accelerator.current_device_index())
     free = device_bytes_free(device)  # before anything is measured there
-    speeds = Speeds(measure_flops(device, torch_dtype(dtype), _MATRIX), measure_link(device, _LINK_BYTES, True).into)
+    speeds = Speeds(measure_flops(device, torch_dtype(dtype)), measure_link(device, _LINK_BYTES, True).into)
     if isinstance(fit, int | float):
         return replace(card_of(fit, ranks), speeds=speeds)
     usable = budget_gib(free / GIB, ranks)
