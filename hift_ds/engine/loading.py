@@ -33,7 +33,7 @@ from hift_ds.checkpoint.write_plan import saved_tensors
 from hift_ds.engine.deepspeed_seam import SeamEngine
 from hift_ds.errors import CheckpointError
 from hift_ds.layers.arch import whole_shape
-from hift_ds.optim.group_optimizer import Trials
+from hift_ds.optim.trials import Trials
 from hift_ds.ranks import gather, on_all_ranks
 from hift_ds.schedule import Cursor
 

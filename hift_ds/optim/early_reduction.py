@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from hift_ds import collectives
 from hift_ds.collectives import Ranks
 from hift_ds.errors import HiFTError
+from hift_ds.optim.autograd_graph import is_recomputed_reentrantly, nodes_below
 from hift_ds.optim.parameters import GradientSums, GroupShard, Member, ReplicatedParameters
 from hift_ds.store.movers import streams_of
 
@@ -220,7 +221,7 @@ class EarlyReducedParameters(ReplicatedParameters):
     def begin_reduction(self, groups: Sequence[GroupShard], loss: Tensor) -> None:
         key = self._key = tuple(group.index for group in groups)
         if key not in self._comes_in_parts:
-            self._comes_in_parts[key] = recomputes_in_backward(loss)
+            self._comes_in_parts[key] = any(map(is_recomputed_reentrantly, nodes_below(loss)))
         device = groups[0].members[0].param.device
         if self._side is None and (streams := streams_of(device)) is not None:
             self._side = streams.Stream(device)
@@ -260,19 +261,3 @@ class EarlyReducedParameters(ReplicatedParameters):
         for hook in self._hooks:
             hook.remove()
         self._under_way = None
-
-
-def recomputes_in_backward(loss: Tensor) -> bool:
-    """Whether some of the graph is built within backward (reentrant checkpointing), where a weight's gradient may come
-    in several parts."""
-    seen: set[Any] = set()
-    left = [loss.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        if type(node).__name__ == "CheckpointFunctionBackward":
-            return True
-        seen.add(node)
-        left.extend(function for function, _ in node.next_functions)
-    return False

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from hift_ds.optim.host_step import HostStep, HostUpdates
 from hift_ds.optim.parameters import Chunk, GroupShard, Piece
 from hift_ds.optim.piecewise import PieceUpdate, PiecewiseOptimizer
 from hift_ds.optim.trainable_flags import TrainableFlags
+from hift_ds.optim.trials import Trials
 from hift_ds.precision import LossScaler
 from hift_ds.schedule import GroupSchedule
 from hift_ds.store.base import StateStore
@@ -35,40 +35,6 @@ from hift_ds.store.movers import Waits
 # Per member of a group: this rank's shard of its mean gradient, and whether this rank's backward reached it.
 Reduced = tuple[list[Tensor | None], list[bool]]
 RUN_NUMEL = 1 << 24  # elements stepped at once: 64 MiB in fp32
-
-
-@dataclass
-class Trials:
-    """Updates that were made before their norm was known, since the run began.
-
-    Attributes:
-        num_made: steps that updated so.
-        num_undone: of which this many were taken back and made again.
-        undone_s: seconds that the second updates took.
-        last_made, last_undone: whether the last step did either.
-    """
-
-    num_made: int = 0
-    num_undone: int = 0
-    undone_s: float = 0.0
-    last_made: bool = False
-    last_undone: bool = False
-    last_undone_s: float = 0.0
-
-    def begin(self, is_made: bool) -> None:
-        """A step begins."""
-        self.num_made += is_made
-        self.last_made, self.last_undone, self.last_undone_s = is_made, False, 0.0
-
-    def undo(self, seconds: float) -> None:
-        """This step's was taken back and made again."""
-        self.num_undone += 1
-        self.undone_s += seconds
-        self.last_undone, self.last_undone_s = True, seconds
-
-    def state_dict(self) -> dict[str, Any]:
-        """The counts."""
-        return {"num_made": self.num_made, "num_undone": self.num_undone, "undone_s": self.undone_s}
 
 
 class GroupOptimizer:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hift_ds.collectives import join_norms_and_flags
 from hift_ds.errors import ConfigError, HiFTError, TrainingError
+from hift_ds.optim.autograd_graph import is_recomputed_reentrantly, nodes_below
 from hift_ds.optim.clip import fp32_norm, grad_factor
 from hift_ds.optim.group_optimizer import GroupOptimizer
 from hift_ds.optim.host_gradients import HostGradients
@@ -522,20 +523,12 @@ def weights_below(loss: Tensor) -> set[Tensor]:
         HiFTError: some of the graph is built within backward (reentrant checkpointing).
     """
     found: set[Tensor] = set()
-    seen: set[Any] = set()
-    left = [loss.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(node.variable)
-            continue
-        if type(node).__name__ == "CheckpointFunctionBackward":
+    for node in nodes_below(loss):
+        if is_recomputed_reentrantly(node):
             raise HiFTError(
                 '"hift.update": in_backward cannot follow a block that is recomputed with use_reentrant=True; pass '
                 'use_reentrant=False, or set "hift": {"activations": {"checkpointing": true}} instead'
             )
-        left.extend(function for function, _ in node.next_functions)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
     return found

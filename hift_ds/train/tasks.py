@@ -27,7 +27,7 @@ class Task:
         trainer: module and class; ours is put before it.
         arguments: module and class of its arguments.
         format: of its rows; None: found from the columns.
-        data: name of the function of ``data.task_data`` that prepares it; None: language modelling's.
+        data: module of ``hift_ds.data`` and function that prepare it; None: language modelling's.
         options: arguments that differ from the class's defaults.
         label_names: batch entries that make a loss; None: the trainer knows.
         metrics: what its evaluation measures besides the loss; the first are shown.
@@ -66,10 +66,8 @@ class Task:
 
     def prepare(self, how: Preparation) -> PreparedData:
         """As ``prepare_data``, for the tasks that have a function of their own."""
-        from hift_ds.data import task_data
-
         assert self.data is not None and self.format is not None
-        make: Callable[..., PreparedData] = getattr(task_data, self.data)
+        make: Callable[..., PreparedData] = _named(f"hift_ds.data.{self.data}")
         return make(how, self.format)
 
 
@@ -79,32 +77,32 @@ TASKS: dict[str, Task] = {
     "sft": Task(metrics=("perplexity",)),
     "text": Task(metrics=("perplexity",), format="text"),
     "dpo": Task(
-        trainer="trl.DPOTrainer", arguments="trl.DPOConfig", format="preference", data="preference_data",
-        label_names=None, metrics=_REWARDS,
+        trainer="trl.DPOTrainer", arguments="trl.DPOConfig", format="preference",
+        data="preference_data.preference_data", label_names=None, metrics=_REWARDS,
     ),
     "kto": Task(
-        trainer="trl.KTOTrainer", arguments="trl.KTOConfig", format="rated", data="preference_data",
+        trainer="trl.KTOTrainer", arguments="trl.KTOConfig", format="rated", data="preference_data.preference_data",
         label_names=None, metrics=("rewards/margins", "rewards/chosen", "rewards/rejected"),
     ),
     "reward": Task(
         auto_class="AutoModelForSequenceClassification", trainer="trl.RewardTrainer", arguments="trl.RewardConfig",
-        format="preference", data="preference_data", label_names=None, metrics=("accuracy", "margin"),
+        format="preference", data="preference_data.preference_data", label_names=None, metrics=("accuracy", "margin"),
     ),
     "classification": Task(
-        auto_class="AutoModelForSequenceClassification", format="labelled", data="classification_data",
+        auto_class="AutoModelForSequenceClassification", format="labelled", data="labelled_data.classification_data",
         metrics=("accuracy", "f1", "matthews_correlation", "mse", "pearson"),
     ),
     "token_classification": Task(
-        auto_class="AutoModelForTokenClassification", format="tagged", data="tagged_data",
+        auto_class="AutoModelForTokenClassification", format="tagged", data="labelled_data.tagged_data",
         metrics=("f1", "accuracy", "precision", "recall"),
     ),
     "qa": Task(
-        auto_class="AutoModelForQuestionAnswering", format="question", data="question_data",
+        auto_class="AutoModelForQuestionAnswering", format="question", data="question_data.question_data",
         label_names=("start_positions", "end_positions"), metrics=("exact_match", "f1"),
     ),
     "seq2seq": Task(
         auto_class="AutoModelForSeq2SeqLM", trainer="transformers.Seq2SeqTrainer",
-        arguments="transformers.Seq2SeqTrainingArguments", format="pair", data="pair_data",
+        arguments="transformers.Seq2SeqTrainingArguments", format="pair", data="pair_data.pair_data",
         options={"predict_with_generate": True}, metrics=("bleu", "rouge_l"),
     ),
 }  # fmt: skip

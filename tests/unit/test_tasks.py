@@ -173,21 +173,23 @@ def same_weights(ours: Path, model: Any) -> None:
         torch.testing.assert_close(theirs[name], value, atol=2e-6, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_classification_is_the_plain_trainers(folders, tmp_path):
+def plain_classifier(folders: Path, tmp_path: Path, **arguments: Any) -> transformers.Trainer:
+    """The rows of the classification task by transformers alone."""
     from datasets import Dataset
 
-    finetune(load_run_config(write(folders, tmp_path, "classification", hift=ONE_GROUP, data__val_size=0,
-                                   train__eval_steps=None)))  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(folders / "roberta")
     rows = Dataset.from_list([
         {**tokenizer(row["sentence"]), "labels": int(row["label"] == "positive")} for row in rows_of("classification")
     ])  # fmt: skip
     set_seed(42)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folders / "roberta", num_labels=2)
-    same_weights(
-        tmp_path / "run" / "model",
-        plain(tmp_path, transformers.Trainer, transformers.TrainingArguments, model, rows, tokenizer).model,
-    )
+    return plain(tmp_path, transformers.Trainer, transformers.TrainingArguments, model, rows, tokenizer, **arguments)
+
+
+def test_classification_is_the_plain_trainers(folders, tmp_path):
+    finetune(load_run_config(write(folders, tmp_path, "classification", hift=ONE_GROUP, data__val_size=0,
+                                   train__eval_steps=None)))  # fmt: skip
+    same_weights(tmp_path / "run" / "model", plain_classifier(folders, tmp_path).model)
 
 
 def test_dpo_is_trls(folders, tmp_path):
@@ -244,19 +246,11 @@ def test_preference_data_without_the_task_names_it(folders, tmp_path):
 
 def test_arguments_of_the_tasks_own_class_are_passed_on(folders, tmp_path):
     """Label smoothing, by the loss of the plain trainer; beta, by the loss being another."""
-    from datasets import Dataset
-
     smoothing = {"label_smoothing_factor": 0.4}
     file = write(folders, tmp_path, "classification", hift=ONE_GROUP, data__val_size=0, train__eval_steps=None,
                  train__arguments=smoothing)  # fmt: skip
     results = finetune(load_run_config(file))
-    tokenizer = AutoTokenizer.from_pretrained(folders / "roberta")
-    rows = Dataset.from_list([
-        {**tokenizer(row["sentence"]), "labels": int(row["label"] == "positive")} for row in rows_of("classification")
-    ])  # fmt: skip
-    set_seed(42)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folders / "roberta", num_labels=2)
-    same = plain(tmp_path, transformers.Trainer, transformers.TrainingArguments, model, rows, tokenizer, **smoothing)
+    same = plain_classifier(folders, tmp_path, **smoothing)
     assert results["train_loss"] == pytest.approx(same.state.log_history[-1]["train_loss"], rel=1e-5)
     same_weights(tmp_path / "run" / "model", same.model)
 
@@ -507,7 +501,7 @@ def test_answers_are_found_in_the_pieces_of_a_long_context(folders, tmp_path):
 
     import numpy as np
 
-    from hift_ds.data.task_data import AnswerScores, TokenizeQuestions
+    from hift_ds.data.question_data import AnswerScores, TokenizeQuestions
 
     context = "ab " * 30 + "xyz" + " cd" * 5
     start = context.index("xyz")

@@ -1,0 +1,70 @@
+"""Source and target texts, for an encoder with a decoder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hift_ds.data import scores
+from hift_ds.data.prepare import IGNORED, PreparedData
+from hift_ds.data.sources import code_stamp
+from hift_ds.data.task_data import Preparation, right_padded, tokenised
+
+if TYPE_CHECKING:
+    from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+
+def pair_data(how: Preparation, format: str) -> PreparedData:
+    """Source and target texts of an encoder with a decoder."""
+    train, evaluated, notes = how.examples(format)
+    tokenize = TokenizePairs(right_padded(how), how.max_length, how.config.truncation, code_stamp())
+    parts, reports = tokenised(how, (train, evaluated), tokenize, notes)
+    from transformers import DataCollatorForSeq2Seq
+
+    tokenizer = right_padded(how)
+    return PreparedData(
+        parts[0], parts[1], DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED), "none", reports,
+        score=TextScores(tokenizer),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokenizePairs:
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    truncation: str
+    stamp: str
+
+    def __call__(self, row: dict[str, str]) -> dict[str, Any]:
+        example = json.loads(row["example"])
+        sides = [{"text": example["source"]}, {"text_target": example["target"]}]
+        whole = [self.tokenizer(**side)["input_ids"] for side in sides]
+        cut = sum(max(len(ids) - self.max_length, 0) for ids in whole)
+        if cut:
+            whole = [self.tokenizer(**side, truncation=True, max_length=self.max_length)["input_ids"] for side in sides]
+        end = self.tokenizer.eos_token_id
+        if (
+            end is not None and whole[1][-1:] != [end] and len(whole[1]) < self.max_length
+        ):  # else it never learns to stop
+            whole[1] = [*whole[1], end]
+        return {
+            "input_ids": whole[0], "attention_mask": [1] * len(whole[0]), "labels": whole[1], "cut": cut,
+            "dropped": bool(cut) and self.truncation == "drop",
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextScores:
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        given = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        pad = self.tokenizer.pad_token_id
+        texts = [
+            self.tokenizer.batch_decode(np.where(ids < 0, pad, ids), skip_special_tokens=True)
+            for ids in (given, prediction.label_ids)
+        ]
+        return scores.text_scores(*texts)
