@@ -163,8 +163,7 @@ def report(rows: list[Row]) -> str:
         group = f"{row.step.index} ({row.step.name})"
         lines.append(
             f"| {row.name} | {group} | {row.predicted_bytes / MIB:.1f} | "
-            f"{(row.measured_bytes - row.parked_bytes) / MIB:.1f} "
-            f"| {row.error:+.3%} | {row.parked_bytes / MIB:.1f} |"
+            f"{(row.measured_bytes - row.parked_bytes) / MIB:.1f} | {row.error:+.3%} | {row.parked_bytes / MIB:.1f} |"
         )
     worst = max(abs(row.error) for row in rows)
     lines += ["", f"Largest difference: {worst:.3%}; the aim is {WITHIN:.0%}."]

@@ -115,8 +115,7 @@ def goal_table(goals: tuple[Goal, ...], num_processes: int) -> tuple[list[str], 
             f"| {TITLES[goal.model]} | {PRECISIONS[goal.precision]} | {goal.batch} x {goal.length} | < "
             f"{goal.below_gib:g}{why} "
             f"| {gib(none)} | {gib(everything)} | {switches} | {gib(step)} | {step.index} ({step.name}) | "
-            f"{where(step)} "
-            f"| {'yes' if met else 'no'} |"
+            f"{where(step)} | {'yes' if met else 'no'} |"
         )
     return lines, missed
 

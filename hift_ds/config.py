@@ -263,8 +263,7 @@ def check_against_deepspeed(hift: HiFTConfig, ds: Mapping[str, Any]) -> None:
     if zero.get("stage", 0) == 3 and hift.activations.offload:
         raise ConfigError(
             '"hift.activations.offload": true is not supported with "zero_optimization.stage": 3, which keeps '
-            "references to "
-            "weights in its place; remove it and use checkpointing"
+            "references to weights in its place; remove it and use checkpointing"
         )
     if ds.get("managed_gradient_accumulation") is False:
         raise ConfigError('"managed_gradient_accumulation": false is not supported with a "hift" block; remove it')

@@ -81,8 +81,7 @@ class GroupSchedule:
             return None
         return (
             f"each of the {self.num_groups} layer groups gets {turns:.1f} turns in {num_steps} steps, which is too "
-            f"few to "
-            "learn as full fine-tuning does; raise group_size or max_steps (docs/group_size.md)"
+            "few to learn as full fine-tuning does; raise group_size or max_steps (docs/group_size.md)"
         )
 
     @property

@@ -82,8 +82,7 @@ class SavedCheckpoint:
             if not self.states.covers(name, MASTER, 0, numel):
                 raise CheckpointError(
                     f"{self.folder}: the fp32 master of {name!r} is not, or not whole, in the files here; bring the "
-                    f"files "
-                    "of all nodes together in one folder, or take the 16-bit weights"
+                    "files of all nodes together in one folder, or take the 16-bit weights"
                 )
             return self.states.elements(name, MASTER, 0, numel).view(shape)
         return self._weights.get_tensor(name)

@@ -40,8 +40,7 @@ LORA_RANK = 16
 NUM_PROCESSES = 2
 ASSUMPTIONS = (
     f"a card gives its nominal GiB less {CONTEXT_GIB} GiB of context (with several ranks {NCCL_GIB} more for NCCL's "
-    f"buffers); the allocator holds {FRAGMENTATION:.0%} more than "
-    "is allocated (neither is counted)",
+    f"buffers); the allocator holds {FRAGMENTATION:.0%} more than is allocated (neither is counted)",
     f"cuBLAS takes {WORKSPACE_BYTES >> 20} MiB of workspaces (not counted); other kernels' and what is compiled are "
     "left out",
 )

@@ -193,8 +193,7 @@ def _input_of_run(states: Path) -> Path | None:
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{copy} is not what a run wrote ({' '.join(str(error).split())[:120]}); name the model that was "
-            f"fine-tuned with "
-            "--model DIR"
+            "fine-tuned with --model DIR"
         ) from None
     return path if (path / "config.json").is_file() else None
 

@@ -82,8 +82,7 @@ class HiFTCallback(EngineEvents):
         if self.engine is not None and self.engine.has_ended:
             raise ConfigError(
                 "HiFTCallback serves one train(): for another make a new trainer with a new callback, or a trainer "
-                "class "
-                "with HiFTMixin"
+                "class with HiFTMixin"
             )
         super().on_train_begin(args, state, control, **kwargs)
         if not args.auto_find_batch_size:  # which may have another engine built

@@ -37,8 +37,7 @@ def accelerate(block: Mapping[str, Any] | None = None) -> Iterator[list[HiFTEngi
     if block is None and plugin is None:
         raise ConfigError(
             "hift_ds.accelerate: there is no Accelerator with a DeepSpeed config: make it before, with "
-            "deepspeed_plugin= "
-            "and without cpu=True, or give the block here"
+            "deepspeed_plugin= and without cpu=True, or give the block here"
         )
     if block is None and BLOCK not in config:
         raise ConfigError(

@@ -170,8 +170,7 @@ class InBackwardOptimizer(GroupOptimizer):
             self.drop_gradients()
             raise TrainingError(
                 f"the loss is not finite on {num_bad} of {ranks.world_size} ranks (optimizer step "
-                f"{self.num_applied + 1}): "
-                "nothing was updated; lower the learning rate, or look at that batch"
+                f"{self.num_applied + 1}): nothing was updated; lower the learning rate, or look at that batch"
             )
         return flags
 
@@ -297,8 +296,7 @@ class InBackwardOptimizer(GroupOptimizer):
         self._interrupted = (
             f"backward of optimizer step {self.num_applied + 1} failed after {backward.num_updated} of "
             f"{len(backward.parts)} parts were updated "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            "); go on from load_checkpoint()"
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); go on from load_checkpoint()"
         )
         if "modified by an inplace operation" in str(error):
             self._interrupted += (

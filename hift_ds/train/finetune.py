@@ -120,8 +120,7 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None], dry_run: bool) ->
         if results := gather(_results_of_finished(run, checkpoints))[0]:
             say(
                 f"{run.output_dir} is complete: {results['steps']} steps, exported to {run.export_dir}; nothing is "
-                f"left to do "
-                "(raise train.max_steps or train.epochs to go on)"
+                "left to do (raise train.max_steps or train.epochs to go on)"
             )
             return results
     arguments = on_all_ranks(lambda: make_arguments(checked, fresh=not checkpoints))

@@ -306,8 +306,7 @@ def _check_finding_a_batch(ds: Mapping[str, Any], world_size: int) -> None:
     if world_size > 1:
         raise ConfigError(
             f"train.auto_find_batch_size: true on {world_size} ranks: one that runs out of memory would leave the "
-            f"others "
-            "waiting; find the size on one rank, or with hift-ds estimate"
+            "others waiting; find the size on one rank, or with hift-ds estimate"
         )
     if ds["zero_optimization"].get("stage", 0) == 3:
         raise ConfigError(

@@ -53,8 +53,7 @@ class _RefusesToGoBack:
         if done > steps:
             raise ConfigError(
                 f"the run ends at step {steps} (train.max_steps, train.epochs), but {self._resumed_from} has done "
-                f"{done}; "
-                "raise it, or choose another train.output_dir"
+                f"{done}; raise it, or choose another train.output_dir"
             )
 
 
