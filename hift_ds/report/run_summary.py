@@ -109,22 +109,21 @@ class RunSummary:
     @property
     def memory(self) -> list[GroupMemory]:
         """By group, in the model's order."""
-        names: dict[int, str] = {}
-        peaks: dict[int, list[float]] = {}
-        forecasts: dict[int, list[float]] = {}
+        steps: dict[int, list[Mapping[str, Any]]] = {}
         for record in self.metrics.steps:
-            index = record.get("group")
-            if index is None:
-                continue
-            names[index] = record.get("group_name") or str(index)
-            for values, key in ((peaks, "peak_memory_gib"), (forecasts, "forecast_memory_gib")):
-                if record.get(key) is not None:
-                    values.setdefault(index, []).append(record[key])  # type: ignore[literal-required]
+            if record.get("group") is not None:
+                steps.setdefault(record["group"], []).append(record)
+
+        def highest(records: list[Mapping[str, Any]], key: str) -> float | None:
+            return max((record[key] for record in records if record.get(key) is not None), default=None)
+
         return [
             GroupMemory(
-                names[i], max(peaks[i], default=None) if i in peaks else None, max(forecasts.get(i, []), default=None)
+                records[-1].get("group_name") or str(index),
+                highest(records, "peak_memory_gib"),
+                highest(records, "forecast_memory_gib"),
             )
-            for i in sorted(names)
+            for index, records in sorted(steps.items())
         ]
 
     @property

@@ -23,7 +23,6 @@ from hift_ds.layers.grouping import LayerGroup, partition_model
 from hift_ds.train.card import Card
 from hift_ds.train.settings import Settings
 
-FLOPS_PER_TOKEN_AND_PARAMETER = 3.1  # of a step: one forward, and a backward that ends at the active group on average
 ENOUGH_TURNS = 16  # where SmolLM2-135M's held-out loss was that of full fine-tuning
 FEWEST_TURNS = 4  # below, every trainer warns: so many are worth waiting for the link
 FEWEST_GROUPS = 4  # below, little is saved
