@@ -278,9 +278,11 @@ def test_a_backward_in_several_calls():
         engine.destroy()
 
 
-def test_a_graph_that_needs_an_updated_weight_fails_and_says_so():
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_graph_that_needs_an_updated_weight_fails_and_says_so(stage):
+    """At stage 3 on one rank autograd has kept the shard itself, through hooks that it does not look behind."""
     model = NeedsAWeightLater()
-    engine = make_engine(model, in_backward(ds_config(), group_size="all"))
+    engine = make_engine(model, in_backward(ds_config(stage=stage), group_size="all"))
     batches = make_batches(2)
     with pytest.raises(HiFTError, match="after_backward") as caught:
         train_step(engine, [batches[0]])

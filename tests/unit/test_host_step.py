@@ -1,10 +1,14 @@
 """Gradients down and weights up for a step on the host: right although copies run as late as they may."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from hift_ds.optim import host_step
-from hift_ds.optim.host_step import HostStep
+from hift_ds.optim.host_step import HostStep, HostUpdates
+from hift_ds.optim.piecewise import PieceUpdate, PiecewiseOptimizer
 from hift_ds.store.base import Traffic
 from tests.helpers import fake_streams
 
@@ -58,3 +62,24 @@ def test_weights_travel_while_the_host_goes_on(monkeypatch):
     carrier.finish()
     assert [weight[0].item() for weight in weights] == [1, 2, 3]
     carrier.close()
+
+
+def test_host_and_device_step_at_the_same_time():
+    """Each with its own weights, although both are the user's optimizer."""
+    both = threading.Barrier(2, timeout=30)
+
+    def meet(*_):
+        both.wait()
+
+    base = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
+    # Each has put its weights where step() looks for them; and neither has taken them away yet.
+    base.register_step_pre_hook(meet)
+    base.register_step_post_hook(meet)
+    updates = HostUpdates(base, CPU, on_thread=False)
+    pieces = [PieceUpdate(torch.zeros(3), torch.full((3,), grad), 0, None) for grad in (1.0, 2.0)]
+    with ThreadPoolExecutor(2) as pool:
+        sides = zip((PiecewiseOptimizer(base), updates.piecewise), pieces, strict=True)
+        for done in [pool.submit(side.step, [piece], [0.5], {}) for side, piece in sides]:
+            done.result()
+    assert [piece.target.tolist() for piece in pieces] == [[-0.5] * 3, [-1.0] * 3]
+    updates.close()

@@ -302,7 +302,7 @@ class WeightShards:
         would keep the gathered copy alive from forward to backward, for every layer at once.
         """
         outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        pack_other, unpack_other = outer if outer is not None else (_as_it_is, _as_it_is)
+        pack_other, unpack_other = outer if outer is not None else (_with_version, _unwritten)
 
         def pack(tensor: Tensor) -> Any:
             param = self._param_in.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
@@ -314,11 +314,8 @@ class WeightShards:
         def unpack(saved: Any) -> Tensor:
             if not isinstance(saved, _WeightView):
                 return unpack_other(saved)
-            if saved.version != self._num_written.get(saved.param, 0):  # as autograd says it of what it saves itself
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an inplace operation: a "
-                    f"weight of shape {tuple(saved.param.ds_shape)} whose gradient was complete"
-                )
+            if saved.version != self._num_written.get(saved.param, 0):
+                raise RuntimeError(f"{_MODIFIED}: a weight of shape {tuple(saved.param.ds_shape)}")
             available = saved.param.ds_status is ZeroParamStatus.AVAILABLE
             return saved.of(saved.param.data if available else whole_of(saved.param))
 
@@ -374,8 +371,20 @@ class _WeightView:
         return weight.as_strided(self.shape, self.strides, weight.storage_offset() + self.offset)
 
 
-def _as_it_is(value: Any) -> Any:
-    return value
+_MODIFIED = "one of the variables needed for gradient computation has been modified by an inplace operation"
+
+
+def _with_version(tensor: Tensor) -> tuple[Tensor, int]:
+    """Through hooks autograd does not look for writes to what it has saved; without hooks it does."""
+    return tensor, tensor._version
+
+
+def _unwritten(saved: tuple[Tensor, int]) -> Tensor:
+    """Raises RuntimeError, as autograd would, if it was written to."""
+    tensor, version = saved
+    if tensor._version != version:
+        raise RuntimeError(f"{_MODIFIED}: a tensor of shape {tuple(tensor.shape)}")
+    return tensor
 
 
 def _shares(tensor: Tensor, param: nn.Parameter) -> bool:
