@@ -400,3 +400,24 @@ def test_a_failed_transfer_is_an_error_of_the_step_that_needs_it(direction):
     with pytest.raises(StateStoreError, match="bus error"):
         rotate(store, range(6), 3)
     store.close()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_master_that_is_taken_back_is_the_old_one_to_the_bit(place, tmp_path):
+    """Where its weight does not tell, at ties, the positions come back too."""
+    old = torch.arange(1, 1291, dtype=torch.float32).mul(2.0**-14).half().float()  # from fp16: one in eight is a tie
+    weights = old.to(torch.bfloat16)
+    store = PLACES[place](tmp_path, 1)
+    store.codecs = ("split_master",)
+    store.ensure(7, "master", 1290, torch.float32, lambda: [weights])
+    store.fetch(7)["master"].copy_(old)
+    store.evict(7)
+    store.hold(7)
+    new = old + 1.0
+    store.fetch(7)["master"].copy_(new)
+    weights.copy_(new)
+    store.evict(7)
+    weights.copy_(old)
+    store.take_back(7)
+    assert torch.equal(store.fetch(7)["master"], old)
+    store.close()
