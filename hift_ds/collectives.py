@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
 class Ranks:
@@ -30,8 +31,10 @@ class Ranks:
         sequence_ranks: so many of them share each sequence (Ulysses): their gradients are parts of one and add up.
     """
 
-    def __init__(self, comm: Any = None, process_group: Any = None, sequence_ranks: int = 1) -> None:
-        self.comm = comm
+    def __init__(
+        self, comm: ModuleType | None = None, process_group: ProcessGroup | None = None, sequence_ranks: int = 1
+    ) -> None:
+        self._comm = comm
         self.process_group = process_group
         self.world_size = 1 if comm is None else comm.get_world_size(group=process_group)
         self.rank = 0 if comm is None else comm.get_rank(group=process_group)
@@ -39,6 +42,12 @@ class Ranks:
         self._global_ranks = None
         # Gradient elements handed to reduce collectives by this rank, padding excluded.
         self.grad_numel_sent = 0
+
+    @property
+    def comm(self) -> ModuleType:
+        """What was given as ``comm``. Only where there are several ranks is there something to ask of it."""
+        assert self._comm is not None
+        return self._comm
 
     def global_rank(self, rank: int) -> int:
         """The rank in the default process group of group member ``rank``, as broadcast and reduce want it."""

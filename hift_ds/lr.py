@@ -18,7 +18,11 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -137,10 +141,10 @@ class CycleLR:
 class _Rates:
     """All that schedulers use of an optimizer, without its weights."""
 
-    def __init__(self, optimizer: Any, groups: list[dict[str, Any]]) -> None:
+    def __init__(self, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
         self.param_groups = groups
         self.defaults = copy.copy(getattr(optimizer, "defaults", {}))
-        self.state: dict[Any, Any] = {}
+        self.state: dict[Tensor, Any] = {}
         self._opt_called = True
         self._step_count = 1
 
@@ -154,14 +158,14 @@ def _detached_copy(scheduler: Scheduler, param_groups: list[dict[str, Any]]) -> 
     groups = [copy.deepcopy({k: v for k, v in group.items() if k != "params"}) for group in param_groups]
     for group in groups:
         group["params"] = []
-    memo: dict[int, Any] = {id(param_groups): groups}
+    memo: dict[int, object] = {id(param_groups): groups}
     memo |= {id(old): new for old, new in zip(param_groups, groups, strict=True)}
     for optimizer in _optimizers_of(scheduler):
         memo[id(optimizer)] = _Rates(optimizer, groups)
     return copy.deepcopy(scheduler, memo), groups
 
 
-def _optimizers_of(scheduler: Any, seen: set[int] | None = None) -> Iterator[Any]:
+def _optimizers_of(scheduler: object, seen: set[int] | None = None) -> Iterator[Optimizer]:
     """Of the scheduler and of all schedulers in its attributes (``SequentialLR``, ``ChainedScheduler``, wrappers)."""
     seen = set() if seen is None else seen
     if id(scheduler) in seen:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,22 @@ OTHER_WORDS = {  # of errors that torch gives no type of its own, and where they
     "CUBLAS_STATUS_ALLOC_FAILED": "CUDA",
     "DefaultCPUAllocator: can't allocate memory": "CPU",
 }
+
+
+class _Advised(Protocol):
+    """An engine, as far as it is asked for advice."""
+
+    @property
+    def adviser(self) -> _Adviser: ...
+
+
+class _Adviser(Protocol):
+    def answer(self, engine: _Advised, doing: str, device: str) -> str: ...
+
+
+EngineT = TypeVar("EngineT", bound=_Advised)
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
 
 
 def full_device(error: BaseException | None) -> str | None:
@@ -101,12 +117,20 @@ def says_when_no_room(model: nn.Module | None) -> Iterator[None]:
         yield
 
 
-def explains_out_of_memory(doing: str) -> Callable[[Callable], Callable]:
-    """For a method of the engine: an out-of-memory error in it says what would fit."""
+def explains_out_of_memory(
+    doing: str,
+) -> Callable[[Callable[Concatenate[EngineT, Params], Result]], Callable[Concatenate[EngineT, Params], Result]]:
+    """For a method of the engine: an out-of-memory error in it says what would fit.
 
-    def decorate(method: Callable) -> Callable:
+    Args:
+        doing: what the method does, in words: "forward", "the update".
+    """
+
+    def decorate(
+        method: Callable[Concatenate[EngineT, Params], Result],
+    ) -> Callable[Concatenate[EngineT, Params], Result]:
         @functools.wraps(method)
-        def wrapped(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        def wrapped(engine: EngineT, *args: Params.args, **kwargs: Params.kwargs) -> Result:
             with _answered(lambda device: OutOfMemory(engine.adviser.answer(engine, doing, device))):
                 return method(engine, *args, **kwargs)
 

@@ -12,9 +12,12 @@ import random
 import socket
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hift_ds.errors import ConfigError, HiFTError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -53,19 +56,19 @@ def free_port() -> int:
     raise ConfigError("no free port between 20000 and 32000; choose one with --master-port")
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Result) -> list[Result]:
     """Every rank's picklable ``value``, by rank, on every rank; only this one's where there is no process group. It
     travels through host memory (:func:`host_group`)."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
+    values: list[Result] = [value] * dist.get_world_size()
     dist.all_gather_object(values, value, group=host_group())
     return values
 
 
-def host_group() -> Any:
+def host_group() -> ProcessGroup | None:
     """A process group of all ranks for what is in host memory: ``None``, the default one, where that is gloo's; else a
     gloo group beside it, which the first call makes, on every rank alike.
 
@@ -105,7 +108,7 @@ def on_all_ranks(action: Callable[[], Result], failures_are: type[HiFTError] | N
     Raises:
         HiFTError: of the class that the lowest failing rank raised, with its number and message.
     """
-    result: Any = None
+    result: Result
     failure: HiFTError | None = None
     try:
         result = action()

@@ -17,7 +17,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,11 @@ TILE_NUMEL = 1 << 24  # logits in one tile: 64 MiB in fp32
 MIN_TILE_ROWS = 256  # fewer would leave the matrix product bound by reading the weight
 
 Transform = Callable[[Tensor], Tensor]  # elementwise
+Logits: TypeAlias = "Tensor | DeferredLogits"
+Factor: TypeAlias = "float | Tensor"
+Request: TypeAlias = (
+    "tuple[()] | tuple[Tensor, int, Transform]"  # targets, the target to ignore, what is done to logits
+)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -124,7 +129,7 @@ class DeferredLogits:
     """
 
     def __init__(
-        self, head: nn.Module, hidden: Tensor, transforms: tuple[Transform, ...] = (), dtype: Any = None
+        self, head: nn.Module, hidden: Tensor, transforms: tuple[Transform, ...] = (), dtype: torch.dtype | None = None
     ) -> None:
         self._head = head
         self.hidden = hidden
@@ -168,7 +173,7 @@ class DeferredLogits:
     def device(self) -> torch.device:
         return self.hidden.device
 
-    def size(self, dim: int | None = None) -> Any:
+    def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
@@ -177,7 +182,7 @@ class DeferredLogits:
     def float(self) -> DeferredLogits:
         return self.to(torch.float32)
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
+    def to(self, *args: Any, **kwargs: Any) -> Logits:
         wanted = kwargs.get("dtype", args[0] if args else None)
         if isinstance(wanted, torch.dtype):
             return self if wanted == self.dtype else self._then(lambda logits: logits.to(wanted), wanted)
@@ -188,7 +193,7 @@ class DeferredLogits:
     def contiguous(self) -> DeferredLogits:
         return self
 
-    def view(self, *shape: Any) -> Any:
+    def view(self, *shape: Any) -> Logits:
         sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list | torch.Size) else shape
         if (
             not all(isinstance(size, int) for size in sizes)
@@ -200,12 +205,12 @@ class DeferredLogits:
 
     reshape = view
 
-    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Any:
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Logits:
         if end_dim in (-1, self.dim() - 1):
             return self.compute().flatten(start_dim, end_dim)
         return self._with_hidden(self.hidden.flatten(start_dim, end_dim))
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: Any) -> Logits:
         parts = index if isinstance(index, tuple) else (index,)
         leading = self.dim() - 1
         expanded = sum(leading + 1 - (len(parts) - 1) if part is Ellipsis else 1 for part in parts)
@@ -214,17 +219,17 @@ class DeferredLogits:
             return self._with_hidden(self.hidden[index])
         return self.compute()[index]
 
-    def _scaled(self, other: Any, operation: Callable[[Tensor, Any], Tensor]) -> Any:
+    def _scaled(self, other: Factor, operation: Callable[[Tensor, Factor], Tensor]) -> Logits:
         if isinstance(other, int | float):
             return self._then(lambda logits: operation(logits, other))
         return operation(self.compute(), other)
 
-    def __mul__(self, other: Any) -> Any:
+    def __mul__(self, other: Factor) -> Logits:
         return self._scaled(other, lambda a, b: a * b)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, other: Any) -> Any:
+    def __truediv__(self, other: Factor) -> Logits:
         return self._scaled(other, lambda a, b: a / b)
 
     def tanh(self) -> DeferredLogits:
@@ -249,8 +254,8 @@ class DeferredLogits:
 
 
 def _cross_entropy(
-    input: Any, target: Any, weight: Tensor | None = None, size_average: Any = None, ignore_index: int = -100,  # noqa: A002
-    reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
+    input: Logits, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,  # noqa: A002
+    ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean", label_smoothing: float = 0.0,
 ) -> Tensor | None:  # fmt: skip
     """``torch.nn.functional.cross_entropy`` for the plain case; ``None`` for any other."""
     plain = weight is None and size_average is None and reduce is None and label_smoothing == 0.0
@@ -276,9 +281,9 @@ class _DeferringHead:
         self.head = head
         self.active = active
         self.said_whole = False
-        self.request: Any = None  # None: defer; (): compute; else what losses() wants
+        self.request: Request | None = None  # None: defer; (): compute; else what losses() wants
 
-    def __call__(self, hidden: Tensor) -> Any:
+    def __call__(self, hidden: Tensor) -> Logits:
         head = self.head
         if self.request:
             targets, ignore_index, transform = self.request
@@ -295,7 +300,7 @@ class _DeferringHead:
 
 
 @contextlib.contextmanager
-def _computing(head: nn.Module, request: tuple = ()) -> Iterator[None]:
+def _computing(head: nn.Module, request: Request = ()) -> Iterator[None]:
     deferring = head.__dict__["forward"]
     before, deferring.request = deferring.request, request
     try:

@@ -95,7 +95,9 @@ def lowest_blocks(model: nn.Module, arch: ArchSpec, groups: Mapping[int, Sequenc
     return {index: max(min(unit_of[name] for name in names) - 1, 0) for index, names in groups.items()}
 
 
-def _without_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+def _without_cache(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     wanted = any(part.use_cache for part in configs_with_cache(getattr(module, "config", None)))
     if not (wanted and module.training and torch.is_grad_enabled()):
         return None

@@ -146,7 +146,7 @@ class SafetensorsWriter:
         self._file.discard()
 
 
-def write_json(path: Path, value: Any, indent: int | None = 1) -> FileRecord:
+def write_json(path: Path, value: object, indent: int | None = 1) -> FileRecord:
     """Write ``value`` to a new file and to the disk."""
     return write_bytes(path, json.dumps(value, indent=indent, allow_nan=False).encode())
 

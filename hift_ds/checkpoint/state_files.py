@@ -111,7 +111,7 @@ class SavedStates:
         self._flat: dict[tuple[str, str], list[_Shard]] = defaultdict(list)
         self._shaped: dict[tuple[str, str], _Shard] = {}
         self._keys: dict[str, set[str]] = defaultdict(set)
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, safe_open] = {}
         self._scalars = scalars
         self._fp32_weights = fp32_weights
         for file in set(fp32_weights.values()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,7 +159,7 @@ def pickled_safely(values: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _write_tensors(path: Any, tensors: Mapping[str, Tensor]) -> FileRecord:
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     writer = SafetensorsWriter(path, [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()])
     for tensor in tensors.values():
         writer.write(tensor)

@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hift_ds.cli.arguments import add_model_arguments
 from hift_ds.errors import ConfigError, HiFTError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HELP = "/reset begins anew, /exit or Ctrl-D ends"
 EXAMPLES = """examples:
@@ -77,7 +83,8 @@ class Chat:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, system: str | None = None, plain: bool = False, max_new_tokens: int = 512,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None,
+        plain: bool = False, max_new_tokens: int = 512,
         temperature: float | None = None,
     ) -> None:  # fmt: skip
         from hift_ds.train.trained_model import generation_options
@@ -90,7 +97,7 @@ class Chat:
         """Forget what was said."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
-    def answer(self, text: str, show: Any) -> str:
+    def answer(self, text: str, show: Callable[[str], None]) -> str:
         """What the model says to ``text``; ``show`` is given it piece by piece. An answer that is interrupted is
         forgotten, with its question.
 
@@ -111,7 +118,7 @@ class Chat:
         stopped, failure = [False], []
 
         class Stopped(StoppingCriteria):
-            def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
                 import torch
 
                 return torch.full((len(input_ids),), stopped[0], device=input_ids.device)
@@ -145,7 +152,7 @@ class Chat:
             self.messages = [*asked, {"role": "assistant", "content": said}]
         return said
 
-    def _ids(self, text: str, asked: list[dict[str, str]]) -> Any:
+    def _ids(self, text: str, asked: list[dict[str, str]]) -> Tensor:
         import torch
 
         from hift_ds.data.encoding import Encoder

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SWITCH_NAMES = {
     "slice_numel": "update in slices",
@@ -37,7 +40,7 @@ def print_estimate(figures: dict[str, Any]) -> None:
         console.print(f"Assumed: {assumption}.", markup=False)
 
 
-def _table(title: str, *columns: str) -> Any:
+def _table(title: str, *columns: str) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -47,7 +50,7 @@ def _table(title: str, *columns: str) -> Any:
     return table
 
 
-def _phases(figures: dict[str, Any]) -> Any:
+def _phases(figures: dict[str, Any]) -> Table:
     table = _table("GiB on the GPU", "peak of", "GiB", "at the highest", "GiB")
     phases, categories = list(figures["phases"].items()), list(figures["categories"].items())
     for row in range(max(len(phases), len(categories))):
@@ -57,7 +60,7 @@ def _phases(figures: dict[str, Any]) -> Any:
     return table
 
 
-def _elsewhere(figures: dict[str, Any]) -> Any:
+def _elsewhere(figures: dict[str, Any]) -> Table:
     table = _table("Elsewhere, and the work", "what", "amount")
     table.add_row("host memory of the node", f"{figures['host_gib']:.1f} GiB")
     table.add_row("  of it page-locked", f"{figures['pinned_gib']:.1f} GiB")
@@ -71,7 +74,7 @@ def _elsewhere(figures: dict[str, Any]) -> Any:
     return table
 
 
-def _switches(figures: dict[str, Any]) -> Any:
+def _switches(figures: dict[str, Any]) -> Table:
     table = _table("Switches", "switch", "now", "the other way", "peak then, GiB")
     for name, peak in figures["switched"].items():
         if name == "everything":
@@ -82,7 +85,7 @@ def _switches(figures: dict[str, Any]) -> Any:
     return table
 
 
-def _cards(figures: dict[str, Any]) -> Any:
+def _cards(figures: dict[str, Any]) -> Table:
     table = _table(
         "Cards",
         "card",
@@ -100,7 +103,7 @@ def _cards(figures: dict[str, Any]) -> Any:
     return table
 
 
-def _probe(probe: dict[str, Any]) -> Any:
+def _probe(probe: dict[str, Any]) -> Table:
     table = _table(f"One real step on {probe['device']}", "", "predicted, GiB", "measured, GiB", "off by")
     off = probe["measured_gib"] / probe["predicted_gib"] - 1
     table.add_row(probe["group"], f"{probe['predicted_gib']:.3f}", f"{probe['measured_gib']:.3f}", f"{off:+.2%}")

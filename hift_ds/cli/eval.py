@@ -6,10 +6,13 @@ import argparse
 import importlib.util
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hift_ds.cli.arguments import add_model_arguments
 from hift_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hift_ds.train.trained_model import TrainedModel
 
 EXAMPLES = """examples:
   hift-ds eval runs/first                          # on the rows that the run held out
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def held_out(trained: Any, args: argparse.Namespace) -> dict[str, Any]:
+def held_out(trained: TrainedModel, args: argparse.Namespace) -> dict[str, Any]:
     """Count and print the held-out loss."""
     from hift_ds.train.held_out import data_to_evaluate, held_out_loss
 
@@ -71,7 +74,7 @@ def held_out(trained: Any, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def benchmarks(trained: Any, args: argparse.Namespace) -> dict[str, Any]:
+def benchmarks(trained: TrainedModel, args: argparse.Namespace) -> dict[str, Any]:
     """Run and print benchmarks of lm-eval."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("--tasks needs the package lm-eval, not installed here; pip install lm-eval")

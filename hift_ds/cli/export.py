@@ -8,11 +8,16 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hift_ds.dtypes import TORCH_NAMES, torch_dtype
 from hift_ds.errors import CheckpointError, ConfigError
 from hift_ds.hf.publish import GGUF_TYPES, check_gguf, push, write_gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hift_ds.hf.export import DTypes
 
 DTYPES = ("auto", *TORCH_NAMES)
 EXAMPLES = """examples:
@@ -131,7 +136,7 @@ def export_checkpoint(
         strict=False,
     )
     has_generation_config = (config_dir / "generation_config.json").is_file()
-    wanted: Any = None
+    wanted: DTypes = None
     if dtype != "auto":
         wanted = torch_dtype(dtype)
     elif input_dir is not None:
@@ -208,7 +213,7 @@ def _config_near(folder: Path) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
-def _tokenizer(folder: Path, input_dir: Path | None, trust_remote_code: bool) -> Any:
+def _tokenizer(folder: Path, input_dir: Path | None, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     """The folder's tokenizer, or none: an engine's own checkpoint has none, and weights are of use without.
 
     Args:

@@ -184,7 +184,7 @@ def _switches(keys: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _line(indent: int, key: str, value: Any, comment: str) -> str:
+def _line(indent: int, key: str, value: object, comment: str) -> str:
     text = " " * indent + f"{key}: {str(value).lower() if isinstance(value, bool) else value}"
     return f"{text:<34}# {comment}"
 

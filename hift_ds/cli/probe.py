@@ -12,10 +12,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hift_ds.errors import ConfigError
 from hift_ds.forecast.setting import (
@@ -33,6 +33,12 @@ from hift_ds.forecast.setting import (
 )
 from hift_ds.forecast.steps import GIB, Request, read_structure, run_requests, worst_step
 from hift_ds.store import machine as room
+
+if TYPE_CHECKING:
+    import torch
+    from torch.profiler import profile
+
+    from hift_ds.engine.engine import HiFTEngine
 
 STEP = "hift_ds_probed_step"
 LAUNCHED = (  # what says that this process is one of several
@@ -78,7 +84,7 @@ def probe(setting: Setting, index: int | None = None) -> dict[str, Any]:
     }
 
 
-def _accelerator() -> Any:
+def _accelerator() -> torch.device | None:
     """This machine's, or ``None``."""
     import torch
 
@@ -141,7 +147,7 @@ def _run(setting: Setting) -> dict[str, Any]:
     return {"device": device.type, "peak_bytes": peak, "parked_bytes": parked}
 
 
-def _build(setting: Setting, device: Any) -> Any:
+def _build(setting: Setting, device: torch.device) -> HiFTEngine:
     import torch
 
     import hift_ds
@@ -159,7 +165,7 @@ def _build(setting: Setting, device: Any) -> Any:
     return engine
 
 
-def _step(engine: Any, setting: Setting, device: Any) -> None:
+def _step(engine: HiFTEngine, setting: Setting, device: torch.device) -> None:
     import torch
 
     engine.schedule.move_to(setting.groups[0])
@@ -174,7 +180,7 @@ def _step(engine: Any, setting: Setting, device: Any) -> None:
 
 
 @contextmanager
-def _allocations(device: Any) -> Iterator[Any]:
+def _allocations(device: torch.device) -> Iterator[Callable[[], int]]:
     """Gives a function that says, afterwards, the most bytes that were allocated during the marked steps."""
     import torch
 
@@ -182,12 +188,12 @@ def _allocations(device: Any) -> Iterator[Any]:
         yield lambda: 0
         return
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        yield lambda: _peak_in_steps(profile)
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiled:
+        yield lambda: _peak_in_steps(profiled)
 
 
-def _peak_in_steps(profile: Any) -> int:
-    events = profile.profiler.kineto_results.events()
+def _peak_in_steps(profiled: profile) -> int:
+    events = profiled.profiler.kineto_results.events()
     steps = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == STEP]
     memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     live, peak = 0, 0

@@ -60,8 +60,9 @@ class AutoGroups:
             return
         values = [*inputs, *named_inputs.values()]
         ids = next((v for v in values if isinstance(v, Tensor) and v.dim() == 2 and not v.is_floating_point()), None)
-        found = gather(None if ids is None else ids.numel())
-        if None in found:
+        of_all_ranks = gather(None if ids is None else ids.numel())
+        found = [numel for numel in of_all_ranks if numel is not None]
+        if len(found) < len(of_all_ranks):
             raise ConfigError(
                 '"hift.group_size": auto: the first forward has no token ids of shape (rows, tokens) among its '
                 'arguments; give "hift": {"tokens_per_step": N}, the input tokens of a step on one rank'

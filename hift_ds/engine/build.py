@@ -6,9 +6,9 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,13 @@ from torch.utils.hooks import RemovableHandle
 
 from hift_ds.collectives import Ranks, shard_bounds
 from hift_ds.config import HiFTConfig
-from hift_ds.engine.deepspeed_seam import HiFTInBackwardOptimizer, HiFTOptimizer, SeamEngine
+from hift_ds.engine.deepspeed_seam import (
+    ClientOptimizer,
+    HiFTInBackwardOptimizer,
+    HiFTOptimizer,
+    ParamEntries,
+    SeamEngine,
+)
 from hift_ds.engine.zero3.exact_values import exact_values
 from hift_ds.engine.zero3.parameters import PartitionedParameters
 from hift_ds.engine.zero3.seam import WeightShards
@@ -122,8 +128,8 @@ def facts_of(engine: SeamEngine) -> EngineFacts:
 def build_optimizers(
     facts: EngineFacts,
     model: nn.Module,
-    client_optimizer: Any,
-    model_parameters: Sequence[Any],
+    client_optimizer: ClientOptimizer,
+    model_parameters: ParamEntries,
     partition_weights: Callable[[Callable[[], int]], WeightShards],
     fp32_shards: Mapping[str, Tensor],
 ) -> tuple[Partition, Optimizer, HiFTOptimizer]:
@@ -192,7 +198,7 @@ def cast_and_keep_bits(model: nn.Module, dtype: torch.dtype | None, device: torc
 
 
 @contextlib.contextmanager
-def unmanaged_set_aside(model: nn.Module, entries: Iterable[Any], rank: int) -> Iterator[None]:
+def unmanaged_set_aside(model: nn.Module, entries: ParamEntries, rank: int) -> Iterator[None]:
     """Trainable weights that are in no entry of the optimizer are not trained; inside this block they ask for no
     gradient either.
 
@@ -213,7 +219,7 @@ def unmanaged_set_aside(model: nn.Module, entries: Iterable[Any], rank: int) -> 
             param.requires_grad_(True)
 
 
-def _params_of(entries: Iterable[Any]) -> set[Tensor]:
+def _params_of(entries: ParamEntries) -> set[Tensor]:
     params: set[Tensor] = set()
     for entry in entries:
         inner = entry["params"] if isinstance(entry, dict) else entry
@@ -240,7 +246,7 @@ def cut_model(facts: EngineFacts, model: nn.Module) -> Partition:
 
 
 def base_optimizer(
-    facts: EngineFacts, model: nn.Module, partition: Partition, model_parameters: Sequence[Any]
+    facts: EngineFacts, model: nn.Module, partition: Partition, model_parameters: ParamEntries
 ) -> Optimizer:
     """The optimizer of the config, over the trainable weights.
 
@@ -250,7 +256,9 @@ def base_optimizer(
     Raises:
         ConfigError: no such optimizer, or one that cannot train one group at a time.
     """
-    entries = model_parameters if isinstance(model_parameters[0], dict) else [{"params": model_parameters}]
+    entries: Sequence[dict[str, Any]] = [{"params": model_parameters}]
+    if isinstance(model_parameters[0], dict):
+        entries = cast("Sequence[dict[str, Any]]", model_parameters)
     param_groups = []
     for entry in entries:
         params = entry["params"]

@@ -16,7 +16,7 @@ import base64
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from deepspeed import comm as deepspeed_comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import Tensor
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from hift_ds.activations.switches import ActivationSavings
 from hift_ds.collectives import Ranks
@@ -45,10 +47,15 @@ from hift_ds.errors import ConfigError
 from hift_ds.layers.grouping import Partition
 from hift_ds.optim.group_optimizer import GroupOptimizer
 from hift_ds.optim.in_backward import InBackwardOptimizer
+from hift_ds.optim.piecewise import PieceState
 from hift_ds.process_group import world_rank_and_size
 from hift_ds.store.machine import Machine
 
 logger = logging.getLogger(__name__)
+
+# What ``deepspeed.initialize`` takes as ``model_parameters``, and as ``optimizer``.
+ParamEntries = Sequence[nn.Parameter] | Sequence[dict[str, Any]]
+ClientOptimizer = torch.optim.Optimizer | Callable[[ParamEntries], torch.optim.Optimizer] | None
 
 
 class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
@@ -57,7 +64,7 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
     Not a ``ZeROOptimizer``: that would make the engine count gradient hooks, which change between releases.
     """
 
-    dp_process_group: Any = None  # read by _configure_checkpointing
+    dp_process_group: ProcessGroup | None = None  # read by _configure_checkpointing
 
     @property
     def cur_scale(self) -> float:
@@ -72,7 +79,7 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
         """The engine's own answer is asked for in ``allreduce_gradients``; nothing to remember."""
 
     @property
-    def parameter_offload(self) -> Any:
+    def parameter_offload(self) -> DeepSpeedZeRoOffload:
         """With stage 3 what gathers weights, under the name at which TRL looks for it; else there is no such name."""
         shards = getattr(self.parameters, "shards", None)
         if shards is None:
@@ -87,7 +94,7 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
         return self.optimizer.defaults
 
     @property
-    def state(self) -> dict[Any, Any]:
+    def state(self) -> dict[Tensor, PieceState]:
         """Empty: states rest in the store, and are there for an update only."""
         return self.optimizer.state
 
@@ -167,7 +174,7 @@ class SeamEngine(DeepSpeedEngine):
         raise NotImplementedError
 
     def build_optimizers(
-        self, client_optimizer: Any, model_parameters: list
+        self, client_optimizer: ClientOptimizer, model_parameters: ParamEntries
     ) -> tuple[torch.optim.Optimizer, HiFTOptimizer]:
         """(basic optimizer, what ``engine.optimizer`` becomes). The model is cast, placed and broadcast."""
         raise NotImplementedError
@@ -202,7 +209,7 @@ class SeamEngine(DeepSpeedEngine):
         if self.has_moe_layers:
             raise ConfigError('DeepSpeed MoE layers (expert parallelism) are not supported with a "hift" block')
 
-    def _configure_optimizer(self, client_optimizer: Any, model_parameters: list) -> None:
+    def _configure_optimizer(self, client_optimizer: ClientOptimizer, model_parameters: ParamEntries) -> None:
         self.torch_autocast_z0_gradscaler = None  # fp16 autocast uses our loss scale, which skips exactly
         self.basic_optimizer, self.optimizer = self.build_optimizers(client_optimizer, model_parameters)
         self.optimizer.dp_process_group = self.seq_data_parallel_group

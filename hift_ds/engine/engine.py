@@ -15,7 +15,7 @@ from hift_ds.config import BLOCK, check_against_deepspeed, parse_block
 from hift_ds.engine import build
 from hift_ds.engine.auto_groups import AutoGroups
 from hift_ds.engine.checkpointer import Checkpointer
-from hift_ds.engine.deepspeed_seam import HiFTOptimizer, SeamEngine
+from hift_ds.engine.deepspeed_seam import ClientOptimizer, HiFTOptimizer, ParamEntries, SeamEngine
 from hift_ds.engine.lifetime import Lifetime, end_earlier_engine
 from hift_ds.engine.memory_forecast import MemoryForecast
 from hift_ds.engine.step_notes import StepNotes
@@ -100,7 +100,9 @@ class HiFTEngine(SeamEngine):
         dtype = self.low_dtype() if self.hift.master_weights else None
         self._fp32_shards = build.cast_and_keep_bits(model, dtype, self.device)
 
-    def build_optimizers(self, client_optimizer: Any, model_parameters: list[Any]) -> tuple[Optimizer, HiFTOptimizer]:
+    def build_optimizers(
+        self, client_optimizer: ClientOptimizer, model_parameters: ParamEntries
+    ) -> tuple[Optimizer, HiFTOptimizer]:
         """The optimizer that is stepped, and the group optimizer around it."""
         shards, self._fp32_shards = self._fp32_shards, {}
         self.partition, base, optimizer = build.build_optimizers(

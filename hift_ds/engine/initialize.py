@@ -78,7 +78,9 @@ def _building(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> Iterat
 
 
 @contextlib.contextmanager
-def hift_engines(block: Any = None, on_made: Callable[[HiFTEngine], None] = lambda engine: None) -> Iterator[None]:
+def hift_engines(
+    block: Mapping[str, Any] | None = None, on_made: Callable[[HiFTEngine], None] = lambda engine: None
+) -> Iterator[None]:
     """Inside this block ``deepspeed.initialize`` itself builds HiFT engines for models that are trained, if their
     config has a ``"hift"`` block, and nothing is compiled. For frameworks that call it on their own (accelerate).
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -66,7 +65,7 @@ class Lifetime:
             engine.optimizer.end_training(keep_states=self._checkpointer.is_saving)
 
 
-def end_earlier_engine(model: Any) -> None:
+def end_earlier_engine(model: nn.Module | None) -> None:
     """Destroy the engine that a loop which was interrupted and begun again has left on ``model``: the model must be its
     owner's again before another engine takes it."""
     reference = _engine_of.get(model) if isinstance(model, nn.Module) else None

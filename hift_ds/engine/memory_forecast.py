@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -51,7 +52,7 @@ class MemoryForecast:
         self._num_slots = 0  # that the first rank wants; 0: not known yet
         self._measured: dict[int, int] = {}  # highest peak by group
 
-    def note_shape(self, inputs: list[Any], has_mask: bool = False) -> None:
+    def note_shape(self, inputs: Sequence[object], has_mask: bool = False) -> None:
         """Remember how large this batch of token ids is, for the forecast that an out-of-memory error asks for."""
         self.last_had_mask = has_mask
         for value in inputs:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import tempfile
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Protocol
+
+from torch import nn
 
 from hift_ds.forecast.setting import SWITCHES, Setting, is_on, with_switch
 from hift_ds.forecast.steps import GIB, Request, Slope, Steps, read_structure, run_requests, worst_step
+from hift_ds.layers.grouping import LayerGroup
 from hift_ds.out_of_memory import LESS_IN_EVALUATION
+from hift_ds.schedule import GroupSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +83,29 @@ class Advice:
         return f"forecast {peak:.1f} GiB of {budget_bytes / GIB:.1f} usable; {answer}"
 
 
+class Memory(Protocol):
+    """What an engine knows of its memory."""
+
+    last_shape: tuple[int, int] | None
+
+    def setting(self, folder: str, batch: int, length: int) -> Setting: ...
+
+    def device_bytes(self) -> int: ...
+
+
+class Stopped(Protocol):
+    """An engine that has run out of memory, as far as it is asked about that."""
+
+    memory: Memory
+    module: nn.Module
+
+    @property
+    def groups(self) -> tuple[LayerGroup, ...]: ...
+
+    @property
+    def schedule(self) -> GroupSchedule: ...
+
+
 class Adviser:
     """Answers the out-of-memory errors of one run. It outlives an engine that a smaller batch replaces.
 
@@ -92,7 +119,7 @@ class Adviser:
         self.last: str | None = None
         self._advice: Advice | None = None
 
-    def answer(self, engine: Any, doing: str, device: str) -> str:
+    def answer(self, engine: Stopped, doing: str, device: str) -> str:
         """One line that begins as the allocator's: "CUDA out of memory."."""
         batch, length = engine.memory.last_shape or (0, 0)
         if doing == "forward" and not engine.module.training:
@@ -106,7 +133,7 @@ class Adviser:
             logger.warning("%s", self.last)
         return self.last
 
-    def _forecast(self, engine: Any, batch: int, length: int) -> str:
+    def _forecast(self, engine: Stopped, batch: int, length: int) -> str:
         """Made once for a length; never an error of its own."""
         try:
             if self._advice is None or not self._advice.answers(batch, length):

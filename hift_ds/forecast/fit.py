@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hift_ds.forecast.lines import through
 from hift_ds.forecast.setting import (
@@ -23,6 +23,9 @@ from hift_ds.forecast.setting import (
     with_switch,
 )
 from hift_ds.forecast.steps import GIB, Request, Slope, Steps, Structure, read_structure, run_requests, worst_step
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 CONTEXT_GIB = 0.6  # of the driver and its libraries: assumed
 # Buffers of NCCL on several ranks: up to 0.5 a communicator, of which DeepSpeed makes two. Assumed.
@@ -360,7 +363,7 @@ def _seconds(question: Question, setting: Setting, step: GroupStep, batch: int, 
 
 
 def upper_bound_bytes(
-    config: Any, numel: int, largest_group: int, setting: Setting, *, holds_scores: bool
+    config: PretrainedConfig, numel: int, largest_group: int, setting: Setting, *, holds_scores: bool
 ) -> int | None:
     """More than the step can take, from the sizes in the model's config; None if it does not name them.
 

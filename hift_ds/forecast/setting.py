@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hift_ds import errors
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PretrainedConfig
 
@@ -210,7 +211,9 @@ def model_config(setting: Setting) -> PretrainedConfig:
     return config
 
 
-def make_batch(model: nn.Module, batch: int, length: int, device: Any, padded: bool = False) -> dict[str, Tensor]:
+def make_batch(
+    model: nn.Module, batch: int, length: int, device: str | torch.device, padded: bool = False
+) -> dict[str, Tensor]:
     """Tokens and the labels that the model's head wants, int64, all zero, (batch, length); one label a sequence, of
     shape (batch,), for heads that classify or answer. With ``padded`` and several sequences the last token of the first
     is padding."""

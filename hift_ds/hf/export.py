@@ -12,11 +12,11 @@ import shutil
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -27,11 +27,12 @@ from hift_ds.hf.saved_tokenizer import save_tokenizer
 from hift_ds.hf.weight_names import NamePlan, plan_names, to_saved
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 GENERATION_CONFIG = "generation_config.json"
 
 DTypes = torch.dtype | Mapping[str, torch.dtype] | None
+DtypeChooser = Callable[[str, torch.dtype], torch.dtype]  # by name in the checkpoint, and the dtype it comes with
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
@@ -45,7 +46,7 @@ def export_model(
     out_dir: str | Path,
     *,
     tensors: Iterable[tuple[str, torch.Tensor]] | None = None,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     generation_config: GenerationConfig | None = None,
     max_shard_size: int | str = "5GB",
     dtype: DTypes = None,
@@ -100,7 +101,7 @@ def export_model(
     return [out_dir / name for name in weight_files]
 
 
-def check_files_can_be_written(model: PreTrainedModel, tokenizer: Any = None) -> None:
+def check_files_can_be_written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Write everything of an export but the weights into a temporary folder, as a rehearsal.
 
     A finished run, or its first checkpoint, would come upon the same errors after hours.
@@ -228,8 +229,7 @@ class ShardWriter:
         self._pending_bytes = 0
 
 
-def _dtype_chooser(dtype: DTypes) -> Any:
-    """(name in the checkpoint, dtype it comes with) -> dtype to write."""
+def _dtype_chooser(dtype: DTypes) -> DtypeChooser:
     if not isinstance(dtype, Mapping):
         return lambda name, own: dtype if dtype is not None and own.is_floating_point else own
     floating = Counter(value for value in dtype.values() if value.is_floating_point)
@@ -242,7 +242,7 @@ def _dtype_chooser(dtype: DTypes) -> Any:
     return choose
 
 
-def _bytes_needed(model: PreTrainedModel, plan: NamePlan, target_dtype: Any) -> int:
+def _bytes_needed(model: PreTrainedModel, plan: NamePlan, target_dtype: DtypeChooser) -> int:
     own = model.dtype
     return sum(shape.numel() * target_dtype(name, own).itemsize for name, shape in plan.saved.items())
 
@@ -317,7 +317,7 @@ def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype | Non
         _write_json(path, dict(sorted({**entries, "torch_dtype": name}.items())))
 
 
-def _write_tokenizer(tokenizer: Any, folder: Path) -> CheckpointError | None:
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> CheckpointError | None:
     """What is wrong with the tokenizer, which then is not written: no reason to lose the weights."""
     try:
         save_tokenizer(tokenizer, folder)
@@ -336,7 +336,7 @@ def _write_generation_config(model: PreTrainedModel, given: GenerationConfig | N
         config.to_json_file(str(folder / GENERATION_CONFIG))
 
 
-def _write_json(path: Path, content: Any) -> None:
+def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

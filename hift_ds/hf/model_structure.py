@@ -71,13 +71,13 @@ def is_zoo_size(name: str) -> bool:
     return name in model_zoo.SIZES
 
 
-def configs_with_cache(config: Any) -> list[Any]:
+def configs_with_cache(config: PretrainedConfig) -> list[PretrainedConfig]:
     """The config of a model and those inside it, as far as they have ``use_cache``."""
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())]
     return [part for part in parts if hasattr(part, "use_cache")]
 
 
-def turn_cache_off(config: Any) -> Callable[[], None]:
+def turn_cache_off(config: PretrainedConfig) -> Callable[[], None]:
     """Set ``use_cache`` to False in a config and in those inside it (multimodal ones keep it for the text only).
 
     Training reads no cache of keys and values; making one takes memory.

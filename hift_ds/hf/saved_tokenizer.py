@@ -104,7 +104,7 @@ def _mend_settings(file: Path, own_code: bool) -> None:
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _add_sentencepiece_model(tokenizer: Any, folder: Path) -> None:
+def _add_sentencepiece_model(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     known = getattr(tokenizer, "vocab_file", None), getattr(tokenizer, "name_or_path", None)
     vocab_file, source = (Path(str(path)) if path else None for path in known)
     for file in (vocab_file, source / SENTENCEPIECE_FILE if source is not None else None):

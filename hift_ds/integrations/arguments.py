@@ -61,7 +61,7 @@ def check_arguments(args: TrainingArguments | None) -> None:
     _require_non_reentrant_checkpointing(args)
 
 
-def _complete(args: TrainingArguments, config: Any) -> None:
+def _complete(args: TrainingArguments, config: dict[str, Any]) -> None:
     """What the config leaves out and DeepSpeed insists on is the TrainingArguments', as if it said "auto"."""
     config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     if "train_batch_size" not in config:
@@ -81,7 +81,7 @@ def _check_output(args: TrainingArguments) -> None:
         ) from None
 
 
-def _check_agreement(args: TrainingArguments, config: Any) -> None:
+def _check_agreement(args: TrainingArguments, config: dict[str, Any]) -> None:
     """What transformers says only when training begins, or never."""
     differences = getattr(getattr(args, "hf_deepspeed_config", None), "mismatches", [])
     if differences:

@@ -8,16 +8,19 @@ Without a block the plug-in does nothing.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from axolotl.integrations.base import BasePlugin
 
 from hift_ds.integrations.callback import AnnouncedCallback
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
 
 class HiFTPlugin(BasePlugin):
     """Gives Axolotl's trainer our callback."""
 
-    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
+    def add_callbacks_pre_trainer(self, cfg: object, model: object) -> list[TrainerCallback]:
         """The callbacks that the trainer is made with."""
         return [AnnouncedCallback()]

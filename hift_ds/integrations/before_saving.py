@@ -6,15 +6,21 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hift_ds.checkpoint.folder_lock import FolderLock
 from hift_ds.errors import ConfigError
 from hift_ds.ranks import on_all_ranks
 
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
+
 
 @contextlib.contextmanager
-def ready_to_save(args: Any, model: Any, processing: Any) -> Iterator[None]:
+def ready_to_save(
+    args: TrainingArguments, model: nn.Module, processing: ProcessorMixin | PreTrainedTokenizerBase | None
+) -> Iterator[None]:
     """Inside, ``args.output_dir`` is there and has this job alone as its writer, and a checkpoint's small files can be
     written. Nothing is done where the Trainer saves nothing.
 

@@ -6,7 +6,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
@@ -15,6 +15,10 @@ from hift_ds.errors import ConfigError
 from hift_ds.forecast.advice import Adviser
 from hift_ds.report.coverage import kept_step, make_coverage
 from hift_ds.step_report import StepReport
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +42,9 @@ class EngineEvents(TrainerCallback):
         self._mark = time.monotonic()
         self._step_time_s = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         engine = self.get_engine()
         if engine is None:
             raise ConfigError(
@@ -60,7 +66,14 @@ class EngineEvents(TrainerCallback):
         self._rise = RisingLoss()
         self._mark = time.monotonic()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         rise = self._rise.after((logs or {}).get("loss"))
         if rise is not None and state.is_world_process_zero:
             logger.warning(
@@ -69,11 +82,13 @@ class EngineEvents(TrainerCallback):
                 rise[1], state.global_step, rise[0],
             )  # fmt: skip
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if not self._reports:
             self._mark = time.monotonic()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         engine = self.get_engine()
         if engine is not None and engine.last_report is not None:
             self._reports.append(engine.last_report)
@@ -95,7 +110,9 @@ class EngineEvents(TrainerCallback):
             "peak_memory_gib": round(max(report.peak_bytes for report in reports) / 2**30, 4),
         }
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         engine = self.get_engine()
         if engine is None or not self.says_coverage or not state.is_world_process_zero:
             return
@@ -114,7 +131,7 @@ class RisingLoss:
         self._losses: list[float] = []
         self._said = False
 
-    def after(self, loss: Any) -> tuple[float, float] | None:
+    def after(self, loss: object) -> tuple[float, float] | None:
         """Takes the next logged loss.
 
         Returns:
@@ -132,13 +149,13 @@ class RisingLoss:
         return first, last
 
 
-def disable_input_require_grads(model: Any) -> None:
+def disable_input_require_grads(model: nn.Module) -> None:
     """Undo what transformers 5 does to the embeddings with activation checkpointing.
 
     Every layer below the active group would need gradients again: with the head active, a step of a 7B model
     costs 2.7 times as much.
     """
-    modules: Iterable[Any] = model.modules()
+    modules: Iterable[nn.Module] = model.modules()
     for module in modules:  # an encoder inside may have hooks of its own
         if hasattr(module, "disable_input_require_grads") and getattr(module, "_require_grads_hooks", None):
             module.disable_input_require_grads()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections import UserDict
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hift_ds.config import BLOCK, parse_block
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.engine.initialize import hift_engines
 from hift_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import DeepSpeedPlugin
 
 
 @contextlib.contextmanager
@@ -64,7 +67,7 @@ def kept_from_accelerate(config: dict[str, Any], block: Mapping[str, Any] | None
         config[BLOCK] = own
 
 
-def _plugin() -> Any:
+def _plugin() -> DeepSpeedPlugin | None:
     """accelerate's DeepSpeed settings, if there is an Accelerator that has some."""
     from accelerate.state import AcceleratorState
 

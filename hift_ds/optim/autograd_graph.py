@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
 
-def nodes_below(loss: Tensor) -> Iterator[Any]:
+def nodes_below(loss: Tensor) -> Iterator[Node]:
     """The nodes of the graph that backward from ``loss`` passes, each once, in no order."""
-    seen: set[Any] = set()
+    seen: set[Node] = set()
     left = [loss.grad_fn]
     while left:
         node = left.pop()
@@ -21,7 +21,7 @@ def nodes_below(loss: Tensor) -> Iterator[Any]:
         left.extend(function for function, _ in node.next_functions)
 
 
-def is_recomputed_reentrantly(node: Any) -> bool:
+def is_recomputed_reentrantly(node: Node) -> bool:
     """Whether the graph under ``node`` is built and run within backward (``use_reentrant=True``), so that it is not
     seen before, and a weight's gradient may come in several parts."""
     return type(node).__name__ == "CheckpointFunctionBackward"

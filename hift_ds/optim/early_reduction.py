@@ -22,7 +22,7 @@ from hift_ds.collectives import Ranks
 from hift_ds.errors import HiFTError
 from hift_ds.optim.autograd_graph import is_recomputed_reentrantly, nodes_below
 from hift_ds.optim.parameters import GradientSums, GroupShard, Member, ReplicatedParameters
-from hift_ds.store.movers import streams_of
+from hift_ds.store.streams import SideStream, streams_of
 
 Reduced = tuple[list[Tensor | None], list[bool]]
 
@@ -60,7 +60,7 @@ class EarlyReduction:
         groups: Sequence[GroupShard],
         sums: GradientSums,
         comm_dtype: torch.dtype,
-        side: Any,
+        side: SideStream | None,
         order: Sequence[int] | None = None,
         waits: bool = False,
     ) -> None:
@@ -116,6 +116,7 @@ class EarlyReduction:
         while self._left:
             self._start(self._left.popleft())
         if self._sent and self._streams is not None:
+            assert self._side is not None
             self._streams.current_stream(self._device).wait_stream(self._side)
         while self._sent:
             self._sent.pop(0).finish()
@@ -125,6 +126,7 @@ class EarlyReduction:
     def abandon(self) -> None:
         """Backward has failed: what was taken is the sum so far again."""
         if self._streams is not None:
+            assert self._side is not None
             self._streams.current_stream(self._device).wait_stream(self._side)
         for param, grad in self._grads.items():
             if grad is not None:
@@ -141,6 +143,7 @@ class EarlyReduction:
         if self._streams is None:
             unit.send()
             return
+        assert self._side is not None
         self._side.wait_stream(self._streams.current_stream(self._device))
         with self._streams.stream(self._side):
             unit.send()
@@ -206,7 +209,7 @@ class EarlyReducedParameters(ReplicatedParameters):
         self._orders: dict[tuple[int, ...], list[int]] = {}
         self._comes_in_parts: dict[tuple[int, ...], bool] = {}
         self._key: tuple[int, ...] = ()
-        self._side: Any = None
+        self._side: SideStream | None = None
 
     def watch(self, params: Iterable[nn.Parameter]) -> None:
         """From now on send gradients as they come. After all hooks that sum them up."""

@@ -24,7 +24,7 @@ from hift_ds.optim.clip import agree_on_norm, grad_factor
 from hift_ds.optim.group_states import GroupStates, StateView, part_of
 from hift_ds.optim.host_step import HostStep, HostUpdates
 from hift_ds.optim.parameters import Chunk, GroupShard, Piece
-from hift_ds.optim.piecewise import PieceUpdate, PiecewiseOptimizer
+from hift_ds.optim.piecewise import Extras, PieceUpdate, PiecewiseOptimizer
 from hift_ds.optim.trainable_flags import TrainableFlags
 from hift_ds.optim.trials import Trials
 from hift_ds.precision import LossScaler
@@ -92,11 +92,11 @@ class GroupOptimizer:
         self.waits = Waits(self._weight_device())
         self.parameters.note_waits(self.waits)
         # What the host updates beside the device, and the scalars that this has changed so far in the step, by group.
-        self.host_updates: HostUpdates | None = None
+        self.host_updates: HostUpdates[tuple[int, Extras]] | None = None
         if states.split is not None:
             weights_on = next(member.param.device for group in self.groups.values() for member in group.members)
             self.host_updates = HostUpdates(self.optimizer, weights_on, on_threads)
-        self._changed_on_host: list[tuple[int, dict[int, dict[str, Any]]]] = []
+        self._changed_on_host: list[tuple[int, Extras]] = []
 
     # -- what DeepSpeed and schedulers read -------------------------------------------------------------------
 
@@ -250,7 +250,7 @@ class GroupOptimizer:
         factor: Tensor | None,
         rates: list[float],
         then: Sequence[GroupShard] = (),
-    ) -> dict[int, dict[str, Any]]:
+    ) -> Extras:
         """Chunk by chunk: states in, step, weights out, states back.
 
         Args:
@@ -263,7 +263,7 @@ class GroupOptimizer:
             By param_group, the scalars that the optimizer has changed there: for ``extras`` when the step is over.
         """
         states = self.states
-        changed: dict[int, dict[str, Any]] = {}
+        changed: Extras = {}
         ahead = self._download_ahead(group, [c for c in group.chunks if c.id not in states.on_host], shards)
         for position, chunk in enumerate(group.chunks):
             if chunk.id in states.on_host:
@@ -282,7 +282,7 @@ class GroupOptimizer:
 
     def _update_on_host(
         self, group: GroupShard, position: int, shards: list[Tensor | None], factor: Tensor | None, rates: list[float]
-    ) -> tuple[int, dict[int, dict[str, Any]]]:
+    ) -> tuple[int, Extras]:
         """One chunk, beside those that are updated on the device. Returns the group, and what its scalars became."""
         assert self.host_updates is not None
         chunk = group.chunks[position]
@@ -303,7 +303,7 @@ class GroupOptimizer:
         rates: list[float],
         piecewise: PiecewiseOptimizer,
         ahead: Iterator[None],
-    ) -> dict[int, dict[str, Any]]:
+    ) -> Extras:
         """Step, and weights out.
 
         Args:
@@ -311,7 +311,7 @@ class GroupOptimizer:
             ahead: sets gradients on their way down, one at a time.
         """
         states, extras, device = self.states, self.states.extras[group.index], self.states.device_of(chunk)
-        changed: dict[int, dict[str, Any]] = {}
+        changed: Extras = {}
         before = [record.copy() for record in states.records[chunk.id]]
         for together in self._batches(chunk, shards, device):
             next(ahead, None)

@@ -13,14 +13,14 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hift_ds.layers.grouping import ALWAYS
 from hift_ds.optim.parameters import Chunk, GroupShard, Parameters, Piece
-from hift_ds.optim.piecewise import PieceState, PiecewiseOptimizer
+from hift_ds.optim.piecewise import Extras, PieceState, PiecewiseOptimizer
 from hift_ds.precision import PrecisionPolicy
 from hift_ds.store.arithmetic import StateArithmetic
 from hift_ds.store.base import MASTER, StateStore, Weights
@@ -184,7 +184,7 @@ class GroupStates:
         self.store = store
         self.always_store = always_store
         self.records: dict[int, list[PieceRecord]] = {}
-        self.extras: dict[int, dict[int, dict[str, Any]]] = {index: {} for index in self.groups}
+        self.extras: dict[int, Extras] = {index: {} for index in self.groups}
         self._masters_filled: set[int] = set()  # chunks whose masters hold values
         self._held: dict[int, HeldRecords] = {}  # by chunk
         self.split = split

@@ -11,13 +11,13 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hift_ds.store.base import Traffic
-from hift_ds.store.movers import IN, OUT, InlineMover, Mover, StreamMover, one_thread, streams_of
+from hift_ds.store.movers import IN, OUT, InlineMover, Mover, StreamMover, Ticket, one_thread
+from hift_ds.store.streams import streams_of
 
 IN_FLIGHT = 4  # gradients on their way at once
 
@@ -43,12 +43,12 @@ class HostGradients:
         self._thread = None if self._streams is None else one_thread("gradients")
         self._kept: dict[Hashable, Tensor] = {}
         # What is kept is there when its copy and the thread's addition have ended.
-        self._tickets: dict[Hashable, Any] = {}
+        self._tickets: dict[Hashable, Ticket | None] = {}
         self._additions: dict[Hashable, Future] = {}
         # Tickets, and the gradients that must not be freed yet.
-        self._leaving: deque[tuple[Any, Tensor]] = deque()
+        self._leaving: deque[tuple[Ticket | None, Tensor]] = deque()
         # Buffers that were used before, by shape and dtype, each with what waits until it may be used again.
-        self._used: dict[tuple[torch.Size, torch.dtype], deque[tuple[Callable[[], Any], Tensor]]] = {}
+        self._used: dict[tuple[torch.Size, torch.dtype], deque[tuple[Callable[[], object], Tensor]]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -85,7 +85,7 @@ class HostGradients:
         self._mover.settle(ticket)
         del grad  # not before
 
-    def _add(self, ticket: Any, staged: Tensor, total: Tensor, first: bool) -> None:
+    def _add(self, ticket: Ticket | None, staged: Tensor, total: Tensor, first: bool) -> None:
         self._mover.settle(ticket)
         if first:
             total.copy_(staged)
@@ -154,7 +154,7 @@ class HostGradients:
         wait()
         return buffer
 
-    def _give_back(self, buffer: Tensor, wait: Callable[[], Any]) -> None:
+    def _give_back(self, buffer: Tensor, wait: Callable[[], object]) -> None:
         self._used.setdefault((buffer.shape, buffer.dtype), deque()).append((wait, buffer))
 
 

@@ -11,7 +11,7 @@ import contextlib
 from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,12 @@ from torch import Tensor
 from hift_ds.errors import ConfigError
 from hift_ds.optim.piecewise import PiecewiseOptimizer
 from hift_ds.precision import write_weight_
-from hift_ds.store.movers import IN, OUT, InlineMover, Mover, StreamMover, one_thread, streams_of
+from hift_ds.store.base import Traffic
+from hift_ds.store.movers import IN, OUT, InlineMover, Mover, StreamMover, Ticket, one_thread
+from hift_ds.store.streams import streams_of
 
+Result = TypeVar("Result")  # of an update
+OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)
 NUM_BUFFERS = 2  # each way: one is filled while the other travels
 
 
@@ -34,17 +38,17 @@ class HostStep:
         pin_memory: page-lock the buffers, without which nothing overlaps.
     """
 
-    def __init__(self, traffic: Any, device: torch.device, pin_memory: bool = True) -> None:
+    def __init__(self, traffic: Traffic, device: torch.device, pin_memory: bool = True) -> None:
         self.traffic = traffic
         has_streams = streams_of(device) is not None
         self.mover: Mover = StreamMover(traffic, device) if has_streams else InlineMover(traffic, device)
         self.mover.causes = dict.fromkeys((IN, OUT), "host_update")
         self._pin_memory = pin_memory and device.type != "cpu"
         self._for_gradients = _buffers()
-        self._coming: deque[tuple[Any, Tensor, Tensor]] = deque()  # ticket, gradient, where it will be
+        self._coming: deque[tuple[Ticket | None, Tensor, Tensor]] = deque()  # with the gradient, and where it will be
         self._next_gradient = 0
         self._for_weights = _buffers()
-        self._sent: list[Any] = [None] * NUM_BUFFERS  # tickets
+        self._sent: list[Ticket | None] = [None] * NUM_BUFFERS
         self._next = 0
 
     def expect(self, grad: Tensor) -> None:
@@ -97,7 +101,7 @@ def _buffers() -> list[Tensor]:
     return [torch.empty(0, dtype=torch.uint8) for _ in range(NUM_BUFFERS)]
 
 
-class HostUpdates:
+class HostUpdates(Generic[Result]):
     """Updates on the host beside those on the device: one after the other, on a thread of their own.
 
     Args:
@@ -110,10 +114,10 @@ class HostUpdates:
         self.piecewise = PiecewiseOptimizer(twin_of(optimizer))
         self._device, self._streams = device, streams_of(device)
         self._thread = one_thread("host-updates") if on_thread else None
-        self._pending: list[Future] = []
-        self._done: list[Any] = []
+        self._pending: list[Future[Result]] = []
+        self._done: list[Result] = []
 
-    def submit(self, update: Callable[[], Any]) -> None:
+    def submit(self, update: Callable[[], Result]) -> None:
         """Run ``update`` after those before it."""
         if self._thread is None:
             self._done.append(update())
@@ -121,12 +125,12 @@ class HostUpdates:
             self._pending.append(self._thread.submit(self._run, update))
 
     @torch.no_grad()
-    def _run(self, update: Callable[[], Any]) -> Any:
+    def _run(self, update: Callable[[], Result]) -> Result:
         # A new thread starts on the first device, whatever the caller's is.
         with self._streams.device(self._device) if self._streams is not None else contextlib.nullcontext():
             return update()
 
-    def finish(self) -> list[Any]:
+    def finish(self) -> list[Result]:
         """Wait for all; what they returned, in order."""
         pending, self._pending = self._pending, []
         self._done += [update.result() for update in pending]
@@ -147,7 +151,7 @@ class HostUpdates:
             self._thread.shutdown(wait=True)
 
 
-def twin_of(optimizer: torch.optim.Optimizer) -> Any:
+def twin_of(optimizer: OptimizerT) -> OptimizerT:
     """Another optimizer with the same param_groups, whose ``step`` shares nothing else with the first's.
 
     Raises:

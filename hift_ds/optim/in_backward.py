@@ -26,6 +26,7 @@ from hift_ds.optim.clip import fp32_norm, grad_factor
 from hift_ds.optim.group_optimizer import GroupOptimizer
 from hift_ds.optim.host_gradients import HostGradients
 from hift_ds.optim.parameters import GroupShard, Piece
+from hift_ds.optim.piecewise import Extras
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Backward:
     num_updated: int = 0
     norms: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     present: dict[tuple[int, int], bool] = field(default_factory=dict)
-    changed: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    changed: dict[int, Extras] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
     consumed: bool = False
     waits: bool = False

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from hift_ds.errors import ConfigError
 
 PieceState = dict[str, Any]  # as in Optimizer.state[param]: tensors, and small scalars such as "step"
+# What a step keeps in its param_groups beside the options that it was made with, by param_group.
+Extras = dict[int, dict[str, Any]]
 
 
 @dataclass
@@ -51,8 +53,8 @@ class PiecewiseOptimizer:
         self,
         pieces: Sequence[PieceUpdate],
         rates: Sequence[float],  # learning rate per param_group
-        extras: dict[int, dict[str, Any]],  # scalars that a step keeps in its param_groups, per param_group
-    ) -> dict[int, dict[str, Any]]:
+        extras: Extras,
+    ) -> Extras:
         """Update ``pieces`` in place. Returns the new ``extras``."""
         state: defaultdict[Tensor, PieceState] = defaultdict(dict)
         groups = [

@@ -23,6 +23,8 @@ from hift_ds.schedule import GroupSchedule
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+    from hift_ds.engine.engine import HiFTEngine
+
 logger = logging.getLogger(__name__)
 
 _SAME_NAME = (
@@ -58,7 +60,7 @@ class ReportCallback(TrainerCallback):
         self,
         run_dir: str | Path,
         *,
-        get_engine: Callable[[], Any] | None = None,
+        get_engine: Callable[[], HiFTEngine] | None = None,
         tokens_seen: Callable[[TrainerState], int] | None = None,
         largest_batch: tuple[int, int] | None = None,
         padded: bool = False,

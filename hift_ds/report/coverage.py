@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from hift_ds.checkpoint.files import replace_text
 
 if TYPE_CHECKING:
+    from transformers import TrainerState, TrainingArguments
+
     from hift_ds.layers.grouping import LayerGroup
 
 FILE_NAME = "coverage.json"
@@ -64,7 +66,7 @@ class Coverage:
         return "\n".join(lines)
 
 
-def kept_step(args: Any, state: Any) -> int:
+def kept_step(args: TrainingArguments, state: TrainerState) -> int:
     """The step whose weights a Trainer has when its training has ended: the last, or with ``load_best_model_at_end``
     the
     best one's, from whose checkpoint the counts of :meth:`HiFTEngine.coverage` are then too."""

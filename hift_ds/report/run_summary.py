@@ -167,15 +167,15 @@ def _at(settings: Mapping[str, Any], *keys: str) -> Any:
     return value
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: object) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _path_of(source: Any) -> str:
+def _path_of(source: object) -> str:
     return str(source.get("path", "?") if isinstance(source, Mapping) else source)
 
 
-def _data_name(source: Any) -> str:
+def _data_name(source: object) -> str:
     path = _path_of(source)
     name = path if path.startswith(("hub:", "bundled:")) else Path(path).name
     more = (

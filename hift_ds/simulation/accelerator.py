@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager
 
 import torch
 from deepspeed.accelerator import set_accelerator
@@ -26,7 +26,7 @@ class FakeAccelerator(CPU_Accelerator):
     def device_name(self, device_index: int | None = None) -> str:
         return fake_device.NAME if device_index is None else f"{fake_device.NAME}:{device_index}"
 
-    def device(self, device_index: int | None = None) -> Any:
+    def device(self, device_index: int | None = None) -> AbstractContextManager[None]:
         return self._module.device(device_index)
 
     def current_device(self) -> int:
@@ -44,16 +44,16 @@ class FakeAccelerator(CPU_Accelerator):
     def use_host_timers(self) -> bool:
         return True
 
-    def Stream(self, *args: Any, **kwargs: Any) -> Any:  # noqa: N802  (DeepSpeed's name)
+    def Stream(self, *args: object, **kwargs: object) -> fake_device.Stream:  # noqa: N802  (DeepSpeed's name)
         return fake_device.Stream()
 
-    def Event(self, *args: Any, **kwargs: Any) -> Any:  # noqa: N802
+    def Event(self, *args: object, **kwargs: object) -> fake_device.Event:  # noqa: N802
         return fake_device.Event()
 
-    def stream(self, stream: Any) -> Any:
+    def stream(self, stream: fake_device.Stream) -> AbstractContextManager[None]:
         return self._module.stream(stream)
 
-    def current_stream(self, device_index: int | None = None) -> Any:
+    def current_stream(self, device_index: int | None = None) -> fake_device.Stream:
         return self._module.current_stream()
 
     default_stream = current_stream

@@ -8,10 +8,13 @@ it. Only sizes are right: its values are not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Shape = Sequence[int]
 
 QUERY_BLOCK = 128  # rows of the backward's fp32 buffers are rounded up to it
 
@@ -67,7 +70,7 @@ def _sum_groups(grad: Tensor, num_groups: int) -> Tensor:
 
 
 def scaled_dot_product_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: object, **__: object
 ) -> Tensor:
     """torch's signature: (B, H, S, D) in and out. A mask is turned into a bias of the query's dtype and saved, as
     the memory-efficient kernel does, which torch takes when there is one."""
@@ -87,12 +90,12 @@ def register_flops() -> None:
         return
 
     @register_flop_formula(torch.ops.hift_ds.flash_forward)
-    def _forward_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    def _forward_flops(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
         batch, heads, length, width = query
         return 4 * batch * heads * length * key[2] * width
 
     @register_flop_formula(torch.ops.hift_ds.flash_backward)
-    def _backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    def _backward_flops(grad: Shape, query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
         batch, heads, length, width = query
         return 10 * batch * heads * length * key[2] * width
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_map_only
 
 LOWER = (
@@ -29,7 +30,7 @@ WIDER = (
 WIDER_UNLESS_GIVEN = ("softmax.int", "log_softmax.int", "cumprod", "cumsum", "prod", "linalg_vector_norm")
 
 
-def register(device: str) -> list[Any]:
+def register(device: str) -> list[object]:
     """Kernels for the device's autocast key. Returns the libraries, which must be kept alive."""
     key = f"Autocast{'PrivateUse1'}"
     everything_else = torch.library.Library("_", "IMPL", key)
@@ -45,13 +46,15 @@ def register(device: str) -> list[Any]:
     return [everything_else, library, cache]
 
 
-def _find(name: str) -> Any:
+def _find(name: str) -> OpOverload | None:
     packet_name, _, overload = name.partition(".")
     packet = getattr(torch.ops.aten, packet_name, None)
     return None if packet is None else getattr(packet, overload or "default", None)
 
 
-def _casting(op: Any, cast: Callable[[Tensor], Tensor], key: Any, unless_dtype: bool) -> Callable:
+def _casting(
+    op: OpOverload, cast: Callable[[Tensor], Tensor], key: torch._C.DispatchKey, unless_dtype: bool
+) -> Callable:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             if unless_dtype and kwargs.get("dtype") is not None:

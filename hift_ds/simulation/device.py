@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,8 @@ from hift_ds.errors import ConfigError
 from hift_ds.forecast.setting import torch_has_fake_devices
 
 NAME = "fakegpu"
-_registered: list[Any] = []  # what must outlive registration: torch keeps no reference
+Device = str | int | torch.device | None
+_registered: list[object] = []  # what must outlive registration: torch keeps no reference
 
 
 def register() -> None:
@@ -106,7 +106,7 @@ def fake_device(on_host: bool = False) -> Iterator[str]:
 class _Generator(torch.Generator):
     """Randomness has no size."""
 
-    def __new__(cls, device: Any = "cpu") -> _Generator:
+    def __new__(cls, device: str | torch.device = "cpu") -> _Generator:
         return super().__new__(cls, device="cpu" if torch.device(device).type == NAME else device)
 
 
@@ -114,7 +114,7 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
 
 
-def _apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """``Module._apply`` that keeps every tensor which ``fn`` does not change."""
     for inner in module.modules() if recurse else [module]:
         for tensors in (inner._parameters, inner._buffers):
@@ -128,10 +128,11 @@ def _apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
     return module
 
 
-def _tensor_maker(real: Any) -> Any:
+def _tensor_maker(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def tensor(
-        data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False, **other: Any
-    ) -> Tensor:
+        data: object, *, dtype: torch.dtype | None = None, device: Device = None, requires_grad: bool = False,
+        **other: object,
+    ) -> Tensor:  # fmt: skip
         from torch._subclasses.fake_tensor import unset_fake_temporarily
 
         if device is None or torch.device(device).type != NAME:
@@ -146,13 +147,13 @@ def _tensor_maker(real: Any) -> Any:
 class Stream:
     """Ordered by being the only one."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
 
-    def wait_stream(self, stream: Any) -> None: ...
+    def wait_stream(self, stream: Stream) -> None: ...
 
-    def wait_event(self, event: Any) -> None: ...
+    def wait_event(self, event: Event) -> None: ...
 
-    def record_event(self, event: Any = None) -> Event:
+    def record_event(self, event: Event | None = None) -> Event:
         return event or Event()
 
     def synchronize(self) -> None: ...
@@ -163,24 +164,24 @@ class Stream:
     def __enter__(self) -> Stream:
         return self
 
-    def __exit__(self, *error: Any) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
 
 class Event:
     """Has happened."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
 
-    def record(self, stream: Any = None) -> None: ...
+    def record(self, stream: Stream | None = None) -> None: ...
 
-    def wait(self, stream: Any = None) -> None: ...
+    def wait(self, stream: Stream | None = None) -> None: ...
 
     def synchronize(self) -> None: ...
 
     def query(self) -> bool:
         return True
 
-    def elapsed_time(self, end: Any) -> float:
+    def elapsed_time(self, end: Event) -> float:
         return 0.0
 
 
@@ -206,30 +207,30 @@ class _DeviceModule(types.ModuleType):
     def current_device(self) -> int:
         return 0
 
-    def set_device(self, device: Any) -> None: ...
+    def set_device(self, device: Device) -> None: ...
 
-    def synchronize(self, device: Any = None) -> None: ...
+    def synchronize(self, device: Device = None) -> None: ...
 
     def empty_cache(self) -> None: ...
 
-    def current_stream(self, device: Any = None) -> Stream:
+    def current_stream(self, device: Device = None) -> Stream:
         return self._stream
 
     default_stream = current_stream
 
-    def stream(self, stream: Any) -> Any:
+    def stream(self, stream: Stream) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def device(self, device: Any) -> Any:
+    def device(self, device: Device) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
 
-    def get_rng_state(self, device: Any = None) -> Tensor:
+    def get_rng_state(self, device: Device = None) -> Tensor:
         return torch.empty(16, dtype=torch.uint8)
 
-    def set_rng_state(self, state: Tensor, device: Any = None) -> None: ...
+    def set_rng_state(self, state: Tensor, device: Device = None) -> None: ...
 
     def manual_seed(self, seed: int) -> None: ...
 
@@ -241,7 +242,7 @@ class _DeviceModule(types.ModuleType):
     def _is_in_bad_fork(self) -> bool:
         return False
 
-    def memory_allocated(self, device: Any = None) -> int:
+    def memory_allocated(self, device: Device = None) -> int:
         return 0
 
     max_memory_allocated = memory_reserved = max_memory_reserved = memory_allocated

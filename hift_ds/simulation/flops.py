@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
 
@@ -15,7 +17,7 @@ class FlopCounter:
         self.phase: str | None = None
         self._by_phase: Counter[str] = Counter()
 
-    def count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def count(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: object) -> None:
         """One operation, as a dispatch mode sees it."""
         if self.phase is not None and (formula := flop_registry.get(func._overloadpacket)) is not None:
             self._by_phase[self.phase] += formula(*args, **kwargs, out_val=out)

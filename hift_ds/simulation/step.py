@@ -32,7 +32,7 @@ from hift_ds.ranks import launch_variables
 from hift_ds.simulation import device as fake_device
 from hift_ds.simulation.accelerator import join_fake_ranks, use_fake_accelerator
 from hift_ds.simulation.flops import FlopCounter
-from hift_ds.simulation.tracker import GRADIENTS, STATES, WEIGHTS, MemoryTracker, Timeline, Watch
+from hift_ds.simulation.tracker import GRADIENTS, STATES, WEIGHTS, MemoryTracker, Peak, Timeline, Watch
 from hift_ds.store.machine import HostBytes, Machine
 
 PHASES = ("forward", "backward", "update")
@@ -130,7 +130,7 @@ class SimulatedEngine(HiFTEngine):
     hollow_weights = False
 
 
-def _engine(setting: Setting, model: nn.Module) -> Any:
+def _engine(setting: Setting, model: nn.Module) -> HiFTEngine:
     config = deepspeed_config(setting)
     config["hift"] = _parked_in_host_memory(config["hift"])
     with nothing_compiled(), engine_class(SimulatedEngine):
@@ -157,7 +157,7 @@ def _mark_blocks(model: nn.Module, arch: ArchSpec, tracker: MemoryTracker) -> No
     def before(place: str) -> None:
         tracker.mark("forward", place)
 
-    def after(out: Any, place: str) -> None:
+    def after(out: Tensor | tuple[object, ...], place: str) -> None:
         tracker.mark("forward", f"after {place}")
         first = out if isinstance(out, Tensor) else next((x for x in out if isinstance(x, Tensor)), None)
         if first is not None and first.grad_fn is not None:
@@ -169,7 +169,7 @@ def _mark_blocks(model: nn.Module, arch: ArchSpec, tracker: MemoryTracker) -> No
         block.register_forward_hook(lambda module, args, out, place=str(index): after(out, place))
 
 
-def _mark_gradients(engine: Any, tracker: MemoryTracker) -> None:
+def _mark_gradients(engine: HiFTEngine, tracker: MemoryTracker) -> None:
     def mark(param: nn.Parameter) -> None:
         grad = param.grad if param.grad is not None else engine.optimizer.parameters.pending(param)
         if grad is not None:
@@ -183,13 +183,13 @@ def _mark_gradients(engine: Any, tracker: MemoryTracker) -> None:
         param.requires_grad_(flag)
 
 
-def _mark_states(engine: Any, tracker: MemoryTracker) -> None:
+def _mark_states(engine: HiFTEngine, tracker: MemoryTracker) -> None:
     """What a store hands out for an update is state."""
     for store in (engine.optimizer.states.store, engine.optimizer.states.always_store):
         store.on_fetch = lambda tensors: tracker.see_all(tensors.values(), STATES)
 
 
-def _mark_parked(engine: Any, tracker: MemoryTracker) -> None:
+def _mark_parked(engine: HiFTEngine, tracker: MemoryTracker) -> None:
     """States at rest in host memory are not on the device, even where the host stands in for it."""
     tracker.see_all(engine.optimizer.states.store.tensors_at_rest(), PARKED)
 
@@ -204,7 +204,7 @@ def _indices(setting: Setting, num_groups: int) -> list[int]:
 
 
 def _train(
-    engine: Any, setting: Setting, index: int, device: MemoryTracker, host: MemoryTracker, flops: FlopCounter
+    engine: HiFTEngine, setting: Setting, index: int, device: MemoryTracker, host: MemoryTracker, flops: FlopCounter
 ) -> GroupStep:
     """A step of one group."""
     first_mark, host_start, host_bytes = len(device.marks), len(host.events), host.live_bytes
@@ -225,12 +225,12 @@ def _train(
     return GroupStep(index, group.name, group.numel, places, flops.take(), states, offloaded, gathered)
 
 
-def _numel_gathered(engine: Any) -> int:
+def _numel_gathered(engine: HiFTEngine) -> int:
     """So far, of partitioned weights."""
     return getattr(getattr(engine.optimizer.parameters, "shards", None), "numel_gathered", 0)
 
 
-def _warm_up(engine: Any, tracker: MemoryTracker) -> None:
+def _warm_up(engine: HiFTEngine, tracker: MemoryTracker) -> None:
     """Allocate the prefetch slots before the first counted step: in a run they exist from the first update on."""
     optimizer = engine.optimizer
     for group in list(optimizer.groups.values())[:2]:  # as many as there are slots
@@ -238,20 +238,20 @@ def _warm_up(engine: Any, tracker: MemoryTracker) -> None:
     tracker.see_all(optimizer.states.store.slot_tensors(), STATES)
 
 
-def _activate(engine: Any, index: int) -> None:
+def _activate(engine: HiFTEngine, index: int) -> None:
     """Make ``index`` the active group, wherever the schedule stands."""
     engine.schedule.move_to(index)
     engine.optimizer.activate()
 
 
-def state_bytes(engine: Any, index: int) -> int:
+def state_bytes(engine: HiFTEngine, index: int) -> int:
     """Bytes of the masters and states of group ``index``, in the form in which they rest."""
     optimizer = engine.optimizer
     store = optimizer.states.store_of(optimizer.groups[index])
     return sum(store.num_bytes(chunk.id) for chunk in optimizer.groups[index].chunks)
 
 
-def _step(engine: Any, setting: Setting, tracker: MemoryTracker, flops: FlopCounter) -> None:
+def _step(engine: HiFTEngine, setting: Setting, tracker: MemoryTracker, flops: FlopCounter) -> None:
     for _ in range(setting.micro_batches):
         batch = make_batch(engine.module, setting.batch, setting.length, tracker.device_type, setting.padded)
         tracker.mark("forward", "-1")
@@ -267,7 +267,7 @@ def _step(engine: Any, setting: Setting, tracker: MemoryTracker, flops: FlopCoun
         engine.step()
 
 
-def _update_again(engine: Any, setting: Setting, tracker: MemoryTracker) -> None:
+def _update_again(engine: HiFTEngine, setting: Setting, tracker: MemoryTracker) -> None:
     """The update alone, with gradients as backward would leave them."""
     optimizer = engine.optimizer
     tracker.mark("gradients")
@@ -285,14 +285,16 @@ def _update_again(engine: Any, setting: Setting, tracker: MemoryTracker) -> None
     tracker.mark("between steps")
 
 
-def _places(engine: Any, setting: Setting, index: int, tracker: MemoryTracker, first_mark: int) -> dict[str, Bytes]:
+def _places(
+    engine: HiFTEngine, setting: Setting, index: int, tracker: MemoryTracker, first_mark: int
+) -> dict[str, Bytes]:
     """What was alive at the peak of each place, the places named as seen from the active group."""
     timeline = Timeline(tracker)
     num_blocks = len(find_arch(engine.module).blocks)
     blocks = range(engine.savings.lowest_block(index), num_blocks)
     kept = engine.hift.activations.blocks_kept
     phases = PHASES if setting.updates else PHASES[:-1]
-    peaks: dict[str, Any] = {}
+    peaks: dict[str, Peak] = {}
     for mark, begin, end in timeline.stretches()[first_mark:]:
         if mark.phase not in phases:
             continue

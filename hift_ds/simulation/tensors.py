@@ -7,12 +7,13 @@ that this does not cover takes PyTorch's way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
 _DEVICE = torch.ops.prim.device.default
@@ -54,7 +55,7 @@ class FakeTensors(FakeTensorMode):
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self._recipes: dict[Any, tuple[type, tuple[_Result | None, ...]] | None] = {}
+        self._recipes: dict[tuple[Hashable, ...], tuple[type, tuple[_Result | None, ...]] | None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE and isinstance(args[0], FakeTensor):
@@ -92,7 +93,7 @@ class FakeTensors(FakeTensorMode):
             self._recipes[key] = None
         return out
 
-    def _made(self, recipe: tuple[type, tuple[_Result | None, ...]], tensors: list[FakeTensor]) -> Any:
+    def _made(self, recipe: tuple[type, tuple[_Result | None, ...]], tensors: list[FakeTensor]) -> object:
         kind, results = recipe
         if kind is _Nothing:
             return None
@@ -117,7 +118,7 @@ def _has_values(tensor: Tensor) -> bool:
     return not isinstance(tensor, FakeTensor) or tensor.constant is not None
 
 
-def _describe(values: Any, tensors: list[FakeTensor]) -> Iterator[Any]:
+def _describe(values: Iterable[object], tensors: list[FakeTensor]) -> Iterator[Hashable]:
     """What decides the sizes of an operation's results, hashable. The tensors among ``values`` go to ``tensors``."""
     for value in values:
         if isinstance(value, FakeTensor):
@@ -133,7 +134,7 @@ def _describe(values: Any, tensors: list[FakeTensor]) -> Iterator[Any]:
             raise _CannotTell
 
 
-def _recipe(func: Any, out: Any, tensors: list[FakeTensor]) -> tuple[type, tuple[_Result | None, ...]]:
+def _recipe(func: OpOverload, out: object, tensors: list[FakeTensor]) -> tuple[type, tuple[_Result | None, ...]]:
     """How ``out`` follows from ``tensors``."""
     if _UNPREDICTABLE & set(func.tags):
         raise _CannotTell
@@ -146,7 +147,7 @@ def _recipe(func: Any, out: Any, tensors: list[FakeTensor]) -> tuple[type, tuple
     return Tensor, (_result(out, tensors),)
 
 
-def _result(out: Any, tensors: list[FakeTensor]) -> _Result:
+def _result(out: object, tensors: list[FakeTensor]) -> _Result:
     if not isinstance(out, FakeTensor) or out.constant is not None or out.layout is not torch.strided:
         raise _CannotTell
     for index, tensor in enumerate(tensors):

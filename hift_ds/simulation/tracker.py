@@ -95,7 +95,7 @@ class MemoryTracker:
         elif category is not None:
             self.blocks[index].category = category
 
-    def see_all(self, tensors: Iterable[Any], category: str | None = None) -> None:
+    def see_all(self, tensors: Iterable[object], category: str | None = None) -> None:
         """``see`` for every tensor among ``tensors``."""
         for tensor in tensors:
             if isinstance(tensor, Tensor):

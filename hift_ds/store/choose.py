@@ -148,4 +148,5 @@ class AutoStateStore(StateStore):
     def _not_started(self, *args: object) -> NoReturn:
         raise AssertionError("start() chooses the store; go on with what it returns")
 
+    # One function that raises, whatever it is called with, in place of many signatures.
     keys = fetch = evict = read = write = hold = release = take_back = _not_started  # type: ignore[assignment]

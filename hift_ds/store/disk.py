@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -24,10 +23,11 @@ from hift_ds.store.file_io import (
     whole_pages,
     write_file,
 )
-from hift_ds.store.movers import IN, OUT, ThreadMover, streams_of
+from hift_ds.store.movers import IN, OUT, ThreadMover
 from hift_ds.store.parked import ParkedStateStore
 from hift_ds.store.speeds import Link
 from hift_ds.store.state_folder import StateFolder
+from hift_ds.store.streams import SideStream, streams_of
 
 PROBE_BYTES = 1 << 25
 # Between disk and accelerator. With the page that aligns it a power of two, as torch would make it anyway.
@@ -51,7 +51,7 @@ class DiskStateStore(ParkedStateStore):
     _folder: StateFolder = field(init=False)
     # Per direction; with an accelerator only.
     _buffers: dict[str, Tensor] = field(default_factory=dict, init=False)
-    _sides: dict[str, Any] = field(default_factory=dict, init=False)  # streams, likewise
+    _sides: dict[str, SideStream] = field(default_factory=dict, init=False)  # likewise
     # Bytes in the file of each chunk that has one.
     _written: dict[int, int] = field(default_factory=dict, init=False)
     # Of each chunk's file: a disk that gives back other bytes must not train on.

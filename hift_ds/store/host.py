@@ -15,10 +15,11 @@ from torch import Tensor
 from hift_ds.errors import StateStoreError
 from hift_ds.store.base import StateStore
 from hift_ds.store.machine import THIS_MACHINE, Machine, processes_on_node
-from hift_ds.store.movers import StreamMover, ThreadMover, streams_of
+from hift_ds.store.movers import StreamMover, ThreadMover
 from hift_ds.store.page_locked import PageLockedMemory
 from hift_ds.store.parked import ParkedStateStore
 from hift_ds.store.speeds import Link, measure_link
+from hift_ds.store.streams import streams_of
 
 logger = logging.getLogger(__name__)
 

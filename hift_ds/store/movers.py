@@ -18,37 +18,48 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from hift_ds.errors import HiFTError, StateStoreError
 from hift_ds.store.base import Traffic
+from hift_ds.store.streams import StreamEvent, streams_of
 
 IN, OUT = "in", "out"
 RESUMES_WITHIN_MS = 2.0  # of the end of a copy: then the computation has waited for it
 
 
+@dataclass
+class Ticket:
+    """A copy that was submitted to a mover. ``None`` in its place stands for one that has ended."""
+
+    cause: str  # of a wait for it, a key of ``CAUSES``
+
+
 class Mover(ABC):
-    """Tickets are what ``submit`` returns; ``None`` stands for a copy that has ended."""
+    """Starts copies, and lets the computation or its caller wait for them."""
 
     def __init__(self, traffic: Traffic) -> None:
         self.traffic = traffic
         self.causes = {IN: "states_in", OUT: "states_out"}  # what a wait for a copy in that direction is
 
     @abstractmethod
-    def submit(self, direction: str, copy: Callable[[], object], after: Iterable[Any] = ()) -> Any:
-        """Start ``copy`` once the computation so far and the tickets ``after`` are done; its ticket."""
+    def submit(self, direction: str, copy: Callable[[], object], after: Iterable[Ticket | None] = ()) -> Ticket | None:
+        """Start ``copy`` once the computation so far and the copies of the tickets ``after`` have ended.
+
+        Returns:
+            The copy's ticket.
+        """
 
     @abstractmethod
-    def wait(self, ticket: Any) -> None:
+    def wait(self, ticket: Ticket | None) -> None:
         """Computation from here on runs after the copy; the time it stands still for that is a stall.
 
         Raises:
             StateStoreError: the copy failed.
         """
 
-    def settle(self, ticket: Any) -> None:
+    def settle(self, ticket: Ticket | None) -> None:
         """The caller waits until the copy has ended, which is a stall too. Raises as ``wait`` does."""
         self.wait(ticket)
 
@@ -71,7 +82,7 @@ class InlineMover(Mover):
         self._device = device
         self._streams = streams_of(device)
 
-    def submit(self, direction: str, copy: Callable[[], object], after: Iterable[Any] = ()) -> None:
+    def submit(self, direction: str, copy: Callable[[], object], after: Iterable[Ticket | None] = ()) -> None:
         if self._streams is not None:  # stores copy on streams of their own, which wait for nothing
             self._streams.current_stream(self._device).synchronize()
         started = time.perf_counter()
@@ -81,12 +92,19 @@ class InlineMover(Mover):
         elapsed = time.perf_counter() - started
         self.traffic.add(transfer_s=elapsed, stalled_s=elapsed, cause=self.causes[direction])
 
-    def wait(self, ticket: None) -> None:
+    def wait(self, ticket: Ticket | None) -> None:
         pass
 
 
+@dataclass
+class ThreadTicket(Ticket):
+    """A copy on a thread, which it blocks until it has ended."""
+
+    future: Future[None]
+
+
 class ThreadMover(Mover):
-    """Copies on two threads. A copy blocks its thread until it has ended, so a ticket is a future.
+    """Copies on two threads.
 
     Args:
         device: where the computation runs; if it has streams, a copy first waits for what they were given so
@@ -99,18 +117,22 @@ class ThreadMover(Mover):
         self._device = device
         self._streams = streams_of(device)
 
-    def submit(self, direction: str, copy: Callable[[], object], after: Iterable[Any] = ()) -> Future:
+    def submit(self, direction: str, copy: Callable[[], object], after: Iterable[Ticket | None] = ()) -> ThreadTicket:
         computed = None
         if self._streams is not None:
             computed = self._streams.Event()
             computed.record(self._streams.current_stream(self._device))
-        ticket = self._threads[direction].submit(self._run, copy, [t for t in after if t is not None], computed)
-        ticket.cause = self.causes[direction]  # type: ignore[attr-defined]
-        return ticket
-
-    def _run(self, copy: Callable[[], object], after: list[Future], computed: Any) -> None:
+        earlier = []
         for ticket in after:
-            ticket.result()
+            if ticket is not None:
+                assert isinstance(ticket, ThreadTicket)
+                earlier.append(ticket.future)
+        future = self._threads[direction].submit(self._run, copy, earlier, computed)
+        return ThreadTicket(self.causes[direction], future)
+
+    def _run(self, copy: Callable[[], object], after: list[Future[None]], computed: StreamEvent | None) -> None:
+        for earlier in after:
+            earlier.result()
         if computed is not None:
             computed.synchronize()
         started = time.perf_counter()
@@ -119,14 +141,15 @@ class ThreadMover(Mover):
             _run(copy)
         self.traffic.add(transfer_s=time.perf_counter() - started)
 
-    def wait(self, ticket: Future | None) -> None:
+    def wait(self, ticket: Ticket | None) -> None:
         if ticket is None:
             return
+        assert isinstance(ticket, ThreadTicket)
         started = time.perf_counter()
         try:
-            ticket.result()
+            ticket.future.result()
         finally:
-            self.traffic.add(stalled_s=time.perf_counter() - started, cause=ticket.cause)  # type: ignore[attr-defined]
+            self.traffic.add(stalled_s=time.perf_counter() - started, cause=ticket.cause)
 
     def close(self) -> None:
         for thread in self._threads.values():
@@ -134,12 +157,11 @@ class ThreadMover(Mover):
 
 
 @dataclass
-class StreamTicket:
-    """A copy on a side stream: the events around it."""
+class StreamTicket(Ticket):
+    """A copy on a side stream, and the events around it there."""
 
-    start: Any  # events around the copy, on its stream
-    end: Any
-    cause: str  # of a wait for it
+    start: StreamEvent
+    end: StreamEvent
 
 
 class StreamMover(Mover):
@@ -156,21 +178,21 @@ class StreamMover(Mover):
         self._streams = streams
         self._sides = {d: self._streams.Stream(device) for d in (IN, OUT)}
         # (cause of a wait, or none for a copy; start, end), not yet read
-        self._timed: list[tuple[str, Any, Any]] = []
-        self._idle_since: Any = None  # event at the end of the last step
-        self._gaps: list[
-            tuple[Any, Any, list[StreamTicket]]
-        ] = []  # between two steps, and copies that may explain them
+        self._timed: list[tuple[str, StreamEvent, StreamEvent]] = []
+        self._idle_since: StreamEvent | None = None  # event at the end of the last step
+        # Between two steps, and copies that may explain them.
+        self._gaps: list[tuple[StreamEvent, StreamEvent, list[StreamTicket]]] = []
         self._recent: list[StreamTicket] = []  # copies since the step before the last ended
         traffic.collectors.append(self._collect)
 
-    def submit(self, direction: str, copy: Callable[[], object], after: Iterable[Any] = ()) -> StreamTicket:
+    def submit(self, direction: str, copy: Callable[[], object], after: Iterable[Ticket | None] = ()) -> StreamTicket:
         side = self._sides[direction]
         side.wait_stream(self._streams.current_stream(self._device))
         for ticket in after:
             if ticket is not None:
+                assert isinstance(ticket, StreamTicket)
                 side.wait_event(ticket.end)
-        ticket = StreamTicket(self._event(), self._event(), self.causes[direction])
+        ticket = StreamTicket(self.causes[direction], self._event(), self._event())
         with self._streams.stream(side):
             ticket.start.record(side)
             _run(copy)
@@ -191,9 +213,10 @@ class StreamMover(Mover):
         self._gaps.append((self._idle_since, resumed, self._recent))
         self._idle_since, self._recent = None, []
 
-    def wait(self, ticket: StreamTicket | None) -> None:
+    def wait(self, ticket: Ticket | None) -> None:
         if ticket is None:
             return
+        assert isinstance(ticket, StreamTicket)
         compute = self._streams.current_stream(self._device)
         before, after = self._event(), self._event()
         before.record(compute)
@@ -201,8 +224,9 @@ class StreamMover(Mover):
         after.record(compute)
         self._timed.append((ticket.cause, before, after))
 
-    def settle(self, ticket: StreamTicket | None) -> None:
+    def settle(self, ticket: Ticket | None) -> None:
         if ticket is not None:
+            assert isinstance(ticket, StreamTicket)
             started = time.perf_counter()
             ticket.end.synchronize()
             self.traffic.add(stalled_s=time.perf_counter() - started, cause=ticket.cause)
@@ -211,7 +235,7 @@ class StreamMover(Mover):
         for side in self._sides.values():
             side.synchronize()
 
-    def _event(self) -> Any:
+    def _event(self) -> StreamEvent:
         return self._streams.Event(enable_timing=True)
 
     def _collect(self) -> None:
@@ -250,8 +274,8 @@ class Waits:
         self.traffic.collectors.append(self._collect)
         self._device = device
         self._streams = streams_of(device)
-        self._timed: list[tuple[str, Any, Any]] = []
-        self._idle_since: Any = None
+        self._timed: list[tuple[str, StreamEvent, StreamEvent]] = []
+        self._idle_since: StreamEvent | float | None = None  # without streams: seconds
 
     @contextlib.contextmanager
     def around(self, cause: str) -> Iterator[None]:
@@ -272,18 +296,21 @@ class Waits:
             self._note("between_steps", self._idle_since)
             self._idle_since = None
 
-    def _now(self) -> Any:
+    def _now(self) -> StreamEvent | float:
         if self._streams is None:
             return time.perf_counter()
         event = self._streams.Event(enable_timing=True)
         event.record(self._streams.current_stream(self._device))
         return event
 
-    def _note(self, cause: str, started: Any) -> None:
-        if self._streams is None:
-            self.traffic.waited(cause, time.perf_counter() - started)
+    def _note(self, cause: str, started: StreamEvent | float) -> None:
+        ended = self._now()
+        if isinstance(started, float):
+            assert isinstance(ended, float)
+            self.traffic.waited(cause, ended - started)
         else:
-            self._timed.append((cause, started, self._now()))
+            assert not isinstance(ended, float)
+            self._timed.append((cause, started, ended))
 
     def _collect(self) -> None:
         pending = []
@@ -298,16 +325,6 @@ class Waits:
 def one_thread(name: str) -> ThreadPoolExecutor:
     """Runs what it is given, one after the other, beside the caller."""
     return ThreadPoolExecutor(1, thread_name_prefix=name)
-
-
-def streams_of(device: torch.device) -> Any:
-    """The torch module of ``device`` (``torch.cuda`` ...) if it has streams and events, else None."""
-    if device.type == "cpu":
-        return None
-    module: Any = getattr(torch, device.type, None)
-    names = ("Stream", "Event", "stream", "current_stream", "device")
-    has_all = all(hasattr(module, name) for name in names) and hasattr(module.Event, "elapsed_time")
-    return module if has_all else None
 
 
 def _run(copy: Callable[[], object]) -> None:

@@ -16,14 +16,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hift_ds.store.encoded import EncodedStateStore
 from hift_ds.store.layout import aligned
-from hift_ds.store.movers import IN, OUT, InlineMover, Mover
+from hift_ds.store.movers import IN, OUT, InlineMover, Mover, Ticket
 
 
 @dataclass(eq=False)
@@ -37,8 +36,8 @@ class Slot:
     chunk: int | None = None
     fetched: bool = False  # lent out between fetch and evict
     dirty: bool = False  # newer than the resting place
-    arrival: Any = None  # tickets of the last copies into and out of it
-    departure: Any = None
+    arrival: Ticket | None = None  # of the last copies into and out of it
+    departure: Ticket | None = None
     lasting: bool = True  # not only from fetch to evict
     last_fetch: int = 0
 
@@ -49,7 +48,7 @@ class ParkedStateStore(EncodedStateStore):
 
     mover: Mover = field(init=False)
     _slots: list[Slot] = field(default_factory=list, init=False)
-    _departures: dict[int, Any] = field(default_factory=dict, init=False)  # of each chunk, the last
+    _departures: dict[int, Ticket | None] = field(default_factory=dict, init=False)  # of each chunk, the last
     _fetches: int = field(default=0, init=False)
     _held: dict[int, bool] = field(default_factory=dict, init=False)  # whether a newer form rests elsewhere already
 

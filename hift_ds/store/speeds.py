@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hift_ds.store.movers import streams_of
+from hift_ds.store.streams import streams_of
 
 _SIDE, _SIDE_ON_CPU = 4096, 1024  # of the matrices that are multiplied: typical, and milliseconds
 _UPDATE_NUMEL = 1 << 20  # parameters updated at once to measure an update

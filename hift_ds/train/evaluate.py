@@ -7,11 +7,18 @@ counts as much as one of long ones.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import EvalPrediction
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+    from torch.utils.data import DataLoader
+    from transformers.trainer_utils import EvalLoopOutput
 
 IGNORED = -100
 
@@ -51,11 +58,13 @@ class TokenMeanEvaluation:
             rows that fill up the last batch are dropped. (In training several samples may share a row.)
     """
 
-    def __init__(self, *args: Any, eval_collator: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, eval_collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]], **kwargs: Any
+    ) -> None:
         super().__init__(*args, compute_metrics=token_mean, **kwargs)
         self.eval_collator = eval_collator
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         train_collator, self.data_collator = self.data_collator, self.eval_collator
         try:
             return super().get_eval_dataloader(*args, **kwargs)
@@ -63,12 +72,12 @@ class TokenMeanEvaluation:
             self.data_collator = train_collator
 
     def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
         return loss, sums_per_row(logits, labels), labels[:, :1]
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         output = super().evaluation_loop(*args, **kwargs)
         for key in [key for key in output.metrics if key.endswith("_token_loss")]:
             output.metrics[key.removesuffix("token_loss") + "loss"] = output.metrics.pop(key)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hift_ds.config import HiFTConfig
 from hift_ds.dtypes import Dtype
@@ -22,6 +22,9 @@ from hift_ds.layers.arch import find_arch
 from hift_ds.layers.grouping import LayerGroup, partition_model
 from hift_ds.train.card import Card
 from hift_ds.train.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 ENOUGH_TURNS = 16  # where SmolLM2-135M's held-out loss was that of full fine-tuning
 FEWEST_TURNS = 4  # below, every trainer warns: so many are worth waiting for the link
@@ -41,7 +44,7 @@ class ModelSizes:
         config: of transformers.
     """
 
-    config: Any
+    config: PretrainedConfig
     trust_remote_code: bool = False
 
     @classmethod
@@ -54,7 +57,7 @@ class ModelSizes:
         return cls(read_task_config(source, auto_class, trust_remote_code=trust_remote_code), trust_remote_code)
 
     @cached_property
-    def model(self) -> Any:
+    def model(self) -> PreTrainedModel:
         """On the meta device."""
         return build_on_meta(self.config, trust_remote_code=self.trust_remote_code)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +18,9 @@ from hift_ds.train.evaluate import sums_per_row
 from hift_ds.train.settings import DEFAULT_MAX_LENGTH
 from hift_ds.train.tasks import TASKS
 from hift_ds.train.trained_model import TrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ def data_to_evaluate(trained: TrainedModel, data: str | None) -> DataConfig:
 
 @torch.no_grad()
 def held_out_loss(
-    trained: TrainedModel, model: Any, tokenizer: Any, data: DataConfig, batch_size: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    trained: TrainedModel, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataConfig,
+    batch_size: int, progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeldOut:  # fmt: skip
     """Every row once, ``batch_size`` at a time; no more logits than one batch's are held.
 

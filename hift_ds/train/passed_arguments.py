@@ -83,7 +83,7 @@ def checked_arguments(given: Mapping[str, Any], cls: type) -> dict[str, Any]:
     return dict(given)
 
 
-def _check_type(name: str, value: Any, cls: type) -> None:
+def _check_type(name: str, value: object, cls: type) -> None:
     """transformers takes whatever it is given, and fails later with it or not at all."""
     from pydantic import TypeAdapter, ValidationError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,12 +17,15 @@ from hift_ds.errors import DataError
 from hift_ds.hf.model_folder import max_sequence_length
 from hift_ds.train.trained_model import generation_options
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 WINDOW = 16  # batches whose rows are sorted by length together
 
 
 def predict(
-    model: Any, tokenizer: Any, source: Source, *, template: str = "auto", batch_size: int = 8,
-    max_new_tokens: int = 256, temperature: float | None = 0.0,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, *, template: str = "auto",
+    batch_size: int = 8, max_new_tokens: int = 256, temperature: float | None = 0.0,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Each row of ``source`` in order, with what the model answers to it under ``prediction``.
 
@@ -61,7 +64,9 @@ def predict(
 
 
 @torch.no_grad()
-def _answers(model: Any, tokenizer: Any, prompts: list[list[int]], options: dict[str, Any]) -> list[str]:
+def _answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], options: dict[str, Any]
+) -> list[str]:
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)

@@ -32,7 +32,11 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from hift_ds.engine.engine import HiFTEngine
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -46,7 +50,7 @@ class StopRequest:
             and waits for the device.
     """
 
-    def __init__(self, device: torch.device, engine: Any = None) -> None:
+    def __init__(self, device: torch.device, engine: HiFTEngine | None = None) -> None:
         self.device = device
         self._optimizer = getattr(engine, "optimizer", None)
         if not hasattr(self._optimizer, "questions"):
@@ -97,7 +101,7 @@ class StopRequest:
         dist.destroy_process_group()
         sys.exit(0)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = number
         if number == signal.SIGINT:
             # The system's own handler from now on: a second Ctrl-C works even while torch waits in a
@@ -115,7 +119,7 @@ class PreemptionCallback(TrainerCallback):
         stopped_by: the signal's name, once training was stopped by one; the same on all ranks.
     """
 
-    def __init__(self, get_engine: Callable[[], Any]) -> None:
+    def __init__(self, get_engine: Callable[[], HiFTEngine]) -> None:
         self._get_engine = get_engine
         self._stop: StopRequest | None = None
         self.stopped_by: str | None = None

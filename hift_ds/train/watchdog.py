@@ -24,7 +24,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,11 @@ from transformers import TrainerCallback
 from hift_ds.errors import TrainingError
 from hift_ds.precision import LossScaler
 from hift_ds.train.processes import PROGRESS_FILE, ProgressNotes
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from hift_ds.engine.engine import HiFTEngine
 
 HANG_EXIT_CODE = 75  # EX_TEMPFAIL: trying again may well work
 _NORMS_KEPT = 16  # per group; a layer's gradients are compared with its own earlier ones
@@ -56,7 +61,7 @@ class DivergenceGuard:
 
     def __init__(
         self,
-        engine: Any,
+        engine: HiFTEngine,
         policy: Policy = "stop",
         max_norm_ratio: float = 1000.0,
         max_in_a_row: int = 100,
@@ -170,7 +175,7 @@ class HangWatchdog:
     Set the timeout above the longest thing between two beats (an evaluation batch, a save).
     """
 
-    def __init__(self, engine: Any, timeout_s: float) -> None:
+    def __init__(self, engine: HiFTEngine, timeout_s: float) -> None:
         self._engine = engine
         self.timeout_s = timeout_s
         self._last = time.monotonic()
@@ -220,7 +225,7 @@ class WatchdogCallback(TrainerCallback):
 
     def __init__(
         self,
-        get_engine: Callable[[], Any],
+        get_engine: Callable[[], HiFTEngine],
         policy: Policy = "stop",
         max_norm_ratio: float = 1000.0,
         hang_timeout_s: float = 1800.0,
@@ -261,12 +266,14 @@ class NotesProgress(TrainerCallback):
     """Notes step and layer group before each step where a parent process wants to know, which is to say what a rank was
     doing when it was killed."""
 
-    def __init__(self, get_engine: Callable[[], Any]) -> None:
+    def __init__(self, get_engine: Callable[[], HiFTEngine]) -> None:
         path = os.environ.get(PROGRESS_FILE)
         self._notes = ProgressNotes(path) if path and os.path.exists(path) else None
         self._get_engine = get_engine
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._notes is None:
             return
         engine = self._get_engine()
@@ -274,12 +281,14 @@ class NotesProgress(TrainerCallback):
         group = "" if schedule is None else f" (group {engine.groups[schedule.active].name})"
         self._notes.write(args.process_index, f"in step {state.global_step}{group}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._notes is not None:
             self._notes.write(args.process_index, f"after the last step, {state.global_step}")
 
 
-def lost_rank_error(error: BaseException, engine: Any) -> TrainingError | None:
+def lost_rank_error(error: BaseException, engine: HiFTEngine) -> TrainingError | None:
     """The one line for an error that says that another rank is gone (its process died, its node went away, it
     hung until the collective's timeout); ``None`` for any other error."""
     text = str(error)
@@ -311,7 +320,7 @@ def collective_timeout_s(hang_timeout_s: float) -> float:
     return 1.25 * hang_timeout_s + 600 if hang_timeout_s else 365 * 86400.0
 
 
-def _last_good(engine: Any) -> str:
+def _last_good(engine: HiFTEngine) -> str:
     return (
         f"last good checkpoint: {engine.last_checkpoint}"
         if engine.last_checkpoint

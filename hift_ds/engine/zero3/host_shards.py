@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -18,7 +18,8 @@ from torch import Tensor
 from hift_ds.engine.zero3.shards import PartitionedWeight, Shard
 from hift_ds.precision import write_weight_
 from hift_ds.store.base import Traffic
-from hift_ds.store.movers import OUT, InlineMover, Mover, StreamMover, streams_of
+from hift_ds.store.movers import OUT, InlineMover, Mover, StreamMover, Ticket
+from hift_ds.store.streams import SideStream, streams_of
 
 NUM_BUFFERS = 2  # one is filled while the other travels
 
@@ -40,11 +41,18 @@ class Copied:
         self._params.clear()
 
 
+class GatherHandle(Protocol):
+    """What DeepSpeed's gathers return."""
+
+    def wait(self, **options: Any) -> None:
+        """The current stream waits for the gather."""
+
+
 class Gathered:
     """DeepSpeed's handle of a gather of the shards ``sent``, which were made on the stream ``copies``: their memory is
     given out there again, and must not be written before the gather has read it."""
 
-    def __init__(self, handle: Any, copies: Any, sent: Sequence[Tensor]) -> None:
+    def __init__(self, handle: GatherHandle, copies: SideStream, sent: Sequence[Tensor]) -> None:
         self._handle, self._copies, self._sent = handle, copies, list(sent)
 
     def wait(self, **options: Any) -> None:
@@ -94,7 +102,7 @@ class WriteBack:
         self._mover.causes[OUT] = "gather"
         self._device = device
         self._buffers = self._none()
-        self._sent: list[Any] = [None] * NUM_BUFFERS  # tickets
+        self._sent: list[Ticket | None] = [None] * NUM_BUFFERS
         self._next = 0
 
     def _none(self) -> list[Tensor]:

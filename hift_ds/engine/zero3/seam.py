@@ -105,7 +105,9 @@ class _Coordinator(PartitionedParameterCoordinator):
             super().reset_step()
         self.had_trace = self.had_trace or self.is_complete_trace()
 
-    def _PartitionedParameterCoordinator__all_gather_params(self, params: Any, forward: bool) -> None:  # noqa: N802
+    def _PartitionedParameterCoordinator__all_gather_params(
+        self, params: Iterable[PartitionedWeight], forward: bool
+    ) -> None:  # noqa: N802
         missing = [param for param in params if param.ds_status is ZeroParamStatus.NOT_AVAILABLE]
         self.shards.numel_gathered += sum(param.ds_numel for param in missing)
         # DeepSpeed gathers several into one buffer and copies them out of it. A large one gains nothing by company.
@@ -128,6 +130,7 @@ class _Coordinator(PartitionedParameterCoordinator):
             self._PartitionedParameterCoordinator__n_available_params += sum(param.ds_numel for param in params)
             registry.update(dict.fromkeys(params, copied))
             return
+        assert self.shards.copies is not None
         name = "_PartitionedParameterCoordinator__allgather_stream"
         gathers = getattr(self, name)
         setattr(self, name, self.shards.copies)
@@ -304,14 +307,14 @@ class WeightShards:
         outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
         pack_other, unpack_other = outer if outer is not None else (_with_version, _unwritten)
 
-        def pack(tensor: Tensor) -> Any:
+        def pack(tensor: Tensor) -> object:
             param = self._param_in.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
             if param is None or param.ds_status is not ZeroParamStatus.AVAILABLE or not _shares(tensor, param):
                 return pack_other(tensor)
             offset = int(tensor.storage_offset() - param.storage_offset())
             return _WeightView(param, tensor.shape, tensor.stride(), offset, self._num_written.get(param, 0))
 
-        def unpack(saved: Any) -> Tensor:
+        def unpack(saved: object) -> Tensor:
             if not isinstance(saved, _WeightView):
                 return unpack_other(saved)
             if saved.version != self._num_written.get(saved.param, 0):
@@ -332,11 +335,11 @@ class WeightShards:
         if hasattr(Tensor, "ds_status"):
             yield
             return
-        Tensor.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
+        Tensor.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]  # DeepSpeed's name, on parameters only
         try:
             yield
         finally:
-            del Tensor.ds_status  # type: ignore[attr-defined]
+            del Tensor.ds_status  # type: ignore[attr-defined]  # set above
 
     @property
     def offload(self) -> DeepSpeedZeRoOffload:

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 import torch
+from deepspeed import DeepSpeedEngine, zero
 from deepspeed import comm as deepspeed_comm
-from deepspeed import zero
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from hift_ds.engine.zero3.weight_file import WeightFile
 from hift_ds.store.page_locked import PageLockedMemory
@@ -32,7 +34,7 @@ class Shard(Tensor):
 
     ds_numel: int  # with padding
     status: PartitionedParamStatus
-    final_location: Any
+    final_location: OffloadDeviceEnum | None
 
 
 class PartitionedWeight(nn.Parameter):
@@ -47,7 +49,7 @@ class PartitionedWeight(nn.Parameter):
     ds_status: ZeroParamStatus  # whether the parameter's own data is the whole now
     ds_persist: bool  # small: stays gathered ("stage3_param_persistence_threshold")
     ds_active_sub_modules: set[int]
-    ds_process_group: Any
+    ds_process_group: ProcessGroup
     ds_zero_partition_rank: int
     ds_zero_partition_world_size: int
     partition: Callable[[], None]
@@ -136,7 +138,7 @@ def _shard_numel(param: PartitionedWeight) -> int:
     return -(-param.ds_numel // num_shards(param))
 
 
-def _give_shard(param: PartitionedWeight, init: Any, file: WeightFile | None, locked: PageLockedMemory) -> None:
+def _give_shard(param: PartitionedWeight, init: zero.Init, file: WeightFile | None, locked: PageLockedMemory) -> None:
     """As DeepSpeed's first partitioning of a whole weight leaves it."""
     numel = _shard_numel(param)
     if file is not None:
@@ -172,13 +174,13 @@ def with_weights_on_host(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "zero_optimization": zero_block}
 
 
-def weights_folder(zero_config: Any) -> Path | None:
+def weights_folder(zero_config: DeepSpeedZeroConfig) -> Path | None:
     """Where ``"offload_param": {"device": "nvme", "nvme_path": ...}`` wants parked weights; ``None`` otherwise."""
     offload = zero_config.offload_param
     return Path(offload.nvme_path) if offload is not None and offload.device == OffloadDeviceEnum.nvme else None
 
 
-def page_locks_weights(zero_config: Any) -> bool:
+def page_locks_weights(zero_config: DeepSpeedZeroConfig) -> bool:
     """``"offload_param": {"device": "cpu", "pin_memory": true}``, where there is an accelerator to copy them."""
     offload = zero_config.offload_param
     wanted = offload is not None and offload.device == OffloadDeviceEnum.cpu and offload.pin_memory
@@ -186,7 +188,7 @@ def page_locks_weights(zero_config: Any) -> bool:
 
 
 @contextlib.contextmanager
-def as_if_parked_on_host(engine: Any) -> Iterator[None]:
+def as_if_parked_on_host(engine: DeepSpeedEngine) -> Iterator[None]:
     """Inside this block DeepSpeed's ``engine`` puts weights into ordinary host memory, whatever its config says."""
     zero_config, config = engine._config.zero_config, engine.config
     offload = zero_config.offload_param
