@@ -1,14 +1,14 @@
 """Full fine-tuning in the update in backward, against a plain torch loop with everything resident.
 
     python benchmarks/in_backward.py --path /scratch                    SmolLM2-135M's shape, random bf16 weights
-    python benchmarks/in_backward.py --path /scratch --model 1b         the 1.1B shape: 16 GiB of memory
-    python benchmarks/in_backward.py --path /scratch --model tiny       seconds, to see that it works
+    python benchmarks/in_backward.py --path /scratch --shape 1.1b --rounds 2 --steps 3      20 GiB of memory, 20 minutes
+    python benchmarks/in_backward.py --path /scratch --shape tiny       seconds, to see that it works
 
 The plain loop: bf16 weights, fp32 masters and AdamW states in memory, torch's fused kernel, an update after backward.
 Ours: the same arithmetic with ``"update": "in_backward"``, all layers a group, states resident, in a host store or on
 disk. Each setting is a process that sleeps while the others have their turns of a few steps, so that what else the
-machine does meets all alike; ``--one-at-a-time`` starts a process for each turn, where memory does not hold all. The
-first step of a turn is not counted. CPU seconds are those of all threads, waiting left out.
+machine does meets all alike; ``--one-at-a-time`` (the 1.1B shape always) starts a process for each turn, where memory
+does not hold all. The first step of a turn is not counted. CPU seconds are those of all threads, waiting left out.
 
 Prints a table; ``--out`` writes it.
 """
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = {"tiny": "tiny", "135m": "smollm2_135m", "1b": "tinyllama_1_1b"}
+SHAPES = {"tiny": "tiny", "135m": "smollm2_135m", "1.1b": "tinyllama_1_1b"}
 PLAIN = "plain torch, resident"
 SETTINGS: dict[str, dict[str, Any]] = {
     "in backward, resident": {"residency": "device"},
@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", required=True, help="folder on the disk to measure")
-    parser.add_argument("--model", choices=MODELS, default="135m")
+    parser.add_argument("--shape", choices=SHAPES, default="135m")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=6, help="of a turn, the first not counted")
@@ -80,7 +80,7 @@ def plain(args: argparse.Namespace) -> Callable[[], None]:
     """A function that takes one step."""
     import torch
 
-    model = build(MODELS[args.model]).train()
+    model = build(SHAPES[args.shape]).train()
     masters = [torch.nn.Parameter(param.detach().float()) for param in model.parameters()]
     optimizer = torch.optim.AdamW(masters, lr=1e-5, fused=True)
 
@@ -105,7 +105,7 @@ def ours(args: argparse.Namespace) -> Callable[[], None]:
     state = dict(SETTINGS[args.worker])
     if state["residency"] == "disk":
         state["path"] = args.path
-    model = build(MODELS[args.model]).train()
+    model = build(SHAPES[args.shape]).train()
     config = {
         "train_micro_batch_size_per_gpu": args.batch,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "fused": True}},
@@ -196,6 +196,7 @@ def main() -> None:
     if args.worker:
         work(args)
         return
+    args.one_at_a_time |= args.shape == "1.1b"
     names = [PLAIN, *(name for name in SETTINGS if any(word in name for word in args.only.split(",")))]
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     workers = {} if args.one_at_a_time else {name: Worker(name) for name in names}

@@ -259,6 +259,7 @@ def settle_layers(setting: Setting, micro_batches: int) -> tuple[Setting, str]:
         prefetch=state.prefetch,
         ranks=ranks,
         share=float(state.step_on == "host"),
+        beside=state.step_on != "host",
     )
     tokens = hift.tokens_per_step or setting.batch * setting.length * micro_batches
     choice = layers_hidden(costs, numels, tokens, split=state.step_on == "split")

@@ -24,6 +24,7 @@ from hift_ds.optim.parameters import GroupShard
 from hift_ds.ranks import gather
 from hift_ds.store.encoded import EncodedStateStore
 from hift_ds.store.hiding import BackwardCosts, HiddenLayers, layers_hidden
+from hift_ds.store.machine import processes_on_node
 from hift_ds.store.speeds import Link, measure_link
 from hift_ds.store.split import SplitStateStore
 
@@ -38,12 +39,14 @@ class AutoGroups:
     Attributes:
         is_open: the size is to be found.
         chosen: the size that was found or loaded; ``None`` before, and without ``"auto"``.
+        line: how that came about, in a sentence; empty before.
     """
 
     def __init__(self, engine: SeamEngine) -> None:
         self._engine = engine
         self.is_open = engine.hift.group_size == "auto"
         self.chosen: int | str | None = None
+        self.line = ""
 
     def settle_by_config(self) -> None:
         """The config says how many tokens a step has."""
@@ -75,12 +78,12 @@ class AutoGroups:
         Args:
             saved: ``None`` if it has not been looking, or not found.
         """
-        engine = self._engine
         if saved is None or not (self.is_open or self.chosen is not None):
             return
         if saved != self.chosen:
-            if self.chosen is not None and engine.global_rank == 0:
-                logger.info("group size auto: %s, as the checkpoint has it", saved)
+            self.line = f"group size auto: {saved}, as the checkpoint has it"
+            if self.chosen is not None:
+                self._say()
             self._take(saved)
 
     def _settle(self, tokens: int) -> None:
@@ -88,12 +91,28 @@ class AutoGroups:
         engine = self._engine
         units = self._units()
         numels = [sum(member.whole_numel for member in unit.members) for unit in units]
-        costs = measured_costs(engine)
-        found: list[HiddenLayers] = gather(layers_hidden(costs, numels, tokens))
+        costs, largest = measured_costs(engine), self._largest_with_room(units)
+        found: list[HiddenLayers] = gather(layers_hidden(costs, numels, tokens, largest=largest))
         choice = min(found, key=lambda hidden: hidden.group_size)
-        if engine.global_rank == 0:
-            logger.info("group size auto: %s", choice.line())
+        self.line = f"group size auto: {choice.line()}"
+        if min(gather(largest)) <= choice.group_size < len(units):
+            self.line += "; for the gradients of more layers host memory has no room"
+        self._say()
         self._take("all" if choice.num_groups == 1 else choice.group_size)
+
+    def _say(self) -> None:
+        if self._engine.global_rank == 0:
+            logger.info(self.line)
+
+    def _largest_with_room(self, units: list[GroupShard]) -> int:
+        """Layers a step for whose gradients (and second copies of states) host memory has room; one at least."""
+        engine, optimizer = self._engine, self._engine.optimizer
+        states, micro_batches = optimizer.states, engine.gradient_accumulation_steps()
+        kept = [optimizer.kept_on_host(unit, micro_batches) + states.held_bytes(unit) for unit in units]
+        at_rest = optimizer.store.host_bytes() - max(map(states.held_bytes, units))
+        room = engine.machine.host_bytes().total / processes_on_node() - at_rest
+        sizes = range(len(units), 1, -1)
+        return next((m for m in sizes if max(sum(kept[i : i + m]) for i in range(0, len(kept), m)) <= room), 1)
 
     def _units(self) -> list[GroupShard]:
         groups = self._engine.optimizer.groups
@@ -115,6 +134,7 @@ class AutoGroups:
         if ALWAYS in optimizer.groups:
             shards[ALWAYS] = optimizer.groups[ALWAYS]
         optimizer.regroup(shards)
+        build.check_room(build.facts_of(engine), optimizer)
         engine.hift, engine.partition = hift, partition
         self.is_open, self.chosen = False, group_size
         if hasattr(engine, "savings"):
@@ -137,6 +157,7 @@ def measured_costs(engine: SeamEngine) -> BackwardCosts:
     state_bytes = store.total_bytes() / max(sum(numels), 1)
     largest_chunk = max(store.num_bytes(chunk.id) for group in rotating for chunk in group.chunks)
     largest = max(*numels, 1)
+    on_host = state.step_on == "host" and device.type != "cpu"  # else the host is where all is computed
     return BackwardCosts.measured(
         device,
         dtype,
@@ -147,5 +168,6 @@ def measured_costs(engine: SeamEngine) -> BackwardCosts:
         link=store.link,
         host_link=_WITHIN if device.type == "cpu" else measure_link(device, 4 * largest, state.pin_memory),
         ranks=optimizer.parameters.ranks.world_size,
-        share=optimizer.states.split.share if optimizer.states.split else float(state.step_on == "host"),
+        share=optimizer.states.split.share if optimizer.states.split else float(on_host),
+        beside=not on_host,
     )

@@ -370,7 +370,7 @@ def group_optimizer(
     make: Callable[..., HiFTOptimizer] = HiFTOptimizer
     if facts.in_backward:
         make = functools.partial(HiFTInBackwardOptimizer, clipping=facts.hift.clipping, sum_dtype=facts.sum_dtype)
-    return make(
+    optimizer = make(
         states,
         flags,
         schedule,
@@ -381,6 +381,20 @@ def group_optimizer(
         pin_memory=state.pin_memory,
         on_threads=facts.machine.copies_on_threads,
     )
+    check_room(facts, optimizer)
+    return optimizer
+
+
+def check_room(facts: EngineFacts, optimizer: HiFTOptimizer) -> None:
+    """See that host memory has room for what steps of the groups of today keep there.
+
+    Raises:
+        StateStoreError: it has not.
+    """
+    if optimizer.updates_in_backward:
+        groups = optimizer.groups.values()
+        kept = max(optimizer.kept_on_host(group, facts.micro_batches) for group in groups)
+        optimizer.states.check_room(facts.machine, kept)
 
 
 def watch_entrances(

@@ -69,7 +69,8 @@ class HiFTEngine(SeamEngine):
             self.optimizer.lr.watch(self.lr_scheduler)
             self.auto_groups.settle_by_config()
             if self.global_rank == 0 and logger.isEnabledFor(logging.INFO):
-                logger.info(self.optimizer.states.arithmetic().line())
+                for line in filter(None, (self.optimizer.states.arithmetic().line(), self.optimizer.clipping_line)):
+                    logger.info(line)
             names = {index: [m.name for m in group.members] for index, group in self.optimizer.groups.items()}
             self.savings = ActivationSavings(self.module, self.hift.activations, names)
         except BaseException:
@@ -82,6 +83,12 @@ class HiFTEngine(SeamEngine):
     def groups(self) -> tuple[LayerGroup, ...]:
         """The layer groups, bottom to top."""
         return self.partition.groups
+
+    def lines_at_start(self) -> list[str]:
+        """What there is to say of a run before its first step: what states take and move, which norm gradients are
+        clipped by where that is a choice, and how a group size came about that was left to the engine."""
+        lines = (self.optimizer.states.arithmetic().line(), self.optimizer.clipping_line, self.auto_groups.line)
+        return [line for line in lines if line]
 
     @property
     def schedule(self) -> GroupSchedule:

@@ -120,6 +120,15 @@ class GroupOptimizer:
 
     updates_in_backward = False
 
+    @property
+    def clipping_line(self) -> str:
+        """Which norm gradients are clipped by, in a sentence, where that is a choice; else nothing."""
+        return ""
+
+    def kept_on_host(self, group: GroupShard, micro_batches: int) -> int:
+        """Bytes of host memory that a step of ``group`` takes beside states."""
+        return 0
+
     def check_whole(self) -> None:
         """No update was cut short."""
 

@@ -24,7 +24,9 @@ from hift_ds.optim.piecewise import Extras, PieceState, PiecewiseOptimizer
 from hift_ds.precision import PrecisionPolicy
 from hift_ds.store.arithmetic import StateArithmetic
 from hift_ds.store.base import MASTER, StateStore, Weights
+from hift_ds.store.disk import DiskStateStore
 from hift_ds.store.encoded import EncodedStateStore
+from hift_ds.store.machine import Machine
 from hift_ds.store.split import SplitStateStore
 
 _CPU = torch.device("cpu")
@@ -197,9 +199,12 @@ class GroupStates:
         if self.split is not None:
             assert isinstance(self.store, SplitStateStore)
             self.on_host = self.store.on_host = self.split.chunks(self.groups)
+        self._say_what_may_be_held()
+        self._reserve()
+
+    def _say_what_may_be_held(self) -> None:
         if self._may_hold:
             self.store.may_hold = [[chunk.id for chunk in group.chunks] for group in self.groups.values()]
-        self._reserve()
 
     def move(self, host_share: float) -> None:
         """Update another share on the host from now on. What the states were is forgotten: they are about to be
@@ -221,6 +226,24 @@ class GroupStates:
         assert extras_of.keys() == {chunk.id for group in groups.values() for chunk in group.chunks}
         self.groups = dict(groups)
         self.extras = {index: dict(extras_of[group.chunks[0].id]) for index, group in groups.items()}
+
+    def check_room(self, machine: Machine, beside: int) -> None:
+        """See that host memory (or the disk) has room for all states, for what the groups of today may hold of them,
+        and for ``beside`` bytes more.
+
+        Raises:
+            StateStoreError: it has not.
+        """
+        self._say_what_may_be_held()
+        self.store.check_room(machine, beside)
+
+    def held_bytes(self, group: GroupShard) -> int:
+        """Of the second copies of a group's states in host memory, if updates may be taken back."""
+        store = self.store_of(group)
+        if not self._may_hold or isinstance(store, DiskStateStore):
+            return 0
+        assert isinstance(store, EncodedStateStore | SplitStateStore)
+        return sum(store.num_bytes(chunk.id) for chunk in group.chunks)
 
     def store_of(self, group: GroupShard) -> StateStore:
         """The store that keeps the states of ``group``."""

@@ -28,6 +28,14 @@ from hift_ds.optim.host_gradients import HostGradients
 from hift_ds.optim.parameters import GroupShard, Piece
 from hift_ds.optim.piecewise import Extras
 
+_NORMS = {  # by which gradients are clipped
+    "exact": "the norm of the step, for which updates wait until backward has ended",
+    "speculative": "the norm of the step; updates are made in backward, and taken back and made again where it says so",
+    "last_visit": "the norm that the group had when it was last trained, not by this step's (a first visit waits for "
+    "its own)",
+    "per_part": "the norm of each embedding, block and head, not by the step's",
+}
+
 
 @dataclass
 class Backward:
@@ -98,6 +106,30 @@ class InBackwardOptimizer(GroupOptimizer):
         self._backward: Backward | None = None
         self._interrupted = ""
         self._hooks = [param.register_post_accumulate_grad_hook(self._arrived) for param in self._part_of]
+
+    @property
+    def clipping_line(self) -> str:
+        how = (
+            f"clipping {self.clipping}: gradients are scaled down to {self.max_grad_norm:g} by {_NORMS[self.clipping]}"
+        )
+        return how if self.max_grad_norm > 0 else ""
+
+    def kept_on_host(self, group: GroupShard, micro_batches: int) -> int:
+        """Bytes that a step of ``group`` (or a part) keeps in host memory on this rank beside states, at most: sums of
+        micro-batches, gradients that wait for the norm or may be wanted again, and weights that an update is taken back
+        with."""
+        several, clips = micro_batches > 1, self.max_grad_norm > 0
+        speculates = clips and self.clipping == "speculative"
+        num_bytes = 0
+        for member in group.members:
+            weight_bytes, sum_bytes = member.param.element_size(), self.sums.dtype.itemsize  # type: ignore[union-attr]
+            num_bytes += sum_bytes * member.whole_numel if several else 0
+            if clips and self.clipping != "per_part":
+                grad_bytes = 4 if self.parameters.ranks.world_size > 1 else sum_bytes if several else weight_bytes
+                num_bytes += grad_bytes * member.numel
+            if speculates:
+                num_bytes += weight_bytes * member.numel  # at the first visit masters do not tell them
+        return num_bytes
 
     # -- backward -----------------------------------------------------------------------------------------------
 

@@ -260,8 +260,8 @@ class ReportCallback(TrainerCallback):
             schedule = GroupSchedule(num_groups, steps_per_group=cycle_steps // num_groups)
             if warning := schedule.too_few_turns(state.max_steps):
                 self._progress.note(f"WARNING: {warning}", style="bold yellow")
-        if (states := getattr(getattr(self._get_engine(), "optimizer", None), "states", None)) is not None:
-            self._progress.note(states.arithmetic().line())
+        for note in getattr(self._get_engine(), "lines_at_start", list)():
+            self._progress.note(note)
 
     def _report_coverage(self, step: int) -> None:
         assert self._progress is not None

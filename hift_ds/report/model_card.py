@@ -104,7 +104,7 @@ def settings_table(run: RunSummary) -> list[tuple[str, str]]:
         ("optimizer", optimizer.get("type", "?")),
         ("learning rate", f"{options.get('lr', '?')}, {train.get('lr_scheduler', '?')}"),
         ("weight decay", str(options.get("weight_decay", 0.0))),
-        ("gradient clipping", str(ds.get("gradient_clipping", "?"))),
+        ("gradient clipping", _clipping(run)),
         ("precision", precision),
         ("ZeRO stage", str(ds.get("zero_optimization", {}).get("stage", 0))),
         ("seed", str(train.get("seed", "?"))),
@@ -116,6 +116,13 @@ def settings_table(run: RunSummary) -> list[tuple[str, str]]:
             1, ("layer groups", f"{groups} of {run.hift.get('group_size')} units, {run.hift.get('order')}{master}")
         )
     return rows
+
+
+def _clipping(run: RunSummary) -> str:
+    """The largest norm, and of what, where that is a choice."""
+    largest, block = run.deepspeed.get("gradient_clipping", "?"), run.hift or {}
+    by = f' (`"clipping": "{block.get("clipping", "exact")}"`)'
+    return f"{largest}{by if largest and block.get('update') == 'in_backward' else ''}"
 
 
 def versions_line(run: RunSummary) -> str:

@@ -19,9 +19,13 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from hift_ds.store.machine import Machine
 
 # What a step may wait for, in words that say what to do about it.
 CAUSES = {
@@ -105,7 +109,7 @@ class StateStore(ABC):
     device: torch.device  # where updates run
     traffic: Traffic = field(default_factory=Traffic, init=False)
     on_fetch: Callable[[Mapping[str, Tensor]], None] | None = field(default=None, init=False, repr=False)
-    # Chunks that may be held at once; before ``start``.
+    # Chunks that may be held at once; ``check_room`` follows when they change after ``start``.
     may_hold: Sequence[Sequence[int]] = field(default=(), init=False, repr=False)
 
     @abstractmethod
@@ -126,6 +130,23 @@ class StateStore(ABC):
             StateStoreError: there is no room; names the bytes needed and found.
         """
         return self
+
+    @abstractmethod
+    def host_bytes(self) -> int:
+        """Bytes of host memory that states take at most: at rest, and the second copies of what may be held at once
+        (``may_hold``)."""
+
+    @abstractmethod
+    def check_room(self, machine: Machine, beside: int = 0) -> None:
+        """See that there is room for what is reserved and for what may be held.
+
+        Args:
+            machine: what it has.
+            beside: bytes of host memory that something else of this process needs.
+
+        Raises:
+            StateStoreError: there is none; names the bytes needed and found.
+        """
 
     @abstractmethod
     def keys(self, chunk: int) -> list[str]:

@@ -150,3 +150,4 @@ class AutoStateStore(StateStore):
 
     # One function that raises, whatever it is called with, in place of many signatures.
     keys = fetch = evict = read = write = hold = release = take_back = _not_started  # type: ignore[assignment]
+    host_bytes = check_room = _not_started  # type: ignore[assignment]

@@ -23,6 +23,9 @@ class DeviceStateStore(EncodedStateStore):
             self._bring(chunk)
         return super().start()
 
+    def host_bytes(self) -> int:
+        return self.held_bytes() + (self.total_bytes() if self.device.type == "cpu" else 0)
+
     def _bring(self, chunk: int) -> Tensor:
         if chunk not in self._memory:
             self._memory[chunk] = torch.zeros(self.num_bytes(chunk), dtype=torch.uint8, device=self.device)

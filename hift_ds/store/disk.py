@@ -23,6 +23,7 @@ from hift_ds.store.file_io import (
     whole_pages,
     write_file,
 )
+from hift_ds.store.machine import Machine
 from hift_ds.store.movers import IN, OUT, ThreadMover
 from hift_ds.store.parked import ParkedStateStore
 from hift_ds.store.speeds import Link
@@ -72,6 +73,13 @@ class DiskStateStore(ParkedStateStore):
         self._folder.promise(self.needed_bytes())
         self._measure()
         return super().start()
+
+    def host_bytes(self) -> int:
+        return 0  # but for the slots
+
+    def check_room(self, machine: Machine, beside: int = 0) -> None:
+        super().check_room(machine, beside)
+        self._folder.promise(self.needed_bytes())
 
     def needed_bytes(self) -> int:
         """Bytes on the disk: all chunks, the largest once more while it is rewritten, and what may be held."""

@@ -16,6 +16,7 @@ from hift_ds.errors import ConfigError
 from hift_ds.store.base import StateStore, Weights
 from hift_ds.store.codecs import BF16_MOMENTS, INT8_MOMENTS, SPLIT_MASTER, Exact, SplitMaster, codec_for
 from hift_ds.store.layout import ChunkLayout
+from hift_ds.store.machine import Machine
 from hift_ds.store.speeds import Link
 
 logger = logging.getLogger(__name__)
@@ -120,6 +121,9 @@ class EncodedStateStore(StateStore):
         if no_moments and {BF16_MOMENTS, INT8_MOMENTS} & set(self.codecs):
             logger.warning("hift.state.codec: no moment among the states so far for %s", list(self.codecs))
         return self
+
+    def check_room(self, machine: Machine, beside: int = 0) -> None:
+        machine.check_room(self.host_bytes(), beside)
 
     def keys(self, chunk: int) -> list[str]:
         return list(self._layouts[chunk].entries) if chunk in self._layouts else []

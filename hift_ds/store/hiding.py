@@ -41,6 +41,7 @@ class BackwardCosts:
         prefetch: states come before they are needed.
         ranks: that share each layer's update.
         share: of the parameters that the host updates.
+        beside: the host updates its share beside backward; else backward waits for each update (``step_on: host``).
     """
 
     state_bytes: float
@@ -55,11 +56,12 @@ class BackwardCosts:
     prefetch: bool = True
     ranks: int = 1
     share: float = 0.0
+    beside: bool = True
 
     @classmethod
     def measured(
         cls, device: torch.device, dtype: torch.dtype, largest: int, state: StateConfig, *, state_bytes: float,
-        room: float, link: Link | None, host_link: Link, ranks: int, share: float = 0.0,
+        room: float, link: Link | None, host_link: Link, ranks: int, share: float = 0.0, beside: bool = True,
     ) -> BackwardCosts:  # fmt: skip
         """By this machine's products and updates, which takes some tens of milliseconds.
 
@@ -82,6 +84,7 @@ class BackwardCosts:
             prefetch=state.prefetch,
             ranks=ranks,
             share=share,
+            beside=beside,
         )
 
     def rates(self) -> str:
@@ -124,6 +127,12 @@ class BackwardCosts:
                 mine = numel / self.ranks * self.share
                 down = mine * self.weight_bytes / self.host_link.out
                 up = mine * self.weight_bytes / self.host_link.into
+                if not self.beside:
+                    # The gradient comes down, the host updates, and only then is the next layer's backward launched;
+                    # on several ranks it also waits for the new weights, which are sent on.
+                    clock += down + mine * self.host_s + (up if self.ranks > 1 else 0.0)
+                    host_free = clock + (up if self.ranks == 1 else 0.0)
+                    continue
                 host_free = max(host_free, ready + down) + mine * self.host_s + up
                 link_free += max(down, up) if self.link is not None else 0.0
         return computing, max(clock, host_free) - computing

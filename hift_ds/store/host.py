@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hift_ds.errors import StateStoreError
 from hift_ds.store.base import StateStore
-from hift_ds.store.machine import THIS_MACHINE, Machine, processes_on_node
+from hift_ds.store.machine import THIS_MACHINE, Machine
 from hift_ds.store.movers import StreamMover, ThreadMover
 from hift_ds.store.page_locked import PageLockedMemory
 from hift_ds.store.parked import ParkedStateStore
@@ -56,15 +55,8 @@ class HostStateStore(ParkedStateStore):
             self.mover = ThreadMover(self.traffic, self.device)
 
     def start(self) -> StateStore:
-        processes, total = processes_on_node(), self.machine.host_bytes().total
-        needed = self.total_bytes() + self.held_bytes()
-        if needed * processes > total:
-            raise StateStoreError(
-                f"the optimizer states need {needed * processes / 1e9:.1f} GB of host memory on "
-                f"this node ({processes} processes), it has {total / 1e9:.1f} GB; set "
-                '"hift.state.codec" to a compact form or '
-                f'"hift.state.residency" to "disk"'
-            )
+        self.check_room(self.machine)
+        needed = self.host_bytes()
         available = self.machine.host_bytes().available
         if self.pin_memory and needed > LOCKED_SHARE * available:
             logger.warning(
@@ -84,6 +76,9 @@ class HostStateStore(ParkedStateStore):
         self._before.clear()
         self._spare.clear()
         self._locked = PageLockedMemory()
+
+    def host_bytes(self) -> int:
+        return self.total_bytes() + self.held_bytes()
 
     def tensors_at_rest(self) -> list[Tensor]:
         return [segment for segments in self._host.values() for segment in segments]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from hift_ds.errors import StateStoreError
+
 
 class HostBytes(NamedTuple):
     """Host memory, in bytes."""
@@ -45,6 +47,26 @@ class Machine:
     def host_bytes(self) -> HostBytes:
         """The memory of this machine, in bytes."""
         return host_bytes() if self.host is None else self.host
+
+    def check_room(self, states: int, beside: int) -> None:
+        """See that host memory has room for what each process of this node keeps there.
+
+        Args:
+            states: bytes of masters and optimizer states.
+            beside: bytes of gradients.
+
+        Raises:
+            StateStoreError: it has not.
+        """
+        processes, total = processes_on_node(), self.host_bytes().total
+        if (states + beside) * processes > total:
+            gradients = f" and {beside * processes / 1e9:.1f} GB for gradients" if beside else ""
+            smaller = ', give a smaller "hift.group_size"' if beside else ""
+            raise StateStoreError(
+                f"the optimizer states need {states * processes / 1e9:.1f} GB{gradients} of host memory on this node "
+                f"({processes} processes), it has {total / 1e9:.1f} GB; set "
+                f'"hift.state.codec" to a compact form or "hift.state.residency" to "disk"{smaller}'
+            )
 
 
 THIS_MACHINE = Machine()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hift_ds.store.base import StateStore, Weights
 from hift_ds.store.encoded import EncodedStateStore
+from hift_ds.store.machine import Machine
 from hift_ds.store.speeds import Link
 
 
@@ -43,12 +44,23 @@ class SplitStateStore(StateStore):
         self.of(chunk).ensure(chunk, key, numel, dtype, weights)
 
     def start(self) -> StateStore:
+        self._tell_what_may_be_held()
         for store in (self.of_device, self.of_host):
-            store.may_hold = [[c for c in chunks if self.of(c) is store] for chunks in self.may_hold]
             store.on_fetch = self.on_fetch
             if store.total_bytes():
                 store.start()
         return self
+
+    def _tell_what_may_be_held(self) -> None:
+        for store in (self.of_device, self.of_host):
+            store.may_hold = [[c for c in chunks if self.of(c) is store] for chunks in self.may_hold]
+
+    def check_room(self, machine: Machine, beside: int = 0) -> None:
+        self._tell_what_may_be_held()
+        machine.check_room(self.host_bytes(), beside)
+
+    def host_bytes(self) -> int:
+        return self.of_device.host_bytes() + self.of_host.host_bytes()
 
     def keys(self, chunk: int) -> list[str]:
         return self.of(chunk).keys(chunk)

@@ -7,16 +7,20 @@ import contextlib
 import copy
 import tempfile
 import threading
+import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hift_ds.errors import ConfigError, HiFTError, TrainingError
+from hift_ds.engine.engine import HiFTEngine
+from hift_ds.errors import ConfigError, HiFTError, StateStoreError, TrainingError
 from hift_ds.reference import ReferenceHiFT
 from hift_ds.store.hiding import HiddenLayers
+from hift_ds.store.machine import HostBytes, Machine
 from hift_ds.store.speeds import Link
+from tests.distributed.test_partitioned import KEEP_NOTHING
 from tests.helpers.engines import ds_config, largest_difference, make_engine, train_step, weights_of
 from tests.helpers.toy import Toy, loss_of, make_batches
 
@@ -74,7 +78,16 @@ CASES = {
     "Lion": ({"optimizer": "Lion", "params": {"weight_decay": 0.1}}, {"group_size": "all"}, {}),
     "SGD": ({"optimizer": "SGD", "params": {"momentum": 0.9}}, {"group_size": 2}, {}),
     "RMSprop": ({"optimizer": "RMSprop"}, {"group_size": 2}, {}),
+    "stage 1": ({**BF16, "stage": 1}, {"group_size": "all"}, {}),
     "stage 3": ({"stage": 3}, {"group_size": "all"}, {"tied": True}),
+    "stage 3, weights on the host": (
+        {**BF16, "stage": 3, "gas": 2, "clip": 0.05, "zero": {**KEEP_NOTHING, "offload_param": {"device": "cpu"}}},
+        {"group_size": "all", "state": {"slots": 2}}, {"tied": True},
+    ),
+    "stage 3, weights on disk": (
+        {**BF16, "stage": 3, "zero": {**KEEP_NOTHING, "offload_param": {"device": "nvme", "nvme_path": "FOLDER"}}},
+        {"group_size": 2}, {},
+    ),
     "recomputed": ({}, {"group_size": "all", "activations": {"checkpointing": True}}, {}),
 }  # fmt: skip
 
@@ -87,11 +100,14 @@ def same_weights(*engines):
 @pytest.mark.parametrize("name", CASES)
 def test_same_bits_as_after_backward(name):
     options, hift, model_options = copy.deepcopy(CASES[name])
-    gas = options.get("gas", 1)
+    gas, zero = options.get("gas", 1), options.pop("zero", {})
     with tempfile.TemporaryDirectory() as folder:
         if hift.get("state", {}).get("residency") == "disk":
             hift["state"]["path"] = folder
+        if "nvme_path" in zero.get("offload_param", {}):
+            zero["offload_param"]["nvme_path"] = folder
         config = ds_config(lr=1e-3, hift=hift, **options)
+        config["zero_optimization"].update(zero)
         pair = [make_engine(Toy(**model_options), c) for c in (copy.deepcopy(config), in_backward(config))]
         batches = make_batches(5 * gas)
         for step in range(3 * pair[0].schedule.steps_per_cycle + 1):
@@ -105,6 +121,55 @@ def test_same_bits_as_after_backward(name):
         assert pair[0].coverage() == pair[1].coverage()
         for engine in pair:
             engine.destroy()
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp32"])
+def test_sums_of_micro_batches_are_in_the_dtype_that_is_asked_for(name):
+    """bf16: as torch itself sums up the gradients of bf16 weights. fp32: each rounded once, when it is made."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    model = Toy()
+    twin, masters = copy.deepcopy(model).bfloat16(), copy.deepcopy(model)
+    config = ds_config(gas=3, optimizer="SGD", lr=0.3, data_types={"grad_accum_dtype": name}, **BF16)
+    engine = make_engine(model, in_backward(config, group_size="all"))
+    for step in range(3):
+        batches = make_batches(9)[3 * step : 3 * step + 3]
+        sums = [torch.zeros_like(param, dtype=dtype) for param in twin.parameters()]
+        for batch in batches:
+            (loss_of(twin, batch) / 3).backward()
+            for total, param in zip(sums, twin.parameters(), strict=True):
+                total.add_(param.grad)
+                param.grad = None
+        with torch.no_grad():
+            for master, param, total in zip(masters.parameters(), twin.parameters(), sums, strict=True):
+                param.copy_(master.sub_(0.3 * total.float()))
+        for batch in batches[:2]:
+            train_step(engine, [batch])
+        assert {engine.optimizer.sums.get(param).dtype for param in model.parameters()} == {dtype}
+        train_step(engine, batches[2:])
+        assert largest_difference(model, twin) == 0.0
+    engine.destroy()
+
+
+CLIPPING_LINES = {
+    "exact": "wait until backward has ended",
+    "speculative": "taken back and made again",
+    "last_visit": "when it was last trained, not by this step's",
+    "per_part": "not by the step's",
+}
+
+
+@pytest.mark.parametrize("clipping", CLIPPING_LINES)
+def test_the_log_says_which_norm_clips(clipping, caplog):
+    caplog.set_level("INFO", logger="hift_ds.engine.engine")
+    engine = make_engine(Toy(), in_backward(ds_config(clip=0.5), group_size="all", clipping=clipping))
+    (line,) = [text for text in caplog.messages if "clipping" in text]
+    assert line.startswith(f"clipping {clipping}: gradients are scaled down to 0.5 by the norm ")
+    assert CLIPPING_LINES[clipping] in line and line in engine.lines_at_start()
+    engine.destroy()
+    for config in (in_backward(ds_config(), clipping=clipping), ds_config(clip=0.5)):  # none; no choice
+        engine = make_engine(Toy(), config)
+        assert not engine.optimizer.clipping_line
+        engine.destroy()
 
 
 @pytest.mark.parametrize("clipping", ["last_visit", "per_part"])
@@ -297,23 +362,33 @@ def test_a_graph_that_needs_an_updated_weight_fails_and_says_so(stage):
 
 
 def test_gradients_and_states_of_one_part_at_a_time():
+    """Whatever autograd has handed over is gone before the next part's first gradient, and so are its states."""
     model = Toy(num_layers=4)
     engine = make_engine(model, in_backward(ds_config(), group_size="all", state={"slots": 2}))
-    optimizer, seen = engine.optimizer, []
-    update, params = optimizer.update_part, dict(model.named_parameters())
+    optimizer, alive, at_once, lent = engine.optimizer, {}, [], []
+    part_of = {member.param: part.height for part in optimizer.groups[0].parts for member in part.members}
+    update = optimizer.update_part
 
-    def watched(part, *args, **kwargs):
-        alive = [n for n, p in params.items() if optimizer.parameters.pending(p) is not None]
-        seen.append((part.members[0].name.rpartition(".")[0], len(alive)))
-        before = len([slot for slot in optimizer.store._slots if slot.fetched])
-        update(part, *args, **kwargs)
-        assert before == 0 and len(optimizer.store._slots) <= 2
+    def arrived(param):
+        alive[param] = weakref.ref(param.grad.untyped_storage())
+        at_once.append({part_of[p] for p, grad in alive.items() if grad() is not None})
+
+    def watched(*args, **kwargs):
+        lent.append(len([slot for slot in optimizer.store._slots if slot.fetched]))
+        update(*args, **kwargs)
+        lent.append(len([slot for slot in optimizer.store._slots if slot.fetched]))
 
     optimizer.update_part = watched
+    hooks = [param.register_post_accumulate_grad_hook(arrived) for param in part_of]
+    for hook in optimizer._hooks:  # ours first
+        hook.remove()
+    optimizer._hooks = [param.register_post_accumulate_grad_hook(optimizer._arrived) for param in part_of]
     train_step(engine, [make_batches(1)[0]])
-    # Those of the part have been taken; none of another has come.
-    assert seen == [("norm", 0), *[(f"layers.{i}.up", 0) for i in (3, 2, 1, 0)][:0], *seen[1:]]
-    assert [count for _, count in seen] == [0] * 6 and len(seen) == 6
+    assert len(at_once) == len(part_of) and all(len(parts) == 1 for parts in at_once)
+    assert not any(grad() is not None for grad in alive.values())
+    assert set(lent) == {0} and len(lent) == 12 and len(optimizer.store._slots) == 2
+    for hook in hooks:
+        hook.remove()
     engine.destroy()
 
 
@@ -459,8 +534,9 @@ def test_a_failed_update_on_the_host_is_the_steps_error():
 def hiding(monkeypatch, num_layers):
     """Rates under which steps of so many layers are hidden, at any number of tokens."""
 
-    def choose(costs, numels, tokens):
-        return HiddenLayers(num_layers, -(-len(numels) // num_layers), tokens, 1.0, 0.0, None, costs)
+    def choose(costs, numels, tokens, largest):
+        size = min(num_layers, largest)
+        return HiddenLayers(size, -(-len(numels) // size), tokens, 1.0, 0.0, None, costs)
 
     monkeypatch.setattr("hift_ds.engine.auto_groups.layers_hidden", choose)
 
@@ -508,6 +584,43 @@ def test_group_size_auto_finds_more_layers_with_more_tokens(monkeypatch):
         sizes.append(len(engine.groups))
         engine.destroy()
     assert sizes == [5, 1]
+
+
+ROOM = {  # bytes of host memory that a parameter of a step takes beside its states, in fp32 on one rank
+    "no clipping": ({}, {}, 0),
+    "exact": ({"clip": 1.0}, {}, 4),
+    "per part": ({"clip": 1.0}, {"clipping": "per_part"}, 0),
+    "speculation": ({"clip": 1.0}, {"clipping": "speculative"}, 4 + 4 + 8),
+    "accumulation": ({"clip": 1.0, "gas": 2}, {}, 4 + 4),
+}
+
+
+@pytest.mark.parametrize("name", ROOM)
+def test_host_memory_has_room_for_what_steps_keep_there(name, monkeypatch):
+    """One byte less than a step of all layers takes is refused in a line; "auto" takes fewer layers there."""
+    options, hift, kept = ROOM[name]
+    numel = sum(param.numel() for param in Toy().parameters())
+
+    def engine_with(room, **more):
+        monkeypatch.setattr(HiFTEngine, "machine", Machine(HostBytes(room, room)))
+        return make_engine(Toy(), in_backward(ds_config(hift=copy.deepcopy(hift), **options), **more))
+
+    engine = engine_with(1 << 40, group_size="all")
+    states = engine.optimizer.store.total_bytes()
+    held = engine.optimizer.store.host_bytes() - states  # with what aligns their beginnings
+    enough = states + (held + (kept - 8) * numel if held else kept * numel)
+    assert (held >= 8 * numel) == (name == "speculation")
+    engine.destroy()
+    engine_with(enough, group_size="all").destroy()
+    with pytest.raises(StateStoreError, match="of host memory") as caught:
+        engine_with(enough - 1, group_size="all")
+    assert "\n" not in str(caught.value)
+    hiding(monkeypatch, 99)
+    auto = [engine_with(room, group_size="auto", tokens_per_step=9) for room in (enough, enough - 1) if kept]
+    assert [len(engine.groups) == 1 for engine in auto] == [True, False][: len(auto)]
+    assert all("host memory has no room" in engine.lines_at_start()[-1] for engine in auto[1:])
+    for engine in auto:
+        engine.destroy()
 
 
 def test_group_size_auto_needs_tokens_and_the_update_in_backward():

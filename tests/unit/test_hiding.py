@@ -74,6 +74,18 @@ def test_the_host_takes_the_share_that_makes_a_step_fastest():
     assert layers_hidden(slow_link, LAYERS, 1, split=True).group_size > layers_hidden(slow_link, LAYERS, 1).group_size
 
 
+def test_backward_waits_for_the_hosts_update():
+    """``step_on: host``: 1 s down and 2 s of updating for each of ten layers, and the last one's weights 1 s up."""
+    waits = at(1e9, host_s=2e-3, host_link=Link(2000, 2000), share=1.0, beside=False)
+    assert waits.cycle(LAYERS, 10, 1) == (pytest.approx(60), pytest.approx(10 * 3 + 1))
+    assert waits.cycle(LAYERS, 1, 1)[1] == pytest.approx(3 + 1)
+    beside = replace(waits, beside=True)
+    assert beside.cycle(LAYERS, 10, 1)[1] == pytest.approx(3 + 1)  # of the last layer: the others' run beside backward
+    on_two = replace(waits, ranks=2)  # half of it each, and the others' weights are waited for
+    assert on_two.cycle(LAYERS, 10, 1)[1] == pytest.approx(10 * (0.5 + 1 + 0.5))
+    assert layers_hidden(waits, LAYERS, 3).group_size < layers_hidden(beside, LAYERS, 3).group_size
+
+
 def test_the_line_has_the_figures():
     line = layers_hidden(at(100.0), LAYERS, 20).line()
     assert "24 bytes a parameter" in line and "at 20 tokens" in line and "all layers from" in line

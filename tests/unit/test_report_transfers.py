@@ -35,6 +35,24 @@ def test_bars_are_hidden_on_top_of_stalled():
     assert [line.get_ydata()[0] for line in bottom.lines] == [5, 3]
 
 
+def test_gradients_in_host_memory_and_second_updates():
+    """Lines and bars of their own, only where there are any."""
+    steps = records(4, grad_bytes_out=7 << 20, grad_bytes_in=0, tried=True, undone=False, undone_s=0.0)
+    steps[2] |= {"grad_bytes_in": 2 << 20, "undone": True, "undone_s": 0.5}
+    top, bottom = transfers_figure(steps).axes
+    assert [line.get_ydata()[2] for line in bottom.lines] == [5, 3, 7, 2]
+    assert [text.get_text() for text in bottom.get_legend().get_texts()] == [
+        "states in", "states out", "gradients to the host", "gradients back",
+    ]  # fmt: skip
+    again = [bar for bar in top.patches if bar.get_height() == 0.5]
+    assert len(again) == 1 and again[0].get_y() == 1.0 and again[0].get_x() + again[0].get_width() / 2 == 3
+    assert summary(steps).endswith("; 1 of 4 updates on trial made again (0.5 s)")
+    assert len(transfers_figure(records(4)).axes[1].lines) == 2
+    still = records(4, state_bytes_in=0, state_bytes_out=0, stalled_s=0.0)
+    assert not are_worth_a_picture(still)
+    assert are_worth_a_picture([still[0] | {"undone": True, "undone_s": 0.1}])
+
+
 def test_long_runs_are_averaged_and_gaps_left_out():
     means, width = stretch_means(np.arange(1000.0))
     assert width == 5 and len(means) == 200 and means[1] == 7
