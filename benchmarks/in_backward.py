@@ -35,7 +35,9 @@ PLAIN = "plain torch, resident"
 SETTINGS: dict[str, dict[str, Any]] = {
     "in backward, resident": {"residency": "device"},
     "in backward, host, 2 slots": {"residency": "host", "slots": 2},
-    "in backward, disk, 2 slots": {"residency": "disk", "slots": 2},
+    # The embedding's states are eight blocks' and must be there one block's backward after the room for them is: in
+    # slices the first ones come earlier, into less memory than two whole parts need.
+    "in backward, disk, 8 slots": {"residency": "disk", "slots": 8, "slice_numel": 1 << 22},
 }
 
 

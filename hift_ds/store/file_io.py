@@ -6,8 +6,6 @@ own asynchronous I/O would have to be compiled).
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
 import time
 from collections.abc import Iterable
@@ -19,9 +17,9 @@ import torch
 from torch import Tensor
 
 from hift_ds.errors import StateStoreError
+from hift_ds.store.page_locked import huge_pages
 
 PAGE_BYTES = 4096  # O_DIRECT wants memory, offsets and lengths in multiples of the disk's block: at most this
-_HUGE_PAGE_BYTES = 1 << 21
 _CALL_BYTES = 1 << 26  # in one system call; Linux moves at most 2 GiB
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
@@ -35,26 +33,10 @@ def page_aligned(num_bytes: int, pin_memory: bool = False) -> Tensor:
     """Host memory (uint8) for ``num_bytes``, rounded up to whole pages, that O_DIRECT accepts."""
     rounded = whole_pages(num_bytes)
     if not pin_memory:
-        return _huge_pages(rounded)
+        return huge_pages(rounded)
     memory = torch.empty(rounded + PAGE_BYTES, dtype=torch.uint8, pin_memory=True)
     skip = -memory.data_ptr() % PAGE_BYTES
     return memory[skip : skip + rounded]
-
-
-def _huge_pages(num_bytes: int) -> Tensor:
-    """Zeros, in huge pages where the kernel gives them on request.
-
-    A read into small pages takes a fifth of the rate of matrix multiplications beside it (one interrupt for
-    every 254 pages, and a page fault for each new one), one into huge pages a thirtieth.
-    """
-    if not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows
-        return torch.zeros(num_bytes, dtype=torch.uint8)
-    private = mmap.mmap(-1, num_bytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(AttributeError, OSError):  # not Linux; a kernel without huge pages
-        private.madvise(mmap.MADV_HUGEPAGE)
-    memory = torch.frombuffer(private, dtype=torch.uint8)
-    skip = -memory.data_ptr() % _HUGE_PAGE_BYTES
-    return memory[skip : skip + num_bytes]
 
 
 def checksum(pages: np.ndarray, offset: int, before: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""Page-locked host memory, cut from slabs of a power of two.
+"""Page-locked host memory, cut from slabs of a power of two; and ordinary memory in huge pages.
 
 torch's allocator rounds every page-locked block up to a power of two: the shards of LLaMA-2-13B in host memory would
 take 44 GB in place of 26. Slabs of such a size waste what is left at their ends.
@@ -6,7 +6,9 @@ take 44 GB in place of 26. Slabs of such a size waste what is left at their ends
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import mmap
 from collections.abc import Callable
 
 import torch
@@ -16,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 SLAB_BYTES = 1 << 28
 _ALIGNMENT = 256
+HUGE_PAGE_BYTES = 1 << 21
 
 
 def _page_locked(num_bytes: int) -> Tensor:
@@ -86,3 +89,20 @@ class PageLockedMemory:
                     self.num_bytes / 1e9, str(error).splitlines()[0],
                 )  # fmt: skip
         return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+def huge_pages(num_bytes: int) -> Tensor:
+    """Zeros (uint8) in host memory, in huge pages where the kernel gives them on request.
+
+    A read into small pages takes a fifth of the rate of matrix multiplications beside it (one interrupt for
+    every 254 pages, and a page fault for each new one), one into huge pages a thirtieth.
+    Copies out of huge pages are up to twice as fast.
+    """
+    if not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+    private = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):  # not Linux; a kernel without huge pages
+        private.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(private, dtype=torch.uint8)
+    skip = -memory.data_ptr() % HUGE_PAGE_BYTES
+    return memory[skip : skip + num_bytes]

@@ -305,5 +305,6 @@ def test_hub_names_and_full_fine_tuning_in_a_card(finished):
     assert "hub:owner/questions; b.jsonl, weight 2" in text and "/home/me" not in text
     assert "in every optimizer step" in text and "Every trainable weight was updated in every step." in text
     block = {"update": "in_backward", "clipping": "per_part"}
-    text = model_card(dataclasses.replace(run, hift=block, deepspeed={"gradient_clipping": 1.0}))
+    deepspeed = {"gradient_clipping": 1.0, "hift": block}
+    text = model_card(dataclasses.replace(run, deepspeed=deepspeed))
     assert '| gradient clipping | 1.0 (`"clipping": "per_part"`) |' in text
