@@ -1,6 +1,6 @@
-"""``python -m benchmarks.needs``: write the table "what it needs" in README.md: GPU, host memory and disk, counted by
-the
-simulation behind ``hift-ds estimate`` with the settings of ds_configs/bf16_host_small.json."""
+"""``python -m benchmarks.needs``: count what models of 1B to 13B need of a GPU, of host memory and of a disk, as
+``hift-ds estimate --model SIZE --batch 1 --length 1024`` does, and write benchmarks/results/needs.md and the table
+"what it needs" in README.md."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from hift_ds.cli.estimate_input import add_input_arguments, setting_from
 from hift_ds.forecast.steps import GIB, Request, read_structure, run_requests
 
 ROOT = Path(__file__).resolve().parents[1]
+README, RESULT = ROOT / "README.md", ROOT / "benchmarks" / "results" / "needs.md"
+TITLE = """\
+# What fine-tuning of all weights needs
+
+Counted, not measured: `python -m benchmarks.needs`. bf16 with fp32 masters, AdamW, 1 x 1024 tokens, every exact switch
+on; states in host memory; disk for two checkpoints, a third that is being written, and the exported model.
+"""
 BEGIN, END = "<!-- needs: python -m benchmarks.needs -->", "<!-- end of needs -->"
 MODELS = {
     "Llama-3.2-1B": "llama3_2_1b",
@@ -37,15 +44,28 @@ def row(name: str, size: str) -> str:
     return f"| {name} | {peak / GIB:.1f} | {host / GIB:.0f} | {disk / GIB:.0f} |"
 
 
+def table_of(text: str) -> str:
+    """The table between the markers of a page.
+
+    Raises:
+        ValueError: the page has none.
+    """
+    _, begin, rest = text.partition(BEGIN)
+    table, end, _ = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"no table between {BEGIN!r} and {END!r}")
+    return table.strip()
+
+
 def main() -> None:
     lines = ["| | GPU, GiB | host memory, GiB | disk, GiB |", "|---|---|---|---|"]
     for name, size in MODELS.items():
         lines.append(row(name, size))
         print(lines[-1], flush=True)
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text("\n".join([f"{before}{BEGIN}", *lines, f"{END}{after}"]), encoding="utf-8")
+    table = "\n".join(lines)
+    RESULT.write_text(f"{TITLE}\n{BEGIN}\n{table}\n{END}\n", encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
+    README.write_text(readme.replace(table_of(readme), table), encoding="utf-8")
 
 
 if __name__ == "__main__":

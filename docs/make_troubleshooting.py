@@ -306,7 +306,7 @@ EXPLAINED = [
         "Two settings contradict each other. Change the one that the line names.",
     ),
     (
-        r"processes were started|process sees|started … processes|did not build its engine|no Accelerator|serves one train|training has ended",
+        r"processes were started|process sees|started … processes|did not build its engine|no Accelerator|serves one train|was not told when|its engine built in its own constructor|training has ended",
         "The program was started, or the engine made, in a way that does not fit. The line says how to start it.",
     ),
     (

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,9 +36,13 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 # -- the seal -------------------------------------------------------------------------------------------------
 
 
-def seal_folder(folder: Path) -> None:
-    """Write the seal. Called by one process, when all have written their files."""
-    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in _NOT_SEALED]
+def seal_folder(folder: Path, but: Collection[str] = ()) -> None:
+    """Write the seal. Called by one process, when all have written their files.
+
+    Args:
+        but: names of files that may still be replaced.
+    """
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in (*_NOT_SEALED, *but)]
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())

@@ -18,11 +18,10 @@ from typing import Any
 
 from hift_ds.checkpoint import manifest as manifests
 from hift_ds.checkpoint.background_save import BackgroundSave
-from hift_ds.checkpoint.files import second_name, write_errors
+from hift_ds.checkpoint.files import write_errors
 from hift_ds.checkpoint.saved_checkpoint import SavedCheckpoint
 from hift_ds.checkpoint.shared_folder import VISIBLE_AFTER_S
 from hift_ds.checkpoint.write_plan import saved_tensors
-from hift_ds.checkpoint.writer import WEIGHTS_FILE
 from hift_ds.engine.deepspeed_seam import SeamEngine
 from hift_ds.engine.loading import check_fits, choose_checkpoint, load_progress, load_weights, say
 from hift_ds.engine.saving import agree_on_folder, open_writer
@@ -43,15 +42,15 @@ class Checkpointer:
         last: the last folder that this run has saved or loaded whole.
         restores_generators: ``load`` also sets the global random generators, to where they were when the checkpoint was
             saved. A loop that draws before it goes on (the Trainer, an epoch's order) does so itself.
-        weights_beside: the weights of a checkpoint get a second name, in its parent folder, where ``from_pretrained``
-            looks for them. For a caller who knows that they have the names and the form that it reads.
+        on_whole: called with a checkpoint's folder as soon as it is whole, by the process that has given it its name;
+            of an asynchronous save in the thread that writes. For callers who have files of their own beside it.
     """
 
     def __init__(self, engine: SeamEngine) -> None:
         self._engine = engine
         self.last: Path | None = None
         self.restores_generators = True
-        self.weights_beside = False
+        self.on_whole: Callable[[Path], None] | None = None
         self._background: BackgroundSave | None = None
         self._waited_s = 0.0
 
@@ -109,7 +108,7 @@ class Checkpointer:
         self, save_dir: Path, tag: str, client_state: Mapping[str, Any], save_latest: bool, exclude: bool
     ) -> None:
         """1. agree on a folder; 2. capture what is small; 3. write; 4. publish: now or in the background."""
-        engine, beside = self._engine, self.weights_beside
+        engine, on_whole = self._engine, self.on_whole
         shared_folder = agree_on_folder(engine, save_dir, tag)
         steps, node_local = engine.global_steps, engine.use_node_local_storage()
 
@@ -117,8 +116,8 @@ class Checkpointer:
             if shared_folder.leads:
                 with write_errors(save_dir):
                     shared_folder.publish(steps, save_latest, node_local, timeout_s, given_up)
-                    if beside:
-                        second_name(shared_folder.final / WEIGHTS_FILE, save_dir / WEIGHTS_FILE)
+                    if on_whole is not None:
+                        on_whole(shared_folder.final)
                 logger.info("saved %s (%.2f GiB by this rank)", shared_folder.final, writer.num_bytes / 2**30)
 
         try:

@@ -11,20 +11,29 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
-from hift_ds.checkpoint.trainer_folder import seal_folder
+from hift_ds.checkpoint.manifest import latest_tag
+from hift_ds.checkpoint.trainer_folder import SEAL, seal_folder
+from hift_ds.checkpoint.writer import WEIGHTS_FILE
 from hift_ds.config import BLOCK
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.engine.initialize import hift_engines
 from hift_ds.errors import ConfigError
 from hift_ds.integrations.arguments import check_arguments
+from hift_ds.integrations.disk_room import DiskRoomCallback
 from hift_ds.integrations.events import EngineEvents, disable_input_require_grads
 from hift_ds.integrations.loops import kept_from_accelerate
 from hift_ds.integrations.weights_once import keep_once
 from hift_ds.ranks import gather
 from hift_ds.version import __version__
+
+PREPARED_BY_ITSELF = (
+    "it has its engine built in its own constructor, as TRL's PPOTrainer does; put `with hift_ds.accelerate(BLOCK):` "
+    "around that and leave our callback or mixin out"
+)
 
 
 class HiFTCallback(EngineEvents):
@@ -52,13 +61,17 @@ class HiFTCallback(EngineEvents):
         self.optional = optional
         self.is_on = False
         self._entered = contextlib.ExitStack()
+        self._was_told = False  # that the Trainer is there
+        self._room = DiskRoomCallback(lambda: self.engine, twice_at_first=True)
+        self._sealing = threading.Lock()  # between the Trainer's thread and that of an asynchronous save
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        plugin = getattr(args, "deepspeed_plugin", None)
-        if self.optional and (plugin is None or BLOCK not in plugin.deepspeed_config):
+        self._was_told = True
+        if self.optional and not _has_block(args):
             return
         check_arguments(args)
         self.is_on = True
+        plugin = args.deepspeed_plugin
         zero = plugin.deepspeed_config["zero_optimization"]
         if zero["stage"] == 3:
             # Else transformers' save_model has no weights to write once training has ended.
@@ -74,9 +87,15 @@ class HiFTCallback(EngineEvents):
 
     def _took(self, engine: HiFTEngine) -> None:
         engine.checkpointer.restores_generators = False  # the Trainer does, once it has drawn an epoch's order
+        engine.checkpointer.on_whole = self._weights_once
         self.engine = engine
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._was_told and (not self.optional or _has_block(args)):
+            raise ConfigError(
+                f"HiFTCallback was not told when this trainer was made: give it to the constructor (callbacks=). If it "
+                f"was: {PREPARED_BY_ITSELF}"
+            )
         if not self.is_on:
             return
         if self.engine is not None and self.engine.has_ended:
@@ -85,6 +104,7 @@ class HiFTCallback(EngineEvents):
                 "class with HiFTMixin"
             )
         super().on_train_begin(args, state, control, **kwargs)
+        self._room.on_train_begin(args, state, control, **kwargs)
         if not args.auto_find_batch_size:  # which may have another engine built
             self.leave()
 
@@ -111,8 +131,17 @@ class HiFTCallback(EngineEvents):
         gather(None)  # each rank has written its random state
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():
+            with self._sealing:
+                under_way = self.engine.checkpointer.is_saving and latest_tag(folder) is None
+                seal_folder(folder, but=(WEIGHTS_FILE,) if under_way else ())
+
+    def _weights_once(self, checkpoint: Path) -> None:
+        """The engine's checkpoint is whole; the Trainer has written its weights beside it before."""
+        folder = checkpoint.parent
+        with self._sealing:
             keep_once(folder)
-            seal_folder(folder)
+            if (folder / SEAL).exists():
+                seal_folder(folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.leave()
@@ -122,6 +151,11 @@ class HiFTCallback(EngineEvents):
         self.engine.end_training()
         if self.engine.zero_optimization_stage() != 3:  # partitioned weights are still gathered for evaluation
             self.engine.destroy()
+
+
+def _has_block(args: Any) -> bool:
+    plugin = getattr(args, "deepspeed_plugin", None)
+    return plugin is not None and BLOCK in plugin.deepspeed_config
 
 
 class AnnouncedCallback(HiFTCallback):

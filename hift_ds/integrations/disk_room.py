@@ -13,8 +13,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from hift_ds.checkpoint.write_plan import saved_tensors
 from hift_ds.errors import CheckpointError
 from hift_ds.integrations.weights_once import has_the_form_of_a_checkpoint
+from hift_ds.layers.arch import whole_shape
 from hift_ds.ranks import on_all_ranks
 
 GIB = 2**30
@@ -30,13 +32,14 @@ class DiskRoomCallback(TrainerCallback):
         export_bytes: of its weights.
         say: prints a line; on the first rank.
         section: before the names of settings in messages.
+        twice_at_first: the Trainer writes a checkpoint's weights itself, before they become one file with the engine's.
     """
 
     def __init__(
         self, get_engine: Callable[[], Any], export_dir: Path | None = None, export_bytes: int = 0,
-        say: Callable[[str], None] = lambda line: None, section: str = "",
+        say: Callable[[str], None] = lambda line: None, section: str = "", twice_at_first: bool = False,
     ) -> None:  # fmt: skip
-        self._get_engine = get_engine
+        self._get_engine, self._twice_at_first = get_engine, twice_at_first
         self._export_dir, self._export_bytes = export_dir, export_bytes
         self._say, self._section = say, section
 
@@ -46,27 +49,34 @@ class DiskRoomCallback(TrainerCallback):
         if engine is None or args.save_strategy == "no":
             return
         each = 0 if args.save_only_model else engine.checkpointer.num_bytes()
-        partitioned = engine.zero_optimization_stage() == 3  # the Trainer writes no weights beside the engine's
-        if not partitioned and (args.save_only_model or not has_the_form_of_a_checkpoint(model)):
-            each += sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        # With our mixin the Trainer writes no partitioned weights beside the engine's.
+        partitioned = engine.zero_optimization_stage() == 3 and not self._twice_at_first
+        weights = sum(t.element_size() * math.prod(whole_shape(t)) for t in saved_tensors(model).values())
+        once = not args.save_only_model and has_the_form_of_a_checkpoint(model)
+        if not partitioned and not once:
+            each += weights
+        meanwhile = weights if self._twice_at_first and once else 0
         every = math.ceil(args.save_steps) if args.save_steps >= 1 else math.ceil(args.save_steps * state.max_steps)
         left = max(state.max_steps - state.global_step, 0)
         saves = math.ceil(left / every) if args.save_strategy == "steps" else 1
         if args.save_strategy == "epoch":
             saves = math.ceil(args.num_train_epochs) if args.max_steps <= 0 else 1
         count = checkpoints_at_once(saves, args.save_total_limit, bool(args.load_best_model_at_end))
-        on_all_ranks(lambda: self._check(Path(args.output_dir), each, count, args.should_save), CheckpointError)
+        folder = Path(args.output_dir)
+        on_all_ranks(lambda: self._check(folder, each, count, args.should_save, meanwhile), CheckpointError)
 
-    def _check(self, folder: Path, each: int, count: int, writes: bool) -> None:
+    def _check(self, folder: Path, each: int, count: int, writes: bool, meanwhile: int) -> None:
         if not writes:
             return
         existing = [path for path in _existing(folder) if _CHECKPOINT.fullmatch(path.name)]
-        needed = count * each - sum(map(bytes_on_disk, existing))
+        needed = count * each + meanwhile - sum(map(bytes_on_disk, existing))
         export_dir = self._export_dir or folder
         export = self._export_bytes - bytes_on_disk(export_dir) if self._export_dir else 0
         there, here = _existing_parent(export_dir), _existing_parent(folder)
         together = os.stat(there).st_dev == os.stat(here).st_dev
         what = f"{count} checkpoint{'s' if count > 1 else ''} of {_gib(each)}"
+        if meanwhile:
+            what += f" (and {_gib(meanwhile)} while one is written)"
         exported = f" and a model of {_gib(self._export_bytes)}" if self._export_dir else ""
         free = shutil.disk_usage(here).free
         self._say(f"disk: {what}{exported}; {_gib(free)} free in {folder}")

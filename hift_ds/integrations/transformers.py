@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from hift_ds.checkpoint.files import write_errors
+from hift_ds.engine.deepspeed_seam import DeepSpeedEngine
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.engine.initialize import hift_engines
 from hift_ds.engine.zero3.export import export_partitioned
@@ -31,13 +32,13 @@ from hift_ds.errors import CheckpointError, ConfigError, OutOfMemory
 from hift_ds.hf.export import savable_generation_config
 from hift_ds.integrations.arguments import check_arguments
 from hift_ds.integrations.before_saving import ready_to_save
-from hift_ds.integrations.callback import HiFTCallback
+from hift_ds.integrations.callback import PREPARED_BY_ITSELF, HiFTCallback
 from hift_ds.integrations.checkpoint_rotation import WholeCheckpointsStay
 from hift_ds.integrations.disk_room import DiskRoomCallback
 from hift_ds.integrations.events import EngineEvents, disable_input_require_grads
 from hift_ds.integrations.finished_run import StopsWhenDone
 from hift_ds.integrations.loops import kept_from_accelerate
-from hift_ds.integrations.weights_once import WeightsOnce, has_the_form_of_a_checkpoint
+from hift_ds.integrations.weights_once import WeightsOnce, has_the_form_of_a_checkpoint, name_beside
 from hift_ds.out_of_memory import explains_evaluation
 from hift_ds.process_group import as_single_process, ensure_process_group, nothing_compiled
 from hift_ds.ranks import on_all_ranks
@@ -68,6 +69,8 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
             nothing_compiled(),
         ):  # some trainers make an engine for a reference model here
             super().__init__(*args, **kwargs)
+        if isinstance(self.model, DeepSpeedEngine):
+            raise ConfigError(f"{type(self).__name__}: {PREPARED_BY_ITSELF}")
         while (callback := self.pop_callback(HiFTCallback)) is not None:  # launch_with gives one to every Trainer
             callback.leave()
         self._events = EngineEvents(lambda: self.engine, self.says_coverage)
@@ -162,7 +165,7 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         gathered for those too, if DeepSpeed's key says so."""
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         shared = is_checkpoint and not self.args.save_only_model and has_the_form_of_a_checkpoint(self.model)
-        self.engine.checkpointer.weights_beside = shared
+        self.engine.checkpointer.on_whole = name_beside if shared else None
         if not is_checkpoint or (not shared and self.engine.zero_gather_16bit_weights_on_model_save()):
             export_partitioned(self.model, output_dir, tokenizer=tokenizer)
         elif self.args.should_save:

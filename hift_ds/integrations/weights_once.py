@@ -40,6 +40,12 @@ def has_the_form_of_a_checkpoint(model: Any) -> bool:
     )
 
 
+def name_beside(checkpoint: Path) -> None:
+    """The weights of the engine's checkpoint get a second name, in its parent folder, where ``from_pretrained`` looks
+    for them. For a caller who knows that they :func:`have the form <has_the_form_of_a_checkpoint>` that it reads."""
+    second_name(checkpoint / WEIGHTS_FILE, checkpoint.parent / WEIGHTS_FILE)
+
+
 def keep_once(checkpoint: Path) -> bool:
     """Give the engine's file of weights the name of the one that a Trainer has written beside it, if both hold the same
     tensors; for a Trainer whose saving is not ours. By one process, when both are written.
@@ -92,7 +98,7 @@ class WeightsOnce:
             and has_the_form_of_a_checkpoint(self.model)
         )
         if engine is not None:
-            engine.checkpointer.weights_beside = shared
+            engine.checkpointer.on_whole = name_beside if shared else None
         self._engine_has_weights = shared
         try:
             super().save_model(output_dir, _internal_call)

@@ -1,6 +1,7 @@
 """HiFT inside other programs: the real ones, at their own pins, started as their users start them.
 
-``make test-hosts`` lays LLaMA-Factory and what it pins over the test environment; without that its tests are skipped.
+``make test-hosts`` lays each program and what it pins over the test environment (``NAME.txt`` beside this file);
+without that its tests are skipped.
 """
 
 from __future__ import annotations
@@ -22,7 +23,25 @@ from tests.parity.test_trl import folder_of, tokenizer, words
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-LLAMAFACTORY = Path(os.environ.get("HIFT_HOSTS", ROOT / ".hosts")) / "llamafactory"
+PLUGIN = ROOT / "hift_ds" / "integrations" / "ms_swift.py"
+PROGRAMS = Path(__file__).parent / "programs"
+HOSTS = Path(os.environ.get("HIFT_HOSTS", ROOT / ".hosts"))
+
+
+def needs(host: str) -> Any:
+    return pytest.mark.skipif(not (HOSTS / host).is_dir(), reason="make test-hosts installs it")
+
+
+def over(host: str, tmp_path: Path, *stubs: str) -> str:
+    """For PYTHONPATH: the program before the environment's packages.
+
+    Args:
+        stubs: modules that it imports and nothing here needs, of which no wheel fits every torch.
+    """
+    for stub in stubs:
+        (tmp_path / "stubs" / stub).mkdir(parents=True)
+        (tmp_path / "stubs" / stub / "__init__.py").write_text("")
+    return os.pathsep.join([str(HOSTS / host), str(tmp_path / "stubs")])
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +79,18 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
-def start(command: list[str], over: Path | None = None, **variables: str) -> str:
-    path = [str(over)] if over else []
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*path, str(ROOT)]), **variables}
+def start(command: list[str], path: str = "", says: str = "HiFT is on, 5 layer groups", **variables: str) -> str:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, [path]), str(ROOT)]), **variables}
+    env |= {"HF_HUB_OFFLINE": "1", "DS_SKIP_CUDA_CHECK": "1"}
     done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert "HiFT is on, 5 layer groups" in done.stderr
+    assert says in done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def launched() -> list[str]:
+    """One rank of torchrun's."""
+    return ["-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", str(free_port())]
 
 
 def all_moved(before: Path, after: Path) -> bool:
@@ -85,7 +109,7 @@ def test_trl_command_line(inputs, tmp_path):
     assert all_moved(inputs / "model", tmp_path)
 
 
-@pytest.mark.skipif(not LLAMAFACTORY.is_dir(), reason="make test-hosts installs LLaMA-Factory")
+@needs("llamafactory")
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_llamafactory(inputs, tmp_path, stage):
     run = {
@@ -96,13 +120,79 @@ def test_llamafactory(inputs, tmp_path, stage):
         "use_cpu": True, "report_to": "none", "save_strategy": "no",
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
-    # It imports torchaudio, of which no wheel fits every torch; nothing here needs it.
-    (tmp_path / "stub" / "torchaudio").mkdir(parents=True)
-    (tmp_path / "stub" / "torchaudio" / "__init__.py").write_text("")
-    over = Path(os.pathsep.join([str(LLAMAFACTORY), str(tmp_path / "stub")]))
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", str(free_port())]
     start(
-        [*launcher, "-m", "hift_ds.launch_with", "llamafactory.launcher", str(tmp_path / "run.yaml")],
-        over, DISABLE_VERSION_CHECK="1",
+        [*launched(), "-m", "hift_ds.launch_with", "llamafactory.launcher", str(tmp_path / "run.yaml")],
+        over("llamafactory", tmp_path, "torchaudio"), DISABLE_VERSION_CHECK="1",
     )  # fmt: skip
     assert all_moved(inputs / "model", tmp_path / "out")
+
+
+@needs("ms_swift")
+def test_ms_swift(inputs, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": words(i, 3)}, {"role": "assistant", "content": words(i + 20, 4)}]}
+        for i in range(12)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {
+        "model": inputs / "model", "model_type": "llama", "template": "dummy", "tuner_type": "full",
+        "dataset": tmp_path / "rows.jsonl", "output_dir": tmp_path / "out", "add_version": False,
+        "external_plugins": PLUGIN, "callbacks": "hift", "deepspeed": inputs / "ds.json", "torch_dtype": "float32",
+        "max_steps": 5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 5, "report_to": "none",
+        "use_cpu": True, "bf16": False, "use_hf": True, "split_dataset_ratio": 0, "dataloader_num_workers": 0,
+        "gradient_checkpointing": False, "check_model": False,
+    }  # fmt: skip
+    arguments = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
+    start([*launched(), "-m", "swift.cli.sft", *arguments], over("ms_swift", tmp_path), says="'group'")
+    assert all_moved(inputs / "model", tmp_path / "out" / "checkpoint-5")
+    checkpoint = tmp_path / "out" / "checkpoint-5"
+    assert (checkpoint / "model.safetensors").samefile(checkpoint / "global_step5" / "model.safetensors")
+
+
+@needs("axolotl")
+def test_axolotl(inputs, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": words(i, 3) + " " + words(i + 20, 4)}) + "\n" for i in range(12))
+    )
+    run = {
+        "base_model": str(inputs / "model"), "plugins": ["hift_ds.integrations.axolotl.HiFTPlugin"],
+        "deepspeed": str(inputs / "ds.json"), "output_dir": str(tmp_path / "out"),
+        "datasets": [{"path": str(tmp_path / "rows.jsonl"), "ds_type": "json", "type": "completion"}],
+        "dataset_prepared_path": str(tmp_path / "prepared"), "sequence_len": 64, "micro_batch_size": 2,
+        "gradient_accumulation_steps": 1, "max_steps": 5, "learning_rate": 1e-2, "lr_scheduler": "constant",
+        "optimizer": "adamw_torch", "bf16": False, "fp16": False, "tf32": False, "use_cpu": True,
+        "val_set_size": 0, "save_strategy": "no", "special_tokens": {"pad_token": "<pad>"},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    start([*launched(), "-m", "axolotl.cli.train", str(tmp_path / "run.yaml")], over("axolotl", tmp_path),
+          AXOLOTL_DO_NOT_TRACK="1")  # fmt: skip
+    assert all_moved(inputs / "model", tmp_path / "out")
+
+
+@needs("trl")
+def test_ppo_of_older_trl(tmp_path):
+    """Its trainer prepares policy and value model in its constructor: inside ``hift_ds.accelerate``. One group of all
+    weights is the plain trainer."""
+    weights = {}
+    for form in ("plain", "one", "hift"):
+        said = start(
+            [str(PROGRAMS / "ppo.py"), form, str(tmp_path / form)], over("trl", tmp_path / form), says="trained"
+        )
+        weights[form] = load_file(tmp_path / form / "model.safetensors")
+        if form != "plain":
+            assert "ref DeepSpeedEngine reward DeepSpeedEngine" in said
+    assert "coverage [1, 2]" in said, said[-500:]
+    for name, value in weights["plain"].items():
+        torch.testing.assert_close(weights["one"][name], value, atol=2e-6, rtol=0, msg=name)
+    assert any("value_model" in name for name in weights["hift"])
+
+
+@needs("lightning")
+def test_lightning(tmp_path):
+    for form in ("plain", "one", "hift"):
+        start([str(PROGRAMS / "lightning_loop.py"), form, str(tmp_path / form)], over("lightning", tmp_path / form),
+              says="trained")  # fmt: skip
+    plain, one = (load_file(tmp_path / form / "model.safetensors") for form in ("plain", "one"))
+    for name, value in plain.items():
+        torch.testing.assert_close(one[name], value, atol=2e-6, rtol=0, msg=name)

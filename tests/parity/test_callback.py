@@ -17,20 +17,35 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import DEFAULT_CALLBACKS
 
 import hift_ds
 import model_zoo
 from hift_ds import HiFTCallback, HiFTMixin
 from hift_ds.checkpoint.trainer_folder import broken_seal
-from hift_ds.errors import ConfigError
+from hift_ds.errors import CheckpointError, ConfigError, OutOfMemory
+from hift_ds.forecast import advice as out_of_memory
+from hift_ds.integrations import disk_room
+from hift_ds.integrations.callback import AnnouncedCallback
+from hift_ds.integrations.disk_room import bytes_on_disk
 from hift_ds.integrations.weights_once import keep_once
+from hift_ds.ranks import free_port, launch_variables
+from tests.helpers.out_of_memory import NoAdvice, full
 from tests.helpers.trainer import AUTO, arguments, ragged_dataset
 from tests.numerics.test_engine_life import hooks_of
 from tests.parity.test_trl import TRAINERS, folder_of, rows, tokenizer
 
 trl = pytest.importorskip("trl")
+from trl.models import prepare_deepspeed  # noqa: E402
+
 NUMEL = model_zoo.tiny.build("llama").num_parameters()
 GROUPS = {**AUTO, "hift": {"state": {"io": "auto"}}}
 
@@ -106,6 +121,70 @@ def test_only_the_same_tensors_become_one_file(tmp_path):
     assert keep_once(tmp_path) and theirs.samefile(ours) and keep_once(tmp_path)
 
 
+def bytes_a_parameter(checkpoint: Path, model: Any) -> float:
+    """Of the tensors, on disk."""
+    tensors = {path.stat().st_ino: path.stat().st_size for path in checkpoint.rglob("*.safetensors")}
+    assert bytes_on_disk(checkpoint) < sum(tensors.values()) + 64_000, "something else is large"
+    return sum(tensors.values()) / sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "form, bf16, asynchronous",
+    [("mixin", True, False), ("mixin", False, True), ("callback", True, True), ("callback", False, False)],
+)
+def test_a_checkpoint_takes_12_to_14_bytes_a_parameter(tmp_path, form, bf16, asynchronous):
+    """Weights once, masters and two moments of AdamW: whichever way HiFT comes to be below the Trainer."""
+    model = model_zoo.tiny.build("llama", seed=1, hidden_size=64, intermediate_size=128)
+    ds = {**AUTO, "hift": {"checkpoint": {"asynchronous": asynchronous}}}
+    options = llama_options(eval_strategy="no", bf16=bf16, ds=ds, save_total_limit=1)
+    trained(tmp_path, Trainer, model, form, **options)
+    checkpoints = sorted((tmp_path / form).glob("checkpoint-*"))
+    assert [path.name for path in checkpoints] == ["checkpoint-7"]
+    assert bytes_a_parameter(checkpoints[0], model) == pytest.approx(14 if bf16 else 12, abs=0.2)
+    assert broken_seal(checkpoints[0], weights=True) is None
+    assert "model.safetensors" in (checkpoints[0] / "trainer_files.json").read_text() or form == "mixin"
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_an_asynchronous_checkpoint_is_one_while_training_goes_on(tmp_path, family):
+    """Its thread gives the file its second name, and seals what the Trainer could not seal yet: Mixtral's own form."""
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):  # after ours
+            checkpoint = tmp_path / "callback" / f"checkpoint-{state.global_step}"
+            early = json.loads((checkpoint / "trainer_files.json").read_text())  # of what nothing will replace
+            seen[state.global_step] = (checkpoint / "latest").exists(), "model.safetensors" in early
+
+        def on_step_end(self, args, state, control, **kwargs):
+            checkpoint = tmp_path / "callback" / "checkpoint-1"
+            if state.global_step == 6 and checkpoint.exists():
+                ours = checkpoint / "global_step1" / "model.safetensors"
+                engine.engine.checkpointer._background._thread.join(30)  # all groups have had their turn
+                seen["same"] = ours.samefile(checkpoint / "model.safetensors")
+
+    engine = HiFTCallback()
+    args = arguments(
+        tmp_path / "callback", {**AUTO, "hift": {"checkpoint": {"asynchronous": True}}}, max_steps=6,
+        save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    trainer = Trainer(
+        model_zoo.tiny.build(family), args, train_dataset=ragged_dataset(12), callbacks=[engine, Look(), SavesOnce()]
+    )
+    trainer.train()
+    assert seen == {1: (False, False), "same": family == "llama"}
+    checkpoint = tmp_path / "callback" / "checkpoint-1"
+    assert broken_seal(checkpoint, weights=True) is None
+    sealed = json.loads((checkpoint / "trainer_files.json").read_text())
+    assert {"model.safetensors", "trainer_state.json", "config.json"} <= sealed.keys()
+    assert AutoModelForCausalLM.from_pretrained(checkpoint).num_parameters() > 0
+
+
+class SavesOnce(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step == 1
+
+
 def test_it_goes_on_from_a_checkpoint(tmp_path):
     options = llama_options(
         eval_strategy="no", train_sampling_strategy="group_by_length", gradient_accumulation_steps=1,
@@ -123,24 +202,179 @@ def test_it_goes_on_from_a_checkpoint(tmp_path):
         again.train()
 
 
-@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+@pytest.mark.parametrize("kind", ["dpo", "grpo", "rloo", "online_dpo"])
 def test_with_a_reference_model(tmp_path, kind):
-    """Which gets DeepSpeed's own engine; GRPO generates between the steps besides."""
+    """Which gets DeepSpeed's own engine, and so does a reward model; but for DPO they generate between the steps."""
+    unset_hf_deepspeed_config()  # of an earlier test's arguments, which would have the models made in shards
     saved, results = folder_of(kind, tmp_path / "model"), []
-    name, options, given = TRAINERS[kind]
+    online = {"online_dpo": ("OnlineDPO", {"max_new_tokens": 4, "max_length": 16, "max_steps": 3}, {})}
+    name, options, given = (TRAINERS | online)[kind]
+    module = trl
+    if kind in online:
+        from trl.experimental import online_dpo as module
+    rewards = folder_of("reward", tmp_path / "reward")
+    tokenizer().save_pretrained(rewards)
     for form in ("mixin", "callback"):
         model = AutoModelForCausalLM.from_pretrained(saved, dtype="float32")
+        if kind in ("rloo", "online_dpo"):
+            reward = AutoModelForSequenceClassification.from_pretrained(rewards, num_labels=1)
+            given = {"reward_funcs": reward, "reward_processing_classes": tokenizer()}
         results.append(
             trained(
-                tmp_path, getattr(trl, f"{name}Trainer"), model, form, getattr(trl, f"{name}Config"), bf16=False,
+                tmp_path, getattr(module, f"{name}Trainer"), model, form, getattr(module, f"{name}Config"), bf16=False,
                 trainer={"train_dataset": rows(kind), "processing_class": tokenizer(), **given},
                 **{"max_steps": 6, "learning_rate": 1e-2, **options},
             )
         )  # fmt: skip
         assert type(results[-1].ref_model) is deepspeed.DeepSpeedEngine
+        if kind in ("rloo", "online_dpo"):
+            assert type(results[-1].reward_funcs[0]) is deepspeed.DeepSpeedEngine
+            assert torch.equal(reward.score.weight, load_file(f"{rewards}/model.safetensors")["score.weight"])
     assert logs_of(results[0]) == logs_of(results[1])
     for (name, a), b in zip(results[0].model.state_dict().items(), results[1].model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+class ActorAndCritic(nn.Module):
+    """A policy and the model of its values, trained together: what PPO's trainers optimize."""
+
+    def __init__(self, policy: Any, value: Any) -> None:
+        super().__init__()
+        self.policy, self.value, self.config = policy, value, policy.config
+
+    def forward(self, input_ids: Any, attention_mask: Any, labels: Any = None) -> Any:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        hidden = self.value.model(**inputs).last_hidden_state
+        return self.policy(**inputs).logits, self.value.score(hidden).squeeze(-1)
+
+
+class ActorCriticTrainer(Trainer):
+    """The losses of PPO's first pass, with advantages from a reward model and a reference model."""
+
+    def __init__(self, *args: Any, ref_model: Any, reward_model: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.ref_model, self.reward_model = (prepare_deepspeed(m, self.accelerator) for m in (ref_model, reward_model))
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+        labels = inputs.pop("labels")[:, 1:]
+        learned = labels != -100
+
+        def of_labels(logits: torch.Tensor) -> torch.Tensor:
+            return logits[:, :-1].log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+
+        with torch.no_grad():
+            reference, reward = of_labels(self.ref_model(**inputs).logits), self.reward_model(**inputs).logits
+        logits, values = model(**inputs)
+        now, values = of_labels(logits), values[:, :-1]
+        returns = reward - 0.1 * (now.detach() - reference)
+        ratio = (now - now.detach()).exp()
+        loss = -ratio * (returns - values.detach()) + 0.5 * (returns - values) ** 2
+        return (loss * learned).sum() / learned.sum()
+
+
+def test_a_value_model_is_trained_and_reward_and_reference_are_not(tmp_path):
+    results, groups = [], []
+    for form in ("mixin", "callback"):
+
+        def build(kind, seed):
+            options = {"num_labels": 1, "pad_token_id": 0} if kind == "sequence_classification" else {}
+            return model_zoo.tiny.build("llama", kind, seed=seed, **options)
+
+        model = ActorAndCritic(build("causal_lm", 1), build("sequence_classification", 2))
+        fixed = {"ref_model": build("causal_lm", 1), "reward_model": build("sequence_classification", 3)}
+        before = copy.deepcopy([model.state_dict(), *(each.state_dict() for each in fixed.values())])
+        trainer = trained(
+            tmp_path, ActorCriticTrainer, model, form, max_steps=22, learning_rate=1e-2, gradient_accumulation_steps=2,
+            trainer={"train_dataset": ragged_dataset(12), **fixed},
+        )  # fmt: skip
+        assert type(trainer.ref_model) is type(trainer.reward_model) is deepspeed.DeepSpeedEngine
+        after = [model.state_dict(), *(each.state_dict() for each in fixed.values())]
+        moved = [[not torch.equal(a[name], b[name]) for name in a] for a, b in zip(before, after, strict=True)]
+        assert all(moved[0]) and not any(moved[1] + moved[2])
+        engine = trainer.engine if form == "mixin" else engine_of(trainer)
+        groups.append([group.name for group in engine.groups])
+        assert set(engine.coverage().values()) <= {2, 3}, "policy and value model had not all their turns"
+        results.append(trainer)
+    assert groups[0] == groups[1] and logs_of(results[0]) == logs_of(results[1])
+    for (name, a), b in zip(results[0].model.state_dict().items(), results[1].model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+class BuildsItsOwnEngine(Trainer):
+    """As TRL's PPOTrainer did: prepares in its constructor, and tells no callback that it is there."""
+
+    def __init__(self, model: Any, args: Any, callbacks: Any, **options: Any) -> None:
+        super().__init__(model, args, **options)
+        for callback in callbacks:
+            self.add_callback(callback)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+
+    def train(self) -> None:
+        self.callback_handler.on_train_begin(self.args, self.state, self.control)
+
+
+def test_a_trainer_that_says_nothing_in_time_is_not_trained_without_hift(tmp_path, monkeypatch):
+    """Full fine-tuning in silence would be the end of it."""
+    for name, value in launch_variables(rank=0, world_size=1, port=free_port()).items():
+        monkeypatch.setenv(name, value)  # DeepSpeed's own engine wants them
+    data = {"train_dataset": ragged_dataset(4)}
+    later = Trainer(model_zoo.tiny.build("llama"), arguments(tmp_path), **data)
+    later.add_callback(HiFTCallback())
+    with pytest.raises(ConfigError, match="give it to the constructor"):
+        later.train()
+    for callback in (HiFTCallback(), AnnouncedCallback()):
+        config = {**AUTO, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1}
+        trainer = BuildsItsOwnEngine(model_zoo.tiny.build("llama"), arguments(tmp_path, config), [callback], **data)
+        with pytest.raises(ConfigError, match="hift_ds.accelerate"):
+            trainer.train()
+    with pytest.raises(ConfigError, match="HiFTOwn: it has its engine built in its own constructor"):
+        type("HiFTOwn", (HiFTMixin, BuildsItsOwnEngine), {})(
+            model_zoo.tiny.build("llama"), arguments(tmp_path, config), [], **data
+        )
+
+
+def test_what_events_keep(tmp_path, caplog, monkeypatch):
+    """Coverage and what a run too short for its groups means, metrics, the answer to a full device."""
+    options = llama_options(max_steps=3, eval_strategy="no", save_strategy="no")
+    with caplog.at_level("INFO", "hift_ds"):
+        trainer = trained(tmp_path, Trainer, model_zoo.tiny.build("llama"), "callback", **copy.deepcopy(options))
+    assert "3 steps" in caplog.text and "11 OF 30 TRAINABLE PARAMETERS WERE NEVER UPDATED" in caplog.text
+    lines = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for step, entry in enumerate(lines):
+        assert entry["group"] == step and entry["cycle"] == 0 and entry["learning_rate"] > 0
+        assert entry["step_time_s"] > 0 and entry["stalled_s"] >= 0 and entry["peak_memory_gib"] > 0
+    assert len(lines) == 3
+
+    monkeypatch.setattr(out_of_memory, "Advice", Forecast)
+    model = model_zoo.tiny.build("llama")
+    model.register_forward_pre_hook(full)
+    args = arguments(tmp_path, GROUPS)
+    with pytest.raises(OutOfMemory, match="(?s)in forward at 2 x 12 tokens while group 0 .*forecast 9 GiB") as caught:
+        Trainer(model, args, train_dataset=ragged_dataset(4), callbacks=[HiFTCallback()]).train()
+    assert isinstance(caught.value, RuntimeError) and caught.value.args[0].startswith("CUDA out of memory")
+
+
+class Forecast(NoAdvice):
+    def text(self, batch, length, budget_bytes):
+        return "forecast 9 GiB"
+
+
+def test_a_disk_without_room_is_found_before_the_first_step(tmp_path, monkeypatch):
+    options = llama_options(eval_strategy="no")
+    given = options.pop("trainer")
+    args = arguments(tmp_path, GROUPS, **options)
+    free = disk_room.shutil.disk_usage(tmp_path)
+    each = 12 * NUMEL
+    trainers = [Trainer(model_zoo.tiny.build("llama"), args, **given, callbacks=[HiFTCallback()])]
+    monkeypatch.setattr(disk_room.shutil, "disk_usage", lambda path: free._replace(free=2 * each + 3 * NUMEL))
+    with pytest.raises(CheckpointError, match="will need 2 checkpoints of .* while one is written"):
+        trainers[0].train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    monkeypatch.setattr(disk_room.shutil, "disk_usage", lambda path: free._replace(free=2 * each + 5 * NUMEL))
+    args = arguments(tmp_path, GROUPS, **options)
+    Trainer(model_zoo.tiny.build("llama"), args, **given, callbacks=[HiFTCallback()]).train()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
 
 
 def test_without_a_block_it_is_an_error_or_nothing(tmp_path):

@@ -41,7 +41,7 @@ def rows(kind: str) -> Any:
         "dpo": {"prompt": prompts, "chosen": good, "rejected": bad},
         "kto": {"prompt": prompts, "completion": good, "label": [i % 3 != 0 for i in range(12)]},
         "reward": {"chosen": good, "rejected": bad},
-        "grpo": {"prompt": prompts},
+        **dict.fromkeys(("grpo", "rloo", "online_dpo"), {"prompt": prompts}),
     }
     return Dataset.from_dict(columns[kind])
 
@@ -51,7 +51,7 @@ def folder_of(kind: str, folder: Path) -> str:
     built = model_zoo.tiny.build("llama", "sequence_classification" if kind == "reward" else "causal_lm", **(
         {"num_labels": 1} if kind == "reward" else {}))  # fmt: skip
     built.config.pad_token_id = 0
-    if kind == "grpo":
+    if kind in ("grpo", "rloo", "online_dpo"):
         built.generation_config.pad_token_id = 0
     built.save_pretrained(folder)
     return str(folder)
@@ -68,6 +68,11 @@ TRAINERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "reward": ("Reward", {"gradient_accumulation_steps": 2}, {}),
     "grpo": (
         "GRPO",
+        {"num_generations": 2, "max_completion_length": 4, "beta": 0.1, "max_steps": 3, "optim": "sgd"},
+        {"reward_funcs": length_reward},
+    ),
+    "rloo": (
+        "RLOO",
         {"num_generations": 2, "max_completion_length": 4, "beta": 0.1, "max_steps": 3, "optim": "sgd"},
         {"reward_funcs": length_reward},
     ),

@@ -42,7 +42,7 @@ def test_the_forecast_is_what_is_there_and_a_run_that_will_not_fit_does_not_begi
     file = write_run(inputs, tmp_path / "run", train__max_steps=7, train__save_steps=2, train__optimizer=optimizer,
                      train__save_total_limit=1, train__eval_steps=7)  # fmt: skip
     finetune(load_run_config(file))
-    ((_, folder, each, count, writes),) = asked
+    ((_, folder, each, count, writes, _),) = asked
     assert (count, writes) == (2, True)
     checkpoint = tmp_path / "run" / "checkpoint-7"
     (tensors,) = [path for path in checkpoint.iterdir() if path.is_dir()]

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 import model_zoo
+from benchmarks import needs
 from hift_ds.cli import estimate as estimate_module
 from hift_ds.cli.main import main
 from hift_ds.forecast.setting import SWITCHES, Setting, is_on, with_switch
@@ -252,3 +253,20 @@ def test_layers_that_the_link_hides_by_assumed_speeds():
 
     assert 1 <= size(1) < size(4) < 34 and size(64) == "all"
     assert size(1, {"residency": "device"}) == "all"
+
+
+def test_what_readme_says_a_model_needs_is_what_the_script_counted():
+    counted = needs.table_of(needs.RESULT.read_text())
+    assert needs.table_of(needs.README.read_text()) == counted
+    assert [line.split(" | ")[0].strip("| ") for line in counted.splitlines()[2:]] == list(needs.MODELS)
+
+
+def test_the_script_counts_as_estimate_does(tmp_path, capsys):
+    """On a small model: GPU, host memory, and the disk of three checkpoints and the exported weights."""
+    sizes = {**SMALL, "max_position_embeddings": 1024, "vocab_size": 64_000, "hidden_size": 512}
+    model_zoo.config("llama2_7b", **sizes).save_pretrained(tmp_path)
+    assert main(["estimate", "--model", str(tmp_path), "--batch", "1", "--length", "1024", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    disk = 3 * figures["checkpoint_gib"] + figures["weights_gib"]
+    expected = f"| small | {figures['peak_gib']:.1f} | {figures['host_gib']:.0f} | {disk:.0f} |"
+    assert needs.row("small", str(tmp_path)) == expected and disk > 2
