@@ -1,35 +1,40 @@
 """How long a step would take on a card that is not here: a discrete-event model of its streams, driven by the log of
 what the real engine launches.
 
-    python benchmarks/timeline.py --out benchmarks/results/timeline.md
+    python benchmarks/timeline.py --out benchmarks/results/timeline.md              1 minute a row
+    python benchmarks/timeline.py --settings 0 4 --out FILE                         these rows
+    python benchmarks/timeline.py --in-backward --out benchmarks/results/timeline_in_backward.md
 
 The engine takes its steps on the device without memory that the estimator uses, under
-``tests/helpers/stream_clocks.py``, which notes every kernel, copy, wait and synchronization in the order of launch. A
-card is a handful of rates. Kernels take the longer of their arithmetic and their bytes; each direction of the link
-serves one copy at a time; the host launches one operation after the other and stands still where the log says that it
-does. What it leaves out: how kernels share a device, the clock of a hot card, and the host's time outside of launching.
-Ratios are better than absolutes.
+``tests/helpers/stream_clocks.py``, which notes every kernel, copy, file, wait and synchronization in the order of
+launch. A card is a handful of rates. Kernels take the longer of their arithmetic and their bytes; each direction of the
+link serves one copy at a time, and a disk one request; the host launches one operation after the other and stands still
+where the log says that it does. What it leaves out: how kernels share a device, the clock of a hot card, and the host's
+time outside of launching. Ratios are better than absolutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import multiprocessing
+import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tests.helpers.race_rows import in_child  # noqa: E402
+
 
 @dataclass(frozen=True)
 class Card:
-    """Sustained rates.
+    """Sustained rates, all assumed.
 
     Attributes:
         flops_s: of bf16 matrix products.
@@ -37,6 +42,8 @@ class Card:
         link_s: bytes a second, each way, page-locked.
         kernel_s: the shortest kernel.
         launch_s: the host's time for one operation.
+        host_s: bytes a second of the host's own arithmetic, all cores.
+        read_s, written_s: of a disk: one NVMe drive on four lanes of PCIe 4.
     """
 
     flops_s: float
@@ -44,6 +51,12 @@ class Card:
     link_s: float = 25e9
     kernel_s: float = 3e-6
     launch_s: float = 6e-6
+    host_s: float = 100e9
+    read_s: float = 6e9
+    written_s: float = 4e9
+
+    def rate(self, link: str) -> float:
+        return {"read": self.read_s, "written": self.written_s}.get(link, self.link_s)
 
 
 CARDS = {
@@ -66,12 +79,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "slice_numel": 1 << 24, "slots": 2, "codec": "split_master+int8_moments",
     },
     "host, 2 slots, split_master": {"slots": 2, "codec": "split_master"},
+    "disk, 2 slots": {"residency": "disk", "slots": 2},
+    "disk, 2 slots, split_master+int8_moments": {
+        "residency": "disk", "slots": 2, "codec": "split_master+int8_moments",
+    },
 }  # fmt: skip
 GOAL = 1.05
 TRAINED = (0, 16, 31)  # blocks that stand for all; the embedding and the head train too
+# What a stream or the host waited for, by the link of the entry that it waited for.
+WORDS = {
+    "in": "states to arrive", "out": "states to leave", "read": "the disk", "written": "the disk",
+    "computing": "the whole device", "launches": "the host's launches", "host": "the host's arithmetic",
+}  # fmt: skip
+RESOURCES = {"in": "the link (in)", "out": "the link (out)", "disk": "the disk"}
+BOUND = 0.85  # a resource that is busy for so much of a step bounds it
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Launch:
     """A line of the log, in what the model needs."""
 
@@ -79,40 +103,110 @@ class Launch:
     agent: str
     host: str
     name: str
-    bytes_moved: int
+    bytes_moved: float
     link: str
-    flops: int
+    flops: float
     after: tuple[int, ...]
 
 
-def step_times(log: Sequence[Any], card: Card) -> dict[str, float]:
-    """By mark, the seconds from it to the next, on the host's clock or the compute stream's, whichever is later."""
-    clock: dict[str, float] = {}  # of hosts and streams: when they are free
-    link: dict[str, float] = {"in": 0.0, "out": 0.0}
+@dataclass
+class Step:
+    """From a mark to the next.
+
+    Attributes:
+        seconds: on the host's clock or the compute stream's, whichever is later.
+        waited: of these the compute stream stood still, by cause (see ``WORDS``).
+        busy: seconds of work by link, and "disk".
+    """
+
+    seconds: float = 0.0
+    waited: Counter[str] = field(default_factory=Counter)
+    busy: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class _Agent:
+    """A stream or a thread of the host: when it is free, for what it last waited, and until when."""
+
+    free: float = 0.0
+    cause: str = ""
+    waited_until: float = 0.0
+
+    def wait(self, until: float, cause: str) -> None:
+        if until > self.free:
+            self.free = self.waited_until = until
+            self.cause = cause
+
+
+def steps_of(log: Sequence[Any], card: Card) -> dict[str, Step]:
+    """What happens from each mark to the next, by mark."""
+    agents: dict[str, _Agent] = {}
+    links: Counter[str] = Counter()  # when each is free
     ended: list[float] = []
+    causes: list[str] = []  # why whoever waits for the entry waits
     marks: list[tuple[str, float]] = []
+    step = Step()
+    found: dict[str, Step] = {}
     for entry in log:
-        waits = max((ended[i] for i in entry.after), default=0.0)
-        host = clock.setdefault(entry.host, 0.0)
+        agent, host = (agents.setdefault(name, _Agent()) for name in (entry.agent, entry.host))
+        last = max(entry.after, key=lambda i: ended[i], default=None)
+        until, cause = (0.0, "") if last is None else (ended[last], causes[last])
         if entry.kind == "mark":
-            marks.append((entry.name, max(host, clock.get("compute", 0.0))))
-            end = host
+            now = max(host.free, agents.get("compute", host).free)
+            if marks:
+                step.seconds = now - marks[-1][1]
+                found[marks[-1][0]] = step
+            marks.append((entry.name, now))
+            step = Step()
+        elif entry.kind == "start":
+            agent.free = max(agent.free, host.free)
         elif entry.kind == "sync":
-            end = clock[entry.host] = max(host, waits)
+            host.wait(until, cause)
         elif entry.kind == "wait":
-            end = clock[entry.agent] = max(clock.get(entry.agent, 0.0), waits)
-        elif entry.agent == entry.host:  # the host's own arithmetic
-            end = clock[entry.host] = host + card.launch_s + entry.bytes_moved / 20e9
-        else:
-            clock[entry.host] = host + card.launch_s
-            start = max(clock.get(entry.agent, 0.0), clock[entry.host], link.get(entry.link, 0.0))
+            before = agent.free
+            agent.wait(until, cause)
+            if entry.agent == "compute" and agent.free > before:
+                step.waited[cause] += agent.free - before
+        elif entry.agent == entry.host:  # the host's own work
+            cause = entry.link or "host"
+            seconds = entry.bytes_moved / (card.rate(entry.link) if entry.link else card.host_s)
+            start = max(host.free, links["disk"] if entry.link else 0.0)
+            host.free = start + seconds + card.launch_s
             if entry.link:
-                end = link[entry.link] = start + max(entry.bytes_moved / card.link_s, card.kernel_s)
+                links["disk"] = host.free
+                step.busy["disk"] += seconds
+        else:
+            cause = entry.link or "computing"
+            host.free += card.launch_s
+            if entry.agent == "compute":
+                _note_late_launch(step, agent, host)
+            start = max(agent.free, host.free, links[entry.link] if entry.link else 0.0)
+            if entry.link:
+                seconds = max(entry.bytes_moved / card.link_s, card.kernel_s)
+                links[entry.link] = start + seconds
+                step.busy[entry.link] += seconds
             else:
-                end = start + max(entry.flops / card.flops_s, entry.bytes_moved / card.bytes_s, card.kernel_s)
-            clock[entry.agent] = end
-        ended.append(end)
-    return {name: end - start for (name, start), (_, end) in zip(marks, marks[1:], strict=False)}
+                seconds = max(entry.flops / card.flops_s, entry.bytes_moved / card.bytes_s, card.kernel_s)
+            agent.free = start + seconds
+        ended.append(host.free if entry.kind in ("mark", "sync") else agent.free)
+        causes.append(cause or agent.cause)
+    return found
+
+
+def _note_late_launch(step: Step, compute: _Agent, host: _Agent) -> None:
+    """The compute stream has nothing to do until the host comes: because that waited, or since launching takes time."""
+    late = host.free - compute.free
+    if late <= 0:
+        return
+    blocked = min(max(host.waited_until - compute.free, 0.0), late) if host.cause else 0.0
+    if blocked:
+        step.waited[host.cause] += blocked
+    step.waited["launches"] += late - blocked
+
+
+def step_times(log: Sequence[Any], card: Card) -> dict[str, float]:
+    """By mark, the seconds from it to the next."""
+    return {name: step.seconds for name, step in steps_of(log, card).items()}
 
 
 def mean_step(times: dict[str, float], num_groups: int, num_blocks: int) -> float:
@@ -125,14 +219,41 @@ def mean_step(times: dict[str, float], num_groups: int, num_blocks: int) -> floa
     return (outer + (num_blocks - 2) * sum(inner) / len(inner)) / (num_blocks + 2)
 
 
+def mean_of(steps: dict[str, Step], num_groups: int, num_blocks: int) -> Step:
+    """:func:`mean_step` of everything."""
+
+    def mean(value: Callable[[Step], float]) -> float:
+        return mean_step({name: value(step) for name, step in steps.items()}, num_groups, num_blocks)
+
+    def by_name(part: str) -> Counter[str]:
+        names = {name for step in steps.values() for name in getattr(step, part)}
+        return Counter({name: mean(lambda step, name=name: getattr(step, part)[name]) for name in names})
+
+    return Step(mean(lambda step: step.seconds), by_name("waited"), by_name("busy"))
+
+
+def why(step: Step) -> str:
+    """What a step waited for, and whether something bounds it however it is arranged."""
+    waited = [
+        f"{seconds:.2f} s for {WORDS.get(cause, cause)}"
+        for cause, seconds in step.waited.most_common()
+        if seconds >= 0.1 * step.waited.total()
+    ]
+    busiest, seconds = max(step.busy.items(), key=lambda item: item[1], default=("", 0.0))
+    share = seconds / step.seconds if step.seconds else 0.0
+    text = f"waits {', '.join(waited) or 'for nothing'}"
+    if not busiest:
+        return text
+    if share >= BOUND:
+        return f"{text}; {RESOURCES[busiest]} is busy for {seconds:.2f} s, {share:.0%} of the step, and bounds it"
+    return f"{text}; {RESOURCES[busiest]} is busy for {share:.0%} of the step only: what moves had to wait for a slot"
+
+
 def record(
     name: str, state: dict[str, Any], shape: tuple[int, int], model: str, trained: Sequence[int]
 ) -> list[Launch]:
     """The log of two cycles. Changes this process for good."""
-    from hift_ds.engine.engine import HiFTEngine
-    from hift_ds.simulation.device import fake_device
-    from hift_ds.store.machine import HostBytes, Machine
-    from tests.helpers import race_rows, stream_clocks
+    from tests.helpers import race_rows
 
     if name == BARE:
         return record_bare(shape, model, trained)
@@ -140,17 +261,40 @@ def record(
         hift={"state": state}, steps=2 * (len(trained) + 2), timer="synchronized" in name,
         more={"timers": {"throughput": {"synchronized": True}}} if "synchronized" in name else {},
     )  # fmt: skip
+    return record_row(row, shape, model, trained)
+
+
+def record_row(row: Any, shape: tuple[int, int], model: str, trained: Sequence[int] | None) -> list[Launch]:
+    """The log of a row's steps.
+
+    Args:
+        trained: blocks that ask for gradients; ``None``: all.
+    """
+    from hift_ds.engine.engine import HiFTEngine
+    from hift_ds.simulation.device import fake_device
+    from hift_ds.store.machine import HostBytes, Machine
+    from tests.helpers import race_rows, stream_clocks
+
     with fake_device() as device, tempfile.TemporaryDirectory() as folder:
         race_rows._join(1)
-        HiFTEngine.machine = Machine(HostBytes(1 << 60, 1 << 60))  # the card's host is not this one
+        # The card's host is not this one.
+        HiFTEngine.machine = Machine(HostBytes(1 << 60, 1 << 60))
+        if row.hift["state"].get("residency") == "disk":
+            row = replace(row, hift={**row.hift, "state": {**row.hift["state"], "path": folder}})
         with stream_clocks.installed(stream_clocks.Machine(device, count_flops=True)) as machine:
             race_rows.step(row, device, machine, folder, model=_build(model, trained, device), batch=shape)
             return _launches(machine)
 
 
-def record_bare(shape: tuple[int, int], model: str, trained: Sequence[int]) -> list[Launch]:
+def record_bare(
+    shape: tuple[int, int], model: str, trained: Sequence[int] | None, at_once: bool = False
+) -> list[Launch]:
     """The same of a loop that anybody would write: the group's weights ask for gradients, fp32 masters, nothing moves
-    and nothing is read."""
+    and nothing is read.
+
+    Args:
+        at_once: all groups are one.
+    """
     import torch
 
     from hift_ds.forecast.setting import make_batch
@@ -165,6 +309,8 @@ def record_bare(shape: tuple[int, int], model: str, trained: Sequence[int]) -> l
             built.config.use_cache = False
             weights = dict(built.named_parameters())
             groups = [[weights[name] for name in group.param_names] for group in partition_model(built).groups]
+            if at_once:
+                groups = [[param for group in groups for param in group]]
             built.requires_grad_(False)
             optimizers = []
             for params in groups:
@@ -173,12 +319,12 @@ def record_bare(shape: tuple[int, int], model: str, trained: Sequence[int]) -> l
             for number in range(2 * len(groups)):
                 machine.mark(f"step {number}")
                 _bare_step(built, make_batch(built, *shape, device), groups[number % len(groups)],
-                           optimizers[number % len(groups)])  # fmt: skip
+                           optimizers[number % len(groups)], clips=not at_once)  # fmt: skip
             machine.mark("end")
             return _launches(machine)
 
 
-def _bare_step(model: Any, inputs: dict[str, Any], params: list[Any], optimizer: Any) -> None:
+def _bare_step(model: Any, inputs: dict[str, Any], params: list[Any], optimizer: Any, clips: bool = True) -> None:
     import torch
 
     masters = optimizer.param_groups[0]["params"]
@@ -187,7 +333,8 @@ def _bare_step(model: Any, inputs: dict[str, Any], params: list[Any], optimizer:
     model(**inputs).loss.backward()
     for master, param in zip(masters, params, strict=True):
         master.grad, param.grad = param.grad.float(), None
-    torch.nn.utils.clip_grad_norm_(masters, 1.0)
+    if clips:
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
     optimizer.step()
     with torch.no_grad():
         for master, param in zip(masters, params, strict=True):
@@ -200,7 +347,7 @@ def _launches(machine: Any) -> list[Launch]:
     return [Launch(e.kind, e.agent, e.host, e.name, e.bytes_moved, e.link, e.flops, e.after) for e in machine.log]
 
 
-def _build(model: str, trained: Sequence[int], device: str) -> Any:
+def _build(model: str, trained: Sequence[int] | None, device: str) -> Any:
     """With random weights in bf16, of which the blocks ``trained``, the embedding and the head ask for gradients."""
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -213,7 +360,7 @@ def _build(model: str, trained: Sequence[int], device: str) -> Any:
     make_real(built, torch.bfloat16, device)
     for name, param in built.named_parameters():
         block = name.partition("layers.")[2].partition(".")[0]
-        param.requires_grad_(not block or int(block) in trained)
+        param.requires_grad_(trained is None or not block or int(block) in trained)
     return built
 
 
@@ -224,9 +371,22 @@ def _modelled(job: tuple[str, dict[str, Any], str, tuple[int, int], str, tuple[i
     num_blocks = read_config(model).num_hidden_layers
     log = record(name, state, shape, model, trained)
     at = {entry.name: position for position, entry in enumerate(log) if entry.kind == "mark"}
-    syncs = sum(entry.kind == "sync" for entry in log[at[f"step {2 * len(trained) + 3}"] : at["end"]])
-    seconds = {card: mean_step(step_times(log, rates), len(trained) + 2, num_blocks) for card, rates in CARDS.items()}
-    return {"setting": name, "workload": workload, "seconds": seconds, "syncs": syncs, "launches": len(log)}
+    last = log[at[f"step {2 * len(trained) + 3}"] : at["end"]]
+    syncs = sum(entry.kind == "sync" and entry.host == "host" for entry in last)  # threads may wait
+    means = {card: mean_of(steps_of(log, rates), len(trained) + 2, num_blocks) for card, rates in CARDS.items()}
+    return {
+        "setting": name, "workload": workload, "seconds": {card: step.seconds for card, step in means.items()},
+        "why": {card: why(step) for card, step in means.items()}, "syncs": syncs, "launches": len(log),
+    }  # fmt: skip
+
+
+def _import_once() -> None:
+    """What every child would import."""
+    import trl.models.activation_offloading  # noqa: F401
+
+    import hift_ds.engine.initialize
+    import hift_ds.simulation.accelerator
+    import hift_ds.simulation.step  # noqa: F401
 
 
 def model_all(
@@ -242,52 +402,173 @@ def model_all(
         trained: blocks that train and stand for all; the others are frozen, which costs the same.
         told: called with what there is after each.
     """
-    import trl.models.activation_offloading  # noqa: F401
-
-    import hift_ds.engine.initialize
-    import hift_ds.simulation.accelerator
-    import hift_ds.simulation.step  # noqa: F401
-
+    _import_once()
     jobs = [(name, SETTINGS[name], w, WORKLOADS[w], model, trained) for w in workloads for name in settings]
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        found = []
-        for one in pool.imap(_modelled, jobs):
-            found.append(one)
-            told(found)
-        return found
+    found = []
+    for job in jobs:
+        found.append(in_child(_modelled, job, seconds=1800))
+        told(found)
+    return found
+
+
+ASSUMED = (
+    "**Modelled, not measured**: a discrete-event model of streams, link, disk and host, driven by the log of what "
+    "the real\nengine launches on a device without memory. Made by `benchmarks/timeline.py`, which says what it leaves "
+    "out. Assumed: bf16\nproducts at 95, 140 and 560 TFLOP/s, memory at 0.69, 0.92 and 2.9 TB/s, 25 GB/s each way over "
+    "the link, a disk of 6 GB/s read\nand 4 GB/s written, one request at a time. One rank, bf16 with fp32 masters, "
+    "fused AdamW, attention without scores, no\nrecomputation."
+)
 
 
 def table(found: Sequence[dict[str, Any]], model: str) -> str:
+    """In Markdown. Every cell above the goal has a line that says why."""
     lines = [
-        f"# Modelled step times, {model}",
-        "",
-        "**Modelled, not measured**: a discrete-event model of streams, link and host, driven by the log of what the "
-        "real",
-        "engine launches on a device without memory. Made by `benchmarks/timeline.py`, which says what it leaves "
-        "out. One",
-        "rank, one layer a group, bf16 with fp32 masters, fused AdamW, attention without scores, no recomputation, "
-        "25 GB/s",
-        f"each way. The mean over all groups, as a factor of a bare loop with the same groups; goal {GOAL:.2f}.",
-        "",
-    ]
+        f"# Modelled step times, {model}", "", ASSUMED, "",
+        "One layer a group; the mean over all groups, as a factor of a bare loop with the same groups; goal "
+        f"{GOAL:.2f}.", "",
+    ]  # fmt: skip
     for workload in dict.fromkeys(row["workload"] for row in found):
         rows = [row for row in found if row["workload"] == workload]
         bare = next(row["seconds"] for row in rows if row["setting"] == BARE)
         lines += [f"## {workload} tokens", "", f"| states | {' | '.join(CARDS)} | the host waits, per step |",
                   f"|---|{'---|' * len(CARDS)}---|"]  # fmt: skip
+        reasons = []
         for row in rows:
             if row["setting"] == BARE:
                 cells = [f"{row['seconds'][card]:.3f} s" for card in CARDS]
             else:
-                cells = [_cell(row["seconds"][card] / bare[card]) for card in CARDS]
+                ratios = {card: row["seconds"][card] / bare[card] for card in CARDS}
+                cells = [_cell(ratio) for ratio in ratios.values()]
+                reasons += [f"- {row['setting']}, {card}, {ratio:.2f}: {row['why'][card]}"
+                            for card, ratio in ratios.items() if not _is_good(ratio)]  # fmt: skip
             lines.append(f"| {row['setting']} | {' | '.join(cells)} | {row['syncs']} |")
-        lines.append("")
-    return "\n".join(lines)
+        lines += ["", "Above the goal, and why:", "", *reasons, ""] if reasons else [""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _is_good(ratio: float) -> bool:
+    return ratio <= GOAL + 0.005
 
 
 def _cell(ratio: float) -> str:
     text = f"{ratio:.2f}"
-    return f"**{text}**" if ratio <= GOAL + 0.005 else text
+    return f"**{text}**" if _is_good(ratio) else text
+
+
+# -- the update in backward ------------------------------------------------------------------------------------------
+
+
+LENGTH = 512  # of the rows of the two logs from which those of other batches follow
+IN_BACKWARD = {"none": 12.0, "split_master": 10.0, "split_master+int8_moments": 4.03}  # bytes a parameter, each way
+SLOTS = (2, 8)
+TOKENS = (4096, 16384)
+MOST_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The logs of a step with one row and with two, which differ in bytes and operations only: both grow by as much
+    with each further row."""
+
+    one: list[Launch]
+    two: list[Launch]
+
+    def __post_init__(self) -> None:
+        same = [(e.kind, e.agent, e.host, e.name, e.link, e.after) for e in self.one]
+        other = [(e.kind, e.agent, e.host, e.name, e.link, e.after) for e in self.two]
+        assert same == other, "the number of rows changes what is launched"
+
+    def rows(self, number: float) -> Iterator[Launch]:
+        """The log of a step with ``number`` rows."""
+        for one, two in zip(self.one, self.two, strict=True):
+            moved = one.bytes_moved + (number - 1) * (two.bytes_moved - one.bytes_moved)
+            flops = one.flops + (number - 1) * (two.flops - one.flops)
+            yield Launch(one.kind, one.agent, one.host, one.name, moved, one.link, flops, one.after)
+
+    def step(self, tokens: float, card: Card) -> Step:
+        """The second step, in which states exist."""
+        return steps_of(list(self.rows(tokens / LENGTH)), card)["step 1"]
+
+
+def record_in_backward(model: str, codec: str | None, slots: int) -> Affine:
+    """The logs of two steps that update all layers in backward, without clipping; of a bare loop if ``codec`` is
+    ``None``."""
+    return Affine(*(in_child(_record_full, model, codec, slots, rows, seconds=1800) for rows in (1, 2)))
+
+
+def _record_full(model: str, codec: str | None, slots: int, rows: int) -> list[Launch]:
+    from tests.helpers import race_rows
+
+    if codec is None:
+        return record_bare((rows, LENGTH), model, None, at_once=True)
+    state: dict[str, Any] = {"slots": slots, **({} if codec == "none" else {"codec": codec})}
+    hift = {"update": "in_backward", "group_size": "all", "state": state}
+    return record_row(race_rows.Row(hift=hift, steps=2, clip=0.0), (rows, LENGTH), model, None)
+
+
+def tokens_from_which(ours: Affine, bare: Affine, card: Card) -> int | None:
+    """The fewest tokens a step, within 3 %, at which a step takes at most ``GOAL`` times the bare loop's; ``None``: no
+    number up to ``MOST_TOKENS``."""
+
+    def is_good(tokens: float) -> bool:
+        return ours.step(tokens, card).seconds <= GOAL * bare.step(tokens, card).seconds
+
+    low, high = LENGTH, LENGTH
+    while not is_good(high):
+        low, high = high, 2 * high
+        if high > MOST_TOKENS:
+            return None
+    while high - low > 0.03 * low:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_good(middle) else (middle, high)
+    return high
+
+
+def model_in_backward(model: str, codecs: Sequence[str], told: Callable[[Any], None]) -> list[dict[str, Any]]:
+    """By codec, slots and card: the factor of a bare loop's step, and the tokens from which it is good."""
+    _import_once()
+    bare = record_in_backward(model, None, 0)
+    found = []
+    for codec in codecs:
+        for slots in SLOTS:
+            ours = record_in_backward(model, codec, slots)
+            for card, rates in CARDS.items():
+                steps = {tokens: (ours.step(tokens, rates), bare.step(tokens, rates)) for tokens in TOKENS}
+                found.append({
+                    "codec": codec, "slots": slots, "card": card, "from": tokens_from_which(ours, bare, rates),
+                    "factors": {tokens: step.seconds / alone.seconds for tokens, (step, alone) in steps.items()},
+                    "bare": {tokens: alone.seconds for tokens, (_, alone) in steps.items()},
+                    "why": {tokens: why(step) for tokens, (step, _) in steps.items()},
+                })  # fmt: skip
+                told(found[-1])
+    return found
+
+
+def in_backward_table(found: Sequence[dict[str, Any]], model: str) -> str:
+    lines = [
+        f"# Modelled steps that update all layers in backward, {model}", "", ASSUMED, "",
+        'Every weight in every step (`"update": "in_backward", "group_size": "all"`), no clipping, whole parts in '
+        "slots; as a factor of\na bare loop that trains all weights with states on the device, which no card here has "
+        f"room for; goal {GOAL:.2f}. Bytes: of a\nparameter's states, each way.", "",
+        f"| card | `codec` | bytes | slots | {' | '.join(f'{tokens:,} tokens' for tokens in TOKENS)} | "
+        "within the goal from, tokens |",
+        "|---|---|---|---|" + "---|" * (len(TOKENS) + 1),
+    ]  # fmt: skip
+    reasons = []
+    for card in CARDS:
+        for row in (row for row in found if row["card"] == card):
+            cells = [f"{_cell(row['factors'][tokens])} of {row['bare'][tokens]:.2f} s" for tokens in TOKENS]
+            enough = f"{row['from']:,}" if row["from"] else f"more than {MOST_TOKENS:,}"
+            lines.append(
+                f"| {card} | {row['codec']} | {IN_BACKWARD[row['codec']]:g} | {row['slots']} | {' | '.join(cells)} | "
+                f"{enough} |"
+            )
+            reasons += [
+                f"- {card}, {row['codec']}, {row['slots']} slots, {tokens:,} tokens, {row['factors'][tokens]:.2f}: "
+                f"{row['why'][tokens]}"
+                for tokens in TOKENS if not _is_good(row["factors"][tokens])
+            ]  # fmt: skip
+    return "\n".join([*lines, "", "Above the goal, and why:", "", *reasons, ""])
 
 
 def main() -> None:
@@ -295,12 +576,37 @@ def main() -> None:
     parser.add_argument("--model", default="llama2_7b")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--settings", type=int, nargs="*", help="positions in SETTINGS; default: all")
+    parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS))
+    parser.add_argument("--in-backward", nargs="*", metavar="CODEC", help="the update in backward; default: all codecs")
+    parser.add_argument("--rows", type=Path, help="a file of rows, which it adds to and makes the table of")
     args = parser.parse_args()
-    names = list(SETTINGS) if args.settings is None else [list(SETTINGS)[i] for i in args.settings]
+    known = [json.loads(line) for line in args.rows.read_text().splitlines()] if _is_file(args.rows) else []
+
+    def tell(row: dict[str, Any]) -> None:
+        print(row, file=sys.stderr, flush=True)
+        if args.rows:
+            with args.rows.open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
+
     with contextlib.redirect_stdout(sys.stderr):
-        found = model_all(args.model, names, told=lambda found: print(found[-1], flush=True))
-    text = table(found, args.model)
+        if args.in_backward is not None:
+            new = model_in_backward(args.model, args.in_backward or list(IN_BACKWARD), tell)
+        else:
+            names = list(SETTINGS) if args.settings is None else [list(SETTINGS)[i] for i in args.settings]
+            new = model_all(args.model, names, args.workloads, told=lambda found: tell(found[-1]))
+    rows = [_with_whole_keys(row) for row in [*known, *new]]
+    text = table(rows, args.model) if args.in_backward is None else in_backward_table(rows, args.model)
     (args.out.write_text(text) if args.out else print(text))
+
+
+def _is_file(path: Path | None) -> bool:
+    return path is not None and path.is_file()
+
+
+def _with_whole_keys(row: dict[str, Any]) -> dict[str, Any]:
+    """As before it was JSON, which knows no keys that are numbers."""
+    by_tokens = ("factors", "bare", "why") if "factors" in row else ()
+    return row | {name: {int(tokens): value for tokens, value in row[name].items()} for name in by_tokens}
 
 
 if __name__ == "__main__":

@@ -100,6 +100,14 @@ EXPLAINED = [
         "The run goes on, with the settings of the run file; nobody can say which of them are others than when the checkpoint was saved. An earlier version's checkpoints have no such file.",
     ),
     (
+        r"compiled whole is compiled anew",
+        "`torch.compile` of the whole model (or `torch_compile`, or `engine.compile()`) guards on `requires_grad`, which differs from group to group. Blocks compiled one by one need three graphs in all.",
+    ),
+    (
+        r"are not page-locked|page-locks no more",
+        "What is page-locked cannot be swapped out, so no more is than leaves the system a tenth of what is free (`ulimit -l` may be less). Training goes on with ordinary memory, whose copies are slower and not beside the computing. Fewer processes on the node, `state.codec` or residency `disk` need less.",
+    ),
+    (
         r"a second gradient came in one backward",
         "Gradients travel to the other ranks as soon as backward has brought them, and this model brings one in several parts (a backward within a backward). With `overlap_comm: false` they travel after backward.",
     ),

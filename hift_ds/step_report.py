@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+# What a step may wait for, in words that say what to do about it.
+CAUSES = {
+    "states_in": 'states to arrive (more "hift.state.slots", a compact "hift.state.codec", more tokens a step)',
+    "states_out": 'states to leave (more "hift.state.slots", a compact "hift.state.codec", more tokens a step)',
+    "disk": 'states on disk ("hift.state.residency": "host", a compact "hift.state.codec", more tokens a step)',
+    "host_update": 'gradients and weights of a host update ("hift.state.step_on": "device", more tokens a step)',
+    "gradients_on_host": "gradients that rest in host memory (fewer micro-batches, or no exact norm)",
+    "reduction": 'gradients and weights between ranks (more micro-batches, "communication_data_type": "bf16")',
+    "gather": "weights of other ranks or from host memory (ZeRO-3: more tokens a micro-batch)",
+    "synchronized": "somebody who synchronized the device (a timer, a profiler, a callback)",
+    "between_steps": "what comes between steps (data loading, logging)",
+}
+
 
 @dataclass
 class StepReport:
@@ -33,5 +46,5 @@ class StepReport:
     checkpoint_s: float = 0.0  # seconds that training waited for checkpoints since the last step
     # What peak_bytes was expected to be at most, if that has been worked out.
     forecast_bytes: int | None = None
-    # Seconds, by cause (hift_ds.store.base.CAUSES), that the step stood still; stalled_s is what was for states.
+    # Seconds, by cause (CAUSES), that the step stood still; stalled_s is what was for states.
     waits: dict[str, float] = field(default_factory=dict)

@@ -24,9 +24,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +243,23 @@ def races(asked: Asked) -> Found:
             found.rows.append({"residency": "host, weights too", "slots": 1, "codec": "fp32", "sliced": False,
                                "held back": delay, "same bits": same})  # fmt: skip
             found.require(same, f"weights on the host with {delay} held back: other weights")
+        for name, more in MODES.items():
+            alone = trajectory(asked, width, steps, {"residency": "device"}, "none", **more)
+            for residency, delay in itertools.product(("host", "disk"), delays):
+                state = {"residency": residency, "slots": 2, **({"path": folder} if residency == "disk" else {})}
+                same = same_bits(trajectory(asked, width, steps, state, delay, **more), alone)
+                found.rows.append({"residency": residency, "slots": 2, "codec": "fp32", "sliced": False, "mode": name,
+                                   "held back": delay, "same bits": same})  # fmt: skip
+                found.require(same, f"{name}, {residency}, with {delay} held back: other weights")
+        for step_on, delay in itertools.product(("host", "split"), delays):
+            state = {"step_on": step_on, "slots": 2, **({"host_share": 0.5} if step_on == "split" else {})}
+            # Two layers a group: else there is nothing to divide. Two processors round each in its own way.
+            alone, weights = (trajectory(asked, width, steps, one, held, layers_a_group=2)
+                              for one, held in (({"residency": "device"}, "none"), (state, delay)))  # fmt: skip
+            apart = max(float((a.float() - b.float()).abs().max()) for a, b in zip(alone, weights, strict=True))
+            found.rows.append({"residency": "host", "slots": 2, "codec": "fp32", "sliced": False,
+                               "mode": f"step_on {step_on}", "held back": delay, "apart": apart})  # fmt: skip
+            found.require(apart <= (1e-2 if asked.on_gpu else 0.0), f"step_on {step_on}, {delay} held back: {apart}")
         if asked.on_gpu:
             state = {"residency": "disk", "prefetch": False, "path": folder}
             expected = trajectory(asked, width, steps, {"residency": "device"}, "none")
@@ -261,13 +280,30 @@ def races(asked: Asked) -> Found:
     return found
 
 
+# Each of a step's layers is updated while backward goes on below it.
+MODES: dict[str, dict[str, Any]] = {
+    "in backward": {"layers_a_group": 4, "hift": {"update": "in_backward"}},
+    "in backward, by speculation": {
+        "layers_a_group": 4, "hift": {"update": "in_backward", "clipping": "speculative"},
+    },
+}  # fmt: skip
+
+
 def trajectory(
-    asked: Asked, width: int, steps: int, state: dict[str, Any], delay: str, weights_on_host: bool = False
+    asked: Asked,
+    width: int,
+    steps: int,
+    state: dict[str, Any],
+    delay: str,
+    weights_on_host: bool = False,
+    layers_a_group: int = 1,
+    hift: dict[str, Any] | None = None,
 ) -> list[Any]:
     """Weights at the end, on the host.
 
     Args:
         weights_on_host: ZeRO-3 with ``offload_param``.
+        hift: more of that block.
     """
     import torch
     from torch import nn
@@ -277,8 +313,8 @@ def trajectory(
     model.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(4))
     model.forward = lambda x: sum(layer(x).float().square().mean() for layer in model.layers)
     model.to(asked.device, torch.bfloat16)
-    groups = [[f"layers.{i}."] for i in range(4)]
-    config = config_of(state, stage=3 if weights_on_host else 0, hift={"groups": groups})
+    groups = [[f"layers.{i}." for i in range(at, at + layers_a_group)] for at in range(0, 4, layers_a_group)]
+    config = config_of(state, stage=3 if weights_on_host else 0, hift={"groups": groups, **(hift or {})})
     if weights_on_host:
         offload = {"device": "cpu", "pin_memory": asked.on_gpu}
         config["zero_optimization"] |= {"offload_param": offload, "stage3_param_persistence_threshold": 0}
@@ -365,6 +401,7 @@ def overlap(asked: Asked) -> Found:
             "host, 1 slot": {"slots": 1},
             "host, 2 slots": {"slots": 2},
             "host, slices of 2^24, 26 slots": {"slice_numel": 1 << 24, "slots": 26},
+            "host, slices of 2^24, 2 slots": {"slice_numel": 1 << 24, "slots": 2},
         }.items():
             if state is None:
                 continue
@@ -372,25 +409,47 @@ def overlap(asked: Asked) -> Found:
             row = {"tokens": f"{batch} x {length}", "states": name, "factor": row["seconds"] / bare, **row}
             found.rows.append(row)
             found.require(row["synchronized"] == 0, f"{name}: the device was synchronized {row['synchronized']} times")
-            if asked.on_gpu and not asked.tiny and name != "host, 1 slot":
+            if not asked.on_gpu or asked.tiny:
+                continue
+            if name not in ("host, 1 slot", "host, slices of 2^24, 2 slots"):
                 found.require(
                     row["factor"] <= 1.05, f"{name}, {batch} x {length}: {row['factor']:.3f} of the bare loop"
                 )
+            elif row["factor"] > 1.05:  # what a slow step says of itself is what it is slower
+                slower = row["seconds"] - bare
+                found.require(
+                    abs(row["waited_s"] - slower) <= max(0.2 * slower, 0.01),
+                    f"{name}, {batch} x {length}: {slower:.3f} s slower, but says that it waited {row['waited_s']:.3f}",
+                )
+        for codec in ("none", "split_master+int8_moments"):
+            state = {"slots": 2, **({} if codec == "none" else {"codec": codec})}
+            hift = {"update": "in_backward", "group_size": "all"}
+            row = _seconds_of_engine(asked, size, changes, batch, length, state, hift)
+            found.rows.append({"tokens": f"{batch} x {length}", "states": f"all layers in backward, {codec}", **row})
+            found.require(row["synchronized"] == 0, f"in backward: the device was synchronized {row['synchronized']} "
+                          "times")  # fmt: skip
     if asked.on_gpu:
         torch.cuda.empty_cache()
     return found
 
 
 def _seconds_of_engine(
-    asked: Asked, size: str, changes: dict[str, Any], batch: int, length: int, state: dict[str, Any]
+    asked: Asked,
+    size: str,
+    changes: dict[str, Any],
+    batch: int,
+    length: int,
+    state: dict[str, Any],
+    hift: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The mean step of the second cycle."""
+    """The mean step of the second cycle, or of four steps where all layers are one group; for what it says that it
+    waited, and which part of that was for the most frequent cause."""
     import torch
 
     model = llama(size, asked.device, **changes)
-    engine = engine_of(model, config_of(state, train_micro_batch_size_per_gpu=batch))
-    inputs, num = tokens_of(model, batch, length, asked.device), len(engine.groups)
-    counted, stalled, real = 0, 0.0, torch.cuda.synchronize
+    engine = engine_of(model, config_of(state, train_micro_batch_size_per_gpu=batch, hift=hift or {}))
+    inputs, num = tokens_of(model, batch, length, asked.device), max(len(engine.groups), 4)
+    counted, waits, real = 0, Counter[str](), torch.cuda.synchronize
 
     def counting(*args: Any) -> None:
         nonlocal counted
@@ -401,16 +460,19 @@ def _seconds_of_engine(
         if step == num:
             synchronize(asked.device)
             torch.cuda.synchronize = counting
-            started, stalled = time.perf_counter(), 0.0
+            started, waits = time.perf_counter(), Counter()
         engine.backward(engine(**inputs).loss)
         engine.step()
-        stalled += engine.last_report.stalled_s
+        waits.update(engine.last_report.waits)
     torch.cuda.synchronize = real
     synchronize(asked.device)
     seconds = (time.perf_counter() - started) / num
     peak = engine.last_report.peak_bytes
     engine.destroy()
-    return {"seconds": seconds, "stalled_s": stalled / num, "synchronized": counted, "peak_gib": peak / 2**30}
+    return {
+        "seconds": seconds, "waited_s": waits.total() / num, "mostly": ", ".join(c for c, _ in waits.most_common(1)),
+        "synchronized": counted, "peak_gib": peak / 2**30,
+    }  # fmt: skip
 
 
 def _seconds_of_bare_loop(asked: Asked, size: str, changes: dict[str, Any], batch: int, length: int) -> float:
@@ -453,12 +515,11 @@ def _seconds_of_bare_loop(asked: Asked, size: str, changes: dict[str, Any], batc
 
 
 def memory(asked: Asked) -> Found:
-    """What the estimator counts against the largest allocation of a real step."""
-    from benchmarks.memory_against_allocator import EMBEDDING, HEAD, LOWEST, M106, case, model_folder
-    from hift_ds.cli.probe import probe
+    """What the estimator counts against the largest allocation of a real step: never below it."""
+    from benchmarks.memory_against_allocator import EMBEDDING, HEAD, LOWEST, M106, MIDDLE, case, model_folder
 
     found = Found("memory")
-    shape = {"batch": 1, "length": 64} if asked.tiny else {"batch": 8, "length": 512}
+    shape = {"batch": 2, "length": 64} if asked.tiny else {"batch": 8, "length": 512}
     everything = {"activations": {"checkpointing": True, "chunked_loss": True, "offload": True},
                   "state": {"slice_numel": 1 << 21}}  # fmt: skip
     cases = {
@@ -469,70 +530,115 @@ def memory(asked: Asked) -> Found:
         "masters, all switches": case("mixed_hi", EMBEDDING, everything, **shape),
         "masters, two micro-batches": case("mixed_hi", LOWEST, micro_batches=2, **shape),
         "no masters": case("bf16", LOWEST, **shape),
+        "grouped heads": case("mixed_hi", LOWEST, **shape),
+        "grouped heads, padded": case("mixed_hi", LOWEST, padded=True, **shape),
+        "activations on the host": case("mixed_hi", LOWEST, {"activations": {"offload": True}}, **shape),
+        "all layers in backward": case("mixed_hi", 0, {"update": "in_backward", "group_size": "all"}, **shape),
+        "weights on the host": _with_weights_on_host(case("mixed_hi", LOWEST, **shape, visits=3)),
     }
-    from dataclasses import replace
-
-    with model_folder(**(TINY if asked.tiny else M106)) as folder:
-        for name, one in list(cases.items())[: 2 if asked.tiny else None]:
+    if asked.tiny:
+        cases = {name: cases[name] for name in ("fp32, embedding", "grouped heads, padded", "weights on the host")}
+    shape = {**M106, **(TINY if asked.tiny else {})}
+    with model_folder(**shape) as whole, model_folder(**{**shape, "num_key_value_heads": 1}) as grouped:
+        for name, one in cases.items():
             group = min(one.group, 1) if asked.tiny else one.group
-            answer = probe(replace(one.setting, model=folder), group)
-            error = answer["predicted_gib"] / answer["measured_gib"] - 1
-            found.rows.append({"setting": name, **answer, "error": error})
-            found.require(abs(error) <= 0.05, f"{name}: {error:+.1%}")
+            _probe_one(found, name, replace(one.setting, model=grouped if "grouped" in name else whole), group)
+    if asked.on_gpu and not asked.tiny:
+        one = case("mixed_hi", MIDDLE, batch=8, length=512)
+        row = _probe_one(found, "LLaMA-2-7B", replace(one.setting, model="llama2_7b"), 17)
+        found.require(
+            row["reserved_gib"] <= 1.1 * row["measured_gib"], "7B: more than 10 % of what is held is not used"
+        )
     return found
+
+
+def _probe_one(found: Found, name: str, setting: Any, group: int) -> dict[str, Any]:
+    """A row: within 5 %, but for cuBLAS's workspaces, and never below what was measured."""
+    from hift_ds.cli.probe import probe
+    from hift_ds.forecast.setting import WORKSPACE_BYTES
+
+    answer = probe(setting, group)
+    error = answer["predicted_gib"] / answer["measured_gib"] - 1
+    row = {"setting": name, **answer, "error": error}
+    found.rows.append(row)
+    found.require(error >= -0.005, f"{name}: the forecast is {-error:.1%} below what was measured")
+    assumed = WORKSPACE_BYTES / 2**30 if "reserved_gib" in answer else 0.0
+    found.require(
+        answer["predicted_gib"] - assumed <= 1.05 * answer["measured_gib"],
+        f"{name}: the forecast is {error:+.1%} above what was measured",
+    )
+    return row
+
+
+def _with_weights_on_host(one: Any) -> Any:
+    """ZeRO-3 with ``offload_param``."""
+    zero = {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}
+    config = {**one.setting.engine_config, "zero_optimization": zero}
+    return replace(one, setting=replace(one.setting, engine_config=config))
 
 
 # -- 5: resuming ----------------------------------------------------------------------------------------------------
 
 
 def resume(asked: Asked) -> Found:
-    """Killed twice at a random moment and resumed: the weights of the run that was left alone, bit for bit."""
+    """Killed twice at a random moment, with dropout on, and resumed: the weights of the run that was left alone, bit
+    for bit."""
     found = Found("resume")
     random.seed(0)
-    settings = {
+    settings: dict[str, dict[str, Any]] = {
         "host": {},
-        "host, codecs": {"codec": "split_master+int8_moments"},
-        "disk": {"residency": "disk"},
+        "asynchronous saves": {"checkpoint": {"asynchronous": True}},
+        "host, codecs": {"state": {"codec": "split_master+int8_moments"}},
+        "disk": {"state": {"residency": "disk"}},
+        "all layers in backward": {"update": "in_backward", "group_size": "all", "state": {"slots": 2}},
     }
-    for name, state in list(settings.items())[: 1 if asked.tiny else None]:
+    for name, hift in list(settings.items())[: 2 if asked.tiny else None]:
         with tempfile.TemporaryDirectory() as folder:
-            expected = _run_child(asked, state, Path(folder) / "alone", kill_after=None)
+            expected, _ = _run_child(asked, hift, Path(folder) / "alone", kill_after=None)
+            began = []
             for _ in range(2):
-                _run_child(asked, state, Path(folder) / "killed", kill_after=random.randrange(2, 6))
-            resumed = _run_child(asked, state, Path(folder) / "killed", kill_after=None)
-        found.rows.append({"states": name, "same bits": resumed == expected})
+                began.append(_run_child(asked, hift, Path(folder) / "killed", kill_after=random.randrange(2, 5))[1])
+            resumed, last = _run_child(asked, hift, Path(folder) / "killed", kill_after=None)
+        row = {"states": name, "same bits": resumed == expected, "resumed after steps": f"{began[1]}, {last}"}
+        found.rows.append(row)
         found.require(resumed == expected and expected is not None, f"{name}: other weights after two kills")
+        found.require(last > 0, f"{name}: it began anew instead of resuming")
     return found
 
 
-def _run_child(asked: Asked, state: dict[str, Any], folder: Path, kill_after: int | None) -> str | None:
-    """A run of 12 steps that saves each; its weights' digest, or ``None`` if it was killed."""
+def _run_child(asked: Asked, hift: dict[str, Any], folder: Path, kill_after: int | None) -> tuple[str | None, int]:
+    """A run of 12 steps that saves each: its weights' digest, or ``None`` if it was killed, at a random moment within a
+    quarter of a second of its ``kill_after``-th step; and the step that it went on from."""
     folder.mkdir(parents=True, exist_ok=True)
-    if state.get("residency") == "disk":
-        state = {**state, "path": str(folder)}
-    job = json.dumps({"state": state, "folder": str(folder), "device": asked.device, "kill_after": kill_after})
+    if hift.get("state", {}).get("residency") == "disk":
+        hift = {**hift, "state": {**hift["state"], "path": str(folder)}}
+    job = json.dumps({"hift": hift, "folder": str(folder), "device": asked.device, "kill_after": kill_after,
+                      "delay": random.random() / 4})  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(HERE), "--child", job],
         capture_output=True,
         text=True,
         env=_child_environment(asked),
     )
+    began = int(done.stdout.splitlines()[0]) if done.stdout else 0
     if kill_after is not None and done.returncode == -signal.SIGKILL:
-        return None
+        return None, began
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
-    return done.stdout.splitlines()[-1]
+    return done.stdout.splitlines()[-1], began
 
 
 def _child(job: dict[str, Any]) -> None:
     import torch
 
     torch.use_deterministic_algorithms(True)
-    model = llama("llama2_7b", job["device"], **TINY)
-    engine = engine_of(model, config_of(job["state"]))
+    model = llama("llama2_7b", job["device"], **TINY, attention_dropout=0.1)
+    hift = dict(job["hift"])
+    engine = engine_of(model, config_of(hift.pop("state", {}), hift=hift))
     out, sys.stdout = sys.stdout, sys.stderr
     if (Path(job["folder"]) / "latest").exists():
         engine.load_checkpoint(job["folder"])
+    print(engine.global_steps, file=out, flush=True)
     taken = 0
     while engine.global_steps < 12:
         engine.backward(engine(**tokens_of(model, 1, 16, job["device"], seed=engine.global_steps)).loss)
@@ -540,7 +646,10 @@ def _child(job: dict[str, Any]) -> None:
         engine.save_checkpoint(job["folder"])
         taken += 1
         if job["kill_after"] == taken:
-            os.kill(os.getpid(), signal.SIGKILL)
+            threading.Timer(job["delay"], os.kill, (os.getpid(), signal.SIGKILL)).start()
+        if job["kill_after"] is not None and engine.global_steps == 11:
+            time.sleep(60)  # until it comes
+    engine.wait_for_checkpoint()
     digest = hashlib.sha256()
     for param in model.parameters():
         digest.update(param.detach().float().cpu().numpy().tobytes())
@@ -586,11 +695,37 @@ def _losses(asked: Asked, world_size: int, setting: dict[str, Any]) -> list[floa
         )
         for rank in range(world_size)
     ]  # fmt: skip
-    answers = [child.communicate(timeout=900) for child in children]
-    for child, (_, stderr) in zip(children, answers, strict=True):
-        if child.returncode:
-            raise RuntimeError(stderr[-2000:])
-    return json.loads(answers[0][0].splitlines()[-1])
+    return json.loads(_answer_of(children).splitlines()[-1])
+
+
+def _answer_of(children: list[subprocess.Popen], seconds: float = 900.0) -> str:
+    """What the first of them printed, when all have ended well.
+
+    Raises:
+        RuntimeError: one has not, whatever the others wait for.
+    """
+    answers: dict[int, tuple[str, str]] = {}
+
+    def read(rank: int, child: subprocess.Popen) -> None:
+        answers[rank] = child.communicate()
+
+    readers = [threading.Thread(target=read, args=pair, daemon=True) for pair in enumerate(children)]
+    for reader in readers:
+        reader.start()
+    try:
+        _wait_for(lambda: all(c.poll() is not None for c in children) or any(c.poll() for c in children), seconds)
+        codes = [child.poll() for child in children]
+    finally:
+        for child in children:
+            child.kill()
+        for reader in readers:
+            reader.join()
+    for rank, code in enumerate(codes):
+        if code:
+            raise RuntimeError(f"rank {rank} ended with {code}: {answers[rank][1][-2000:]}")
+    if None in codes:
+        raise RuntimeError(f"rank {codes.index(None)} had no answer within {seconds:.0f} s")
+    return answers[0][0]
 
 
 def _rank(job: dict[str, Any]) -> None:
@@ -758,6 +893,7 @@ def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "hift_ds, states on the host": ("hift", {"state": {}}),
     "hift_ds, states on the device": ("hift", {}),
+    "hift_ds, all layers in backward": ("hift", {"state": {}, "update": "in_backward", "group_size": "all"}),
     "full fine-tuning": ("full", {}),
     "ZeRO-Offload": ("zero_offload", {}),
     "LoRA, rank 16": ("lora", {}),
@@ -771,8 +907,12 @@ def peers(asked: Asked) -> Found:
     found = Found("peers")
     for name, (method, settings) in PEERS.items():
         job = json.dumps({"method": method, "settings": settings, "device": asked.device, "tiny": asked.tiny})
-        done = subprocess.run([sys.executable, str(HERE), "--peer", job], env=_child_environment(asked),
-                              capture_output=True, text=True)  # fmt: skip
+        try:
+            done = subprocess.run([sys.executable, str(HERE), "--peer", job], env=_child_environment(asked),
+                                  capture_output=True, text=True, timeout=1800)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            found.notes.append(f"{name}: left out: no answer within 30 minutes")
+            continue
         if done.returncode == 0:
             found.rows.append({"method": name, **json.loads(done.stdout.splitlines()[-1])})
         else:
@@ -799,7 +939,7 @@ def _peer(job: dict[str, Any]) -> None:
 
         method = build(job["method"], model, 0, job["settings"])
         step = lambda: method.step(inputs, 1e-5)  # noqa: E731
-    num = cycle if job["method"] in ("hift", "badam") else 4
+    num = cycle if job["method"] in ("hift", "badam") and job["settings"].get("group_size") != "all" else 4
     for number in range(2 * num):
         if number == num:
             synchronize(job["device"])

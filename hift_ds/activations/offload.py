@@ -33,14 +33,14 @@ class ActivationOffload:
     def __init__(self, model: nn.Module, recomputes: bool) -> None:
         from trl.models.activation_offloading import OffloadActivations, get_act_offloading_ctx_manager
 
-        hooks = {module: _hooks_of(module) for module in model.modules()}
+        before = {module: [set(table) for table in _hooks_of(module)] for module in model.modules()}
         in_flight = {"max_fwd_stash_size": IN_FLIGHT} if recomputes else {}
         self._context = get_act_offloading_ctx_manager(model, warn_if_no_head=False, **in_flight)
         self._new_context = lambda: OffloadActivations(**in_flight)
         self._added = [
             (table, key)
-            for module, before in hooks.items()
-            for table, keys in zip(_hooks_of(module), [set(table) for table in before], strict=True)
+            for module, there in before.items()
+            for table, keys in zip(_hooks_of(module), there, strict=True)
             for key in table
             if key not in keys
         ]

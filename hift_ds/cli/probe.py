@@ -54,7 +54,8 @@ def probe(setting: Setting, index: int | None = None) -> dict[str, Any]:
     are not offloaded, since the host is the device then; both steps go without.
 
     Returns:
-        ``device``, ``group``, ``predicted_gib``, ``measured_gib``.
+        ``device``, ``group``, ``predicted_gib``, ``measured_gib``, and on an accelerator ``reserved_gib``, what
+        its allocator held.
 
     Raises:
         ConfigError: the setting is for several ranks, or this machine has no room for the step.
@@ -81,6 +82,7 @@ def probe(setting: Setting, index: int | None = None) -> dict[str, Any]:
         "group": f"{step.index} ({step.name})",
         "predicted_gib": predicted / GIB,
         "measured_gib": measured["peak_bytes"] / GIB,
+        **({} if on_cpu else {"reserved_gib": measured["reserved_bytes"] / GIB}),
     }
 
 
@@ -115,8 +117,8 @@ def _device_bytes() -> int:
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    """Two steps of the setting's one group in a fresh process: ``device``, ``peak_bytes``, ``parked_bytes`` (states at
-    rest in host memory)."""
+    """Steps of the setting's one group in a fresh process, two at least: ``device``, ``peak_bytes``, ``parked_bytes``
+    (states at rest in host memory), ``reserved_bytes`` (held by the accelerator's allocator)."""
     job = subprocess.run(
         [sys.executable, "-m", "hift_ds.cli.probe"],
         input=json.dumps(asdict(setting)),
@@ -137,14 +139,15 @@ def _run(setting: Setting) -> dict[str, Any]:
     reported = []
     with _allocations(device) as peak_bytes:
         engine = _build(setting, device)
-        for _ in range(2):  # the first makes the states, the second finds them
+        for _ in range(max(setting.visits, 2)):  # the first makes the states, the second finds them
             _step(engine, setting, device)
             reported.append(engine.last_report.peak_bytes)
     store = engine.optimizer.store
     parked = store.total_bytes() if getattr(store, "num_slots", None) is not None else 0
     # The accelerator's counter starts anew in each step, so each step's peak is the one that it reported.
     peak = peak_bytes() if device.type == "cpu" else max(reported)
-    return {"device": device.type, "peak_bytes": peak, "parked_bytes": parked}
+    reserved = 0 if device.type == "cpu" else torch.get_device_module(device).max_memory_reserved()
+    return {"device": device.type, "peak_bytes": peak, "parked_bytes": parked, "reserved_bytes": reserved}
 
 
 def _build(setting: Setting, device: torch.device) -> HiFTEngine:

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -350,9 +350,9 @@ def group_optimizer(
     state, device = facts.hift.state, facts.update_device
     rounding_seed = facts.hift.seed * 65_537 + facts.rank
     piecewise = PiecewiseOptimizer(base)
-    split = None
+    split, machine = None, _machine_before_states(facts.machine)
     if state.step_on == "split":
-        make_store = functools.partial(build_split_store, state, device, seed=rounding_seed, machine=facts.machine)
+        make_store = functools.partial(build_split_store, state, device, seed=rounding_seed, machine=machine)
         split = SplitUpdates(host_share(facts, groups, parameters, piecewise), state.host_share is not None, make_store)
     states = GroupStates(
         groups,
@@ -362,7 +362,7 @@ def group_optimizer(
         device,
         store=split.make_store()
         if split is not None
-        else build_store(state, device, seed=rounding_seed, machine=facts.machine),
+        else build_store(state, device, seed=rounding_seed, machine=machine),
         always_store=build_resident_store(state, device, seed=rounding_seed),
         split=split,
         may_hold=facts.hift.clipping == "speculative" and facts.max_grad_norm > 0,
@@ -395,6 +395,16 @@ def check_room(facts: EngineFacts, optimizer: HiFTOptimizer) -> None:
         groups = optimizer.groups.values()
         kept = max(optimizer.kept_on_host(group, facts.micro_batches) for group in groups)
         optimizer.states.check_room(facts.machine, kept)
+
+
+def _machine_before_states(machine: Machine) -> Machine:
+    """With the host memory that is free now. No rank takes any for states before all have looked: one that comes late
+    would find what is meant for it taken."""
+    if machine.host is not None:
+        return machine
+    found = machine.host_bytes()
+    gather(None)
+    return replace(machine, noted=found)
 
 
 def watch_entrances(

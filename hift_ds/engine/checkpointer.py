@@ -93,6 +93,7 @@ class Checkpointer:
         engine.optimizer.check_whole()
         if engine.optimizer.is_mid_step:
             raise CheckpointError("save_checkpoint between backward() and step(): call it after engine.step()")
+        engine.optimizer.waits.skip()
         good = self.wait()
         started = time.perf_counter()
         try:

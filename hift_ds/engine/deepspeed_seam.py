@@ -137,7 +137,9 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
     def enter(self) -> None:
         """A forward begins. If it is one with gradients, the active groups get their flags; the first such forward of a
         step starts the step's count of memory."""
-        if self.flags.shown and torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            self.waits.skip()
+        elif self.flags.shown:
             if not self.flags.step_began:  # what came before, an evaluation say, is not this step's
                 restart_peak_bytes()
                 self.store.busy()
@@ -203,7 +205,21 @@ class SeamEngine(DeepSpeedEngine):
                 "optimizer states is hidden; leave it out"
             )
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's, which compiles the whole model."""
+        self._say_what_compiling_leads_to()
+        super().compile(*args, **kwargs)
+
+    def _say_what_compiling_leads_to(self) -> None:
+        if self.hift.group_size != "all" and world_rank_and_size()[0] == 0:
+            logger.warning(
+                "a model that is compiled whole is compiled anew for each layer group, and after eight of them runs "
+                "uncompiled without a word; compile the blocks: for block in model.model.layers: block.compile()"
+            )
+
     def _configure_distributed_model(self, model: torch.nn.Module) -> None:
+        if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+            self._say_what_compiling_leads_to()
         self.before_cast(model)
         super()._configure_distributed_model(model)
         if self.has_moe_layers:

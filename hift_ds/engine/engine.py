@@ -69,7 +69,7 @@ class HiFTEngine(SeamEngine):
             self.optimizer.lr.watch(self.lr_scheduler)
             self.auto_groups.settle_by_config()
             if self.global_rank == 0 and logger.isEnabledFor(logging.INFO):
-                for line in filter(None, (self.optimizer.states.arithmetic().line(), self.optimizer.clipping_line)):
+                for line in filter(None, (self.optimizer.arithmetic().line(), self.optimizer.clipping_line)):
                     logger.info(line)
             names = {index: [m.name for m in group.members] for index, group in self.optimizer.groups.items()}
             self.savings = ActivationSavings(self.module, self.hift.activations, names)
@@ -87,7 +87,7 @@ class HiFTEngine(SeamEngine):
     def lines_at_start(self) -> list[str]:
         """What there is to say of a run before its first step: what states take and move, which norm gradients are
         clipped by where that is a choice, and how a group size came about that was left to the engine."""
-        lines = (self.optimizer.states.arithmetic().line(), self.optimizer.clipping_line, self.auto_groups.line)
+        lines = (self.optimizer.arithmetic().line(), self.optimizer.clipping_line, self.auto_groups.line)
         return [line for line in lines if line]
 
     @property

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from hift_ds.engine.deepspeed_seam import SeamEngine, peak_bytes
 from hift_ds.schedule import Cursor
-from hift_ds.step_report import StepReport
-from hift_ds.store.base import CAUSES
+from hift_ds.step_report import CAUSES, StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +137,7 @@ class StepNotes:
         """Once a cycle is over that waited for more than ``WORTH_A_LINE`` of its time; again for another cause."""
         now = time.perf_counter()
         started, self._ended_at = self._ended_at, now
-        if started is None:
+        if started is None or self._engine.optimizer.waits.take_skipped():
             return
         line = self._slow.add(report, now - started - report.checkpoint_s)
         if line and self._engine.global_rank == 0:

@@ -114,7 +114,7 @@ class GroupStep:
             "phase:where", such as "backward:active block".
         flops: of matrix products, by phase.
         state_bytes: master and optimizer states of the group, at rest.
-        offloaded_bytes: host memory that the step took for a while.
+        offloaded_bytes: host memory that the step took for a while, in the powers of two that are page-locked for it.
         numel_gathered: elements of partitioned weights that forward and backward gathered (ZeRO-3).
     """
 

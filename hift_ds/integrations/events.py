@@ -96,8 +96,8 @@ class EngineEvents(TrainerCallback):
 
     def fields(self) -> dict[str, float]:
         """What a log line of training gets besides the Trainer's: of the last step its learning rate, ``group`` and
-        ``cycle``; of the steps since the last line their mean seconds, the seconds they waited for states, and the
-        highest memory."""
+        ``cycle``; of the steps since the last line their mean seconds, the seconds they waited for states and for
+        anything, and the highest memory."""
         reports, self._reports = self._reports, []
         if not reports:
             return {}
@@ -107,6 +107,7 @@ class EngineEvents(TrainerCallback):
             "cycle": reports[-1].cycle,
             "step_time_s": round(self._step_time_s, 4),
             "stalled_s": round(sum(report.stalled_s for report in reports), 4),
+            "waited_s": round(sum(sum(report.waits.values()) for report in reports), 4),
             "peak_memory_gib": round(max(report.peak_bytes for report in reports) / 2**30, 4),
         }
 

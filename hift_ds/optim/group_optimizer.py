@@ -29,6 +29,7 @@ from hift_ds.optim.trainable_flags import TrainableFlags
 from hift_ds.optim.trials import Trials
 from hift_ds.precision import LossScaler
 from hift_ds.schedule import GroupSchedule
+from hift_ds.store.arithmetic import StateArithmetic
 from hift_ds.store.base import StateStore
 from hift_ds.store.movers import Waits
 
@@ -158,7 +159,8 @@ class GroupOptimizer:
         self.parameters.set_pending(param, grad)
 
     def take_gradient_traffic(self) -> tuple[int, int]:
-        """Bytes of gradients that went to host memory and came back since this was last asked."""
+        """Bytes of gradients that went to host memory and came back since this was last asked. Before
+        :meth:`take_waits`, which has the waits for them."""
         return 0, 0
 
     def activate(self) -> None:
@@ -223,6 +225,10 @@ class GroupOptimizer:
         self.schedule.advance()
         self.states.prefetch(self.groups[self.schedule.active])
         return True
+
+    def arithmetic(self) -> StateArithmetic:
+        """What a step moves, for the line at the start."""
+        return self.states.arithmetic(self.updates_in_backward)
 
     def waiting_for_ranks(self) -> contextlib.AbstractContextManager[None]:
         """Around what ranks do together: the computation stands still for it."""
@@ -375,7 +381,8 @@ class GroupOptimizer:
     def finish_copies(self) -> None:
         """See that what is computed from here on has the new weights."""
         if self.host_updates is not None:
-            self._changed_on_host += self.host_updates.finish()
+            with self.waits.around("host_update"):
+                self._changed_on_host += self.host_updates.finish()
         if self.host_step is not None:
             self.host_step.finish()
         self.parameters.finish_writes()
@@ -459,7 +466,7 @@ class GroupOptimizer:
         elsewhere = [device for device in devices if device.type != "cpu"]
         if not (self.update_device.type == "cpu" or self.states.split is not None) or not elsewhere:
             return None
-        return HostStep(self.store.traffic, elsewhere[0], pin_memory)
+        return HostStep(self.store.traffic, elsewhere[0], pin_memory, beside=self.states.split is not None)
 
     # -- bookkeeping ------------------------------------------------------------------------------------------
 

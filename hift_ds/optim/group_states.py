@@ -319,13 +319,26 @@ class GroupStates:
             total += sum(view.dtype.itemsize * math.prod(view.shape) for view in shaped)
         return total
 
-    def arithmetic(self) -> StateArithmetic:
-        """What a step of a rotating group moves, on average over a cycle. The store's link is measured for it, once."""
+    def arithmetic(self, in_backward: bool = False) -> StateArithmetic:
+        """What a step of a rotating group moves, on average over a cycle. The store's link is measured for it, once.
+
+        Args:
+            in_backward: updates are made in backward, which gives slots back before it has ended: what comes late then
+                depends on its speed.
+        """
         store = self.store
         assert isinstance(store, EncodedStateStore | SplitStateStore)
         rotating = [group for index, group in self.groups.items() if index != ALWAYS]
-        moved = sum(store.num_bytes(chunk.id) for group in rotating for chunk in group.chunks)
-        return StateArithmetic(store.place, store.total_bytes(), moved / len(rotating), store.link, store.num_slots)
+        moved = [[store.num_bytes(chunk.id) for chunk in group.chunks] for group in rotating]
+        late = [] if in_backward else [sum(sizes[store.num_slots :]) for sizes in moved]
+        return StateArithmetic(
+            place=store.place,
+            total_bytes=store.total_bytes(),
+            step_bytes=sum(map(sum, moved)) / len(rotating),
+            link=store.link,
+            slots=store.num_slots,
+            late_bytes=sum(late) / len(rotating),
+        )
 
     # -- in a step --------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hift_ds.store.base import Traffic
 from hift_ds.store.movers import IN, OUT, InlineMover, Mover, StreamMover, Ticket, one_thread
+from hift_ds.store.page_locked import PageLockedMemory
 from hift_ds.store.streams import streams_of
 
 IN_FLIGHT = 4  # gradients on their way at once
@@ -40,6 +41,7 @@ class HostGradients:
         )
         self._mover.causes = dict.fromkeys((IN, OUT), "gradients_on_host")
         self._pin_memory = pin_memory and device.type != "cpu"
+        self._locked = PageLockedMemory()
         self._thread = None if self._streams is None else one_thread("gradients")
         self._kept: dict[Hashable, Tensor] = {}
         # What is kept is there when its copy and the thread's addition have ended.
@@ -86,7 +88,7 @@ class HostGradients:
         del grad  # not before
 
     def _add(self, ticket: Ticket | None, staged: Tensor, total: Tensor, first: bool) -> None:
-        self._mover.settle(ticket)
+        self._mover.settle(ticket, is_stall=False)
         if first:
             total.copy_(staged)
         else:
@@ -145,11 +147,14 @@ class HostGradients:
         if self._thread is not None:
             self._thread.shutdown(wait=True)
         self._used.clear()
+        self._locked = PageLockedMemory()
 
     def _buffer(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         used = self._used.get((shape, dtype))
+        if not used and self._pin_memory:
+            return self._locked.whole(shape.numel(), dtype).view(shape)
         if not used:
-            return torch.empty(shape, dtype=dtype, pin_memory=self._pin_memory)
+            return torch.empty(shape, dtype=dtype)
         wait, buffer = used.popleft()
         wait()
         return buffer

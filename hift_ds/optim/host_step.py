@@ -36,10 +36,12 @@ class HostStep:
         traffic: counts what travels: gradients in, weights out, as seen from where the update runs.
         device: where the weights are.
         pin_memory: page-lock the buffers, without which nothing overlaps.
+        beside: a thread updates beside the training, which does not wait when that does.
     """
 
-    def __init__(self, traffic: Traffic, device: torch.device, pin_memory: bool = True) -> None:
+    def __init__(self, traffic: Traffic, device: torch.device, pin_memory: bool = True, beside: bool = False) -> None:
         self.traffic = traffic
+        self._is_stall = not beside
         has_streams = streams_of(device) is not None
         self.mover: Mover = StreamMover(traffic, device) if has_streams else InlineMover(traffic, device)
         self.mover.causes = dict.fromkeys((IN, OUT), "host_update")
@@ -66,13 +68,13 @@ class HostStep:
             self.expect(grad)
         ticket, expected, buffer = self._coming.popleft()
         assert expected.data_ptr() == grad.data_ptr() and expected.shape == grad.shape, "another was expected"
-        self.mover.settle(ticket)
+        self.mover.settle(ticket, self._is_stall)
         return buffer.to(torch.float32, copy=True)  # the next but one overwrites the buffer
 
     def send_weight(self, weight: Tensor, value: Tensor, generator: torch.Generator | None) -> None:
         """Round ``value`` (fp32, on the host) and start it on its way into ``weight``."""
         at, self._next = self._next, (self._next + 1) % NUM_BUFFERS
-        self.mover.settle(self._sent[at])
+        self.mover.settle(self._sent[at], self._is_stall)
         self._for_weights[at] = self._at_least(self._for_weights[at], weight)
         buffer = _shaped(self._for_weights[at], weight)
         write_weight_(buffer, value, generator)

@@ -133,13 +133,6 @@ class InBackwardOptimizer(GroupOptimizer):
 
     # -- backward -----------------------------------------------------------------------------------------------
 
-    def take_waits(self) -> dict[str, float]:
-        waits = super().take_waits()
-        for kept in (self.sums, self.parked):
-            for cause, seconds in kept.traffic.take().waits.items():
-                waits[cause] = waits.get(cause, 0.0) + seconds
-        return waits
-
     def activate(self) -> None:
         self.check_whole()
         super().activate()
@@ -501,6 +494,9 @@ class InBackwardOptimizer(GroupOptimizer):
 
     def take_gradient_traffic(self) -> tuple[int, int]:
         taken = [host.traffic.take() for host in (self.sums, self.parked, self.weights_before)]
+        for traffic in taken:
+            for cause, seconds in traffic.waits.items():
+                self.waits.traffic.waited(cause, seconds)
         return sum(traffic.bytes_out for traffic in taken), sum(traffic.bytes_in for traffic in taken)
 
     # -- bookkeeping --------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from hift_ds.checkpoint.files import explain_refusal
 from hift_ds.errors import TrainingError
 from hift_ds.report.coverage import kept_step, make_coverage, write_coverage
 from hift_ds.report.groups import GroupSummary, summarize, write_groups
-from hift_ds.report.metrics import EvalRecord, MetricsWriter, StepRecord
+from hift_ds.report.metrics import EvalRecord, MetricsWriter, StepRecord, read_metrics, share_waited
 from hift_ds.report.plots import plot_run
 from hift_ds.report.progress import Progress, SilentProgress, clock, make_progress
+from hift_ds.report.transfers import summary
 from hift_ds.schedule import GroupSchedule
 
 if TYPE_CHECKING:
@@ -184,6 +185,9 @@ class ReportCallback(TrainerCallback):
                 style="bold",
             )
         self._report_coverage(self._kept_step)
+        steps = read_metrics(self.run_dir).steps
+        if share_waited(steps)[0] is not None and hasattr(self._get_engine(), "last_report"):
+            self._progress.note(summary(steps))
         if self._plots and state.global_step > 0:
             drawn = plot_run(self.run_dir)
             self._progress.note("drawn: " + ", ".join(str(path) for path in drawn))
@@ -199,7 +203,7 @@ class ReportCallback(TrainerCallback):
         report = getattr(self._get_engine(), "last_report", None)
         if report is not None:
             record |= {name: getattr(report, name) for name in _SAME_NAME if hasattr(report, name)}  # type: ignore[typeddict-item]
-            if getattr(report, "waits", None):
+            if getattr(report, "waits", None) is not None:
                 record["waits_s"] = {cause: round(seconds, 6) for cause, seconds in report.waits.items()}
             if hasattr(report, "peak_bytes"):
                 record["peak_memory_gib"] = report.peak_bytes / 2**30

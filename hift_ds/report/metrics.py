@@ -6,11 +6,14 @@ import errno
 import json
 import math
 import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
 from hift_ds.checkpoint.files import replace_text
+from hift_ds.step_report import CAUSES
 
 FILE_NAME = "metrics.jsonl"
 
@@ -42,13 +45,42 @@ class StepRecord(TypedDict, total=False):
     undone_s: float
     transfer_s: float  # state transfers, whether hidden or not
     stalled_s: float  # the part of transfer_s the step waited for, on the device or on the host
-    waits_s: dict[str, float]  # seconds that the step stood still, by cause; those for states are stalled_s
+    # Seconds that the step stood still, by cause (hift_ds.step_report.CAUSES). Those for states are stalled_s.
+    waits_s: dict[str, float]
     # Training waited for checkpoints since the last step: copying, and writing unless asynchronous.
     checkpoint_s: float
     # Highest allocation on the device in this step, this rank; without one resident memory at its end.
     peak_memory_gib: float
     # What peak_memory_gib was expected to be at most, once that is known; on accelerators.
     forecast_memory_gib: float
+
+
+def waits_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds that a step stood still, by cause: the one number of them that reports show is their sum. A file of
+    before causes were noted has those for states."""
+    waits = record.get("waits_s")
+    if waits is None:
+        return {"states_in": record["stalled_s"]} if record.get("stalled_s") else {}
+    return {cause: seconds or 0.0 for cause, seconds in waits.items()}
+
+
+def waited_for(cause: str) -> str:
+    """In words: "states to arrive"."""
+    return CAUSES.get(cause, cause).partition(" (")[0]
+
+
+def share_waited(records: Iterable[Mapping[str, Any]]) -> tuple[float | None, dict[str, float]]:
+    """Of the steps' time the share that they stood still, ``None`` if their time is not known; and how it divides by
+    cause, the largest part first."""
+    total, seconds = 0.0, Counter[str]()
+    for record in records:
+        if record.get("step_time_s"):
+            total += record["step_time_s"]
+            seconds.update(waits_of(record))
+    if not total:
+        return None, {}
+    shares = {cause: part / total for cause, part in seconds.most_common() if part}
+    return sum(shares.values()), shares
 
 
 class EvalRecord(TypedDict, total=False):

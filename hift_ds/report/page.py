@@ -35,8 +35,9 @@ _PICTURES = {  # name of the file: title, what is seen
         "is the memory of the process, which has no forecast.",
     ),
     "transfers": (
-        "Waiting for optimizer states",
-        "Transfers that computing hides cost nothing; the rest is waited for.",
+        "What steps waited for",
+        "Transfers of optimizer states that computing hides cost nothing; the rest is waited for, and so is what else "
+        "made the computation stand still.",
     ),
 }
 
@@ -115,7 +116,7 @@ def _facts(run: RunSummary) -> list[dict[str, Any]]:
     if peaks:
         say("peak memory, first rank", f"{max(peaks):.2f} GiB")
     if run.waited is not None:
-        say("of the time waited for optimizer states", f"{run.waited:.1%}", run.waited > 0.1)
+        say("of the time steps waited", f"{run.waited:.1%}", run.waited > 0.1)
     if run.tokens_per_s is not None:
         say("tokens a second, all ranks", f"{run.tokens_per_s:,.0f}")
     return out

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from hift_ds.report.metrics import StepRecord
+from hift_ds.report.metrics import StepRecord, share_waited, waited_for
 
 
 def print_line(text: str) -> None:
@@ -56,7 +56,7 @@ class Pace:
         self._times: deque[float] = deque(maxlen=kept)
         self._rates: deque[float] = deque(maxlen=kept)
         self._losses: deque[float] = deque(maxlen=kept)
-        self._stalls: deque[float] = deque(maxlen=kept)
+        self._waits: deque[StepRecord] = deque(maxlen=kept)
 
     def add(self, record: StepRecord) -> None:
         self.step = record["step"]
@@ -64,10 +64,10 @@ class Pace:
             (self._times, "step_time_s"),
             (self._rates, "tokens_per_s"),
             (self._losses, "loss"),
-            (self._stalls, "stalled_s"),
         ):
             if record.get(key) is not None:
                 values.append(record[key])  # type: ignore[literal-required]
+        self._waits.append(record)
 
     @property
     def loss(self) -> float | None:
@@ -86,11 +86,6 @@ class Pace:
         return sum(r * t for r, t in zip(self._rates, self._times, strict=True)) / seconds if seconds else None
 
     @property
-    def waited(self) -> float:
-        """The share of the steps' time that they waited for optimizer states."""
-        return sum(self._stalls) / sum(self._times) if self._stalls and sum(self._times) else 0.0
-
-    @property
     def left_s(self) -> float | None:
         return None if self.step_time_s is None else self.step_time_s * max(self.total_steps - self.step, 0)
 
@@ -105,8 +100,10 @@ class Pace:
             out.append(f"loss {self.loss:.3f}")
         if self.tokens_per_s is not None:
             out.append(f"{self.tokens_per_s:,.0f} tok/s")
-        if self.waited >= 0.01:
-            out.append(f"{self.waited:.0%} waiting for states")
+        waited, shares = share_waited(self._waits)
+        if waited and waited >= 0.01:
+            mostly = "" if len(shares) == 1 else "mostly "
+            out.append(f"{waited:.0%} waiting, {mostly}for {waited_for(next(iter(shares)))}")
         if self.left_s is not None:
             out.append(f"{clock(self.left_s)} left")
         return out

@@ -16,7 +16,7 @@ import yaml
 from hift_ds.errors import DataError
 from hift_ds.report import coverage as coverage_file
 from hift_ds.report.groups import GroupSummary, read_groups
-from hift_ds.report.metrics import Metrics, read_metrics
+from hift_ds.report.metrics import Metrics, read_metrics, share_waited
 from hift_ds.version import __version__
 
 SETTINGS_FILE, RESULTS_FILE, DEEPSPEED_FILE = "run.yaml", "all_results.json", "deepspeed.json"
@@ -101,10 +101,9 @@ class RunSummary:
 
     @property
     def waited(self) -> float | None:
-        """The share of the steps' time that they waited for optimizer states; None: not known."""
-        times = [r.get("step_time_s") for r in self.metrics.steps if r.get("stalled_s") is not None]
-        total = sum(time for time in times if time)
-        return sum(r.get("stalled_s") or 0.0 for r in self.metrics.steps) / total if total else None
+        """The share of the steps' time that they stood still, whatever for; None: not known."""
+        known = [r for r in self.metrics.steps if r.get("waits_s") is not None or r.get("stalled_s") is not None]
+        return share_waited(known)[0]
 
     @property
     def memory(self) -> list[GroupMemory]:

@@ -1,5 +1,5 @@
-"""``transfers.png``: what moving optimizer states (and gradients, with updates in backward) took, and how much of it
-the steps waited for."""
+"""``transfers.png``: what steps waited for, and what moving optimizer states (and gradients, with updates in backward)
+took beside their computing."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hift_ds.report.metrics import StepRecord
+from hift_ds.report.metrics import StepRecord, share_waited, waited_for, waits_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_HIDDEN, _STALLED, _STEP, _IN, _OUT = "#a3bfe8", "#d9480f", "#1f2933", "#1f5fbf", "#6b8e23"
+_HIDDEN, _STEP, _IN, _OUT = "#dbe4f0", "#1f2933", "#1f5fbf", "#6b8e23"
 _UNDONE = "#8f2d56"
 # By the record's key: name, colour and dashes of a line.
 _LINES = {
@@ -23,6 +23,7 @@ _LINES = {
     "grad_bytes_out": ("gradients to the host", "#e08e0b", "-"),
     "grad_bytes_in": ("gradients back", "#7a5195", (0, (4, 3))),
 }
+_WAITS = ("#d9480f", "#f2a93b", "#8d5a97", "#3b8ea5", "#7a8794")  # the last one: all causes that have no own
 _MAX_BARS = 200
 
 
@@ -30,47 +31,73 @@ WORTH_A_PICTURE = 0.01  # of the steps' time that they waited; below it one numb
 
 
 def are_worth_a_picture(steps: Sequence[StepRecord]) -> bool:
-    """Something moved, and steps waited for it; or updates were made twice."""
+    """Steps stood still for something, or updates were made twice."""
     if any(record.get("undone") for record in steps):
         return True
-    moved = any(record.get(key) for key in _LINES for record in steps)
-    stalled, total = (float(np.nansum(column(steps, key))) for key in ("stalled_s", "step_time_s"))
-    return moved and total > 0 and stalled / total > WORTH_A_PICTURE
+    waited, _ = share_waited(steps)
+    return waited is not None and waited > WORTH_A_PICTURE
 
 
 def transfers_figure(steps: Sequence[StepRecord]) -> Figure:
-    """Seconds of transfer per step, hidden and waited for, under the step's own time, and what second updates took
-    (``clipping: speculative``); below, the bytes that moved: states, and gradients if any went to host memory.
+    """Seconds per step that it waited, by cause, transfers that were hidden, and what second updates took
+    (``clipping: speculative``), under the step's own time; below, the bytes that moved: states, and gradients if any
+    went to host memory.
 
     Long runs are drawn as means over equal stretches of steps.
     """
     from matplotlib.figure import Figure
 
-    keys = ("transfer_s", "stalled_s", "step_time_s", "undone_s", *_LINES)
     at, width = stretch_means(column(steps, "step"))
+    keys = ("step_time_s", "undone_s", *_LINES)
     means = {key: stretch_means(column(steps, key))[0] for key in keys}
-    figure = Figure(figsize=(10, 5.6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    _draw_seconds(top, at, means, width)
-    _draw_bytes(bottom, at, means)
-    top.set_title(summary(steps), loc="left", fontsize=10)
+    means["hidden"] = stretch_means(hidden_seconds(steps))[0]
+    moves = any(np.nansum(means[key]) for key in _LINES)
+    figure = Figure(figsize=(11, 5.6 if moves else 3.8), layout="constrained")
+    rows = figure.subplots(2 if moves else 1, 1, sharex=True, height_ratios=(3, 2) if moves else (1,), squeeze=False)
+    top, bottom = rows[0, 0], rows[-1, 0]
+    _draw_seconds(top, at, waits_to_draw(steps), means, width)
+    if moves:
+        _draw_bytes(bottom, at, means)
+    top.set_title(summary(steps), loc="left", fontsize=10, wrap=True)
     bottom.set_xlabel("optimizer step" if width == 1 else f"optimizer step (means of {width})")
     return figure
 
 
 def summary(steps: Sequence[StepRecord]) -> str:
     """One sentence, over all steps."""
-    total = {key: float(np.nansum(column(steps, key))) for key in ("transfer_s", "stalled_s", "step_time_s")}
-    if not total["transfer_s"]:
-        return "no state transfers"
-    hidden = max(total["transfer_s"] - total["stalled_s"], 0.0) / total["transfer_s"]
-    text = f"{total['transfer_s']:,.1f} s of state transfers, {hidden:.0%} of them hidden"
-    if total["step_time_s"]:
-        text += f"; steps waited {total['stalled_s'] / total['step_time_s']:.1%} of their time"
+    moved = float(np.nansum(column(steps, "transfer_s")))
+    parts = []
+    if moved:
+        parts.append(
+            f"{moved:,.1f} s of state transfers, {np.nansum(hidden_seconds(steps)) / moved:.0%} of them hidden"
+        )
+    waited, shares = share_waited(steps)
+    if waited is not None:
+        worst = [f"{share:.1%} for {waited_for(cause)}" for cause, share in list(shares.items())[:2] if share >= 0.001]
+        more = f": {', '.join(worst)}" if worst else ""
+        parts.append(f"steps waited {waited:.1%} of their time{more}")
     tried, undone = (sum(bool(record.get(key)) for record in steps) for key in ("tried", "undone"))
     if tried:
-        text += f"; {undone} of {tried} updates on trial made again ({np.nansum(column(steps, 'undone_s')):.3g} s)"
-    return text
+        again = np.nansum(column(steps, "undone_s"))
+        parts.append(f"{undone} of {tried} updates on trial made again ({again:.3g} s)")
+    return "; ".join(parts) or "no state transfers"
+
+
+def hidden_seconds(steps: Sequence[StepRecord]) -> np.ndarray:
+    """Of each step's transfers, those that nobody waited for."""
+    return np.maximum(column(steps, "transfer_s") - np.nan_to_num(column(steps, "stalled_s")), 0)
+
+
+def waits_to_draw(steps: Sequence[StepRecord]) -> dict[str, np.ndarray]:
+    """By cause in words, the largest first, the mean seconds of each stretch. Causes that are too many for colours, and
+    those of less than a hundredth of all, are one."""
+    totals = share_waited(steps)[1] or dict.fromkeys((c for record in steps for c in waits_of(record)), 1.0)
+    named = [cause for cause, share in totals.items() if share >= 0.01 * sum(totals.values())][: len(_WAITS) - 1]
+    columns = {waited_for(cause): np.array([waits_of(r).get(cause, 0.0) for r in steps]) for cause in named}
+    if set(totals) - set(named):
+        rest = [sum(s for cause, s in waits_of(r).items() if cause not in named) for r in steps]
+        columns["other things"] = np.array(rest, dtype=float)
+    return {name: stretch_means(values)[0] for name, values in columns.items()}
 
 
 def column(steps: Sequence[StepRecord], key: str) -> np.ndarray:
@@ -86,16 +113,21 @@ def stretch_means(values: np.ndarray) -> tuple[np.ndarray, int]:
     return np.array([np.nanmean(part) if np.isfinite(part).any() else np.nan for part in parts]), width
 
 
-def _draw_seconds(axes: Axes, at: np.ndarray, means: dict[str, np.ndarray], width: int) -> None:
-    stalled = np.nan_to_num(means["stalled_s"])
-    hidden = np.maximum(np.nan_to_num(means["transfer_s"]) - stalled, 0)
-    axes.bar(at, hidden, width * 0.9, bottom=stalled, color=_HIDDEN, label="transfer, hidden behind computing")
-    axes.bar(at, stalled, width * 0.9, color=_STALLED, label="waited for")
+def _draw_seconds(
+    axes: Axes, at: np.ndarray, waits: dict[str, np.ndarray], means: dict[str, np.ndarray], width: int
+) -> None:
+    floor = np.zeros(len(at))
+    for (name, seconds), colour in zip(waits.items(), _WAITS, strict=False):
+        colour = _WAITS[-1] if name == "other things" else colour
+        axes.bar(at, seconds, width * 0.9, bottom=floor, color=colour, label=f"waited for {name}")
+        floor = floor + seconds
+    hidden, undone = np.nan_to_num(means["hidden"]), np.nan_to_num(means["undone_s"])
+    if hidden.any():
+        axes.bar(at, hidden, width * 0.9, bottom=floor, color=_HIDDEN, label="transfers, hidden")
+    if undone.any():
+        axes.bar(at, undone, width * 0.5, bottom=floor + hidden, color=_UNDONE, label="updates made again, clipped")
     if np.isfinite(means["step_time_s"]).any():
         axes.plot(at, means["step_time_s"], color=_STEP, linewidth=1, label="the whole step")
-    undone = np.nan_to_num(means["undone_s"])
-    if undone.any():
-        axes.bar(at, undone, width * 0.5, bottom=stalled + hidden, color=_UNDONE, label="updates made again, clipped")
     axes.set_ylabel("seconds a step")
     _finish(axes)
 
@@ -109,6 +141,7 @@ def _draw_bytes(axes: Axes, at: np.ndarray, means: dict[str, np.ndarray]) -> Non
 
 
 def _finish(axes: Axes) -> None:
-    axes.set_ylim(0, 1.2 * axes.get_ylim()[1])  # room for the legend
-    axes.legend(frameon=False, loc="upper right", ncols=4)
+    axes.set_ylim(bottom=0)
+    if axes.get_legend_handles_labels()[1]:  # beside the bars, which would be small with so many lines above them
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)

@@ -43,7 +43,7 @@ def run(setting: Setting) -> Result:
     """Step the layer groups of ``setting`` and report what was alive when."""
     with fake_device.fake_device(setting.on_host) as name:
         _join(setting)
-        device, host, flops = MemoryTracker(name), MemoryTracker("cpu", block_bytes=1), FlopCounter()
+        device, host, flops = MemoryTracker(name), MemoryTracker("cpu", 1, page_locked=True), FlopCounter()
         with Watch(host, device, flops=flops):
             device.mark("build")
             model = build_model(setting, name)

@@ -65,11 +65,13 @@ class MemoryTracker:
     Args:
         device_type: "cuda", "cpu" or a fake device's.
         block_bytes: sizes are rounded up to a multiple of it.
+        page_locked: sizes are rounded up to a power of two, as torch's allocator of page-locked memory does.
     """
 
-    def __init__(self, device_type: str, block_bytes: int = CUDA_BLOCK_BYTES) -> None:
+    def __init__(self, device_type: str, block_bytes: int = CUDA_BLOCK_BYTES, page_locked: bool = False) -> None:
         self.device_type = device_type
         self.block_bytes = block_bytes
+        self.page_locked = page_locked
         self.blocks: list[Block] = []
         self.events: list[tuple[int, int]] = []  # (index of the block, bytes gained or lost)
         self.marks: list[Mark] = []
@@ -87,6 +89,8 @@ class MemoryTracker:
         index = self._block_of.get(key)
         if index is None:
             num_bytes = -(-storage.nbytes() // self.block_bytes) * self.block_bytes
+            if self.page_locked and num_bytes:
+                num_bytes = 1 << (num_bytes - 1).bit_length()
             index = len(self.blocks)
             self.blocks.append(Block(num_bytes, len(self.events), category))
             self._block_of[key] = index

@@ -16,6 +16,7 @@ class StateArithmetic:
     step_bytes: float  # moved each way in a step, averaged over a cycle
     link: Link | None  # None if nothing moves
     slots: int  # that states arrive in; 0 without prefetch
+    late_bytes: float = 0.0  # of step_bytes, slices without a slot: they move during the update and not before
 
     @property
     def transfer_s(self) -> float:
@@ -25,12 +26,23 @@ class StateArithmetic:
         one_way = (self.step_bytes / self.link.into, self.step_bytes / self.link.out)
         return max(one_way) if self.slots > 1 else sum(one_way)
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds of ``transfer_s`` that no computing can hide: the step waits for them, however long it computes."""
+        if not self.slots:
+            return self.transfer_s
+        return self.transfer_s * self.late_bytes / self.step_bytes if self.late_bytes else 0.0
+
     def line(self) -> str:
         """The figures as a sentence for the log."""
         kept = f"states: {_bytes(self.total_bytes)} {self.place}"
         if self.link is None:
             return f"{kept}; nothing moves"
-        when = "beside its computing" if self.slots else "all of it waited for (prefetch: false)"
+        when = "beside its computing"
+        if not self.slots:
+            when = "all of it waited for (prefetch: false)"
+        elif self.late_bytes:
+            when = f"of which {self.waited_s:.3g} s are waited for (slices without a slot) and the rest is {when}"
         return (
             f"{kept}; a step moves {_bytes(self.step_bytes)} in at {_bytes(self.link.into)}/s and out at "
             f"{_bytes(self.link.out)}/s: {self.transfer_s:.3g} s, {when}"

@@ -27,18 +27,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from hift_ds.store.machine import Machine
 
-# What a step may wait for, in words that say what to do about it.
-CAUSES = {
-    "states_in": 'states to arrive (more "hift.state.slots", a compact "hift.state.codec", more tokens a step)',
-    "states_out": 'states to leave (more "hift.state.slots", a compact "hift.state.codec", more tokens a step)',
-    "disk": 'states on disk ("hift.state.residency": "host", a compact "hift.state.codec", more tokens a step)',
-    "host_update": 'gradients and weights of a host update ("hift.state.step_on": "device", more tokens a step)',
-    "gradients_on_host": "gradients that rest in host memory (fewer micro-batches, or no exact norm)",
-    "reduction": 'gradients and weights between ranks (more micro-batches, "communication_data_type": "bf16")',
-    "gather": "weights of other ranks or from host memory (ZeRO-3: more tokens a micro-batch)",
-    "synchronized": "somebody who synchronized the device (a timer, a profiler, a callback)",
-    "between_steps": "what comes between steps (data loading, logging, evaluation)",
-}
 MASTER = "master"  # key of the fp32 copies of 16-bit weights
 
 # Flat bf16 tensors, in the order of a master's elements: the weights it is the master of.
@@ -49,9 +37,9 @@ class Traffic:
     """State traffic since the last ``take``: bytes to and from where states rest, and wall seconds.
 
     Of ``transfer_s`` seconds that transfers took, the training step waited ``stalled_s``; the rest was hidden
-    behind compute. ``waits`` says for what it waited, these and others, in seconds by cause (:data:`CAUSES`). Bytes
-    count when a transfer starts, seconds when it has ended: one that is under way at ``take`` has its seconds in the
-    next report.
+    behind compute. ``waits`` says for what it waited, these and others, in seconds by cause
+    (:data:`hift_ds.step_report.CAUSES`). Bytes count when a transfer starts, seconds when it has ended: one that is
+    under way at ``take`` has its seconds in the next report.
     """
 
     def __init__(self) -> None:

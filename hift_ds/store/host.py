@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hift_ds.store.base import StateStore
-from hift_ds.store.machine import THIS_MACHINE, Machine
+from hift_ds.store.machine import THIS_MACHINE, Machine, processes_on_node
 from hift_ds.store.movers import StreamMover, ThreadMover
 from hift_ds.store.page_locked import HUGE_PAGE_BYTES, PageLockedMemory, huge_pages
 from hift_ds.store.parked import ParkedStateStore
@@ -56,12 +56,12 @@ class HostStateStore(ParkedStateStore):
 
     def start(self) -> StateStore:
         self.check_room(self.machine)
-        needed = self.host_bytes()
+        needed = self.host_bytes() * processes_on_node()
         available = self.machine.host_bytes().available
         if self.pin_memory and needed > LOCKED_SHARE * available:
             logger.warning(
-                "the optimizer states need %.1f GB of host memory and %.1f GB are free: they are not page-locked, "
-                "and the "
+                "the optimizer states need %.1f GB of host memory on this node and %.1f GB are free: they are not "
+                "page-locked, and the "
                 'step waits for their copies; a compact "hift.state.codec" needs less',
                 needed / 1e9, available / 1e9,
             )  # fmt: skip

@@ -39,14 +39,16 @@ class Machine:
     Attributes:
         host: the host memory that there is, in bytes; ``None``: what the system says when it is asked.
         copies_on_threads: copies on the CPU may run on threads beside the computation.
+        noted: what the system said when it was asked before; ``None``: it was not.
     """
 
     host: HostBytes | None = None
     copies_on_threads: bool = True
+    noted: HostBytes | None = None
 
     def host_bytes(self) -> HostBytes:
         """The memory of this machine, in bytes."""
-        return host_bytes() if self.host is None else self.host
+        return self.host or self.noted or host_bytes()
 
     def check_room(self, states: int, beside: int) -> None:
         """See that host memory has room for what each process of this node keeps there.

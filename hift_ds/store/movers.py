@@ -59,8 +59,12 @@ class Mover(ABC):
             StateStoreError: the copy failed.
         """
 
-    def settle(self, ticket: Ticket | None) -> None:
-        """The caller waits until the copy has ended, which is a stall too. Raises as ``wait`` does."""
+    def settle(self, ticket: Ticket | None, is_stall: bool = True) -> None:
+        """The caller waits until the copy has ended. Raises as ``wait`` does.
+
+        Args:
+            is_stall: the step waits with it. False on a thread that works beside the training.
+        """
         self.wait(ticket)
 
     def idle(self) -> None:  # noqa: B027
@@ -224,11 +228,13 @@ class StreamMover(Mover):
         after.record(compute)
         self._timed.append((ticket.cause, before, after))
 
-    def settle(self, ticket: Ticket | None) -> None:
-        if ticket is not None:
-            assert isinstance(ticket, StreamTicket)
-            started = time.perf_counter()
-            ticket.end.synchronize()
+    def settle(self, ticket: Ticket | None, is_stall: bool = True) -> None:
+        if ticket is None:
+            return
+        assert isinstance(ticket, StreamTicket)
+        started = time.perf_counter()
+        ticket.end.synchronize()
+        if is_stall:
             self.traffic.add(stalled_s=time.perf_counter() - started, cause=ticket.cause)
 
     def close(self) -> None:
@@ -276,6 +282,7 @@ class Waits:
         self._streams = streams_of(device)
         self._timed: list[tuple[str, StreamEvent, StreamEvent]] = []
         self._idle_since: StreamEvent | float | None = None  # without streams: seconds
+        self._skipped = False
 
     @contextlib.contextmanager
     def around(self, cause: str) -> Iterator[None]:
@@ -295,6 +302,17 @@ class Waits:
         if self._idle_since is not None:
             self._note("between_steps", self._idle_since)
             self._idle_since = None
+
+    def skip(self) -> None:
+        """Work that is no step's, an evaluation or a checkpoint: that the next step begins late is no wait. Within a
+        step it changes nothing."""
+        self._skipped |= self._idle_since is not None
+        self._idle_since = None
+
+    def take_skipped(self) -> bool:
+        """``skip`` was called between two steps since this was last asked."""
+        skipped, self._skipped = self._skipped, False
+        return skipped
 
     def _now(self) -> StreamEvent | float:
         if self._streams is None:

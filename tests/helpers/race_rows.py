@@ -2,7 +2,8 @@
 
     python -m tests.helpers.race_rows < rows.json > outcomes.json
 
-imports once and forks for each row: the fake device changes its process for good.
+imports once and forks for each row: the fake device changes its process for good. A process that dies or hangs is an
+error of its row, and costs the others nothing.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ import inspect
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+
+ROW_SECONDS = 300.0  # the slowest takes about 20
 
 NO_RECORD = "gathered weights are given back early"  # ``record_stream`` says nothing
 # What a mutation takes out: (module, class, function, the text, what stands there instead).
@@ -118,6 +122,9 @@ class Outcome:
     reduced_in_backward: int = 0  # collectives of gradients that were launched before backward's last product
     copies_ahead: int = 0  # that were under way out behind one for which the host waited, at most
     error: str = ""
+    waits: list[str] = field(default_factory=list)  # for what the last step says that it waited
+    num_streams: int = 0  # made by anybody
+    hooks_left: int = 0  # on the model, when the engine was destroyed
 
     @property
     def num_syncs(self) -> int:
@@ -149,17 +156,21 @@ def run_row(row: Row) -> Outcome:
     """In this process, which is the fake device's from then on."""
     import torch
 
+    from hift_ds.engine.engine import HiFTEngine
     from hift_ds.simulation.device import fake_device
+    from hift_ds.store.machine import HostBytes
+    from hift_ds.store.machine import Machine as FakeMachine
     from tests.helpers.stream_clocks import Machine, installed
 
     if row.mutation and row.mutation != NO_RECORD:
         _take_out(*MUTATIONS[row.mutation])
     with fake_device() as name, tempfile.TemporaryDirectory() as folder:
         _join(row.world_size)
+        HiFTEngine.machine = FakeMachine(HostBytes(1 << 40, 1 << 40))  # which no rank has to be asked for
         with installed(Machine(name)) as machine:
             if row.mutation == NO_RECORD:
                 torch.Tensor.record_stream = lambda tensor, stream: None
-            (run_readme if row.readme else step)(row, name, machine, folder)
+            engine = (run_readme if row.readme else step)(row, name, machine, folder)
             last_cycle = [_syncs_of(machine, f"step {row.steps - 1 - back}") for back in range(4)]
             most = max(last_cycle, key=lambda syncs: sum(syncs.values()))
             shown = [str(hazard) for hazard in machine.hazards[:8]]
@@ -170,7 +181,17 @@ def run_row(row: Row) -> Outcome:
                 machine.page_locked,
                 _reduced_in_backward(machine.log),
                 _copies_ahead(machine.log),
+                waits=sorted(engine.last_report.waits) if engine is not None else [],
+                num_streams=len(machine.streams),
+                hooks_left=_hooks_left(engine) if engine is not None else 0,
             )
+
+
+def _hooks_left(engine: Any) -> int:
+    model = engine.module
+    engine.destroy()
+    tables = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks")
+    return sum(len(getattr(module, name)) for module in model.modules() for name in tables)
 
 
 def _syncs_of(machine: Any, mark: str) -> dict[str, int]:
@@ -330,6 +351,47 @@ def _outcome(data: dict[str, Any]) -> dict[str, Any]:
         return asdict(Outcome(0, [], {}, error=traceback.format_exc()[-4000:]))
 
 
+def _outcome_in_child(row: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return in_child(_outcome, row)
+    except ChildError as error:
+        return asdict(Outcome(0, [], {}, error=str(error)))
+
+
+class ChildError(Exception):
+    """A child process has ended, or was ended, without an answer."""
+
+
+def in_child(work: Callable[..., Any], *args: Any, seconds: float = ROW_SECONDS) -> Any:
+    """What ``work(*args)`` returns in a fork of this process.
+
+    Raises:
+        ChildError: the child died, or took longer than ``seconds``.
+    """
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    child = fork.Process(target=_answer, args=(sender, work, args))
+    child.start()
+    sender.close()  # else its end would not be seen
+    try:
+        if not receiver.poll(seconds):
+            raise ChildError(f"no answer within {seconds:g} s")
+        return receiver.recv()
+    except EOFError:
+        child.join()
+        code = child.exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        raise ChildError(f"its process {how} before it answered") from None
+    finally:
+        child.kill()
+        child.join()
+
+
+def _answer(sender: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    sender.send(work(*args))
+    sender.close()
+
+
 def _main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     import trl.models.activation_offloading  # noqa: F401
@@ -339,9 +401,7 @@ def _main() -> None:
     import hift_ds.simulation.accelerator
     import hift_ds.simulation.step  # noqa: F401
 
-    rows = json.load(sys.stdin)
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        outcomes = pool.map(_outcome, rows, chunksize=1)
+    outcomes = [_outcome_in_child(row) for row in json.load(sys.stdin)]
     print(json.dumps(outcomes), file=answers, flush=True)
 
 

@@ -112,13 +112,14 @@ class Entry:
 
     Attributes:
         kind: "op" (a kernel, a copy, a collective, or the host's arithmetic), "wait" (``agent`` waits for the entries
-            of ``after``), "sync" (the host waits for them), "mark".
+            of ``after``), "sync" (the host waits for them), "start" (the thread ``agent`` begins, no sooner than
+            ``host`` has come here), "mark".
         agent: the name of who does it.
         host: the name of the thread that launched it.
         name: of the operation, or of the mark.
         place: where in the code.
         bytes_moved: read and written by the agent.
-        link: "in" or "out" for a copy between host and device.
+        link: "in" or "out" for a copy between host and device, "read" or "written" for a file.
         flops: of matrix products.
         after: indices of the entries that it waits for, besides the agent's own and the launch.
         numel: elements of the largest tensor.
@@ -215,6 +216,11 @@ class Machine(TorchDispatchMode):
         self.log.append(entry)
         self._last[agent] = len(self.log) - 1
         return len(self.log) - 1
+
+    def write_host(self, name: str, bytes_moved: int, link: str) -> None:
+        """Work of the running thread itself, of which no operation of torch tells."""
+        host = self.host.name
+        self._write(Entry("op", host, host, name, _place(), bytes_moved, link), self.host)
 
     def last(self, agent: Agent) -> tuple[int, ...]:
         return (self._last[agent],) if agent in self._last else ()
@@ -483,6 +489,8 @@ class ThreadOfOne:
         self.machine, self.agent = machine, Agent(name)
 
     def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> FinishedTask:
+        submitter = self.machine.host.name
+        self.machine._write(Entry("start", self.agent.name, submitter, "thread starts", _place()), self.agent)
         self.agent.join(self.machine.host.clock)
         error, value = None, None
         with self.machine.on_thread(self.agent):
@@ -659,7 +667,8 @@ def _file_reader(machine: Machine) -> Callable[..., None]:
         machine.touch_file(path, False, ("file read", machine.host, _place()))
         for piece in pieces:
             machine.host.tick()
-            machine.touch(piece, machine.host, True, ("read from file", machine.host, _place()))
+            moved = machine.touch(piece, machine.host, True, ("read from file", machine.host, _place()))
+            machine.write_host("file read", moved, "read")
 
     return read_file
 
@@ -668,7 +677,8 @@ def _file_writer(machine: Machine) -> Callable[..., None]:
     def write_file(path: Any, pieces: Any, direct: bool) -> None:
         for piece in pieces:
             machine.host.tick()
-            machine.touch(piece, machine.host, False, ("written to file", machine.host, _place()))
+            moved = machine.touch(piece, machine.host, False, ("written to file", machine.host, _place()))
+            machine.write_host("file written", moved, "written")
         machine.touch_file(path, True, ("file written", machine.host, _place()))
 
     return write_file

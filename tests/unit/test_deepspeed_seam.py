@@ -8,6 +8,7 @@ from pathlib import Path
 
 import deepspeed
 import pytest
+import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 import hift_ds.engine.deepspeed_seam as seam
@@ -87,6 +88,27 @@ def test_the_throughput_timer_would_synchronize_and_does_not():
         engine = make_engine(Toy(), ds_config(timers=told))
         assert engine.tput_timer.config.synchronized is synchronized
         engine.destroy()
+
+
+@pytest.mark.parametrize(
+    ("compiled", "hift", "warns"),
+    [("whole", {}, True), ("wrapped", {}, True), ("later", {}, True), ("blocks", {}, False),
+     ("whole", {"update": "in_backward", "group_size": "all"}, False)],
+)  # fmt: skip
+def test_compiling_the_whole_model_is_warned_of(compiled, hift, warns, caplog):
+    """Nothing is compiled here before a forward."""
+    model = Toy()
+    if compiled == "whole":
+        model.compile()
+    elif compiled == "blocks":
+        for child in model.children():
+            child.compile()
+    engine = make_engine(torch.compile(model) if compiled == "wrapped" else model, ds_config(hift=hift))
+    if compiled == "later":
+        engine.compile(backend="eager")
+    found = [message for message in caplog.messages if "compile the blocks" in message]
+    assert len(found) == warns
+    engine.destroy()
 
 
 def test_nothing_is_compiled_for_cpu_ranks():

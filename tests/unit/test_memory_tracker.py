@@ -84,3 +84,12 @@ def test_other_devices_are_not_counted():
     with Watch(tracker):
         torch.zeros(100)
     assert tracker.blocks == []
+
+
+def test_page_locked_memory_is_counted_in_powers_of_two():
+    tracker = MemoryTracker("cpu", block_bytes=1, page_locked=True)
+    with Watch(tracker):
+        kept = [torch.empty(n, dtype=torch.uint8) for n in (1, 3, 88 << 20, 1 << 20, 0)]
+        assert tracker.live_bytes == 1 + 4 + (128 << 20) + (1 << 20)
+        del kept[2]
+        assert tracker.live_bytes == 1 + 4 + (1 << 20)

@@ -55,18 +55,23 @@ def test_memory_that_cannot_be_locked_is_ordinary_and_said_once(caplog):
     assert len(caplog.records) == 1 and "out of memory)" in caplog.records[0].message
 
 
-def test_states_are_not_page_locked_beyond_what_is_free(caplog):
-    for available, locks in ((10_000, False), (1_000_000, True)):
-        store = HostStateStore(torch.device("cpu"), machine=Machine(HostBytes(1 << 40, available)))
-        store.pin_memory, store._locked = (
-            True,
-            PageLockedMemory(0, lambda n: torch.empty(1 << 16, dtype=torch.uint8)),
-        )
-        store.ensure(0, "master", 5000, torch.float32)
-        with caplog.at_level(logging.WARNING):
-            assert store.start() is store
-        assert store.pin_memory is locks and bool(store._locked.num_bytes) is locks
-        assert ("0.0 GB are free" in caplog.text) is not locks
-        assert not store.read(0)["master"].any()
-        store.close()
-        caplog.clear()
+@pytest.mark.parametrize(
+    ("processes", "available", "locks"),
+    [(1, 10_000, False), (1, 1_000_000, True), (4, 30_000, False), (4, 100_000, True)],
+)
+def test_states_are_not_page_locked_beyond_what_is_free(processes, available, locks, caplog, monkeypatch):
+    """20 kB of each of the processes on the node."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    store = HostStateStore(torch.device("cpu"), machine=Machine(HostBytes(1 << 40, available)))
+    store.pin_memory, store._locked = (
+        True,
+        PageLockedMemory(0, lambda n: torch.empty(1 << 16, dtype=torch.uint8)),
+    )
+    store.ensure(0, "master", 5000, torch.float32)
+    with caplog.at_level(logging.WARNING):
+        assert store.start() is store
+    assert store.pin_memory is locks and bool(store._locked.num_bytes) is locks
+    assert ("GB are free: they are not page-locked" in caplog.text) is not locks
+    assert not store.read(0)["master"].any()
+    store.close()
+    assert not store._host and store._locked.num_bytes == 0  # given back

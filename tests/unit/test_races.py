@@ -47,36 +47,54 @@ ROWS = {
         Row(hift={"always_active": ["norm"]}, more=SMALL_BUCKETS, world_size=2), 1,
     ),
     "2 ranks: update on the host": (Row(hift=state(step_on="host"), stage=2, world_size=2), 19),
-    "in backward": (Row(hift={**IN_BACKWARD, **state(slots=2)}, clip=0.0, steps=5), 4),
+    "in backward": (Row(hift={**IN_BACKWARD, **state(slots=2)}, clip=0.0, steps=5), 2),
     "in backward, clipped, accumulation, slices": (
-        Row(hift={**IN_BACKWARD, **state(slots=2, slice_numel=1500)}, gas=2, steps=4), 160,
+        Row(hift={**IN_BACKWARD, **state(slots=2, slice_numel=1500)}, gas=2, steps=4), 149,
     ),
     "in backward, clipped by speculation": (
-        Row(hift={**IN_BACKWARD, "clipping": "speculative", **state(slots=2)}, steps=5), 160,
+        Row(hift={**IN_BACKWARD, "clipping": "speculative", **state(slots=2)}, steps=5), 45,
     ),
     "in backward, taken back": (
-        Row(hift={**IN_BACKWARD, "clipping": "speculative", **state(slots=2)}, undoes=True, steps=5), 160,
+        Row(hift={**IN_BACKWARD, "clipping": "speculative", **state(slots=2)}, undoes=True, steps=5), 50,
     ),
     "in backward, taken back, compact states on disk": (
         Row(
             hift={**IN_BACKWARD, "clipping": "speculative", **state(**DISK, slots=2, codec="split_master")},
             undoes=True, steps=4,
-        ), 300,
+        ), 154,
     ),
     "split": (
-        Row(hift={"group_size": 2, **state(slots=2, step_on="split", host_share=0.5)}, steps=9), 40,
+        Row(hift={"group_size": 2, **state(slots=2, step_on="split", host_share=0.5)}, steps=9), 21,
     ),
     "in backward, split": (
-        Row(hift={**IN_BACKWARD, **state(slots=2, step_on="split", host_share=0.5)}, clip=0.0, steps=5), 60,
+        Row(hift={**IN_BACKWARD, **state(slots=2, step_on="split", host_share=0.5)}, clip=0.0, steps=5), 24,
     ),
     "in backward, split, taken back, 2 ranks": (
         Row(
             hift={**IN_BACKWARD, "clipping": "speculative", **state(slots=2, step_on="split", host_share=0.5)},
             undoes=True, stage=2, world_size=2, steps=5,
-        ), 200,
+        ), 94,
+    ),
+    "in backward, stage 1, 2 ranks": (
+        Row(hift={**IN_BACKWARD, **state(slots=2)}, clip=0.0, stage=1, world_size=2, steps=5), 2,
+    ),
+    "in backward, stage 2, 2 ranks, clipped, accumulation": (
+        Row(hift={**IN_BACKWARD, **state(slots=2)}, gas=2, stage=2, world_size=2, steps=4), 149,
+    ),
+    "in backward, group size auto": (
+        Row(hift={"update": "in_backward", "group_size": "auto", **state(slots=2)}, clip=0.0, steps=6), 2,
+    ),
+    "in backward, activations on the host": (
+        Row(hift={**IN_BACKWARD, "activations": {"offload": True}, **state(slots=2)}, clip=0.0, steps=5), 2,
     ),
     "in backward, stage 3, 2 ranks": (
-        Row(hift=IN_BACKWARD, clip=0.0, stage=3, world_size=2, more=ALL_GATHERED, steps=5), 60,
+        Row(hift=IN_BACKWARD, clip=0.0, stage=3, world_size=2, more=ALL_GATHERED, steps=5), 6,
+    ),
+    "in backward, stage 3, 2 ranks, taken back": (
+        Row(
+            hift={**IN_BACKWARD, "clipping": "speculative"}, undoes=True, stage=3, world_size=2, more=ALL_GATHERED,
+            steps=5,
+        ), 53,
     ),
     "stage 3, 2 ranks": (Row(stage=3, world_size=2, more=ALL_GATHERED), 5),
     "stage 3, 2 ranks, persistent, accumulation": (
@@ -90,8 +108,8 @@ ROWS = {
 }  # fmt: skip
 MORE_ROWS = {
     "stage 3, 2 ranks, with the timer": (Row(stage=3, world_size=2, timer=True, more=ALL_GATHERED), 5),
-    "disk, codecs": (Row(hift=state(**DISK, slots=2, codec="split_master+int8_moments")), 11),
-    "host, split master and slices": (Row(hift=state(slice_numel=3000, codec="split_master"), steps=30), 7),
+    "disk, codecs": (Row(hift=state(**DISK, slots=2, codec="split_master+int8_moments")), 9),
+    "host, split master and slices": (Row(hift=state(slice_numel=3000, codec="split_master"), steps=30), 1),
     "2 ranks: Muon": (Row(optimizer="Muon", stage=2, world_size=2), 1),
     "stage 3: Muon": (Row(optimizer="Muon", stage=3, world_size=2, more=ALL_GATHERED), 5),
     "activations on the host, chunked loss": (
@@ -117,6 +135,21 @@ NEEDS = {
 }
 
 
+# What a step of a configuration says that it waited for. (Between steps there is always something.)
+SAYS = {
+    "one slot": {"states_in"},
+    "disk": {"disk"},
+    "update on the host": {"host_update"},
+    "2 ranks: guarded": {"states_in", "reduction"},
+    "stage 3, 2 ranks": {"states_in", "reduction", "gather"},
+    "stage 3, 1 rank, weights on the host": {"states_in", "gather"},
+    "in backward": {"states_in"},
+    "in backward, clipped, accumulation, slices": {"states_in", "gradients_on_host"},
+    "in backward, split": {"states_in", "host_update"},
+    "in backward, stage 2, 2 ranks, clipped, accumulation": {"states_in", "gradients_on_host", "reduction"},
+}
+
+
 @pytest.fixture(scope="module")
 def outcomes():
     rows = {**{name: row for name, (row, _) in ROWS.items()}, **{m: with_mutation(m) for m in MUTATIONS}}
@@ -137,10 +170,38 @@ def test_how_often_the_host_waits_in_a_step(outcomes, name):
     assert outcomes[name].num_syncs <= ROWS[name][1], outcomes[name].syncs
 
 
+@pytest.mark.parametrize("name", SAYS)
+def test_a_step_says_what_it_waits_for(outcomes, name):
+    # That the next step begins late is explained by a copy here, since each took a millisecond.
+    assert SAYS[name] == set(outcomes[name].waits) - {"states_out", "between_steps", "synchronized"}
+
+
+def test_a_row_whose_process_dies_is_told(monkeypatch):
+    row = Row(hift={"no such key": 1})
+    with pytest.raises(AssertionError, match=r"no such key.*: .*ConfigError"):
+        run_rows([row])
+
+
 def test_weights_in_host_memory_are_page_locked_in_slabs(outcomes):
     """A block for each weight would be rounded up to a power of two."""
     locked = outcomes["stage 3, 1 rank, weights on the host"].page_locked
     assert locked and min(locked) >= SLAB_BYTES
+
+
+def test_gradients_in_host_memory_are_page_locked_in_slabs(outcomes):
+    locked = outcomes["in backward, clipped, accumulation, slices"].page_locked
+    assert locked and min(locked) >= SLAB_BYTES
+
+
+@pytest.mark.parametrize("name", ["disk, prefetch off, slices", "disk", "in backward, clipped, accumulation, slices"])
+def test_a_stream_a_direction_is_enough(outcomes, name):
+    """Torch has 32 and then gives out the first again, which is somebody else's."""
+    assert outcomes[name].num_streams <= 16
+
+
+@pytest.mark.parametrize("name", ["activations on the host", "in backward, activations on the host", "one slot"])
+def test_a_destroyed_engine_leaves_no_hook(outcomes, name):
+    assert outcomes[name].hooks_left == 0
 
 
 def test_gradients_travel_to_other_ranks_while_backward_goes_on(outcomes):

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from hift_ds.engine.step_notes import SlowSteps, _together
+from hift_ds.report.metrics import share_waited
+from hift_ds.report.page import report_page
 from hift_ds.report.plots import plot_run
 from hift_ds.report.progress import Pace
+from hift_ds.report.run_summary import read_run
 from hift_ds.report.transfers import are_worth_a_picture, stretch_means, summary, transfers_figure
-from hift_ds.step_report import StepReport
-from hift_ds.store.base import CAUSES
+from hift_ds.step_report import CAUSES, StepReport
 
 
 def records(num, **more):
@@ -21,18 +23,58 @@ def records(num, **more):
     ]  # fmt: skip
 
 
+WAITS = {"states_in": 0.2, "states_out": 0.05, "reduction": 0.5, "between_steps": 0.1, "gather": 0.002}
+
+
 def test_the_sentence():
-    assert summary(records(10)) == "10.0 s of state transfers, 75% of them hidden; steps waited 12.5% of their time"
-    assert summary(records(3, transfer_s=0.0, stalled_s=0.0)) == "no state transfers"
+    """All that steps waited for is in the one number; without causes, as files of old are, those for states."""
+    states = "10.0 s of state transfers, 75% of them hidden; steps waited "
+    assert summary(records(10)) == states + "12.5% of their time: 12.5% for states to arrive"
+    assert summary(records(10, waits_s=WAITS)) == (
+        states + "42.6% of their time: 25.0% for gradients and weights between ranks, 10.0% for states to arrive"
+    )
+    assert summary(records(3, transfer_s=0.0, stalled_s=0.0)) == "steps waited 0.0% of their time"
     assert summary([{"step": 1, "transfer_s": 2.0}]) == "2.0 s of state transfers, 100% of them hidden"
 
 
-def test_bars_are_hidden_on_top_of_stalled():
-    figure = transfers_figure(records(4))
+def test_the_number_is_the_same_everywhere(tmp_path):
+    """In the metrics' causes, under the picture, in the line while it runs, and on the page."""
+    steps = records(10, waits_s=WAITS)
+    share = sum(sum(step["waits_s"].values()) for step in steps) / sum(step["step_time_s"] for step in steps)
+    assert share_waited(steps)[0] == pytest.approx(share) and f"{share:.1%}" in summary(steps)
+    pace = Pace(10, 0, 5)
+    for record in steps:
+        pace.add(record)
+    assert f"{share:.0%} waiting, mostly for gradients and weights between ranks" in pace.parts(steps[-1])
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    run = read_run(tmp_path)
+    assert run.waited == pytest.approx(share) and f"{share:.1%}</b><span>of the time steps waited" in report_page(run)
+
+
+def test_bars_are_causes_and_hidden_transfers_on_top():
+    figure = transfers_figure(records(4, waits_s=WAITS))
     top, bottom = figure.axes
-    heights = sorted({round(bar.get_height(), 6) for bar in top.patches})
-    assert heights == [0.25, 0.75] and len(top.patches) == 8
+    labels = [text.get_text() for text in top.get_legend().get_texts()]
+    first = [bar for bar in top.patches if abs(bar.get_x() + bar.get_width() / 2 - 1) < 0.01]
+    assert len(first) == len(labels) - 1 == 6 and len(top.patches) == 4 * 6
+    heights = [0.5, 0.2, 0.1, 0.05, 0.002, 0.75]
+    assert [bar.get_height() for bar in first] == pytest.approx(heights)
+    assert [bar.get_y() for bar in first] == pytest.approx(np.cumsum([0, *heights[:-1]]))
+    by_label = dict(zip([handle.get_label() for handle in top.containers], heights, strict=True))
+    assert by_label["waited for gradients and weights between ranks"] == 0.5
+    assert by_label["waited for other things"] == 0.002 and by_label["transfers, hidden"] == 0.75
     assert [line.get_ydata()[0] for line in bottom.lines] == [5, 3]
+
+
+def test_without_causes_the_picture_has_the_waits_for_states():
+    top, _ = transfers_figure(records(4)).axes
+    assert sorted({round(bar.get_height(), 6) for bar in top.patches}) == [0.25, 0.75] and len(top.patches) == 8
+
+
+def test_what_did_not_move_is_not_drawn():
+    figure = transfers_figure(records(4, waits_s={"reduction": 0.2}, state_bytes_in=0, state_bytes_out=0))
+    (only,) = figure.axes
+    assert only.get_xlabel() == "optimizer step"
 
 
 def test_gradients_in_host_memory_and_second_updates():
@@ -59,14 +101,14 @@ def test_long_runs_are_averaged_and_gaps_left_out():
     means, width = stretch_means(np.array([1.0, np.nan, np.nan]))
     assert width == 1 and means[0] == 1 and np.isnan(means[1:]).all()
     figure = transfers_figure([{"step": i, "state_bytes_in": 1} for i in range(1001)])
-    assert len(figure.axes[0].patches) <= 400
+    assert all(len(axes.patches) <= 400 for axes in figure.axes)
 
 
 @pytest.mark.parametrize(
-    ("moved", "waited", "drawn"), [(5, 0.25, True), (0, 0.25, False), (5, 0.02, False)],
+    ("moved", "waited", "drawn"), [(5, 0.25, True), (0, 0.25, True), (5, 0.02, False)],
 )  # fmt: skip
-def test_drawn_if_steps_waited_for_what_moved(moved, waited, drawn, tmp_path):
-    steps = records(3, state_bytes_in=moved, state_bytes_out=0, loss=1.0, stalled_s=waited)
+def test_drawn_if_steps_waited(moved, waited, drawn, tmp_path):
+    steps = records(3, state_bytes_in=moved, state_bytes_out=0, loss=1.0, waits_s={"reduction": waited})
     assert are_worth_a_picture(steps) is drawn
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     assert (tmp_path / "transfers.png" in plot_run(tmp_path)) is drawn
@@ -77,7 +119,7 @@ def test_the_progress_line_says_how_much_was_waited():
     pace = Pace(10, 0, 5)
     for record in records(4, loss=1.0):
         pace.add(record)
-    assert "12% waiting for states" in pace.parts(record)
+    assert "12% waiting, for states to arrive" in pace.parts(record)
     pace = Pace(10, 0, 5)
     pace.add(records(1, stalled_s=0.001)[0])
     assert not [part for part in pace.parts({}) if "waiting" in part]

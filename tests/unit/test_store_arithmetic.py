@@ -25,6 +25,25 @@ def test_what_a_step_moves_and_how_long_that_takes():
     assert "nothing moves" in dataclasses.replace(LLAMA, link=None).line()
 
 
+def test_what_no_computing_hides_is_said():
+    """Of 12 slices of 2^24 parameters two have a slot: the other ten come during the update."""
+    sliced = dataclasses.replace(LLAMA, slots=2, step_bytes=12 * 2e8, late_bytes=10 * 2e8)
+    assert sliced.waited_s == pytest.approx(10 * 2e8 / 25e9)
+    assert ": 0.096 s, of which 0.08 s are waited for (slices without a slot)" in sliced.line()
+    assert LLAMA.waited_s == 0 and dataclasses.replace(LLAMA, slots=0).waited_s == LLAMA.transfer_s
+
+
+@pytest.mark.parametrize("update", ["after_backward", "in_backward"])
+def test_slices_without_a_slot_are_counted(update):
+    state = {"slice_numel": 40, "slots": 2}
+    engine = make_engine(Toy(), ds_config(hift={"state": state, "update": update}))
+    store, optimizer = engine.optimizer.store, engine.optimizer
+    sizes = [[store.num_bytes(chunk.id) for chunk in group.chunks] for group in optimizer.groups.values()]
+    late = sum(sum(chunks[2:]) for chunks in sizes) / len(sizes)
+    assert late > 0 and optimizer.arithmetic().late_bytes == (late if update == "after_backward" else 0)
+    engine.destroy()
+
+
 def test_measurements_are_of_the_right_order():
     cpu = torch.device("cpu")
     assert 1e8 < measure_flops(cpu, torch.float32, 128) < 1e14
@@ -40,12 +59,12 @@ def test_one_line_at_the_start_if_anybody_reads_it(caplog, tmp_path):
     (line,) = [message for message in caplog.messages if message.startswith("states: ")]
     assert re.search(r"on disk \((direct|buffered) I/O\); a step moves .* s, beside its computing", line)
     states = engine.optimizer.states
-    assert states.arithmetic().step_bytes == states.store.total_bytes() / len(engine.groups)
+    assert engine.optimizer.arithmetic().step_bytes == states.store.total_bytes() / len(engine.groups)
     engine.destroy()
     caplog.clear()
     caplog.set_level(logging.WARNING, logger="hift_ds.engine.engine")
     engine = make_engine(Toy(), ds_config())
     states = engine.optimizer.states
     assert not caplog.messages and "link" not in vars(states.store)  # nothing was measured
-    assert "nothing moves" not in states.arithmetic().line()
+    assert "nothing moves" not in engine.optimizer.arithmetic().line()
     engine.destroy()

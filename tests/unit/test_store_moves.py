@@ -8,8 +8,10 @@ from types import FunctionType
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hift_ds.errors import StateStoreError
+from hift_ds.store import host
 from hift_ds.store.base import Traffic
 from hift_ds.store.device import DeviceStateStore
 from hift_ds.store.disk import DiskStateStore
@@ -386,6 +388,23 @@ def test_page_locked_memory_is_cut_from_slabs(monkeypatch):
         visit(store, expected, chunk)
         store.prefetch((chunk + 1) % 6)
     store.close()
+
+
+def test_long_copies_are_cut_so_that_other_traffic_gets_through(monkeypatch):
+    """A copy engine serves one copy at a time. (On meta tensors, which take the accelerator's path.)"""
+    copied = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.copy_.default:
+                copied.append((args[0].storage_offset(), args[0].numel(), args[2]))
+            return func(*args, **(kwargs or {}))
+
+    there, here = torch.empty(100 << 20, dtype=torch.uint8, device="meta"), torch.empty(100 << 20, dtype=torch.uint8)
+    with Watching():
+        host.copy_bytes(there, here.to("meta"))
+    assert [start for start, _, _ in copied] == [0, 32 << 20, 64 << 20, 96 << 20]
+    assert sum(numel for _, numel, _ in copied) == 100 << 20 and all(beside for _, _, beside in copied)
 
 
 @pytest.mark.parametrize("direction", [IN, OUT])

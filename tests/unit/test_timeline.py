@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from benchmarks.timeline import BARE, Card, Launch, mean_step, step_times, table
-from tests.helpers.race_rows import ROOT
+from benchmarks.timeline import (
+    BARE,
+    LENGTH,
+    Affine,
+    Card,
+    Launch,
+    mean_step,
+    step_times,
+    steps_of,
+    table,
+    tokens_from_which,
+    why,
+)
+from tests.helpers.race_rows import ROOT, ChildError, in_child
 
-CARD = Card(flops_s=100.0, bytes_s=10.0, link_s=1.0, kernel_s=0.0, launch_s=0.0)
+CARD = Card(flops_s=100.0, bytes_s=10.0, link_s=1.0, kernel_s=0.0, launch_s=0.0, host_s=10.0, read_s=2.0, written_s=1.0)
 
 
-def op(agent, name="kernel", bytes_moved=0, flops=0, link="", after=(), kind="op"):
-    return Launch(kind, agent, "host", name, bytes_moved, link, flops, after)
+def op(agent, name="kernel", bytes_moved=0, flops=0, link="", after=(), kind="op", host="host"):
+    return Launch(kind, agent, host, name, bytes_moved, link, flops, after)
 
 
 def mark(name):
@@ -41,6 +55,61 @@ def test_kernels_wait_for_events_and_copies_for_the_link():
     assert times == {"step 0": pytest.approx(8.0), "step 1": pytest.approx(1.0)}
     late = [*log[:-2], op("in", bytes_moved=9, link="in"), op("host", kind="sync", after=(9,)), log[-1]]
     assert step_times(late, CARD)["step 1"] == pytest.approx(16.0 - 8.0)  # the host stood still for the copy
+
+
+def test_a_disk_serves_one_request_at_a_time_and_threads_begin_when_they_are_started():
+    log = [
+        mark("step 0"),
+        op("host", bytes_moved=10),  # 1 s of the host's own arithmetic
+        op("reader", kind="start"),
+        op("reader", host="reader", bytes_moved=4, link="read"),  # 2 s, from 1 on
+        op("writer", kind="start"),
+        op("writer", host="writer", bytes_moved=3, link="written"),  # 3 s, from 3 on
+        op("compute", flops=200),  # 1 to 3
+        op("host", kind="sync", after=(5,)),  # until 6
+        op("compute", flops=100),
+        mark("end"),
+    ]
+    step = steps_of(log, CARD)["step 0"]
+    assert step.seconds == pytest.approx(7.0)
+    assert step.busy == {"disk": pytest.approx(5.0)}
+    assert step.waited == {"written": pytest.approx(3.0), "launches": pytest.approx(1.0)}
+    assert why(step).startswith("waits 3.00 s for the disk, 1.00 s for the host's launches; the disk is busy for 71%")
+
+
+def test_why_a_step_is_slow():
+    late = [mark("step 0"), op("compute", flops=100), op("in", bytes_moved=9, link="in"),
+            op("compute", kind="wait", after=(2,)), op("compute", flops=50), mark("end")]  # fmt: skip
+    step = steps_of(late, CARD)["step 0"]
+    assert step.seconds == pytest.approx(9.5) and step.waited == {"in": pytest.approx(8.0)}
+    assert why(step) == (
+        "waits 8.00 s for states to arrive; the link (in) is busy for 9.00 s, 95% of the step, and bounds it"
+    )
+
+
+def test_logs_of_other_batches_follow_from_two():
+    def log(rows, extra):
+        return [mark("step 0"), mark("step 1"), op("compute", flops=100 * rows + extra), mark("end")]
+
+    bare, ours = Affine(log(1, 0), log(2, 0)), Affine(log(1, 50), log(2, 50))
+    assert bare.step(3 * LENGTH, CARD).seconds == pytest.approx(3.0)
+    assert ours.step(3 * LENGTH, CARD).seconds == pytest.approx(3.5)
+    enough = tokens_from_which(ours, bare, CARD)  # 0.5 s are 5 % of 10 s: 10 rows
+    assert 10 * LENGTH <= enough <= 10.4 * LENGTH
+    other = [mark("step 0"), mark("step 1"), op("side", flops=100), mark("end")]
+    with pytest.raises(AssertionError, match="changes what is launched"):
+        Affine(other, log(2, 0))
+
+
+def test_a_child_that_dies_or_hangs_is_told():
+    """And does not leave the parent waiting."""
+    assert in_child(lambda a, b: a + b, 1, 2) == 3
+    with pytest.raises(ChildError, match=r"^its process was killed by SIGKILL before it answered$"):
+        in_child(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ChildError, match=r"^its process ended with exit code 3 before it answered$"):
+        in_child(os._exit, 3)
+    with pytest.raises(ChildError, match=r"^no answer within 0\.2 s$"):
+        in_child(time.sleep, 60, seconds=0.2)
 
 
 def test_a_launch_takes_the_host_its_time():
