@@ -331,7 +331,7 @@ class GroupOptimizer:
         before = [record.copy() for record in states.records[chunk.id]]
         for together in self._batches(chunk, shards, device):
             next(ahead, None)
-            if self.host_updates is None:
+            if self._converts_in_scratch:
                 self._scratch.begin()
             updates = [
                 PieceUpdate(
@@ -427,11 +427,16 @@ class GroupOptimizer:
         grad = self.parameters.grad(group, run, shard)
         if self.host_step is not None and device.type == "cpu" and grad.device.type != "cpu":
             grad = self.host_step.gradient(grad)
-        # A simulation's tensors have a type of their own. What the host updates beside the device is on another thread.
-        if type(grad) is Tensor and device.type == grad.device.type == "cpu" and self.host_updates is None:
+        # A simulation's tensors have a type of their own.
+        if self._converts_in_scratch and type(grad) is Tensor and grad.device.type == "cpu":
             grad = self._scratch.fp32(grad)
         grad = grad.to(device, torch.float32)
         return grad if factor is None else grad.mul_(factor)
+
+    @property
+    def _converts_in_scratch(self) -> bool:
+        """All updates run on a CPU, and on this thread."""
+        return self.update_device.type == "cpu" and self.host_updates is None
 
     def _download_ahead(
         self, group: GroupShard, chunks: Sequence[Chunk], shards: list[Tensor | None]

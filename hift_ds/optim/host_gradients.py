@@ -55,16 +55,20 @@ class HostGradients:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def add(self, key: Hashable, grad: Tensor) -> None:
+    def add(self, key: Hashable, grad: Tensor, is_ours: bool = False) -> None:
         """Keep ``grad``, or add it to what is kept under ``key``: the first in the sum's dtype, the others rounded into
-        it once, as ``sum.add_(grad)`` does."""
+        it once, as ``sum.add_(grad)`` does.
+
+        Args:
+            is_ours: nobody else changes ``grad``, or minds that it is changed: on a CPU it need not be copied.
+        """
         self.traffic.add(bytes_out=grad.nbytes)
         dtype = self.dtype or grad.dtype
         if self._thread is None:
             if key in self._kept:
                 self._kept[key].add_(grad)
             else:
-                self._kept[key] = grad.to("cpu", dtype, copy=True)
+                self._kept[key] = grad.to("cpu", dtype, copy=not is_ours)
             return
         total = self.get(key)
         staged = self._buffer(grad.shape, grad.dtype)

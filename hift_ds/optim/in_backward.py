@@ -23,7 +23,7 @@ from hift_ds.collectives import join_norms_and_flags
 from hift_ds.errors import ConfigError, HiFTError, TrainingError
 from hift_ds.optim.autograd_graph import is_recomputed_reentrantly, nodes_below
 from hift_ds.optim.clip import fp32_norm, grad_factor
-from hift_ds.optim.group_optimizer import GroupOptimizer
+from hift_ds.optim.group_optimizer import RUN_NUMEL, GroupOptimizer
 from hift_ds.optim.host_gradients import HostGradients
 from hift_ds.optim.parameters import GroupShard, Piece
 from hift_ds.optim.piecewise import Extras
@@ -237,23 +237,37 @@ class InBackwardOptimizer(GroupOptimizer):
         if self.parameters.ranks.world_size == 1:
             reached = backward.reached[backward.num_done] = present
         backward.num_done += 1
-        for i, (shard, flag, here) in enumerate(zip(shards, reached, present, strict=True)):
-            backward.present[part.index, part.first + i] = here
-            if shard is not None and flag:
-                backward.norms[part.index, part.first + i] = fp32_norm(shard)
         shards = [shard if flag else None for shard, flag in zip(shards, reached, strict=True)]
+        waits = backward.waits or backward.tries or self.skip_updates
+        used = shards if waits else self._in_fp32_on_cpu(shards)
+        for i, (shard, converted, here) in enumerate(zip(shards, used, present, strict=True)):
+            backward.present[part.index, part.first + i] = here
+            if shard is not None:
+                norm = fp32_norm(shard, None if converted is shard else converted)
+                backward.norms[part.index, part.first + i] = norm
+        shards = used
         if self.skip_updates:
             return
         if backward.waits or backward.tries:
             for i, shard in enumerate(shards):
                 if shard is not None:
-                    self.parked.add((part.index, part.first + i), shard)
+                    self.parked.add((part.index, part.first + i), shard, is_ours=True)
             if backward.waits:
                 return
         self.parameters.begin_part(part)
         if backward.tries:
             self._keep_before(part, shards)
         self.update_part(part, shards, self._factor_now(backward, part))
+
+    def _in_fp32_on_cpu(self, shards: list[Tensor | None]) -> list[Tensor | None]:
+        """16-bit gradients of a part as its update wants them, for the norm too: each is converted once. Those of a
+        large part are left to the update, which converts some at a time."""
+        given = [shard for shard in shards if shard is not None]
+        on_cpu = self._converts_in_scratch and all(type(s) is Tensor and s.device.type == "cpu" for s in given)
+        if not on_cpu or sum(shard.numel() for shard in given) > RUN_NUMEL:
+            return shards
+        self._scratch.begin()
+        return [None if shard is None else self._scratch.fp32(shard) for shard in shards]
 
     def _gradient(
         self, group: GroupShard, run: Piece, shard: Tensor, factor: Tensor | None, device: torch.device

@@ -97,7 +97,12 @@ def same_weights(*engines):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("name", CASES)
+OTHER_OPTIMIZERS = ("Adadelta", "Adam", "Adamax", "ASGD", "NAdam", "RAdam", "Rprop")
+CASES |= {name: ({"optimizer": name, **BF16}, {"group_size": 3}, {}) for name in OTHER_OPTIMIZERS}
+FEW = [pytest.param(name, marks=pytest.mark.slow if name in OTHER_OPTIMIZERS else ()) for name in CASES]
+
+
+@pytest.mark.parametrize("name", FEW)
 def test_same_bits_as_after_backward(name):
     options, hift, model_options = copy.deepcopy(CASES[name])
     gas, zero = options.get("gas", 1), options.pop("zero", {})

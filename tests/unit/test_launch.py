@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -237,6 +238,22 @@ def test_other_ways_to_train_and_export(inputs, tmp_path, changes, dtype):
     assert (out / "checkpoint-6" / "latest").exists()  # the last step is saved whatever save_steps says
     if dtype == torch.bfloat16:
         assert len(list((out / "model").glob("model-*.safetensors"))) > 1
+
+
+def test_a_run_file_with_the_update_in_backward(inputs, tmp_path, capsys):
+    """By the preset: its first lines say how many layers a step has, and why, and which norm clips; what moved and what
+    was made again is in the metrics, the coverage and the pictures."""
+    out = tmp_path / "run"
+    hift = {"group_size": "auto", "clipping": "speculative"}
+    finetune(load_run_config(write_run(inputs, out, deepspeed="bf16_host_full", hift=hift, train__max_grad_norm=1e3)))
+    said = capsys.readouterr().out
+    assert re.search(r"group size auto: .* a step \(\d+ groups?\) at [\d,]+ tokens", said), said
+    assert "clipping speculative: gradients are scaled down to 1000 by the norm of the step" in said
+    steps, coverage = read_metrics(out).steps, json.loads((out / "coverage.json").read_text())
+    assert len(steps) == 12 and all(step["grad_bytes_out"] > 0 for step in steps)
+    assert coverage["trials"]["num_made"] == sum(step["tried"] for step in steps)
+    assert coverage["trials"]["num_undone"] == sum(step["undone"] for step in steps)
+    assert steps[-1]["loss"] < steps[0]["loss"]
 
 
 @pytest.mark.parametrize("hift", [{}, False], ids=["hift", "full"])

@@ -182,6 +182,7 @@ def test_the_norm_of_a_large_gradient_is_that_of_its_values(dtype):
     grad = torch.randn(1 << 23, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = float(torch.linalg.vector_norm(grad.double()))
     assert float(fp32_norm(grad)) == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(fp32_norm(grad, grad.float()), fp32_norm(grad))
     assert float(fp32_norm(grad[: 3 * 70_000].view(3, 70_000).t())) == pytest.approx(
         float(torch.linalg.vector_norm(grad[: 3 * 70_000].double())), rel=1e-5
     )
