@@ -34,7 +34,8 @@ test-kernels: setup
 
 # HiFT inside other programs, at their own pins (needs the network once).
 test-hosts: setup
-	$(PY) -m pip install --quiet --no-deps --target .hosts/llamafactory -r tests/hosts/llamafactory.txt
+	for file in tests/hosts/*.txt; do \
+	  $(PY) -m pip install --quiet --no-deps --target .hosts/$$(basename $$file .txt) -r $$file || exit 1; done
 	$(PY) -m pytest -q -m slow tests/hosts
 
 # An exported checkpoint in llama.cpp, CTranslate2 and lm-eval: transformers' log-probabilities (needs the network once).

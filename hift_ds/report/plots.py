@@ -343,6 +343,8 @@ def _name_rows(axes: Axes, rows: list[tuple[int, GroupSummary | None]], steps: l
 
 
 def _draw_bars(axes: Axes, moved: list[float | None], had_turns: list[bool]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     percent = [100 * value if value is not None else 0.0 for value in moved]
     axes.barh(range(len(percent)), percent, height=0.72, color=_BAR)
     axes.set_xlim(0, max(percent) * 1.22 or 1)
@@ -351,6 +353,7 @@ def _draw_bars(axes: Axes, moved: list[float | None], had_turns: list[bool]) -> 
             label = f" {percent_text(value)}" if value else (" 0" if moved[row] is not None else " ?")
             label = label if value or had_turns[row] else " never trained"
             axes.text(value, row, label, va="center", fontsize=8, color=_INK if value else _SKIPPED)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4))  # the panel is narrow
     axes.set_xlabel("% of the group's weight norm")
     axes.set_title("how far it moved", fontsize=11)
     axes.tick_params(axis="y", which="both", length=0, labelleft=False)

@@ -83,7 +83,7 @@ def start(command: list[str], path: str = "", says: str = "HiFT is on, 5 layer g
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, [path]), str(ROOT)]), **variables}
     env |= {"HF_HUB_OFFLINE": "1", "DS_SKIP_CUDA_CHECK": "1"}
     done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
     assert says in done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -185,7 +185,7 @@ def test_ppo_of_older_trl(tmp_path):
     assert "coverage [1, 2]" in said, said[-500:]
     for name, value in weights["plain"].items():
         torch.testing.assert_close(weights["one"][name], value, atol=2e-6, rtol=0, msg=name)
-    assert any("value_model" in name for name in weights["hift"])
+    assert any(name.startswith(("critic", "value")) for name in weights["hift"])
 
 
 @needs("lightning")

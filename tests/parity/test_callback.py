@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -39,6 +40,7 @@ from hift_ds.integrations.disk_room import bytes_on_disk
 from hift_ds.integrations.weights_once import keep_once
 from hift_ds.ranks import free_port, launch_variables
 from tests.helpers.out_of_memory import NoAdvice, full
+from tests.helpers.parity import ONE_GROUP
 from tests.helpers.trainer import AUTO, arguments, ragged_dataset
 from tests.numerics.test_engine_life import hooks_of
 from tests.parity.test_trl import TRAINERS, folder_of, rows, tokenizer
@@ -419,10 +421,40 @@ def test_a_loop_over_accelerate(tmp_path):
         pass
 
 
+def test_a_loop_over_accelerate_with_one_group_is_the_plain_loop():
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState
+    from torch.utils.data import DataLoader
+
+    weights = []
+    for config in (None, {**ONE_GROUP, "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.5}):
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        AcceleratorState._reset_state(True)
+        plugin = DeepSpeedPlugin(hf_ds_config=copy.deepcopy(config)) if config else None
+        accelerator = Accelerator(deepspeed_plugin=plugin, cpu=plugin is None)
+        model = model_zoo.tiny.build("llama", seed=1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        parts = (model, optimizer, DataLoader(ragged_dataset(10), batch_size=2))
+        with hift_ds.accelerate() if config else contextlib.nullcontext():
+            prepared, optimizer, data = accelerator.prepare(*parts)
+        for batch in data:
+            accelerator.backward(prepared(**batch).loss)
+            if config is None:
+                accelerator.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append({name: value.detach().clone() for name, value in model.state_dict().items()})
+    prepared.destroy()
+    AcceleratorState._reset_state(True)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=2e-6, rtol=0, msg=name)
+
+
 PROGRAM = """
 import sys
 from transformers import Trainer, TrainingArguments
 import model_zoo
+from tests.helpers.parity import ONE_GROUP
 from tests.helpers.trainer import ragged_dataset
 args = TrainingArguments(sys.argv[1], deepspeed=sys.argv[2], max_steps=5, use_cpu=True, report_to=[],
                          save_strategy="no", logging_steps=1)

@@ -33,7 +33,11 @@ class Module(lightning.LightningModule):
 
 
 class OnCPU(DeepSpeedStrategy):
-    """Lightning's, without its insistence on CUDA."""
+    """Lightning's, without its insistence on CUDA and on a device with a number."""
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)
 
     def setup_environment(self) -> None:
         DDPStrategy.setup_environment(self)

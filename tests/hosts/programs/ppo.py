@@ -62,5 +62,6 @@ if form != "plain":
     engines[0].destroy()
 still = [name for name, value in model.state_dict().items() if torch.equal(before[name], value)]
 assert not still, still
-save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+# One name each: the value model's backbone has two.
+save_file({name: value.detach().contiguous() for name, value in model.named_parameters()}, folder / "model.safetensors")
 print("trained")
