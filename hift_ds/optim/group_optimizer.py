@@ -48,7 +48,7 @@ class GroupOptimizer:
         max_grad_norm: 0 for no clipping.
         seed: of stochastic rounding.
         pin_memory: page-lock what gradients and weights travel through when the host updates.
-        on_threads: what the host updates beside the device is updated on a thread.
+        on_threads: what the host updates beside the device is updated on a thread, and what it sums up summed on one.
     """
 
     def __init__(

@@ -30,9 +30,12 @@ class HostGradients:
         device: where the gradients come from.
         dtype: of sums; ``None`` keeps each gradient's own, for gradients that are not summed.
         pin_memory: page-lock the buffers, without which nothing overlaps.
+        on_thread: ``False``: additions are made at once, where they are asked for.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype | None, pin_memory: bool = True) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype | None, pin_memory: bool = True, on_thread: bool = True
+    ) -> None:
         self.dtype = dtype
         self.traffic = Traffic()
         self._streams = streams_of(device)
@@ -42,7 +45,7 @@ class HostGradients:
         self._mover.causes = dict.fromkeys((IN, OUT), "gradients_on_host")
         self._pin_memory = pin_memory and device.type != "cpu"
         self._locked = PageLockedMemory()
-        self._thread = None if self._streams is None else one_thread("gradients")
+        self._thread = one_thread("gradients") if self._streams is not None and on_thread else None
         self._kept: dict[Hashable, Tensor] = {}
         # What is kept is there when its copy and the thread's addition have ended.
         self._tickets: dict[Hashable, Ticket | None] = {}
@@ -64,7 +67,7 @@ class HostGradients:
         """
         self.traffic.add(bytes_out=grad.nbytes)
         dtype = self.dtype or grad.dtype
-        if self._thread is None:
+        if self._streams is None:
             if key in self._kept:
                 self._kept[key].add_(grad)
             else:
@@ -82,6 +85,10 @@ class HostGradients:
         first = total is None
         if total is None:
             total = self._kept[key] = self._buffer(grad.shape, dtype)
+        if self._thread is None:
+            self._add(ticket, staged, total, first)
+            self._give_back(staged, int)
+            return
         added = self._thread.submit(self._add, ticket, staged, total, first)
         self._additions[key] = added
         self._give_back(staged, added.result)
@@ -116,7 +123,7 @@ class HostGradients:
         self._end_addition(key)
         total, arrived = self._kept.pop(key), self._tickets.pop(key, None)
         self.traffic.add(bytes_in=total.nbytes)
-        if self._thread is None:
+        if self._streams is None:
             return total.to(device)
         there = torch.empty_like(total, device=device, pin_memory=False)
         ticket = self._mover.submit(IN, partial(_copy, there, total), after=(arrived,))
@@ -133,7 +140,7 @@ class HostGradients:
         for key in list(self._kept):
             self._end_addition(key)
             total, arrived = self._kept.pop(key), self._tickets.pop(key, None)
-            if self._thread is not None:
+            if self._streams is not None:
                 self._give_back(total, partial(self._mover.settle, arrived))
 
     def clear(self) -> None:

@@ -97,10 +97,11 @@ class InBackwardOptimizer(GroupOptimizer):
             )
         self.clipping = clipping
         self._part_of = self._find_parts()
-        device, pin_memory = next(iter(self._part_of)).device, kwargs.get("pin_memory", True)
-        self.sums = HostGradients(device, sum_dtype, pin_memory)  # by weight
-        self.parked = HostGradients(device, None, pin_memory)  # by (group, position): gradients that wait for the norm
-        self.weights_before = HostGradients(device, None, pin_memory)  # by (chunk, piece): of updates on trial
+        device = next(iter(self._part_of)).device
+        how = kwargs.get("pin_memory", True), kwargs.get("on_threads", True)
+        self.sums = HostGradients(device, sum_dtype, *how)  # by weight
+        self.parked = HostGradients(device, None, *how)  # by (group, position): gradients that wait for the norm
+        self.weights_before = HostGradients(device, None, *how)  # by (chunk, piece): of updates on trial
         self._unpublished: list[GroupShard] = []  # parts whose updates are still being made on the host
         self._accumulating = False  # a backward that is not the step's last is under way
         self._backward: Backward | None = None

@@ -125,6 +125,16 @@ def test_compact_states(simulated):
     assert block.state_bytes == pytest.approx((4 + 2 * 4 / 256) * block.numel, rel=1e-3)
 
 
+def test_sums_of_micro_batches_in_host_memory_are_counted_without_threads():
+    """Fake tensors are for one thread: on two the process ended in an abort."""
+    options = {"model": "smollm2_135m", "length": 128, "groups": (0,), "micro_batches": 2}
+    asked = setting(**options)
+    asked.engine_config["hift"] = {"update": "in_backward", "group_size": "all", "state": {"slots": 2}}
+    ((step,),) = (result.steps for result in simulate([asked]))
+    numel = 134_515_008  # a sum in fp32, and the gradient that waits for the norm: both are there at the end
+    assert step.numel == numel and step.offloaded_bytes >= 8 * numel
+
+
 def test_every_family_can_be_counted():
     """Two blocks of a published size, every switch on."""
     sizes = [next(iter(family.sizes)) for family in model_zoo.FAMILIES.values() if family.sizes]
