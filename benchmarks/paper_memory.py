@@ -17,13 +17,14 @@ import resource
 import shlex
 import sys
 import tempfile
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from string import Template
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+TEMPLATE = ROOT / "benchmarks" / "paper_memory.template.md"
 sys.path.insert(0, str(ROOT))
 
 import model_zoo  # noqa: E402
@@ -311,127 +312,57 @@ def _residual(step: GroupStep) -> int:
 
 
 def write_page(found: dict[str, Counted], optimizers: Sequence[str], command: str, plot: str) -> str:
-    parts = [
-        _introduction(command, plot, found),
-        _pgs_table(found, optimizers),
-        _peak_table(found, optimizers),
-    ]
+    """The sections of the template for which the counts are there, filled in."""
+    sections = ["setting", "states", "peaks", "average"]
+    values = _setting(found, command, plot) | _checks(found, optimizers) | _average(found)
+    values |= {"states_table": _states_table(found, optimizers), "peaks_table": _peaks_table(found, optimizers)}
     if LLAMA in found:
-        parts += [_beside_the_paper(found[LLAMA], optimizers)]
+        sections.append("beside")
+        values |= _beside_the_paper(found[LLAMA], optimizers)
         if total_cell("HiFT", FP32, 6, True) in found[LLAMA].steps:
-            parts += [_totals(found[LLAMA]), _claims(found[LLAMA])]
-    parts.append(_average(found))
-    return "\n".join(parts)
+            sections.append("totals")
+            values |= _totals(found[LLAMA]) | {"claims_table": _claims(found[LLAMA])}
+    if len(found) == len(MODELS):
+        sections.append("all")
+    parts = re.split(r"<!-- (\w+) -->\n", TEMPLATE.read_text(encoding="utf-8"))[1:]
+    kept = [text for name, text in zip(parts[::2], parts[1::2], strict=True) if name in sections]
+    return Template("".join(kept)).substitute(values)
 
 
-def _introduction(command: str, plot: str, found: dict[str, Counted]) -> str:
-    heads = ", ".join(f"{c.model.title} as `{c.model.head}`" for c in found.values())
+def _setting(found: dict[str, Counted], command: str, plot: str) -> dict[str, object]:
     eager = ", ".join(c.model.title for c in found.values() if not c.structure.has_fused_attention)
-    paragraphs = [
-        "writes this page. The real engine takes real steps of each whole model on a device that has no memory "
-        "([memory.md](memory.md)). Allocated bytes are counted; CUDA's context, "
-        "fragmentation and workspaces inside of kernels are not. No GPU was used.",
-        f"**Setting.** {BATCH} sequences of {LENGTH} tokens, no padding, in every table that does not say otherwise; "
-        f"the model in "
-        "training mode with its dropout; no activation checkpointing and no other saving; attention in a fused "
-        "kernel that does not "
-        f"hold the scores{f' (except {eager}, for which transformers has none)' if eager else ''}. Models: {heads}. "
-        f"MiB = 2^20 "
-        "bytes, GiB = 2^30: what the paper calls MB and GB.",
-        "**FPFT** is full fine-tuning by the same engine: one group that holds everything, states resident "
-        '(`"group_size"` above the '
-        'number of layers, `"residency": "device"`). **HiFT** is the paper\'s: `"group_size": 1`, states in host '
-        "memory and on the "
-        'device for the update only (`"prefetch": false`). Both are counted in a step that makes the states and '
-        "again in an update that "
-        "finds them; Adafactor, whose states the engine makes room for in the first update, in its second step.",
-        """
-| precision | weights on the device | how it is run here |
-|---|---|---|
-| fp32 | fp32 | fp32 model |
-| mixed | 16 bit and fp32, all of both | FPFT: `"bf16"` with fp32 masters, all resident. HiFT: see below |
-| mixed_hi | 16 bit, and fp32 of the active group | `"bf16"` with fp32 masters, `"residency": "host"` |
-| autocast | fp32 | `"torch_autocast"`: fp32 weights, a 16-bit copy for each product; the engine calls it mixed |
-""",
-        "The engine has no standard mixed precision for HiFT, where the masters of all groups are on the device and "
-        "their states are "
-        "not. Its rows are **derived**: mixed_hi, with the masters of the groups at rest added at every moment. With "
-        "SGD, which has "
-        'no states but the masters, the engine does just that under `"residency": "device"`, so that derived and '
-        "counted can be compared "
-        "(below). The paper used fp16, which takes the same bytes as bf16. It has no mixed_hi for FPFT.",
-        f"![Peak memory, AdamW]({plot})",
-    ]
-    return "\n".join(
-        [
-            "# The paper's memory claims, counted",
-            "",
-            f"    {command}",
-            "",
-            *(_wrapped(text) for text in paragraphs),
-        ]
-    )
+    return {
+        "command": command,
+        "plot": plot,
+        "batch": BATCH,
+        "length": LENGTH,
+        "eager": f" (except {eager}, for which transformers has none)" if eager else "",
+        "heads": ",\n".join(f"{c.model.title} as `{c.model.head}`" for c in found.values()),
+    }
 
 
-def _wrapped(paragraph: str) -> str:
-    """With the empty line after it; tables as they are."""
-    if "\n" in paragraph:
-        return paragraph.strip() + "\n"
-    return _filled(paragraph) + "\n"
-
-
-def _filled(text: str, **indents: str) -> str:
-    """Lines of at most 110; what stands between backticks is not broken."""
-    kept = re.sub(r"`[^`]*`", lambda code: code.group().replace(" ", "\0"), text)
-    return textwrap.fill(kept, 110, break_long_words=False, break_on_hyphens=False, **indents).replace("\0", " ")
-
-
-def _pgs_table(found: dict[str, Counted], optimizers: Sequence[str]) -> str:
+def _states_table(found: dict[str, Counted], optimizers: Sequence[str]) -> str:
+    states = " | ".join(f"Sta {optimizer}" for optimizer in optimizers)
     lines = [
-        "## Weights, gradients, states",
-        "",
-        _wrapped(
-            "While the largest group is updated, MiB. `Para` and `Gra` do not depend on the optimizer. `Para` "
-            "includes buffers (GPT-Neo "
-            "keeps a mask in every block). The paper counts every gradient in fp32; the engine holds one in fp32 "
-            "where micro-batches are "
-            "accumulated (`Gra`, counted with two) and in the weights' dtype where not (`held`). `PGS`: Para, Gra "
-            "and Sta of AdamW, GiB."
-        ),
-        "| model | precision | method | trainable | Para | Gra | held | "
-        + " | ".join(f"Sta {o}" for o in optimizers)
-        + " | PGS |",
+        f"| model | precision | method | trainable | Para | Gra | held | {states} | PGS |",
         "|---|---|---|" + "--:|" * (5 + len(optimizers)),
     ]
     for counted in found.values():
         for method, precision in ROWS:
             first = row(counted, method, precision, optimizers[0])
-            states = [row(counted, method, precision, o).states for o in optimizers]
+            states_of = [row(counted, method, precision, o).states for o in optimizers]
             cells = [
                 _millions(first.trainable),
-                *(_mib(n) for n in (first.weights, first.gradients, first.gradients_held, *states)),
+                *(_mib(n) for n in (first.weights, first.gradients, first.gradients_held, *states_of)),
                 _gib(first.pgs),
             ]
-            lines.append(f"| {counted.model.title} | {precision} | {method} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
+            lines.append(f"| {counted.model.title} | {precision} | {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def _peak_table(found: dict[str, Counted], optimizers: Sequence[str]) -> str:
+def _peaks_table(found: dict[str, Counted], optimizers: Sequence[str]) -> str:
     lines = [
-        "## Peaks",
-        "",
-        _wrapped(
-            f"GiB at {BATCH} x {LENGTH}. `Residual`: the most activations and temporaries of all places in forward "
-            f"and backward (AdamW). "
-            "Peak: the highest of forward, backward and update over all groups. Saved: of HiFT against FPFT in the "
-            "same precision, for "
-            "mixed_hi against FPFT in mixed. `kept`: FPFT whose gradients stay from step to step, as the paper's "
-            "totals suggest "
-            "(counted: the second of two accumulated micro-batches); the last column is saved against that."
-        ),
-        "| model | precision | method | Residual | "
-        + " | ".join(optimizers)
-        + " | saved, AdamW | AdamW, kept | saved |",
+        f"| model | precision | method | Residual | {' | '.join(optimizers)} | saved, AdamW | AdamW, kept | saved |",
         "|---|---|---|" + "--:|" * (4 + len(optimizers)),
     ]
     for counted in found.values():
@@ -445,99 +376,63 @@ def _peak_table(found: dict[str, Counted], optimizers: Sequence[str]) -> str:
                 )
             kept = _gib(peak_with_gradients_kept(counted, precision)) if method == "FPFT" else ""
             cells = [_gib(rows[0].residual), *(_gib(r.peak) for r in rows), saved, kept, saved_kept]
-            lines.append(f"| {counted.model.title} | {precision} | {method} | " + " | ".join(cells) + " |")
+            lines.append(f"| {counted.model.title} | {precision} | {method} | {' | '.join(cells)} |")
         full, hift = (worst_step(counted.steps[Cell(method, AUTOCAST)]) for method in ("FPFT", "HiFT"))
         for method, step in (("FPFT", full), ("HiFT", hift)):
             saved = _percent(1 - hift.peak_bytes / full.peak_bytes) if method == "HiFT" else ""
-            cells = [
-                _gib(_residual(step)),
-                _gib(step.peak_bytes),
-                *[""] * (len(optimizers) - 1),
-                saved,
-                "",
-                "",
-            ]
-            lines.append(f"| {counted.model.title} | autocast | {method} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_checks(found, optimizers), ""])
+            cells = [_gib(_residual(step)), _gib(step.peak_bytes), *[""] * (len(optimizers) - 1), saved, "", ""]
+            lines.append(f"| {counted.model.title} | autocast | {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def _checks(found: dict[str, Counted], optimizers: Sequence[str]) -> list[str]:
+def _checks(found: dict[str, Counted], optimizers: Sequence[str]) -> dict[str, object]:
     """What the tables take for granted, tested on the counts."""
-    spread, derived = 0.0, 0.0
+    spread, derived, prefetch = 0.0, 0.0, []
     for counted in found.values():
         for method, run in (("FPFT", FP32), ("HiFT", FP32), ("FPFT", MIXED_HI), ("HiFT", MIXED_HI)):
             residuals = [_residual(worst_step(counted.steps[Cell(method, run, o)])) for o in optimizers]
             spread = max(spread, max(residuals) / min(residuals) - 1)
         resident = worst_step(counted.steps[Cell("HiFT", MIXED_HI, "SGD", resident=True)]).peak_bytes
         derived = max(derived, abs(row(counted, "HiFT", MIXED, "SGD").peak / resident - 1))
-    prefetch = []
-    for counted in found.values():
         ways = [worst_step(counted.steps[Cell("HiFT", MIXED_HI, prefetch=on)]).peak_bytes for on in (False, True)]
         prefetch.append(f"{counted.model.title} {_gib(ways[0])} -> {_gib(ways[1])}")
-    items = [
-        f"Activations and temporaries do not depend on the optimizer: over the {len(optimizers)} of them they differ "
-        f"by {spread:.2%} at most.",
-        f"HiFT mixed as derived against the engine with all masters resident, SGD: off by {derived:.2%} at most.",
-        "With `\"prefetch\": true`, the engine's default, a slot for the largest group's states is on the device all "
-        "the time. AdamW, "
-        f"mixed_hi, GiB: {'; '.join(prefetch)}.",
-    ]
-    return [_filled(item, initial_indent="- ", subsequent_indent="  ") for item in items]
+    return {
+        "num_optimizers": len(optimizers),
+        "spread": f"{spread:.2%}",
+        "derived": f"{derived:.2%}",
+        "prefetch": ";\n  ".join(prefetch),
+    }
 
 
-def _beside_the_paper(counted: Counted, optimizers: Sequence[str]) -> str:
-    lines = [
-        "## LLaMA-2-7B beside the authors' table",
-        "",
-        _wrapped(
-            "Ours / theirs. Theirs: E2E, m = 1; batch and length are not stated. Para, Gra and Sta in MiB, PGS "
-            "(their sum) in GiB."
-        ),
-        "| optimizer | precision | method | Para | Gra | Sta | PGS |",
-        "|---|---|---|--:|--:|--:|--:|",
-    ]
+def _beside_the_paper(counted: Counted, optimizers: Sequence[str]) -> dict[str, object]:
+    lines = ["| optimizer | precision | method | Para | Gra | Sta | PGS |", "|---|---|---|--:|--:|--:|--:|"]
     largest: dict[str, tuple[float, float]] = {}
     for optimizer in optimizers:
         for key in ROWS:
             ours = row(counted, *key, optimizer)
             para, gra = PAPER_WEIGHTS[key]
             sta, pgs, _ = PAPER_STATES[optimizer][key]
-            pairs = {"Para": (ours.weights / MIB, para), "Gra": (ours.gradients / MIB, gra), "Sta": (ours.states / MIB, sta),
-                     "PGS": (ours.pgs / GIB, pgs)}  # fmt: skip
+            pairs = {"Para": (ours.weights / MIB, para), "Gra": (ours.gradients / MIB, gra),
+                     "Sta": (ours.states / MIB, sta), "PGS": (ours.pgs / GIB, pgs)}  # fmt: skip
             for name, (a, b) in pairs.items():
                 difference = abs(round(a, 2) - b)
                 if difference > largest.get(name, (-1.0, 0.0))[0]:
                     largest[name] = (difference, difference / b if b else 0.0)
             cells = " | ".join(f"{a:.2f} / {b:.2f}" for a, b in pairs.values())
             lines.append(f"| {optimizer} | {key[1]} | {key[0]} | {cells} |")
-    worst = ", ".join(f"{name} {a:.2f} ({b:.0e})" if a else f"{name} none" for name, (a, b) in largest.items())
-    exact = 4 * counted.numel / MIB
-    note = (
-        f"Largest difference, and relative to theirs: {worst}. 4 bytes for each of the {counted.numel:,} parameters "
-        f"are {exact:.2f} MiB, so "
-        f"that the last digits of theirs are not of this count. Parameters: {_millions(counted.numel)} / 6738.42M, "
-        f"of the largest group "
-        f"{_millions(max(counted.structure.group_numels))} / 202.38M."
-    )
-    return "\n".join([*lines, "", _wrapped(note)])
+    return {
+        "beside_table": "\n".join(lines),
+        "worst": ", ".join(f"{name} {a:.2f} ({b:.0e})" if a else f"{name} none" for name, (a, b) in largest.items()),
+        "numel": f"{counted.numel:,}",
+        "exact": f"{4 * counted.numel / MIB:.2f}",
+        "parameters": _millions(counted.numel),
+        "largest": _millions(max(counted.structure.group_numels)),
+    }
 
 
-def _totals(counted: Counted) -> str:
-    lines = [
-        "### Totals",
-        "",
-        _wrapped(
-            "AdamW, GiB; in brackets against theirs. FPFT with gradients kept, HiFT mixed as derived. Fused "
-            "attention does not hold the "
-            "scores, eager attention does. The authors' batch and kernel are not known: 6 and 8 sequences of 512 "
-            "tokens are shown, chosen "
-            "with their totals in view, so that an agreement is a fit and no prediction."
-        ),
-        "| precision | method | theirs | "
-        + " | ".join(f"{b} x {LENGTH}, {'eager' if e else 'fused'}" for b, e in TOTALS)
-        + " |",
-        "|---|---|--:|" + "--:|" * len(TOTALS),
-    ]
+def _totals(counted: Counted) -> dict[str, object]:
+    columns = " | ".join(f"{batch} x {LENGTH}, {'eager' if eager else 'fused'}" for batch, eager in TOTALS)
+    lines = [f"| precision | method | theirs | {columns} |", "|---|---|--:|" + "--:|" * len(TOTALS)]
     ours: dict[tuple[str, str], list[int]] = {}
     for key in ROWS:
         runs = [counted.steps[total_cell(*key, *which)] for which in TOTALS]
@@ -546,86 +441,54 @@ def _totals(counted: Counted) -> str:
         theirs = PAPER_STATES["AdamW"][key][2]
         cells = " | ".join(f"{n / GIB:.2f} ({n / GIB / theirs - 1:+.1%})" for n in ours[key])
         lines.append(f"| {key[1]} | {key[0]} | {theirs:.2f} | {cells} |")
-    freed = 1 - row(counted, "HiFT", FP32, "AdamW").peak / row(counted, "FPFT", FP32, "AdamW").peak
     for hift, full in ((FP32, FP32), (MIXED, MIXED), (MIXED_HI, MIXED)):
         theirs = 1 - PAPER_STATES["AdamW"]["HiFT", hift][2] / PAPER_STATES["AdamW"]["FPFT", full][2]
-        cells = [_percent(1 - a / b) for a, b in zip(ours["HiFT", hift], ours["FPFT", full], strict=True)]
-        lines.append(f"| saved, {hift} | against FPFT {full} | {_percent(theirs)} | " + " | ".join(cells) + " |")
-    note = (
-        "The abstract's more than 60 % for 7B is the fp32 row, against an FPFT whose gradients are there all the "
-        "time. Against one that "
-        f"frees them after each step, as PyTorch does by default, it is {_percent(freed)} at {BATCH} x {LENGTH}, fused."
-    )
-    return "\n".join([*lines, "", _wrapped(note)])
+        shares = [_percent(1 - a / b) for a, b in zip(ours["HiFT", hift], ours["FPFT", full], strict=True)]
+        lines.append(f"| saved, {hift} | against FPFT {full} | {_percent(theirs)} | {' | '.join(shares)} |")
+    freed = 1 - row(counted, "HiFT", FP32, "AdamW").peak / row(counted, "FPFT", FP32, "AdamW").peak
+    return {"totals_table": "\n".join(lines), "freed": _percent(freed)}
 
 
 def _claims(counted: Counted) -> str:
     lines = [
-        "### What fits which card",
-        "",
-        _wrapped(
-            "HiFT, AdamW, no activation checkpointing or other saving; GiB allocated, beside which the card holds "
-            "its context and "
-            "fragmentation. The last column fills the card with allocated bytes alone."
-        ),
         "| claim | precision | card | batch x length | fused | eager | largest batch at that length, fused |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     for claim in CLAIMS:
         fused, eager = (worst_step(counted.steps[claim.cell(e)]).peak_bytes for e in (False, True))
-        slope = Slope(
-            (
-                (claim.batch, counted.steps[claim.cell(False)]),
-                (claim.batch + 1, counted.steps[_one_more(claim)]),
-            )
-        )
-        lines.append(
-            f"| {claim.where} | {claim.precision} | {claim.card_gib} | {claim.batch} x {claim.length} | "
-            f"{_gib(fused)} | {_gib(eager)} | "
-            f"{slope.largest(claim.card_gib * GIB)} |"
-        )
-    return "\n".join([*lines, ""])
+        more = (claim.batch + 1, counted.steps[_one_more(claim)])
+        largest = Slope(((claim.batch, counted.steps[claim.cell(False)]), more)).largest(claim.card_gib * GIB)
+        asked = f"{claim.where} | {claim.precision} | {claim.card_gib} | {claim.batch} x {claim.length}"
+        lines.append(f"| {asked} | {_gib(fused)} | {_gib(eager)} | {largest} |")
+    return "\n".join(lines)
 
 
 def _one_more(claim: Claim) -> Cell:
     return replace(claim.cell(eager=False), batch=claim.batch + 1)
 
 
-def _average(found: dict[str, Counted]) -> str:
+def _average(found: dict[str, Counted]) -> dict[str, object]:
     shares = {name: 1 - max(c.structure.group_numels) / c.numel for name, c in found.items()}
     per_step = {name: 1 - 1 / c.structure.num_groups for name, c in found.items()}
     weighted = 1 - sum(max(c.structure.group_numels) for c in found.values()) / sum(c.numel for c in found.values())
     lines = [
-        "## 89.18 % fewer trainable parameters",
-        "",
-        "The share of a model's parameters that is not in its largest group, m = 1:",
-        "",
         "| model | parameters | groups | largest group | its parameters | fewer | fewer, mean over a cycle |",
         "|---|--:|--:|---|--:|--:|--:|",
     ]
     for name, counted in found.items():
         index, structure = counted.largest_group, counted.structure
-        lines.append(
-            f"| {name} | {_millions(counted.numel)} | {structure.num_groups} | {structure.group_names[index]} | "
-            f"{_millions(structure.group_numels[index])} | {_percent(shares[name], 2)} | "
-            f"{_percent(per_step[name], 2)} |"
-        )
-    mean = sum(shares.values()) / len(shares)
-    cycle = sum(per_step.values()) / len(per_step)
-    lines += [
-        f"| mean over models | | | | | **{_percent(mean, 2)}** | {_percent(cycle, 2)} |",
-        "",
-    ]
-    if len(found) == len(MODELS):
-        note = (
-            f"The paper's {PAPER_AVERAGE} % is the unweighted mean over these six models of the column `fewer`: of 1 "
-            f"- (largest group) / (all), "
-            f"so of the step that trains most. Ours is {_percent(mean, 2)}, with the engine's own groups. Weighted "
-            f"by parameters it is {_percent(weighted, 2)}; the mean step "
-            f"of a cycle trains {_percent(cycle, 2)} fewer."
-        )
-        lines.append(_wrapped(note))
-    return "\n".join([*lines, ""])
+        group = f"{structure.group_names[index]} | {_millions(structure.group_numels[index])}"
+        fewer = f"{_percent(shares[name], 2)} | {_percent(per_step[name], 2)}"
+        lines.append(f"| {name} | {_millions(counted.numel)} | {structure.num_groups} | {group} | {fewer} |")
+    mean, cycle = (_percent(sum(part.values()) / len(part), 2) for part in (shares, per_step))
+    lines.append(f"| mean over models | | | | | **{mean}** | {cycle} |")
+    return {
+        "average_table": "\n".join(lines),
+        "paper_average": PAPER_AVERAGE,
+        "mean": mean,
+        "weighted": _percent(weighted, 2),
+        "cycle": cycle,
+    }
 
 
 def _millions(numel: int) -> str:
@@ -697,8 +560,10 @@ def _draw_model(axes: Any, counted: Counted) -> None:
         )
     full = [i for i, (method, _) in enumerate(ROWS) if method == "FPFT"]
     kept = [peak_with_gradients_kept(counted, ROWS[i][1]) / GIB for i in full]
-    axes.bar(full, [high - bottoms[i] for i, high in zip(full, kept, strict=True)], bottom=[bottoms[i] for i in full],
-             fill=False, edgecolor=INK, linestyle=":", width=0.66, label="FPFT, gradients kept from step to step")  # fmt: skip
+    heights = [high - bottoms[i] for i, high in zip(full, kept, strict=True)]
+    outline = {"fill": False, "edgecolor": INK, "linestyle": ":", "width": 0.66}
+    label = "FPFT, gradients kept from step to step"
+    axes.bar(full, heights, bottom=[bottoms[i] for i in full], label=label, **outline)
     top = max(*bottoms, *kept)
     if counted.model.title == LLAMA:
         theirs = [PAPER_STATES["AdamW"][key][2] for key in ROWS]

@@ -2,12 +2,10 @@
 
     python benchmarks/zero3_memory.py [--quick | --volume]
 
-The real engine takes real steps of each model with few blocks; a place of a step (the peak of the last block's
-backward, say) is linear in the number of blocks from there on. One cell of each model is counted on the whole model as
-well. Groups with partitioned weights are visited twice, since ZeRO-3 prefetches from the second time on. Stepped are
-the embedding, the lowest block, which of all blocks has the most above it, and the head. Writes docs/zero3_memory.md,
-in 8 minutes on one core; --quick does the 7B model only and writes nothing; --volume counts what ZeRO-3 gathers, over
-all groups of the 7B model.
+The real engine takes real steps of each whole model. Groups with partitioned weights are visited twice, since ZeRO-3
+prefetches from the second time on. Stepped are the embedding, the lowest block, which of all blocks has the most above
+it, and the head. Writes docs/zero3_memory.md; --quick does the 7B model only and writes nothing; --volume counts what
+ZeRO-3 gathers, over all groups of the 7B model.
 """
 
 from __future__ import annotations
@@ -25,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import counting  # noqa: E402
 from benchmarks.counting import GIB, MIXED_HI  # noqa: E402
-from hift_ds.forecast.setting import Result, Setting, simulate  # noqa: E402
+from hift_ds.forecast.setting import GroupStep, Setting, simulate  # noqa: E402
+from hift_ds.forecast.steps import worst_step  # noqa: E402
 
 OUT = ROOT / "docs" / "zero3_memory.md"
 RANKS = (1, 2, 4, 8)
@@ -41,22 +40,6 @@ NOTHING_KEPT = {
 class Model:
     name: str
     title: str
-    num_blocks: int
-    few: tuple[int, int]  # blocks that are stepped: more than ZeRO-3 keeps gathered at a time
-    checked: tuple[str, int]  # the cell that is counted on the whole model too: mode, ranks
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Of the worst group."""
-
-    num_bytes: float
-    group: str
-    place: str
-
-    @property
-    def gib(self) -> float:
-        return self.num_bytes / GIB
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -79,94 +62,68 @@ MODES = {
     LEAST: zero_block("bf16_zero3_param_cpu", **NOTHING_KEPT),
 }
 MODELS = (
-    Model("llama2_7b", "LLaMA-2-7B", 32, (8, 11), (STREAMED, 1)),
-    Model("llama3_8b", "Llama-3-8B", 32, (8, 11), (PARTITIONED, 2)),
-    Model("llama2_13b", "LLaMA-2-13B", 40, (7, 9), (STREAMED, 4)),
-    Model("llama3_70b", "Llama-3-70B", 80, (5, 7), (PARTITIONED, 8)),
+    Model("llama2_7b", "LLaMA-2-7B"),
+    Model("llama3_8b", "Llama-3-8B"),
+    Model("llama2_13b", "LLaMA-2-13B"),
+    Model("llama3_70b", "Llama-3-70B"),
 )
 Cell = tuple[Model, str, int]
 
 
-def setting(model: Model, mode: str, ranks: int, num_blocks: int | None) -> Setting:
+def setting(model: Model, mode: str, ranks: int) -> Setting:
     """bf16 weights, fp32 masters and AdamW states in host memory; the savings of the streamed presets for all modes."""
     return counting.setting(
         model.name, MIXED_HI, 1, LENGTH, preset("bf16_zero3_param_cpu")["hift"],
         deepspeed={"gradient_clipping": 1.0, "zero_optimization": MODES[mode]},
-        num_blocks=num_blocks, groups=(0, 1, -1), world_size=ranks, visits=1 if mode == REPLICATED else 2,
+        world_size=ranks,
     )  # fmt: skip
 
 
-def extended(small: Result, large: Result, num_blocks: int) -> Peak:
-    """Of a model with ``num_blocks`` blocks: each place on a line, then the highest.
-
-    Totals, and the blocks between too, where ZeRO-3's prefetch can peak: category by category and without them it was
-    0.4 GiB too low and 6.5 GiB too high for partitioned weights on two ranks.
-    """
-    found = []
-    for a, b in zip(small.steps, large.steps, strict=True):
-        for place in a.places.keys() & b.places.keys():
-            low, high = (sum(step.places[place].values()) for step in (a, b))
-            slope = (high - low) / (large.num_blocks - small.num_blocks)
-            found.append(Peak(high + slope * (num_blocks - large.num_blocks), b.name, place))
-    return max(found, key=lambda peak: peak.num_bytes)
-
-
-def measure(models: tuple[Model, ...]) -> dict[Cell, Peak]:
-    found: dict[Cell, Peak] = {}
+def measure(models: tuple[Model, ...]) -> dict[Cell, GroupStep]:
+    """The step of each cell's worst group."""
+    found: dict[Cell, GroupStep] = {}
     for model in models:
         cells = [(model, mode, ranks) for mode in MODES for ranks in RANKS]
         started = time.perf_counter()
-        results = simulate([setting(*cell, n) for cell in cells for n in model.few])
-        for i, cell in enumerate(cells):
-            found[cell] = extended(results[2 * i], results[2 * i + 1], model.num_blocks)
+        found |= zip(cells, map(worst_step, counting.count([setting(*cell) for cell in cells])), strict=True)
         print(f"# {model.title}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     return found
-
-
-def counted_whole(models: tuple[Model, ...]) -> dict[Model, Result]:
-    """Each model's checked cell, with all its blocks."""
-    results = simulate([setting(model, *model.checked, None) for model in models])
-    return dict(zip(models, results, strict=True))
 
 
 def volume() -> list[float]:
     """Elements that each group of the whole 7B model gathers in a micro-batch, over its parameters; partitioned, on 2
     ranks."""
-    one = setting(MODELS[0], PARTITIONED, 2, None)
-    (result,) = simulate([replace(one, groups=None, second_update=False)])
+    (result,) = simulate([replace(setting(MODELS[0], PARTITIONED, 2), second_update=False, visits=2)])
     return [step.numel_gathered / result.numel for step in result.steps]
 
 
-def table(models: tuple[Model, ...], found: dict[Cell, Peak]) -> str:
+def gib(step: GroupStep) -> float:
+    return step.peak_bytes / GIB
+
+
+def table(models: tuple[Model, ...], found: dict[Cell, GroupStep]) -> str:
     lines = ["| model | weights | " + " | ".join(f"{n} rank{'s' if n > 1 else ''}" for n in RANKS) + " | worst group |"]
     lines.append("|---|---|" + "---|" * (len(RANKS) + 1))
     for model in models:
         for mode in MODES:
-            peaks = [found[model, mode, ranks] for ranks in RANKS]
-            worst = ", ".join(dict.fromkeys(peak.group for peak in peaks))
-            lines.append(f"| {model.title} | {mode} | " + " | ".join(f"{p.gib:.2f}" for p in peaks) + f" | {worst} |")
+            steps = [found[model, mode, ranks] for ranks in RANKS]
+            worst = ", ".join(dict.fromkeys(step.name for step in steps))
+            lines.append(
+                f"| {model.title} | {mode} | " + " | ".join(f"{gib(step):.2f}" for step in steps) + f" | {worst} |"
+            )
     return "\n".join(lines)
 
 
 GOALS = ((MODELS[0], STREAMED, 1, 4.0), (MODELS[3], PARTITIONED, 8, 24.0))
 
 
-def goals(found: dict[Cell, Peak]) -> str:
+def goals(found: dict[Cell, GroupStep]) -> str:
     lines = []
     for model, mode, ranks, limit in GOALS:
-        peak = found[model, mode, ranks]
-        verdict = "met" if peak.gib < limit else "missed"
+        peak = gib(found[model, mode, ranks])
+        verdict = "met" if peak < limit else "missed"
         on = f"{ranks} rank{'s' if ranks > 1 else ''}"
-        lines.append(f"- {model.title}, {mode}, {on}: {peak.gib:.2f} GiB, goal below {limit:.0f}: {verdict}.")
-    return "\n".join(lines)
-
-
-def checks(found: dict[Cell, Peak], whole: dict[Model, Result]) -> str:
-    lines = ["| model | cell | extended | counted whole |", "|---|---|---|---|"]
-    for model, result in whole.items():
-        mode, ranks = model.checked
-        counted = max(step.peak_bytes for step in result.steps) / GIB
-        lines.append(f"| {model.title} | {mode}, {ranks} | {found[model, mode, ranks].gib:.3f} | {counted:.3f} |")
+        lines.append(f"- {model.title}, {mode}, {on}: {peak:.2f} GiB, goal below {limit:.0f}: {verdict}.")
     return "\n".join(lines)
 
 
@@ -204,33 +161,25 @@ logits add.
 
 ## How it was counted
 
-The real engine took real steps of each model with two small numbers of blocks:
-{few}.
-Each place of a step (such as "backward, last block") was put on a line through the two: from more blocks on
-than ZeRO-3 keeps gathered at a time, one block adds the same to every place. Groups with partitioned weights
-were stepped twice and counted the second time, when ZeRO-3 prefetches; a third time the peaks were the same
-within 10 KiB. Whole models for comparison, GiB:
-
-{checks}
+The real engine took real steps of each whole model. Groups with partitioned weights were stepped twice and
+counted the second time, when ZeRO-3 prefetches; a third time the peaks were the same within 10 KiB.
 """
 
 
-def page(found: dict[Cell, Peak], whole: dict[Model, Result]) -> str:
+def page(found: dict[Cell, GroupStep]) -> str:
     return PAGE.format(
         length=LENGTH,
         table=table(MODELS, found),
         goals=goals(found),
         tensor=128256 * 8192 * 2 / GIB,
-        few=", ".join(f"{model.title} {model.few[0]} and {model.few[1]}" for model in MODELS),
-        checks=checks(found, whole),
     )
 
 
-def where(models: tuple[Model, ...], found: dict[Cell, Peak]) -> str:
+def where(models: tuple[Model, ...], found: dict[Cell, GroupStep]) -> str:
     """For reading on the terminal."""
     return "\n".join(
-        f"# {model.title}, {mode}, {ranks}: {peak.gib:.2f} in {peak.group}, {peak.place}"
-        for (model, mode, ranks), peak in found.items()
+        f"# {model.title}, {mode}, {ranks}: {gib(step):.2f} in {step.name}, {step.peak_place}"
+        for (model, mode, ranks), step in found.items()
         if model in models
     )
 
@@ -254,7 +203,7 @@ def main() -> None:
     if args.quick:
         print(table(models, peaks))
     else:
-        OUT.write_text(page(peaks, counted_whole(models)), encoding="utf-8")
+        OUT.write_text(page(peaks), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ Importing this package does no work: DeepSpeed and torch are loaded by the first
 
 from __future__ import annotations
 
+from typing import Any
+
 from hift_ds.version import __version__
 
 _LAZY = {
@@ -29,7 +31,7 @@ _LAZY = {
 __all__ = ["__version__", *_LAZY]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

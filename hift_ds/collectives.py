@@ -13,7 +13,7 @@ With one rank every function is a no-op or a view, so that callers have no secon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -39,7 +39,7 @@ class Ranks:
         self.world_size = 1 if comm is None else comm.get_world_size(group=process_group)
         self.rank = 0 if comm is None else comm.get_rank(group=process_group)
         self.num_batches = self.world_size // sequence_ranks  # over which gradients are averaged
-        self._global_ranks = None
+        self._global_ranks: list[int] | None = None
         # Gradient elements handed to reduce collectives by this rank, padding excluded.
         self.grad_numel_sent = 0
 
@@ -96,7 +96,7 @@ def plan_buckets(numels: Sequence[int], world_size: int, bucket_numel: int) -> l
     return buckets
 
 
-def _rows(numel: int, world_size: int, column: Column):
+def _rows(numel: int, world_size: int, column: Column) -> Iterator[tuple[int, int, int]]:
     """(rank, first element, end) of the real elements, padding excluded, that ``column`` covers per rank."""
     per_rank = shard_numel(numel, world_size)
     for rank in range(world_size):
@@ -108,14 +108,24 @@ def _rows(numel: int, world_size: int, column: Column):
 
 def reduce_scatter_shards(
     ranks: Ranks,
-    grads: Sequence[Tensor | None],  # full size, any shape and float dtype; None counts as zeros
+    grads: Sequence[Tensor | None],
     numels: Sequence[int],
     buckets: Sequence[Sequence[Column]],
-    dtype: torch.dtype,  # of the sum on the wire
+    dtype: torch.dtype,
     device: torch.device,
 ) -> list[Tensor | None]:
-    """This rank's shard of the *mean* gradient of each parameter, flat, fp32, unpadded; ``None`` where it has no
-    element. On one rank the gradients themselves, flat, in the dtypes they have, and ``None`` where there is none.
+    """Average the gradients of parameters over ranks, of each a shard on each rank.
+
+    Args:
+        grads: by parameter, whole, of any shape and float dtype; ``None`` counts as zeros.
+        numels: elements of each parameter.
+        buckets: the columns that travel in one collective; the same on every rank, and all columns in one of them.
+        dtype: of the sum on the wire.
+        device: where ranks talk to each other.
+
+    Returns:
+        This rank's shard of the mean gradient of each parameter, flat, fp32, unpadded; ``None`` where it has no
+        element. On one rank the gradients themselves, flat, in the dtypes they have, and ``None`` where there is none.
     """
     if ranks.world_size == 1:
         return [None if grad is None else grad.reshape(-1) for grad in grads]
@@ -188,10 +198,15 @@ class ReduceScatter:
 
 def all_gather_shards(
     ranks: Ranks,
-    weights: Sequence[Tensor],  # full-size replicas, any shape, one dtype; this rank's shard is up to date
+    weights: Sequence[Tensor],
     buckets: Sequence[Sequence[Column]],
 ) -> None:
-    """Bring every rank's shard into every replica, in place."""
+    """Bring every rank's shard into every replica, in place.
+
+    Args:
+        weights: whole replicas, of any shape and one dtype, contiguous; this rank's shard of each is up to date.
+        buckets: the columns that travel in one collective; the same on every rank, and all columns in one of them.
+    """
     if ranks.world_size == 1 or not weights:
         return
     world_size, rank = ranks.world_size, ranks.rank
@@ -217,14 +232,24 @@ def all_gather_shards(
 
 def reduce_to_owner(
     ranks: Ranks,
-    grad: Tensor | None,  # full size, any shape and float dtype; None counts as zeros
+    grad: Tensor | None,
     numel: int,
     device: torch.device,
     owner: int,
-    dtype: torch.dtype,  # of the sum on the wire
+    dtype: torch.dtype,
 ) -> Tensor | None:
-    """The mean gradient on rank ``owner``, flat, fp32; ``None`` elsewhere. On one rank the gradient itself, flat, in
-    the dtype it has, and ``None`` if there is none."""
+    """Average the gradient of one parameter over ranks, for rank ``owner`` alone.
+
+    Args:
+        grad: whole, of any shape and float dtype; ``None`` counts as zeros.
+        numel: elements of the parameter.
+        device: where ranks talk to each other.
+        dtype: of the sum on the wire.
+
+    Returns:
+        The mean gradient on rank ``owner``, flat, fp32; ``None`` elsewhere. On one rank the gradient itself, flat, in
+        the dtype it has, and ``None`` if there is none.
+    """
     if ranks.world_size == 1:
         return None if grad is None else grad.reshape(-1)
     buffer = whole_on_wire(ranks, grad, numel, device, dtype)
@@ -239,12 +264,12 @@ def whole_on_wire(ranks: Ranks, grad: Tensor | None, numel: int, device: torch.d
 
 
 def sum_at_owner(ranks: Ranks, buffer: Tensor, owner: int) -> None:
-    """The second."""
+    """The second of the three steps of :func:`reduce_to_owner`: rank ``owner`` gets the sum of all buffers in place."""
     ranks.comm.reduce(buffer, dst=ranks.global_rank(owner), group=ranks.process_group)
 
 
 def mean_at_owner(ranks: Ranks, buffer: Tensor, owner: int) -> Tensor | None:
-    """The third."""
+    """The third of the three steps of :func:`reduce_to_owner`: what it returns."""
     return buffer.float().div_(ranks.num_batches) if ranks.rank == owner else None
 
 

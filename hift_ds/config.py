@@ -149,7 +149,7 @@ class HiFTConfig(BaseModel):
     reshuffle: bool = False
     """With ``order: random``: a new order for every cycle."""
     seed: int = 0
-    """Of random orders and of stochastic rounding."""
+    """The seed of random orders and of stochastic rounding."""
     steps_per_group: int = Field(default=1, ge=1)
     """Optimizer steps one group gets in a turn (BAdam's K)."""
     groups: list[list[str]] | None = None

@@ -17,7 +17,13 @@ INTERRUPTED = 130
 
 
 class HiFTError(Exception):
-    """Base of every error raised on purpose by hift_ds."""
+    """Base of every error raised on purpose by hift_ds.
+
+    Attributes:
+        seen_by_all_ranks: every rank raises it, so that one of them may say it for all.
+    """
+
+    seen_by_all_ranks = False
 
 
 class ConfigError(HiFTError, ValueError):

@@ -89,11 +89,12 @@ class CycleLR:
         A run that goes on with more steps has another schedule than the one whose last value was saved; torch would use
         that value for one step, and a latch for a whole cycle. Without a change the values stay as they are.
         """
-        functions, bases = (getattr(self.scheduler, name, None) for name in ("lr_lambdas", "base_lrs"))
+        names = ("lr_lambdas", "base_lrs", "last_epoch")
+        functions, bases, step = (getattr(self.scheduler, name, None) for name in names)
         if functions is None or bases is None or not len(functions) == len(bases) == len(self.param_groups):
             return
         for group, base, function in zip(self.param_groups, bases, functions, strict=True):
-            group["lr"] = base * function(self.scheduler.last_epoch)
+            group["lr"] = base * function(step)
 
     def state_dict(self) -> dict[str, Any]:
         """The latched rates, for a checkpoint."""
@@ -166,7 +167,7 @@ def _detached_copy(scheduler: Scheduler, param_groups: list[dict[str, Any]]) -> 
 
 
 def _optimizers_of(scheduler: object, seen: set[int] | None = None) -> Iterator[Optimizer]:
-    """Of the scheduler and of all schedulers in its attributes (``SequentialLR``, ``ChainedScheduler``, wrappers)."""
+    """The optimizers of the scheduler and of all schedulers in its attributes (``SequentialLR``, wrappers)."""
     seen = set() if seen is None else seen
     if id(scheduler) in seen:
         return

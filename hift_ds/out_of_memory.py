@@ -108,9 +108,8 @@ def says_when_no_room(model: nn.Module | None) -> Iterator[None]:
         num_bytes = sum(param.numel() * param.element_size() for param in params)
         return NoRoomForModel(
             f"the {device} device has no room for the weights ({num_bytes / 2**30:.1f} GiB) and the states that stay "
-            f"on it, "
-            'whatever the batch; "hift.state.residency": "host", 16-bit weights, or "zero_optimization.stage": 3 '
-            "need less"
+            'on it, whatever the batch; "hift.state.residency": "host", 16-bit weights, or '
+            '"zero_optimization.stage": 3 need less'
         )
 
     with _answered(answer):

@@ -34,12 +34,17 @@ class PrecisionPolicy:
 
 
 def write_weight_(
-    weight: Tensor,  # any dtype, changed in place
-    # fp32, same shape; may be on another device, and is rounded there so that fewer bytes travel.
+    weight: Tensor,
     value: Tensor,
-    generator: torch.Generator | None,  # not None: round stochastically (bf16 only); of value's device
+    generator: torch.Generator | None,
 ) -> None:
-    """Round ``value`` into ``weight``."""
+    """Round ``value`` into ``weight``, in place.
+
+    Args:
+        weight: of any float dtype.
+        value: fp32, of the same shape; may be on another device, and is rounded there so that fewer bytes travel.
+        generator: of the value's device, to round stochastically where the weight is bf16; ``None``: to the nearest.
+    """
     if generator is not None and weight.dtype == torch.bfloat16:
         value = round_to_bf16_stochastic(value, generator)
     elif weight.device != value.device:

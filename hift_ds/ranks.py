@@ -120,10 +120,10 @@ def on_all_ranks(action: Callable[[], Result], failures_are: type[HiFTError] | N
         else:
             raise
     found = gather(None if failure is None else (type(failure), str(failure)))
-    failed = next((rank for rank, one in enumerate(found) if one is not None), None)
-    if failed is None:
+    failures = [(rank, *one) for rank, one in enumerate(found) if one is not None]
+    if not failures:
         return result
-    cls, message = found[failed]
+    failed, cls, message = failures[0]
     numbered = len(found) > 1 and (failed > 0 or failures_are is not None)
     agreed = cls(f"rank {failed}: {message}" if numbered else message)
     agreed.seen_by_all_ranks = True

@@ -122,7 +122,7 @@ class ReferenceHiFT:
                 nn.utils.clip_grad_norm_(together, self.max_grad_norm)
             return
         params = [self.updated[name] for name in names]
-        norm = nn.utils.get_total_norm([param.grad for param in params])
+        norm = nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
         if self.clipping == "last_visit":
             group = self.schedule.active
             before, self.norm_at_last_visit[group] = self.norm_at_last_visit.get(group, norm), norm

@@ -211,8 +211,7 @@ def _direct_read(asked: Asked) -> float:
 
 def races(asked: Asked) -> Found:
     """No bit depends on where states rest, also when each kind of work is held back in turn; and with the wait taken
-    out
-    that orders copies without prefetch, a delay must show."""
+    out that orders copies without prefetch, a delay must show."""
     import torch
 
     found = Found("races")

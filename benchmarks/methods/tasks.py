@@ -70,8 +70,7 @@ def load_task(name: str, tokenizer: Any, max_length: int, data: Path | None) -> 
 
 def batches(rows: list[Row], batch_size: int, pad: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """Batches without end, a new order in each epoch; ``input_ids``, ``attention_mask`` and ``labels``, int64, padded
-    to
-    the right."""
+    to the right."""
     rng = random.Random(seed)
     while True:
         order = rng.sample(range(len(rows)), len(rows))

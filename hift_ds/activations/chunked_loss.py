@@ -100,8 +100,8 @@ def _grad_of_logits(
     transform: Transform, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor,
     grad_losses: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Of a tile, in the head's dtype: (softmax - one-hot) * grad, through the transform. Targets outside of the
-    tile's columns have no one-hot in it."""
+    """The gradient of a tile's logits, in the head's dtype: (softmax - one-hot) * grad, through the transform. Targets
+    outside of the tile's columns have no one-hot in it."""
     raw = F.linear(hidden, weight, bias)
     with torch.enable_grad():
         leaf = raw.detach().requires_grad_()
@@ -129,7 +129,7 @@ class DeferredLogits:
     """
 
     def __init__(
-        self, head: nn.Module, hidden: Tensor, transforms: tuple[Transform, ...] = (), dtype: torch.dtype | None = None
+        self, head: nn.Linear, hidden: Tensor, transforms: tuple[Transform, ...] = (), dtype: torch.dtype | None = None
     ) -> None:
         self._head = head
         self.hidden = hidden
@@ -180,13 +180,21 @@ class DeferredLogits:
         return self.hidden.dim()
 
     def float(self) -> DeferredLogits:
-        return self.to(torch.float32)
+        return self._in(torch.float32)
+
+    def _in(self, dtype: torch.dtype) -> DeferredLogits:
+        return self if dtype == self.dtype else self._then(lambda logits: logits.to(dtype), dtype)
 
     def to(self, *args: Any, **kwargs: Any) -> Logits:
         wanted = kwargs.get("dtype", args[0] if args else None)
         if isinstance(wanted, torch.dtype):
-            return self if wanted == self.dtype else self._then(lambda logits: logits.to(wanted), wanted)
-        if not kwargs and len(args) == 1 and torch.device(wanted) == self.device:
+            return self._in(wanted)
+        if (
+            not kwargs
+            and len(args) == 1
+            and isinstance(wanted, str | int | torch.device)
+            and torch.device(wanted) == self.device
+        ):
             return self
         return self.compute().to(*args, **kwargs)
 
@@ -287,7 +295,8 @@ class _DeferringHead:
         head = self.head
         if self.request:
             targets, ignore_index, transform = self.request
-            weight, bias = head.weight, head.bias
+            weight: Tensor = head.weight
+            bias: Tensor | None = head.bias
             if torch.is_autocast_enabled(hidden.device.type):
                 dtype = torch.get_autocast_dtype(hidden.device.type)
                 hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -318,7 +327,7 @@ def defer_logits(model: nn.Module, active: Callable[[], bool]) -> nn.Module | No
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is not nn.Linear:
         return None
-    head.forward = _DeferringHead(head, active)
+    head.forward = _DeferringHead(head, active)  # type: ignore[method-assign, assignment]  # of this module alone; undone by restore
     return head
 
 

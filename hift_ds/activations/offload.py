@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -34,7 +35,7 @@ class ActivationOffload:
         from trl.models.activation_offloading import OffloadActivations, get_act_offloading_ctx_manager
 
         before = {module: [set(table) for table in _hooks_of(module)] for module in model.modules()}
-        in_flight = {"max_fwd_stash_size": IN_FLIGHT} if recomputes else {}
+        in_flight: dict[str, Any] = {"max_fwd_stash_size": IN_FLIGHT} if recomputes else {}
         self._context = get_act_offloading_ctx_manager(model, warn_if_no_head=False, **in_flight)
         self._new_context = lambda: OffloadActivations(**in_flight)
         self._added = [

@@ -47,16 +47,14 @@ class BlockRecompute:
         self.from_block(len(self._switches))
 
 
-def _switch(block: nn.Module) -> Callable[[bool], None]:
-    """A function that turns the block's recomputation on or off."""
+def _switch(module: nn.Module) -> Callable[[bool], None]:
+    """A function that turns the recomputation of a block on or off."""
+    block: Any = module  # what is set here torch does not declare
     # transformers' layers know how, and drop their caches for it.
     if hasattr(block, "gradient_checkpointing"):
         block._gradient_checkpointing_func = _checkpoint
 
-        def switch(on: bool) -> None:
-            block.gradient_checkpointing = on
-
-        return switch
+        return lambda on: setattr(block, "gradient_checkpointing", on)
     forward = block.forward
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
@@ -77,7 +75,7 @@ def take_over_from_transformers(model: nn.Module) -> bool:
     if was_on:
         for module in model.modules():
             if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = False
+                module.__dict__["gradient_checkpointing"] = False
         disable = getattr(model, "disable_input_require_grads", None)
         if disable is not None and getattr(model, "_require_grads_hook", None) is not None:
             disable()

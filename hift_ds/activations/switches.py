@@ -70,8 +70,8 @@ class ActivationSavings:
         """A context for a forward while the groups with indices ``active`` train."""
         if self._recompute is not None:
             self._recompute.from_block(min(self._lowest[index] for index in active))
-        keeps = self._offload is not None and torch.is_grad_enabled() and self._model.training
-        with self._offload.during_forward() if keeps else contextlib.nullcontext():
+        offload = self._offload if torch.is_grad_enabled() and self._model.training else None
+        with contextlib.nullcontext() if offload is None else offload.during_forward():
             yield
 
     def close(self) -> None:
@@ -98,7 +98,8 @@ def lowest_blocks(model: nn.Module, arch: ArchSpec, groups: Mapping[int, Sequenc
 def _without_cache(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    wanted = any(part.use_cache for part in configs_with_cache(getattr(module, "config", None)))
+    config = getattr(module, "config", None)
+    wanted = config is not None and any(part.use_cache for part in configs_with_cache(config))
     if not (wanted and module.training and torch.is_grad_enabled()):
         return None
     if "use_cache" in kwargs or kwargs.get("past_key_values") is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hift_ds.checkpoint.writer import CheckpointWriter
 from hift_ds.errors import CheckpointError
-from hift_ds.optim.parameters import GroupShard
+from hift_ds.optim.group_shard import GroupShard
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hift_ds.dtypes import safetensors_code
+from hift_ds.durable import sync
 from hift_ds.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -213,32 +214,19 @@ def replace_text(path: Path, text: str) -> None:
     temporary.unlink(missing_ok=True)
     write_bytes(temporary, text.encode())
     os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the folder's entries (names, not contents) on disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
-        # Some network file systems cannot do this, or need not.
-    finally:
-        os.close(handle)
+    sync(path.parent)
 
 
 def publish_folder(temporary: Path, final: Path) -> None:
     """Rename a complete folder to its name. A whole one of that name stays until the new one is there."""
-    sync_folder(temporary)
+    sync(temporary)
     replaced = final.with_name(final.name + ".replaced")
     if final.exists():
         if replaced.exists():
             remove_folder(replaced)
         os.rename(final, replaced)  # a kill now leaves it as a checkpoint that a search finds
     os.rename(temporary, final)
-    sync_folder(final.parent)
+    sync(final.parent)
     if replaced.exists():
         remove_folder(replaced)
 
@@ -263,7 +251,7 @@ def second_name(file: Path, name: Path) -> None:
         with open(temporary, "rb") as copy:
             os.fsync(copy.fileno())
     os.replace(temporary, name)
-    sync_folder(name.parent)
+    sync(name.parent)
 
 
 def temporary_folder(final: Path, token: str) -> Path:

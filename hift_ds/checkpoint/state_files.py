@@ -24,7 +24,8 @@ from hift_ds.checkpoint.files import TensorSpec
 from hift_ds.checkpoint.json_state import decode, encode
 from hift_ds.errors import CheckpointError
 from hift_ds.layers.grouping import ALWAYS
-from hift_ds.optim.group_states import GroupStates, StateTensor
+from hift_ds.optim.group_states import GroupStates
+from hift_ds.optim.state_layout import StateTensor
 from hift_ds.store.base import MASTER
 
 _RANGE = re.compile(r"(?P<param>.*)/(?P<key>[^/\[]+)\[(?P<start>\d+):(?P<end>\d+)\]")

@@ -22,9 +22,9 @@ from hift_ds.checkpoint.files import (
     record_of,
     remove_folder,
     replace_text,
-    sync_folder,
 )
 from hift_ds.checkpoint.manifest import LATEST, latest_tag, read_manifest, tags_by_age
+from hift_ds.durable import sync
 from hift_ds.errors import CheckpointError, ConfigError
 
 STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
@@ -46,7 +46,7 @@ def seal_folder(folder: Path, but: Collection[str] = ()) -> None:
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    sync_folder(folder)
+    sync(folder)
     replace_text(folder / SEAL, json.dumps({path.name: asdict(record_of(path)) for path in files}, indent=1))
 
 

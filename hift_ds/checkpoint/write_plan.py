@@ -16,8 +16,8 @@ from hift_ds.checkpoint.state_files import spec_of
 from hift_ds.layers.arch import whole_shape
 from hift_ds.layers.grouping import ALWAYS
 from hift_ds.optim.group_optimizer import GroupOptimizer
-from hift_ds.optim.group_states import StateTensor
-from hift_ds.optim.parameters import GroupShard
+from hift_ds.optim.group_shard import GroupShard
+from hift_ds.optim.state_layout import StateTensor
 
 WEIGHTS, STATES = "weights", "states"  # the two files of tensors
 

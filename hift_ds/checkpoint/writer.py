@@ -14,13 +14,13 @@ from hift_ds.checkpoint.files import (
     FileRecord,
     SafetensorsWriter,
     TensorSpec,
-    sync_folder,
     write_bytes,
     write_errors,
     write_json,
 )
 from hift_ds.checkpoint.shared_folder import SharedFolder
 from hift_ds.checkpoint.write_plan import STATES, WEIGHTS, WritePlan
+from hift_ds.durable import sync
 from hift_ds.errors import CheckpointError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -126,7 +126,7 @@ class CheckpointWriter:
             names = {WEIGHTS: WEIGHTS_FILE, STATES: states_file(self.shared_folder.rank)}
             for kind, file in self._files.items():
                 self._records[names[kind]] = file.close()
-            sync_folder(self.shared_folder.path)
+            sync(self.shared_folder.path)
             self.shared_folder.write_part(self._records)
 
     def discard(self) -> None:

@@ -1,4 +1,8 @@
-"""``hift-ds estimate``: how much memory a run will take, before anything is rented or loaded."""
+"""``hift-ds estimate``: how much memory a run will take, before anything is rented or loaded.
+
+From here to the simulated step: ``run`` -> ``estimate`` -> ``count`` -> ``run_requests`` (forecast/steps.py) ->
+``simulate`` (forecast/setting.py), which starts ``python -m hift_ds.simulation`` -> ``run`` (simulation/step.py).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 
 from hift_ds.cli.estimate_input import add_input_arguments, setting_and_choice
 from hift_ds.config import parse_block
-from hift_ds.forecast.fit import ASSUMED_SPEEDS, CONTEXT_GIB, FRAGMENTATION, NCCL_GIB, budget_gib
+from hift_ds.forecast.fit import CONTEXT_GIB, FRAGMENTATION, NCCL_GIB, budget_gib
 from hift_ds.forecast.setting import (
     SWITCHES,
     WORKSPACE_BYTES,
@@ -32,7 +36,6 @@ from hift_ds.forecast.steps import (
 )
 from hift_ds.store.hiding import BackwardCosts, layers_hidden
 from hift_ds.store.page_locked import SLAB_BYTES
-from hift_ds.store.speeds import Link
 
 CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80)
 LENGTH_STEP = 16
@@ -68,6 +71,7 @@ class Counted:
     full: Steps
 
     def all_steps(self) -> list[GroupStep]:
+        """The step of every layer group, bottom to top."""
         return [self.steps.step(index) for index in range(self.structure.num_groups)]
 
 
@@ -75,43 +79,7 @@ def count(setting: Setting) -> Counted:
     """Step the setting and its neighbours on the fake device, or on fake host tensors where torch has none."""
     setting = replace(setting, on_host=not torch_has_fake_devices())
     structure = read_structure(setting)
-
-    def ends(changed: Setting) -> Request:
-        return Request(
-            changed,
-            structure,
-            ends_only=True,
-            updates_as=setting if _same_updates(setting, changed) else None,
-        )
-
-    full_block = {
-        **setting.engine_config["hift"],
-        "group_size": "all",
-        "groups": None,
-        "always_active": [],
-        "update": "after_backward",
-        "clipping": "exact",
-    }
-    full_block["state"] = {
-        **(full_block.get("state") or {}),
-        "residency": "device",
-        "slice_numel": None,
-        "path": None,
-    }
-    full = replace(setting, engine_config={**setting.engine_config, "hift": full_block})
-    requests = {
-        "steps": Request(setting, structure),
-        "batch": ends(replace(setting, batch=2 * setting.batch)),
-        "full": ends(full),
-        **{switch: ends(with_switch(setting, switch, not is_on(setting, switch))) for switch in SWITCHES},
-    }
-    if not any(is_on(setting, switch) for switch in SWITCHES[1:]):
-        everything = setting
-        for switch in SWITCHES:
-            everything = with_switch(everything, switch, on=True)
-        requests["everything"] = ends(everything)
-    if _scores_matter(setting, structure):  # otherwise memory depends on the number of tokens alone
-        requests |= {f"length x {n}": ends(replace(setting, length=n * setting.length)) for n in (2, 3)}
+    requests = _requests(setting, structure)
     found = dict(zip(requests, run_requests(list(requests.values()), NUM_PROCESSES), strict=True))
     here, batch, length = found["steps"], setting.batch, setting.length
     lengths = [(n * length, found[f"length x {n}"]) for n in (2, 3) if f"length x {n}" in found]
@@ -126,10 +94,43 @@ def count(setting: Setting) -> Counted:
     )
 
 
+def _requests(setting: Setting, structure: Structure) -> dict[str, Request]:
+    """What is stepped, by name: the setting itself, twice its batch, full fine-tuning, each switch the other way, all
+    of them on, and, where something grows with its square, two and three times the length."""
+
+    def ends(changed: Setting) -> Request:
+        updates_as = setting if _same_updates(setting, changed) else None
+        return Request(changed, structure, ends_only=True, updates_as=updates_as)
+
+    requests = {
+        "steps": Request(setting, structure),
+        "batch": ends(replace(setting, batch=2 * setting.batch)),
+        "full": ends(_full_fine_tuning(setting)),
+        **{switch: ends(with_switch(setting, switch, not is_on(setting, switch))) for switch in SWITCHES},
+    }
+    if not any(is_on(setting, switch) for switch in SWITCHES[1:]):
+        everything = setting
+        for switch in SWITCHES:
+            everything = with_switch(everything, switch, on=True)
+        requests["everything"] = ends(everything)
+    if _scores_matter(setting, structure):  # otherwise memory depends on the number of tokens alone
+        requests |= {f"length x {n}": ends(replace(setting, length=n * setting.length)) for n in (2, 3)}
+    return requests
+
+
+def _full_fine_tuning(setting: Setting) -> Setting:
+    """All weights in every step, with all states on the device; the switches for activations stay."""
+    block = setting.engine_config["hift"]
+    state = {**(block.get("state") or {}), "residency": "device", "slice_numel": None, "path": None}
+    one_group = {"group_size": "all", "groups": None, "always_active": []}
+    plain_update = {"update": "after_backward", "clipping": "exact"}
+    full = {**block, **one_group, **plain_update, "state": state}
+    return replace(setting, engine_config={**setting.engine_config, "hift": full})
+
+
 def _same_updates(a: Setting, b: Setting) -> bool:
     """Do they differ in batch, length or what is kept for backward alone? An update knows nothing of these. (With stage
-    3
-    the update finds weights that backward has left gathered; in backward it finds what that still holds.)"""
+    3 the update finds weights that backward has left gathered; in backward it finds what that still holds.)"""
     if "in_backward" in (a.engine_config["hift"].get("update"), b.engine_config["hift"].get("update")):
         return False
     a, b = (_without_activations(replace(setting, batch=1, length=1)) for setting in (a, b))
@@ -181,6 +182,7 @@ def estimate(setting: Setting) -> dict[str, Any]:
 
 
 def worst_weights(step: GroupStep) -> int:
+    """Bytes of the weights on the device at the step's highest peak."""
     return step.categories["weights"]
 
 
@@ -213,8 +215,8 @@ def slab_bytes(num_bytes: float) -> float:
 
 
 def _weights_on_host(setting: Setting, num_bytes: int) -> tuple[float, float]:
-    """Of one node with all ranks: the shards that ``offload_param`` puts into host memory, and what is page-locked for
-    them."""
+    """Bytes of host memory on one node with all ranks: the shards that ``offload_param`` puts there, and what is
+    page-locked for them."""
     offload = (setting.engine_config.get("zero_optimization") or {}).get("offload_param") or {}
     if offload.get("device") != "cpu":
         return 0.0, 0.0
@@ -247,22 +249,12 @@ def settle_layers(setting: Setting, micro_batches: int) -> tuple[Setting, str]:
     block = setting.engine_config["hift"]
     hift = parse_block(block)
     numels = read_structure(setting).group_numels
-    state, ranks = hift.state, setting.world_size
-    master = 4 if hift.master_weights and setting.weight_dtype != "float32" else 0
-    largest = max(numels)
-    costs = BackwardCosts(
-        state_bytes=master + 8,  # AdamW's
-        room=max(state.first_slots, 1) * min(largest // ranks, state.slice_numel or largest),
-        flops_s=ASSUMED_SPEEDS.flops_s,
-        link=None if state.residency == "device" else Link(ASSUMED_SPEEDS.link, ASSUMED_SPEEDS.link),
-        both_ways=state.first_slots > 1,
-        prefetch=state.prefetch,
-        ranks=ranks,
-        share=float(state.step_on == "host"),
-        beside=state.step_on != "host",
+    weight_bytes = 4 if setting.weight_dtype == "float32" else 2
+    costs = BackwardCosts.assumed(
+        weight_bytes, max(numels), hift.state, masters=hift.master_weights, ranks=setting.world_size
     )
     tokens = hift.tokens_per_step or setting.batch * setting.length * micro_batches
-    choice = layers_hidden(costs, numels, tokens, split=state.step_on == "split")
+    choice = layers_hidden(costs, numels, tokens, split=hift.state.step_on == "split")
     size = "all" if choice.num_groups == 1 else choice.group_size
     block = {**block, "group_size": size, "tokens_per_step": None}
     return replace(setting, engine_config={**setting.engine_config, "hift": block}), choice.line()

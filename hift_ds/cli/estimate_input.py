@@ -36,6 +36,7 @@ def count_all_or_auto(text: str) -> int | str:
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which run is asked about."""
     parser.add_argument("run_file", nargs="?", metavar="RUN.yaml", help="a run file; every setting is taken from it")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="over the run file's")
     parser.add_argument("--model", metavar="MODEL", help="folder with a config.json, size of the zoo, or hub name")
@@ -141,7 +142,7 @@ def _from_run_file(args: argparse.Namespace) -> tuple[Setting, Chosen]:
 
 
 def _num_rows(run: RunConfig) -> int | None:
-    """Of the training data, if it is here and a row stays a row."""
+    """The number of rows of the training data, if it is here and a row stays a row."""
     from hift_ds.data.sources import load_rows
 
     sources = run.data.train_sources()

@@ -17,6 +17,7 @@ SWITCH_NAMES = {
 
 
 def print_estimate(figures: dict[str, Any]) -> None:
+    """Print what :func:`hift_ds.cli.estimate.estimate` gives, as tables for a terminal."""
     from rich.console import Console
 
     console = Console(highlight=False)

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from hift_ds.cli.arguments import add_model_arguments
+from hift_ds.dtypes import TORCH_NAMES
 from hift_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def benchmarks(trained: TrainedModel, args: argparse.Namespace) -> dict[str, Any
         raise ConfigError(f"--tasks: lm-eval has no {', '.join(unknown)}; its names: lm-eval ls tasks")
     options = {"pretrained": str(trained.folder)}
     if args.dtype != "auto":
-        options["dtype"] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[args.dtype]
+        options["dtype"] = TORCH_NAMES[args.dtype]
     found = lm_eval.simple_evaluate(
         model="hf", model_args=options, tasks=names, batch_size=args.batch_size, limit=args.limit, task_manager=manager,
         device=args.device,

@@ -190,7 +190,7 @@ def _line(indent: int, key: str, value: object, comment: str) -> str:
 
 
 def yaml_text(value: str) -> str:
-    """As a YAML scalar."""
+    """The value as a YAML scalar."""
     import yaml
 
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")

@@ -15,7 +15,7 @@ Then, as the first line of a run file, for editors with the YAML language server
 
 
 def run_file_schema() -> dict[str, Any]:
-    """Of every section and key, with types, defaults and descriptions; the "hift" block included."""
+    """The JSON schema of every section and key, with types, defaults and descriptions; the "hift" block included."""
     from hift_ds.config import HiFTConfig
     from hift_ds.train.run_config import RunConfig
 

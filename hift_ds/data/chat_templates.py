@@ -106,8 +106,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str = "auto"
         lacking = [token for token in _NEEDS.get(template, ()) if token not in tokenizer.get_vocab()]
         if lacking:
             raise ConfigError(
-                f"data.template: {template} needs the tokens {', '.join(lacking)}, which the tokenizer "
-                "lacks; "
+                f"data.template: {template} needs the tokens {', '.join(lacking)}, which the tokenizer lacks; "
                 f"use {FALLBACK}"
             )
         bos = _bos(tokenizer)  # asked for before the end token changes

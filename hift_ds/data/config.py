@@ -47,7 +47,7 @@ class DataConfig(BaseModel):
     max_samples: int | None = Field(None, ge=1)
     """Rows to take from the beginning of each source."""
     seed: int = 42
-    """Of the held-out split and of the order of samples."""
+    """The seed of the held-out split and of the order of samples."""
     num_workers: int = Field(1, ge=1)
     """Processes that tokenise."""
 
@@ -69,9 +69,11 @@ class DataConfig(BaseModel):
         return self
 
     def train_sources(self) -> list[Source]:
+        """The sources of ``data.train``."""
         return parse_sources(self.train, "data.train", **self._defaults())
 
     def eval_sources(self) -> list[Source]:
+        """The sources of ``data.eval``; none where it is not set."""
         return [] if self.eval is None else parse_sources(self.eval, "data.eval", **self._defaults())
 
     def _defaults(self) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _documents(file: Path, key: str, documents: Documents) -> Iterator[tuple[Any
 
 
 def _table_rows(file: Path, key: str) -> Iterator[tuple[Any, str]]:
-    """Of a parquet or arrow file, a part at a time; decoded as ``datasets`` decodes its own files."""
+    """The rows of a parquet or arrow file, a part at a time; decoded as ``datasets`` decodes its own files."""
     from datasets import Dataset
 
     count = 0
@@ -150,7 +150,7 @@ def without_filling(value: Any, feature: Any) -> Any:
 
 
 def _has_maps(fields: Any) -> bool:
-    """Of a schema, or a type that has fields: whether one is a map, or holds one."""
+    """Whether a field of a schema, or of a type that has fields, is a map or holds one."""
     import pyarrow as pa
 
     fields = [

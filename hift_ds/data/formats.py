@@ -127,7 +127,7 @@ def present(row: Row) -> dict[str, Any]:
     return {name: value for name, value in row.items() if not _is_absent(value)}
 
 
-def _is_absent(value: Any) -> bool:
+def _is_absent(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -315,7 +315,7 @@ def _question_and_answer(question: str, answer: str) -> list[_Turn]:
     return [({"role": "user", "content": question}, None), ({"role": "assistant", "content": answer}, None)]
 
 
-def _messages(value: Any, column: str) -> list[_Turn]:
+def _messages(value: object, column: str) -> list[_Turn]:
     """Messages with ``role`` and ``content``, whichever of the two spellings they came in."""
     value = _parsed(value, column)
     if not isinstance(value, list) or not value:
@@ -323,7 +323,7 @@ def _messages(value: Any, column: str) -> list[_Turn]:
     return [_turn(entry, column) for entry in value]
 
 
-def messages_of(value: Any, column: str) -> list[Message]:
+def messages_of(value: object, column: str) -> list[Message]:
     """The messages in a column, in the spelling of OpenAI.
 
     Raises:
@@ -332,7 +332,7 @@ def messages_of(value: Any, column: str) -> list[Message]:
     return [message for message, _ in _messages(value, column)]
 
 
-def _turn(entry: Any, column: str) -> _Turn:
+def _turn(entry: object, column: str) -> _Turn:
     if not isinstance(entry, Mapping):
         raise Malformed(f"{column}: expected messages with role and content, got {short(entry)}")
     # Arrow gives every message every key that any message has; the absent ones are None.
@@ -371,7 +371,7 @@ def _is_learned(entry: dict[str, Any], column: str) -> bool | None:
     return True if any(key in flags for key in _ALSO_LEARNED_FLAGS) else None
 
 
-def _calls(value: Any, column: str) -> list[dict[str, Any]]:
+def _calls(value: object, column: str) -> list[dict[str, Any]]:
     """The tool calls of a message.
 
     What stands in ``arguments`` stays as it is: whether the template takes an object or its text is found
@@ -384,16 +384,16 @@ def _calls(value: Any, column: str) -> list[dict[str, Any]]:
     return calls
 
 
-def _functions_called(value: Any, column: str) -> list[dict[str, Any]]:
+def _functions_called(value: object, column: str) -> list[dict[str, Any]]:
     """Tool calls made of objects with ``name`` and ``arguments``."""
     return [{"type": "function", "function": function} for function in _calls(value, column)]
 
 
-def _as_list(value: Any) -> list[Any]:
+def _as_list(value: object) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _parsed(value: Any, column: str) -> Any:
+def _parsed(value: object, column: str) -> Any:
     """What a text of JSON says, for columns that hold lists or objects: CSV and flat tables write them so."""
     if not isinstance(value, str):
         return value
@@ -403,7 +403,7 @@ def _parsed(value: Any, column: str) -> Any:
         raise Malformed(f"{column}: not valid JSON: {short(value)}") from None
 
 
-def _content(content: Any, column: str) -> str:
+def _content(content: object, column: str) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
@@ -420,7 +420,7 @@ def _tools(row: Row) -> list[dict[str, Any]] | None:
     return tools or None
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     """For a message: no more than 60 letters of it."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -65,8 +65,9 @@ class Labels:
     by_number: bool
 
     @classmethod
-    def of(cls, labels: list[Any], how: Preparation, auto_class: str) -> Labels:
-        """Of the training data: ``data.labels``, else those of a model that has such a head, else all there are.
+    def of(cls, labels: list[object], how: Preparation, auto_class: str) -> Labels:
+        """The labels of the training data: ``data.labels``, else those of a model that has such a head, else all there
+        are.
 
         Raises:
             DataError: numbers and names, or a label that is not of ``data.labels``.
@@ -90,7 +91,7 @@ class Labels:
         every = sorted(set(labels), key=lambda label: (_as_number(label), str(label)))
         return cls(tuple(_name(label) for label in every), by_number=numbers and every == list(range(len(every))))
 
-    def number(self, label: Any, origin: str) -> int:
+    def number(self, label: object, origin: str) -> int:
         """Raises DataError if it is none of them."""
         if self.by_number and isinstance(label, int) and 0 <= label < len(self.names):
             return label
@@ -108,16 +109,17 @@ class Labels:
         }  # fmt: skip
 
     def counted(self, numbers: list[Any]) -> str:
+        """A line with the number of rows of each label, by the labels' ``numbers``."""
         counts = Counter(numbers)
         shown = [f"{name} {counts[number]:,}" for number, name in enumerate(self.names[:8])]
         return f"{len(self.names)} labels: " + ", ".join(shown) + (", ..." if len(self.names) > 8 else "")
 
 
-def _name(label: Any) -> str:
+def _name(label: object) -> str:
     return str(label).lower() if isinstance(label, bool) else str(label)
 
 
-def _as_number(label: Any) -> float:
+def _as_number(label: str | float) -> float:
     try:
         return float(label)
     except ValueError:
@@ -162,7 +164,7 @@ class TokenizeTexts:
             "dropped": dropped,
         }
 
-    def _label(self, label: Any, origin: str) -> Any:
+    def _label(self, label: object, origin: str) -> Any:
         if self.labels is None:
             if not isinstance(label, int | float):
                 raise DataError(f"{origin}: label {label!r}, but the training data have numbers to predict")

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+IGNORED = -100
+"""The label that no loss counts."""
+
 
 def pack(dataset: Dataset, max_length: int) -> Dataset:
     """Rows of at most ``max_length`` tokens, made of whole samples.
@@ -48,7 +51,7 @@ def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool) -> Any:
 
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.padding_side = "right"  # positions are counted from the first column
-        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
     return _packed_collator(tokenizer.pad_token_id)
 
 

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 from hift_ds.data import packing
 from hift_ds.data.chat_templates import set_chat_template
 from hift_ds.data.config import DataConfig
-from hift_ds.data.encoding import Encoded, Encoder, Refused
+from hift_ds.data.encoding import Encoded, Encoder
 from hift_ds.data.formats import to_sample
+from hift_ds.data.packing import IGNORED
+from hift_ds.data.rendering import Refused
 from hift_ds.data.sources import (
     Source,
     cache_in_use,
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
-"""The label that no loss counts."""
 MOST_REFUSED = 0.1
 """Rows that may be passed over because the chat template refuses them; with more than this share of them it is the
 template that is wrong, not the rows."""

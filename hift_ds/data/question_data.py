@@ -137,7 +137,7 @@ class AnswerScores:
         return scores.answer_scores(given, [example["texts"] for example in self.examples])
 
 
-def _spans(start: Any, end: Any, offsets: list[list[int]]) -> list[tuple[float, int, int]]:
+def _spans(start: np.ndarray, end: np.ndarray, offsets: list[list[int]]) -> list[tuple[float, int, int]]:
     """(score, first letter, end) of what may be an answer."""
     inside = np.array([low >= 0 for low, _ in offsets])
     places = np.flatnonzero(inside)

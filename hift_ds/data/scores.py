@@ -7,14 +7,14 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 Span = tuple[str, int, int]  # kind, first word, last word
 
 
-def classification_scores(predicted: Any, labels: Any) -> dict[str, float]:
+def classification_scores(predicted: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     """Accuracy, F1 and Matthews' correlation of one class for each row.
 
     Args:
@@ -41,9 +41,9 @@ def classification_scores(predicted: Any, labels: Any) -> dict[str, float]:
     }  # fmt: skip
 
 
-def multi_label_scores(predicted: Any, labels: Any) -> dict[str, float]:
-    """Of several classes a row: ``accuracy``, the share of rows that are right as a whole, and ``f1`` over all
-    decisions ("micro").
+def multi_label_scores(predicted: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+    """The scores of several classes a row: ``accuracy``, the share of rows that are right as a whole, and ``f1`` over
+    all decisions ("micro").
 
     Args:
         predicted: bool[rows, classes].
@@ -53,7 +53,7 @@ def multi_label_scores(predicted: Any, labels: Any) -> dict[str, float]:
     return {"accuracy": float((predicted == labels).all(1).mean()), "f1": _f1(*_hits(predicted, labels))}
 
 
-def regression_scores(predicted: Any, labels: Any) -> dict[str, float]:
+def regression_scores(predicted: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     """``mse`` and ``pearson``, which is 0 where one side does not vary; both float[rows]."""
     predicted, labels = np.asarray(predicted, np.float64), np.asarray(labels, np.float64)
     a, b = predicted - predicted.mean(), labels - labels.mean()
@@ -64,9 +64,9 @@ def regression_scores(predicted: Any, labels: Any) -> dict[str, float]:
 
 
 def tag_scores(predicted: Sequence[Sequence[str]], labels: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Of words with tags: ``accuracy`` over words; ``precision``, ``recall`` and ``f1`` over whole entities, as CoNLL
-    counts them (kind and both ends must be right). Where no tag has the form ``B-KIND`` (parts of speech), accuracy
-    alone."""
+    """The scores of words with tags: ``accuracy`` over words; ``precision``, ``recall`` and ``f1`` over whole entities,
+    as CoNLL counts them (kind and both ends must be right). Where no tag has the form ``B-KIND`` (parts of speech),
+    accuracy alone."""
     words = [(p, t) for ps, ts in zip(predicted, labels, strict=True) for p, t in zip(ps, ts, strict=True)]
     scores = {"accuracy": sum(p == t for p, t in words) / max(len(words), 1)}
     if not any(re.match(r"[BIES]-", tag) for tags in (*predicted, *labels) for tag in tags):
@@ -130,7 +130,7 @@ def text_scores(predicted: Sequence[str], references: Sequence[str]) -> dict[str
     return {"bleu": 100 * bleu, "rouge_l": 100 * float(np.mean(rouge)) if rouge else 0.0}
 
 
-def _hits(predicted: Any, labels: Any) -> tuple[float, float, float]:
+def _hits(predicted: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
     return float((predicted & labels).sum()), float(predicted.sum()), float(labels.sum())
 
 
@@ -154,7 +154,7 @@ def _words(text: str) -> list[str]:
 
 
 def _common_length(a: list[str], b: list[str]) -> int:
-    """Of the longest common subsequence."""
+    """The length of the longest common subsequence."""
     row = [0] * (len(b) + 1)
     for one in a:
         before = 0

@@ -188,7 +188,7 @@ def load_rows(sources: list[Source]) -> Dataset:
 
 
 def load_mixture(sources: list[Source]) -> Dataset:
-    """As :func:`load_rows`, with a column ``source``, the index of the source that a row is of."""
+    """The rows that :func:`load_rows` gives, with a column ``source``: the index of the source that a row is of."""
     from datasets import concatenate_datasets
 
     parts = [load_rows([source]) for source in sources]

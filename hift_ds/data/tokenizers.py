@@ -131,8 +131,8 @@ def _load_sentencepiece(folder: Path, trust_remote_code: bool) -> PreTrainedToke
     return _assemble(converted, settings, folder)
 
 
-def _content(token: Any) -> str | None:
-    """Of a token as tokenizer_config.json has it: text, or an object with flags."""
+def _content(token: object) -> str | None:
+    """The text of a token as tokenizer_config.json has it: text, or an object with flags."""
     return token["content"] if isinstance(token, dict) else token
 
 

@@ -17,6 +17,7 @@ from hift_ds.data.formats import Conversation, Message, NoContent
 
 
 def has_calls(sample: Conversation) -> bool:
+    """Whether some message of the conversation calls a tool."""
     return any(message.get("tool_calls") for message in sample.messages)
 
 
@@ -71,7 +72,7 @@ def not_printed(message: Message, text: str, text_of_objects: str | None = None)
     return None
 
 
-def _with_calls(message: Message, convert: Callable[[Any], Any], as_said: bool) -> Message:
+def _with_calls(message: Message, convert: Callable[[object], object], as_said: bool) -> Message:
     """``message`` with the arguments of its calls converted; where it has no text, null or "" as the data say,
     or the other of the two."""
     if not message.get("tool_calls"):
@@ -88,16 +89,16 @@ def _with_calls(message: Message, convert: Callable[[Any], Any], as_said: bool) 
 
 
 def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of a call in OpenAI's form, or in the flat one of name and arguments."""
+    """The name and arguments of a call in OpenAI's form, or in the flat one."""
     inner = call.get("function")
     return inner if isinstance(inner, Mapping) else call
 
 
-def _as_it_is(arguments: Any) -> Any:
+def _as_it_is(arguments: object) -> object:
     return arguments
 
 
-def _as_object(arguments: Any) -> Any:
+def _as_object(arguments: object) -> object:
     """The object that a text says, also a text of a text; ``arguments`` itself if that is none."""
     said = arguments
     while isinstance(said, str):
@@ -108,7 +109,7 @@ def _as_object(arguments: Any) -> Any:
     return said if isinstance(said, dict) else arguments
 
 
-def _as_text(arguments: Any) -> Any:
+def _as_text(arguments: object) -> object:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 

@@ -20,7 +20,7 @@ from hift_ds.engine import build
 from hift_ds.engine.deepspeed_seam import SeamEngine
 from hift_ds.errors import ConfigError
 from hift_ds.layers.grouping import ALWAYS
-from hift_ds.optim.parameters import GroupShard
+from hift_ds.optim.group_shard import GroupShard
 from hift_ds.ranks import gather
 from hift_ds.store.encoded import EncodedStateStore
 from hift_ds.store.hiding import BackwardCosts, HiddenLayers, layers_hidden

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hift_ds.collectives import Ranks, shard_bounds
+from hift_ds.collectives import Ranks
 from hift_ds.config import HiFTConfig
 from hift_ds.engine.deepspeed_seam import (
     ClientOptimizer,
@@ -23,7 +22,7 @@ from hift_ds.engine.deepspeed_seam import (
     ParamEntries,
     SeamEngine,
 )
-from hift_ds.engine.zero3.exact_values import exact_values
+from hift_ds.engine.fp32_bits import give_masters_their_bits
 from hift_ds.engine.zero3.parameters import PartitionedParameters
 from hift_ds.engine.zero3.seam import WeightShards
 from hift_ds.errors import ConfigError
@@ -31,12 +30,13 @@ from hift_ds.layers.grouping import ALWAYS, Partition, partition_model
 from hift_ds.lr import CycleLR
 from hift_ds.optim.build import build_optimizer, is_elementwise
 from hift_ds.optim.early_reduction import EarlyReducedParameters
-from hift_ds.optim.group_states import GroupStates, SplitUpdates
-from hift_ds.optim.parameters import DEFAULT_BUCKET_NUMEL, GroupShard, Parameters, ReplicatedParameters
+from hift_ds.optim.group_shard import GroupShard
+from hift_ds.optim.group_states import GroupStates
+from hift_ds.optim.host_step import SplitUpdates
+from hift_ds.optim.parameters import DEFAULT_BUCKET_NUMEL, Parameters, ReplicatedParameters
 from hift_ds.optim.piecewise import PiecewiseOptimizer
 from hift_ds.optim.trainable_flags import TrainableFlags, containers_of
 from hift_ds.precision import LossScaler, PrecisionPolicy
-from hift_ds.process_group import broadcast_from_first_rank, gather_whole, world_rank_and_size
 from hift_ds.ranks import gather
 from hift_ds.schedule import GroupSchedule
 from hift_ds.store.choose import build_resident_store, build_split_store, build_store
@@ -139,7 +139,7 @@ def build_optimizers(
         client_optimizer: the caller's, a function of ``model_parameters`` that makes it, or ``None`` for the config's.
         model_parameters: parameters, or param_group dicts.
         partition_weights: for ZeRO-3: given a function that tells the active group, cuts the weights over the ranks.
-        fp32_shards: what :func:`cast_and_keep_bits` returned.
+        fp32_shards: what :func:`~hift_ds.engine.fp32_bits.cast_and_keep_bits` returned.
 
     Returns:
         (the model's layer groups, the optimizer that is stepped, the group optimizer around it).
@@ -160,38 +160,6 @@ def build_optimizers(
         give_masters_their_bits(optimizer, model, fp32_shards, facts.device)
         on_failure.pop_all()
     return partition, base, optimizer
-
-
-# -- before DeepSpeed casts the weights -----------------------------------------------------------------------
-
-
-def cast_and_keep_bits(model: nn.Module, dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
-    """Lay every weight out row by row (shards are ranges of elements in that order), cast the trainable fp32 weights to
-    ``dtype`` and keep the fp32 bits of this rank's shards of them.
-
-    Args:
-        dtype: bf16 or fp16; ``None``: nothing is cast and no bit kept.
-
-    Returns:
-        By parameter name, flat, on the host.
-    """
-    for param in model.parameters():
-        if not param.is_contiguous():
-            param.data = param.data.contiguous()
-    shards: dict[str, Tensor] = {}
-    if dtype is None:
-        return shards
-    rank, world_size = world_rank_and_size()
-    for name, param in model.named_parameters():
-        if param.requires_grad and param.dtype == torch.float32:
-            whole = param.detach().to(device)
-            # Ranks may have initialised differently; DeepSpeed takes rank 0's.
-            broadcast_from_first_rank(whole)
-            start, end = shard_bounds(whole.numel(), world_size, rank)
-            shards[name] = whole.view(-1)[start:end].to("cpu", copy=True)
-            # Cast here, one by one and on the device: DeepSpeed would cast on the host, all of them, on every rank.
-            param.data = whole.to(dtype)
-    return shards
 
 
 # -- the groups and the optimizer that is stepped -------------------------------------------------------------
@@ -432,14 +400,14 @@ def watch_entrances(
 def host_share(
     facts: EngineFacts, groups: Mapping[int, GroupShard], parameters: Parameters, piecewise: PiecewiseOptimizer
 ) -> float:
-    """Of the parameters, how many the host updates beside the device: as configured, or what measured speeds say is
-    fastest, on all ranks alike."""
+    """The share of the parameters that the host updates beside the device: as configured, or what measured speeds say
+    is fastest, on all ranks alike."""
     state, device = facts.hift.state, facts.device
     if state.host_share is not None:
         return state.host_share
-    units = [part for index in sorted(groups) if index != ALWAYS for part in groups[index].parts]
-    numels = [sum(member.whole_numel for member in part.members) for part in units]
-    weight = units[0].members[0].param
+    parts = [part for index in sorted(groups) if index != ALWAYS for part in groups[index].parts]
+    numels = [sum(member.whole_numel for member in part.members) for part in parts]
+    weight = parts[0].members[0].param
     keys = {} if parameters.whole_tensors else piecewise.elementwise_keys(device)
     moments = sum(dtype.itemsize for dtype in keys.values()) or 4
     costs = costs_before_states(
@@ -472,32 +440,3 @@ def _loss_scaler(facts: EngineFacts) -> LossScaler:
     if facts.autocast_dtype == torch.float16:
         return LossScaler.from_fp16_block({})
     return LossScaler()
-
-
-def give_masters_their_bits(
-    optimizer: HiFTOptimizer, model: nn.Module, shards: Mapping[str, Tensor], device: torch.device
-) -> None:
-    """Fill the masters from the fp32 values that the 16-bit weights lack, if there are any.
-
-    Args:
-        shards: what :func:`cast_and_keep_bits` returned: cut for elementwise optimizers; owners of whole tensors get
-            the other ranks' parts here.
-        device: where ranks talk to each other.
-    """
-    exact = exact_values(model)
-    if not (shards or (exact is not None and optimizer.precision.keep_masters)):
-        return
-    rank, world_size = world_rank_and_size()
-    parameters = optimizer.parameters
-    numel_of = {name: math.prod(parameters.shape_of(param)) for name, param in model.named_parameters()}
-    if parameters.whole_tensors:
-        shards = {name: gather_whole(shard, numel_of[name], device) for name, shard in shards.items()}
-
-    def values(name: str, start: int, numel: int) -> Tensor | None:
-        if name not in shards:
-            return exact(name, start, numel) if exact is not None else None
-        whole = shards[name].numel() == numel_of[name]
-        offset = 0 if whole else shard_bounds(numel_of[name], world_size, rank)[0]
-        return shards[name][start - offset : start - offset + numel]
-
-    optimizer.states.set_masters(values)

@@ -16,6 +16,7 @@ from hift_ds.engine import build
 from hift_ds.engine.auto_groups import AutoGroups
 from hift_ds.engine.checkpointer import Checkpointer
 from hift_ds.engine.deepspeed_seam import ClientOptimizer, HiFTOptimizer, ParamEntries, SeamEngine
+from hift_ds.engine.fp32_bits import cast_and_keep_bits
 from hift_ds.engine.lifetime import Lifetime, end_earlier_engine
 from hift_ds.engine.memory_forecast import MemoryForecast
 from hift_ds.engine.step_notes import StepNotes
@@ -105,7 +106,7 @@ class HiFTEngine(SeamEngine):
     def before_cast(self, model: nn.Module) -> None:
         """Keep the fp32 bits of this rank's shards of weights that DeepSpeed is about to round to 16 bits."""
         dtype = self.low_dtype() if self.hift.master_weights else None
-        self._fp32_shards = build.cast_and_keep_bits(model, dtype, self.device)
+        self._fp32_shards = cast_and_keep_bits(model, dtype, self.device)
 
     def build_optimizers(
         self, client_optimizer: ClientOptimizer, model_parameters: ParamEntries
@@ -138,8 +139,16 @@ class HiFTEngine(SeamEngine):
 
     @explains_out_of_memory("backward")
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
-        """As DeepSpeed's; only the active group gets gradients. Returns the loss divided by the accumulation steps, and
-        not multiplied by the fp16 loss scale."""
+        """Compute gradients as DeepSpeed's call does, of the active group only.
+
+        Args:
+            loss: 0-dim, of one micro-batch.
+            retain_graph: another backward through the same graph will come.
+            scale_wrt_gas: the losses of a step's micro-batches are averaged, not summed.
+
+        Returns:
+            The loss divided by the accumulation steps, if they are averaged, and not multiplied by the fp16 loss scale.
+        """
         self.life.refuse_if_ended()
         self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
         self._notes.averages = scale_wrt_gas
@@ -168,7 +177,7 @@ class HiFTEngine(SeamEngine):
             return
         began = self._notes.before()
         self.checkpointer.before_step()
-        super().step(lr_kwargs)
+        super().step(lr_kwargs)  # DeepSpeed's: our optimizer's step, its counters, the scheduler's tick
         self._notes.write_loss(self.step_loss)
         self.step_loss = None
         self.optimizer.store.idle()

@@ -115,7 +115,7 @@ class MemoryForecast:
             logger.info("states: %d slots in the memory that steps leave", num_slots)
 
     def _highest_peak(self) -> int | None:
-        """Of all groups' steps, if it is known."""
+        """The highest peak of all groups' steps, in bytes; ``None`` while it is not known."""
         engine = self._engine
         if (report := engine.last_report) is not None and report.cycle > 0:  # in the first, states are made
             self._measured[report.group] = max(report.peak_bytes, self._measured.get(report.group, 0))

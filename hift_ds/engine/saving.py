@@ -94,7 +94,7 @@ def _common_state(engine: SeamEngine, tensors: Mapping[str, Tensor]) -> dict[str
         "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
         "skipped_steps": engine.skipped_steps,
         "applied_steps": optimizer.num_applied,
-        "precision": optimizer.precision.name,
+        "precision": optimizer.states.precision.name,
         "tensors": {
             name: {
                 "shape": list(whole_shape(tensor)),
@@ -123,7 +123,7 @@ def _common_state(engine: SeamEngine, tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def _pending_gradients(engine: SeamEngine) -> dict[str, Tensor]:
-    """Of a run saved between two micro-batches of one step."""
+    """The gradients of a run that is saved between two micro-batches of one step."""
     pending = {}
     for group in engine.optimizer.active_groups:
         for member in group.members:

@@ -21,7 +21,8 @@ WORTH_A_LINE = 0.05  # of the time that a step computes
 
 
 def _together(states: dict[str, float], others: dict[str, float]) -> dict[str, float]:
-    """By cause. A device that was synchronized stood still between two steps: that time is not counted twice."""
+    """The seconds of both, by cause. A device that was synchronized stood still between two steps: that time is not
+    counted twice."""
     waits = {**others, **states}
     if waits.get("synchronized") and "between_steps" in waits:
         waits["between_steps"] = max(waits["between_steps"] - waits["synchronized"], 0.0)

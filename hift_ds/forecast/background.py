@@ -41,8 +41,7 @@ class BackgroundForecast:
 
     def peak_bytes(self, group: int) -> int | None:
         """The expected peak of the step of layer group ``group`` on this rank, in bytes; ``None`` while it is not
-        known, or
-        if it cannot be."""
+        known, or if it cannot be."""
         if self._process is not None and self._process.poll() is not None:
             self._answer.seek(0)
             lines = self._answer.read().splitlines()

@@ -23,6 +23,7 @@ from hift_ds.forecast.setting import (
     with_switch,
 )
 from hift_ds.forecast.steps import GIB, Request, Slope, Steps, Structure, read_structure, run_requests, worst_step
+from hift_ds.store.speeds import ASSUMED_SPEEDS, Speeds
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -61,18 +62,6 @@ VERIFIED = 3  # candidates that are counted whole before the leanest is taken
 def budget_gib(card: float, world_size: int) -> float:
     """What may be allocated on a card of ``card`` GiB, by the assumptions."""
     return (card - CONTEXT_GIB - (NCCL_GIB if world_size > 1 else 0)) / (1 + FRAGMENTATION) - WORKSPACE_BYTES / GIB
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """How fast a device is: matrix products (operations a second) and the link to host memory (bytes a second, one
-    way)."""
-
-    flops_s: float
-    link: float
-
-
-ASSUMED_SPEEDS = Speeds(100e12, 20e9)  # where there is no device to measure
 
 
 @dataclass(frozen=True)
@@ -339,7 +328,7 @@ def _typical(slope: Slope, batch: int) -> GroupStep:
 
 
 def _seconds(question: Question, setting: Setting, step: GroupStep, batch: int, peak: int) -> float:
-    """Of an optimizer step: computing, and what transfers take beyond what computing hides."""
+    """The seconds of an optimizer step: computing, and what transfers take beyond what computing hides."""
     speeds, passes = question.speeds, question.rows / batch
     flops = step.flops["all"] / setting.micro_batches
     compute = passes * flops / speeds.flops_s * (1 + SMALL_PASS / (batch * setting.length))
@@ -372,8 +361,9 @@ def upper_bound_bytes(
         numel, largest_group: parameters, of the model and of one layer group.
         holds_scores: attention is not in a fused kernel.
     """
-    sizes = [getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    named = [getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
+    sizes = [size for size in named if isinstance(size, int) and size > 0]
+    if len(sizes) < len(named):
         return None
     hidden, layers, vocabulary = sizes
     inner = getattr(config, "intermediate_size", None) or 4 * hidden

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 
+from hift_ds.durable import sync
 from hift_ds.errors import CheckpointError, ConfigError, HiFTError
 from hift_ds.hf.safetensors_folder import INDEX_FILE, SINGLE_FILE
 from hift_ds.hf.saved_tokenizer import save_tokenizer
@@ -274,11 +275,11 @@ def _publish(temporary: Path, out_dir: Path) -> None:
     for path in temporary.iterdir():
         if path.suffix == ".safetensors":  # which safetensors makes readable by the owner alone
             shutil.copymode(temporary / "config.json", path)
-        _fsync(path)
-    _fsync(temporary)
+        sync(path)
+    sync(temporary)
     if not out_dir.exists() or not any(out_dir.iterdir()):
         os.replace(temporary, out_dir)
-        _fsync(out_dir.absolute().parent)
+        sync(out_dir.absolute().parent)
         return
     entry_points = (SINGLE_FILE, INDEX_FILE)
     for path in out_dir.iterdir():
@@ -289,7 +290,7 @@ def _publish(temporary: Path, out_dir: Path) -> None:
             shutil.copytree(path, out_dir / path.name, dirs_exist_ok=True)
         else:
             os.replace(path, out_dir / path.name)
-    _fsync(out_dir)
+    sync(out_dir)
 
 
 def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:
@@ -338,11 +339,3 @@ def _write_generation_config(model: PreTrainedModel, given: GenerationConfig | N
 
 def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -263,10 +263,9 @@ def _is_causal(name: str, config: Mapping[str, Any]) -> bool:
 
 def _gguf(key: str, folder: Path, name: str) -> ConfigError:
     return ConfigError(
-        f'{key}: {name!r} is a GGUF file; rebuild a safetensors folder from it: python -c "from '
-        "transformers import "
-        f"AutoModelForCausalLM as M, AutoTokenizer as T; [c.from_pretrained('{folder}', gguf_file='{name}')"
-        f".save_pretrained('{folder}-safetensors') for c in (M, T)]\""
+        f"{key}: {name!r} is a GGUF file; rebuild a safetensors folder from it: python -c "
+        '"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        f"[c.from_pretrained('{folder}', gguf_file='{name}').save_pretrained('{folder}-safetensors') for c in (M, T)]\""
     )
 
 

@@ -55,8 +55,8 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> PretrainedCo
 
 
 def read_task_config(source: str, auto_class: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """As :func:`read_config`, ``architectures`` naming what an ``Auto...`` class of transformers makes of it, whatever
-    head the weights have; of ``AutoModelForCausalLM`` what the config itself names."""
+    """The config that :func:`read_config` gives, with ``architectures`` naming what ``auto_class`` of transformers
+    makes of it, whatever head the weights have; for ``AutoModelForCausalLM`` what the config itself names."""
     config = read_config(source, trust_remote_code=trust_remote_code)
     if auto_class != "AutoModelForCausalLM":
         name = classes_by_model_type(auto_class)[config.model_type]
@@ -73,7 +73,7 @@ def is_zoo_size(name: str) -> bool:
 
 def configs_with_cache(config: PretrainedConfig) -> list[PretrainedConfig]:
     """The config of a model and those inside it, as far as they have ``use_cache``."""
-    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())]
+    parts: list[Any] = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())]
     return [part for part in parts if hasattr(part, "use_cache")]
 
 

@@ -36,8 +36,7 @@ def _seal(folder: Path, writes: bool, failure: CheckpointError | None) -> None:
 
 class WholeCheckpointsStay:
     """Mixin before a Trainer class: checkpoints are sealed when complete, and rotated by what is whole. One that cannot
-    be
-    written leaves nothing, and ends the run or not as ``"hift.checkpoint.on_error"`` says."""
+    be written leaves nothing, and ends the run or not as ``"hift.checkpoint.on_error"`` says."""
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"

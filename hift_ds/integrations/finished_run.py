@@ -26,12 +26,12 @@ class StopsWhenDone:
     _resumed_from: str | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's. From a checkpoint with all steps of this run done it loads, and trains nothing."""
+        """Train as the Trainer does. From a checkpoint with all steps of this run done it loads, and trains nothing."""
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
         self.had_no_step_left = False
-        self._resumed_from = folder or None  # type: ignore[assignment]
+        self._resumed_from = folder or None  # type: ignore[assignment]  # declared as a folder alone
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple:

@@ -7,7 +7,9 @@ Trainer subclass.
     class HiFTSFTTrainer(HiFTMixin, trl.SFTTrainer): ...
 
 The loop itself (accumulation, evaluation, callbacks, loggers, checkpoint folders) is transformers'; nothing
-of it is copied. The mixin only has the engine built, keeps input gradients off and corrects what is logged.
+of it is copied. It calls the engine through accelerate: ``Trainer.training_step`` the model, which is the engine, and
+``accelerator.backward(loss)``, which is ``engine.backward`` and then ``engine.step``. The mixin only has the engine
+built, keeps input gradients off and corrects what is logged.
 """
 
 from __future__ import annotations
@@ -86,8 +88,8 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         return engine if isinstance(engine, HiFTEngine) else None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, and whichever way it ends, the model's ``requires_grad`` flags, the environment and the
-        memory are its caller's again. May be called again: that is a new engine, with fresh states."""
+        """Train as the Trainer does; whichever way it ends, the model's ``requires_grad`` flags, the environment and
+        the memory are its caller's again. May be called again: that is a new engine, with fresh states."""
         self.model_wrapped = self.model  # else a second train() would go on with the engine of the first
         self.deepspeed = None
         disable_input_require_grads(self.model)  # enabling again forgets the earlier hooks
@@ -120,7 +122,7 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
                 self.neftune_hook_handle.remove()
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, and possible before :meth:`train` too, with the model as it was given."""
+        """Evaluate as the Trainer does; possible before :meth:`train` too, with the model as it was given."""
         with explains_evaluation(self.args.per_device_eval_batch_size):
             return self._evaluation_loop(*args, **kwargs)
 
@@ -137,7 +139,7 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
             return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's: safetensors that ``from_pretrained`` loads. Rank 0 writes its replica of the
+        """Save as the Trainer does: safetensors that ``from_pretrained`` loads. Rank 0 writes its replica of the
         weights; with DeepSpeed the Trainer would first copy the whole model to the host, on every rank."""
         folder = output_dir or self.args.output_dir
         if self.engine is not None and self.engine.zero_optimization_stage() == 3:
@@ -179,8 +181,8 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
             torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, with the rate that the step used instead of the scheduler's next value, and what only the
-        engine knows (docs/trainer.md)."""
+        """Log as the Trainer does, with the rate that the step used instead of the scheduler's next value, and what
+        only the engine knows (docs/trainer.md)."""
         if "learning_rate" in logs:
             logs |= self._events.fields()
         super().log(logs, *args, **kwargs)

@@ -77,7 +77,7 @@ def _same_tensors(a: Path, b: Path) -> bool:
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Of contiguous tensors, a NaN included."""
+    """Whether contiguous tensors have the same bits, a NaN's included."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))

@@ -16,17 +16,26 @@ _PASS_NUMEL = 1 << 16
 
 def agree_on_norm(
     ranks: Ranks,
-    grads: Sequence[Tensor | None],  # this rank's disjoint shards, any float dtype
-    present: Sequence[Sequence[bool]],  # per group and parameter: did this rank's backward reach it
-    device: torch.device,  # where ranks talk to each other
-    asked: Sequence[bool | Tensor] = (),  # of every rank; 0-dim where only the device knows
+    grads: Sequence[Tensor | None],
+    present: Sequence[Sequence[bool]],
+    device: torch.device,
+    asked: Sequence[bool | Tensor] = (),
 ) -> tuple[Tensor, float, list[list[bool]], list[bool]]:
-    """One small all-reduce for all: the 2-norm (0-dim, fp32) of the whole gradient and its value; in the form of
-    ``present``, which parameters any rank reached; and for each of ``asked`` whether any rank says yes. The host waits
+    """Agree on the norm of the whole gradient and on what backward has reached, in one small all-reduce. The host waits
     for the device here, and nowhere else in a step.
 
     Every rank gets the same numbers, so all skip or clip alike. A parameter that no rank reached is skipped by the
     update, as ``torch.optim`` skips a missing gradient.
+
+    Args:
+        grads: this rank's disjoint shards, of any float dtype.
+        present: by group and parameter, whether this rank's backward reached it.
+        device: where ranks talk to each other.
+        asked: what else every rank is asked; 0-dim tensors where only the device knows.
+
+    Returns:
+        The 2-norm, 0-dim, fp32; its value; in the form of ``present``, which parameters any rank reached; and for each
+        of ``asked`` whether any rank says yes.
     """
     have = [grad for grad in grads if grad is not None]
     norm = _norm(have).to(device) if have else torch.zeros((), dtype=torch.float32, device=device)

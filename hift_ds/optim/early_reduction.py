@@ -21,14 +21,15 @@ from hift_ds import collectives
 from hift_ds.collectives import Ranks
 from hift_ds.errors import HiFTError
 from hift_ds.optim.autograd_graph import is_recomputed_reentrantly, nodes_below
-from hift_ds.optim.parameters import GradientSums, GroupShard, Member, ReplicatedParameters
+from hift_ds.optim.group_shard import GroupShard, Member
+from hift_ds.optim.parameters import GradientSums, ReplicatedParameters
 from hift_ds.store.streams import SideStream, streams_of
 
 Reduced = tuple[list[Tensor | None], list[bool]]
 
 
 @dataclass
-class _Unit:
+class _Message:
     """What travels together: the members whose gradients are in it, and how it is sent.
 
     Attributes:
@@ -43,7 +44,7 @@ class _Unit:
 
 
 class EarlyReduction:
-    """Of one backward pass.
+    """The reduction of the gradients of one backward pass.
 
     Args:
         groups: the active ones.
@@ -74,9 +75,9 @@ class EarlyReduction:
         self._grads: dict[nn.Parameter, Tensor | None] = {}
         self._names = {member.param: member.name for group in groups for member in group.members}
         self._shards: dict[int, list[Tensor | None]] = {group.index: [None] * len(group.members) for group in groups}
-        self._units = [unit for group in groups for unit in self._units_of(group)]
-        self._left = deque(self._units if order is None else [self._units[at] for at in order])
-        self._sent: list[_Unit] = []
+        self._messages = [message for group in groups for message in self._messages_of(group)]
+        self._left = deque(self._messages if order is None else [self._messages[at] for at in order])
+        self._sent: list[_Message] = []
 
     def arrived(self, param: nn.Parameter) -> None:
         """Backward has brought ``param`` all of its gradient.
@@ -107,7 +108,8 @@ class EarlyReduction:
     def order_of_arrival(self) -> list[int]:
         """For ``order`` the next time."""
         last = [
-            max(self._arrived.get(member.param, len(self._names)) for member in unit.members) for unit in self._units
+            max(self._arrived.get(member.param, len(self._names)) for member in message.members)
+            for message in self._messages
         ]
         return sorted(range(len(last)), key=lambda at: (last[at], at))
 
@@ -134,33 +136,33 @@ class EarlyReduction:
         self._grads.clear()
         self._left.clear()
 
-    def _start(self, unit: _Unit) -> None:
-        for member in unit.members:
+    def _start(self, message: _Message) -> None:
+        for member in message.members:
             if member.param not in self._grads:
                 self._grads[member.param] = self._sums.take(member.param)
-        unit.reserve()
-        self._sent.append(unit)
+        message.reserve()
+        self._sent.append(message)
         if self._streams is None:
-            unit.send()
+            message.send()
             return
         assert self._side is not None
         self._side.wait_stream(self._streams.current_stream(self._device))
         with self._streams.stream(self._side):
-            unit.send()
+            message.send()
 
-    def _units_of(self, group: GroupShard) -> list[_Unit]:
+    def _messages_of(self, group: GroupShard) -> list[_Message]:
         """Topmost first, as backward goes."""
         shards = self._shards[group.index]
         if group.members[0].owner is not None:
             return [self._to_owner(member, shards, at) for at, member in reversed(list(enumerate(group.members)))]
-        units = []
+        messages = []
         for dtype, buckets in group.buckets.items():
             positions = group.of_dtype(dtype)
             reduction = collectives.ReduceScatter(
                 self._ranks, [group.members[at].whole_numel for at in positions], self._comm_dtype, self._device
             )
-            units += [self._bucket(group, positions, bucket, reduction, shards) for bucket in reversed(buckets)]
-        return units
+            messages += [self._bucket(group, positions, bucket, reduction, shards) for bucket in reversed(buckets)]
+        return messages
 
     def _bucket(
         self,
@@ -169,7 +171,7 @@ class EarlyReduction:
         bucket: Sequence[collectives.Column],
         reduction: collectives.ReduceScatter,
         shards: list[Tensor | None],
-    ) -> _Unit:
+    ) -> _Message:
         members = [group.members[at] for at in positions]
 
         def send() -> None:
@@ -180,9 +182,9 @@ class EarlyReduction:
                 shards[positions[index]] = shard
 
         here = [members[index] for index in dict.fromkeys(column.index for column in bucket)]
-        return _Unit(here, lambda: reduction.reserve(bucket), send, finish)
+        return _Message(here, lambda: reduction.reserve(bucket), send, finish)
 
-    def _to_owner(self, member: Member, shards: list[Tensor | None], at: int) -> _Unit:
+    def _to_owner(self, member: Member, shards: list[Tensor | None], at: int) -> _Message:
         owner, ranks, buffers = member.owner, self._ranks, []
         assert owner is not None
 
@@ -193,7 +195,7 @@ class EarlyReduction:
         def finish() -> None:
             shards[at] = collectives.mean_at_owner(ranks, buffers.pop(), owner)
 
-        return _Unit([member], reserve, lambda: collectives.sum_at_owner(ranks, buffers[0], owner), finish)
+        return _Message([member], reserve, lambda: collectives.sum_at_owner(ranks, buffers[0], owner), finish)
 
 
 class EarlyReducedParameters(ReplicatedParameters):

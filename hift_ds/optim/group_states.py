@@ -1,26 +1,25 @@
-"""Masters and optimizer states of the layer groups: where each tensor lies in a state store, and which hold values.
+"""Masters and optimizer states of the layer groups: which of them hold values, and bringing them in and out of a store.
 
-A store keeps flat buffers, by chunk and key. States with an entry per weight share one buffer per key and embedding,
-block or head, piece after piece, so that a compact form (blocks, stochastic rounding) does not depend on what else is
-in the chunk; a state with a shape of its own (Adafactor's factors) has one to itself. Here the buffers are cut into the
-tensors that an optimizer sees, and a checkpoint reads and writes them by parameter name.
+Here the store's flat buffers are cut into the tensors that an optimizer sees (:mod:`hift_ds.optim.state_layout` says
+where each lies), and a checkpoint reads and writes them by parameter name.
 """
 
 from __future__ import annotations
 
-import bisect
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hift_ds.layers.grouping import ALWAYS
-from hift_ds.optim.parameters import Chunk, GroupShard, Parameters, Piece
+from hift_ds.optim.group_shard import Chunk, GroupShard, Piece
+from hift_ds.optim.host_step import SplitUpdates
+from hift_ds.optim.parameters import Parameters
 from hift_ds.optim.piecewise import Extras, PieceState, PiecewiseOptimizer
+from hift_ds.optim.state_layout import PieceRecord, StateTensor, StateView, by_part, copied, part_of, shared_key
 from hift_ds.precision import PrecisionPolicy
 from hift_ds.store.arithmetic import StateArithmetic
 from hift_ds.store.base import MASTER, StateStore, Weights
@@ -33,93 +32,11 @@ _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class StateView:
-    """Where one state tensor of one piece is: elements [offset, offset + numel) of the store's buffer ``key``."""
-
-    key: str
-    offset: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
-
-    def view(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The tensor, a view of ``shape`` into a chunk's buffers by key."""
-        return tensors[self.key][self.offset : self.offset + math.prod(self.shape)].view(self.shape)
-
-
-@dataclass
-class PieceRecord:
-    """What is known of a piece's state between its turns."""
-
-    master: StateView | None
-    slots: dict[str, StateView] = field(default_factory=dict)  # state tensors, by the optimizer's key
-    scalars: PieceState = field(default_factory=dict)  # "step" and the like: tiny, they stay where they are
-
-    def copy(self) -> PieceRecord:
-        """The record as it is now, which later changes of this one do not touch; scalars are shared."""
-        return PieceRecord(self.master, dict(self.slots), dict(self.scalars))
-
-    def state(self, tensors: Mapping[str, Tensor], piece: Piece, run: Piece) -> PieceState | None:
-        """What the optimizer knows of ``run``, a part of ``piece``; ``None`` before the first update."""
-        if not (self.slots or self.scalars):
-            return None
-        state = {key: part_of(slot.view(tensors), piece, run) for key, slot in self.slots.items()}
-        # Each run counts its own step.
-        return state | (self.scalars if run is piece else _copied(self.scalars))
-
-
-@dataclass
-class SplitUpdates:
-    """Which chunks the host updates.
-
-    Attributes:
-        share: of the parameters.
-        given: the user has said so, and no checkpoint says otherwise.
-        make_store: an empty store for it.
-    """
-
-    share: float
-    given: bool
-    make_store: Callable[[], SplitStateStore]
-
-    def chunks(self, groups: Mapping[int, GroupShard]) -> frozenset[int]:
-        """Ids, spread evenly over the model from bottom to top, so that within a step both places have work."""
-        on_host, due = set(), 0.0
-        for index in sorted(index for index in groups if index != ALWAYS):
-            for chunk in groups[index].chunks:
-                numel = sum(piece.numel for piece in chunk.pieces)
-                due += self.share * numel
-                if numel and due >= numel / 2:
-                    on_host.add(chunk.id)
-                    due -= numel
-        return frozenset(on_host)
-
-
-@dataclass(frozen=True)
 class HeldRecords:
     """What was known of a chunk's states before an update that may be taken back."""
 
     records: list[PieceRecord]
     has_masters: bool  # they held values
-
-
-@dataclass(frozen=True)
-class StateTensor:
-    """A master or state tensor that holds values, as a checkpoint names it."""
-
-    param: str
-    key: str  # the optimizer's, or MASTER
-    piece: Piece
-    place: StateView
-    flat: bool  # has an entry per weight: read flat, without the parameter's shape
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape in a checkpoint: flat, or the state's own."""
-        return (self.piece.numel,) if self.flat else self.place.shape
-
-    def view(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The tensor, a view of ``shape`` into the chunk's buffers by key."""
-        return self.place.view(tensors).view(self.shape)
 
 
 class SavedStates(Protocol):
@@ -260,17 +177,17 @@ class GroupStates:
             store = self.store_of(group)
             for chunk in group.chunks:
                 self.records[chunk.id] = [PieceRecord(None) for _ in chunk.pieces]
-                for shared in _by_part(group, chunk):
+                for shared in by_part(group, chunk):
                     self._lay_out_masters(group, chunk, shared)
                     for key, dtype in elementwise.items():
                         numel = sum(chunk.pieces[i].numel for i in shared)
-                        store.ensure(chunk.id, _shared_key(group, chunk, shared, key), numel, dtype)
+                        store.ensure(chunk.id, shared_key(group, chunk, shared, key), numel, dtype)
         self.store = self.store.start()
         self.always_store = self.always_store.start()
 
     def _lay_out_masters(self, group: GroupShard, chunk: Chunk, shared: list[int]) -> None:
-        """Of the pieces at ``shared``, in one buffer."""
-        key, offset, mastered = _shared_key(group, chunk, shared, MASTER), 0, []
+        """Lay out the masters of the pieces at positions ``shared`` in one buffer, and reserve it."""
+        key, offset, mastered = shared_key(group, chunk, shared, MASTER), 0, []
         for i in shared:
             piece = chunk.pieces[i]
             if self._needs_master(group.members[piece.member].param, chunk):
@@ -300,9 +217,9 @@ class GroupStates:
         if it has an entry per weight; else in one of its own."""
         piece = chunk.pieces[i]
         if not self.parameters.whole_tensors and like.shape == piece.shape:
-            shared = next(together for together in _by_part(group, chunk) if i in together)
+            shared = next(together for together in by_part(group, chunk) if i in together)
             offset = sum(chunk.pieces[j].numel for j in shared if j < i)
-            return StateView(_shared_key(group, chunk, shared, key), offset, piece.shape, like.dtype)
+            return StateView(shared_key(group, chunk, shared, key), offset, piece.shape, like.dtype)
         own_key = f"{key}:{group.members[piece.member].name}"
         self.store_of(group).ensure(chunk.id, own_key, like.numel(), like.dtype)
         return StateView(own_key, 0, tuple(like.shape), like.dtype)
@@ -357,7 +274,7 @@ class GroupStates:
         return self.bring(group, group.chunks[position])
 
     def bring(self, group: GroupShard, chunk: Chunk) -> Mapping[str, Tensor]:
-        """As :meth:`fetch`, and nothing else is set on its way."""
+        """Do what :meth:`fetch` does for ``chunk``, and set nothing else on its way."""
         tensors = self.store_of(group).fetch(chunk.id)
         if chunk.id not in self._masters_filled:
             for piece, record in self._pieces(chunk):
@@ -392,8 +309,7 @@ class GroupStates:
 
     def prefetch(self, group: GroupShard, position: int = 0, then: Sequence[GroupShard] = ()) -> None:
         """The group will be updated next, from its chunk at ``position`` on, and after it ``then``: the first states
-        may be
-        on their way."""
+        may be on their way."""
         store = self.store_of(group)
         chunks = [
             *group.chunks[position:],
@@ -408,7 +324,7 @@ class GroupStates:
         ``release`` or ``take_back``."""
         for chunk in group.chunks:
             self.store_of(group).hold(chunk.id)
-            records = [PieceRecord(r.master, dict(r.slots), _copied(r.scalars)) for r in self.records[chunk.id]]
+            records = [PieceRecord(r.master, dict(r.slots), copied(r.scalars)) for r in self.records[chunk.id]]
             self._held[chunk.id] = HeldRecords(records, chunk.id in self._masters_filled)
 
     def release(self, group: GroupShard) -> None:
@@ -547,8 +463,8 @@ class GroupStates:
                 value = saved.shaped(name, key)
             view = record.slots[key] = self._new_view(group, chunk, i, key, value)
             if view.key not in buffers:
-                shared = next(together for together in _by_part(group, chunk) if i in together)
-                is_shared = view.key == _shared_key(group, chunk, shared, key)
+                shared = next(together for together in by_part(group, chunk) if i in together)
+                is_shared = view.key == shared_key(group, chunk, shared, key)
                 numel = sum(chunk.pieces[j].numel for j in shared) if is_shared else value.numel()
                 store.ensure(chunk.id, view.key, numel, value.dtype)
                 buffers[view.key] = torch.zeros(numel, dtype=value.dtype)
@@ -560,27 +476,3 @@ class GroupStates:
         """Give back the states' memory and files, and what moves them."""
         self.store.close()
         self.always_store.close()
-
-
-def _by_part(group: GroupShard, chunk: Chunk) -> list[list[int]]:
-    """Positions of the chunk's pieces, those of one embedding, block or head together."""
-    starts = [part.first for part in group.parts]
-    together: dict[int, list[int]] = {}
-    for i, piece in enumerate(chunk.pieces):
-        together.setdefault(bisect.bisect_right(starts, piece.member), []).append(i)
-    return list(together.values())
-
-
-def _shared_key(group: GroupShard, chunk: Chunk, shared: list[int], key: str) -> str:
-    """Of the buffer that the pieces at ``shared`` have together: no other of the model has that name."""
-    first = chunk.pieces[shared[0]]
-    return f"{key}:{group.members[first.member].name}[{first.start}:]"
-
-
-def part_of(whole: Tensor, piece: Piece, run: Piece) -> Tensor:
-    """The elements of ``run``, a part of ``piece``, in a tensor with one entry per element of ``piece``."""
-    return whole if run is piece else whole[run.start - piece.start :][: run.numel]
-
-
-def _copied(scalars: PieceState) -> PieceState:
-    return {key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in scalars.items()}

@@ -136,7 +136,7 @@ class HostGradients:
         self._kept[key] = value.to("cpu", self.dtype or value.dtype, copy=True)
 
     def forget(self) -> None:
-        """As ``clear``; the buffers are used again."""
+        """Forget everything, as ``clear`` does, and keep the buffers to be used again."""
         for key in list(self._kept):
             self._end_addition(key)
             total, arrived = self._kept.pop(key), self._tickets.pop(key, None)

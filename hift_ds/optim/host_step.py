@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from hift_ds.errors import ConfigError
+from hift_ds.layers.grouping import ALWAYS
+from hift_ds.optim.group_shard import GroupShard
 from hift_ds.optim.piecewise import PiecewiseOptimizer
 from hift_ds.precision import write_weight_
 from hift_ds.store.base import Traffic
 from hift_ds.store.movers import IN, OUT, InlineMover, Mover, StreamMover, Ticket, one_thread
+from hift_ds.store.split import SplitStateStore
 from hift_ds.store.streams import streams_of
 
 Result = TypeVar("Result")  # of an update
@@ -101,6 +105,33 @@ class HostStep:
 
 def _buffers() -> list[Tensor]:
     return [torch.empty(0, dtype=torch.uint8) for _ in range(NUM_BUFFERS)]
+
+
+@dataclass
+class SplitUpdates:
+    """Which chunks the host updates.
+
+    Attributes:
+        share: of the parameters.
+        given: the user has said so, and no checkpoint says otherwise.
+        make_store: an empty store for it.
+    """
+
+    share: float
+    given: bool
+    make_store: Callable[[], SplitStateStore]
+
+    def chunks(self, groups: Mapping[int, GroupShard]) -> frozenset[int]:
+        """Ids, spread evenly over the model from bottom to top, so that within a step both places have work."""
+        on_host, due = set(), 0.0
+        for index in sorted(index for index in groups if index != ALWAYS):
+            for chunk in groups[index].chunks:
+                numel = sum(piece.numel for piece in chunk.pieces)
+                due += self.share * numel
+                if numel and due >= numel / 2:
+                    on_host.add(chunk.id)
+                    due -= numel
+        return frozenset(on_host)
 
 
 class HostUpdates(Generic[Result]):

@@ -11,6 +11,7 @@ weights still meet. Which weights a backward will reach is read from the graph b
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,9 +24,10 @@ from hift_ds.collectives import join_norms_and_flags
 from hift_ds.errors import ConfigError, HiFTError, TrainingError
 from hift_ds.optim.autograd_graph import is_recomputed_reentrantly, nodes_below
 from hift_ds.optim.clip import fp32_norm, grad_factor
-from hift_ds.optim.group_optimizer import RUN_NUMEL, GroupOptimizer
+from hift_ds.optim.group_optimizer import GroupOptimizer
+from hift_ds.optim.group_shard import GroupShard
+from hift_ds.optim.group_update import StepValues
 from hift_ds.optim.host_gradients import HostGradients
-from hift_ds.optim.parameters import GroupShard, Piece
 from hift_ds.optim.piecewise import Extras
 
 _NORMS = {  # by which gradients are clipped
@@ -49,7 +51,7 @@ class Backward:
         num_updated: parts whose weights have changed.
         norms: by (group, position of the member), of this rank's shard of the gradient.
         present: by (group, position), whether backward brought a gradient here.
-        changed: by group, see ``GroupOptimizer.update``.
+        changed: by group, see ``GroupUpdates.update``.
         rates: per param_group, from the first update on.
         consumed: gradients of earlier micro-batches have been added in, which cannot be done twice.
         waits: updates are made when the norm is known.
@@ -91,9 +93,8 @@ class InBackwardOptimizer(GroupOptimizer):
         super().__init__(*args, **kwargs)
         if self.scaler.active:
             raise ConfigError(
-                '"hift.update": in_backward is not supported with a loss scale (float16), since an overflow could '
-                "not be "
-                'taken back; use bf16, or "update": "after_backward"'
+                '"hift.update": in_backward is not supported with a loss scale (float16), since an overflow could not '
+                'be taken back; use bf16, or "update": "after_backward"'
             )
         self.clipping = clipping
         self._part_of = self._find_parts()
@@ -175,13 +176,14 @@ class InBackwardOptimizer(GroupOptimizer):
             reverse=True,
         )
         params = [member.param for part in parts for member in part.members]
-        flags = [param in reached and param.requires_grad for param in params]
-        by_any = iter(self._agree_before(flags, step_loss))
-        here = iter(flags)
+        here = [param in reached and param.requires_grad for param in params]
+        by_any = self._agree_before(here, step_loss)
+        waiting = {param for param, flag in zip(params, here, strict=True) if flag}
+        ends = list(itertools.accumulate(len(part.members) for part in parts))
         self._backward = Backward(
             parts,
-            [[next(by_any) for _ in part.members] for part in parts],
-            [{member.param for member in part.members if next(here)} for part in parts],
+            [by_any[end - len(part.members) : end] for part, end in zip(parts, ends, strict=True)],
+            [waiting & {member.param for member in part.members} for part in parts],
             waits=self._waits_for_norm,
             tries=self._tries,
         )
@@ -216,8 +218,7 @@ class InBackwardOptimizer(GroupOptimizer):
         if param not in backward.waiting[index]:
             raise HiFTError(
                 f"{self._name_of(param)}: a gradient came that the graph did not promise (a backward within a "
-                f"backward); "
-                'use "hift": {"update": "after_backward"}'
+                'backward); use "hift": {"update": "after_backward"}'
             )
         total = self.sums.take(param, grad.device)
         backward.consumed |= total is not None
@@ -240,7 +241,7 @@ class InBackwardOptimizer(GroupOptimizer):
         backward.num_done += 1
         shards = [shard if flag else None for shard, flag in zip(shards, reached, strict=True)]
         waits = backward.waits or backward.tries or self.skip_updates
-        used = shards if waits else self._in_fp32_on_cpu(shards)
+        used = shards if waits else self.updates.in_fp32_on_cpu(shards)
         for i, (shard, converted, here) in enumerate(zip(shards, used, present, strict=True)):
             backward.present[part.index, part.first + i] = here
             if shard is not None:
@@ -260,25 +261,6 @@ class InBackwardOptimizer(GroupOptimizer):
             self._keep_before(part, shards)
         self.update_part(part, shards, self._factor_now(backward, part))
 
-    def _in_fp32_on_cpu(self, shards: list[Tensor | None]) -> list[Tensor | None]:
-        """16-bit gradients of a part as its update wants them, for the norm too: each is converted once. Those of a
-        large part are left to the update, which converts some at a time."""
-        given = [shard for shard in shards if shard is not None]
-        on_cpu = self._converts_in_scratch and all(type(s) is Tensor and s.device.type == "cpu" for s in given)
-        if not on_cpu or sum(shard.numel() for shard in given) > RUN_NUMEL:
-            return shards
-        self._scratch.begin()
-        return [None if shard is None else self._scratch.fp32(shard) for shard in shards]
-
-    def _gradient(
-        self, group: GroupShard, run: Piece, shard: Tensor, factor: Tensor | None, device: torch.device
-    ) -> Tensor:
-        grad = super()._gradient(group, run, shard, factor, device)
-        backward = self._backward
-        shared = grad.untyped_storage().data_ptr() == shard.untyped_storage().data_ptr()
-        # An optimizer that changes its gradient must not change the one that waits in case it is wanted again.
-        return grad.clone() if backward is not None and backward.tries and shared else grad
-
     def update_part(self, part: GroupShard, shards: list[Tensor | None], factor: Tensor | None) -> None:
         """States in, update, weights out; autograd is told that the weights have changed."""
         backward = self._backward
@@ -287,14 +269,15 @@ class InBackwardOptimizer(GroupOptimizer):
             backward.rates = list(self._rates())
         backward.num_updated += 1
         below = backward.parts[backward.num_updated :]
-        changed = self.update(part, shards, factor, backward.rates, below)
+        values = StepValues(self.num_applied, backward.rates, factor, keeps_gradients=backward.tries)
+        changed = self.updates.update(part, shards, values, below)
         before = backward.changed.setdefault(part.index, {})
         backward.changed[part.index] = {**changed, **before}  # the topmost part's last, as after backward
-        if self.host_updates is not None and not self.parameters.whole_tensors:
+        if self.updates.beside is not None and not self.parameters.whole_tensors:
             self._unpublished.append(part)  # which chunks the host has differs from rank to rank: all later, in order
         else:
-            if self.parameters.ranks.world_size > 1 or self.host_updates is not None:
-                self.finish_copies()
+            if self.parameters.ranks.world_size > 1 or self.updates.beside is not None:
+                self.updates.finish()
             with self.waiting_for_ranks():
                 self.parameters.publish(part)
         for member, shard in zip(part.members, shards, strict=True):
@@ -303,7 +286,7 @@ class InBackwardOptimizer(GroupOptimizer):
 
     def _finish_updates(self) -> None:
         """The host has made its part of the updates so far, and all ranks have them."""
-        self.finish_copies()
+        self.updates.finish()
         for part in self._unpublished:
             with self.waiting_for_ranks():
                 self.parameters.publish(part)
@@ -392,7 +375,7 @@ class InBackwardOptimizer(GroupOptimizer):
             self.weights_before.forget()
             return
         backward.num_updated, backward.changed = 0, {}
-        self._changed_on_host.clear()
+        self.updates.forget_changes()
         self._update_parked(backward, factor)
         self._finish_updates()
         self.trials.undo(time.perf_counter() - started)
@@ -463,7 +446,7 @@ class InBackwardOptimizer(GroupOptimizer):
         self._finish_updates()
         for index, changed in backward.changed.items():
             self.states.extras[index] |= changed
-        self._take_changes_on_host()
+        self.updates.keep_changes()
         for part, reached in zip(backward.parts, backward.reached, strict=True):
             for i, flag in enumerate(reached):
                 self.num_updates[part.index][part.first + i] += flag

@@ -10,16 +10,22 @@ from torch.optim.optimizer import ParamsT
 
 
 def lion_(
-    param: Tensor,  # any shape, changed in place
+    param: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,  # momentum, changed in place
+    exp_avg: Tensor,
     *,
     lr: float,
     beta1: float,
     beta2: float,
     weight_decay: float,
 ) -> None:
-    """Decoupled decay, then a step of size ``lr`` in the sign of the interpolated momentum."""
+    """Decay ``param``, then step it by ``lr`` in the sign of the interpolated momentum (arXiv 2302.06675).
+
+    Args:
+        param: of any shape; changed in place.
+        grad: of the same shape.
+        exp_avg: the momentum, of the same shape; changed in place.
+    """
     param.mul_(1 - lr * weight_decay)
     direction = exp_avg.mul(beta1).add_(grad, alpha=1 - beta1).sign_()
     param.add_(direction, alpha=-lr)

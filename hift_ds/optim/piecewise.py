@@ -52,10 +52,18 @@ class PiecewiseOptimizer:
     def step(
         self,
         pieces: Sequence[PieceUpdate],
-        rates: Sequence[float],  # learning rate per param_group
+        rates: Sequence[float],
         extras: Extras,
     ) -> Extras:
-        """Update ``pieces`` in place. Returns the new ``extras``."""
+        """Update ``pieces`` in place.
+
+        Args:
+            rates: learning rate per param_group.
+            extras: what earlier steps have kept in the param_groups.
+
+        Returns:
+            What this step has kept there anew or otherwise.
+        """
         state: defaultdict[Tensor, PieceState] = defaultdict(dict)
         groups = [
             {**self._options(index), **extras.get(index, {}), "lr": rates[index], "params": []}

@@ -151,7 +151,7 @@ class ReportCallback(TrainerCallback):
             progress.note(f"evaluation of step {step}'s weights: loss {metrics['eval_loss']:.4f}", style="bold")
             return
         numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        record: EvalRecord = {"step": state.global_step, **numbers}  # type: ignore[typeddict-item]
+        record: EvalRecord = {"step": state.global_step, **numbers}  # type: ignore[typeddict-item]  # names that others choose
         # An evaluation after training finds the writer closed and is appended all the same.
         writer = self._writer or MetricsWriter(self.run_dir, resume_step=state.global_step)
         self._write(writer, record)
@@ -202,7 +202,7 @@ class ReportCallback(TrainerCallback):
             record["epoch"] = state.epoch
         report = getattr(self._get_engine(), "last_report", None)
         if report is not None:
-            record |= {name: getattr(report, name) for name in _SAME_NAME if hasattr(report, name)}  # type: ignore[typeddict-item]
+            record |= {name: getattr(report, name) for name in _SAME_NAME if hasattr(report, name)}  # type: ignore[typeddict-item]  # names that others choose
             if getattr(report, "waits", None) is not None:
                 record["waits_s"] = {cause: round(seconds, 6) for cause, seconds in report.waits.items()}
             if hasattr(report, "peak_bytes"):

@@ -30,6 +30,7 @@ class Coverage:
 
     @property
     def never_updated(self) -> list[str]:
+        """The names of the trainable parameters that no step has updated."""
         return [name for name, count in self.updates.items() if count == 0]
 
     def summary(self) -> str:
@@ -68,8 +69,7 @@ class Coverage:
 
 def kept_step(args: TrainingArguments, state: TrainerState) -> int:
     """The step whose weights a Trainer has when its training has ended: the last, or with ``load_best_model_at_end``
-    the
-    best one's, from whose checkpoint the counts of :meth:`HiFTEngine.coverage` are then too."""
+    the best one's, from whose checkpoint the counts of :meth:`HiFTEngine.coverage` are then too."""
     best = args.load_best_model_at_end and state.best_model_checkpoint is not None
     return state.best_global_step if best and state.best_global_step else state.global_step
 

@@ -32,12 +32,14 @@ class GroupSummary:
 
     @property
     def relative(self) -> float | None:
+        """How far the group has moved, over the norm that it had before; ``None`` where that is not known or 0."""
         if self.moved is None or not self.norm:
             return None
         return self.moved / self.norm
 
 
 def summarize(groups: Iterable[LayerGroup]) -> list[GroupSummary]:
+    """A summary of each layer group, its distances not known yet."""
     return [GroupSummary(g.index, g.name, g.numel, list(g.param_names)) for g in groups]
 
 
@@ -89,6 +91,7 @@ def _under_all_names(
 
 
 def write_groups(run_dir: str | Path, groups: list[GroupSummary]) -> Path:
+    """Write ``groups.json`` into the run folder; returns its path."""
     path = Path(run_dir) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps([asdict(group) for group in groups], indent=1) + "\n")

@@ -147,6 +147,7 @@ class MetricsWriter:
             raise
 
     def close(self) -> None:
+        """Close the file; a second call does nothing."""
         if self._file is not None:
             self._file.close()
             self._file = None

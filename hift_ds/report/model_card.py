@@ -51,7 +51,7 @@ def write_model_card(run_dir: str | Path, out_dir: str | Path, auto: str = "Auto
 
 
 def model_card(run: RunSummary, *, has_chat_template: bool = False, auto: str = "AutoModelForCausalLM") -> str:
-    """Of a run; paths of this machine are not in it.
+    """The model card of a run, as Markdown; paths of this machine are not in it.
 
     Args:
         has_chat_template: the model is talked to through one.

@@ -59,6 +59,7 @@ class Pace:
         self._waits: deque[StepRecord] = deque(maxlen=kept)
 
     def add(self, record: StepRecord) -> None:
+        """Take in one step's record."""
         self.step = record["step"]
         for values, key in (
             (self._times, "step_time_s"),
@@ -66,19 +67,22 @@ class Pace:
             (self._losses, "loss"),
         ):
             if record.get(key) is not None:
-                values.append(record[key])  # type: ignore[literal-required]
+                values.append(record[key])  # type: ignore[literal-required]  # one of the record's keys
         self._waits.append(record)
 
     @property
     def loss(self) -> float | None:
+        """The mean loss of the window; ``None`` before the first."""
         return sum(self._losses) / len(self._losses) if self._losses else None
 
     @property
     def step_time_s(self) -> float | None:
+        """The mean seconds of a step of the window; ``None`` before the first."""
         return sum(self._times) / len(self._times) if self._times else None
 
     @property
     def tokens_per_s(self) -> float | None:
+        """Tokens a second over the window as a whole; ``None`` where they are not counted."""
         # Of the window as a whole: the mean of the rates would count fast steps for more than their time.
         if not self._rates or len(self._rates) != len(self._times):
             return None
@@ -87,6 +91,7 @@ class Pace:
 
     @property
     def left_s(self) -> float | None:
+        """The seconds that the other steps will take at this pace; ``None`` before the first."""
         return None if self.step_time_s is None else self.step_time_s * max(self.total_steps - self.step, 0)
 
     def parts(self, record: StepRecord) -> list[str]:

@@ -24,7 +24,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "saf
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, hift_ds and the packages that a run depends on; None: not installed."""
+    """The versions of Python, hift_ds and the packages that a run depends on; None: not installed."""
     return {"hift_ds": __version__, "python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
@@ -37,7 +37,7 @@ def _version(package: str) -> str | None:
 
 @dataclass(frozen=True)
 class GroupMemory:
-    """Of one group's steps, in GiB; None: not known."""
+    """The peaks of one group's steps, in GiB; None: not known."""
 
     name: str
     peak: float | None
@@ -58,6 +58,7 @@ class RunSummary:
 
     @property
     def name(self) -> str:
+        """The name of the run's folder."""
         return self.folder.resolve().name
 
     @property
@@ -86,6 +87,7 @@ class RunSummary:
 
     @property
     def data_on_hub(self) -> list[str]:
+        """The names of the training data sets that are on the Hugging Face hub."""
         paths = [_path_of(source) for source in _listed(_at(self.settings, "data", "train"))]
         return [path.removeprefix("hub:") for path in paths if path.startswith("hub:")]
 
@@ -107,7 +109,7 @@ class RunSummary:
 
     @property
     def memory(self) -> list[GroupMemory]:
-        """By group, in the model's order."""
+        """The peaks of each group, in the model's order."""
         steps: dict[int, list[Mapping[str, Any]]] = {}
         for record in self.metrics.steps:
             if record.get("group") is not None:

@@ -93,7 +93,10 @@ def join_fake_ranks(world_size: int) -> None:
     devices = ["cpu"] + [fake_device.NAME] * hasattr(torch, fake_device.NAME)
     dist.Backend.register_backend(
         BACKEND,
-        lambda common, options: FakeProcessGroup._create_internal(common.group_rank, common.group_size, options),
+        # torch declares it without options.
+        lambda common, options: FakeProcessGroup._create_internal(  # type: ignore[call-arg]
+            common.group_rank, common.group_size, options
+        ),
         extended_api=True,
         devices=devices,
     )

@@ -109,14 +109,11 @@ def register_unpadded_masks() -> None:
 
     def mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
         if kwargs.get("attention_mask") is not None:  # whether it masks anything is not to be read
-            return sdpa_mask(
-                *args,
-                local_size=local_size,
-                **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
-            )
+            skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+            return sdpa_mask(*args, **{**kwargs, **skips, "local_size": local_size})
         kv_length = kwargs["kv_length"] if "kv_length" in kwargs else args[2]
         if local_size is None or kv_length < local_size:
             return None
-        return sdpa_mask(*args, local_size=local_size, **kwargs)
+        return sdpa_mask(*args, **kwargs, **{"local_size": local_size})
 
     AttentionMaskInterface.register("sdpa", mask)

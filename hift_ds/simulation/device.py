@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,8 @@ class _Generator(torch.Generator):
     """Randomness has no size."""
 
     def __new__(cls, device: str | torch.device = "cpu") -> _Generator:
-        return super().__new__(cls, device="cpu" if torch.device(device).type == NAME else device)
+        # torch declares no ``__new__``.
+        return super().__new__(cls, device="cpu" if torch.device(device).type == NAME else device)  # type: ignore[call-arg]
 
 
 def _address(tensor: Tensor) -> int:
@@ -117,7 +119,8 @@ def _address(tensor: Tensor) -> int:
 def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """``Module._apply`` that keeps every tensor which ``fn`` does not change."""
     for inner in module.modules() if recurse else [module]:
-        for tensors in (inner._parameters, inner._buffers):
+        places: list[dict[str, Any]] = [inner._parameters, inner._buffers]
+        for tensors in places:
             for key, old in tensors.items():
                 if old is None:
                     continue
@@ -185,6 +188,9 @@ class Event:
         return 0.0
 
 
+_Stream = Stream  # in the class below the name is taken
+
+
 class _DeviceModule(types.ModuleType):
     """``torch.fakegpu``."""
 
@@ -213,12 +219,12 @@ class _DeviceModule(types.ModuleType):
 
     def empty_cache(self) -> None: ...
 
-    def current_stream(self, device: Device = None) -> Stream:
+    def current_stream(self, device: Device = None) -> _Stream:
         return self._stream
 
     default_stream = current_stream
 
-    def stream(self, stream: Stream) -> contextlib.AbstractContextManager[None]:
+    def stream(self, stream: _Stream) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def device(self, device: Device) -> contextlib.AbstractContextManager[None]:

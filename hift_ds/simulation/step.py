@@ -33,7 +33,9 @@ from hift_ds.simulation import device as fake_device
 from hift_ds.simulation.accelerator import join_fake_ranks, use_fake_accelerator
 from hift_ds.simulation.flops import FlopCounter
 from hift_ds.simulation.tracker import GRADIENTS, STATES, WEIGHTS, MemoryTracker, Peak, Timeline, Watch
+from hift_ds.store.encoded import EncodedStateStore
 from hift_ds.store.machine import HostBytes, Machine
+from hift_ds.store.split import SplitStateStore
 
 PHASES = ("forward", "backward", "update")
 PARKED = "parked"  # a category that is not reported
@@ -102,7 +104,8 @@ def make_real(model: nn.Module, dtype: torch.dtype, device: str) -> None:
         return made[id(tensor)]
 
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers, module.__dict__):
+        places: list[dict[str, Any]] = [module._parameters, module._buffers, module.__dict__]
+        for tensors in places:
             for key, tensor in list(tensors.items()):
                 if isinstance(tensor, Tensor):
                     tensors[key] = fake(tensor)
@@ -248,6 +251,7 @@ def state_bytes(engine: HiFTEngine, index: int) -> int:
     """Bytes of the masters and states of group ``index``, in the form in which they rest."""
     optimizer = engine.optimizer
     store = optimizer.states.store_of(optimizer.groups[index])
+    assert isinstance(store, EncodedStateStore | SplitStateStore)
     return sum(store.num_bytes(chunk.id) for chunk in optimizer.groups[index].chunks)
 
 

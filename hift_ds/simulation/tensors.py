@@ -7,6 +7,7 @@ that this does not cover takes PyTorch's way.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,7 @@ class FakeTensors(FakeTensorMode):
 
     def _make(self, result: _Result, tensors: list[FakeTensor]) -> FakeTensor:
         if result.is_argument:
+            assert result.argument is not None
             return tensors[result.argument]
         with in_kernel_invocation_manager(self):
             new = torch.empty_strided(result.shape, result.stride, dtype=result.dtype, device="meta")
@@ -153,21 +155,18 @@ def _result(out: object, tensors: list[FakeTensor]) -> _Result:
     for index, tensor in enumerate(tensors):
         if out is tensor:
             return _Result(index, is_argument=True)
-    as_it_is = {
-        "shape": tuple(out.shape),
-        "stride": out.stride(),
-        "dtype": out.dtype,
-        "device": out.fake_device,
-    }
+    as_it_is = functools.partial(
+        _Result, shape=tuple(out.shape), stride=out.stride(), dtype=out.dtype, device=out.fake_device
+    )
     for index, tensor in enumerate(tensors):
         if out.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
-            return _Result(index, offset=_byte_offset(out) - _byte_offset(tensor), **as_it_is)
+            return as_it_is(argument=index, offset=_byte_offset(out) - _byte_offset(tensor))
     spans = sum((length - 1) * stride for length, stride in zip(out.shape, out.stride(), strict=True)) + 1
     num_bytes = spans * out.element_size() if out.numel() else 0
     if out.storage_offset() != 0 or out.untyped_storage().nbytes() != num_bytes:
         raise _CannotTell
-    return _Result(**as_it_is)
+    return as_it_is()
 
 
 def _byte_offset(tensor: FakeTensor) -> int:
-    return tensor.storage_offset() * tensor.element_size()
+    return int(tensor.storage_offset()) * tensor.element_size()

@@ -2,7 +2,7 @@
 
 A store keeps, for every chunk of a layer group (by its id) and every key (``master``, ``exp_avg`` ...),
 one flat 1-D tensor holding this rank's shard of all the chunk's parameters. It knows nothing of parameters or
-optimizers; :mod:`hift_ds.optim.group_optimizer` cuts the tensors into views.
+optimizers; :mod:`hift_ds.optim.group_states` cuts the tensors into views.
 
 Life of a chunk: parked --prefetch--> arriving --fetch--> resident --evict--> parked. Parked: only in its resting place.
 Arriving: its copy to the update device is under way, or it was evicted and its memory there has not been used again.

@@ -136,7 +136,7 @@ class EncodedStateStore(StateStore):
         return sum(layout.num_bytes for layout in self._layouts.values())
 
     def held_bytes(self) -> int:
-        """Of the second copies of what may be held at once."""
+        """The bytes of the second copies of what may be held at once."""
         return max((sum(self.num_bytes(chunk) for chunk in chunks) for chunks in self.may_hold), default=0)
 
     def largest_bytes(self) -> int:

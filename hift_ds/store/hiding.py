@@ -14,15 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from hift_ds.config import StateConfig
-from hift_ds.store.speeds import Link, measure_flops, measure_link, measure_update
+from hift_ds.store.speeds import ASSUMED_SPEEDS, Link, measure_flops, measure_link, measure_update
 
 PATIENCE = 0.05  # of a step's computing may be spent waiting: then the link still counts as hidden
 SAME = 0.01  # step times that differ by less count as one
 NUM_SHARES = 20  # shares of the host that are compared: 0, 1/20, 2/20 ... 1
 MOST_TOKENS = 1 << 26
-# Where nobody has measured: a card of 2022 on 16 lanes of PCIe 4, and a host with 8 memory channels.
-ASSUMED_FLOPS_S, ASSUMED_LINK = 150e12, Link(25e9, 25e9)
-ASSUMED_DEVICE_S, ASSUMED_HOST_S = 3e-11, 2e-10
+_ASSUMED_LINK = Link(ASSUMED_SPEEDS.link, ASSUMED_SPEEDS.link)
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,12 @@ class BackwardCosts:
 
     state_bytes: float
     room: float
-    flops_s: float = ASSUMED_FLOPS_S
-    link: Link | None = ASSUMED_LINK
-    host_link: Link = ASSUMED_LINK
+    flops_s: float = ASSUMED_SPEEDS.flops_s
+    link: Link | None = _ASSUMED_LINK
+    host_link: Link = _ASSUMED_LINK
     weight_bytes: int = 2
-    device_s: float = ASSUMED_DEVICE_S
-    host_s: float = ASSUMED_HOST_S
+    device_s: float = ASSUMED_SPEEDS.device_s
+    host_s: float = ASSUMED_SPEEDS.host_s
     both_ways: bool = True
     prefetch: bool = True
     ranks: int = 1
@@ -63,7 +61,7 @@ class BackwardCosts:
         cls, device: torch.device, dtype: torch.dtype, largest: int, state: StateConfig, *, state_bytes: float,
         room: float, link: Link | None, host_link: Link, ranks: int, share: float = 0.0, beside: bool = True,
     ) -> BackwardCosts:  # fmt: skip
-        """By this machine's products and updates, which takes some tens of milliseconds.
+        """The costs on this machine: its products and updates are measured, in some tens of milliseconds.
 
         Args:
             device: where the model computes.
@@ -85,6 +83,28 @@ class BackwardCosts:
             ranks=ranks,
             share=share,
             beside=beside,
+        )
+
+    @classmethod
+    def assumed(
+        cls, weight_bytes: int, largest: int, state: StateConfig, *, masters: bool, ranks: int
+    ) -> BackwardCosts:
+        """The costs of AdamW on a machine that is not here (:data:`hift_ds.store.speeds.ASSUMED_SPEEDS`).
+
+        Args:
+            weight_bytes: of a parameter.
+            largest: parameters of the largest embedding, block or head.
+            masters: 16-bit weights have fp32 ones.
+        """
+        return cls(
+            state_bytes=bytes_at_rest(weight_bytes, 8, state, masters),
+            room=room_for(largest, state, ranks),
+            link=None if state.residency == "device" else _ASSUMED_LINK,
+            both_ways=state.first_slots > 1,
+            prefetch=state.prefetch,
+            ranks=ranks,
+            share=float(state.step_on == "host"),
+            beside=state.step_on != "host",
         )
 
     def rates(self) -> str:
@@ -148,7 +168,7 @@ class BackwardCosts:
 
     @property
     def _moving_s(self) -> float:
-        """Of one parameter's states."""
+        """The seconds in which one parameter's states come and go."""
         if self.link is None:
             return 0.0
         one_way = (self.state_bytes / self.link.into, self.state_bytes / self.link.out)
@@ -172,6 +192,28 @@ class BackwardCosts:
         return waiting <= PATIENCE * computing
 
 
+def bytes_at_rest(weight_bytes: int, moment_bytes: float, state: StateConfig, masters: bool) -> float:
+    """Bytes of a parameter's states in the form in which they rest.
+
+    Args:
+        weight_bytes: of the parameter.
+        moment_bytes: of its fp32 moments.
+        masters: 16-bit weights have fp32 ones.
+    """
+    master = 4 if masters and weight_bytes < 4 else 0
+    if master and "split_master" in state.codec:
+        master -= 2
+    share_kept = 0.5 if "bf16_moments" in state.codec else 0.254 if "int8_moments" in state.codec else 1.0
+    return master + share_kept * moment_bytes
+
+
+def room_for(largest: int, state: StateConfig, ranks: int) -> float:
+    """Parameters whose states have room on the device at once: a slot holds one rank's shard of the largest embedding,
+    block or head (of ``largest`` parameters), or a slice of it."""
+    shard = largest / ranks
+    return max(state.first_slots, 1) * min(shard, state.slice_numel or shard)
+
+
 def costs_before_states(
     device: torch.device,
     dtype: torch.dtype,
@@ -181,7 +223,7 @@ def costs_before_states(
     ranks: int,
     masters: bool,
 ) -> BackwardCosts:
-    """By what can be measured before there are states.
+    """The costs by what can be measured before there are states.
 
     Args:
         device: where the model computes.
@@ -190,18 +232,14 @@ def costs_before_states(
         largest: parameters of the largest embedding, block or head.
         masters: 16-bit weights have fp32 ones.
     """
-    master = 4 if masters and dtype.itemsize < 4 else 0
-    if "split_master" in state.codec:
-        master -= 2
-    share_kept = 0.5 if "bf16_moments" in state.codec else 0.254 if "int8_moments" in state.codec else 1.0
     link = measure_link(device, 4 * largest, state.pin_memory)
     return BackwardCosts.measured(
         device,
         dtype,
         largest,
         state,
-        state_bytes=master + share_kept * moment_bytes,
-        room=max(state.first_slots, 1) * min(largest, state.slice_numel or largest) / ranks,
+        state_bytes=bytes_at_rest(dtype.itemsize, moment_bytes, state, masters),
+        room=room_for(largest, state, ranks),
         link=link if state.residency == "host" else None,
         host_link=link,
         ranks=ranks,
@@ -255,7 +293,7 @@ class HiddenLayers:
 def layers_hidden(
     costs: BackwardCosts, numels: Sequence[int], tokens: float, *, split: bool = False, largest: int | None = None
 ) -> HiddenLayers:
-    """As many layers a step as the link hides at ``tokens`` tokens, one at least.
+    """The most layers a step that the link hides at ``tokens`` tokens, one at least.
 
     Args:
         numels: parameters of each embedding, block and head, bottom to top.

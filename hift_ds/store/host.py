@@ -60,10 +60,9 @@ class HostStateStore(ParkedStateStore):
         available = self.machine.host_bytes().available
         if self.pin_memory and needed > LOCKED_SHARE * available:
             logger.warning(
-                "the optimizer states need %.1f GB of host memory on this node and %.1f GB are free: they are not "
-                "page-locked, and the "
-                'step waits for their copies; a compact "hift.state.codec" needs less',
-                needed / 1e9, available / 1e9,
+                "the optimizer states need %.1f GiB of host memory on this node and %.1f GiB are free: they are not "
+                'page-locked, and the step waits for their copies; a compact "hift.state.codec" needs less',
+                needed / 2**30, available / 2**30,
             )  # fmt: skip
             self.pin_memory = False
         for chunk in self._layouts:

@@ -62,11 +62,11 @@ class Machine:
         """
         processes, total = processes_on_node(), self.host_bytes().total
         if (states + beside) * processes > total:
-            gradients = f" and {beside * processes / 1e9:.1f} GB for gradients" if beside else ""
+            gradients = f" and {beside * processes / 2**30:.1f} GiB for gradients" if beside else ""
             smaller = ', give a smaller "hift.group_size"' if beside else ""
             raise StateStoreError(
-                f"the optimizer states need {states * processes / 1e9:.1f} GB{gradients} of host memory on this node "
-                f"({processes} processes), it has {total / 1e9:.1f} GB; set "
+                f"the optimizer states need {states * processes / 2**30:.1f} GiB{gradients} of host memory on this "
+                f"node ({processes} processes), it has {total / 2**30:.1f} GiB; set "
                 f'"hift.state.codec" to a compact form or "hift.state.residency" to "disk"{smaller}'
             )
 

@@ -83,10 +83,9 @@ class PageLockedMemory:
             except RuntimeError as error:  # no memory, or a limit on what may be locked (ulimit -l)
                 self.exhausted = True
                 logger.warning(
-                    "the system page-locks no more than the %.1f GB that it has (%s): the rest is ordinary memory, "
-                    "whose "
-                    'copies the step waits for; a compact "hift.state.codec" needs less',
-                    self.num_bytes / 1e9, str(error).splitlines()[0],
+                    "the system page-locks no more than the %.1f GiB that it has (%s): the rest is ordinary memory, "
+                    'whose copies the step waits for; a compact "hift.state.codec" needs less',
+                    self.num_bytes / 2**30, str(error).splitlines()[0],
                 )  # fmt: skip
         return torch.empty(num_bytes, dtype=torch.uint8)
 

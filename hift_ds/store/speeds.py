@@ -23,6 +23,27 @@ class Link:
     out: float
 
 
+@dataclass(frozen=True)
+class Speeds:
+    """How fast a device and its host are.
+
+    Attributes:
+        flops_s: matrix products on the device, operations a second.
+        link: bytes a second between the device and host memory, one way.
+        device_s, host_s: an AdamW update, seconds a parameter.
+    """
+
+    flops_s: float
+    link: float
+    device_s: float = 3e-11
+    host_s: float = 2e-10
+
+
+# Where there is nothing to measure: a card that reaches a third of an A100's peak, on 16 lanes of PCIe 4 at 80 % of
+# theirs, and a host with 8 memory channels.
+ASSUMED_SPEEDS = Speeds(flops_s=100e12, link=20e9)
+
+
 def measure_flops(device: torch.device, dtype: torch.dtype, side: int | None = None) -> float:
     """Operations a second of a product of two matrices of ``side`` rows and columns; the best of three.
 

@@ -123,7 +123,7 @@ class SplitStateStore(StateStore):
         return self.of(chunk).num_bytes(chunk)
 
     def total_bytes(self) -> int:
-        """Of both."""
+        """Bytes of the states of all chunks, in both places."""
         return self.of_device.total_bytes() + self.of_host.total_bytes()
 
     @property
@@ -132,7 +132,7 @@ class SplitStateStore(StateStore):
 
     @property
     def link(self) -> Link | None:
-        """Of what moves."""
+        """The link over which the states of what the device updates come and go."""
         return self.of_device.link
 
     @property

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hift_ds.dtypes import Dtype, torch_dtype
-from hift_ds.forecast.fit import ASSUMED_SPEEDS, GIB, Speeds, budget_gib, gib
+from hift_ds.forecast.fit import GIB, budget_gib, gib
 from hift_ds.store.choose import device_bytes_free
 from hift_ds.store.machine import host_bytes, processes_on_node
-from hift_ds.store.speeds import measure_flops, measure_link
+from hift_ds.store.speeds import ASSUMED_SPEEDS, Speeds, measure_flops, measure_link
 from hift_ds.train.settings import Settings
 
 _LINK_BYTES = 1 << 26

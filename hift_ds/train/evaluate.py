@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
+from hift_ds.data.packing import IGNORED
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -20,15 +22,21 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from transformers.trainer_utils import EvalLoopOutput
 
-IGNORED = -100
-
 
 @torch.no_grad()
 def sums_per_row(
-    logits: Tensor | tuple[Tensor, ...],  # float[rows, tokens, vocabulary], or a tuple that begins with it
-    labels: Tensor,  # int64[rows, tokens], not yet shifted
-) -> Tensor:  # float64[rows, 2]: summed negative log-likelihood, number of learned tokens
-    """One row at a time, since the logits in fp32 are the largest tensor there is."""
+    logits: Tensor | tuple[Tensor, ...],
+    labels: Tensor,
+) -> Tensor:
+    """The losses of each row, one row at a time, since the logits in fp32 are the largest tensor there is.
+
+    Args:
+        logits: float[rows, tokens, vocabulary], or a tuple that begins with it.
+        labels: int64[rows, tokens], not yet shifted.
+
+    Returns:
+        float64[rows, 2]: the summed negative log-likelihood, and the number of learned tokens.
+    """
     logits = logits[0] if isinstance(logits, tuple) else logits
     out = torch.zeros(len(labels), 2, dtype=torch.float64, device=labels.device)
     for row, target in enumerate(labels[:, 1:]):

@@ -99,7 +99,8 @@ def finetune(run: RunConfig, dry_run: bool = False) -> dict[str, Any]:
     ensure_process_group(collective_timeout_s(run.train.hang_timeout_s))
     checked = on_all_ranks(lambda: _check(run))
     is_first = rank_and_world_size()[0] == 0
-    made = is_first and not os.path.exists(run.output_dir)  # which raises nothing, whatever the name
+    # (Path.exists would raise for a name that is too long, before the line that says so.)
+    made = is_first and not os.path.exists(run.output_dir)
     lock = on_all_ranks(lambda: FolderLock(run.output_dir) if is_first else None)
     try:
         return _finetune(checked, print_line if is_first else _silent, dry_run)
@@ -168,7 +169,7 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None], dry_run: bool) ->
 
 
 def data_counts(data: PreparedData) -> dict[str, int]:
-    """Of the training data, for those who look at the run later."""
+    """The counts of the training data, for those who look at the run later."""
     report = data.reports[0]
     counted = {"train_samples": report.num_samples, "train_tokens": report.tokens}
     return counted | ({"train_learned_tokens": report.learned_tokens} if hasattr(report, "learned_tokens") else {})
@@ -514,7 +515,7 @@ def _compare_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _unreadable(folder: Path, error: Exception) -> CheckpointError:
-    """Of a file that only transformers or DeepSpeed read, with torch."""
+    """The error for a file that only transformers or DeepSpeed read, with torch."""
     reason = str(error).strip().splitlines()
     refused = "unsupported" in str(error).lower() or "weights only" in str(error).lower()
     why = (
@@ -563,8 +564,8 @@ def _evaluate(trainer: Any, data: PreparedData) -> dict[str, Any]:
 
 @no_traceback_when_full("while the model is exported")
 def _export(checked: CheckedRun, trainer: Any, model: Any, tokenizer: Any) -> None:
-    """By the first rank: the weights as safetensors, and how far each layer group has moved. The others send it their
-    masters where each node keeps its own checkpoints."""
+    """Export, by the first rank: the weights as safetensors, and how far each layer group has moved. The others send it
+    their masters where each node keeps its own checkpoints."""
     tensors, best = None, _exports_masters(checked)
     first, spread = trainer.args.process_index == 0, trainer.args.save_on_each_node and best
     if not (first or spread):

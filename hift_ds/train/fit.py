@@ -252,7 +252,7 @@ def _host_lines(settings: Settings, model: ModelSizes, card: Card) -> tuple[str,
 
 
 def _still_open(settings: Settings, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what was chosen when the run began, what nobody has set since."""
+    """The keys that were chosen when the run began, without those that somebody has set since."""
     if settings.hift is None:
         return {}
     free = free_keys(settings, is_host=False)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Of all rows: the mean negative log-likelihood of a learned token in nats, and of how many tokens."""
+    """The result over all rows: the mean negative log-likelihood of a learned token in nats, and of how many tokens."""
 
     loss: float
     tokens: int

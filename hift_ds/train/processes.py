@@ -40,6 +40,7 @@ class ProgressNotes:
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
 
     def write(self, rank: int, note: str) -> None:
+        """Note what rank ``rank`` is doing, in place of what it did."""
         os.pwrite(self._handle, note.encode()[:_NOTE_BYTES].ljust(_NOTE_BYTES, b"\0"), rank * _NOTE_BYTES)
 
     def read(self, rank: int) -> str:
@@ -59,6 +60,7 @@ class FirstEnd:
     doing: str  # what it was doing, as far as it said
 
     def describe(self) -> str:
+        """The end in a sentence: which rank, by which signal, and in the middle of what."""
         name = signal.Signals(-self.code).name
         why = " (the system kills processes so when host memory is full)" if -self.code == signal.SIGKILL else ""
         return f"rank {self.rank} was killed by {name}{why} {self.doing or 'before its first step'}"
@@ -83,6 +85,7 @@ class RankProcesses:
         ]
 
     def send_signal(self, number: int) -> None:
+        """Send the signal to every process that is still there."""
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)

@@ -125,6 +125,11 @@ class Differences:
     changed: tuple[str, ...]
 
     def raise_refused(self, folder: Path) -> None:
+        """Refuse to go on from ``folder``.
+
+        Raises:
+            CheckpointError: a setting differs that must not; names all of them.
+        """
         if self.refused:
             raise CheckpointError(
                 f"{folder} was saved with other settings: {'; '.join(self.refused)}; set it back, or choose another "
@@ -132,6 +137,7 @@ class Differences:
             )
 
     def lines(self, folder: Path) -> list[str]:
+        """What is said when a run goes on from ``folder`` with other settings."""
         out = []
         if self.kept:
             out.append(f"going on with settings of {folder}: " + "; ".join(self.kept))
@@ -158,7 +164,7 @@ def settings_of(
 
 
 def fingerprint(dataset: Any) -> dict[str, Any]:
-    """Of prepared rows, in their order: how many, and a checksum of all their numbers."""
+    """The number of prepared rows, and a checksum of all their numbers in order."""
     crc32 = 0
     table = dataset.with_format("arrow")
     for batch in table.iter(batch_size=1000):
@@ -235,7 +241,7 @@ def _pairs(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 def _default(key: str) -> Any:
-    """Of a key of the run file; None where it has none."""
+    """The default of a key of the run file; None where it has none."""
     model: Any = RunConfig
     for part in key.split("."):
         info = getattr(model, "model_fields", {}).get(part)
@@ -250,7 +256,7 @@ def _nothing_as_none(value: Any) -> Any:
 
 
 def _name(section: str, key: str) -> str:
-    """As the user would write it."""
+    """The value as the user would write it."""
     if section == "deepspeed":
         if key in RESOLVED:
             return RESOLVED[key]
@@ -261,7 +267,7 @@ def _name(section: str, key: str) -> str:
 
 
 def _rule(key: str) -> tuple[str, str]:
-    """Of the key, or of the nearest one above it."""
+    """The rule of the key, or of the nearest one above it that has one."""
     while key not in RULES:
         key, _, _ = key.rpartition(".")
     return RULES[key]

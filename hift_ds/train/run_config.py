@@ -267,10 +267,12 @@ class RunConfig(Section):
 
     @property
     def file(self) -> Path | None:
+        """The run file that this was read from, if it was."""
         return self._file
 
     @property
     def overrides(self) -> tuple[str, ...]:
+        """The ``section.key=value`` that were given beside the file."""
         return self._overrides
 
     @property
@@ -283,10 +285,12 @@ class RunConfig(Section):
 
     @property
     def export_dir(self) -> Path:
+        """The folder of the exported model: ``export.dir``, or ``model`` in the run's folder."""
         return Path(self.export.dir).expanduser() if self.export.dir else self.output_dir / "model"
 
     @property
     def output_dir(self) -> Path:
+        """The run's folder, with ``~`` resolved."""
         return Path(self.train.output_dir).expanduser()
 
     def is_given(self, key: str) -> bool:

@@ -49,15 +49,19 @@ class Task:
 
     @property
     def uses_trl(self) -> bool:
+        """Whether TRL has the task's trainer."""
         return self.trainer.startswith("trl.")
 
     def trainer_class(self) -> Any:
+        """The trainer's class; a ConfigError where its package is not installed."""
         return _named(self.trainer)
 
     def arguments_class(self) -> Any:
+        """The class of the trainer's arguments; a ConfigError where its package is not installed."""
         return _named(self.arguments)
 
     def model_class(self) -> Any:
+        """The ``Auto...`` class of transformers that makes the task's model."""
         return _named(f"transformers.{self.auto_class}")
 
     def load_line(self, folder: str) -> str:
@@ -65,7 +69,7 @@ class Task:
         return f"transformers.{self.auto_class}.from_pretrained({folder!r})"
 
     def prepare(self, how: Preparation) -> PreparedData:
-        """As ``prepare_data``, for the tasks that have a function of their own."""
+        """The function that stands for ``prepare_data`` in tasks that have one of their own."""
         assert self.data is not None and self.format is not None
         make: Callable[..., PreparedData] = _named(f"hift_ds.data.{self.data}")
         return make(how, self.format)

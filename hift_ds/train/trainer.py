@@ -172,6 +172,7 @@ class EarlyStopping(EarlyStoppingCallback):
 
     @classmethod
     def of(cls, patience: int, threshold: float) -> EarlyStopping:
+        """A callback with the run file's ``patience`` and ``threshold``."""
         return type(cls.__name__, (cls,), {"settings": (patience, threshold)})()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -207,6 +208,7 @@ def _say_what_is_dropped(checked: CheckedRun, trainer: Any, data: Any) -> None:
 
 
 def zero_stage(arguments: TrainingArguments) -> int:
+    """DeepSpeed's ZeRO stage of the run, 0 to 3."""
     return int(arguments.deepspeed_plugin.zero_stage)
 
 

@@ -118,11 +118,11 @@ def _leave_job() -> None:
 
 
 def _report(error: HiFTError) -> None:
-    """By the first rank. Another one speaks only if the first has nothing to say: it is still alive a while
-    later, and so are we, since launchers stop all ranks when one fails."""
+    """Say what went wrong, by the first rank. Another one speaks only if the first has nothing to say: it is still
+    alive a while later, and so are we, since launchers stop all ranks when one fails."""
     rank, _ = rank_and_world_size()
     if rank > 0:
-        if getattr(error, "seen_by_all_ranks", False):
+        if error.seen_by_all_ranks:
             return
         time.sleep(PATIENCE_S)
     where = f"rank {rank}: " if rank > 0 else ""

@@ -287,7 +287,7 @@ def test_mixed_is_fp32_weights_under_autocast():
         train_step(engine, [batch])
         reference.step([batch], autocast_loss)
         assert largest_difference(model, twin) == 0.0
-    assert model.embed.weight.dtype == torch.float32 and engine.optimizer.precision.name == "mixed"
+    assert model.embed.weight.dtype == torch.float32 and engine.optimizer.states.precision.name == "mixed"
     engine.destroy()
 
 

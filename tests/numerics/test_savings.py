@@ -19,7 +19,7 @@ from hift_ds.config import ActivationsConfig
 from hift_ds.errors import ConfigError
 from hift_ds.layers.arch import find_arch
 from hift_ds.layers.grouping import partition_model
-from hift_ds.optim import group_optimizer
+from hift_ds.optim import group_update
 from hift_ds.simulation.tracker import MemoryTracker, Watch
 from tests.helpers.engines import ds_config, largest_difference, make_engine
 from tests.numerics.test_engine_one_rank import adamw, compare
@@ -364,7 +364,7 @@ def test_a_model_that_is_not_transformers_is_recomputed_too():
 
 def test_stepping_in_runs_changes_no_bit(monkeypatch):
     """Pieces of more than RUN_NUMEL elements are stepped part by part."""
-    monkeypatch.setattr(group_optimizer, "RUN_NUMEL", 5)
+    monkeypatch.setattr(group_update, "RUN_NUMEL", 5)
     compare(ds_config(clip=0.05, params={"weight_decay": 0.1}), adamw(weight_decay=0.1),
             reference_options={"max_grad_norm": 0.05}, cycles=3)  # fmt: skip
 

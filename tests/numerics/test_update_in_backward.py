@@ -445,13 +445,13 @@ def test_an_update_is_the_same_on_the_host(name):
     hift = {"update": "in_backward", **hift}
     split = {**hift, "state": {**hift.get("state", {}), "step_on": "split", "host_share": 0.4}}
     pair = [make_engine(Toy(), ds_config(lr=1e-3, hift=block, **options)) for block in (hift, split)]
-    threads, updates = set(), pair[1].optimizer._update_on_host
+    threads, updates = set(), pair[1].optimizer.updates._update_beside
 
     def update_on_host(*args):
         threads.add(threading.current_thread().name)
         return updates(*args)
 
-    pair[1].optimizer._update_on_host = update_on_host
+    pair[1].optimizer.updates._update_beside = update_on_host
     on_host = pair[1].optimizer.states.on_host
     chunks = {c.id for g in pair[1].optimizer.groups.values() for c in g.chunks}
     assert on_host and chunks - on_host
@@ -527,7 +527,7 @@ def test_an_optimizer_that_two_threads_may_not_step_is_not_split():
 
 def test_a_failed_update_on_the_host_is_the_steps_error():
     engine = make_engine(Toy(), in_backward(ds_config(), group_size="all", state={"step_on": "split", "host_share": 1}))
-    engine.optimizer.host_updates.piecewise.step = lambda *args: 1 / 0
+    engine.optimizer.updates.beside.piecewise.step = lambda *args: 1 / 0
     with pytest.raises(ZeroDivisionError):
         train_step(engine, make_batches(1))
     engine.destroy()

@@ -854,7 +854,7 @@ def test_rows_that_the_template_refuses_are_passed_over_and_said_up_to_a_tenth(t
 
 def test_a_template_without_an_end_is_stopped(tmp_path, monkeypatch):
     """The sandbox limits a range, but not loops in loops."""
-    monkeypatch.setattr("hift_ds.data.encoding.RENDER_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("hift_ds.data.rendering.RENDER_TIMEOUT_S", 0.3)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(ConfigError, match=r"data.template: the chat template does not come to an end within 0.3 s"):
         prepared(lines(tmp_path, {"messages": [USER, ANSWER]}), tokenizer_of(loops + CHATML))

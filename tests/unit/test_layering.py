@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Lowest first; a name that ends in "." stands for every module below it. The first match counts.
 LAYERS = [
-    ["hift_ds.errors", "hift_ds.dtypes", "hift_ds.version", "hift_ds.step_report"],
+    ["hift_ds.errors", "hift_ds.dtypes", "hift_ds.durable", "hift_ds.version", "hift_ds.step_report"],
     ["hift_ds.shipped"],
     [
         "hift_ds.out_of_memory",

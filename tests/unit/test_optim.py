@@ -206,7 +206,7 @@ class TwoRanks:
     [(0, [["w0", "w1", "w2", "b0"], ["b1"]]), (1, [["w3", "w4", "w5", "b2"]])],
 )
 def test_the_drawing_of_a_group_on_two_ranks(rank, of_a_block):
-    """Two blocks, a weight of 6 elements and a bias of 3 each, slices of 4: as drawn in ``optim/parameters.py``."""
+    """Two blocks, a weight of 6 elements and a bias of 3 each, slices of 4: as drawn in ``optim/group_shard.py``."""
     names = ["0.w", "0.b", "1.w", "1.b"]
     entries = [(name, nn.Parameter(torch.zeros(6 if name.endswith("w") else 3)), 0) for name in names]
     parameters = ReplicatedParameters(Ranks(TwoRanks(rank)), torch.float32, 1 << 20, False, slice_numel=4)

@@ -57,8 +57,7 @@ def export_partitioned(model: PreTrainedModel, out_dir: str | Path, **options: A
 @torch.no_grad()
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor in host memory) of every parameter, tied ones once, and of every persistent buffer; the
-    tensor
-    is empty on other ranks than the first. A collective: every rank must exhaust it."""
+    tensor is empty on other ranks than the first. A collective: every rank must exhaust it."""
     first = world_rank_and_size()[0] == 0
     for name, tensor in saved_tensors(model).items():
         whole = whole_of(tensor) if is_partitioned(tensor) else tensor.detach()

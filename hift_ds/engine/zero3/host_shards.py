@@ -131,5 +131,6 @@ class WriteBack:
         self._sent = [None] * NUM_BUFFERS
 
     def close(self) -> None:
+        """Wait for what travels, and give back the stream."""
         self.settle()
         self._mover.close()

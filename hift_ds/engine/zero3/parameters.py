@@ -21,7 +21,8 @@ from hift_ds.engine.zero3.host_shards import WriteBack
 from hift_ds.engine.zero3.seam import WeightShards
 from hift_ds.engine.zero3.shards import as_partitioned, is_partitioned, shard_of, whole_of
 from hift_ds.layers.arch import whole_shape
-from hift_ds.optim.parameters import GroupShard, Parameters, Piece
+from hift_ds.optim.group_shard import GroupShard, Piece
+from hift_ds.optim.parameters import Parameters
 from hift_ds.store.movers import Waits
 
 

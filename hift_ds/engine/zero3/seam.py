@@ -116,7 +116,8 @@ class _Coordinator(PartitionedParameterCoordinator):
             self._gather(part, forward)
 
     def _gather(self, params: list[PartitionedWeight], forward: bool) -> None:
-        """As DeepSpeed's; where the shards are in host memory, or are all there is, without waiting for them."""
+        """Gather as DeepSpeed does; where the shards are in host memory, or are all there is, without waiting for
+        them."""
         plain = not params or any(hasattr(param.ds_tensor, "ds_quant_scale") for param in params)
         on_host = not plain and all(param.ds_tensor.device.type == "cpu" for param in params)
         alone = not plain and all(num_shards(param) == 1 for param in params)

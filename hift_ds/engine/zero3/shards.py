@@ -139,7 +139,7 @@ def _shard_numel(param: PartitionedWeight) -> int:
 
 
 def _give_shard(param: PartitionedWeight, init: zero.Init, file: WeightFile | None, locked: PageLockedMemory) -> None:
-    """As DeepSpeed's first partitioning of a whole weight leaves it."""
+    """Leave ``param`` as DeepSpeed's first partitioning of a whole weight leaves one."""
     numel = _shard_numel(param)
     if file is not None:
         elements = file.reserve(numel, param.dtype)
