@@ -33,11 +33,19 @@ def initialize(
     mesh_param: Any = None,
     config_params: Any = None,
 ) -> tuple[Any, Any, Any, Any]:
-    """The signature and result of ``deepspeed.initialize``.
+    """Build an engine as ``deepspeed.initialize`` does, whose signature and result this has.
 
-    With a top-level ``"hift"`` block in the config (dict, path or ``args.deepspeed_config``) the engine is a
-    :class:`HiFTEngine`; without one the call goes to DeepSpeed unchanged. Either way a process that no launcher
-    started is a job of one rank.
+    With a top-level ``"hift"`` block in the config the engine is a :class:`HiFTEngine`; without one the call goes to
+    DeepSpeed unchanged. Either way a process that no launcher started is a job of one rank.
+
+    Args:
+        model: with the dtypes of its checkpoint; its weights are cast and placed as the config says.
+        optimizer: over all weights that are to be trained, or a function of ``model_parameters`` that makes it;
+            ``None`` for the config's ``"optimizer"``.
+        model_parameters: parameters or param_group dicts, for the config's optimizer.
+        lr_scheduler: of that optimizer; ``None`` for the config's ``"scheduler"``, if it has one.
+        config: a dict, or the path of a JSON file; ``args.deepspeed_config`` where it is not given. The other arguments
+            are as DeepSpeed documents them.
 
     Returns:
         (engine, optimizer, training dataloader or None, learning-rate scheduler or None).
