@@ -108,12 +108,13 @@ def register_unpadded_masks() -> None:
     from transformers.masking_utils import sdpa_mask
 
     def mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+        options: dict[str, Any] = {**kwargs, "local_size": local_size}
         if kwargs.get("attention_mask") is not None:  # whether it masks anything is not to be read
-            skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-            return sdpa_mask(*args, **{**kwargs, **skips, "local_size": local_size})
+            options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+            return sdpa_mask(*args, **options)
         kv_length = kwargs["kv_length"] if "kv_length" in kwargs else args[2]
         if local_size is None or kv_length < local_size:
             return None
-        return sdpa_mask(*args, **kwargs, **{"local_size": local_size})
+        return sdpa_mask(*args, **options)
 
     AttentionMaskInterface.register("sdpa", mask)
