@@ -460,7 +460,7 @@ def _cell(ratio: float) -> str:
 
 LENGTH = 512  # of the rows of the two logs from which those of other batches follow
 IN_BACKWARD = {"none": 12.0, "split_master": 10.0, "split_master+int8_moments": 4.03}  # bytes a parameter, each way
-SLOTS = (2, 8)
+SLOTS = (2,)
 TOKENS = (4096, 16384)
 MOST_TOKENS = 1 << 20
 

@@ -97,10 +97,16 @@ def build_optimizer(
 def takes_option(name: str, option: str) -> bool:
     """Whether the optimizer of that name has such an argument; False for names that are not known here."""
     try:
-        cls = torch.optim.Muon if name.lower() == "muon" else _optimizer_class(name, {})
+        cls = _muon() if name.lower() == "muon" else _optimizer_class(name, {})
     except ConfigError:
         return False
     return option in inspect.signature(cls.__init__).parameters
+
+
+def _muon() -> type[torch.optim.Optimizer]:
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(f'"optimizer": Muon comes with torch 2.9, and this is {torch.__version__}; update it')
+    return torch.optim.Muon
 
 
 def _optimizer_class(name: str, options: dict[str, Any]) -> type[torch.optim.Optimizer]:
@@ -182,7 +188,7 @@ def _build_muon(
     adamw["weight_decay"] = options.get("weight_decay", 0.01)
     muon = dict(options)
     muon["lr"] = muon.pop("muon_lr", muon.get("lr", 1e-3))
-    _check_options("Muon", torch.optim.Muon, muon)
+    _check_options("Muon", _muon(), muon)
     split: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     for group in param_groups:
         for is_matrix, members in split.items():

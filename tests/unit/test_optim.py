@@ -8,7 +8,7 @@ from torch import nn
 
 from hift_ds.collectives import Ranks
 from hift_ds.errors import ConfigError
-from hift_ds.optim.build import build_optimizer, is_elementwise
+from hift_ds.optim.build import build_optimizer, is_elementwise, takes_option
 from hift_ds.optim.clip import fp32_norm
 from hift_ds.optim.lion import Lion
 from hift_ds.optim.muon import MuonWithAuxAdamW
@@ -82,6 +82,14 @@ def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():
         optimizer.step()
     assert torch.equal(params[0], muon.param_groups[0]["params"][0])
     assert torch.equal(params[1], adamw.param_groups[0]["params"][0])
+
+
+def test_muon_needs_a_torch_that_has_it(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    weight = nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(ConfigError, match=r'^"optimizer": Muon comes with torch 2.9, and this is .*; update it$'):
+        build_optimizer("Muon", {"lr": 0.1}, [{"params": [weight]}], matrices=frozenset([id(weight)]))
+    assert not takes_option("muon", "momentum")
 
 
 def test_lion_is_the_papers_update():
