@@ -1,6 +1,6 @@
 """What each way of clipping in backward learns and costs: full fine-tuning of a small model, held-out loss.
 
-    python benchmarks/clipping.py --model SMOLLM2 --out benchmarks/results/clipping.md   under six minutes of one core
+    python benchmarks/clipping.py --model SMOLLM2 --out benchmarks/results/clipping.md   some six minutes of a core
 
 Rows are the questions about hift_ds that come with the package, every eighth held out. For each seed (of the order of
 rows) all ways train on the same rows from the same weights with the same rates, each an engine of this process, step by
@@ -111,13 +111,13 @@ def compare(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def table(args: argparse.Namespace, results: list[dict[str, Any]], cpu_s: float) -> str:
     """Losses, their differences to ``exact`` seed by seed, and CPU seconds of a step, the first two left out."""
     exact = {result["seed"]: result for result in results if result["way"] == "exact"}
-    numel = "SmolLM2-135M's folder" if "smollm2" in str(args.model).lower() else f"`{args.model.name}`"
+    name = "SmolLM2-135M" if "smollm2" in str(args.model).lower() else f"`{args.model.name}`"
     lines = [
         "# Ways of clipping in backward: what they learn and cost",
         "",
-        "`python benchmarks/clipping.py --model SMOLLM2`",
+        f"`python benchmarks/clipping.py --model SMOLLM2 --steps {args.steps}`",
         "",
-        f"Full fine-tuning of {numel} in the update in backward, states in a host store, two slots: {args.steps} steps "
+        f"Full fine-tuning of {name} in the update in backward, states in a host store, two slots: {args.steps} steps "
         f"of {args.batch} rows of at most {args.length} tokens of the questions that come with the package, AdamW at "
         f"{args.rate:g}, clipped to {methods.CLIP:g}; {len(exact)} orders of the rows. Held-out loss over "
         f"{args.held_out} rows; before training {results[0]['before']:.4f}. {platform.machine()}, one thread, "
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1], help="of the order of the rows")
     parser.add_argument("--clip", type=float, default=1.0)
     parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=96)
     parser.add_argument("--held-out", type=int, default=32, help="rows that are judged by")
