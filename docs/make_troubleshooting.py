@@ -112,8 +112,12 @@ EXPLAINED = [
         "Gradients travel to the other ranks as soon as backward has brought them, and this model brings one in several parts (a backward within a backward). With `overlap_comm: false` they travel after backward.",
     ),
     (
+        r"tokens, and the model's table has",
+        "The model learns a vector for each position and has none for those beyond the limit, so that the row would end training with an `IndexError` (on a GPU: a device-side assert). Cut rows when you tokenize them, or let the collator do it.",
+    ),
+    (
         r"is in use by another run",
-        "Another `hift-ds train` writes into this run folder; the line names its process, host and start. The lock ends with that process, so there is nothing to delete.",
+        "Another process writes into this folder (a run, a Trainer, an export); the line names its process, host and start. The lock ends with that process, so there is nothing to delete.",
     ),
     (
         r"^the run ends at step",
@@ -302,7 +306,7 @@ EXPLAINED = [
         "The patterns, or the trainable weights, do not make layer groups. `hift-ds groups MODEL` prints the names; [groups.md](groups.md) the rules.",
     ),
     (
-        r"more than the model has|some groups will not be trained",
+        r"takes in the whole model|some groups will not be trained",
         "The run is too short for its groups, or `group_size` is larger than the model. Choose another `group_size` or more steps ([groups.md](groups.md)).",
     ),
     (

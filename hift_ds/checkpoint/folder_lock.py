@@ -1,4 +1,4 @@
-"""A run folder has one writer at a time.
+"""A folder has one writer at a time: a run's, and the one that a model is exported to.
 
 The first rank holds a lock of the operating system on ``run.lock``, which ends with the process however that ends, so
 nothing stale can keep a run from starting. The file says who holds it.
@@ -6,6 +6,7 @@ nothing stale can keep a run from starting. The file says who holds it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -19,6 +20,9 @@ from hift_ds.errors import ConfigError
 
 LOCK_FILE = "run.lock"
 _CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)  # file systems without locks
+_Inode = tuple[int, int]
+_held: dict[_Inode, tuple[int, int]] = {}  # of this process: handle, how many hold it
+os.register_at_fork(after_in_child=_held.clear)  # a child has none of its parent's locks
 
 
 class FolderLock:
@@ -26,41 +30,87 @@ class FolderLock:
 
     Args:
         key: what names the folder, for messages.
+        leaves_file: ``False``: the file goes with the lock, and with it the folder if that is empty and was missing.
 
     A POSIX record lock: it works over NFS, and a data loader's worker that outlives a killed run does not inherit it.
+    It is the process's, so that a second one of the same process shares it (a cell that was interrupted and run again).
 
     Raises:
         ConfigError: another process holds it, or the folder cannot be made or written.
     """
 
-    def __init__(self, folder: Path, key: str = "train.output_dir") -> None:
-        path = folder / LOCK_FILE
+    def __init__(self, folder: Path, key: str = "train.output_dir", leaves_file: bool = True) -> None:
+        self._path, self._leaves_file = folder / LOCK_FILE, leaves_file
+        self._made = not os.path.lexists(folder)
+        self._inode: _Inode | None = None  # of the file that is held
+        while self._inode is None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                if self._shares():
+                    return
+                handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except OSError as error:
+                raise ConfigError(
+                    f"{key}: {str(folder)!r} cannot be made or written: {error.strerror}; choose a folder this "
+                    "user may write to"
+                ) from None
+            self._take(handle, folder, key)
+
+    def _shares(self) -> bool:
+        """Whether this process holds the lock already: closing another handle of the file would end it."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._handle: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise ConfigError(
-                f"{key}: {str(folder)!r} cannot be made or written: {error.strerror}; choose a folder this "
-                "user may write to"
-            ) from None
+            inode = _inode(os.stat(self._path))
+        except FileNotFoundError:
+            return False
+        if inode not in _held:
+            return False
+        self._inode = inode
+        _held[inode] = _held[inode][0], _held[inode][1] + 1
+        return True
+
+    def _take(self, handle: int, folder: Path, key: str) -> None:
+        """Nothing is taken where another process took the file away between its opening and here."""
         try:
-            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in _CANNOT_LOCK:
-                return
-            owner = _read_owner(self._handle)
-            self.release()
-            raise ConfigError(
-                f"{key}: {str(folder)!r} is in use by another run ({owner}); wait for it, stop it, or "
-                "choose another folder"
-            ) from None
-        _write_owner(self._handle)
+            if error.errno not in _CANNOT_LOCK:
+                owner = _read_owner(handle)
+                os.close(handle)
+                raise ConfigError(
+                    f"{key}: {str(folder)!r} is in use by another run ({owner}); wait for it, stop it, or "
+                    "choose another folder"
+                ) from None
+        if not self._is_there(handle):
+            os.close(handle)
+            return
+        self._inode = _inode(os.fstat(handle))
+        _held[self._inode] = handle, 1
+        _write_owner(handle)
+
+    def _is_there(self, handle: int) -> bool:
+        try:
+            return _inode(os.stat(self._path)) == _inode(os.fstat(handle))
+        except OSError:
+            return False
 
     def release(self) -> None:
-        """Closing any handle of the file in this process ends the lock."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+        """By the last of this process that holds it, the lock ends. A second call does nothing."""
+        handle, num = _held.get(self._inode, (None, 0)) if self._inode is not None else (None, 0)
+        if handle is not None and num > 1:
+            _held[self._inode] = handle, num - 1
+        elif handle is not None:
+            if not self._leaves_file and self._is_there(handle):  # while it is ours
+                with contextlib.suppress(OSError):
+                    self._path.unlink()
+                    if self._made:
+                        self._path.parent.rmdir()  # if it is empty
+            del _held[self._inode]
+            os.close(handle)
+        self._inode = None
+
+
+def _inode(status: os.stat_result) -> _Inode:
+    return status.st_dev, status.st_ino
 
 
 def _write_owner(handle: int) -> None:

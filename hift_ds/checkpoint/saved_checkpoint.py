@@ -23,6 +23,7 @@ from hift_ds.checkpoint.writer import (
     rank_file,
     states_file,
 )
+from hift_ds.config import HiFTConfig
 from hift_ds.errors import CheckpointError
 from hift_ds.layers.grouping import LayerGroup
 from hift_ds.store.base import MASTER
@@ -209,6 +210,7 @@ def block_differences(saved: SavedCheckpoint, block: Mapping[str, Any], groups_a
         groups_are_said: leave out those that make layer groups and their order.
     """
     theirs, ours = dict(_flat(saved.common.get("hift") or block)), dict(_flat(block))
+    theirs = dict(_flat(HiFTConfig().model_dump(mode="json"))) | theirs  # with keys that came later
     return [
         f"{key}: {theirs.get(key)} -> {ours.get(key)}"
         for key in sorted(theirs.keys() | ours.keys())

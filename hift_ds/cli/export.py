@@ -108,6 +108,26 @@ def export_checkpoint(
         CheckpointError: no whole checkpoint there, or of another model than the config's; or the check found something.
         ConfigError: no config is to be found.
     """
+    from hift_ds.checkpoint.folder_lock import FolderLock
+
+    source = _find(checkpoint)
+    lock = FolderLock(out, key="OUT", leaves_file=False)
+    try:
+        return _export(source, checkpoint, out, model_dir, dtype, max_shard_size, trust_remote_code, check)
+    finally:
+        lock.release()
+
+
+def _export(
+    source: _Source,
+    checkpoint: Path,
+    out: Path,
+    model_dir: Path | None,
+    dtype: str,
+    max_shard_size: int | str,
+    trust_remote_code: bool,
+    check: bool,
+) -> list[Path]:
     import torch
     from transformers import GenerationConfig
 
@@ -120,7 +140,6 @@ def export_checkpoint(
     from hift_ds.report.metrics import FILE_NAME as METRICS
     from hift_ds.report.model_card import write_model_card
 
-    source = _find(checkpoint)
     input_dir = model_dir or _input_of_run(source.states)
     config_dir = model_dir or source.config_dir or input_dir
     if config_dir is None:

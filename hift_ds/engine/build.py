@@ -207,7 +207,7 @@ def cut_model(facts: EngineFacts, model: nn.Module) -> Partition:
     )
     if len(partition.groups) == 1 and hift.group_size not in (1, "all", "auto") and facts.rank == 0:
         logger.warning(
-            '"hift.group_size": %d is more than the model has: all weights are one group, which is full fine-tuning',
+            '"hift.group_size": %d takes in the whole model: all weights are one group, which is full fine-tuning',
             hift.group_size,
         )
     return partition
@@ -376,19 +376,25 @@ def _machine_before_states(machine: Machine) -> Machine:
 
 
 def watch_entrances(
-    model: nn.Module, optimizer: HiFTOptimizer, settle: Callable[[tuple[Any, ...], Mapping[str, Any]], None]
+    model: nn.Module,
+    optimizer: HiFTOptimizer,
+    settle: Callable[[tuple[Any, ...], Mapping[str, Any]], None],
+    was_left: Callable[[], bool],
 ) -> list[RemovableHandle]:
     """Tell of each forward, wherever it enters: at the model, or at what lies between the model and its groups (TRL
     calls the backbone, say, and not the engine).
 
     Args:
         settle: called with the forward's arguments, before the active groups get their flags.
+        was_left: the forward is not of this training any more.
 
     Returns:
         The hooks.
     """
 
     def enter(module: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> None:
+        if was_left():
+            return
         settle(inputs, named_inputs)
         optimizer.enter()
 

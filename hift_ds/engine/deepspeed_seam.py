@@ -368,14 +368,22 @@ def engine_class(cls: type[DeepSpeedEngine]) -> Iterator[None]:
         deepspeed.DeepSpeedEngine = stock
 
 
+_replacements: list[list[Any]] = []  # in the order of their blocks: what deepspeed.initialize is, and was before
+
+
 @contextlib.contextmanager
 def initialize_becomes(replacement: Callable[..., Any]) -> Iterator[None]:
-    """``deepspeed.initialize`` is ``replacement`` inside this block. ``DeepSpeedEngine`` stays what it is: libraries
-    unwrap models by asking for it."""
-    before = deepspeed.initialize
+    """``deepspeed.initialize`` is ``replacement`` inside this block. Of several blocks any may end first.
+    ``DeepSpeedEngine`` stays what it is: libraries unwrap models by asking for it."""
+    entry = [replacement, deepspeed.initialize]
+    _replacements.append(entry)
     deepspeed.initialize = replacement
     try:
         yield
     finally:
-        if deepspeed.initialize is replacement:
-            deepspeed.initialize = before
+        above = _replacements.index(entry) + 1
+        if above < len(_replacements) and _replacements[above][1] is replacement:
+            _replacements[above][1] = entry[1]
+        elif deepspeed.initialize is replacement:
+            deepspeed.initialize = entry[1]
+        _replacements.remove(entry)

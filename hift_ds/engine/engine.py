@@ -116,7 +116,9 @@ class HiFTEngine(SeamEngine):
         self.partition, base, optimizer = build.build_optimizers(
             build.facts_of(self), self.module, client_optimizer, model_parameters, self.partition_weights, shards
         )
-        self.life.hooks += build.watch_entrances(self.module, optimizer, self.auto_groups.settle_by_inputs)
+        self.life.hooks += build.watch_entrances(
+            self.module, optimizer, self.auto_groups.settle_by_inputs, self.life.was_left
+        )
         return base, optimizer
 
     # -- training ---------------------------------------------------------------------------------------------

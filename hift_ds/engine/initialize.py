@@ -85,6 +85,9 @@ def _building(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> Iterat
         yield
 
 
+_told: list[Callable[[HiFTEngine], None]] = []
+
+
 @contextlib.contextmanager
 def hift_engines(
     block: Mapping[str, Any] | None = None, on_made: Callable[[HiFTEngine], None] = lambda engine: None
@@ -96,7 +99,7 @@ def hift_engines(
 
     Args:
         block: the ``"hift"`` block of every config without one: for frameworks that would read ours as theirs.
-        on_made: called with each HiFT engine as soon as it exists.
+        on_made: called with each HiFT engine as soon as it exists, of the blocks around this one and inside it too.
     """
     stock = inspect.unwrap(deepspeed.initialize)
     signature = inspect.signature(stock)
@@ -116,8 +119,13 @@ def hift_engines(
         config[BLOCK] = dict(own) if isinstance(own, Mapping) else own
         with _building(arguments, config):
             built = stock(**arguments)
-        on_made(built[0])
+        for tell in list(_told):
+            tell(built[0])
         return built
 
-    with initialize_becomes(initialize):
-        yield
+    _told.append(on_made)
+    try:
+        with initialize_becomes(initialize):
+            yield
+    finally:
+        _told.remove(on_made)

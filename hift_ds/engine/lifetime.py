@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -21,12 +22,15 @@ class Lifetime:
     Attributes:
         has_ended: training is over, and its states are gone.
         is_over: the engine has let go of the model altogether.
+        is_under_way: asked when the model is called: does whoever began the training still run? (A loop that an
+            exception left tells nobody.)
         hooks: on the model while it is trained.
     """
 
     def __init__(self, engine: SeamEngine, checkpointer: Checkpointer, memory: MemoryForecast) -> None:
         self._engine, self._checkpointer, self._memory = engine, checkpointer, memory
         self.has_ended = self.is_over = False
+        self.is_under_way: Callable[[], bool] = lambda: True
         self.hooks: list[RemovableHandle] = []
 
     def began(self, model: nn.Module) -> None:
@@ -41,6 +45,20 @@ class Lifetime:
         """
         if self.has_ended:
             raise HiFTError("this engine's training has ended and its states are gone: make a new engine to go on")
+
+    def was_left(self) -> bool:
+        """Whether the training is over without a word; then the engine lets go of the model, here and now: in a hook
+        before a forward of the model."""
+        if self.has_ended or self.is_under_way():
+            return self.has_ended
+        # torch is about to call the other hooks of this forward, and looks up how: a removed one is called once more.
+        in_use = self._engine.module._forward_pre_hooks_with_kwargs
+        with_kwargs = dict(in_use)
+        self._engine.end_training(failed=True)
+        if self._engine.zero_optimization_stage() != 3:  # whose hooks bring the weights
+            self._engine.destroy()
+        in_use.update(with_kwargs)
+        return True
 
     def end_training(self, failed: bool) -> None:
         """Give back what only training needs (``HiFTEngine.end_training``)."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from hift_ds.checkpoint.folder_lock import FolderLock
 from hift_ds.errors import ConfigError
@@ -19,18 +22,22 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def ready_to_save(
-    args: TrainingArguments, model: nn.Module, processing: ProcessorMixin | PreTrainedTokenizerBase | None
+    args: TrainingArguments,
+    model: nn.Module,
+    processing: ProcessorMixin | PreTrainedTokenizerBase | None,
+    saves_generation_config: bool = False,
 ) -> Iterator[None]:
     """Inside, ``args.output_dir`` is there and has this job alone as its writer, and a checkpoint's small files can be
     written. Nothing is done where the Trainer saves nothing.
 
     Args:
         args: ``TrainingArguments``.
-        processing: the Trainer's tokenizer or processor; None: it has none.
+        processing: the tokenizer or processor that the Trainer saves; None: it has none.
+        saves_generation_config: by transformers' ``save_pretrained``, which refuses some; else by ours.
 
     Raises:
-        ConfigError: on all ranks; the folder is another job's or cannot be written, or the config or the tokenizer
-            refuse to be saved.
+        ConfigError: on all ranks; the folder is another job's or cannot be written, or the config, the tokenizer or the
+            arguments refuse to be saved.
     """
     if args.save_strategy == "no":
         yield
@@ -39,7 +46,10 @@ def ready_to_save(
     def begin() -> FolderLock | None:
         if not args.should_save:
             return None
-        _rehearse({"model.config": getattr(model, "config", None), "processing_class": processing})
+        parts = {"model.config": getattr(model, "config", None), "processing_class": processing}
+        if saves_generation_config:
+            parts["model.generation_config"] = getattr(model, "generation_config", None)
+        _rehearse(parts, args)
         return FolderLock(Path(args.output_dir), key="output_dir")
 
     lock = on_all_ranks(begin)
@@ -50,14 +60,31 @@ def ready_to_save(
             lock.release()
 
 
-def _rehearse(parts: dict[str, Any]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        for name, part in parts.items():
-            save = getattr(part, "save_pretrained", None)
-            if save is None:
-                continue
-            try:
-                save(folder)
-            except Exception as error:  # whatever a class of its own, or a check of transformers, raises
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise ConfigError(f"{name}: a checkpoint could not hold it: {reason[:300]}") from error
+def _rehearse(parts: dict[str, Any], args: Any) -> None:
+    try:
+        folder = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise ConfigError(
+            f"no temporary folder can be written ({error.strerror or error}); set the environment variable TMPDIR to "
+            "one that can"
+        ) from None
+    with folder as name:
+        for part, saved in parts.items():
+            save = getattr(saved, "save_pretrained", None)
+            if save is not None:
+                _try(part, lambda save=save: save(name))
+        _try("args", lambda: torch.save(args, io.BytesIO()))
+
+
+def _try(part: str, save: Callable[[], Any]) -> None:
+    try:
+        save()
+    except Exception as error:  # whatever a class of its own, or a check of transformers, raises
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{part}: a checkpoint could not hold it: {reason[:300]}") from error
+
+
+def saved_by_trainer(processing: Any, collate: Any) -> Any:
+    """What a Trainer saves beside the weights: its tokenizer or processor, else its collator's."""
+    collate = getattr(collate, "data_collator", collate)  # where a list of rows is stripped of columns
+    return processing if processing is not None else getattr(collate, "tokenizer", None)

@@ -12,7 +12,10 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hift_ds.checkpoint.manifest import latest_tag
@@ -23,6 +26,7 @@ from hift_ds.engine.engine import HiFTEngine
 from hift_ds.engine.initialize import hift_engines
 from hift_ds.errors import ConfigError
 from hift_ds.integrations.arguments import check_arguments
+from hift_ds.integrations.before_saving import ready_to_save, saved_by_trainer
 from hift_ds.integrations.disk_room import DiskRoomCallback
 from hift_ds.integrations.events import EngineEvents, disable_input_require_grads
 from hift_ds.integrations.loops import kept_from_accelerate
@@ -34,6 +38,7 @@ PREPARED_BY_ITSELF = (
     "it has its engine built in its own constructor, as TRL's PPOTrainer does; put `with hift_ds.accelerate(BLOCK):` "
     "around that and leave our callback or mixin out"
 )
+_waiting: weakref.WeakSet[HiFTCallback] = weakref.WeakSet()  # for their trainers' engines
 
 
 class HiFTCallback(EngineEvents):
@@ -41,8 +46,9 @@ class HiFTCallback(EngineEvents):
 
     The result is :class:`HiFTMixin`'s, bit for bit. Reference and reward models, which have no optimizer, get
     DeepSpeed's own engine. What only the mixin has: evaluation before training, several ``train()`` calls of one
-    trainer, states given back when training ends in an exception, rotation that counts whole checkpoints only, and
-    ``save_model`` without a copy of the model.
+    trainer, states given back when training ends in an exception (here: when the model is next called), rotation that
+    counts whole checkpoints only, a look at the rows of evaluation before the first step, and ``save_model`` without a
+    copy of the model.
 
     Args:
         optional: do nothing for a Trainer whose config has no block, instead of raising an error.
@@ -64,6 +70,9 @@ class HiFTCallback(EngineEvents):
         self._was_told = False  # that the Trainer is there
         self._room = DiskRoomCallback(lambda: self.engine, twice_at_first=True)
         self._sealing = threading.Lock()  # between the Trainer's thread and that of an asynchronous save
+        self._saving = contextlib.ExitStack()
+        self._model: Callable[[], Any] = lambda: None
+        self._loop: FrameType | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._was_told = True
@@ -77,15 +86,41 @@ class HiFTCallback(EngineEvents):
             # Else transformers' save_model has no weights to write once training has ended.
             zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
         self._entered.enter_context(kept_from_accelerate(plugin.deepspeed_config))
-        self._entered.enter_context(hift_engines(on_made=self._took))
+        self._model = (lambda: None) if model is None else weakref.ref(model)
+        _waiting.add(self)
+        me = weakref.ref(self)
+
+        def take(engine: HiFTEngine) -> None:
+            callback = me()
+            owners = [one for one in _waiting if any(module is one._model() for module in engine.module.modules())]
+            if callback is not None and (callback in owners or not owners):  # model_init makes another model
+                callback._took(engine)
+
+        self._entered.enter_context(hift_engines(on_made=take))
+        for borrowed in (self._entered, self._saving):
+            weakref.finalize(self, borrowed.close)  # of a trainer that is thrown away
         if model is not None:
             disable_input_require_grads(model)
 
     def leave(self) -> None:
         """Undo ``on_init_end``."""
+        _waiting.discard(self)
         self._entered.close()
 
+    def _let_go(self) -> None:
+        self.leave()
+        self._saving.close()
+        self._loop = None
+
+    def _is_under_way(self) -> bool:
+        """Whether the Trainer's loop, which tells nobody of an exception that ends it, still runs in some thread."""
+        if self._loop is None or any(self._loop in _callers(frame) for frame in sys._current_frames().values()):
+            return True
+        self._let_go()
+        return False
+
     def _took(self, engine: HiFTEngine) -> None:
+        engine.life.is_under_way = self._is_under_way
         engine.checkpointer.restores_generators = False  # the Trainer does, once it has drawn an epoch's order
         engine.checkpointer.on_whole = self._weights_once
         self.engine = engine
@@ -103,10 +138,24 @@ class HiFTCallback(EngineEvents):
                 "HiFTCallback serves one train(): for another make a new trainer with a new callback, or a trainer "
                 "class with HiFTMixin"
             )
-        super().on_train_begin(args, state, control, **kwargs)
-        self._room.on_train_begin(args, state, control, **kwargs)
+        self._loop = _loop_above(sys._getframe())
+        try:
+            super().on_train_begin(args, state, control, **kwargs)
+            self._make_sure_of_saving(args, state, control, **kwargs)
+        except BaseException:
+            self._let_go()
+            if self.engine is not None:
+                self.engine.end_training(failed=True)
+            raise
         if not args.auto_find_batch_size:  # which may have another engine built
             self.leave()
+
+    def _make_sure_of_saving(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        collate = getattr(kwargs.get("train_dataloader"), "collate_fn", None)
+        processing = saved_by_trainer(kwargs.get("processing_class"), collate)
+        self._saving.close()  # of a batch that was too large
+        self._saving.enter_context(ready_to_save(args, kwargs.get("model"), processing, saves_generation_config=True))
+        self._room.on_train_begin(args, state, control, **kwargs)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.is_on:
@@ -144,7 +193,7 @@ class HiFTCallback(EngineEvents):
                 seal_folder(folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.leave()
+        self._let_go()
         if not self.is_on or self.engine is None:
             return
         super().on_train_end(args, state, control, **kwargs)
@@ -182,3 +231,14 @@ class AnnouncedCallback(HiFTCallback):
                 f"hift_ds {__version__}: HiFT is on, {len(groups)} layer groups, one trained per optimizer step",
                 file=sys.stderr,
             )
+
+
+def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _loop_above(frame: FrameType) -> FrameType | None:
+    """The method of a Trainer that has the callbacks called."""
+    return next((one for one in _callers(frame) if hasattr(one.f_locals.get("self"), "callback_handler")), None)

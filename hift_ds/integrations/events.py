@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.errors import ConfigError
 from hift_ds.forecast.advice import Adviser
+from hift_ds.integrations.row_lengths import check_rows
 from hift_ds.report.coverage import kept_step, make_coverage
 from hift_ds.step_report import StepReport
 
@@ -59,6 +60,8 @@ class EngineEvents(TrainerCallback):
         if engine.lr_scheduler is None:  # the Trainer steps one of its own
             engine.optimizer.lr.watch(kwargs.get("lr_scheduler"), lambda: state.max_steps - engine.global_steps)
         disable_input_require_grads(engine.module)
+        if (rows := kwargs.get("train_dataloader")) is not None:
+            check_rows("train_dataset", getattr(rows, "dataset", None), rows.collate_fn, engine.module)
         warning = engine.schedule.too_few_turns(state.max_steps)
         if self.says_coverage and warning and state.is_world_process_zero:
             logger.warning("%s", warning)

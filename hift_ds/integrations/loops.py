@@ -56,10 +56,10 @@ def accelerate(block: Mapping[str, Any] | None = None) -> Iterator[list[HiFTEngi
 def kept_from_accelerate(config: dict[str, Any], block: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Inside this block accelerate finds the ``"hift"`` block of ``config`` (a DeepSpeed config), or ``block`` in its
     place, in a form that it leaves alone: it would fill in every "auto" in the dicts of a config."""
-    if BLOCK not in config:
+    own = config.get(BLOCK)
+    if BLOCK not in config or (block is None and isinstance(own, UserDict)):  # by another trainer with this config
         yield
         return
-    own = config[BLOCK]
     config[BLOCK] = UserDict(own if block is None else block)
     try:
         yield

@@ -33,13 +33,14 @@ from hift_ds.engine.zero3.shards import is_partitioned
 from hift_ds.errors import CheckpointError, ConfigError, OutOfMemory
 from hift_ds.hf.export import savable_generation_config
 from hift_ds.integrations.arguments import check_arguments
-from hift_ds.integrations.before_saving import ready_to_save
+from hift_ds.integrations.before_saving import ready_to_save, saved_by_trainer
 from hift_ds.integrations.callback import PREPARED_BY_ITSELF, HiFTCallback
 from hift_ds.integrations.checkpoint_rotation import WholeCheckpointsStay
 from hift_ds.integrations.disk_room import DiskRoomCallback
 from hift_ds.integrations.events import EngineEvents, disable_input_require_grads
 from hift_ds.integrations.finished_run import StopsWhenDone
 from hift_ds.integrations.loops import kept_from_accelerate
+from hift_ds.integrations.row_lengths import check_rows
 from hift_ds.integrations.weights_once import WeightsOnce, has_the_form_of_a_checkpoint, name_beside
 from hift_ds.out_of_memory import explains_evaluation
 from hift_ds.process_group import as_single_process, ensure_process_group, nothing_compiled
@@ -96,7 +97,8 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         failed = True
         ready = contextlib.nullcontext()
         if not self.is_ready_to_save:
-            ready = ready_to_save(self.args, self.model, self.processing_class)
+            ready = ready_to_save(self.args, self.model, saved_by_trainer(self.processing_class, self.data_collator))
+            self._check_evaluation_rows()
         kept = kept_from_accelerate(self.args.deepspeed_plugin.deepspeed_config)
         with ready, kept, hift_engines(on_made=_draws_itself):
             try:
@@ -110,6 +112,15 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
             finally:
                 self._end_training(failed)
         return output
+
+    def _check_evaluation_rows(self) -> None:
+        if self.args.eval_strategy == "no" and not self.args.eval_on_start:
+            return
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for name, rows in several.items():
+            if rows is not None:
+                check_rows(f"eval_dataset{f'[{name!r}]' if name else ''}", rows, collate, self.model)
 
     def _end_training(self, failed: bool) -> None:
         if self.engine is not None:

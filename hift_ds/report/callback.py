@@ -53,7 +53,7 @@ class ReportCallback(TrainerCallback):
             beside the first steps, what each group's peak memory should be.
         padded: its rows may differ in length.
         progress: a ``Progress``; chosen by what the terminal can do if None.
-        plots: draw the pictures when training ends.
+        plots: whether to draw the pictures; asked when training ends.
         shown: what is printed of an evaluation besides its loss, by name without ``eval_``.
     """
 
@@ -66,7 +66,7 @@ class ReportCallback(TrainerCallback):
         largest_batch: tuple[int, int] | None = None,
         padded: bool = False,
         progress: Progress | None = None,
-        plots: bool = True,
+        plots: Callable[[], bool] = lambda: True,
         shown: tuple[str, ...] = (),
     ) -> None:
         self.run_dir = Path(run_dir)
@@ -188,7 +188,7 @@ class ReportCallback(TrainerCallback):
         steps = read_metrics(self.run_dir).steps
         if share_waited(steps)[0] is not None and hasattr(self._get_engine(), "last_report"):
             self._progress.note(summary(steps))
-        if self._plots and state.global_step > 0:
+        if self._plots() and state.global_step > 0:
             drawn = plot_run(self.run_dir)
             self._progress.note("drawn: " + ", ".join(str(path) for path in drawn))
 

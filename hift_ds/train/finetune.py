@@ -101,16 +101,26 @@ def finetune(run: RunConfig, dry_run: bool = False) -> dict[str, Any]:
     is_first = rank_and_world_size()[0] == 0
     # (Path.exists would raise for a name that is too long, before the line that says so.)
     made = is_first and not os.path.exists(run.output_dir)
-    lock = on_all_ranks(lambda: FolderLock(run.output_dir) if is_first else None)
+    locks = on_all_ranks(lambda: _lock_folders(run) if is_first else [])
     try:
         return _finetune(checked, print_line if is_first else _silent, dry_run)
     finally:
-        if lock is not None:
+        for lock in locks:
             lock.release()
         if dry_run and made:
             (run.output_dir / LOCK_FILE).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # it is not empty: somebody else is there by now
                 run.output_dir.rmdir()
+
+
+def _lock_folders(run: RunConfig) -> list[FolderLock]:
+    """What two runs would write into at the same time is found before either has trained."""
+    locks = [FolderLock(run.output_dir)]
+    try:
+        return [FolderLock(run.export_dir, key="export.dir", leaves_file=False), *locks]
+    except ConfigError:
+        locks[0].release()
+        raise
 
 
 def _finetune(checked: CheckedRun, say: Callable[[str], None], dry_run: bool) -> dict[str, Any]:
@@ -150,8 +160,6 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None], dry_run: bool) ->
     if trainer.preemption.stopped_by is not None:
         results["stopped_by"] = trainer.preemption.stopped_by
         say(f"saved after step {results['steps']}; the same command goes on from there")
-        if arguments.process_index == 0:
-            write_report(run.output_dir)
         return results
     results |= _evaluate(trainer, data)
     restore_cache()

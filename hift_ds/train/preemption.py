@@ -31,6 +31,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from hift_ds.ranks import gather
+
 if TYPE_CHECKING:
     from types import FrameType
 
@@ -77,6 +79,11 @@ class StopRequest:
     def _has_noted(self, number: int) -> bool:
         return self._noted == number
 
+    @property
+    def noted(self) -> str | None:
+        """The name of a signal that this rank has noted."""
+        return signal.Signals(self._noted).name if self._noted else None
+
     def agreed(self) -> str | None:
         """The name of a signal that any rank has noted, before its last step at the latest. All ranks call this at the
         same step."""
@@ -112,15 +119,40 @@ class StopRequest:
             os.write(2, f"\n{signal.Signals(number).name}: saving after this step{again}\n".encode())
 
 
+class EvaluationLeft(Exception):
+    """A signal came while it ran."""
+
+
+class LeavesEvaluation:
+    """Mixin before a Trainer class: an evaluation inside training ends after the batch in which a signal came, and
+    training with it; the weights of the last step are saved."""
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationLeft:
+            # Before the first step there is nothing to save: that step comes, and its end stops the training.
+            self.control.should_training_stop = self.control.should_save = self.state.global_step > 0
+            self.control.should_evaluate = False
+            return None
+
+    def _determine_best_metric(self, metrics: Any, *args: Any, **kwargs: Any) -> bool:
+        return True if metrics is None else super()._determine_best_metric(metrics, *args, **kwargs)
+
+
 class PreemptionCallback(TrainerCallback):
     """Makes a Trainer save and stop after the step in which a signal came.
+
+    Args:
+        leaves_evaluation: the Trainer is a :class:`LeavesEvaluation`.
 
     Attributes:
         stopped_by: the signal's name, once training was stopped by one; the same on all ranks.
     """
 
-    def __init__(self, get_engine: Callable[[], HiFTEngine]) -> None:
+    def __init__(self, get_engine: Callable[[], HiFTEngine], leaves_evaluation: bool = False) -> None:
         self._get_engine = get_engine
+        self._leaves_evaluation = leaves_evaluation
         self._stop: StopRequest | None = None
         self.stopped_by: str | None = None
 
@@ -136,6 +168,15 @@ class PreemptionCallback(TrainerCallback):
             control.should_training_stop = True
             control.should_save = True
             control.should_evaluate = False  # whoever sent the signal will not wait for it
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        """Raises EvaluationLeft, on all ranks, once any has noted a signal."""
+        if self._stop is None or not self._leaves_evaluation:
+            return
+        noted = next((name for name in gather(self._stop.noted) if name is not None), None)
+        if noted is not None:
+            self.stopped_by = noted if state.global_step else None  # else one step comes before there is a checkpoint
+            raise EvaluationLeft
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         engine = self._get_engine()

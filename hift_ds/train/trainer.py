@@ -18,7 +18,7 @@ from hift_ds.integrations.finished_run import StopsWhenDone
 from hift_ds.integrations.transformers import HiFTMixin
 from hift_ds.report.callback import ReportCallback, report_instead_of_printing
 from hift_ds.train.evaluate import TokenMeanEvaluation
-from hift_ds.train.preemption import PreemptionCallback
+from hift_ds.train.preemption import LeavesEvaluation, PreemptionCallback
 from hift_ds.train.preflight import CheckedRun
 from hift_ds.train.tasks import TASKS, Task
 from hift_ds.train.watchdog import NotesProgress, WatchdogCallback
@@ -90,7 +90,7 @@ def trainer_class(task: Task, *, hift: bool) -> Any:
     Raises:
         ConfigError: the package that has it is not installed.
     """
-    parts: list[type] = [_RefusesToGoBack, _WithoutTelemetry]
+    parts: list[type] = [LeavesEvaluation, _RefusesToGoBack, _WithoutTelemetry]
     if task.is_language_modelling:
         parts.append(TokenMeanEvaluation)
     parts += [_DecayMatricesOnly, _OneGroupAtATime if hift else _AllAtOnce, task.trainer_class()]
@@ -146,12 +146,13 @@ def build_trainer(checked: CheckedRun, arguments: TrainingArguments, model: Any,
         largest_batch=(checked.batch.micro_batch_size, checked.max_length) if task.is_language_modelling else None,
         padded=not checked.run.data.packing,
         shown=task.metrics[:2],
+        plots=lambda: trainer.preemption.stopped_by is None,  # whoever stops a run does not wait for pictures
     )
     report_instead_of_printing(trainer, report)
     stopping = checked.run.train.early_stopping
     if stopping.patience is not None:
         trainer.add_callback(EarlyStopping.of(stopping.patience, stopping.threshold))
-    trainer.preemption = PreemptionCallback(lambda: trainer.model_wrapped)
+    trainer.preemption = PreemptionCallback(lambda: trainer.model_wrapped, leaves_evaluation=True)
     trainer.add_callback(trainer.preemption)
     trainer.add_callback(NotesProgress(lambda: trainer.model_wrapped))
     if hift:

@@ -331,6 +331,11 @@ def test_every_key_of_the_block_that_differs_is_said():
         functools.reduce(lambda place, part: place[part], above, now)[last] = "another"
         (line,) = block_differences(saved, now)
         assert line.startswith(f"{key}: ") and line.endswith(" -> another")
+        before = copy.deepcopy(block)  # of a version that did not have the key: as its default
+        del functools.reduce(lambda place, part: place[part], above, before)[last]
+        assert block_differences(SimpleNamespace(common={"hift": before}), block) == []
+        (line,) = block_differences(SimpleNamespace(common={"hift": before}), now)
+        assert line.startswith(f"{key}: ") and line.endswith(" -> another")
 
 
 def test_settings_that_differ_are_the_runs_and_said_in_one_line(tmp_path, caplog):

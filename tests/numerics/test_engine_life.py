@@ -24,7 +24,7 @@ def flags_of(model: nn.Module) -> dict[str, bool]:
 
 def hooks_of(model: nn.Module) -> dict[str, int]:
     names = [n for n in vars(model) if n.endswith("_hooks")]
-    found = {f"{m}.{n}": len(vars(mod)[n]) for m, mod in model.named_modules() for n in names}
+    found = {f"{m}.{n}": len(vars(mod).get(n, ())) for m, mod in model.named_modules() for n in names}
     found |= {n: len(p._post_accumulate_grad_hooks or ()) for n, p in model.named_parameters()}
     return {name: count for name, count in found.items() if count}
 

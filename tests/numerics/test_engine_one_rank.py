@@ -470,6 +470,13 @@ def test_deepspeeds_monitors_get_the_loss(tmp_path, scaled):
     assert [int(line.split(",")[0]) for line in lines] == [24, 48, 72]
 
 
+@pytest.mark.parametrize(("size", "is_said"), [(100, True), (5, True), (4, False), ("all", False)])
+def test_a_group_size_that_takes_in_the_whole_model_is_said(caplog, size, is_said):
+    update = {"update": "in_backward"} if size == "all" else {}
+    make_engine(Toy(), ds_config(hift={"group_size": size, **update})).destroy()
+    assert (f'"hift.group_size": {size} takes in the whole model' in caplog.text) == is_said
+
+
 def test_weights_that_stop_being_numbers_are_said_at_once_and_once(caplog):
     engine = make_engine(Toy(), ds_config())
     for factor in (1.0, float("nan"), float("nan")):

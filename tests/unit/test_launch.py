@@ -21,7 +21,9 @@ import yaml
 
 import model_zoo
 from hift_ds.activations.switches import _without_cache
+from hift_ds.checkpoint.trainer_folder import broken_seal
 from hift_ds.cli import train as command
+from hift_ds.cli.main import main as cli_main
 from hift_ds.errors import CheckpointError
 from hift_ds.hf.safetensors_folder import tensor_dtypes
 from hift_ds.report.metrics import read_metrics
@@ -202,6 +204,64 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(inputs, tmp_path, caplog
     assert again["steps"] == 12 and again["eval_loss"] == whole["eval_loss"]
     for name, value in weights_in(out / "model").items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("at", [0, 4])
+def test_a_signal_ends_an_evaluation_after_its_batch_and_the_run_goes_on_exactly(inputs, tmp_path, monkeypatch, at):
+    """The first evaluation, of 10 batches: one step follows, so that there is something to go on from."""
+    from hift_ds.train.trainer import TokenMeanEvaluation
+
+    options = {"train__max_steps": 6, "train__eval_steps": 4, "train__save_steps": 100, "data__val_size": 20}
+    options["train__eval_batch_size"] = 2
+    finetune(load_run_config(write_run(inputs, tmp_path / "whole", **options)))
+    run = load_run_config(write_run(inputs, tmp_path / "run", **options))
+    batches, real = [], TokenMeanEvaluation.prediction_step
+
+    def third_is_interrupted(self, *args, **kwargs):
+        batches.append(self.state.global_step)
+        if batches.count(at) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TokenMeanEvaluation, "prediction_step", third_is_interrupted)
+        stopped = finetune(run)
+    saved = max(at, 1)
+    assert stopped["stopped_by"] == "SIGTERM" and stopped["steps"] == saved
+    assert batches == ([0] * 3 if at == 0 else [0] * 10 + [4] * 3)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{saved}"]
+    assert broken_seal(tmp_path / "run" / f"checkpoint-{saved}", weights=True) is None
+    assert not {"loss.png", "report.html"} & {path.name for path in (tmp_path / "run").iterdir()}  # who stops, waits
+    assert finetune(run)["steps"] == 6
+    expected = weights_in(tmp_path / "whole" / "model")
+    for name, value in weights_in(tmp_path / "run" / "model").items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_two_runs_do_not_export_into_one_folder(inputs, tmp_path, capsys):
+    """Found before either has trained; afterwards nothing of the lock is left."""
+    target = tmp_path / "model"
+    code = (
+        "import sys, time, pathlib; from hift_ds.checkpoint.folder_lock import FolderLock;"
+        "lock = FolderLock(pathlib.Path(sys.argv[1]), leaves_file=False); print('held', flush=True); time.sleep(600)"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert owner.stdout.readline() == "held\n"
+        file = write_run(inputs, tmp_path / "run", export__dir=str(target), train__max_steps=2)
+        assert worker.main([str(file)]) == 2
+        error = capsys.readouterr().err
+        assert f"export.dir: {str(target)!r} is in use by another run (process {owner.pid} on " in error
+        assert (target / "run.lock").exists() and not list((tmp_path / "run").glob("checkpoint-*"))
+        checkpointed = write_run(inputs, tmp_path / "other", train__max_steps=2)
+        assert worker.main([str(checkpointed)]) == 0
+        assert cli_main(["export", str(tmp_path / "other"), str(target)]) == 2
+        assert "OUT: " in capsys.readouterr().err
+    finally:
+        owner.kill()
+        owner.wait()
+    assert cli_main(["export", str(tmp_path / "other"), str(target)]) == 0
+    assert not (target / "run.lock").exists() and not (tmp_path / "other" / "model" / "run.lock").exists()
 
 
 def test_never_resume_refuses_a_folder_with_checkpoints(inputs, tmp_path, capsys):

@@ -204,7 +204,7 @@ def test_metrics_show_the_peak_and_on_accelerators_the_forecast(tmp_path, device
 
     engine = Engine()
     report = ReportCallback(
-        tmp_path, get_engine=lambda: engine, largest_batch=(4, 512), progress=SilentProgress(), plots=False
+        tmp_path, get_engine=lambda: engine, largest_batch=(4, 512), progress=SilentProgress(), plots=lambda: False
     )
     arguments = SimpleNamespace(device=torch.device(device), load_best_model_at_end=False)
     state, control = TrainerState(max_steps=3, train_batch_size=3), TrainerControl()  # 4 rows did not fit

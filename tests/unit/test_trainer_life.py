@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from typing import Any
 
@@ -17,12 +18,11 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 import hift_ds
 import model_zoo
-from hift_ds import HiFTTrainer
-from hift_ds.checkpoint.folder_lock import FolderLock
+from hift_ds import HiFTCallback, HiFTTrainer
 from hift_ds.errors import ConfigError, HiFTError
 from hift_ds.integrations import disk_room
 from hift_ds.process_group import as_single_process
@@ -340,47 +340,95 @@ class Steps(TrainerCallback):
         self.num += 1
 
 
-def saving_trainer(folder: Any, model: Any = None, processing: Any = None, **options: Any) -> tuple[HiFTTrainer, Steps]:
+def saving_trainer(
+    folder: Any, model: Any = None, processing: Any = None, form: str = "trainer", data: Any = None, **options: Any
+) -> tuple[Trainer, Steps]:
     steps = Steps()
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, **options}
-    trainer = HiFTTrainer(model or model_zoo.tiny.build("llama"), arguments(folder, **options),
-                          train_dataset=ragged_dataset(12), processing_class=processing, callbacks=[steps])  # fmt: skip
+    trainer = (Trainer if form == "callback" else HiFTTrainer)(
+        model or model_zoo.tiny.build("llama"), arguments(folder, **options),
+        train_dataset=ragged_dataset(12) if data is None else data, processing_class=processing,
+        callbacks=[steps, *([HiFTCallback()] if form == "callback" else [])],
+    )  # fmt: skip
     return trainer, steps
 
 
-def test_a_folder_that_cannot_be_made_or_a_tokenizer_that_cannot_be_saved_is_found_before_the_first_step(tmp_path):
+FORMS = pytest.mark.parametrize("form", ["trainer", "callback"])
+
+
+@FORMS
+def test_a_folder_that_cannot_be_made_or_a_tokenizer_that_cannot_be_saved_is_found_before_the_first_step(
+    tmp_path, form
+):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="^output_dir: .* cannot be made or written"):
-        saving_trainer(tmp_path / "file" / "out")
-    trainer, steps = saving_trainer(tmp_path / "out", processing=Unsavable())
-    with pytest.raises(ConfigError, match="^processing_class: a checkpoint could not hold it: no vocabulary file$"):
-        trainer.train()
-    assert steps.num == 0
-    trainer, steps = saving_trainer(tmp_path / "out", processing=Unsavable(), save_strategy="no")
+    if form == "trainer":  # else the Trainer has made its folder before a callback hears of it
+        with pytest.raises(ConfigError, match="^output_dir: .* cannot be made or written"):
+            saving_trainer(tmp_path / "file" / "out", form=form)
+    for given in ("processing_class", "collator"):
+        trainer, steps = saving_trainer(
+            tmp_path / "out", processing=Unsavable() if given == "processing_class" else None, form=form
+        )
+        if given == "collator":
+            trainer.data_collator = type("Collator", (), {"__call__": staticmethod(default_data_collator)})()
+            trainer.data_collator.tokenizer = Unsavable()
+        with pytest.raises(ConfigError, match="^processing_class: a checkpoint could not hold it: no vocabulary file$"):
+            trainer.train()
+        assert steps.num == 0
+    trainer, steps = saving_trainer(tmp_path / "out", processing=Unsavable(), save_strategy="no", form=form)
     trainer.train()
     assert steps.num == 6
 
 
-def test_a_generation_config_that_cannot_be_saved_does_not_end_a_trainer_s_run(tmp_path):
+@FORMS
+def test_arguments_that_cannot_be_pickled_are_found_before_the_first_step(tmp_path, form):
+    trainer, steps = saving_trainer(tmp_path, form=form)
+    trainer.args.run_name = lambda: None
+    with pytest.raises(ConfigError, match="^args: a checkpoint could not hold it: "):
+        trainer.train()
+    assert steps.num == 0
+
+
+@FORMS
+def test_a_generation_config_that_cannot_be_saved(tmp_path, form):
+    """The mixin's own saving writes it as it is; transformers' would refuse at the first checkpoint."""
     model = model_zoo.tiny.build("llama")
     model.generation_config.temperature = 0.5  # without do_sample
-    trainer, _ = saving_trainer(tmp_path / "out", model)
+    trainer, steps = saving_trainer(tmp_path / "out", model, form=form)
+    if form == "callback":
+        with pytest.raises(ConfigError, match="^model.generation_config: a checkpoint could not hold it: "):
+            trainer.train()
+        assert steps.num == 0
+        return
     trainer.train()
     assert json.loads((tmp_path / "out" / "checkpoint-6" / "generation_config.json").read_text())["temperature"] == 0.5
 
 
-def test_a_disk_that_will_not_hold_the_checkpoints_is_found_before_the_first_step(tmp_path, monkeypatch):
-    """save_total_limit + 1 of them, each as large as those that are written."""
-    trainer, _ = saving_trainer(tmp_path / "out")
+@FORMS
+def test_no_temporary_folder(tmp_path, monkeypatch, form):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    trainer, steps = saving_trainer(tmp_path / "out", form=form)
+    with pytest.raises(ConfigError, match="^no temporary folder can be written .*TMPDIR"):
+        trainer.train()
+    assert steps.num == 0
+
+
+@FORMS
+def test_a_disk_that_will_not_hold_the_checkpoints_is_found_before_the_first_step(tmp_path, monkeypatch, form):
+    """save_total_limit + 1 of them, each as large as those that are written; for a moment a plain Trainer's own copy of
+    the weights besides."""
+    trainer, _ = saving_trainer(tmp_path / "out", form=form)
     trainer.train()
     folder = tmp_path / "out" / "checkpoint-6"
     size = sum(
         tensor.nbytes for path in (folder / "global_step6").glob("*.safetensors") for tensor in load_file(path).values()
     )
+    more = (folder / "model.safetensors").stat().st_size if form == "callback" else 0
     free = disk_room.shutil.disk_usage(tmp_path)
     for limit, room, fits in ((1, 1.9, False), (1, 2.1, True), (None, 2.9, False), (None, 3.1, True)):
-        monkeypatch.setattr(disk_room.shutil, "disk_usage", lambda path, r=room: free._replace(free=int(size * r)))
-        trainer, steps = saving_trainer(tmp_path / f"{limit} {room}", save_total_limit=limit)
+        there = int(size * room) + more
+        monkeypatch.setattr(disk_room.shutil, "disk_usage", lambda path, n=there: free._replace(free=n))
+        trainer, steps = saving_trainer(tmp_path / f"{limit} {room}", save_total_limit=limit, form=form)
         if fits:
             trainer.train()
         else:
@@ -389,21 +437,102 @@ def test_a_disk_that_will_not_hold_the_checkpoints_is_found_before_the_first_ste
         assert steps.num == (6 if fits else 0)
 
 
-def test_an_output_folder_has_one_writer(tmp_path):
-    held = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time, pathlib; from hift_ds.checkpoint.folder_lock import FolderLock;"
-         "lock = FolderLock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(600)", str(tmp_path)],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+HOLD = """
+import pathlib, sys, time
+from hift_ds.checkpoint.folder_lock import FolderLock
+lock = FolderLock(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@FORMS
+def test_an_output_folder_has_one_writer(tmp_path, form):
+    held = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert held.stdout.readline() == "held\n"
-        trainer, steps = saving_trainer(tmp_path)
+        trainer, steps = saving_trainer(tmp_path, form=form)
         with pytest.raises(ConfigError, match=f"^output_dir: .* is in use by another run .process {held.pid}"):
             trainer.train()
         assert steps.num == 0
     finally:
         held.kill()
         held.wait()
+
+    class Tries(TrainerCallback):
+        answers: list[int] = []  # noqa: RUF012
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+                              stderr=subprocess.DEVNULL)  # fmt: skip
+                self.answers.append(other.stdout.readline())
+                other.kill()
+                other.wait()
+
+    trainer, steps = saving_trainer(tmp_path, form=form)
+    trainer.add_callback(Tries())
     trainer.train()
-    assert steps.num == 6
-    FolderLock(tmp_path).release()  # given back
+    assert steps.num == 6 and Tries.answers == [""]
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    other.kill()
+    other.wait()
+
+
+# -- rows and positions ------------------------------------------------------------------------------------------
+
+
+def row_of(length: int) -> dict[str, Any]:
+    return {"input_ids": list(range(3, 3 + length)), "labels": list(range(3, 3 + length))}
+
+
+@FORMS
+@pytest.mark.parametrize("kind", ["list", "dataset", "shuffled dataset"])
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_row_longer_than_the_table_of_positions_is_found_before_the_first_step(tmp_path, form, kind, family):
+    import datasets
+
+    model = model_zoo.tiny.build(family, max_position_embeddings=16)
+    limit = model.config.max_position_embeddings
+    rows = [row_of(5) for _ in range(30)]
+
+    def data(long: int) -> Any:
+        given = [*rows[:21], row_of(long), *rows[21:]]
+        if kind == "list":
+            return given
+        given = datasets.Dataset.from_list(given)
+        return given.select([*range(31)][::-1]) if kind == "shuffled dataset" else given
+
+    options = {"form": form, "per_device_train_batch_size": 1, "max_steps": 2, "save_strategy": "no"}
+    trainer, steps = saving_trainer(tmp_path, model, data=data(limit), **options)
+    trainer.train()
+    assert steps.num == 2
+    trainer, steps = saving_trainer(tmp_path, model, data=data(limit + 1), **options)
+    at = 9 if kind == "shuffled dataset" else 21
+    with pytest.raises(ConfigError, match=f"^train_dataset: row {at} has {limit + 1} tokens, .* {limit} positions"):
+        trainer.train()
+    assert steps.num == 0
+
+
+def test_what_a_collator_cuts_is_short_enough_and_rotary_positions_have_no_end(tmp_path):
+    rows = [row_of(5), row_of(60), row_of(5)]
+    for family, cut in (("gpt2", 8), ("llama", 10_000)):
+        model = model_zoo.tiny.build(family, max_position_embeddings=32)
+        trainer, steps = saving_trainer(
+            tmp_path, model, data=rows, save_strategy="no", per_device_train_batch_size=1, max_steps=3
+        )
+        trainer.data_collator = lambda given, cut=cut: {
+            key: torch.tensor([value[:cut]]) for key, value in given[0].items()
+        }
+        trainer.train()
+        assert steps.num == 3
+
+
+def test_rows_of_evaluation_too(tmp_path):
+    model = model_zoo.tiny.build("gpt2", max_position_embeddings=32)
+    trainer, steps = saving_trainer(tmp_path, model, save_strategy="no")
+    trainer.args.eval_strategy, trainer.eval_dataset = "steps", {"held out": [row_of(5), row_of(33)]}
+    with pytest.raises(ConfigError, match=r"^eval_dataset\['held out'\]: row 1 has 33 tokens"):
+        trainer.train()
+    assert steps.num == 0
