@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Schedule = Callable[[int], float]
 CLIP = 1.0
 BETAS, EPS = (0.9, 0.999), 1e-8
 
@@ -54,18 +55,35 @@ class Method:
 
     Attributes:
         model: as it is judged.
-        bytes_moved: between where states rest and where they are updated, so far.
+        schedule: the learning rate of each step of the run, by its number.
+        steps: made so far.
     """
 
-    bytes_moved = 0
-
-    def __init__(self, model: nn.Module, seed: int) -> None:
+    def __init__(self, model: nn.Module, seed: int, schedule: Schedule) -> None:
         self.model = model
         self.seed = seed
+        self.schedule = schedule
+        self.steps = 0
 
-    def step(self, batch: dict[str, Tensor], rate: float) -> float:
-        """One optimizer step at learning rate ``rate``; the loss before it."""
+    def step(self, batch: dict[str, Tensor]) -> float:
+        """One optimizer step; the loss before it."""
+        loss = self.model(**batch).loss
+        loss.backward()
+        self.update(self.schedule(self.steps))
+        self.steps += 1
+        return float(loss.detach())
+
+    def update(self, rate: float) -> None:
+        """Take the gradients that are there into the weights."""
         raise NotImplementedError
+
+    def trained(self) -> int:
+        """Weights that the coming step trains."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def steps_per_cycle(self) -> int:
+        """Steps after which every part of the model has had its turn; a few where that does not matter."""
+        return 6
 
     def close(self) -> None:
         """Give everything back."""
@@ -74,21 +92,18 @@ class Method:
 class Full(Method):
     """Every weight in every step."""
 
-    def __init__(self, model: nn.Module, seed: int) -> None:
-        super().__init__(model, seed)
+    def __init__(self, model: nn.Module, seed: int, schedule: Schedule) -> None:
+        super().__init__(model, seed, schedule)
         self.masters = Masters(model.parameters(), adamw)
 
-    def step(self, batch: dict[str, Tensor], rate: float) -> float:
-        loss = self.model(**batch).loss
-        loss.backward()
+    def update(self, rate: float) -> None:
         self.masters.step(rate)
-        return float(loss.detach())
 
 
 class LoRA(Full):
     """PEFT's adapters on every linear layer of the blocks, ``alpha = 2 * rank``; a new head is trained whole."""
 
-    def __init__(self, model: nn.Module, seed: int, rank: int = 16) -> None:
+    def __init__(self, model: nn.Module, seed: int, schedule: Schedule, rank: int = 16) -> None:
         from peft import LoraConfig, get_peft_model
 
         head = [name for name in ("score", "classifier") if hasattr(model, name)]
@@ -97,7 +112,7 @@ class LoRA(Full):
             task_type="SEQ_CLS" if head else "CAUSAL_LM",
         )  # fmt: skip
         model = get_peft_model(model, config)
-        Method.__init__(self, model, seed)
+        Method.__init__(self, model, seed, schedule)
         self.masters = Masters((p for p in model.parameters() if p.requires_grad), adamw)
 
 
@@ -105,11 +120,12 @@ class GaLore(Full):
     """Gradients of the blocks' matrices projected to rank ``rank``; the rest by the same optimizer, unprojected."""
 
     def __init__(
-        self, model: nn.Module, seed: int, rank: int = 128, update_proj_gap: int = 200, scale: float = 0.25
-    ) -> None:
+        self, model: nn.Module, seed: int, schedule: Schedule, rank: int = 128, update_proj_gap: int = 200,
+        scale: float = 0.25,
+    ) -> None:  # fmt: skip
         from galore_torch import GaLoreAdamW
 
-        Method.__init__(self, model, seed)
+        Method.__init__(self, model, seed, schedule)
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         params = list(model.parameters())
         projected = [p.dim() == 2 and id(p) not in embeddings for p in params]
@@ -129,58 +145,57 @@ class LISA(Full):
     """LISA (arXiv 2403.17919): everything outside of the blocks in every step, ``num_blocks`` of the blocks drawn anew
     every ``every`` steps."""
 
-    def __init__(self, model: nn.Module, seed: int, num_blocks: int = 2, every: int = 5) -> None:
-        super().__init__(model, seed)
+    def __init__(self, model: nn.Module, seed: int, schedule: Schedule, num_blocks: int = 2, every: int = 5) -> None:
+        super().__init__(model, seed, schedule)
         self.blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
         self.num_blocks, self.every = min(num_blocks, len(self.blocks)), every
         self.rng = random.Random(seed)
-        self.steps = 0
 
-    def step(self, batch: dict[str, Tensor], rate: float) -> float:
+    def step(self, batch: dict[str, Tensor]) -> float:
         if self.steps % self.every == 0:
             drawn = self.rng.sample(range(len(self.blocks)), self.num_blocks)
             for i, block in enumerate(self.blocks):
                 block.requires_grad_(i in drawn)
-        self.steps += 1
-        return super().step(batch, rate)
+        return super().step(batch)
 
 
 class BAdam(Method):
     """The package ``badam``: its BlockOptimizer over torch's AdamW, blocks from the top, states begun anew at each
     visit."""
 
-    def __init__(self, model: nn.Module, seed: int, switch_block_every: int = 50) -> None:
+    def __init__(self, model: nn.Module, seed: int, schedule: Schedule, switch_block_every: int = 50) -> None:
         from badam import BlockOptimizer
 
-        super().__init__(model, seed)
-        base = torch.optim.AdamW(model.parameters(), lr=0.0, betas=BETAS, eps=EPS, weight_decay=0.0)
+        super().__init__(model, seed, schedule)
+        base = adamw(list(model.parameters()))
         self.optimizer = BlockOptimizer(
             base_optimizer=base, named_parameters_list=list(model.named_parameters()), switch_mode="descending",
             switch_block_every=switch_block_every, include_embedding=True, include_lm_head=True, verbose=0,
         )  # fmt: skip
 
-    def step(self, batch: dict[str, Tensor], rate: float) -> float:
-        loss = self.model(**batch).loss
-        loss.backward()
+    def update(self, rate: float) -> None:
         nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], CLIP)
         for group in [*self.optimizer.param_groups, *self.optimizer.base_optimizer.param_groups]:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+
+    def steps_per_cycle(self) -> int:
+        return self.optimizer.block_num * self.optimizer.switch_block_every
 
 
 class HiFT(Method):
-    """Ours: the engine, with any keys of the ``"hift"`` block."""
+    """Ours: the engine, with any keys of the ``"hift"`` block; it steps the schedule, as ``lr_update`` says."""
 
-    def __init__(self, model: nn.Module, seed: int, **block: Any) -> None:
+    def __init__(self, model: nn.Module, seed: int, schedule: Schedule, **block: Any) -> None:
         import hift_ds
 
-        super().__init__(model, seed)
-        params = {"lr": 0.0, "betas": list(BETAS), "eps": EPS, "weight_decay": 0.0, "fused": True}
+        super().__init__(model, seed, schedule)
+        params = {"lr": 1.0, "betas": list(BETAS), "eps": EPS, "weight_decay": 0.0, "fused": True}
         self.engine, *_ = hift_ds.initialize(
             model=model,
             model_parameters=list(model.parameters()),
+            lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
@@ -191,13 +206,19 @@ class HiFT(Method):
             },
         )
 
-    def step(self, batch: dict[str, Tensor], rate: float) -> float:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+    def step(self, batch: dict[str, Tensor]) -> float:
         loss = self.engine(**batch).loss
         self.engine.backward(loss)
         self.engine.step()
         return float(loss.detach())
+
+    def trained(self) -> int:
+        groups = self.engine.optimizer.active_groups
+        return sum(member.param.numel() for group in groups for member in group.members)
+
+    def steps_per_cycle(self) -> int:
+        turns = len(self.engine.groups)
+        return turns * -(-6 // turns)
 
     def close(self) -> None:
         self.engine.destroy()
@@ -208,6 +229,6 @@ METHODS: dict[str, type[Method]] = {
 }  # fmt: skip
 
 
-def build(name: str, model: nn.Module, seed: int, settings: dict[str, Any]) -> Method:
+def build(name: str, model: nn.Module, seed: int, schedule: Schedule, settings: dict[str, Any]) -> Method:
     """The method of that name on ``model``."""
-    return METHODS[name](model, seed, **settings)
+    return METHODS[name](model, seed, schedule, **settings)

@@ -7,6 +7,7 @@ python benchmarks/methods/run.py '{"task": "stdlib", "method": "full", "rate": 1
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -14,7 +15,8 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +58,14 @@ def load(spec: dict[str, Any], folder: Path, data: Path | None) -> tuple[nn.Modu
     return model.to(torch.bfloat16).train(), task, pad
 
 
-def flops_of_steps(method: methods.Method, batches: Iterator[dict[str, Tensor]], count: int) -> float:
-    """Mean FLOPs of matrix products in one step, over ``count`` steps."""
+def work_of_steps(method: methods.Method, batch: dict[str, Tensor], count: int) -> tuple[float, float]:
+    """Mean FLOPs of matrix products, and mean number of weights trained, in one of ``count`` steps."""
+    trained = 0
     with FlopCounterMode(display=False) as counter:
         for _ in range(count):
-            method.step(next(batches), 0.0)
-    return counter.get_total_flops() / count
+            trained += method.trained()
+            method.step(batch)
+    return counter.get_total_flops() / count, trained / count
 
 
 def run(spec: dict[str, Any], folder: Path, data: Path | None) -> dict[str, Any]:
@@ -69,14 +73,14 @@ def run(spec: dict[str, Any], folder: Path, data: Path | None) -> dict[str, Any]
 
     Returns:
         ``spec`` with ``curve`` (step, CPU seconds of training so far, held-out loss), ``final``, ``best``, ``tokens``,
-        ``cpu_s``, ``peak_gib`` above what the process held before the method was built, ``bytes_moved``, and where it
-        ran.
+        ``cpu_s``, ``peak_gib`` above what the process held before the method was built, and where it ran.
     """
     model, task, pad = load(spec, folder, data)
     batches = tasks.batches(task.train, spec["batch_size"], pad, spec["seed"])
     before = tasks.judge(model, task, pad)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    method = methods.build(spec["method"], model, spec["seed"], spec.get("settings", {}))
+    schedule = partial(rate_at, steps=spec["steps"], rate=spec["rate"])
+    method = methods.build(spec["method"], model, spec["seed"], schedule, spec.get("settings", {}))
     curve = [{"step": 0, "cpu_s": 0.0, **before}]
     steps, tokens, cpu_s, losses = spec["steps"], 0, 0.0, []
     # Judged evenly along the run, the last time at its end; and once before it.
@@ -85,7 +89,7 @@ def run(spec: dict[str, Any], folder: Path, data: Path | None) -> dict[str, Any]
         batch = next(batches)
         tokens += int(batch["attention_mask"].sum())
         started = time.process_time()
-        losses.append(method.step(batch, rate_at(step, steps, spec["rate"])))
+        losses.append(method.step(batch))
         cpu_s += time.process_time() - started
         if not math.isfinite(losses[-1]):
             break
@@ -95,7 +99,7 @@ def run(spec: dict[str, Any], folder: Path, data: Path | None) -> dict[str, Any]
     result = {
         **spec, "curve": curve, "final": curve[-1]["loss"], "best": min(point["loss"] for point in curve),
         "diverged": not math.isfinite(losses[-1]), "tokens": tokens, "cpu_s": round(cpu_s, 2),
-        "peak_gib": round((peak - held) / 2**20, 3), "bytes_moved": method.bytes_moved,
+        "peak_gib": round((peak - held) / 2**20, 3),
         "where": {"machine": platform.processor() or platform.machine(), "torch": torch.__version__,
                   "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")},
     }  # fmt: skip
@@ -106,32 +110,34 @@ def run(spec: dict[str, Any], folder: Path, data: Path | None) -> dict[str, Any]
 def seconds(specs: list[dict[str, Any]], folder: Path, data: Path | None, rounds: int) -> list[dict[str, Any]]:
     """CPU seconds and FLOPs of a step of each spec's method: all in this process, in turn, medians of ``rounds``.
 
-    A round of a method that trains layer groups is a whole cycle, so that every group counts once.
+    A round of a method that trains layer groups is a whole cycle, so that every group counts once. All of them step on
+    the same batch, the one of the first 64 whose width is the mean.
     """
     made = []
     for spec in specs:
         model, task, pad = load(spec, folder, data)
-        batches = tasks.batches(task.train, spec["batch_size"], pad, 0)
-        method = methods.build(spec["method"], model, 0, spec.get("settings", {}))
-        engine = getattr(method, "engine", None)
-        cycle = len(engine.groups) if engine is not None else 8
-        made.append((spec, method, batches, cycle, []))
+        first = list(islice(tasks.batches(task.train, spec["batch_size"], pad, 0), 64))
+        mean = sum(batch["input_ids"].numel() for batch in first) / len(first)
+        batch = min(first, key=lambda batch: abs(batch["input_ids"].numel() - mean))
+        method = methods.build(spec["method"], model, 0, lambda _: 0.0, {**spec["settings"], **spec["timed"]})
+        made.append((spec, method, batch, method.steps_per_cycle(), []))
+    # BAdam collects garbage at every change of block. In a run that is once in 20 steps; here, each step, among all models.
+    gc.freeze()
     for number in range(rounds + 1):
-        for _, method, batches, cycle, times in made:
-            rows = [next(batches) for _ in range(cycle)]
+        for _, method, batch, cycle, times in made:
             started = time.process_time()
-            for batch in rows:
-                method.step(batch, 0.0)
+            for _ in range(cycle):
+                method.step(batch)
             if number:  # the first is warm-up
                 times.append((time.process_time() - started) / cycle)
-    return [
-        {
+    result = []
+    for spec, method, batch, cycle, times in made:
+        flops, trained = work_of_steps(method, batch, cycle)
+        result.append({
             **{key: spec[key] for key in ("task", "method", "name", "settings")},
-            "seconds": sorted(times)[len(times) // 2],
-            "flops": flops_of_steps(method, batches, cycle),
-        }
-        for spec, method, batches, cycle, times in made
-    ]
+            "seconds": sorted(times)[len(times) // 2], "flops": flops, "trained": trained,
+        })  # fmt: skip
+    return result
 
 
 def main() -> int:
@@ -139,7 +145,7 @@ def main() -> int:
     parser.add_argument("spec", help="a run as JSON, or a list of runs with --seconds")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--seconds", type=int, metavar="ROUNDS", help="time steps instead, interleaved")
+    parser.add_argument("--seconds", type=int, metavar="ROUNDS", help="time steps instead, all methods in turn")
     args = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(1)

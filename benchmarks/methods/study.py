@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 LINES, SECONDS = HERE / "lines.jsonl", HERE / "seconds.json"
 RESULTS = HERE.parent / "results"
+TOGETHER = 4  # methods timed in one process, beside full fine-tuning
 KEY = ("task", "name", "rate", "seed", "budget_s")
 
 
@@ -45,40 +47,60 @@ def key_of(spec: dict[str, Any]) -> tuple:
     return tuple(spec[k] for k in KEY)
 
 
-def specs_of(plan: dict[str, Any], task: str, name: str, seed: int) -> list[dict[str, Any]]:
-    """One method on one task, a run for each of its rates; without the number of steps."""
+def spec_of(plan: dict[str, Any], task: str, name: str) -> dict[str, Any]:
+    """One method on one task; without rate, seed and number of steps."""
     entry = plan["methods"][name]
-    common = {
-        "task": task, "name": name, "method": entry["method"], "settings": entry.get("settings", {}), "seed": seed,
+    return {
+        "task": task, "name": name, "method": entry["method"], "settings": entry.get("settings", {}),
         "batch_size": plan["batch_size"], "max_length": plan["max_length"],
         **{key: plan["tasks"][task][key] for key in ("budget_s", "evaluations", "held_out")},
     }  # fmt: skip
-    return [{**common, "rate": float(rate)} for rate in entry["rates"]]
 
 
 def missing(plan: dict[str, Any], seconds: dict[str, float], done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is still to be run: all rates with the first seed, then the best rate with the others."""
+    """What can be run now: for each method its next rate with the first seed, or the best rate with the others."""
     have = {key_of(line) for line in done}
     wanted = []
-    for task in plan["tasks"]:
-        for name in plan["tasks"][task].get("methods", plan["methods"]):
-            if f"{task}/{name}" not in seconds:
+    for task, entry in plan["tasks"].items():
+        for name in entry["methods"]:
+            measured = f"{task}/{plan['methods'][name].get('steps_as', name)}"
+            if measured not in seconds:
                 continue
-            first = specs_of(plan, task, name, plan["seeds"][0])
-            wanted += first
-            if (best := best_rate(done, first)) is not None:
-                wanted += [{**spec, "seed": s} for s in plan["seeds"][1:] for spec in first if spec["rate"] == best]
-    for spec in wanted:
-        spec["steps"] = max(int(spec["budget_s"] / seconds[f"{spec['task']}/{spec['name']}"]), 1)
+            spec = {**spec_of(plan, task, name), "steps": max(int(entry["budget_s"] / seconds[measured]), 1)}
+            tried = rates_tried(done, spec, plan["seeds"][0])
+            if len(tried) < plan["tries"]:
+                rate = next_rate(float(plan["methods"][name]["rate"]), tried)
+                wanted.append({**spec, "rate": rate, "seed": plan["seeds"][0]})
+            elif name in entry.get("quoted", entry["methods"]):
+                best = min(tried, key=tried.__getitem__)
+                wanted += [{**spec, "rate": best, "seed": seed} for seed in plan["seeds"][1:]]
     return [spec for spec in wanted if key_of(spec) not in have]
 
 
-def best_rate(done: list[dict[str, Any]], specs: list[dict[str, Any]]) -> float | None:
-    """The rate with the lowest final held-out loss, once all of them have been run."""
-    finals = {key_of(line): line["final"] for line in done}
-    if not all(key_of(spec) in finals for spec in specs):
-        return None
-    return min(specs, key=lambda spec: finals[key_of(spec)])["rate"]
+def rates_tried(done: list[dict[str, Any]], spec: dict[str, Any], seed: int) -> dict[float, float]:
+    """The final held-out loss of each rate that was tried; infinite where the run diverged."""
+    keys = ("task", "name", "budget_s")
+    return {
+        line["rate"]: math.inf if line["diverged"] else line["final"]
+        for line in done
+        if line["seed"] == seed and all(line[key] == spec[key] for key in keys)
+    }
+
+
+def next_rate(first: float, tried: dict[float, float]) -> float:
+    """The same search for every method: ``first`` and its double; then by factors of 2 on the side that is better, until
+    the best has a worse rate on either side; then between the best two neighbours."""
+    if len(tried) < 2:
+        return first * 2 ** len(tried)
+    rates = sorted(tried)
+    best = min(rates, key=tried.__getitem__)
+    if best == rates[-1]:
+        return best * 2
+    if best == rates[0]:
+        return best / 2
+    at = rates.index(best)
+    beside = min(rates[at - 1], rates[at + 1], key=tried.__getitem__)
+    return float(f"{math.sqrt(best * beside):.3g}")
 
 
 def run_missing(args: argparse.Namespace, plan: dict[str, Any]) -> None:
@@ -93,7 +115,7 @@ def run_missing(args: argparse.Namespace, plan: dict[str, Any]) -> None:
         todo = [s for s in missing(plan, seconds, read_lines()) if key_of(s) not in failed and _chosen(args, s)]
         if not todo:
             return
-        wave = todo[: min(args.jobs, left)]
+        wave = todo[: min(args.jobs, left)]  # of several methods: the next rate depends on the last one's loss
         left -= len(wave)
         with ThreadPoolExecutor(len(wave)) as pool:
             for spec, line in zip(wave, pool.map(lambda s: _start(s, args, plan), wave), strict=True):
@@ -127,21 +149,37 @@ def _start(spec: dict[str, Any], args: argparse.Namespace, plan: dict[str, Any])
 
 
 def measure_seconds(args: argparse.Namespace, plan: dict[str, Any]) -> None:
-    """Time a step of every method of every task, interleaved in one process a task."""
-    found = []
+    """Time a step of every method of every task: a few methods a process, since their models must fit together, and
+    full fine-tuning in each; a method's time is its ratio to full fine-tuning there, times the median of the latter."""
+    found: list[dict[str, Any]] = []
     for task in plan["tasks"]:
-        specs = [specs_of(plan, task, name, 0)[0] for name in plan["tasks"][task].get("methods", plan["methods"])]
-        specs = [spec for spec in specs if _chosen(args, spec)]
-        if specs:
-            command = _command(args, plan, task, specs, "--seconds", str(args.rounds))
-            job = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            if job.returncode:
-                raise SystemExit(job.returncode)
-            found += json.loads(job.stdout.strip().splitlines()[-1])
+        names = [n for n in plan["tasks"][task]["methods"] if n != "full" and "steps_as" not in plan["methods"][n]]
+        specs = [
+            {**spec_of(plan, task, name), "seed": 0, "timed": plan["methods"][name].get("timed", {})}
+            for name in ["full", *names]
+        ]
+        full, others = specs[0], [spec for spec in specs[1:] if _chosen(args, spec)]
+        parts = [
+            _timed(args, plan, task, [full, *others[start : start + TOGETHER]])
+            for start in range(0, len(others), TOGETHER)
+        ]
+        if parts:
+            median = statistics.median(part[0]["seconds"] for part in parts)
+            found.append({**parts[0][0], "seconds": median})
+            for part in parts:
+                found += [{**row, "seconds": row["seconds"] / part[0]["seconds"] * median} for row in part[1:]]
     old = json.loads(SECONDS.read_text()) if SECONDS.is_file() else []
     new = {(s["task"], s["name"]) for s in found}
     kept = [s for s in old if (s["task"], s["name"]) not in new]
     SECONDS.write_text(json.dumps(kept + found, indent=1) + "\n")
+
+
+def _timed(args: argparse.Namespace, plan: dict[str, Any], task: str, specs: list[dict[str, Any]]) -> list[dict]:
+    command = _command(args, plan, task, specs, "--seconds", str(args.rounds))
+    job = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if job.returncode:
+        raise SystemExit(job.returncode)
+    return json.loads(job.stdout.strip().splitlines()[-1])
 
 
 def rows_of(done: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
@@ -231,7 +269,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="TASK/METHOD", help="only runs whose task/method contains this")
     parser.add_argument("--limit", type=int, default=10**6, help="stop after so many runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--rounds", type=int, default=5, help="of `seconds`: cycles timed a method")
+    parser.add_argument("--rounds", type=int, default=3, help="of `seconds`: cycles timed a method")
     args = parser.parse_args()
     plan = yaml.safe_load(args.plan.read_text())
     if args.what == "seconds":
