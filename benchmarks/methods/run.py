@@ -121,7 +121,7 @@ def seconds(specs: list[dict[str, Any]], folder: Path, data: Path | None, rounds
         batch = min(first, key=lambda batch: abs(batch["input_ids"].numel() - mean))
         method = methods.build(spec["method"], model, 0, lambda _: 0.0, {**spec["settings"], **spec["timed"]})
         made.append((spec, method, batch, method.steps_per_cycle(), []))
-    # BAdam collects garbage at every change of block. In a run that is once in 20 steps; here, each step, among all models.
+    # BAdam collects garbage at every change of block: in a run once in 20 steps; here each step, among all models.
     gc.freeze()
     for number in range(rounds + 1):
         for _, method, batch, cycle, times in made:

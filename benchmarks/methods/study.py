@@ -88,8 +88,8 @@ def rates_tried(done: list[dict[str, Any]], spec: dict[str, Any], seed: int) -> 
 
 
 def next_rate(first: float, tried: dict[float, float]) -> float:
-    """The same search for every method: ``first`` and its double; then by factors of 2 on the side that is better, until
-    the best has a worse rate on either side; then between the best two neighbours."""
+    """The same search for every method: ``first`` and its double; then by factors of 2 on the side that is better,
+    until the best has a worse rate on either side; then between the best two neighbours."""
     if len(tried) < 2:
         return first * 2 ** len(tried)
     rates = sorted(tried)
