@@ -68,7 +68,7 @@ def missing(plan: dict[str, Any], seconds: dict[str, float], done: list[dict[str
                 continue
             spec = {**spec_of(plan, task, name), "steps": max(int(entry["budget_s"] / seconds[measured]), 1)}
             tried = rates_tried(done, spec, plan["seeds"][0])
-            if len(tried) < plan["tries"]:
+            if len(tried) < entry.get("tries", plan["tries"]):
                 rate = next_rate(float(plan["methods"][name]["rate"]), tried)
                 wanted.append({**spec, "rate": rate, "seed": plan["seeds"][0]})
             elif name in entry.get("quoted", entry["methods"]):
@@ -152,6 +152,7 @@ def measure_seconds(args: argparse.Namespace, plan: dict[str, Any]) -> None:
     """Time a step of every method of every task: a few methods a process, since their models must fit together, and
     full fine-tuning in each; a method's time is its ratio to full fine-tuning there, times the median of the latter."""
     found: list[dict[str, Any]] = []
+    old = json.loads(SECONDS.read_text()) if SECONDS.is_file() else []
     for task in plan["tasks"]:
         names = [n for n in plan["tasks"][task]["methods"] if n != "full" and "steps_as" not in plan["methods"][n]]
         specs = [
@@ -164,11 +165,12 @@ def measure_seconds(args: argparse.Namespace, plan: dict[str, Any]) -> None:
             for start in range(0, len(others), TOGETHER)
         ]
         if parts:
-            median = statistics.median(part[0]["seconds"] for part in parts)
+            # What was measured before stays comparable: its full fine-tuning is the measure of a later part.
+            known = [row["seconds"] for row in old if args.only and (row["task"], row["name"]) == (task, "full")]
+            median = statistics.median(known or [part[0]["seconds"] for part in parts])
             found.append({**parts[0][0], "seconds": median})
             for part in parts:
                 found += [{**row, "seconds": row["seconds"] / part[0]["seconds"] * median} for row in part[1:]]
-    old = json.loads(SECONDS.read_text()) if SECONDS.is_file() else []
     new = {(s["task"], s["name"]) for s in found}
     kept = [s for s in old if (s["task"], s["name"]) not in new]
     SECONDS.write_text(json.dumps(kept + found, indent=1) + "\n")
