@@ -189,51 +189,64 @@ def rows_of(done: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
     rows = []
     for name in dict.fromkeys(line["name"] for line in done if line["task"] == task):
         lines = [line for line in done if (line["task"], line["name"]) == (task, name)]
-        first = min((line for line in lines if line["seed"] == 0), key=lambda line: line["final"], default=None)
-        if first is None:
+        tried = rates_tried(lines, lines[0], 0)
+        if not tried:
             continue
-        same = [line for line in lines if line["rate"] == first["rate"]]
+        rate = min(tried, key=tried.__getitem__)
+        same = [line for line in lines if line["rate"] == rate]
         finals = [line["final"] for line in same]
+        ends = [line["curve"][-1] for line in same]
         rows.append({
-            "name": name, "rate": first["rate"], "steps": first["steps"], "seeds": len(same), "tokens": first["tokens"],
+            "name": name, "rate": rate, "steps": same[0]["steps"], "seeds": len(same), "tried": tried,
             "loss": statistics.fmean(finals), "low": min(finals), "high": max(finals),
-            "start": first["curve"][0]["loss"],
-            "accuracy": first["curve"][-1].get("accuracy"), "peak_gib": max(line["peak_gib"] for line in same),
-            "tried": {line["rate"]: line["final"] for line in lines if line["seed"] == 0},
+            "start": same[0]["curve"][0]["loss"], "tokens": statistics.fmean(line["tokens"] for line in same),
+            "accuracy": statistics.fmean(end["accuracy"] for end in ends) if "accuracy" in ends[0] else None,
+            "peak_gib": max(line["peak_gib"] for line in same),
         })  # fmt: skip
     return sorted(rows, key=lambda row: row["loss"])
 
 
-def table(done: list[dict[str, Any]], seconds: list[dict[str, Any]]) -> str:
-    """The page, in Markdown."""
+COLUMNS = (
+    "method", "held-out loss", "range over seeds", "accuracy", "rate", "steps", "tokens", "s a step", "TFLOP a step",
+    "weights trained a step, M", "states moved a step, GB", "peak, GiB", "all rates (seed 0)",
+)  # fmt: skip
+
+
+def table(plan: dict[str, Any], done: list[dict[str, Any]], seconds: list[dict[str, Any]]) -> str:
+    """The page, in Markdown: for each task what was run for it, best first."""
     cost = {(s["task"], s["name"]): s for s in seconds}
     out = ["# Methods compared at equal CPU time", "",
            "Made by `python benchmarks/methods/study.py table` from `benchmarks/methods/lines.jsonl`; how: "
-           "`benchmarks/methods/README.md`. Lower held-out loss is better."]  # fmt: skip
+           "[benchmarks/methods](../methods/README.md). Lower held-out loss is better. Methods with one seed had their "
+           "rates tried like all others, and were not run again."]  # fmt: skip
     for task in dict.fromkeys(line["task"] for line in done):
         rows = rows_of(done, task)
         some = next(line for line in done if line["task"] == task)
         where = some["where"]
         out += ["", f"## {task}: {some['budget_s']} CPU-seconds, {some['batch_size']} rows a step, from a loss of "
                 f"{rows[0]['start']:.4f}", "",
-                f"One thread, torch {where['torch']}, {where['machine']}, {where['date']}.", "",
-                "| method | held-out loss | range over seeds | rate | steps | s a step | TFLOP a step | peak GiB | "
-                "all rates (seed 0) |",
-                "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+                f"One thread, torch {where['torch']}, {where['machine']}, {where['date']}. `states moved`: what travels "
+                "in a step to the device and back where states rest in host memory (24 bytes a trained weight); here "
+                "they were resident.", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]  # fmt: skip
         for row in rows:
-            step = cost.get((task, row["name"]), {})
+            entry = plan["methods"][row["name"]]
+            step = cost.get((task, entry.get("steps_as", row["name"])), {})
             tried = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in sorted(row["tried"].items()))
             spread = f"{row['low']:.4f} to {row['high']:.4f} ({row['seeds']})" if row["seeds"] > 1 else "one seed"
-            out.append(
-                f"| {row['name']} | {row['loss']:.4f} | {spread} | {row['rate']:g} | {row['steps']} | "
-                f"{step.get('seconds', float('nan')):.3f} | {step.get('flops', float('nan')) / 1e12:.3f} | "
-                f"{row['peak_gib']:.2f} | {tried} |"
-            )
+            moved = f"{24 * step.get('trained', math.nan) / 1e9:.3f}" if entry["method"] == "hift" else "-"
+            accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
+            cells = (
+                row["name"], f"{row['loss']:.4f}", spread, accuracy, f"{row['rate']:g}", row["steps"],
+                f"{row['tokens']:.0f}", f"{step.get('seconds', math.nan):.3f}",
+                f"{step.get('flops', math.nan) / 1e12:.4f}", f"{step.get('trained', math.nan) / 1e6:.2f}", moved,
+                f"{row['peak_gib']:.2f}", tried,
+            )  # fmt: skip
+            out.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(out) + "\n"
 
 
-def draw(done: list[dict[str, Any]], seconds: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """A picture a task: held-out loss against the CPU-seconds of its steps, each method at its best rate."""
+def draw(plan: dict[str, Any], done: list[dict[str, Any]], seconds: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """A picture a task: held-out loss of what is quoted against the CPU-seconds of its steps, each at its best rate."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -243,19 +256,21 @@ def draw(done: list[dict[str, Any]], seconds: list[dict[str, Any]], folder: Path
     made = []
     for task in dict.fromkeys(line["task"] for line in done):
         figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-        for row in rows_of(done, task):
-            line = next(
-                x for x in done if (x["task"], x["name"], x["rate"], x["seed"]) == (task, row["name"], row["rate"], 0)
-            )
-            x = [point["step"] * cost[task, row["name"]] for point in line["curve"]]
+        quoted = plan["tasks"][task].get("quoted", plan["tasks"][task]["methods"])
+        for row in [row for row in rows_of(done, task) if row["name"] in quoted]:
+            key = (task, row["name"], row["rate"], 0)
+            curve = next(x for x in done if (x["task"], x["name"], x["rate"], x["seed"]) == key)["curve"]
+            step = cost[task, plan["methods"][row["name"]].get("steps_as", row["name"])]
             style = "-" if row["name"].startswith("hift") else "--"
-            axes.plot(x, [point["loss"] for point in line["curve"]], style, marker="o", ms=3, label=row["name"])
+            label = f"{row['name']} ({row['loss']:.3f})"
+            x, y = [point["step"] * step for point in curve], [point["loss"] for point in curve]
+            axes.plot(x, y, style, marker="o", ms=3, label=label)
         axes.set(
             xlabel="CPU-seconds of training",
-            ylabel="held-out loss",
+            ylabel="held-out loss (seed 0)",
             title=f"{task}: each method at its best rate",
         )
-        axes.legend(fontsize=8, ncols=2)
+        axes.legend(fontsize=8, ncols=2, title="mean of the last over seeds")
         made.append(folder / f"methods_{task}.png")
         figure.savefig(made[-1], dpi=110)
         pyplot.close(figure)
@@ -280,8 +295,8 @@ def main() -> int:
         run_missing(args, plan)
     else:
         done, seconds = read_lines(), json.loads(SECONDS.read_text())
-        (RESULTS / "methods.md").write_text(table(done, seconds))
-        draw(done, seconds, RESULTS)
+        (RESULTS / "methods.md").write_text(table(plan, done, seconds))
+        draw(plan, done, seconds, RESULTS)
     return 0
 
 

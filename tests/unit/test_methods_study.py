@@ -27,27 +27,51 @@ def methods(study):
 
 
 PLAN = {
-    "batch_size": 2, "max_length": 16, "seeds": [0, 1],
-    "tasks": {"stdlib": {"budget_s": 10, "model": "m", "evaluations": 1, "held_out": 8}},
-    "methods": {"full": {"method": "full", "rates": [0.1, 0.2]}, "late": {"method": "full", "rates": [0.1]}},
+    "batch_size": 2, "max_length": 16, "seeds": [0, 1], "tries": 3,
+    "tasks": {"stdlib": {"budget_s": 10, "model": "m", "evaluations": 1, "held_out": 8, "methods": ["full", "late"]}},
+    "methods": {"full": {"method": "full", "rate": 0.1}, "late": {"method": "full", "rate": 0.1}},
 }  # fmt: skip
+SECONDS = {"stdlib/full": 2.0}  # "late" has no step time yet: not run
 
 
-def line(spec, final):
+def line(spec, final, **more):
     where = {"machine": "m", "torch": "2", "threads": 1, "date": "d"}
     curve = [{"step": 0, "cpu_s": 0, "loss": 3.0}, {"step": spec["steps"], "cpu_s": 9, "loss": final}]
-    return {**spec, "final": final, "curve": curve, "tokens": 5, "peak_gib": 0.5, "where": where}
+    common = {"final": final, "curve": curve, "tokens": 5, "peak_gib": 0.5, "where": where, "diverged": False}
+    return {**spec, **common, **more}
 
 
-def test_all_rates_come_first_and_then_the_best_with_the_other_seeds(study):
-    seconds = {"stdlib/full": 2.0}  # "late" has no step time yet: not run
-    first = study.missing(PLAN, seconds, [])
-    assert [(s["rate"], s["seed"], s["steps"]) for s in first] == [(0.1, 0, 5), (0.2, 0, 5)]
-    done = [line(first[0], 2.0), line(first[1], 1.5)]
-    assert study.missing(PLAN, seconds, done[:1]) == [first[1]]
-    (again,) = study.missing(PLAN, seconds, done)
-    assert (again["rate"], again["seed"]) == (0.2, 1)
-    assert study.missing(PLAN, seconds, [*done, line(again, 1.7)]) == []
+def run_all(study, loss_of):
+    """Every run that the plan asks for, one after the other."""
+    done = []
+    while todo := study.missing(PLAN, SECONDS, done):
+        done.append(line(todo[0], loss_of(todo[0])))
+    return done
+
+
+def test_rates_come_one_by_one_and_then_the_best_with_the_other_seeds(study):
+    done = run_all(study, lambda spec: abs(spec["rate"] - 0.2) + spec["seed"])
+    assert [(s["rate"], s["seed"], s["steps"]) for s in done] == [(0.1, 0, 5), (0.2, 0, 5), (0.4, 0, 5), (0.2, 1, 5)]
+
+
+@pytest.mark.parametrize(
+    ("tried", "then"),
+    [
+        ({}, 0.1),
+        ({0.1: 2.0}, 0.2),
+        ({0.1: 2.0, 0.2: 1.0}, 0.4),
+        ({0.1: 1.0, 0.2: 2.0}, 0.05),
+        ({0.1: 1.0, 0.2: float("inf")}, 0.05),
+        ({0.1: 2.0, 0.2: 1.0, 0.4: 1.5}, 0.283),
+    ],
+)
+def test_the_next_rate_lies_on_the_better_side(study, tried, then):
+    assert study.next_rate(0.1, tried) == pytest.approx(then)
+
+
+def test_a_rate_that_diverged_is_never_the_best(study):
+    spec = study.missing(PLAN, SECONDS, [])[0]
+    assert study.rates_tried([line(spec, 0.5, diverged=True)], spec, 0) == {0.1: float("inf")}
 
 
 def test_a_line_that_a_kill_cut_short_is_run_again(study, tmp_path):
@@ -56,19 +80,19 @@ def test_a_line_that_a_kill_cut_short_is_run_again(study, tmp_path):
 
 
 def test_the_page_quotes_the_best_rate_over_all_seeds_and_shows_every_rate(study):
-    seconds = [{"task": "stdlib", "name": "full", "seconds": 2.0, "flops": 3e12}]
-    first = study.missing(PLAN, {"stdlib/full": 2.0}, [])
-    done = [line(first[0], 2.0), line(first[1], 1.5), line({**first[1], "seed": 1}, 1.7)]
-    page = study.table(done, seconds)
-    assert (
-        "| full | 1.6000 | 1.5000 to 1.7000 (2) | 0.2 | 5 | 2.000 | 3.000 | 0.50 | 0.1: 2.0000, 0.2: 1.5000 |" in page
-    )
+    seconds = [{"task": "stdlib", "name": "full", "seconds": 2.0, "flops": 3e12, "trained": 5e6}]
+    done = run_all(study, lambda spec: abs(spec["rate"] - 0.2) + spec["seed"])
+    page = study.table(PLAN, done, seconds)
+    row = "| full | 0.5000 | 0.0000 to 1.0000 (2) | - | 0.2 | 5 | 5 | 2.000 | 3.0000 | 5.00 | - | 0.50 | "
+    assert row + "0.1: 0.1000, 0.2: 0.0000, 0.4: 0.2000 |" in page
 
 
-def test_the_plan_gives_every_method_as_many_rates(study, methods):
+def test_the_plan_names_only_methods_that_there_are(methods):
     plan = yaml.safe_load((FOLDER / "plan.yaml").read_text())
-    assert len({len(entry["rates"]) for entry in plan["methods"].values()}) == 1
-    assert {entry["method"] for entry in plan["methods"].values()} == set(methods.METHODS)
+    assert {entry["method"] for entry in plan["methods"].values()} <= {*methods.METHODS, "authors"}
+    for task in plan["tasks"].values():
+        assert set(task["quoted"]) <= set(task["methods"]) <= set(plan["methods"])
+    assert {entry.get("steps_as", name) for name, entry in plan["methods"].items()} <= set(plan["methods"])
 
 
 def tiny(dtype=torch.bfloat16):
@@ -91,10 +115,10 @@ def batch_of(step):
 
 def test_full_is_torch_adamw_where_weights_are_fp32(methods):
     ours, plain = tiny(torch.float32), tiny(torch.float32)
-    method = methods.build("full", ours, 0, {})
+    method = methods.build("full", ours, 0, lambda step: 0.01, {})
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.0, fused=True)
     for step in range(3):
-        method.step(batch_of(step), 0.01)
+        method.step(batch_of(step))
         plain(**batch_of(step)).loss.backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), methods.CLIP)
         optimizer.step()
@@ -118,8 +142,8 @@ def test_each_method_trains_what_it_says(methods, name, package, settings, steps
         pytest.importorskip(package, reason="benchmarks/methods/requirements.txt", exc_type=ImportError)
     model = tiny()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    method = methods.build(name, model, 0, settings)
-    losses = [method.step(batch_of(0), 0.02) for _ in range(steps)]
+    method = methods.build(name, model, 0, lambda step: 0.02, settings)
+    losses = [method.step(batch_of(0)) for _ in range(steps)]
     assert losses[-1] < losses[0]
     names = {
         n.replace(".base_layer", "").removeprefix("base_model.model."): p for n, p in method.model.named_parameters()
