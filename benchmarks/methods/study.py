@@ -206,6 +206,10 @@ def rows_of(done: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["loss"])
 
 
+STATES_MOVED = (
+    "`states moved`: what travels in a step to the device and back where states rest in host memory (24 bytes a trained "
+    "weight); here they were resident."
+)
 COLUMNS = (
     "method", "held-out loss", "range over seeds", "accuracy", "rate", "steps", "tokens", "s a step", "TFLOP a step",
     "weights trained a step, M", "states moved a step, GB", "peak, GiB", "all rates (seed 0)",
@@ -225,9 +229,8 @@ def table(plan: dict[str, Any], done: list[dict[str, Any]], seconds: list[dict[s
         where = some["where"]
         out += ["", f"## {task}: {some['budget_s']} CPU-seconds, {some['batch_size']} rows a step, from a loss of "
                 f"{rows[0]['start']:.4f}", "",
-                f"One thread, torch {where['torch']}, {where['machine']}, {where['date']}. `states moved`: what travels "
-                "in a step to the device and back where states rest in host memory (24 bytes a trained weight); here "
-                "they were resident.", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]  # fmt: skip
+                f"One thread, torch {where['torch']}, {where['machine']}, {where['date']}. {STATES_MOVED}", "",
+                f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]  # fmt: skip
         for row in rows:
             entry = plan["methods"][row["name"]]
             step = cost.get((task, entry.get("steps_as", row["name"])), {})
