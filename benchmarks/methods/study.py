@@ -207,8 +207,8 @@ def rows_of(done: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
 
 
 STATES_MOVED = (
-    "`states moved`: what travels in a step to the device and back where states rest in host memory (24 bytes a trained "
-    "weight); here they were resident."
+    "`states moved`: what travels in a step to the device and back where states rest in host memory (24 bytes a "
+    "trained weight); here they were resident."
 )
 COLUMNS = (
     "method", "held-out loss", "range over seeds", "accuracy", "rate", "steps", "tokens", "s a step", "TFLOP a step",
