@@ -2,7 +2,7 @@
 
     python benchmarks/methods/study.py seconds --models DIR [--data DIR]   # on a quiet machine
     python benchmarks/methods/study.py run     --models DIR [--data DIR] [--only TASK/METHOD] [--limit N] [--jobs J]
-    python benchmarks/methods/study.py table
+    python benchmarks/methods/study.py table   # results/methods.md, its pictures, the summary in README and docs
 
 ``--models`` is a folder with a Hugging Face folder for each model that the plan names (``smollm2``: what `make demo`
 fetches).
@@ -26,6 +26,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 LINES, SECONDS = HERE / "lines.jsonl", HERE / "seconds.json"
 RESULTS = HERE.parent / "results"
+BEGIN, END = "<!-- methods: python benchmarks/methods/study.py table -->", "<!-- end of methods -->"
 TOGETHER = 4  # methods timed in one process, beside full fine-tuning
 KEY = ("task", "name", "rate", "seed", "budget_s")
 
@@ -248,6 +249,38 @@ def table(plan: dict[str, Any], done: list[dict[str, Any]], seconds: list[dict[s
     return "\n".join(out) + "\n"
 
 
+def summary(plan: dict[str, Any], done: list[dict[str, Any]], seconds: list[dict[str, Any]]) -> str:
+    """What is quoted, in Markdown: a row a method, for each task its held-out loss and how many steps it made."""
+    cost = {(s["task"], s["name"]): s["seconds"] for s in seconds}
+    by_task = {task: {row["name"]: row for row in rows_of(done, task)} for task in plan["tasks"]}
+    by_task = {task: rows for task, rows in by_task.items() if rows}
+    heads = [f"{task}, {plan['tasks'][task]['budget_s']} CPU-s" for task in by_task]
+    out = [f"| | {' | '.join(heads)} | a step, of full fine-tuning's |", "|---" * (len(heads) + 2) + "|"]
+    for name, title in plan["titles"].items():
+        cells, ratios = [], []
+        for task, rows in by_task.items():
+            row = rows.get(name)
+            if row is None:
+                cells.append("")
+                continue
+            seeds = "" if row["seeds"] > 1 else ", one seed"
+            cells.append(f"{row['loss']:.3f} ({row['steps']} steps{seeds})")
+            step = cost[task, plan["methods"][name].get("steps_as", name)]
+            ratios.append(f"{step / cost[task, 'full']:.2f}")
+        if any(cells):
+            out.append(f"| {title} | {' | '.join(cells)} | {', '.join(ratios)} |")
+    return "\n".join(out)
+
+
+def put(page: Path, text: str) -> None:
+    """Replace what stands between the markers of the summary in a page."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{page.name}: expected {BEGIN} and {END}")
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
 def draw(plan: dict[str, Any], done: list[dict[str, Any]], seconds: list[dict[str, Any]], folder: Path) -> list[Path]:
     """A picture a task: held-out loss of what is quoted against the CPU-seconds of its steps, each at its best rate."""
     import matplotlib
@@ -299,6 +332,8 @@ def main() -> int:
     else:
         done, seconds = read_lines(), json.loads(SECONDS.read_text())
         (RESULTS / "methods.md").write_text(table(plan, done, seconds))
+        for page in ("README.md", "docs/results.md"):
+            put(HERE.parents[1] / page, summary(plan, done, seconds))
         draw(plan, done, seconds, RESULTS)
     return 0
 

@@ -1,6 +1,7 @@
 """The study of methods (benchmarks/methods): what is still to be run, the page from the lines, and each method on a
 toy."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -85,6 +86,25 @@ def test_the_page_quotes_the_best_rate_over_all_seeds_and_shows_every_rate(study
     page = study.table(PLAN, done, seconds)
     row = "| full | 0.5000 | 0.0000 to 1.0000 (2) | - | 0.2 | 5 | 5 | 2.000 | 3.0000 | 5.00 | - | 0.50 | "
     assert row + "0.1: 0.1000, 0.2: 0.0000, 0.4: 0.2000 |" in page
+
+
+def test_the_summary_has_a_row_a_method_with_its_steps_and_the_time_of_a_step(study, tmp_path):
+    seconds = [{"task": "stdlib", "name": "full", "seconds": 2.0}]
+    done = run_all(study, lambda spec: abs(spec["rate"] - 0.2) + spec["seed"])
+    text = study.summary({**PLAN, "titles": {"full": "full", "late": "never run"}}, done, seconds)
+    assert text.splitlines()[0] == "| | stdlib, 10 CPU-s | a step, of full fine-tuning's |"
+    assert text.splitlines()[2:] == ["| full | 0.500 (5 steps) | 1.00 |"]
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{study.BEGIN}\nold\n{study.END}\nafter\n")
+    study.put(page, text)
+    assert page.read_text() == f"before\n{study.BEGIN}\n{text}\n{study.END}\nafter\n"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_the_pages_say_what_the_lines_say(study, page):
+    plan = yaml.safe_load((FOLDER / "plan.yaml").read_text())
+    text = study.summary(plan, study.read_lines(), json.loads(study.SECONDS.read_text()))
+    assert f"{study.BEGIN}\n{text}\n{study.END}" in (FOLDER.parents[1] / page).read_text()
 
 
 def test_the_plan_names_only_methods_that_there_are(methods):
