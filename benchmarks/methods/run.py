@@ -15,6 +15,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,9 @@ import methods  # noqa: E402
 import tasks  # noqa: E402
 
 WARMUP = 0.05  # of the steps
+
+Run = Callable[[dict[str, Any], Path, Path | None], dict[str, Any]]
+Timing = Callable[[list[dict[str, Any]], Path, Path | None, int], list[dict[str, Any]]]
 
 
 def rate_at(step: int, steps: int, rate: float) -> float:
@@ -68,6 +72,32 @@ def work_of_steps(method: methods.Method, batch: dict[str, Tensor], count: int) 
     return counter.get_total_flops() / count, trained / count
 
 
+def evaluated_at(spec: dict[str, Any]) -> set[int]:
+    """After which steps a run is judged: evenly along the run, the last time at its end."""
+    return {math.ceil(spec["steps"] * i / spec["evaluations"]) for i in range(1, spec["evaluations"] + 1)}
+
+
+def line_of(
+    spec: dict[str, Any], curve: list[dict[str, float]], loss: float, tokens: int, cpu_s: float, held: int
+) -> dict[str, Any]:
+    """The line of a run; ``loss`` is its last, ``held`` the KiB that the process held before the method was built."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        **spec, "curve": curve, "final": curve[-1]["loss"], "best": min(point["loss"] for point in curve),
+        "diverged": not math.isfinite(loss), "tokens": tokens, "cpu_s": round(cpu_s, 2),
+        "peak_gib": round((peak - held) / 2**20, 3),
+        "where": {"machine": platform.processor() or platform.machine(), "torch": torch.__version__,
+                  "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")},
+    }  # fmt: skip
+
+
+def typical_batch(task: tasks.Task, batch_size: int, pad: int) -> dict[str, Tensor]:
+    """The batch that steps are timed on: the one of the first 64 whose width is the mean."""
+    first = list(islice(tasks.batches(task.train, batch_size, pad, 0), 64))
+    mean = sum(batch["input_ids"].numel() for batch in first) / len(first)
+    return min(first, key=lambda batch: abs(batch["input_ids"].numel() - mean))
+
+
 def run(spec: dict[str, Any], folder: Path, data: Path | None) -> dict[str, Any]:
     """Train as ``spec`` says.
 
@@ -83,8 +113,7 @@ def run(spec: dict[str, Any], folder: Path, data: Path | None) -> dict[str, Any]
     method = methods.build(spec["method"], model, spec["seed"], schedule, spec.get("settings", {}))
     curve = [{"step": 0, "cpu_s": 0.0, **before}]
     steps, tokens, cpu_s, losses = spec["steps"], 0, 0.0, []
-    # Judged evenly along the run, the last time at its end; and once before it.
-    marks = {math.ceil(steps * i / spec["evaluations"]) for i in range(1, spec["evaluations"] + 1)}
+    marks = evaluated_at(spec)
     for step in range(steps):
         batch = next(batches)
         tokens += int(batch["attention_mask"].sum())
@@ -95,14 +124,7 @@ def run(spec: dict[str, Any], folder: Path, data: Path | None) -> dict[str, Any]
             break
         if step + 1 in marks:
             curve.append({"step": step + 1, "cpu_s": round(cpu_s, 2), **tasks.judge(method.model, task, pad)})
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result = {
-        **spec, "curve": curve, "final": curve[-1]["loss"], "best": min(point["loss"] for point in curve),
-        "diverged": not math.isfinite(losses[-1]), "tokens": tokens, "cpu_s": round(cpu_s, 2),
-        "peak_gib": round((peak - held) / 2**20, 3),
-        "where": {"machine": platform.processor() or platform.machine(), "torch": torch.__version__,
-                  "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")},
-    }  # fmt: skip
+    result = line_of(spec, curve, losses[-1], tokens, cpu_s, held)
     method.close()
     return result
 
@@ -111,14 +133,12 @@ def seconds(specs: list[dict[str, Any]], folder: Path, data: Path | None, rounds
     """CPU seconds and FLOPs of a step of each spec's method: all in this process, in turn, medians of ``rounds``.
 
     A round of a method that trains layer groups is a whole cycle, so that every group counts once. All of them step on
-    the same batch, the one of the first 64 whose width is the mean.
+    the same batch.
     """
     made = []
     for spec in specs:
         model, task, pad = load(spec, folder, data)
-        first = list(islice(tasks.batches(task.train, spec["batch_size"], pad, 0), 64))
-        mean = sum(batch["input_ids"].numel() for batch in first) / len(first)
-        batch = min(first, key=lambda batch: abs(batch["input_ids"].numel() - mean))
+        batch = typical_batch(task, spec["batch_size"], pad)
         method = methods.build(spec["method"], model, 0, lambda _: 0.0, {**spec["settings"], **spec["timed"]})
         made.append((spec, method, batch, method.steps_per_cycle(), []))
     # BAdam collects garbage at every change of block: in a run once in 20 steps; here each step, among all models.
@@ -140,7 +160,8 @@ def seconds(specs: list[dict[str, Any]], folder: Path, data: Path | None, rounds
     return result
 
 
-def main() -> int:
+def main(run: Run = run, seconds: Timing = seconds) -> int:
+    """The command line; ``run`` and ``seconds`` are those of another environment in `authors.py`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("spec", help="a run as JSON, or a list of runs with --seconds")
     parser.add_argument("--model", type=Path, required=True)

@@ -28,7 +28,18 @@ LINES, SECONDS = HERE / "lines.jsonl", HERE / "seconds.json"
 RESULTS = HERE.parent / "results"
 BEGIN, END = "<!-- methods: python benchmarks/methods/study.py table -->", "<!-- end of methods -->"
 TOGETHER = 4  # methods timed in one process, beside full fine-tuning
+AUTHORS = "authors"  # the method that `authors.py` runs, by the interpreter of --authors-python
 KEY = ("task", "name", "rate", "seed", "budget_s")
+
+
+def without_authors(plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan without the methods that need the authors' environment."""
+    theirs = {name for name, entry in plan["methods"].items() if entry["method"] == AUTHORS}
+    tasks = {
+        task: {k: [n for n in v if n not in theirs] if k in ("methods", "quoted") else v for k, v in entry.items()}
+        for task, entry in plan["tasks"].items()
+    }
+    return {**plan, "tasks": tasks}
 
 
 def read_lines(path: Path = LINES) -> list[dict[str, Any]]:
@@ -134,7 +145,10 @@ def _chosen(args: argparse.Namespace, spec: dict[str, Any]) -> bool:
 def _command(args: argparse.Namespace, plan: dict[str, Any], task: str, what: Any, *more: str) -> list[str]:
     folder = Path(args.models) / plan["tasks"][task]["model"]
     data = ["--data", args.data] if args.data else []
-    return [sys.executable, str(HERE / "run.py"), json.dumps(what), "--model", str(folder), *data, *more]
+    method = (what[0] if isinstance(what, list) else what)["method"]
+    # -E: a PYTHONPATH of ours names packages that are not for that environment.
+    program = [args.authors_python, "-E", "authors.py"] if method == AUTHORS else [sys.executable, "run.py"]
+    return [*program[:-1], str(HERE / program[-1]), json.dumps(what), "--model", str(folder), *data, *more]
 
 
 def _start(spec: dict[str, Any], args: argparse.Namespace, plan: dict[str, Any]) -> str | None:
@@ -161,9 +175,15 @@ def measure_seconds(args: argparse.Namespace, plan: dict[str, Any]) -> None:
             for name in ["full", *names]
         ]
         full, others = specs[0], [spec for spec in specs[1:] if _chosen(args, spec)]
+        here = [spec for spec in others if spec["method"] != AUTHORS]
         parts = [
-            _timed(args, plan, task, [full, *others[start : start + TOGETHER]])
-            for start in range(0, len(others), TOGETHER)
+            _timed(args, plan, task, [full, *here[start : start + TOGETHER]]) for start in range(0, len(here), TOGETHER)
+        ]
+        # In another environment, so in a process of its own, right after full fine-tuning in ours.
+        parts += [
+            [part for one in (full, spec) for part in _timed(args, plan, task, [one])]
+            for spec in others
+            if spec["method"] == AUTHORS
         ]
         if parts:
             # What was measured before stays comparable: its full fine-tuning is the measure of a later part.
@@ -323,8 +343,12 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=10**6, help="stop after so many runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--rounds", type=int, default=3, help="of `seconds`: cycles timed a method")
+    parser.add_argument("--authors-python", metavar="PYTHON", help="of an environment with authors_requirements.txt")
     args = parser.parse_args()
     plan = yaml.safe_load(args.plan.read_text())
+    if args.what != "table" and not args.authors_python:
+        print("the authors' package is left out: --authors-python names no interpreter that has it", flush=True)
+        plan = without_authors(plan)
     if args.what == "seconds":
         measure_seconds(args, plan)
     elif args.what == "run":

@@ -4,6 +4,7 @@ toy."""
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,9 +108,9 @@ def test_the_pages_say_what_the_lines_say(study, page):
     assert f"{study.BEGIN}\n{text}\n{study.END}" in (FOLDER.parents[1] / page).read_text()
 
 
-def test_the_plan_names_only_methods_that_there_are(methods):
+def test_the_plan_names_only_methods_that_there_are(study, methods):
     plan = yaml.safe_load((FOLDER / "plan.yaml").read_text())
-    assert {entry["method"] for entry in plan["methods"].values()} <= {*methods.METHODS, "authors"}
+    assert {entry["method"] for entry in plan["methods"].values()} <= {*methods.METHODS, study.AUTHORS}
     for task in plan["tasks"].values():
         assert set(task["quoted"]) <= set(task["methods"]) <= set(plan["methods"])
     assert {entry.get("steps_as", name) for name, entry in plan["methods"].items()} <= set(plan["methods"])
@@ -173,3 +174,16 @@ def test_each_method_trains_what_it_says(methods, name, package, settings, steps
     if name == "lora":
         assert not moved  # only its adapters
     method.close()
+
+
+def test_the_authors_run_in_their_own_environment_and_are_left_out_without_it(study):
+    plan = {**PLAN, "methods": {**PLAN["methods"], "theirs": {"method": study.AUTHORS}}}
+    plan["tasks"] = {"stdlib": {**PLAN["tasks"]["stdlib"], "methods": ["full", "theirs"], "quoted": ["theirs"]}}
+    left = study.without_authors(plan)["tasks"]["stdlib"]
+    assert (left["methods"], left["quoted"]) == (["full"], [])
+    assert plan["tasks"]["stdlib"]["methods"] == ["full", "theirs"]
+    args = SimpleNamespace(models="m", data=None, authors_python="/there/python")
+    for what in ({"method": study.AUTHORS}, [{"method": study.AUTHORS}]):
+        command = study._command(args, plan, "stdlib", what)
+        assert command[:3] == ["/there/python", "-E", str(FOLDER / "authors.py")]
+    assert study._command(args, plan, "stdlib", {"method": "full"})[:2] == [sys.executable, str(FOLDER / "run.py")]
