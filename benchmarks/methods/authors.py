@@ -1,8 +1,7 @@
 """What `run.py` does, by the authors' own package: `hift` 0.0.5 from PyPI, its trainer, its AdamW, its schedule.
 
-It pins libraries of 2023, so it runs in an environment of its own:
+It pins libraries of 2023, so it runs in an environment of its own (README.md: how it is made):
 
-    python3.11 -m venv DIR && DIR/bin/pip install -r benchmarks/methods/authors_requirements.txt
     DIR/bin/python benchmarks/methods/authors.py '{"task": "module", "method": "authors", ...}' --model DIR
 
 Precision is fp32, weights and all: its mixed precision needs DeepSpeed's fp16 on a GPU.
