@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,9 @@ class Way:
     losses: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
-    def step(self, batch: dict[str, torch.Tensor], rate: float) -> None:
+    def step(self, batch: dict[str, torch.Tensor]) -> None:
         started = time.process_time()
-        self.losses.append(self.method.step(batch, rate))
+        self.losses.append(self.method.step(batch))
         self.cpu.append(time.process_time() - started)
         self.norms.append(self.method.engine.last_report.grad_norm)
 
@@ -75,7 +76,9 @@ def begin(way: str, args: argparse.Namespace, seed: int) -> Way:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     model.config.use_cache = False
     block = {"update": "in_backward", "group_size": "all", "clipping": way}
-    return Way(methods.HiFT(model.to(torch.bfloat16).train(), seed, state={"residency": "host", "slots": 2}, **block))
+    schedule = partial(run.rate_at, steps=args.steps, rate=args.rate)
+    state = {"residency": "host", "slots": 2}
+    return Way(methods.HiFT(model.to(torch.bfloat16).train(), seed, schedule, state=state, **block))
 
 
 def compare(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -95,7 +98,7 @@ def compare(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for step, batch in enumerate(batches):
             order = list(ways.values())
             for way in order if step % 2 == 0 else order[::-1]:
-                way.step(batch, run.rate_at(step, args.steps, args.rate))
+                way.step(batch)
         for name, way in ways.items():
             assert name != "speculative" or (way.losses, way.norms) == (ways["exact"].losses, ways["exact"].norms)
             yield {

@@ -936,8 +936,8 @@ def _peer(job: dict[str, Any]) -> None:
     else:
         from benchmarks.methods.methods import build
 
-        method = build(job["method"], model, 0, job["settings"])
-        step = lambda: method.step(inputs, 1e-5)  # noqa: E731
+        method = build(job["method"], model, 0, lambda step: 1e-5, job["settings"])
+        step = lambda: method.step(inputs)  # noqa: E731
     num = cycle if job["method"] in ("hift", "badam") and job["settings"].get("group_size") != "all" else 4
     for number in range(2 * num):
         if number == num:
