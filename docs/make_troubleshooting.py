@@ -359,6 +359,14 @@ EXPLAINED = [
         "More rows would be held out than there are. Lower `data.val_size`, or give `data.eval`.",
     ),
     (
+        r"no (…|'tokens'); found columns",
+        "A row lacks the text that the task reads, or it is empty. Rename the column (`data.columns`), or take the row out.",
+    ),
+    (
+        r"…: longer than data.max_length",
+        "A reward is of a whole answer, so none is cut. Raise `data.max_length`, or shorten the row.",
+    ),
+    (
         r"has neither file_name",
         "An entry of `dataset_info.json` names neither a file nor a data set of the Hub.",
     ),

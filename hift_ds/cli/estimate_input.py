@@ -35,6 +35,12 @@ def count_all_or_auto(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"expected a whole number, all or auto, got {text!r}") from None
 
 
+_WHAT = {
+    "slice_numel": "updating a group in slices", "checkpointing": "recomputing activations in backward",
+    "chunked_loss": "computing the loss in chunks", "offload": "keeping activations in host memory",
+}  # fmt: skip
+
+
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say which run is asked about."""
     parser.add_argument("run_file", nargs="?", metavar="RUN.yaml", help="a run file; every setting is taken from it")
@@ -67,7 +73,9 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eager-attention", action="store_true", help="no fused attention kernel: scores are held")
     for switch in SWITCHES:
         name = switch.replace("_", "-").replace("slice-numel", "slices")
-        parser.add_argument(f"--no-{name}", dest=f"no_{switch}", action="store_true", help=f"with {name} off")
+        parser.add_argument(
+            f"--no-{name}", dest=f"no_{switch}", action="store_true", help=f"count without {_WHAT[switch]}"
+        )
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code the checkpoint brings along")
 
 

@@ -134,6 +134,8 @@ def write_run_file(
     from hift_ds.train.run_config import RunConfig
     from hift_ds.train.settings import resolve
 
+    if card is not None and not card > 0:
+        raise ConfigError(f"init: --card: expected GiB above 0, got {card:g}")
     if card is None and not torch.accelerator.is_available():
         raise ConfigError("init: there is no accelerator here; --card says for how many GiB the file is written")
     model = ModelSizes.read(source, trust_remote_code)

@@ -11,6 +11,7 @@ import argparse
 import importlib
 import os
 import sys
+import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -41,10 +42,8 @@ COMMANDS = {
     "groups": Command("hift_ds.cli.groups", "print the layer groups of a model, from its config alone"),
     "export": Command("hift_ds.cli.export", "write a training checkpoint as a Hugging Face folder"),
     "chat": Command("hift_ds.cli.chat", "talk to what a run has made, in the terminal or through a pipe"),
-    "eval": Command(
-        "hift_ds.cli.eval", "held-out loss and perplexity of what a run has made, or benchmarks of lm-eval"
-    ),
-    "predict": Command("hift_ds.cli.predict", "answer the rows of a file, many at once"),
+    "eval": Command("hift_ds.cli.eval", "held-out loss and scores of what a run has made, or benchmarks of lm-eval"),
+    "predict": Command("hift_ds.cli.predict", "answer, or label, the rows of a file, many at once"),
     "report": Command("hift_ds.cli.report", "write one HTML page about a run, finished or not"),
     "plot": Command("hift_ds.cli.plot", "draw the pictures of a run, finished or not"),
     "estimate": Command(
@@ -61,19 +60,46 @@ COMMANDS = {
 }
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Lines of examples that fit the terminal: a comment above its command, a long command over several lines."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(part for line in text.splitlines() for part in _fitting(indent + line, width))
+
+
+def _fitting(line: str, width: int) -> list[str]:
+    if len(line) <= width:
+        return [line]
+    margin = " " * (len(line) - len(line.lstrip()))
+
+    def wrapped(text: str, first: str, then: str, room: int = 0) -> list[str]:
+        return textwrap.wrap(
+            text, width - room, initial_indent=first, subsequent_indent=then, break_long_words=False,
+            break_on_hyphens=False,
+        )  # fmt: skip
+
+    command, mark, comment = line.partition(" # ")
+    if mark:
+        return [*wrapped(comment, f"{margin}# ", f"{margin}# "), *_fitting(command.rstrip(), width)]
+    if not margin:
+        return wrapped(line, "", "")
+    *parts, last = wrapped(line.strip(), margin, f"{margin}    ", room=2)
+    return [*(f"{part} \\" for part in parts), last]
+
+
 def make_parser(loaded: Collection[str]) -> argparse.ArgumentParser:
     """The parser, with the arguments of the commands in ``loaded``, whose modules it imports, and the names of all."""
     parser = OneLineParser(
         prog=PROG,
         description="Full-parameter fine-tuning, one layer group at a time, on DeepSpeed.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(
-            name, help=command.help, description=command.help, formatter_class=argparse.RawDescriptionHelpFormatter
+            name, help=command.help, description=command.help, formatter_class=_HelpFormatter
         )
         if name in loaded:
             module = importlib.import_module(command.module)

@@ -31,9 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from hift_ds.checkpoint.files import write_errors
     from hift_ds.data.sources import check_source, parse_sources
+    from hift_ds.hf.model_folder import max_sequence_length
     from hift_ds.report.quiet import quiet_libraries
+    from hift_ds.train.head_predictions import ANSWERS, predict_with_head
     from hift_ds.train.predict import predict
-    from hift_ds.train.trained_model import find_trained
+    from hift_ds.train.settings import DEFAULT_MAX_LENGTH
+    from hift_ds.train.trained_model import find_trained, generation_options
 
     for name in ("batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
@@ -46,11 +49,20 @@ def run(args: argparse.Namespace) -> int:
     check_source(source)
     if Path(args.output).resolve() == Path(source.path).expanduser().resolve():
         raise ConfigError(f"--output: {args.output!r} is the file that is read; name another")
-    model, tokenizer = trained.load(dtype=args.dtype, device=args.device)
-    answers = predict(
-        model, tokenizer, source, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-    )  # fmt: skip
+    model, tokenizer = trained.load(dtype=args.dtype, device=args.device, writes_text=False)
+    if trained.task in ANSWERS:
+        generation = generation_options(model, tokenizer, args.temperature) if trained.task == "seq2seq" else {}
+        limit = max_sequence_length(model.config.to_dict()) or DEFAULT_MAX_LENGTH
+        answers = predict_with_head(
+            model, tokenizer, source, trained.task, batch_size=args.batch_size,
+            max_length=(data.max_length if data is not None else None) or min(DEFAULT_MAX_LENGTH, limit),
+            max_new_tokens=args.max_new_tokens, **generation,
+        )  # fmt: skip
+    else:
+        answers = predict(
+            model, tokenizer, source, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+        )  # fmt: skip
     out, count = Path(args.output), 0
     with write_errors(out.absolute().parent, "answers"), out.open("w", encoding="utf-8") as file:
         for row in answers:  # as they come: what an interrupted run has done stays

@@ -28,15 +28,17 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 EXAMPLES = """examples:
   hift-ds train smollm2_135m                            # a run file and data that come with the package; also on a CPU
   hift-ds train run.yaml --dry-run                      # everything before the first step, then stop
-  hift-ds train run.yaml train.learning_rate=1e-5 data.train='[a.jsonl, b.jsonl]'
+  hift-ds train run.yaml train.learning_rate=1e-5 train.epochs=2
   hift-ds train run.yaml --num-procs 2
 The same command goes on where a run was stopped. Every key of a run file: docs/run_file.md
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_file", metavar="RUN.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("run_file", metavar="RUN.yaml", help="a run file, or the name of one in the package")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="over the run file's, such as train.max_steps=100"
+    )
     parser.add_argument(
         "--num-procs", "--num_procs", type=int, metavar="N",
         help="processes (default: one for each accelerator found; one if there is none)",

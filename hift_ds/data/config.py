@@ -44,6 +44,10 @@ class DataConfig(BaseModel):
     """Names of the classes or tags, in the order of their numbers; empty: from the data."""
     shuffle: bool = True
     """Draw a new order of the rows in every epoch. false: as they stand in the data."""
+    streaming: bool = False
+    """Read the rows of ``train`` while they are trained on, without storing them; needs train.max_steps."""
+    shuffle_buffer: int = Field(10_000, ge=2)
+    """With ``streaming`` and ``shuffle``: rows in memory, from which the next one is drawn."""
     max_samples: int | None = Field(None, ge=1)
     """Rows to take from the beginning of each source."""
     seed: int = 42
@@ -63,6 +67,8 @@ class DataConfig(BaseModel):
             raise ValueError(f"val_size: expected a share below 1 or a whole number, got {self.val_size}")
         if self.val_size and self.eval is not None:
             raise ValueError("val_size and eval both given; remove one")
+        if self.streaming and self.val_size:
+            raise ValueError(f"val_size: {self.val_size:g} with streaming: true, which ends nowhere; give eval instead")
         self.train_sources()  # raises on what is not a source
         if any(source.weight is not None for source in self.eval_sources()):
             raise ValueError("eval: weight has no meaning there; every row is evaluated once")
@@ -70,7 +76,7 @@ class DataConfig(BaseModel):
 
     def train_sources(self) -> list[Source]:
         """The sources of ``data.train``."""
-        return parse_sources(self.train, "data.train", **self._defaults())
+        return parse_sources(self.train, "data.train", **self._defaults(), streaming=self.streaming)
 
     def eval_sources(self) -> list[Source]:
         """The sources of ``data.eval``; none where it is not set."""

@@ -101,7 +101,7 @@ def _table_rows(file: Path, key: str) -> Iterator[tuple[Any, str]]:
             if _has_maps(table.schema):  # which ``datasets`` has no type for
                 for row in table.to_pylist(maps_as_pydicts="strict"):
                     count += 1
-                    yield _without_nulls(row), f"{file}, row {count}"
+                    yield without_nulls(row), f"{file}, row {count}"
                 continue
             dataset = Dataset(table)
         except Exception as error:  # pyarrow's errors have no common base
@@ -159,10 +159,11 @@ def _has_maps(fields: Any) -> bool:
     return any(pa.types.is_map(field.type) or _has_maps(field.type) for field in fields)
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """``value`` without any null, of a table whose types are not known."""
     if isinstance(value, dict):
-        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -99,7 +99,8 @@ class PreparedData:
     """Datasets with what the task's trainer takes (language models: ``input_ids`` and ``labels``, when packed
     ``seq_lengths``), and what batches them; None: the trainer's own."""
 
-    train: Dataset
+    train: Any
+    """A ``Dataset``, or a :class:`~hift_ds.data.stream.Stream`."""
     eval: Dataset | None
     collator: Any
     template: str
@@ -108,6 +109,24 @@ class PreparedData:
     """What makes scores of the predictions of ``eval``; a Trainer's ``compute_metrics``."""
     model_options: Mapping[str, Any] = field(default_factory=dict)
     """Entries of the model's config that the data decide: its labels."""
+
+    @property
+    def is_streamed(self) -> bool:
+        """``train`` has no length; its report is of the first rows."""
+        return not hasattr(self.train, "__len__")
+
+    @property
+    def num_rows(self) -> int | None:
+        """Of ``train`` as its trainer takes them; None where they are streamed."""
+        return None if self.is_streamed else len(self.train)
+
+    @property
+    def tokens_per_row(self) -> float:
+        """On average; where they are streamed, of the first ones."""
+        report = self.reports[0]
+        if not self.is_streamed:
+            return float(report.tokens / len(self.train))
+        return float(report.max_length if self.train.pack else report.tokens / report.num_samples)
 
 
 def prepare_data(
@@ -279,24 +298,38 @@ def count_source(source: Source, tokenize: Tokenize, num_rows: int | None = None
     Raises:
         DataError: the source is missing, or one of the rows is malformed.
     """
+    report = count_rows(islice(iterate_rows(source), num_rows), tokenize)
+    first = [f"the first {report.num_rows:,} rows"] if report.num_rows == num_rows else []
+    return replace(
+        report,
+        name=source.path if source.name is None else f"{source.path}: {source.name}",
+        notes=tuple(note for note in (*first, guessed(source)) if note),
+    )
+
+
+def count_rows(rows: Iterable[dict[str, str]], tokenize: Tokenize) -> DataReport:
+    """What becomes of rows, without the cache.
+
+    Raises:
+        DataError: one of them is malformed.
+    """
     lengths: list[int] = []
     learned: list[int] = []
     cut: list[int] = []
     remarks = Counter[str]()
     refused: list[str] = []
-    rows = 0
-    for row in islice(iterate_rows(source), num_rows):
-        rows += 1
+    num_rows = 0
+    for row in rows:
+        num_rows += 1
         out = tokenize({name: [value] for name, value in row.items()})
         lengths += map(len, out["input_ids"])
         learned += out["learned"]
         cut += out["cut"]
         refused += filter(None, out["refused"])
         remarks.update(remark for sample in out["remarks"] for remark in sample)
-    first = [f"the first {rows:,} rows"] if rows == num_rows else []
     return DataReport(
-        name=source.path if source.name is None else f"{source.path}: {source.name}",
-        num_rows=rows,
+        name="",
+        num_rows=num_rows,
         num_samples=sum(count > 0 for count in learned),
         num_packed_rows=None,
         num_truncated=sum(lost > 0 and count > 0 for lost, count in zip(cut, learned, strict=True)),
@@ -307,7 +340,6 @@ def count_source(source: Source, tokenize: Tokenize, num_rows: int | None = None
         longest_tokens=max(lengths, default=0),
         max_length=tokenize.max_length,
         remarks=tuple(remarks.items()),
-        notes=tuple(note for note in (*first, guessed(source)) if note),
         num_refused=len(refused),
         first_refusal=refused[0] if refused else "",
     )
@@ -349,15 +381,13 @@ def _prepare_one(
     learned = np.asarray(samples.with_format("numpy")["learned"][:])
     kept = learned > 0
     refusals = [refusal for refusal in samples["refused"][:] if refusal]
-    _check_refusals(name, refusals, len(rows))
+    first_refusal = refusals[0] if refusals else ""
+    check_refusals(name, len(refusals), first_refusal, len(rows))
     if not kept.any():
-        raise _nothing_to_learn(name, len(kept), int((cut > 0).sum()), tokenize)
+        raise nothing_to_learn(name, len(kept), int((cut > 0).sum()), tokenize)
     lengths, largest_id = _lengths_and_largest_id(samples)
-    if vocab_size is not None and largest_id >= vocab_size:
-        raise DataError(
-            f"model.tokenizer: makes token id {largest_id}, but the model has only {vocab_size} embeddings; "
-            "it belongs to another model"
-        )
+    if vocab_size is not None:
+        check_vocabulary(largest_id, vocab_size)
     if not kept.all():
         samples = samples.select(np.flatnonzero(kept))
     dataset = samples.select_columns(["input_ids", "labels"])
@@ -378,18 +408,25 @@ def _prepare_one(
         max_length=tokenize.max_length,
         remarks=_remarks(samples),
         num_refused=len(refusals),
-        first_refusal=refusals[0] if refusals else "",
+        first_refusal=first_refusal,
     )
     return dataset, report
 
 
-def _check_refusals(name: str, refusals: list[str], num_rows: int) -> None:
+def check_refusals(name: str, num_refused: int, first: str, num_rows: int) -> None:
     """Raises DataError if more rows are refused than can be passed over."""
-    if len(refusals) == 1 and num_rows == 1:
-        raise DataError(refusals[0])
-    if len(refusals) > MOST_REFUSED * num_rows:
+    if num_refused == 1 and num_rows == 1:
+        raise DataError(first)
+    if num_refused > MOST_REFUSED * num_rows:
+        raise DataError(f"{first}; data.{name}: so with {num_refused:,} of {num_rows:,} rows; see data.template")
+
+
+def check_vocabulary(largest_id: int, vocab_size: int) -> None:
+    """Raises DataError if a token has no row in the model's embedding."""
+    if largest_id >= vocab_size:
         raise DataError(
-            f"{refusals[0]}; data.{name}: so with {len(refusals):,} of {num_rows:,} rows; see data.template"
+            f"model.tokenizer: makes token id {largest_id}, but the model has only {vocab_size} embeddings; "
+            "it belongs to another model"
         )
 
 
@@ -409,7 +446,7 @@ def _lengths_and_largest_id(samples: Dataset) -> tuple[Any, int]:
     return lengths, max(pc.max(pc.list_flatten(chunk)).as_py() or 0 for chunk in chunks)
 
 
-def _nothing_to_learn(name: str, num_samples: int, num_cut: int, tokenize: Tokenize) -> DataError:
+def nothing_to_learn(name: str, num_samples: int, num_cut: int, tokenize: Tokenize) -> DataError:
     if num_cut:
         return DataError(
             f"data.max_length: {tokenize.max_length} leaves nothing to learn in any of {num_samples} "

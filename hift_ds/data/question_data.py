@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -120,21 +121,34 @@ class AnswerScores:
     pieces: Dataset
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        starts, ends = prediction.predictions[:2]
-        best: list[tuple[float, str]] = [(-np.inf, "")] * len(self.examples)
-        nothing = [np.inf] * len(self.examples)
-        for piece, start, end in zip(self.pieces, starts, ends, strict=True):
-            index = piece["example"]
-            context = self.examples[index]["context"]
-            nothing[index] = min(nothing[index], float(start[0] + end[0]))
-            for score, low, high in _spans(np.asarray(start), np.asarray(end), piece["offsets"]):
-                if score > best[index][0]:
-                    best[index] = (score, context[low:high])
+        found = best_answers(
+            [example["context"] for example in self.examples], self.pieces["example"], self.pieces["offsets"],
+            *prediction.predictions[:2],
+        )  # fmt: skip
         may_be_empty = any(not example["texts"] for example in self.examples)
-        given = [
-            "" if may_be_empty and null > score else text for (score, text), null in zip(best, nothing, strict=True)
-        ]
+        given = ["" if may_be_empty and nothing > score else text for score, text, nothing in found]
         return scores.answer_scores(given, [example["texts"] for example in self.examples])
+
+
+def best_answers(
+    contexts: Sequence[str], indices: Iterable[int], offsets: Iterable[Any], starts: Any, ends: Any
+) -> list[tuple[float, str, float]]:
+    """For each context the best answer's score, its text, and the score of "no answer".
+
+    Args:
+        indices: of each piece, the number of its context.
+        offsets: of each piece, where its tokens are in the context; (-1, -1) of other tokens.
+        starts: of each piece, its tokens' logits to begin an answer.
+        ends: the same, to end one.
+    """
+    best: list[tuple[float, str]] = [(-np.inf, "")] * len(contexts)
+    nothing = [np.inf] * len(contexts)
+    for index, places, start, end in zip(indices, offsets, starts, ends, strict=True):
+        nothing[index] = min(nothing[index], float(start[0] + end[0]))
+        for score, low, high in _spans(np.asarray(start), np.asarray(end), places):
+            if score > best[index][0]:
+                best[index] = (score, contexts[index][low:high])
+    return [(score, text, none) for (score, text), none in zip(best, nothing, strict=True)]
 
 
 def _spans(start: np.ndarray, end: np.ndarray, offsets: list[list[int]]) -> list[tuple[float, int, int]]:

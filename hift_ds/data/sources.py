@@ -25,6 +25,7 @@ from hift_ds.data.files import (
     Documents,
     rows_of_file,
     without_filling,
+    without_nulls,
 )
 from hift_ds.data.formats import check_format, detect_format, guess_columns, present, rename, with_open_answer
 from hift_ds.data.task_rows import TASK_FORMATS, guess_task_columns
@@ -61,6 +62,8 @@ class Source:
         documents: what is one text in a file of plain text: ``file``, ``paragraph`` or ``line``.
         name: of a data set in LLaMA-Factory's dataset_info.json.
         tags: how that file says that messages are spelled.
+        folder: of a Hub data set, the one to read (its "data_dir").
+        streaming: read a Hub data set as it comes, without storing it.
     """
 
     key: str
@@ -74,6 +77,8 @@ class Source:
     documents: Documents = "file"
     name: str | None = None
     tags: llama_factory.Tags | None = None
+    folder: str | None = None
+    streaming: bool = False
 
 
 def parse_sources(value: Any, key: str, **defaults: Any) -> list[Source]:
@@ -154,7 +159,9 @@ def resolve(source: Source) -> Source:
             )
         return source
     entry = llama_factory.read_entry(info, source.name, source.key)
-    return replace(source, name=None, **llama_factory.source_fields(entry, info, source))
+    resolved = replace(source, name=None, **llama_factory.source_fields(entry, info, source))
+    llama_factory.check_sum(entry, Path(resolved.path))
+    return resolved
 
 
 def load_rows(sources: list[Source]) -> Dataset:
@@ -166,10 +173,10 @@ def load_rows(sources: list[Source]) -> Dataset:
     Raises:
         DataError: a source is missing, empty or malformed; names the file and line.
     """
-    from datasets import Dataset, Features, Value, concatenate_datasets
+    from datasets import Dataset, concatenate_datasets
     from datasets.exceptions import DatasetGenerationError
 
-    features = Features({"row": Value("string"), "format": Value("string"), "origin": Value("string")})
+    features = row_features()
     parts = []
     for source in sources:
         kwargs = {
@@ -178,7 +185,7 @@ def load_rows(sources: list[Source]) -> Dataset:
         }  # the stamp makes the cache notice edits
         with cache_in_use():
             try:
-                part = Dataset.from_generator(_generate, gen_kwargs=kwargs, features=features)
+                part = Dataset.from_generator(generate_rows, gen_kwargs=kwargs, features=features)
             except DatasetGenerationError as error:
                 if isinstance(error.__cause__, (HiFTError, OSError)):
                     raise error.__cause__ from None
@@ -290,6 +297,8 @@ def guessed(source: Source) -> str | None:
     """How the columns of a source are read, if that is a guess; in words. Reads one row."""
     source = resolve(source)
     row: Any = next(iter(_raw_rows(source)), (None, ""))[0]
+    if source.tags is not None and (named := [name for name in source.tags.not_read if name in row]):
+        return f"{source.path}: {', '.join(named)} not read, since {llama_factory.FILE} does not name it as a column"
     if source.columns or source.tags is not None or not isinstance(row, Mapping):
         return None
     columns = _guess(row, source.format)
@@ -321,7 +330,14 @@ def code_stamp() -> str:
     return digest.hexdigest()[:16]
 
 
-def _generate(source: Source, stamp: str) -> Iterator[dict[str, str]]:
+def row_features() -> Any:
+    """``datasets``' description of a row."""
+    from datasets import Features, Value
+
+    return Features({"row": Value("string"), "format": Value("string"), "origin": Value("string")})
+
+
+def generate_rows(source: Source, stamp: str) -> Iterator[dict[str, str]]:
     del stamp  # only there for the cache's key
     yield from iterate_rows(source)
 
@@ -414,7 +430,8 @@ def _dataset_rows(dataset: Any, name: str) -> Iterator[tuple[Any, str]]:
     if isinstance(dataset, dict):
         raise DataError(f"{name}: has splits {', '.join(dataset)}; set split, or give the path of one of them")
     for number, row in enumerate(dataset, start=1):
-        yield without_filling(row, dataset.features), f"{name}, row {number}"
+        whole = without_nulls(row) if dataset.features is None else without_filling(row, dataset.features)
+        yield whole, f"{name}, row {number}"
 
 
 def _from_hub(source: Source) -> Any:
@@ -422,7 +439,7 @@ def _from_hub(source: Source) -> Any:
 
     name = source.path.removeprefix(HUB)
     try:
-        return load_dataset(name, source.subset, split=source.split)
+        return load_dataset(name, source.subset, split=source.split, data_dir=source.folder, streaming=source.streaming)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             raise ConfigError(

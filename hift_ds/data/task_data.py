@@ -92,16 +92,22 @@ def right_padded(how: Preparation, prefix_space: bool = False) -> PreTrainedToke
     """A copy that pads on the right, and cuts where ``data.truncation`` says.
 
     Args:
-        prefix_space: for words one by one: byte-level tokenizers tell a word by the space before it.
+        prefix_space: for words one by one.
     """
     tokenizer = copy.deepcopy(how.tokenizer)
     tokenizer.padding_side = "right"
     tokenizer.truncation_side = "left" if how.config.truncation == "keep_end" else "right"
-    if prefix_space and getattr(tokenizer, "add_prefix_space", None) is False:
+    if prefix_space:
+        set_prefix_space(tokenizer)
+    return tokenizer
+
+
+def set_prefix_space(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Byte-level tokenizers tell a word by the space before it; one that is given alone has none."""
+    if getattr(tokenizer, "add_prefix_space", None) is False:
         tokenizer.add_prefix_space = True
         if getattr(tokenizer.backend_tokenizer.pre_tokenizer, "add_prefix_space", None) is False:
             tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space = True
-    return tokenizer
 
 
 def lengths(rows: Dataset) -> tuple[int, int, int]:

@@ -86,31 +86,49 @@ _SPELLINGS: dict[str, tuple[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]],
 
 
 def _preference(row: Row) -> Example:
-    if "instruction" in row:  # LLaMA-Factory's: the chat template renders it
+    prompt = _prompt_beside(row)
+    if prompt is None:
+        return _alike(row, ("prompt", "chosen", "rejected"))
+    chosen, rejected = (_answer(row[name], name) for name in ("chosen", "rejected"))
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _prompt_beside(row: Row) -> list[Message] | None:
+    """LLaMA-Factory's: an instruction or a conversation, which the chat template renders; None: no such row."""
+    system = text_of(row, "system")
+    turns = [{"role": "system", "content": system}] if system else []
+    if "instruction" in row:
         asked = "\n".join(part for part in (text_of(row, "instruction"), text_of(row, "input")) if part)
-        system = text_of(row, "system")
-        turns = [{"role": "system", "content": system}] if system else []
-        prompt: Any = [*turns, {"role": "user", "content": asked}]
-        chosen, rejected = (_answer(row[name], name) for name in ("chosen", "rejected"))
-        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    if "conversations" in row or "messages" in row:
-        column = "conversations" if "conversations" in row else "messages"
-        system = text_of(row, "system")
-        turns = [{"role": "system", "content": system}] if system else []
-        chosen, rejected = (_answer(row[name], name) for name in ("chosen", "rejected"))
-        return {"prompt": [*turns, *_talk(row[column], column)], "chosen": chosen, "rejected": rejected}
-    return _alike(row, ("prompt", "chosen", "rejected"))
+        return [*turns, {"role": "user", "content": asked}]
+    column = next((name for name in ("conversations", "messages") if name in row), None)
+    return None if column is None else [*turns, *_talk(row[column], column)]
 
 
 def _rated(row: Row) -> Example:
+    prompt = _prompt_beside(row)
+    needed = ["prompt"] if prompt is None else []
     if "chosen" in row or "rejected" in row:
+        needed += ["chosen", "rejected"]
+    else:
+        needed += ["label", *(["completion"] if prompt is None else ["output"] if "instruction" in row else [])]
+    if missing := next((name for name in needed if name not in row), None):
+        raise Malformed(f"no {missing!r}, which format rated needs; found columns: {', '.join(row) or 'none'}")
+    if "chosen" in row:
         return _preference(row)
     label = row["label"]
     if isinstance(label, str) and label.strip().lower() in ("true", "false", "0", "1"):
         label = label.strip().lower() in ("true", "1")
     if isinstance(label, str) or label not in (0, 1):
         raise Malformed(f"label: expected true (a wanted answer) or false, got {short(label)}")
-    return {**_alike(row, ("prompt", "completion")), "label": bool(label)}
+    if prompt is None:
+        return {**_alike(row, ("prompt", "completion")), "label": bool(label)}
+    if "instruction" in row:
+        completion = _answer(row["output"], "output")
+    else:
+        prompt, completion = prompt[:-1], prompt[-1:]
+        if not prompt or completion[0]["role"] != "assistant":
+            raise Malformed("expected a conversation that ends with an assistant's answer, which label is about")
+    return {"prompt": prompt, "completion": completion, "label": bool(label)}
 
 
 def _alike(row: Row, columns: tuple[str, ...]) -> Example:
@@ -161,7 +179,7 @@ def _labelled(row: Row) -> Example:
 
 
 def _tagged(row: Row) -> Example:
-    tokens, tags = (_listed(row[name], name) for name in ("tokens", "tags"))
+    tokens, tags = (listed(row[name], name) for name in ("tokens", "tags"))
     if len(tokens) != len(tags) or not tokens:
         raise Malformed(f"tokens and tags: expected one tag for each word, got {len(tokens)} and {len(tags)}")
     if not all(isinstance(token, str) for token in tokens):
@@ -171,7 +189,12 @@ def _tagged(row: Row) -> Example:
     return {"tokens": tokens, "tags": [json.dumps(tag) for tag in tags]}
 
 
-def _listed(value: Any, column: str) -> list[Any]:
+def listed(value: Any, column: str) -> list[Any]:
+    """The list in a column; of a text that is none, its words.
+
+    Raises:
+        Malformed: it is something else.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -208,7 +231,7 @@ def _pair(row: Row) -> Example:
 
 TASK_FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Example]]] = {
     "preference": (("chosen", "rejected"), _preference),
-    "rated": (("prompt",), _rated),
+    "rated": ((), _rated),  # which asks for more itself
     "labelled": (("text", "label"), _labelled),
     "tagged": (("tokens", "tags"), _tagged),
     "question": (("question", "context", "answers"), _question),

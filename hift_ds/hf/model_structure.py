@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 
 from hift_ds.errors import ConfigError
 from hift_ds.hf.model_folder import classes_by_model_type
+from hift_ds.hf.weight_names import zero_init_set_aside
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CONFIG_FILE = "config.json"
@@ -107,7 +108,7 @@ def build_on_meta(config: PretrainedConfig, *, trust_remote_code: bool = False) 
     Raises:
         ConfigError: the model's constructor refuses the config.
     """
-    with warnings.catch_warnings(), quiet_hugging_face(), torch.device("meta"):
+    with warnings.catch_warnings(), quiet_hugging_face(), zero_init_set_aside(), torch.device("meta"):
         warnings.simplefilter("ignore")
         try:
             if trust_remote_code and (auto_class := _remote_auto_class(config)):

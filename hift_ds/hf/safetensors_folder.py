@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +107,12 @@ class SafetensorsFolder:
 
 
 def stream_weights(
-    model: PreTrainedModel, folder: str | Path, *, convert: bool = True
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    convert: bool = True,
+    new: Collection[str] = (),
+    unused: Collection[str] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name in memory, tensor) for every weight of ``model`` in ``folder``, converted as transformers
     does.
@@ -118,6 +123,8 @@ def stream_weights(
     Args:
         convert: False: a weight made of several tensors comes on the meta device, without values; for ranks
             that get it from one that converts, so that not every rank holds the set.
+        new: names in memory that the folder need not have; from :func:`head_of`.
+        unused: tensors of the folder that are left aside; from :func:`head_of`.
 
     Raises:
         CheckpointError: the checkpoint has a tensor the model does not know, lacks one that it needs, or has
@@ -127,8 +134,10 @@ def stream_weights(
     headers = source_folder.headers
     tensors = model.state_dict(keep_vars=True)
     ignored = _patterns(getattr(model, "_keys_to_ignore_on_load_unexpected", None))
-    given: set[str] = set()
+    given: set[str] = set(new)
     for conversion in plan_load(model, headers):
+        if unused and conversion.sources[0] in unused:
+            continue
         if conversion.first_name not in tensors:
             if any(pattern.search(conversion.first_name) for pattern in ignored):
                 continue
@@ -250,24 +259,63 @@ def load_pretrained_with_head(
         CheckpointError: damaged files, or a weight below the head that is missing, unexpected or misshapen.
     """
     model, info = _from_pretrained(folder, model_class, **options)
+    sized = [name for name, *_ in info["mismatched_keys"]]
+    _refuse_below_head(model, folder, info["missing_keys"], info["unexpected_keys"], sized)
+    return model, sorted({*info["missing_keys"], *sized}), sorted(info["unexpected_keys"])
+
+
+def head_of(model: PreTrainedModel, folder: str | Path) -> tuple[list[str], list[str]]:
+    """What :func:`load_pretrained_with_head` would find, from names and shapes alone.
+
+    Args:
+        model: on any device, meta included; not partitioned.
+
+    Returns:
+        The names of weights that ``folder`` lacks or has in another shape, the names of its tensors that have no place.
+
+    Raises:
+        CheckpointError: as :func:`load_pretrained_with_head`.
+    """
+    headers, tensors = check_weights(folder), model.state_dict(keep_vars=True)
+    ignored = _patterns(getattr(model, "_keys_to_ignore_on_load_unexpected", None))
+    filled: set[int] = set()
+    unused, sized = [], {}
+    for conversion in plan_load(model, headers):
+        name, source = conversion.first_name, conversion.sources[0]
+        if name not in tensors:
+            unused += [] if any(pattern.search(name) for pattern in ignored) else [source]
+        elif conversion.is_plain and headers[source].shape != tuple(tensors[name].shape):
+            sized[name] = source
+        else:
+            made = conversion.convert(model, {source: headers[source].on_meta() for source in conversion.sources})
+            filled |= {id(tensors[name]) for name in made}
+    may_lack = _patterns(getattr(model, "_keys_to_ignore_on_load_missing", None))
+    missing = [
+        name
+        for name, tensor in tensors.items()
+        if name not in sized and id(tensor) not in filled and not any(pattern.search(name) for pattern in may_lack)
+    ]
+    _refuse_below_head(model, folder, missing, unused, list(sized))
+    return sorted({*missing, *sized}), sorted({*unused, *sized.values()})
+
+
+def _refuse_below_head(
+    model: PreTrainedModel, folder: str | Path, missing: Iterable[str], unexpected: Iterable[str], sized: Iterable[str]
+) -> None:
+    is_head = _tells_head(model)
+    of_model = type(model).__name__
+    _refuse([n for n in missing if not is_head(n)], (), f"{folder} lacks", f"of {of_model}")
+    _refuse([n for n in unexpected if not is_head(n)], (), f"{folder} has", f"unknown to {of_model}")
+    _refuse([n for n in sized if not is_head(n)], (), f"{folder} has another shape of", f"in {of_model}")
+
+
+def _tells_head(model: PreTrainedModel) -> Callable[[str], bool]:
+    """Whether a name is of a head or a pooler, which may be new."""
     below = f"{model.base_model_prefix}."
     base = getattr(model, model.base_model_prefix, model)
     # Folders without a head of their own name weights without the prefix.
     parts = {name.partition(".")[0] for name, _ in base.named_parameters()}
-
-    def is_head(name: str) -> bool:
-        return ".pooler." in f".{name}" or not (name.startswith(below) or name.partition(".")[0] in parts)
-
-    sized = [name for name, *_ in info["mismatched_keys"]]
-    _refuse([n for n in info["missing_keys"] if not is_head(n)], (), f"{folder} lacks", f"of {type(model).__name__}")
-    _refuse(
-        [n for n in info["unexpected_keys"] if not is_head(n)],
-        (),
-        f"{folder} has",
-        f"unknown to {type(model).__name__}",
-    )
-    _refuse([n for n in sized if not is_head(n)], (), f"{folder} has another shape of", f"in {type(model).__name__}")
-    return model, sorted({*info["missing_keys"], *sized}), sorted(info["unexpected_keys"])
+    return lambda name: ".pooler." in f".{name}" or not (name.startswith(below) or name.partition(".")[0] in parts)
 
 
 def _from_pretrained(folder: str | Path, model_class: Any, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:

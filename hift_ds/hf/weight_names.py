@@ -11,7 +11,9 @@ exporting can go on one such set at a time and never need the whole model in hos
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -57,6 +59,22 @@ class NamePlan:
         return tuple(out)
 
 
+@contextmanager
+def zero_init_set_aside() -> Iterator[None]:
+    """Under a Trainer's ZeRO-3 config transformers enters ``deepspeed.zero.Init`` whenever it builds a model, also one
+    inside another; on one rank alone that waits for the others for ever."""
+    integration = sys.modules.get("transformers.integrations.deepspeed")  # without it there is no such config
+    if integration is None:
+        yield
+        return
+    reference = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = reference
+
+
 def skeleton(config: PreTrainedConfig, like: PreTrainedModel | None = None) -> PreTrainedModel:
     """The model of ``config`` on the meta device: names, shapes, ties and conversions, no memory.
 
@@ -80,7 +98,7 @@ def skeleton(config: PreTrainedConfig, like: PreTrainedModel | None = None) -> P
                 f"config: architectures is {names}, expected the name of a transformers model class "
                 "such as ['LlamaForCausalLM']"
             )
-    with torch.device("meta"):
+    with zero_init_set_aside(), torch.device("meta"):
         model = model_class(deepcopy(config))
     model.tie_weights()  # the constructor does it from transformers 5.1 on
     if like is not None and hasattr(like, "_weight_conversions"):

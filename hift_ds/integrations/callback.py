@@ -10,6 +10,7 @@ class and no method of one is replaced.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import threading
 import weakref
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from transformers.trainer_callback import CallbackHandler
 
 from hift_ds.checkpoint.manifest import latest_tag
 from hift_ds.checkpoint.trainer_folder import SEAL, seal_folder
@@ -101,6 +104,19 @@ class HiFTCallback(EngineEvents):
             weakref.finalize(self, borrowed.close)  # of a trainer that is thrown away
         if model is not None:
             disable_input_require_grads(model)
+        self._goes_first()
+
+    def _goes_first(self) -> None:
+        """Of the Trainer's callbacks, so that loggers get what ``on_log`` adds: the Trainer puts its own loggers
+        first, and tells a callback nothing of the others."""
+        frame = inspect.currentframe()
+        while frame is not None:
+            handler = frame.f_locals.get("self")
+            if isinstance(handler, CallbackHandler) and self in handler.callbacks:
+                handler.callbacks.remove(self)
+                handler.callbacks.insert(0, self)
+                return
+            frame = frame.f_back
 
     def leave(self) -> None:
         """Undo ``on_init_end``."""

@@ -4,7 +4,7 @@ run or years later."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +117,8 @@ def memory_figure(groups: Sequence[GroupMemory], title: str = "") -> Figure:
     axes.tick_params(axis="y", length=0, labelsize=9 if len(groups) <= 30 else 8)
     axes.set_xlabel("GiB, on the first rank")
     axes.set_xlim(0, 1.02 * max([group.peak or 0.0 for group in groups] + [value for _, value in forecasts]) or 1)
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.55, 1.0), ncols=2, borderaxespad=0.2)
+    if forecasts:
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.55, 1.0), ncols=2, borderaxespad=0.2)
     _plain(axes, grid="x")
     return figure
 
@@ -313,16 +314,20 @@ def _draw_raster(figure: Figure, axes: Axes, steps: list[StepRecord], rows: list
 
 
 def round_ticks(low: float, high: float, most: int = 8) -> list[float]:
-    """1, 2 and 5 times powers of ten between ``low`` and ``high``; powers of ten alone where these are too many; the
-    ends where none lies between."""
+    """1, 2 and 5 times powers of ten between ``low`` and ``high``; all their multiples where these are fewer than
+    three, powers of ten alone where they are too many; the ends where there are not two."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for factors in ((1, 2, 5), (1,)):
-        ticks = [f * 10.0**e for e in exponents for f in factors if low <= f * 10.0**e <= high]
-        if len(ticks) <= most:
-            break
-    else:
-        ticks = ticks[:: math.ceil(len(ticks) / most)]
-    return ticks or [float(f"{low:.2g}"), float(f"{high:.2g}")]
+
+    def ticks_of(factors: Iterable[int]) -> list[float]:
+        return [f * 10.0**e for e in exponents for f in factors if low <= f * 10.0**e <= high]
+
+    ticks = ticks_of((1, 2, 5))
+    if len(ticks) < 3:
+        ticks = ticks_of(range(1, 10))
+    elif len(ticks) > most:
+        ticks = ticks_of((1,))
+    ticks = ticks[:: math.ceil(len(ticks) / most) or 1]
+    return ticks if len(ticks) > 1 else [float(f"{low:.2g}"), float(f"{high:.2g}")]
 
 
 def _short(name: str) -> str:

@@ -30,10 +30,11 @@ from hift_ds.checkpoint.saved_checkpoint import SavedCheckpoint
 from hift_ds.checkpoint.trainer_folder import find_checkpoints
 from hift_ds.data.packing import packed_samples_are_isolated
 from hift_ds.data.prepare import PreparedData, prepare_data
+from hift_ds.data.stream import prepare_stream
 from hift_ds.data.task_data import Preparation
 from hift_ds.data.tokenizers import add_tokens, load_tokenizer
 from hift_ds.dtypes import torch_dtype
-from hift_ds.engine.zero3.load import load_partitioned, remember_rounded_weights
+from hift_ds.engine.zero3.load import load_partitioned, load_partitioned_with_head, remember_rounded_weights
 from hift_ds.errors import CheckpointError, ConfigError
 from hift_ds.hf.export import check_files_can_be_written, export_model
 from hift_ds.hf.model_structure import build_on_meta, quiet_hugging_face, read_task_config, turn_cache_off
@@ -143,7 +144,7 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None], dry_run: bool) ->
     chosen = _choose(checked, data, checkpoints)
     for line in chosen.lines:
         say(line)
-    keys = chosen.keys | tokens_per_step(checked.settings, data.reports[0].tokens / len(data.train))
+    keys = chosen.keys | tokens_per_step(checked.settings, data.tokens_per_row)
     if keys:
         checked = with_settings(checked, apply(checked.settings, keys))
         arguments = on_all_ranks(lambda: make_arguments(checked, fresh=not checkpoints))
@@ -177,7 +178,9 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None], dry_run: bool) ->
 
 
 def data_counts(data: PreparedData) -> dict[str, int]:
-    """The counts of the training data, for those who look at the run later."""
+    """The counts of the training data, for those who look at the run later; none of streamed rows."""
+    if data.is_streamed:
+        return {}
     report = data.reports[0]
     counted = {"train_samples": report.num_samples, "train_tokens": report.tokens}
     return counted | ({"train_learned_tokens": report.learned_tokens} if hasattr(report, "learned_tokens") else {})
@@ -198,8 +201,11 @@ def closing_lines(run: RunConfig, results: Mapping[str, Any]) -> list[str]:
     folder = shlex.quote(str(run.output_dir))
     lines.append(f"report: {run.output_dir / REPORT_FILE}")
     then = [f"hift-ds chat {folder}"] if task.auto_class == "AutoModelForCausalLM" else []
-    then += [f"hift-ds eval {folder}"] if task.is_language_modelling else []
-    lines.append(f"next: {'    '.join(then) or task.load_line(str(run.export_dir))}")
+    if run.data.eval is not None or run.data.val_size:
+        then.append(f"hift-ds eval {folder}")
+    if task.auto_class != "AutoModelForCausalLM":
+        then.append(f"hift-ds predict {folder} --data FILE -o OUT.jsonl")
+    lines.append(f"next: {'    '.join(then)}")
     return lines
 
 
@@ -282,8 +288,9 @@ def _introduce(checked: CheckedRun, arguments: TrainingArguments, say: Callable[
 def _choose(checked: CheckedRun, data: PreparedData, checkpoints: list[Path]) -> Chosen:
     """What the run leaves open, by the first rank for all."""
     longest = max((report.longest_tokens for report in data.reports), default=checked.max_length)
-    length = checked.max_length if checked.run.data.packing else min(max(longest, 1), checked.max_length)
-    facts = Facts(checked.settings, checked.dtype, str(checked.model.path), length, len(data.train))
+    is_full = checked.run.data.packing or data.is_streamed
+    length = checked.max_length if is_full else min(max(longest, 1), checked.max_length)
+    facts = Facts(checked.settings, checked.dtype, str(checked.model.path), length, data.num_rows)
     before = (read_settings(checkpoints[0]) or {}).get(CHOSEN) if checkpoints else None
     cards = gather(on_all_ranks(lambda: card_here(checked.settings, checked.dtype)))
     least = min(cards, key=lambda card: card.usable_bytes)
@@ -317,6 +324,10 @@ def _load_data(checked: CheckedRun, arguments: TrainingArguments) -> tuple[Any, 
         vocab_size = checked.model.vocab_size
         if vocab_size is not None and (run.model.added_tokens or run.model.added_special_tokens):
             vocab_size = max(vocab_size, len(tokenizer))
+        if run.data.streaming:
+            return tokenizer, prepare_stream(
+                run.data_of_task, tokenizer, checked.max_length, vocab_size, *rank_and_world_size()
+            )
         return tokenizer, prepare_data(run.data_of_task, tokenizer, checked.max_length, vocab_size)
 
 
@@ -398,16 +409,20 @@ def _load_with_head(
 ) -> Any:
     """With the task's head, which begins with random weights unless the folder has one that fits; the same on all
     ranks."""
-    run, task = checked.run, TASKS[checked.run.task]
-    if zero_stage(arguments) == 3:
-        raise ConfigError(
-            f'task: {run.task} with "zero_optimization.stage": 3: a new head needs whole weights; use stage 0, 1 or 2'
-        )
+    run, task, trust = checked.run, TASKS[checked.run.task], checked.run.model.trust_remote_code
     set_seed(run.train.seed)
     with quiet_hugging_face():  # what is new and what is unused is said below
-        model, new, unused = load_pretrained_with_head(
-            checked.model.path, task.model_class(), trust_remote_code=run.model.trust_remote_code, **options
-        )  # fmt: skip
+        if zero_stage(arguments) == 3:
+            attention = {name: options.pop(name) for name in ("attn_implementation",) if name in options}
+            del options["dtype"]
+            model, new, unused = load_partitioned_with_head(
+                checked.model.path, arguments.deepspeed, model_class=task.model_class(),
+                dtype=torch_dtype(checked.dtype), trust_remote_code=trust, model_options=options, **attention,
+            )  # fmt: skip
+        else:
+            model, new, unused = load_pretrained_with_head(
+                checked.model.path, task.model_class(), trust_remote_code=trust, **options
+            )
     if model.config.get_text_config().pad_token_id is None:  # decoders find the last token of a row by it
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if new:

@@ -56,7 +56,7 @@ def predict(
         for begin in range(0, len(order), batch_size):
             chosen = order[begin : begin + batch_size]
             for index, answer in zip(
-                chosen, _answers(model, tokenizer, [prompts[i] for i in chosen], options), strict=True
+                chosen, answer_prompts(model, tokenizer, [prompts[i] for i in chosen], options), strict=True
             ):
                 answers[index] = answer
         for row, answer in zip(window, answers, strict=True):
@@ -64,9 +64,10 @@ def predict(
 
 
 @torch.no_grad()
-def _answers(
+def answer_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], options: dict[str, Any]
 ) -> list[str]:
+    """What ``model.generate(**options)`` answers to each prompt's token ids."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)

@@ -49,6 +49,8 @@ RULES: dict[str, tuple[str, str]] = {
     "data.labels": (REFUSED, "the head has other classes"),
     "data.shuffle": (CHANGED, _ROWS),
     "data.max_samples": (CHANGED, _ROWS),
+    "data.streaming": (CHANGED, _ROWS),
+    "data.shuffle_buffer": (CHANGED, _ROWS),
     "data.seed": (CHANGED, _ROWS),
     "data.num_workers": (CHANGED, _NOTHING),
     "train.output_dir": (CHANGED, _NOTHING),
@@ -164,7 +166,9 @@ def settings_of(
 
 
 def fingerprint(dataset: Any) -> dict[str, Any]:
-    """The number of prepared rows, and a checksum of all their numbers in order."""
+    """The number of prepared rows, and a checksum of all their numbers in order; of streamed rows their own."""
+    if hasattr(dataset, "fingerprint"):
+        return dict(dataset.fingerprint())
     crc32 = 0
     table = dataset.with_format("arrow")
     for batch in table.iter(batch_size=1000):

@@ -220,6 +220,19 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _streaming(self) -> RunConfig:
+        if not self.data.streaming:
+            return self
+        if self.train.max_steps is None:
+            raise ValueError("data.streaming: true needs train.max_steps, since the number of rows is not known")
+        if not TASKS[self.task].is_language_modelling:
+            raise ValueError(f"data.streaming: true is for task sft and text; the task here is {self.task}")
+        for name in ("train_sampling_strategy", "group_by_length"):
+            if name in self.train.arguments:
+                raise ValueError(f"train.arguments.{name}: with data.streaming rows come as they are read; remove one")
+        return self
+
+    @model_validator(mode="after")
     def _task_and_data(self) -> RunConfig:
         if TASKS[self.task].format is None:
             return self

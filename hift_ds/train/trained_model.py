@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hift_ds.errors import CheckpointError, ConfigError
 from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig, load_run_config
+from hift_ds.train.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_TASK_OF_CLASS = {
+    "ForSequenceClassification": "classification", "ForTokenClassification": "token_classification",
+    "ForQuestionAnswering": "qa", "ForConditionalGeneration": "seq2seq",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,17 +34,27 @@ class TrainedModel:
     run_dir: Path | None = None
     run: RunConfig | None = None
 
+    @property
+    def task(self) -> str:
+        """Of the run; of a model folder alone the one that its class is for."""
+        if self.run is not None:
+            return self.run.task
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        name = (config.get("architectures") or [""])[0]
+        return next((task for ending, task in _TASK_OF_CLASS.items() if name.endswith(ending)), "sft")
+
     def load(
-        self, *, dtype: str = "auto", device: str | None = None
+        self, *, dtype: str = "auto", device: str | None = None, writes_text: bool = True
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model, in evaluation mode, and its tokenizer with its chat template.
 
         Args:
             dtype: fp32, bf16, fp16, or ``auto`` for that of the files.
             device: of torch; ``None``: the accelerator if there is one.
+            writes_text: another model is an error.
 
         Raises:
-            ConfigError: it does not write text, or cannot be loaded.
+            ConfigError: it does not write text and should, or cannot be loaded.
         """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -50,9 +67,13 @@ class TrainedModel:
         try:
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust, local_files_only=True)
             name = (config.architectures or ["a model without architectures"])[0]
-            if not name.endswith(("LMHeadModel", "ForCausalLM", "ForConditionalGeneration")):
-                raise ConfigError(f"{self.folder}: holds {name}, which does not write text; expected a language model")
             cls = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            if not name.endswith(("LMHeadModel", "ForCausalLM", "ForConditionalGeneration")):
+                if writes_text:
+                    raise ConfigError(
+                        f"{self.folder}: holds {name}, which does not write text; expected a language model"
+                    )
+                cls = TASKS[self.task].model_class()
             model = cls.from_pretrained(
                 self.folder, dtype="auto" if dtype == "auto" else torch_dtype(dtype), use_safetensors=True,
                 trust_remote_code=trust, local_files_only=True,

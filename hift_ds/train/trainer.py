@@ -6,6 +6,8 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, TrainingArguments
 
 from hift_ds.data.packing import collator
@@ -44,6 +46,24 @@ class _DecayMatricesOnly:
                 {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
             ]
         return optimizer
+
+
+class _ReadsStreams:
+    """Mixin: of a stream every rank has its own rows already, which accelerate would divide once more."""
+
+    def get_train_dataloader(self) -> Any:
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        args = self.args
+        workers = {"num_workers": args.dataloader_num_workers, "prefetch_factor": args.dataloader_prefetch_factor,
+                   "persistent_workers": args.dataloader_persistent_workers,
+                   "pin_memory": args.dataloader_pin_memory}  # fmt: skip
+        loader = DataLoader(
+            self.train_dataset, batch_size=self._train_batch_size, collate_fn=self.data_collator, **workers
+        )
+        return prepare_data_loader(
+            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )
 
 
 class _RefusesToGoBack:
@@ -92,7 +112,7 @@ def trainer_class(task: Task, *, hift: bool) -> Any:
     """
     parts: list[type] = [LeavesEvaluation, _RefusesToGoBack, _WithoutTelemetry]
     if task.is_language_modelling:
-        parts.append(TokenMeanEvaluation)
+        parts += [TokenMeanEvaluation, _ReadsStreams]
     parts += [_DecayMatricesOnly, _OneGroupAtATime if hift else _AllAtOnce, task.trainer_class()]
     return type(f"{'Group' if hift else 'Full'}{task.trainer.rpartition('.')[2]}", tuple(parts), {})
 
@@ -112,6 +132,10 @@ def build_trainer(checked: CheckedRun, arguments: TrainingArguments, model: Any,
         options["eval_collator"] = collator(tokenizer, packing=False)
     elif data.score is not None and data.eval is not None:
         options["compute_metrics"] = data.score
+    if not (task.is_language_modelling or task.uses_trl):
+        # These models take any keyword, so that the Trainer passes the number of labels of a step and expects a sum
+        # over it; their losses are means all the same. A step's loss would count once for every rank and every pass.
+        model.accepts_loss_kwargs = False
     if hasattr(data.collator, "model"):  # it makes the decoder's input of the labels where the model does not
         data.collator.model = model
     try:

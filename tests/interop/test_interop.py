@@ -149,29 +149,64 @@ def test_ctranslate2(exported, expected, tmp_path):
     assert float((theirs - ours).abs().max()) < WITHIN
 
 
+def write_local_task(folder: Path) -> None:
+    """``local_text`` for lm-eval: the perplexity of ``TEXT``."""
+    (folder / "text.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    (folder / "task.yaml").write_text(
+        json.dumps(
+            {
+                "task": "local_text", "dataset_path": "json", "test_split": "test",
+                "dataset_kwargs": {"data_files": {"test": str(folder / "text.jsonl")}},
+                "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+                "metric_list": [{"metric": "byte_perplexity"}],
+            }
+        )
+    )  # fmt: skip
+
+
 def test_lm_eval_on_a_local_task(exported, expected, tmp_path):
     """Perplexity of a text, by a task file of one's own: the sum of the log-probabilities, and nothing else."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    (tmp_path / "text.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
-    (tmp_path / "task.yaml").write_text(
-        json.dumps(
-            {
-                "task": "local_text", "dataset_path": "json", "test_split": "test",
-                "dataset_kwargs": {"data_files": {"test": str(tmp_path / "text.jsonl")}},
-                "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
-                "metric_list": [{"metric": "byte_perplexity"}],
-            }
-        )
-    )  # fmt: skip
+    write_local_task(tmp_path)
     model = HFLM(pretrained=str(exported), dtype="float32", device="cpu", batch_size=1)
     found = lm_eval.simple_evaluate(
         model=model, tasks=["local_text"], task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False)
     )
-    theirs = math.log(found["results"]["local_text"]["byte_perplexity,none"]) * -len(TEXT.encode())
-    ids, log_probs = expected
+    check_perplexity(found["results"]["local_text"]["byte_perplexity,none"], exported, expected[0])
+
+
+def test_the_eval_verb_on_a_local_task(exported, expected, programs, tmp_path):
+    write_local_task(tmp_path)
+    verb = [
+        "eval",
+        str(exported),
+        "--tasks",
+        "local_text",
+        "--include-path",
+        str(tmp_path),
+        "--dtype",
+        "fp32",
+        "--json",
+    ]
+    job = subprocess.run(
+        [sys.executable, "-m", "hift_ds", *verb], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(programs)},
+    )  # fmt: skip
+    assert job.returncode == 0, job.stderr[-2000:]
+    check_perplexity(json.loads(job.stdout)["local_text"]["byte_perplexity,none"], exported, expected[0])
+    unknown = subprocess.run(
+        [sys.executable, "-m", "hift_ds", "eval", str(exported), "--tasks", "no_such_task"], cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(programs)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert unknown.returncode == 2 and "--tasks: lm-eval has no no_such_task" in unknown.stderr
+
+
+def check_perplexity(byte_perplexity: float, exported: Path, ids: list[int]) -> None:
+    """It is transformers' of the same tokens."""
+    theirs = math.log(byte_perplexity) * -len(TEXT.encode())
     # lm-eval puts the text's first token after the end-of-text token.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 from pathlib import Path
@@ -272,6 +273,7 @@ def test_known_columns_are_not_guessed_about(tmp_path):
     assert read(file) == [{"text": "t", "question": "q", "answer": "a"}]
 
 
+C4 = '{"content": "Once"}\n{"content": "Twice"}'
 INFO = {
     "alpaca_en": {"file_name": "alpaca.json"},
     "renamed": {
@@ -291,8 +293,28 @@ INFO = {
                  "system_tag": "system"},
     },
     "c4": {"file_name": "c4.jsonl", "columns": {"prompt": "content"}, "num_samples": 1},
-    "dpo": {"file_name": "dpo.json", "ranking": True, "formatting": "sharegpt"},
-    "hub": {"hf_hub_url": "owner/name", "subset": "main", "split": "validation"},
+    "dpo": {
+        "file_name": "dpo.jsonl", "ranking": True, "formatting": "sharegpt",
+        "columns": {"messages": "turns", "chosen": "good", "rejected": "bad"},
+        "tags": {"role_tag": "who", "content_tag": "what", "user_tag": "me", "assistant_tag": "you"},
+    },
+    "dpo_alpaca": {
+        "file_name": "dpo_alpaca.jsonl", "ranking": True,
+        "columns": {"prompt": "q", "query": "more", "chosen": "good", "rejected": "bad"},
+    },
+    "kto": {
+        "file_name": "kto.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages", "kto_tag": "mark"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    },
+    "kto_alpaca": {"file_name": "kto_alpaca.jsonl", "columns": {"prompt": "instruction", "response": "output",
+                                                                "kto_tag": "kto_tag"}},
+    "summed": {"file_name": "c4.jsonl", "columns": {"prompt": "content"},
+               "file_sha1": hashlib.sha1(C4.encode()).hexdigest()},
+    "other_file": {"file_name": "c4.jsonl", "columns": {"prompt": "content"}, "file_sha1": "0" * 40},
+    "parts": {"file_name": "parts", "columns": {"prompt": "content"}},
+    "pictures": {"file_name": "c4.jsonl", "columns": {"messages": "messages", "images": "images"}},
+    "elsewhere": {"ms_hub_url": "owner/name"},
+    "hub": {"hf_hub_url": "owner/name", "subset": "main", "split": "validation", "folder": "part"},
     "script": {"script_url": "x"},
     "odd": {"file_name": "c4.jsonl", "formatting": "odd"},
 }  # fmt: skip
@@ -314,7 +336,15 @@ def factory(tmp_path) -> Path:
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi"},
                 {"role": "assistant", "content": "Hello"}]  # fmt: skip
     write(folder / "openai.jsonl", json.dumps({"messages": messages}))
-    write(folder / "c4.jsonl", '{"content": "Once"}\n{"content": "Twice"}')
+    write(folder / "c4.jsonl", C4)
+    write(folder / "parts" / "a.jsonl", C4)
+    write(folder / "parts" / "b.jsonl", C4)
+    said = {"good": {"who": "you", "what": "one"}, "bad": {"who": "you", "what": "two"}}
+    write(folder / "dpo.jsonl", json.dumps({"turns": turns[:1], **said, "system": "not named"}))
+    write(folder / "dpo_alpaca.jsonl", json.dumps({"q": "Sum", "more": "2+2", "good": "4", "bad": "5"}))
+    write(folder / "kto.jsonl", json.dumps({"messages": messages, "mark": False}))
+    write(folder / "kto_alpaca.jsonl", json.dumps({"instruction": "Hi", "input": "not named", "output": "Hello",
+                                                   "kto_tag": True}))  # fmt: skip
     return folder
 
 
@@ -344,7 +374,7 @@ def test_llama_factorys_dataset_info(factory):
     file = factory / "dataset_info.json"
     [source] = parse_sources({"path": str(file), "name": "hub"}, "data.train")
     assert resolve(source).path == "hub:owner/name"
-    assert (resolve(source).subset, resolve(source).split) == ("main", "validation")
+    assert (resolve(source).subset, resolve(source).split, resolve(source).folder) == ("main", "validation", "part")
     check_source(source)
     rows = load_rows(
         parse_sources([{"path": str(file), "name": "c4"}, {"path": str(factory), "name": "alpaca_en"}], "x")
@@ -357,8 +387,12 @@ def test_llama_factorys_dataset_info(factory):
     [
         (None, "lists data sets; say which with name: one of alpaca_en, renamed"),
         ("alpaca", "no data set 'alpaca' in .*; it has alpaca_en"),
-        ("dpo", "'dpo' is preference data"),
-        ("script", "'script' has neither file_name nor hf_hub_url"),
+        ("dpo", "'dpo' is preference data .*, for tasks dpo, kto and reward; this run wants data of questions"),
+        ("kto", "'kto' is of answers with a mark"),
+        ("script", "'script' is read by a script .x., which is not run; give its files"),
+        ("other_file", "c4.jsonl: SHA-1 is [0-9a-f]{40}, but dataset_info.json says file_sha1 0000"),
+        ("pictures", "'pictures' has images, which are not read here"),
+        ("elsewhere", "'elsewhere' has only ms_hub_url, which is not read"),
         ("odd", "formatting 'odd' is not known; expected alpaca, sharegpt or openai"),
     ],
 )
@@ -366,6 +400,35 @@ def test_what_a_dataset_info_does_not_give(factory, name, message):
     with pytest.raises(DataError, match=message) as caught:
         check_source(Source("data.train", str(factory), name=name))
     assert "\n" not in str(caught.value)
+
+
+def test_preferences_of_a_dataset_info(factory):
+    from hift_ds.data.task_rows import to_example
+
+    def example_of(name: str, format: str):
+        [row] = iterate_rows(Source("data.train", str(factory), name=name, format=format))
+        return to_example(json.loads(row["row"]), row["format"], row["origin"])
+
+    def said(*texts: str) -> list[dict[str, str]]:
+        return [{"role": "assistant", "content": text} for text in texts]
+
+    pair = {"prompt": [{"role": "user", "content": "w?"}], "chosen": said("one"), "rejected": said("two")}
+    assert example_of("dpo", "preference") == example_of("dpo", "rated") == pair
+    asked = [{"role": "user", "content": "Sum\n2+2"}]
+    assert example_of("dpo_alpaca", "preference") == {"prompt": asked, "chosen": said("4"), "rejected": said("5")}
+    system, user = {"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}
+    assert example_of("kto", "rated") == {"prompt": [system, user], "completion": said("Hello"), "label": False}
+    assert example_of("kto_alpaca", "rated") == {"prompt": [user], "completion": said("Hello"), "label": True}
+    with pytest.raises(
+        DataError, match="'alpaca_en' is data of questions and answers or texts, .*; this run wants preference data"
+    ):
+        example_of("alpaca_en", "preference")
+    note = guessed(Source("data.train", str(factory), name="dpo", format="preference"))
+    assert "system not read, since dataset_info.json does not name it" in note
+
+
+def test_a_file_of_a_dataset_info_is_what_it_says_and_a_folder_is_all_its_files(factory):
+    assert [len(list(iterate_rows(Source("x", str(factory), name=name)))) for name in ("summed", "parts")] == [2, 4]
 
 
 def test_keys_that_have_no_meaning_for_a_source(tmp_path):

@@ -170,6 +170,7 @@ def test_gradient_norms_have_round_ticks_and_percents_no_exponent(tmp_path):
     assert round_ticks(0.7, 31) == [1, 2, 5, 10, 20]
     assert round_ticks(1e-6, 1e3) == pytest.approx([10.0**e for e in range(-6, 4)][::2])
     assert round_ticks(1.1, 1.4) == [1.1, 1.4]
+    assert round_ticks(3.1, 7.5) == [4, 5, 6, 7]
     assert [percent_text(value) for value in (183.7, 3700.0, 2.71, 0.0312)] == ["180", "3,700", "2.7", "0.031"]
     run = read_run(write(tmp_path / "first"))
     steps = [step for step in run.metrics.steps if step["group"] != 1]

@@ -8,17 +8,21 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, set_seed
 
 import model_zoo
+from hift_ds.cli.main import main
 from hift_ds.data import scores
 from hift_ds.data.task_rows import guess_task_columns, to_example
 from hift_ds.errors import ConfigError, DataError
 from hift_ds.train.finetune import finetune
+from hift_ds.train.head_predictions import ANSWERS
 from hift_ds.train.run_config import load_run_config
 from hift_ds.train.tasks import TASKS
 from tests.helpers.tiny_tokenizers import byte_level
@@ -121,7 +125,7 @@ SLOW = ("dpo_messages", "classification_decoder", "several_labels", "a_number")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in KINDS])
-def test_a_run_trains_evaluates_and_exports(folders, tmp_path, kind):
+def test_a_run_trains_evaluates_exports_and_is_asked(folders, tmp_path, kind, capsys):
     task = TASKS[KINDS[kind][0]]
     if task.uses_trl:
         pytest.importorskip("trl")
@@ -139,6 +143,68 @@ def test_a_run_trains_evaluates_and_exports(folders, tmp_path, kind):
         assert model.config.id2label == {0: "negative", 1: "positive"}
     if kind == "several_labels":
         assert model.config.problem_type == "multi_label_classification" and model.config.num_labels == 3
+    capsys.readouterr()
+    if not task.is_language_modelling:
+        assert main(["eval", str(tmp_path / "run"), "--json", *(["--batch-size", "2"] if kind == "kto" else [])]) == 0
+        found = json.loads(capsys.readouterr().out)
+        for name in ("loss", *task.metrics):
+            if f"eval_{name}" in results:
+                assert found[name] == pytest.approx(results[f"eval_{name}"], abs=2e-5), name
+    if KINDS[kind][0] in ANSWERS:
+        predictions_are_what_evaluation_counts(kind, tmp_path, capsys)
+
+
+def predictions_are_what_evaluation_counts(kind: str, tmp_path: Path, capsys: Any) -> None:
+    """``hift-ds predict`` a row at a time against the trainer's scores of the same rows."""
+    task, data = KINDS[kind][0], str(tmp_path / f"{kind}.jsonl")
+    out = tmp_path / "answers.jsonl"
+    assert main(["predict", str(tmp_path / "run"), "--data", data, "-o", str(out), "--batch-size", "3",
+                 *(["--max-new-tokens", "95"] if task == "seq2seq" else [])]) == 0  # fmt: skip
+    capsys.readouterr()
+    # Whole batches: TRL's scores are means over batches.
+    assert main(["eval", str(tmp_path / "run"), "--data", data, "--json", "--batch-size", "13"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    rows, answers = rows_of(kind), [json.loads(line) for line in out.read_text().splitlines()]
+    assert counted["rows"] == len(answers) == len(rows)
+    said = [row["prediction"] for row in answers]
+    if task == "reward":
+        found = {"accuracy": np.mean([one["chosen"] > one["rejected"] for one in said]),
+                 "margin": np.mean([one["chosen"] - one["rejected"] for one in said])}  # fmt: skip
+    elif task == "qa":
+        found = scores.answer_scores(said, [row["answers"]["text"] for row in rows])
+    elif task == "seq2seq":
+        found = scores.text_scores(said, [row["summary"] for row in rows])
+    elif task == "token_classification":
+        found = scores.tag_scores(said, [row["ner_tags"] for row in rows])
+    elif kind == "a_number":
+        found = scores.regression_scores(np.array(said), np.array([row["label"] for row in rows]))
+    elif kind == "several_labels":
+        sets = [[[name in one for name in "abc"] for one in many] for many in (said, [row["labels"] for row in rows])]
+        found = scores.multi_label_scores(*map(np.array, sets))
+    else:
+        found = {"accuracy": np.mean([one == str(row["label"]) for one, row in zip(said, rows, strict=True)])}
+    for name, value in found.items():
+        assert counted.get(name, value) == pytest.approx(value, abs=1e-4), name
+    assert found.keys() & counted.keys()
+
+
+def test_other_labels_and_missing_columns_are_one_line(folders, tmp_path, capsys):
+    finetune(load_run_config(write(folders, tmp_path, "classification")))
+    other = tmp_path / "other.jsonl"
+    other.write_text(
+        json.dumps({"sentence": "good", "label": "maybe"}) + "\n" + json.dumps({"sentence": "", "label": "x"})
+    )
+    for verb, message in (
+        (["eval"], "knows the labels negative, positive; the data have maybe, x"),
+        (["predict", "-o", str(tmp_path / "out.jsonl")], "other.jsonl, line 2: no 'text'; found columns: text, label"),
+        (["chat"], "holds RobertaForSequenceClassification, which does not write text"),
+    ):
+        capsys.readouterr()
+        assert (
+            main([verb[0], str(tmp_path / "run"), *verb[1:], *(["--data", str(other)] if verb != ["chat"] else [])])
+            == 2
+        )
+        assert message in capsys.readouterr().err
 
 
 def test_an_interrupted_run_with_a_new_head_ends_like_one_that_was_not(folders, tmp_path):
@@ -190,6 +256,22 @@ def test_classification_is_the_plain_trainers(folders, tmp_path):
     finetune(load_run_config(write(folders, tmp_path, "classification", hift=ONE_GROUP, data__val_size=0,
                                    train__eval_steps=None)))  # fmt: skip
     same_weights(tmp_path / "run" / "model", plain_classifier(folders, tmp_path).model)
+
+
+@pytest.mark.parametrize("kind", ["classification", "qa", "seq2seq"])
+def test_accumulated_rows_are_one_batch(folders, tmp_path, kind):
+    """The models' losses are means of a pass, which transformers takes for parts of a sum."""
+    options = {"hift": ONE_GROUP, "data__val_size": 0, "train__eval_steps": None, "train__optimizer": "SGD",
+               "data__shuffle": False}  # fmt: skip
+    weights = []
+    for micro, passes in ((4, 1), (1, 4)):
+        folder = tmp_path / str(passes)
+        folder.mkdir()
+        finetune(load_run_config(write(folders, folder, kind, train__micro_batch_size=micro,
+                                       train__gradient_accumulation_steps=passes, **options)))  # fmt: skip
+        weights.append(load_file(folder / "run" / "model" / "model.safetensors"))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_dpo_is_trls(folders, tmp_path):

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 
 import hift_ds
 import model_zoo
-from hift_ds import HiFTCallback, HiFTTrainer
+from hift_ds import HiFTCallback, HiFTMixin, HiFTTrainer
 from hift_ds.errors import ConfigError, HiFTError
 from hift_ds.integrations import disk_room
 from hift_ds.process_group import as_single_process
@@ -288,6 +288,29 @@ def test_what_the_log_and_its_readers_get(tmp_path, caplog):
     assert "one cycle over the 5 layer groups takes 5 steps and the run has 4" in caplog.text
     assert "27 of 30 trainable parameters updated in 4 steps" in caplog.text or "NEVER UPDATED" in caplog.text
     json.dumps(trainer.state.log_history)
+
+
+@pytest.mark.parametrize("kind", ["HiFTTrainer", "mixin", "callback"])
+def test_loggers_get_what_only_the_engine_knows(tmp_path, kind):
+    """Those that stand before our callback too, as the Trainer's own do."""
+
+    class Logger(TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen.append(dict(logs))
+
+    logger = Logger()
+    classes = {"HiFTTrainer": HiFTTrainer, "mixin": type("Mixed", (HiFTMixin, Trainer), {}), "callback": Trainer}
+    classes[kind](
+        model_zoo.tiny.build("llama"), arguments(tmp_path, max_steps=2), train_dataset=ragged_dataset(12),
+        callbacks=[logger, *([HiFTCallback()] if kind == "callback" else [])],
+    ).train()  # fmt: skip
+    logged = [logs for logs in logger.seen if "loss" in logs]
+    assert [logs["group"] for logs in logged] == [0, 1]
+    for logs in logged:
+        assert logs["step_time_s"] > 0 and logs["peak_memory_gib"] > 0 and {"stalled_s", "cycle"} <= logs.keys()
 
 
 @pytest.mark.parametrize("config", [{"hift": {}}, {"hift": {}, "zero_optimization": None}, "file"])

@@ -6,8 +6,7 @@ block): one rank makes them, one at a time, and sends them to the others.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +22,8 @@ from hift_ds.engine.zero3.shards import (
     shard_of,
 )
 from hift_ds.errors import ConfigError
-from hift_ds.hf.safetensors_folder import SafetensorsFolder, check_weights, note_filled, stream_weights
-from hift_ds.hf.weight_names import plan_load
+from hift_ds.hf.safetensors_folder import SafetensorsFolder, check_weights, head_of, note_filled, stream_weights
+from hift_ds.hf.weight_names import plan_load, zero_init_set_aside
 from hift_ds.layers.arch import whole_shape
 from hift_ds.process_group import (
     as_single_process,
@@ -65,15 +64,70 @@ def load_partitioned(
     """
     if (config.get("zero_optimization") or {}).get("stage") != 3:
         raise ConfigError('load_partitioned: "zero_optimization.stage" must be 3; with 0, 1 or 2 use from_pretrained')
+    return _load(folder, config, dtype, model_class, trust_remote_code, from_config)
+
+
+def load_partitioned_with_head(
+    folder: str | Path,
+    config: dict[str, Any],
+    *,
+    model_class: Any,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    model_options: Mapping[str, Any] | None = None,
+    **from_config: Any,
+) -> tuple[PreTrainedModel, list[str], list[str]]:
+    """As :func:`load_partitioned`, for a task whose head the folder may lack: that one begins as ``from_pretrained``
+    would draw it from the global generators, whole on every rank for a moment.
+
+    Args:
+        model_class: an ``Auto...`` class of transformers.
+        model_options: entries of the model's config, such as ``num_labels``.
+
+    Returns:
+        The model, the names of its new weights, the names of tensors of the folder that it does not use.
+
+    Raises:
+        CheckpointError: damaged files, or a weight below the head that is missing, unexpected or misshapen.
+    """
+    new: dict[str, Tensor] = {}
+    unused: list[str] = []
+    model = _load(folder, config, dtype, model_class, trust_remote_code, from_config, model_options, new, unused)
+    return model, list(new), unused
+
+
+def _load(
+    folder: str | Path,
+    config: dict[str, Any],
+    dtype: torch.dtype | None,
+    model_class: Any,
+    trust_remote_code: bool,
+    from_config: dict[str, Any],
+    model_options: Mapping[str, Any] | None = None,
+    new: dict[str, Tensor] | None = None,
+    unused: list[str] | None = None,
+) -> PreTrainedModel:
+    """
+    Args:
+        new: a head may be; gets the weights of it that the folder lacks.
+        unused: gets the tensors of the folder that have no place.
+    """
     check_weights(folder)
     ensure_process_group()
-    model = _hollow_model(folder, dtype or _dtype_of(config), model_class, trust_remote_code, from_config)
+    model = _hollow_model(
+        folder, dtype or _dtype_of(config), model_class, trust_remote_code, from_config, model_options or {}
+    )
+    if new is not None and unused is not None:
+        names, others = head_of(model, folder)
+        unused += others
+        new |= _on_host(model, names)
+    _initialize(model, new or {})
     with as_single_process():  # DeepSpeed reads LOCAL_RANK
         allocate_shards(model, config)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(accelerator_device())
-    _fill(model, folder)
+    _fill(model, folder, new or {}, unused or ())
     return model.eval()
 
 
@@ -85,56 +139,71 @@ def _dtype_of(config: dict[str, Any]) -> torch.dtype:
 
 
 def _hollow_model(
-    folder: str | Path, dtype: torch.dtype, model_class: Any, trust_remote_code: bool, options: dict[str, Any]
+    folder: str | Path,
+    dtype: torch.dtype,
+    model_class: Any,
+    trust_remote_code: bool,
+    options: dict[str, Any],
+    model_options: Mapping[str, Any],
 ) -> PreTrainedModel:
-    """Parameters on the meta device, buffers with their values."""
+    """Parameters on the meta device, buffers not yet with their values."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
     auto: Any = model_class or AutoModelForCausalLM
     read = getattr(auto, "config_class", None) or AutoConfig
-    model_config = read.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
-    with _zero_init_set_aside(), no_init_weights(), init_empty_weights(include_buffers=False):
+    model_config = read.from_pretrained(
+        str(folder), trust_remote_code=trust_remote_code, local_files_only=True, **model_options
+    )
+    with zero_init_set_aside(), no_init_weights(), init_empty_weights(include_buffers=False):
         if hasattr(auto, "from_config"):
             model = auto.from_config(model_config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
         else:
             model = auto._from_config(model_config, dtype=dtype, **options)
     model.tie_weights()  # after the block, in which every registered parameter becomes one of its own
-    for param in model.parameters():
-        param._is_hf_initialized = True  # what is initialised now are the buffers
-    model.initialize_weights()
     if model.can_generate() and (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
     return model
 
 
-@contextlib.contextmanager
-def _zero_init_set_aside() -> Iterator[None]:
-    """Under a Trainer's ZeRO-3 config transformers would enter ``deepspeed.zero.Init`` by itself."""
-    from transformers.integrations import deepspeed as integration
+def _on_host(model: PreTrainedModel, names: Collection[str]) -> dict[str, Tensor]:
+    """Weights ``names`` of ``model``, which were on the meta device, with memory of their own."""
+    made: dict[str, Tensor] = {}
+    for name in names:
+        path, _, last = name.rpartition(".")
+        module = model.get_submodule(path)
+        made[name] = module._parameters[last] = torch.nn.Parameter(
+            torch.empty_like(module._parameters[last], device="cpu")
+        )
+    return made
 
-    reference = integration._hf_deepspeed_config_weak_ref
-    integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        integration._hf_deepspeed_config_weak_ref = reference
+
+def _initialize(model: PreTrainedModel, new: Mapping[str, Tensor]) -> None:
+    """Buffers, and the weights ``new``, by transformers' own rules."""
+    drawn = {id(weight) for weight in new.values()}
+    for param in model.parameters():
+        param._is_hf_initialized = id(param) not in drawn
+    model.initialize_weights()
 
 
 @torch.no_grad()
-def _fill(model: PreTrainedModel, folder: str | Path) -> None:
+def _fill(model: PreTrainedModel, folder: str | Path, new: Mapping[str, Tensor], unused: Collection[str]) -> None:
     rank, _ = world_rank_and_size()
     files, targets = SafetensorsFolder(folder), model.state_dict(keep_vars=True)
     plain = _plain_sources(model, files)
     filled: dict[int, str] = {}
-    for name, tensor in stream_weights(model, folder, convert=rank == 0):
+    for name, tensor in new.items():
+        mine, here = _part_of_this_rank(targets[name], tensor)
+        here.copy_(mine)
+    for name, tensor in stream_weights(model, folder, convert=rank == 0, new=new, unused=unused):
         target = targets[name]
         if name not in plain:
             tensor = _from_first_rank(tensor, target.dtype)
         mine, here = _part_of_this_rank(target, tensor)
         note_filled(filled, target, name, folder, here, mine)
         here.copy_(mine)
+    plain = {name: source for name, source in plain.items() if name not in new}
     remember_rounded_weights(model, files, plain, targets)
 
 
