@@ -27,14 +27,14 @@ def three_cycles(optimizer: str) -> tuple[dict[str, torch.Tensor], list[tuple[st
     config["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0}
     model = tiny.build("qwen3", seed=1)
     engine = make_engine(model, config)
-    update = engine.optimizer.update
+    update = engine.optimizer.updates.update
 
     def noted(group, shards, *rest):
         for member, shard in zip(group.members, shards, strict=True):
             seen.append((member.name, None if shard is None else shard.detach().float().flatten().clone()))
         return update(group, shards, *rest)
 
-    engine.optimizer.update = noted
+    engine.optimizer.updates.update = noted
     generator = torch.Generator().manual_seed(101)
     for _ in range(CYCLES * len(engine.groups)):
         ids = torch.randint(3, 67, (ROWS, 9), generator=generator)[rank::num_ranks].contiguous()
