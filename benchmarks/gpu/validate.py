@@ -257,7 +257,8 @@ def races(asked: Asked) -> Found:
                               for one, held in (({"residency": "device"}, "none"), (state, delay)))  # fmt: skip
             apart = max(float((a.float() - b.float()).abs().max()) for a, b in zip(alone, weights, strict=True))
             found.rows.append({"residency": "host", "slots": 2, "codec": "fp32", "sliced": False,
-                               "mode": f"step_on {step_on}", "held back": delay, "apart": apart})  # fmt: skip
+                               "mode": f"step_on {step_on}", "held back": delay, "same bits": apart == 0,
+                               "apart": apart})  # fmt: skip
             found.require(apart <= (1e-2 if asked.on_gpu else 0.0), f"step_on {step_on}, {delay} held back: {apart}")
         if asked.on_gpu:
             state = {"residency": "disk", "prefetch": False, "path": folder}
@@ -551,6 +552,13 @@ def memory(asked: Asked) -> Found:
     return found
 
 
+# What is counted for an accelerator and is something else on a CPU.
+OTHER_ON_CPU = {
+    "grouped heads, padded": "its attention with a mask is another kernel, with buffers of its own",
+    "weights on the host": "which is the device there, so that the weights are in what is measured",
+}
+
+
 def _probe_one(found: Found, name: str, setting: Any, group: int) -> dict[str, Any]:
     """A row: within 5 %, but for cuBLAS's workspaces, and never below what was measured."""
     from hift_ds.cli.probe import probe
@@ -560,6 +568,9 @@ def _probe_one(found: Found, name: str, setting: Any, group: int) -> dict[str, A
     error = answer["predicted_gib"] / answer["measured_gib"] - 1
     row = {"setting": name, **answer, "error": error}
     found.rows.append(row)
+    if "reserved_gib" not in answer and name in OTHER_ON_CPU:
+        found.notes.append(f"{name}: not judged on a CPU: {OTHER_ON_CPU[name]}")
+        return row
     found.require(error >= -0.005, f"{name}: the forecast is {-error:.1%} below what was measured")
     assumed = WORKSPACE_BYTES / 2**30 if "reserved_gib" in answer else 0.0
     found.require(
