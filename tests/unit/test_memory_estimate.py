@@ -261,6 +261,7 @@ def test_what_readme_says_a_model_needs_is_what_the_script_counted():
     assert [line.split(" | ")[0].strip("| ") for line in counted.splitlines()[2:]] == list(needs.MODELS)
 
 
+@pytest.mark.slow
 def test_the_script_counts_as_estimate_does(tmp_path, capsys):
     """On a small model: GPU, host memory, and the disk of three checkpoints and the exported weights."""
     sizes = {**SMALL, "max_position_embeddings": 1024, "vocab_size": 64_000, "hidden_size": 512}
