@@ -133,7 +133,7 @@ class HiFTConfig(BaseModel):
     group_size: int | Literal["all", "auto"] = 1
     """m: consecutive layers trained together; k = ceil(n / m) groups, the last one ragged. ``all``: one group, full
     fine-tuning. ``auto``, with ``update: in_backward``: as many as the link to their states hides."""
-    tokens_per_step: int | None = Field(None, ge=1)
+    tokens_per_step: int | None = Field(default=None, ge=1)
     """For ``group_size: auto``: input tokens of an optimizer step on one rank, all micro-batches together. ``null``:
     those of the first forward, times the micro-batches of a step."""
     update: Literal["after_backward", "in_backward"] = "after_backward"

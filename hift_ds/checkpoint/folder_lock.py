@@ -95,18 +95,20 @@ class FolderLock:
 
     def release(self) -> None:
         """By the last of this process that holds it, the lock ends. A second call does nothing."""
-        handle, num = _held.get(self._inode, (None, 0)) if self._inode is not None else (None, 0)
-        if handle is not None and num > 1:
-            _held[self._inode] = handle, num - 1
-        elif handle is not None:
-            if not self._leaves_file and self._is_there(handle):  # while it is ours
-                with contextlib.suppress(OSError):
-                    self._path.unlink()
-                    if self._made:
-                        self._path.parent.rmdir()  # if it is empty
-            del _held[self._inode]
-            os.close(handle)
-        self._inode = None
+        inode, self._inode = self._inode, None
+        if inode is None or inode not in _held:
+            return
+        handle, num = _held[inode]
+        if num > 1:
+            _held[inode] = handle, num - 1
+            return
+        if not self._leaves_file and self._is_there(handle):  # while it is ours
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+                if self._made:
+                    self._path.parent.rmdir()  # if it is empty
+        del _held[inode]
+        os.close(handle)
 
 
 def _inode(status: os.stat_result) -> _Inode:

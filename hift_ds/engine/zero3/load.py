@@ -173,9 +173,8 @@ def _on_host(model: PreTrainedModel, names: Collection[str]) -> dict[str, Tensor
     for name in names:
         path, _, last = name.rpartition(".")
         module = model.get_submodule(path)
-        made[name] = module._parameters[last] = torch.nn.Parameter(
-            torch.empty_like(module._parameters[last], device="cpu")
-        )
+        memory = torch.empty_like(module.get_parameter(last), device="cpu")
+        made[name] = module._parameters[last] = torch.nn.Parameter(memory)
     return made
 
 
@@ -183,7 +182,7 @@ def _initialize(model: PreTrainedModel, new: Mapping[str, Tensor]) -> None:
     """Buffers, and the weights ``new``, by transformers' own rules."""
     drawn = {id(weight) for weight in new.values()}
     for param in model.parameters():
-        param._is_hf_initialized = id(param) not in drawn
+        setattr(param, "_is_hf_initialized", id(param) not in drawn)  # noqa: B010 (transformers' own mark)
     model.initialize_weights()
 
 
