@@ -254,7 +254,7 @@ def test_two_runs_do_not_export_into_one_folder(inputs, tmp_path, capsys):
         assert f"export.dir: {str(target)!r} is in use by another run (process {owner.pid} on " in error
         assert (target / "run.lock").exists() and not list((tmp_path / "run").glob("checkpoint-*"))
         checkpointed = write_run(inputs, tmp_path / "other", train__max_steps=2)
-        assert worker.main([str(checkpointed)]) == 0
+        finetune(load_run_config(checkpointed))
         assert cli_main(["export", str(tmp_path / "other"), str(target)]) == 2
         assert "OUT: " in capsys.readouterr().err
     finally:
