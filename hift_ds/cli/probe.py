@@ -32,7 +32,7 @@ from hift_ds.forecast.setting import (
     with_switch,
 )
 from hift_ds.forecast.steps import GIB, Request, read_structure, run_requests, worst_step
-from hift_ds.store.machine import host_bytes
+from hift_ds.store import machine
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +97,7 @@ def _check_room(result: Result, on_cpu: bool) -> None:
     """States of groups that were not stepped are taken to be as large, parameter for parameter."""
     (step,) = result.steps
     states = step.state_bytes * result.numel // max(step.numel, 1)
-    needed, there = states + (step.peak_bytes if on_cpu else 0), host_bytes().available
+    needed, there = states + (step.peak_bytes if on_cpu else 0), machine.host_bytes().available
     if needed > there:
         raise ConfigError(
             f"--probe: builds the whole model, with {needed / GIB:.1f} GiB of host memory (states {states / GIB:.1f}), "

@@ -15,7 +15,7 @@ from torch import Tensor
 from hift_ds.store.base import StateStore
 from hift_ds.store.machine import THIS_MACHINE, Machine, processes_on_node
 from hift_ds.store.movers import StreamMover, ThreadMover
-from hift_ds.store.page_locked import HUGE_PAGE_BYTES, PageLockedMemory, huge_pages
+from hift_ds.store.page_locked import PageLockedMemory
 from hift_ds.store.parked import ParkedStateStore
 from hift_ds.store.speeds import Link, measure_link
 from hift_ds.store.streams import streams_of
@@ -79,15 +79,6 @@ class HostStateStore(ParkedStateStore):
     def host_bytes(self) -> int:
         return self.total_bytes() + self.held_bytes()
 
-    def _new_memory(self, num_bytes: int) -> Tensor:
-        return self._ordinary(num_bytes) if self.device.type == "cpu" else super()._new_memory(num_bytes)
-
-    def _ordinary(self, num_bytes: int) -> Tensor:
-        """Host memory that is not page-locked, zeros."""
-        if num_bytes > HUGE_PAGE_BYTES and self.machine.host is None:  # a simulation's memory is none
-            return huge_pages(num_bytes)
-        return torch.zeros(num_bytes, dtype=torch.uint8)
-
     def tensors_at_rest(self) -> list[Tensor]:
         return [segment for segments in self._host.values() for segment in segments]
 
@@ -136,7 +127,7 @@ class HostStateStore(ParkedStateStore):
         missing = self.num_bytes(chunk) - sum(segment.numel() for segment in segments)
         if not self.pin_memory:
             if missing or not segments:
-                segments.append(self._ordinary(missing))
+                segments.append(torch.zeros(missing, dtype=torch.uint8))
             return segments
         while missing or not segments:
             taken = self._locked.some(missing)

@@ -284,7 +284,7 @@ def test_a_probe_on_an_accelerator_reads_the_peak_of_the_steps(monkeypatch):
     monkeypatch.setattr(probe, "_step", step)
     monkeypatch.setattr(torch.accelerator.memory, "max_memory_allocated", counters.max_memory_allocated)
     monkeypatch.setattr(torch.accelerator.memory, "reset_peak_memory_stats", counters.reset_peak_memory_stats)
-    assert probe._run(None)["peak_bytes"] == 110
+    assert probe._run(SimpleNamespace(visits=2))["peak_bytes"] == 110
 
 
 def test_nothing_is_expected_before_a_forecast():

@@ -71,7 +71,7 @@ def test_states_are_not_page_locked_beyond_what_is_free(processes, available, lo
     with caplog.at_level(logging.WARNING):
         assert store.start() is store
     assert store.pin_memory is locks and bool(store._locked.num_bytes) is locks
-    assert ("GB are free: they are not page-locked" in caplog.text) is not locks
+    assert ("GiB are free: they are not page-locked" in caplog.text) is not locks
     assert not store.read(0)["master"].any()
     store.close()
     assert not store._host and store._locked.num_bytes == 0  # given back
