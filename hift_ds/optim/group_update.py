@@ -151,6 +151,7 @@ class GroupUpdates:
                 update.state = None
                 self._publish_run(group, run, update.target, step.number)
             del updates, update  # each holds a gradient: not beside the next batch's
+        self._scratch = Scratch()  # nor beside the next backward's activations
         return changed
 
     # -- what is stepped at once --------------------------------------------------------------------------------

@@ -284,7 +284,9 @@ def test_a_probe_on_an_accelerator_reads_the_peak_of_the_steps(monkeypatch):
     monkeypatch.setattr(probe, "_step", step)
     monkeypatch.setattr(torch.accelerator.memory, "max_memory_allocated", counters.max_memory_allocated)
     monkeypatch.setattr(torch.accelerator.memory, "reset_peak_memory_stats", counters.reset_peak_memory_stats)
-    assert probe._run(SimpleNamespace(visits=2))["peak_bytes"] == 110
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(max_memory_reserved=lambda: 120))
+    found = probe._run(Setting("m", {}))
+    assert (found["peak_bytes"], found["reserved_bytes"]) == (110, 120)
 
 
 def test_nothing_is_expected_before_a_forecast():
