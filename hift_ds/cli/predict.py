@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from hift_ds.report.quiet import quiet_libraries
     from hift_ds.train.head_predictions import ANSWERS, predict_with_head
     from hift_ds.train.predict import predict
-    from hift_ds.train.settings import DEFAULT_MAX_LENGTH
+    from hift_ds.train.settings import length_or_default
     from hift_ds.train.trained_model import find_trained, generation_options
 
     for name in ("batch_size", "max_new_tokens"):
@@ -52,11 +52,10 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = trained.load(dtype=args.dtype, device=args.device, writes_text=False)
     if trained.task in ANSWERS:
         generation = generation_options(model, tokenizer, args.temperature) if trained.task == "seq2seq" else {}
-        limit = max_sequence_length(model.config.to_dict()) or DEFAULT_MAX_LENGTH
+        limit, wanted = max_sequence_length(model.config.to_dict()), None if data is None else data.max_length
         answers = predict_with_head(
             model, tokenizer, source, trained.task, batch_size=args.batch_size,
-            max_length=(data.max_length if data is not None else None) or min(DEFAULT_MAX_LENGTH, limit),
-            max_new_tokens=args.max_new_tokens, **generation,
+            max_length=length_or_default(wanted, limit), max_new_tokens=args.max_new_tokens, **generation,
         )  # fmt: skip
     else:
         answers = predict(

@@ -72,29 +72,49 @@ class TokenizeQuestions:
         out: dict[str, list[Any]] = {}
         for text, index in zip(batch["example"], indices, strict=True):
             example = json.loads(text)
-            try:
-                pieces = self.tokenizer(
-                    example["question"].strip(), example["context"], truncation="only_second",
-                    max_length=self.max_length, stride=self.max_length // STRIDE_SHARE,
-                    return_overflowing_tokens=True, return_offsets_mapping=True,
-                )  # fmt: skip
-            except Exception:  # the tokenizer's own words are about numbers that nobody here has given
-                raise DataError(
-                    f"data.max_length: {self.max_length} leaves no room for a context beside the question "
-                    f"{example['question'][:60]!r}; raise it"
-                ) from None
-            for number in range(len(pieces["input_ids"])):
-                offsets = [
-                    list(offset) if part == 1 else [-1, -1]
-                    for offset, part in zip(pieces["offset_mapping"][number], pieces.sequence_ids(number), strict=True)
-                ]
+            for row, offsets in context_pieces(
+                self.tokenizer, example["question"], example["context"], self.max_length
+            ):
                 begin, end = _answer_tokens(offsets, example["texts"][:1], example["starts"][:1])
-                row = {name: pieces[name][number] for name in pieces
-                       if name not in ("offset_mapping", "overflow_to_sample_mapping")}  # fmt: skip
                 row |= {"start_positions": begin, "end_positions": end, "offsets": offsets, "example": index}
                 for name, value in row.items():
                     out.setdefault(name, []).append(value)
         return out
+
+
+def context_pieces(
+    tokenizer: PreTrainedTokenizerBase, question: str, context: str, max_length: int
+) -> list[tuple[dict[str, Any], list[list[int]]]]:
+    """A question with each piece of its context that fits beside it.
+
+    Returns:
+        The tokenizer's columns of each piece, and where its tokens are in the context: (-1, -1) of the question's and
+        of special tokens.
+
+    Raises:
+        DataError: the question alone is too long.
+    """
+    try:
+        pieces = tokenizer(
+            question.strip(), context, truncation="only_second", max_length=max_length,
+            stride=max_length // STRIDE_SHARE, return_overflowing_tokens=True, return_offsets_mapping=True,
+        )  # fmt: skip
+    except Exception:  # the tokenizer's own words are about numbers that nobody here has given
+        raise DataError(
+            f"data.max_length: {max_length} leaves no room for a context beside the question "
+            f"{question[:60]!r}; raise it"
+        ) from None
+    columns = [name for name in pieces if name not in ("offset_mapping", "overflow_to_sample_mapping")]
+    return [
+        (
+            {name: pieces[name][number] for name in columns},
+            [
+                list(offset) if part == 1 else [-1, -1]
+                for offset, part in zip(pieces["offset_mapping"][number], pieces.sequence_ids(number), strict=True)
+            ],
+        )
+        for number in range(len(pieces["input_ids"]))
+    ]
 
 
 def _answer_tokens(offsets: list[list[int]], texts: list[str], starts: list[int]) -> tuple[int, int]:

@@ -343,11 +343,16 @@ def generate_rows(source: Source, stamp: str) -> Iterator[dict[str, str]]:
 
 
 def _stamp(source: Source) -> list[tuple[str, int, int]]:
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(source)]
+
+
+def files_of(source: Source) -> list[Path]:
+    """The files on this machine that a source may be read from, in order; none of a data set on the Hub."""
     if source.path.startswith(HUB):
         return []
-    files = [Path(resolve(source).path).expanduser()]
-    files = sorted(files[0].rglob("*")) if files[0].is_dir() else files
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    path = Path(resolve(source).path).expanduser()
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [file for file in files if file.is_file()]
 
 
 def _raw_rows(source: Source) -> Iterator[tuple[Any, str]]:

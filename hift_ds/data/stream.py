@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -26,7 +25,7 @@ from hift_ds.data.prepare import (
     nothing_to_learn,
     prepare_eval,
 )
-from hift_ds.data.sources import HUB, Source, generate_rows, guessed, resolve, row_features
+from hift_ds.data.sources import HUB, Source, files_of, generate_rows, guessed, resolve, row_features
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -168,6 +167,4 @@ def _sizes(source: Source) -> Iterable[int] | Mapping[str, Any]:
     source = resolve(source)
     if source.path.startswith(HUB):
         return {"hub": source.path, "subset": source.subset, "split": source.split}
-    path = Path(source.path).expanduser()
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [file.stat().st_size for file in files if file.is_file()]
+    return [file.stat().st_size for file in files_of(source)]

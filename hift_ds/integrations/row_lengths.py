@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hift_ds.checkpoint.random_state import random_state, set_random_state
 from hift_ds.errors import ConfigError
 from hift_ds.hf.model_folder import max_sequence_length
 
@@ -112,10 +112,9 @@ def _positions_used(batch: Any, two_sides: bool) -> int:
 @contextlib.contextmanager
 def _generators_kept() -> Iterator[None]:
     """A collator may draw (masked tokens)."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_host = torch.device("cpu")
+    before = random_state(on_host)
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        set_random_state(before, on_host)

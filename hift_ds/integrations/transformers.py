@@ -176,7 +176,7 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         """All ranks gather, one weight at a time; rank 0 writes. The Trainer's checkpoints hold the weights in the
         engine's own file already, which gets a second name; where ``from_pretrained`` would want other tensors they are
         gathered for those too, if DeepSpeed's key says so."""
-        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        tokenizer = saved_by_trainer(self.processing_class, self.data_collator)
         shared = is_checkpoint and not self.args.save_only_model and has_the_form_of_a_checkpoint(self.model)
         self.engine.checkpointer.on_whole = name_beside if shared else None
         if not is_checkpoint or (not shared and self.engine.zero_gather_16bit_weights_on_model_save()):

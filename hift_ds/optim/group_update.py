@@ -69,7 +69,6 @@ class GroupUpdates:
         if states.split is not None:
             weights_on = next(member.param.device for group in states.groups.values() for member in group.members)
             self.beside = HostUpdates(states.piecewise.base, weights_on, on_threads)
-        self._scratch = Scratch()
         self._changed_beside: list[tuple[int, Extras]] = []  # by group, of updates on the host that have ended
 
     def _build_host_step(self, devices: set[torch.device], pin_memory: bool) -> HostStep | None:
@@ -131,14 +130,14 @@ class GroupUpdates:
         states, extras, device = self.states, self.states.extras[group.index], self.states.device_of(chunk)
         step, changed = step.on(device), Extras()
         before = [record.copy() for record in states.records[chunk.id]]
+        scratch = Scratch()  # gone when the chunk is done: not beside the next backward's activations
         for together in self._batches(chunk, shards, device):
             next(ahead, None)
-            if self._converts_in_scratch:
-                self._scratch.begin()
+            scratch.begin()
             updates = [
                 PieceUpdate(
                     target=self._target(group, chunk.pieces[i], run, before[i].master, tensors, device),
-                    grad=self._gradient(group, run, shard, step, device),
+                    grad=self._gradient(group, run, shard, step, device, scratch),
                     param_group=group.members[run.member].param_group,
                     state=before[i].state(tensors, chunk.pieces[i], run),
                 )
@@ -151,7 +150,6 @@ class GroupUpdates:
                 update.state = None
                 self._publish_run(group, run, update.target, step.number)
             del updates, update  # each holds a gradient: not beside the next batch's
-        self._scratch = Scratch()  # nor beside the next backward's activations
         return changed
 
     # -- what is stepped at once --------------------------------------------------------------------------------
@@ -198,14 +196,16 @@ class GroupUpdates:
 
     # -- gradients in -------------------------------------------------------------------------------------------
 
-    def _gradient(self, group: GroupShard, run: Piece, shard: Tensor, step: StepValues, device: torch.device) -> Tensor:
+    def _gradient(
+        self, group: GroupShard, run: Piece, shard: Tensor, step: StepValues, device: torch.device, scratch: Scratch
+    ) -> Tensor:
         """The run's part of a reduced gradient, fp32, on ``device``, multiplied with the step's factor."""
         grad = self.states.parameters.grad(group, run, shard)
         if self.host_step is not None and device.type == "cpu" and grad.device.type != "cpu":
             grad = self.host_step.gradient(grad)
         # A simulation's tensors have a type of their own.
         if self._converts_in_scratch and type(grad) is Tensor and grad.device.type == "cpu":
-            grad = self._scratch.fp32(grad)
+            grad = scratch.fp32(grad)
         grad = grad.to(device, torch.float32)
         if step.factor is not None:
             grad = grad.mul_(step.factor)
@@ -224,8 +224,7 @@ class GroupUpdates:
         on_cpu = self._converts_in_scratch and all(type(s) is Tensor and s.device.type == "cpu" for s in given)
         if not on_cpu or sum(shard.numel() for shard in given) > RUN_NUMEL:
             return shards
-        self._scratch.begin()
-        return [None if shard is None else self._scratch.fp32(shard) for shard in shards]
+        return [None if shard is None else shard.float() for shard in shards]
 
     def _download_ahead(self, group: GroupShard, chunks: Sequence[Chunk], shards: Shards) -> Iterator[None]:
         """Where the host updates: at the n-th step, the gradient of the part after the n-th is on its way down."""
@@ -295,7 +294,6 @@ class GroupUpdates:
 
     def close(self) -> None:
         """No update comes any more. Before the states' memory goes: a thread may still use it."""
-        self._scratch = Scratch()
         if self.beside is not None:
             self.beside.close()
         if self.host_step is not None:

@@ -15,7 +15,7 @@ from hift_ds.data.prepare import prepare_eval
 from hift_ds.errors import ConfigError
 from hift_ds.hf.model_folder import max_sequence_length
 from hift_ds.train.evaluate import sums_per_row
-from hift_ds.train.settings import DEFAULT_MAX_LENGTH
+from hift_ds.train.settings import length_or_default
 from hift_ds.train.tasks import TASKS
 from hift_ds.train.trained_model import TrainedModel
 
@@ -77,8 +77,7 @@ def held_out_loss(
         raise ConfigError(
             f"{trained.folder}: reads and writes apart ({type(model).__name__}); expected a causal language model"
         )
-    limit = max_sequence_length(model.config.to_dict())
-    wanted = data.max_length or (DEFAULT_MAX_LENGTH if limit is None else min(DEFAULT_MAX_LENGTH, limit))
+    wanted = length_or_default(data.max_length, max_sequence_length(model.config.to_dict()))
     rows, _ = prepare_eval(data, tokenizer, wanted, model.get_input_embeddings().num_embeddings)
     # The longest first, so that what does not fit in memory is known at once; the sum has no order.
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))

@@ -166,13 +166,17 @@ def resolve_max_length(run: RunConfig, limit: int | None) -> int:
         ConfigError: ``data.max_length`` is more than that.
     """
     wanted = run.data.max_length
-    if wanted is None:
-        return min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
-    if limit is not None and wanted > limit:
+    if wanted is not None and limit is not None and wanted > limit:
         raise ConfigError(
             f"data.max_length: {wanted} is longer than the {limit} positions that the model in {run.model.path!r} has"
         )
-    return wanted
+    return length_or_default(wanted, limit)
+
+
+def length_or_default(wanted: int | None, limit: int | None) -> int:
+    """Tokens of the longest sample: ``wanted``; for a run that does not say, the default within the model's
+    ``limit``."""
+    return wanted or min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
 
 
 def _hift_block(run: RunConfig, ds: Mapping[str, Any]) -> HiFTConfig | None:

@@ -14,7 +14,7 @@ from hift_ds.data.task_data import Preparation
 from hift_ds.errors import ConfigError, DataError
 from hift_ds.hf.model_folder import max_sequence_length, resolve_model
 from hift_ds.train.passed_arguments import checked_arguments
-from hift_ds.train.settings import DEFAULT_MAX_LENGTH
+from hift_ds.train.settings import length_or_default
 from hift_ds.train.tasks import TASKS, Task
 from hift_ds.train.trained_model import TrainedModel
 
@@ -48,8 +48,7 @@ def evaluate_task(
         DataError: data is missing or malformed.
     """
     task, config = TASKS[trained.task], model.config.to_dict()
-    limit = max_sequence_length(config)
-    max_length = data.max_length or min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+    max_length = length_or_default(data.max_length, max_sequence_length(config))
     prepared = task.prepare(Preparation(data, tokenizer, max_length, config))
     names = prepared.model_options.get("id2label")
     if names is not None and dict(names) != {int(number): name for number, name in model.config.id2label.items()}:
