@@ -80,7 +80,7 @@ class GroupSchedule:
         if self.steps_per_group > 1 or self.num_groups == 1 or turns >= FEW_TURNS:
             return None
         return (
-            f"each of the {self.num_groups} layer groups gets {turns:.1f} turns in {num_steps} steps, which is too "
+            f"each of the {self.num_groups} layer groups is trained in {turns:.1f} of {num_steps} steps, which is too "
             "few to learn as full fine-tuning does; raise group_size or max_steps (docs/group_size.md)"
         )
 

@@ -299,7 +299,7 @@ def _method(counted: Counted) -> str:
     where = "on fake GPU tensors"
     if counted.setting.on_host:
         where = "on fake host tensors, since this torch has no fake devices (2.8 has): up to 1 % off"
-    return f"counted {where}, on the whole model"
+    return f"a real step of the whole model, every allocation counted {where}"
 
 
 EXAMPLES = """examples:
@@ -321,7 +321,7 @@ def run(args: argparse.Namespace) -> int:
     layers = ""
     if setting.engine_config["hift"].get("group_size") == "auto":
         setting, layers = settle_layers(setting, args.accumulation or setting.micro_batches)
-        print(f"group size auto, by assumed speeds: {layers}", file=sys.stderr)
+        print(f"group size auto, with assumed speeds: {layers}", file=sys.stderr)
     figures = estimate(setting)
     if layers:
         figures["group_size_auto"] = layers

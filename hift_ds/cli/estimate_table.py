@@ -9,8 +9,8 @@ if TYPE_CHECKING:
 
 SWITCH_NAMES = {
     "slice_numel": "update in slices",
-    "checkpointing": "checkpointing of blocks",
-    "chunked_loss": "chunked loss",
+    "checkpointing": "recomputed blocks",
+    "chunked_loss": "loss in chunks",
     "offload": "activations offloaded to the host",
     "everything": "all of these together",
 }
@@ -52,7 +52,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _phases(figures: dict[str, Any]) -> Table:
-    table = _table("GiB on the GPU", "peak of", "GiB", "at the highest", "GiB")
+    table = _table("Peak by phase, and what the highest is made of", "phase", "GiB", "memory", "GiB")
     phases, categories = list(figures["phases"].items()), list(figures["categories"].items())
     for row in range(max(len(phases), len(categories))):
         cells = [[name, f"{value:.2f}"] if row < len(part) else ["", ""]
@@ -62,21 +62,21 @@ def _phases(figures: dict[str, Any]) -> Table:
 
 
 def _elsewhere(figures: dict[str, Any]) -> Table:
-    table = _table("Elsewhere, and the work", "what", "amount")
+    table = _table("Host memory, disk and computing", "what", "amount")
     table.add_row("host memory of the node", f"{figures['host_gib']:.1f} GiB")
     table.add_row("  of it page-locked", f"{figures['pinned_gib']:.1f} GiB")
-    table.add_row("states on disk", f"{figures['disk_gib']:.1f} GiB")
+    table.add_row("optimizer states on disk", f"{figures['disk_gib']:.1f} GiB")
     table.add_row("a checkpoint", f"{figures['checkpoint_gib']:.1f} GiB")
-    table.add_row("states moved each way in a step", f"{figures['state_gib_per_step']:.2f} GiB")
+    table.add_row("optimizer states copied in, and out, in a step", f"{figures['state_gib_per_step']:.2f} GiB")
     table.add_row("TFLOP in a micro-batch", f"{figures['flops_per_step'] / 1e12:.1f}")
-    table.add_row("  of full fine-tuning's", f"{figures['flops_ratio_full']:.3f}")
-    table.add_row("  of LoRA's (rank 16, all linear layers)", f"{figures['flops_ratio_lora']:.3f}")
-    table.add_row("full fine-tuning, all states resident", f"{figures['full_fine_tuning_peak_gib']:.2f} GiB")
+    table.add_row("  as a share of full fine-tuning's", f"{figures['flops_ratio_full']:.3f}")
+    table.add_row("  as a share of LoRA's (rank 16, all linear layers)", f"{figures['flops_ratio_lora']:.3f}")
+    table.add_row("full fine-tuning, all states on the GPU: peak", f"{figures['full_fine_tuning_peak_gib']:.2f} GiB")
     return table
 
 
 def _switches(figures: dict[str, Any]) -> Table:
-    table = _table("Switches", "switch", "now", "the other way", "peak then, GiB")
+    table = _table("What saves memory", "option", "now", "if it were", "peak then, GiB")
     for name, peak in figures["switched"].items():
         if name == "everything":
             table.add_row(SWITCH_NAMES[name], "", "on", f"{peak:.2f}")
@@ -91,8 +91,8 @@ def _cards(figures: dict[str, Any]) -> Table:
         "Cards",
         "card",
         "fits",
-        f"batch at {figures['length']}",
-        f"length at {figures['batch']}",
+        f"largest batch at {figures['length']}",
+        f"longest rows at {figures['batch']}",
         "would fit with",
     )
     for row in figures["fits"]:

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder with a config.json (no weights needed), hub name, or size of the zoo",
     )
     parser.add_argument(
-        "--group-size", type=count_or_all, default=1, metavar="M", help='units a group, or "all" (default: 1)'
+        "--group-size", type=count_or_all, default=1, metavar="M", help='blocks in a group, or "all" (default: 1)'
     )
     parser.add_argument("--order", choices=ORDERS, default=ORDERS[0], help=f"default: {ORDERS[0]}")
     parser.add_argument("--seed", type=int, default=0, help="of the random order (default: 0)")

@@ -112,7 +112,10 @@ class MemoryForecast:
             self._engine.optimizer.questions.pop(name, None)
         if num_slots > store.num_slots:
             store.num_slots = num_slots
-            logger.info("states: %d slots in the memory that steps leave", num_slots)
+            logger.info(
+                "optimizer states: %d slots on the device, in memory that steps leave free (hift.state.slots)",
+                num_slots,
+            )
 
     def _highest_peak(self) -> int | None:
         """The highest peak of all groups' steps, in bytes; ``None`` while it is not known."""

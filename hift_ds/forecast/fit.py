@@ -53,9 +53,10 @@ NAMES = {
     "chunked_loss": "loss in chunks",
     "slice_numel": "update in slices",
     "offload": "activations offloaded to the host",
-    "residency": "states on the device",
+    "residency": "optimizer states on the device",
     "streaming": "weights streamed from host memory (ZeRO-3)",
 }
+NOTHING_ON = "nothing traded for memory"
 VERIFIED = 3  # candidates that are counted whole before the leanest is taken
 
 
@@ -105,11 +106,14 @@ class Candidate:
     peak_bytes: int
     seconds: float
 
-    def words(self) -> str:
-        """The choice in words: "micro-batch 4, recomputed blocks (but for the top 3), loss in chunks"."""
+    def words(self, passes: str = "") -> str:
+        """The choice in words: "micro-batch 4 x 2 accumulation steps, recomputed blocks (but for the top 3), loss in
+        chunks", with ``passes`` after the micro-batch.
+        """
         kept = f" (but for the top {self.blocks_kept})" if self.blocks_kept else ""
         names = [NAMES[name] + (kept if name == "checkpointing" else "") for name in self.on]
-        return ", ".join([f"micro-batch {self.setting.batch}", *(names or ["no switch on"])])
+        batch = f"micro-batch {self.setting.batch}" + (f" x {passes}" if passes else "")
+        return ", ".join([batch, *(names or [NOTHING_ON])])
 
 
 @dataclass(frozen=True)

@@ -257,8 +257,8 @@ class ReportCallback(TrainerCallback):
         if groups:
             numel = sum(group.numel for group in groups)
             num_groups = sum(group.index >= 0 for group in groups)
-            line = f"{_count(numel)} parameters in {num_groups} layer groups, {line}"
-            line += f" = {state.max_steps / cycle_steps:.1f} cycles"
+            of_them = f"{num_groups} layer groups, one trained in each step" if num_groups > 1 else "one layer group"
+            line = f"{_count(numel)} parameters in {of_them}; {line} = {state.max_steps / cycle_steps:.1f} cycles"
         self._progress.note(f"{line}; run folder {self.run_dir}")
         if groups:
             schedule = GroupSchedule(num_groups, steps_per_group=cycle_steps // num_groups)

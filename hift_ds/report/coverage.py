@@ -36,7 +36,7 @@ class Coverage:
     def summary(self) -> str:
         """One line: how much was updated, and how evenly."""
         done = len(self.updates) - len(self.never_updated)
-        line = f"{done} of {len(self.updates)} trainable parameters updated in {self.num_steps} steps"
+        line = f"{done} of {len(self.updates)} trainable tensors updated in {self.num_steps} steps"
         counts = [count for count in self.updates.values() if count]
         if counts:
             low, high = min(counts), max(counts)
@@ -54,7 +54,7 @@ class Coverage:
             return None
         groups = list(dict.fromkeys(self.group_of[name] for name in missed if name in self.group_of))
         lines = [
-            f"{len(missed)} OF {len(self.updates)} TRAINABLE PARAMETERS WERE NEVER UPDATED.",
+            f"{len(missed)} OF {len(self.updates)} TRAINABLE TENSORS WERE NEVER UPDATED.",
             f"The run made {self.num_steps} optimizer steps; a cycle over all groups was not completed, "
             "or every step of these groups overflowed.",
             "Train longer (max_steps), raise group_size, or freeze what is not to be trained.",

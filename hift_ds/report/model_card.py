@@ -113,7 +113,7 @@ def settings_table(run: RunSummary) -> list[tuple[str, str]]:
         groups = sum(group.index >= 0 for group in run.groups)
         master = "" if precision == "fp32" else f", fp32 masters: {'yes' if run.hift.get('master_weights') else 'no'}"
         rows.insert(
-            1, ("layer groups", f"{groups} of {run.hift.get('group_size')} units, {run.hift.get('order')}{master}")
+            1, ("layer groups", f"{groups}, group size {run.hift.get('group_size')}, {run.hift.get('order')}{master}")
         )
     return rows
 
@@ -143,7 +143,7 @@ def coverage_line(run: RunSummary) -> str:
         if min(counts) < max(counts)
         else f", {counts[0]} times each"
     )
-    line = f"{len(counts)} of {len(updates)} trainable parameters were updated in {steps} steps{often}."
+    line = f"{len(counts)} of {len(updates)} trainable tensors were updated in {steps} steps{often}."
     return line + (f" Never updated: {len(never)}, such as {never[0]}." if never else "")
 
 

@@ -36,7 +36,7 @@ _PICTURES = {  # name of the file: title, what is seen
     ),
     "transfers": (
         "What steps waited for",
-        "Transfers of optimizer states that computing hides cost nothing; the rest is waited for, and so is what else "
+        "Copying optimizer states while the model computes costs nothing; the rest is waited for, and so is what else "
         "made the computation stand still.",
     ),
 }
@@ -59,7 +59,7 @@ def report_page(run: RunSummary) -> str:
 
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     never = run.coverage.get("never_updated", [])
-    missed = f"{len(never)} trainable parameters were never updated, such as {never[0]}." if never else ""
+    missed = f"{len(never)} trainable tensors were never updated, such as {never[0]}." if never else ""
     pictures = []
     for name, figure in figures(run).items():
         title, caption = _PICTURES[name]
@@ -71,19 +71,29 @@ def report_page(run: RunSummary) -> str:
         run_file=yaml.safe_dump(dict(run.settings), sort_keys=False, allow_unicode=True) if run.settings else "",
         deepspeed=json.dumps(run.deepspeed, indent=1) if run.deepspeed else "",
         versions=versions_line(run) or "recorded when the run has ended",
-        next=next_lines(run) if run.results else "",
+        next=_next_lines(run) if run.results else "",
     )  # fmt: skip
 
 
-def next_lines(run: RunSummary) -> str:
-    """What to type next."""
-    folder = shlex.quote(str(run.folder))
-    task = run.settings.get("task", "sft")
-    verbs = [
-        *(["chat"] if task in ("sft", "text", "dpo", "kto") else []),
-        *(["eval"] if task in ("sft", "text") else []),
+def next_commands(run_dir: Path, task: str, holds_out: bool) -> list[str]:
+    """What to type when a run has ended.
+
+    Args:
+        holds_out: the run has rows to evaluate on.
+    """
+    folder, talks = shlex.quote(str(run_dir)), task in ("sft", "text", "dpo", "kto")
+    return [
+        *([f"hift-ds chat {folder}"] if talks else []),
+        *([f"hift-ds eval {folder}"] if holds_out else []),
+        *([] if talks else [f"hift-ds predict {folder} --data FILE -o OUT.jsonl"]),
     ]
-    return "\n".join([*(f"hift-ds {verb} {folder}" for verb in verbs), f"hift-ds export {folder} OUT --check"])
+
+
+def _next_lines(run: RunSummary) -> str:
+    data = run.settings.get("data", {})
+    holds_out = data.get("eval") is not None or bool(data.get("val_size"))
+    commands = next_commands(run.folder, run.settings.get("task", "sft"), holds_out)
+    return "\n".join([*commands, f"hift-ds export {shlex.quote(str(run.folder))} OUT --check"])
 
 
 def _subtitle(run: RunSummary) -> str:
@@ -111,7 +121,7 @@ def _facts(run: RunSummary) -> list[dict[str, Any]]:
         say("whole cycles", f"{results['cycles']:,}", results["cycles"] < 1)
     if updates := run.coverage.get("updates"):
         never = len(run.coverage["never_updated"])
-        say("of the trainable parameters were updated", f"{1 - never / len(updates):.0%}", never > 0)
+        say("of the trainable tensors were updated", f"{1 - never / len(updates):.0%}", never > 0)
     peaks = [group.peak for group in run.memory if group.peak is not None]
     if peaks:
         say("peak memory, first rank", f"{max(peaks):.2f} GiB")

@@ -18,8 +18,8 @@ _HIDDEN, _STEP, _IN, _OUT = "#dbe4f0", "#1f2933", "#1f5fbf", "#6b8e23"
 _UNDONE = "#8f2d56"
 # By the record's key: name, colour and dashes of a line.
 _LINES = {
-    "state_bytes_in": ("states in", _IN, "-"),
-    "state_bytes_out": ("states out", _OUT, (0, (4, 3))),
+    "state_bytes_in": ("optimizer states in", _IN, "-"),
+    "state_bytes_out": ("optimizer states out", _OUT, (0, (4, 3))),
     "grad_bytes_out": ("gradients to the host", "#e08e0b", "-"),
     "grad_bytes_in": ("gradients back", "#7a5195", (0, (4, 3))),
 }
@@ -69,7 +69,8 @@ def summary(steps: Sequence[StepRecord]) -> str:
     parts = []
     if moved:
         parts.append(
-            f"{moved:,.1f} s of state transfers, {np.nansum(hidden_seconds(steps)) / moved:.0%} of them hidden"
+            f"{moved:,.1f} s of copying optimizer states, {np.nansum(hidden_seconds(steps)) / moved:.0%} of it while "
+            "the model computed"
         )
     waited, shares = share_waited(steps)
     if waited is not None:
@@ -80,7 +81,7 @@ def summary(steps: Sequence[StepRecord]) -> str:
     if tried:
         again = np.nansum(column(steps, "undone_s"))
         parts.append(f"{undone} of {tried} updates on trial made again ({again:.3g} s)")
-    return "; ".join(parts) or "no state transfers"
+    return "; ".join(parts) or "no optimizer states were copied"
 
 
 def hidden_seconds(steps: Sequence[StepRecord]) -> np.ndarray:
@@ -123,7 +124,7 @@ def _draw_seconds(
         floor = floor + seconds
     hidden, undone = np.nan_to_num(means["hidden"]), np.nan_to_num(means["undone_s"])
     if hidden.any():
-        axes.bar(at, hidden, width * 0.9, bottom=floor, color=_HIDDEN, label="transfers, hidden")
+        axes.bar(at, hidden, width * 0.9, bottom=floor, color=_HIDDEN, label="copying while the model computed")
     if undone.any():
         axes.bar(at, undone, width * 0.5, bottom=floor + hidden, color=_UNDONE, label="updates made again, clipped")
     if np.isfinite(means["step_time_s"]).any():

@@ -35,17 +35,17 @@ class StateArithmetic:
 
     def line(self) -> str:
         """The figures as a sentence for the log."""
-        kept = f"states: {_bytes(self.total_bytes)} {self.place}"
+        kept = f"optimizer states: {_bytes(self.total_bytes)} {self.place}"
         if self.link is None:
-            return f"{kept}; nothing moves"
-        when = "beside its computing"
+            return f"{kept}; none is copied in a step"
+        when = "while the model computes"
         if not self.slots:
-            when = "all of it waited for (prefetch: false)"
+            when = "for which the step waits (prefetch: false)"
         elif self.late_bytes:
-            when = f"of which {self.waited_s:.3g} s are waited for (slices without a slot) and the rest is {when}"
+            when = f"for {self.waited_s:.3g} s of which the step waits (slices without a slot), the rest {when}"
         return (
-            f"{kept}; a step moves {_bytes(self.step_bytes)} in at {_bytes(self.link.into)}/s and out at "
-            f"{_bytes(self.link.out)}/s: {self.transfer_s:.3g} s, {when}"
+            f"{kept}; each step copies {_bytes(self.step_bytes)} in ({_bytes(self.link.into)}/s) and out "
+            f"({_bytes(self.link.out)}/s), {self.transfer_s:.3g} s {when}"
         )
 
 

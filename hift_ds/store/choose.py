@@ -86,9 +86,9 @@ def pick_residency(
         StateStoreError: no place has the room.
     """
     wanted = needed * processes
-    tried = [f"states need {_gib(needed)} a process, {processes} on this node"]
+    tried = [f"optimizer states need {_gib(needed)} a process, {processes} on this node"]
     if free_on_device is not None:
-        tried.append(f"{_gib(free_on_device)} free on the device, of which states may take {DEVICE_SHARE:.0%}")
+        tried.append(f"{_gib(free_on_device)} free on the device, of which they may take {DEVICE_SHARE:.0%}")
         if needed <= DEVICE_SHARE * free_on_device:
             return "device", "; ".join(tried)
     tried.append(f"{_gib(host.available)} of host memory available, of which they may take {HOST_SHARE:.0%}")

@@ -270,7 +270,7 @@ class HiddenLayers:
     def line(self) -> str:
         """The choice in one sentence, with the figures."""
         costs = self.costs
-        moves = "states that stay where they are"
+        moves = "optimizer states stay where they are"
         if costs.link is not None:
             moves = (
                 f"{2 * costs.state_bytes * (1 - costs.share) + 2 * costs.weight_bytes * costs.share:.3g} bytes a "
@@ -285,8 +285,8 @@ class HiddenLayers:
         size = "all layers" if self.num_groups == 1 else f"{self.group_size} layers"
         return (
             f"{size} a step ({self.num_groups} group{'s' if self.num_groups > 1 else ''}{host}) at {self.tokens:,.0f} "
-            f"tokens: {moves}, {costs.flops_s / 1e12:.3g} TFLOP/s; a step computes {self.computing_s:.3g} s and waits "
-            f"{self.waiting_s:.3g} s for transfers{further}"
+            f"tokens: {moves}, {costs.flops_s / 1e12:.3g} TFLOP/s; a step computes for {self.computing_s:.3g} s and "
+            f"waits {self.waiting_s:.3g} s for optimizer states{further}"
         )
 
 

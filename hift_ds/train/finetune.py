@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import pickle
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -55,7 +54,7 @@ from hift_ds.report.coverage import kept_step
 from hift_ds.report.groups import record_movement
 from hift_ds.report.model_card import write_model_card
 from hift_ds.report.page import FILE_NAME as REPORT_FILE
-from hift_ds.report.page import write_report
+from hift_ds.report.page import next_commands, write_report
 from hift_ds.report.plots import plot_run
 from hift_ds.report.progress import print_line
 from hift_ds.report.run_summary import RESULTS_FILE, versions
@@ -198,15 +197,9 @@ def closing_lines(run: RunConfig, results: Mapping[str, Any]) -> list[str]:
                 digits = 2 if name == "perplexity" else 4
                 told.append(f"{name} {results[f'{key}_before']:,.{digits}f} -> {results[key]:,.{digits}f}")
         lines.append(", ".join(told))
-    folder = shlex.quote(str(run.output_dir))
-    lines.append(f"report: {run.output_dir / REPORT_FILE}")
-    then = [f"hift-ds chat {folder}"] if task.auto_class == "AutoModelForCausalLM" else []
-    if run.data.eval is not None or run.data.val_size:
-        then.append(f"hift-ds eval {folder}")
-    if task.auto_class != "AutoModelForCausalLM":
-        then.append(f"hift-ds predict {folder} --data FILE -o OUT.jsonl")
-    lines.append(f"next: {'    '.join(then)}")
-    return lines
+    holds_out = run.data.eval is not None or bool(run.data.val_size)
+    then = next_commands(run.output_dir, run.task, holds_out)
+    return [*lines, f"report: {run.output_dir / REPORT_FILE}", f"next: {'    '.join(then)}"]
 
 
 # -- before any weight is read -------------------------------------------------------------------------------
@@ -279,10 +272,9 @@ def _introduce(checked: CheckedRun, arguments: TrainingArguments, say: Callable[
     say(f"hift_ds {__version__}, {processes} on {device}")
     say(f"{model.path}: {model.numel:,} weights in {model.dtype}, trained in {checked.dtype}")
     is_open = checked.run.fit is not None and not gives_passes(checked.settings)  # said when it is chosen
-    parts = (
-        "" if is_open else f": {batch.micro_batch_size} x {batch.gradient_accumulation_steps} accumulated x {processes}"
-    )
-    say(f"{batch.global_batch_size} rows a step{parts}, up to {checked.max_length:,} tokens each")
+    passes = f"micro-batch {batch.micro_batch_size} x {batch.gradient_accumulation_steps} accumulation steps"
+    parts = "" if is_open else f": {passes} x {processes}"
+    say(f"{batch.global_batch_size} rows in an optimizer step{parts}, up to {checked.max_length:,} tokens each")
 
 
 def _choose(checked: CheckedRun, data: PreparedData, checkpoints: list[Path]) -> Chosen:
@@ -511,7 +503,7 @@ def _rehearse(trainer: Any, checkpoints: list[Path], say: Callable[[str], None])
         turns = [group.name for group in engine.groups]
         shown = ", ".join(turns[:3]) + (f", ... {turns[-1]}" if len(turns) > 3 else "")
         cycles = state.max_steps / engine.schedule.steps_per_cycle
-        say(f"{len(turns)} layer groups, bottom to top: {shown}; {cycles:.1f} cycles")
+        say(f"{len(turns)} layer groups, bottom to top: {shown}; {cycles:.1f} cycles over all of them")
         if warning := engine.schedule.too_few_turns(state.max_steps):
             say(f"WARNING: {warning}")
     left = state.max_steps - state.global_step

@@ -159,7 +159,7 @@ def _fitted(facts: Facts, model: ModelSizes, card: Card | None) -> Chosen:
     if card is None:
         leanest, on = forecast.leanest_setting(setting, free)
         keys = _keys(settings, leanest if gives_passes(settings) else replace(leanest, batch=1), on)
-        return Chosen(keys, ("fit: no card to fit (--card 24 names one): everything that saves memory is on",))
+        return Chosen(keys, ("fit: no GPU here and none named (--card 24): everything that saves memory is on",))
     batches = (settings.batch.micro_batch_size,)
     if not gives_passes(settings):
         tokens = CPU_TOKENS if card.is_host else forecast.MOST_TOKENS
@@ -171,12 +171,12 @@ def _fitted(facts: Facts, model: ModelSizes, card: Card | None) -> Chosen:
     bound = forecast.upper_bound_bytes(text, model.numel, group, largest, holds_scores=scores)
     if bound is not None and bound <= SURE * usable:
         keys = _keys(settings, largest, ())
-        what = f"micro-batch {batches[-1]} x {rows // batches[-1]} accumulated, no switch on"
+        what = f"micro-batch {batches[-1]} x {rows // batches[-1]} accumulation steps, {forecast.NOTHING_ON}"
         if "residency" in free and bound + forecast.STATE_BYTES * model.numel // settings.world_size <= SURE * usable:
             bound += forecast.STATE_BYTES * model.numel // settings.world_size
             keys["hift.state.residency"] = "device"
             what += f", {forecast.NAMES['residency']}"
-        line = f"fit: {card.words}; at most {gib(bound)} needed: {what}"
+        line = f"fit: {card.words}, at most {gib(bound)} needed: {what}"
         return Chosen(keys, (line, *_host_lines(settings, model, card)), {"bound_gib": bound / GIB})
     if card.is_host and bound is None:
         return Chosen({}, (f"fit: {card.words}; the model's config does not name its sizes: nothing was chosen",))
@@ -191,16 +191,16 @@ def _fitted(facts: Facts, model: ModelSizes, card: Card | None) -> Chosen:
 def _answer(settings: Settings, model: ModelSizes, card: Card, fit: forecast.Fit, rows: int, usable: int) -> Chosen:
     one = fit.chosen
     keys = _keys(settings, one.setting, one.on)
-    passes = f"{rows // one.setting.batch} accumulated"
-    line = f"fit: {card.words}; {one.words()}, {passes}: {gib(one.peak_bytes)} forecast"
+    passes = f"{rows // one.setting.batch} accumulation steps"
+    line = f"fit: {card.words}: {one.words(passes)}; peak forecast {gib(one.peak_bytes)}"
     if not fit.fits:
         why = f"nothing that is left open fits {gib(usable)}: shorter rows (data.max_length), smaller groups, more GPUs"
         if len({other.setting.batch for other in fit.compared}) == 1 and one.setting.batch > 1:
             why += "; or leave train.micro_batch_size out"
     elif fit.fastest.setting != one.setting:
-        why = f"faster by the model of its time, but too large: {fit.fastest.words()}, {gib(fit.fastest.peak_bytes)}"
+        why = f"probably faster, but too large: {fit.fastest.words()}; peak forecast {gib(fit.fastest.peak_bytes)}"
     else:
-        why = "nothing faster is left out for want of memory"
+        why = "no faster setting was left out for want of memory"
     compared = [
         {"on": list(other.on), "micro_batch_size": other.setting.batch, "blocks_kept": other.blocks_kept,
          "forecast_gib": round(other.peak_bytes / GIB, 3), "modelled_step_s": other.seconds}
@@ -242,7 +242,7 @@ def _host_lines(settings: Settings, model: ModelSizes, card: Card) -> tuple[str,
     if needed <= HOST_SHARE * free:
         return ()
     return (
-        f"fit: masters and optimizer states take {gib(needed)} of host memory, of which {gib(free)} are free: "
+        f"fit: fp32 masters and optimizer states take {gib(needed)} of host memory, of which {gib(free)} are free: "
         "hift.state.residency=disk hift.state.path=FOLDER keeps them on a local disk, hift.state.codec makes them "
         "smaller",
     )

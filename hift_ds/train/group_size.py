@@ -108,13 +108,13 @@ class Choice:
     def line(self) -> str:
         """For the terminal."""
         turns = self.num_steps / self.num_groups
-        text = f"group size {self.group_size}: {self.num_groups} layer groups, {turns:.1f} turns each"
-        text += f" in {self.num_steps} steps"
+        text = f"group size {self.group_size}: {self.num_groups} layer groups, each trained in {turns:.1f} of "
+        text += f"{self.num_steps} steps"
         if self.update == "in_backward":
-            text += ", updated in backward, since their gradients and states would not fit at once"
+            text += ", updated in backward, since gradients and optimizer states of a whole group would not fit at once"
         if turns >= ENOUGH_TURNS:
             return text
-        why = {"": "", "memory": "larger groups would not fit; ", "link": "larger groups would wait for their states; "}
+        why = {"": "", "memory": "larger groups would not fit; ", "link": "larger groups would wait for transfers; "}
         return f"{text} ({why[self.limit]}a longer run learns more; docs/group_size.md)"
 
 

@@ -341,7 +341,7 @@ def test_what_events_keep(tmp_path, caplog, monkeypatch):
     options = llama_options(max_steps=3, eval_strategy="no", save_strategy="no")
     with caplog.at_level("INFO", "hift_ds"):
         trainer = trained(tmp_path, Trainer, model_zoo.tiny.build("llama"), "callback", **copy.deepcopy(options))
-    assert "3 steps" in caplog.text and "11 OF 30 TRAINABLE PARAMETERS WERE NEVER UPDATED" in caplog.text
+    assert "3 steps" in caplog.text and "11 OF 30 TRAINABLE TENSORS WERE NEVER UPDATED" in caplog.text
     lines = [entry for entry in trainer.state.log_history if "loss" in entry]
     for step, entry in enumerate(lines):
         assert entry["group"] == step and entry["cycle"] == 0 and entry["learning_rate"] > 0

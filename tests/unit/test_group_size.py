@@ -112,4 +112,4 @@ def test_the_length_of_a_run_comes_from_its_data_or_is_not_known():
     model = ModelSizes(model_zoo.config("smollm2_135m"))
     assert "not known" in choose_groups(settings_of(), "fp32", 512, None, model, None)[1][0]
     keys, (line,) = choose_groups(settings_of(epochs=2.0, global_batch_size=16), "fp32", 512, 512, model, None)
-    assert keys == {"hift.group_size": 8} and "16.0 turns each in 64 steps" in line
+    assert keys == {"hift.group_size": 8} and "each trained in 16.0 of 64 steps" in line

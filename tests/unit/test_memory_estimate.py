@@ -180,7 +180,8 @@ def test_a_run_file_is_counted_with_what_train_would_choose(folder, tmp_path):
 
     setting, chosen = asked("--card", "24")
     assert setting.batch == 8 and chosen.keys["train.micro_batch_size"] == 8
-    assert "group size 1: 5 layer groups, 9.6 turns each in 48 steps" in chosen.lines[0]  # 96 rows, 12 steps an epoch
+    # 96 rows, 12 steps an epoch.
+    assert "group size 1: 5 layer groups, each trained in 9.6 of 48 steps" in chosen.lines[0]
     assert not any(is_on(setting, switch) for switch in SWITCHES)
     lean, chosen = asked()
     assert lean.batch == 1 and all(is_on(lean, switch) for switch in SWITCHES) and "no card" in chosen.lines[-1]

@@ -104,7 +104,7 @@ GROUPS = [
 def test_full_coverage_says_so_and_does_not_shout(tmp_path):
     coverage = make_coverage({"e": 3, "a": 2, "b": 2}, 5, GROUPS)
     assert coverage.warning() is None
-    assert coverage.summary() == "3 of 3 trainable parameters updated in 5 steps, 2 to 3 times each"
+    assert coverage.summary() == "3 of 3 trainable tensors updated in 5 steps, 2 to 3 times each"
     content = json.loads(write_coverage(tmp_path / "run", coverage).read_text())
     assert content["updates"] == {"e": 3, "a": 2, "b": 2} and content["never_updated"] == []
 
@@ -112,7 +112,7 @@ def test_full_coverage_says_so_and_does_not_shout(tmp_path):
 def test_a_parameter_never_updated_is_named_loudly_with_its_group(tmp_path):
     coverage = make_coverage({"e": 1, "a": 0, "b": 0}, 1, GROUPS)
     warning = coverage.warning(max_names=1)
-    assert warning.startswith("2 OF 3 TRAINABLE PARAMETERS WERE NEVER UPDATED")
+    assert warning.startswith("2 OF 3 TRAINABLE TENSORS WERE NEVER UPDATED")
     assert "Groups: layers.0" in warning and "\n  a\n" in warning and "1 more" in warning
     assert json.loads(write_coverage(tmp_path, coverage).read_text())["never_updated"] == ["a", "b"]
 
@@ -382,7 +382,7 @@ def test_a_run_leaves_everything_behind(tmp_path, capsys):
     assert json.loads((tmp_path / "coverage.json").read_text())["updates"] == trainer.engine.coverage()
     assert (tmp_path / "loss.png").is_file() and (tmp_path / "groups.png").is_file()
     assert progress.started == (7, 0, 5) and [r["step"] for r in progress.records] == list(range(1, 8))
-    assert "5 layer groups, 7 steps = 1.4 cycles" in progress.notes[0]
+    assert "5 layer groups, one trained in each step; 7 steps = 1.4 cycles" in progress.notes[0]
     assert not any("NEVER" in note for note in progress.notes)
     assert "'loss'" not in capsys.readouterr().out, "Trainer's own printing must be gone"
 
@@ -404,7 +404,7 @@ def test_a_run_that_ends_with_its_best_weights(tmp_path):
     assert best < 9
     loss = trainer.state.best_metric
     assert any(f"best: loss {loss:.4f} at step {best}, whose weights are kept" in note for note in progress.notes)
-    assert any(f"trainable parameters updated in {best} steps" in note for note in progress.notes)
+    assert any(f"trainable tensors updated in {best} steps" in note for note in progress.notes)
     assert json.loads((tmp_path / "coverage.json").read_text())["num_steps"] == best
     assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-6)
     assert [r["step"] for r in read_metrics(tmp_path).evals] == [3, 6, 9]
@@ -415,7 +415,7 @@ def test_a_run_too_short_for_its_groups_says_so_before_and_after(tmp_path):
     trainer, progress = hift_trainer(tmp_path, max_steps=3)
     trainer.train()
     assert any("takes 5 steps and the run has 3" in note for note in progress.notes[:2])
-    assert any("TRAINABLE PARAMETERS WERE NEVER UPDATED" in note for note in progress.notes)
+    assert any("TRAINABLE TENSORS WERE NEVER UPDATED" in note for note in progress.notes)
     assert json.loads((tmp_path / "coverage.json").read_text())["never_updated"]
 
 

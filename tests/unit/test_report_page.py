@@ -99,7 +99,7 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path, capsys):
     for expected in (
         "first", "<b>base</b> on data.jsonl, HiFT; finished at step 40", "3.500 → 2.700 held-out loss",
         "75% of the trainable",
-        "1 trainable parameters were never updated, such as layers.0.weight",
+        "1 trainable tensors were never updated, such as layers.0.weight",
         "8.00 GiB peak memory", "0.5% of the time steps waited",
         "500 tokens a second", "2.9000 (best, kept)", "norm+lm_head 1,000 10 300 8.00 8.50", "torch 9.9",
         f"hift-ds chat {folder}",

@@ -28,13 +28,14 @@ WAITS = {"states_in": 0.2, "states_out": 0.05, "reduction": 0.5, "between_steps"
 
 def test_the_sentence():
     """All that steps waited for is in the one number; without causes, as files of old are, those for states."""
-    states = "10.0 s of state transfers, 75% of them hidden; steps waited "
+    states = "10.0 s of copying optimizer states, 75% of it while the model computed; steps waited "
     assert summary(records(10)) == states + "12.5% of their time: 12.5% for states to arrive"
     assert summary(records(10, waits_s=WAITS)) == (
         states + "42.6% of their time: 25.0% for gradients and weights between ranks, 10.0% for states to arrive"
     )
     assert summary(records(3, transfer_s=0.0, stalled_s=0.0)) == "steps waited 0.0% of their time"
-    assert summary([{"step": 1, "transfer_s": 2.0}]) == "2.0 s of state transfers, 100% of them hidden"
+    hidden = "2.0 s of copying optimizer states, 100% of it while the model computed"
+    assert summary([{"step": 1, "transfer_s": 2.0}]) == hidden
 
 
 def test_the_number_is_the_same_everywhere(tmp_path):

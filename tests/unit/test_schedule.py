@@ -78,7 +78,7 @@ def test_differences_name_what_changed():
 
 def test_too_few_turns():
     assert "takes 8 steps and the run has 7: some groups will not be trained" in GroupSchedule(8).too_few_turns(7)
-    assert "each of the 8 layer groups gets 3.9 turns in 31 steps" in GroupSchedule(8).too_few_turns(31)
+    assert "each of the 8 layer groups is trained in 3.9 of 31 steps" in GroupSchedule(8).too_few_turns(31)
     assert GroupSchedule(8).too_few_turns(32) is None
     assert GroupSchedule(1).too_few_turns(1) is None  # full fine-tuning
     assert GroupSchedule(8, steps_per_group=50).too_few_turns(400) is None  # turns of many steps are a plan

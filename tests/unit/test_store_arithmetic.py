@@ -19,17 +19,17 @@ def test_what_a_step_moves_and_how_long_that_takes():
     assert LLAMA.transfer_s == pytest.approx(2 * 2.43 / 25)
     assert dataclasses.replace(LLAMA, slots=2).transfer_s == pytest.approx(2.43 / 25)
     line = LLAMA.line()
-    assert "75.3 GiB in host memory; a step moves 2.26 GiB in at 23.3 GiB/s and out at 23.3 GiB/s: 0.194 s" in line
-    assert "beside its computing" in line
-    assert "all of it waited for" in dataclasses.replace(LLAMA, slots=0).line()
-    assert "nothing moves" in dataclasses.replace(LLAMA, link=None).line()
+    assert "75.3 GiB in host memory; each step copies 2.26 GiB in (23.3 GiB/s) and out (23.3 GiB/s), 0.194 s" in line
+    assert "while the model computes" in line
+    assert "for which the step waits" in dataclasses.replace(LLAMA, slots=0).line()
+    assert "none is copied" in dataclasses.replace(LLAMA, link=None).line()
 
 
 def test_what_no_computing_hides_is_said():
     """Of 12 slices of 2^24 parameters two have a slot: the other ten come during the update."""
     sliced = dataclasses.replace(LLAMA, slots=2, step_bytes=12 * 2e8, late_bytes=10 * 2e8)
     assert sliced.waited_s == pytest.approx(10 * 2e8 / 25e9)
-    assert ": 0.096 s, of which 0.08 s are waited for (slices without a slot)" in sliced.line()
+    assert ", 0.096 s for 0.08 s of which the step waits (slices without a slot)" in sliced.line()
     assert LLAMA.waited_s == 0 and dataclasses.replace(LLAMA, slots=0).waited_s == LLAMA.transfer_s
 
 
@@ -56,8 +56,8 @@ def test_one_line_at_the_start_if_anybody_reads_it(caplog, tmp_path):
     caplog.set_level(logging.INFO, logger="hift_ds.engine.engine")
     state = {"residency": "disk", "path": str(tmp_path)}
     engine = make_engine(Toy(), ds_config(hift={"state": state}, bf16={"enabled": True}))
-    (line,) = [message for message in caplog.messages if message.startswith("states: ")]
-    assert re.search(r"on disk \((direct|buffered) I/O\); a step moves .* s, beside its computing", line)
+    (line,) = [message for message in caplog.messages if message.startswith("optimizer states: ")]
+    assert re.search(r"on disk \((direct|buffered) I/O\); each step copies .* s while the model computes", line)
     states = engine.optimizer.states
     assert engine.optimizer.arithmetic().step_bytes == states.store.total_bytes() / len(engine.groups)
     engine.destroy()
@@ -66,5 +66,5 @@ def test_one_line_at_the_start_if_anybody_reads_it(caplog, tmp_path):
     engine = make_engine(Toy(), ds_config())
     states = engine.optimizer.states
     assert not caplog.messages and "link" not in vars(states.store)  # nothing was measured
-    assert "nothing moves" not in engine.optimizer.arithmetic().line()
+    assert "none is copied" not in engine.optimizer.arithmetic().line()
     engine.destroy()

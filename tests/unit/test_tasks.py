@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, set_seed
 
 import model_zoo
+from hift_ds import HiFTTrainer
 from hift_ds.cli.main import main
 from hift_ds.data import scores
 from hift_ds.data.task_rows import guess_task_columns, to_example
@@ -239,8 +240,14 @@ def same_weights(ours: Path, model: Any) -> None:
         torch.testing.assert_close(theirs[name], value, atol=2e-6, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def plain_classifier(folders: Path, tmp_path: Path, **arguments: Any) -> transformers.Trainer:
-    """The rows of the classification task by transformers alone."""
+def plain_classifier(
+    folders: Path, tmp_path: Path, cls: Any = transformers.Trainer, takes_counts: bool | None = None, **arguments: Any
+) -> transformers.Trainer:
+    """The rows of the classification task by transformers alone.
+
+    Args:
+        takes_counts: the model's ``accepts_loss_kwargs``; None: not set.
+    """
     from datasets import Dataset
 
     tokenizer = AutoTokenizer.from_pretrained(folders / "roberta")
@@ -249,7 +256,9 @@ def plain_classifier(folders: Path, tmp_path: Path, **arguments: Any) -> transfo
     ])  # fmt: skip
     set_seed(42)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folders / "roberta", num_labels=2)
-    return plain(tmp_path, transformers.Trainer, transformers.TrainingArguments, model, rows, tokenizer, **arguments)
+    if takes_counts is not None:
+        model.accepts_loss_kwargs = takes_counts
+    return plain(tmp_path, cls, transformers.TrainingArguments, model, rows, tokenizer, **arguments)
 
 
 def test_classification_is_the_plain_trainers(folders, tmp_path):
@@ -272,6 +281,18 @@ def test_accumulated_rows_are_one_batch(folders, tmp_path, kind):
         weights.append(load_file(folder / "run" / "model" / "model.safetensors"))
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_trainer_counts_the_loss_of_a_head_for_every_pass_unless_told(folders, tmp_path):
+    """As docs/trainer.md says: transformers' and ours alike, and what to do about it."""
+
+    def first_loss(**options: Any) -> float:
+        trainer = plain_classifier(folders, tmp_path, gradient_accumulation_steps=4, **options)
+        return trainer.state.log_history[0]["loss"]
+
+    ours = {"cls": HiFTTrainer, "deepspeed": {"hift": {}}}
+    mean = first_loss(takes_counts=False, **ours)
+    assert first_loss(**ours) == pytest.approx(4 * mean) and first_loss() == pytest.approx(4 * mean)
 
 
 def test_dpo_is_trls(folders, tmp_path):

@@ -286,7 +286,7 @@ def test_what_the_log_and_its_readers_get(tmp_path, caplog):
         assert entry["step_time_s"] > 0 and entry["peak_memory_gib"] > 0 and entry["stalled_s"] >= 0
     assert [entry["group"] for entry in logged] == [1, 3]
     assert "one cycle over the 5 layer groups takes 5 steps and the run has 4" in caplog.text
-    assert "27 of 30 trainable parameters updated in 4 steps" in caplog.text or "NEVER UPDATED" in caplog.text
+    assert "27 of 30 trainable tensors updated in 4 steps" in caplog.text or "NEVER UPDATED" in caplog.text
     json.dumps(trainer.state.log_history)
 
 
