@@ -56,7 +56,7 @@ NAMES = {
     "residency": "optimizer states on the device",
     "streaming": "weights streamed from host memory (ZeRO-3)",
 }
-NOTHING_ON = "nothing traded for memory"
+NOTHING_ON = "no memory-saving option"
 VERIFIED = 3  # candidates that are counted whole before the leanest is taken
 
 
@@ -106,13 +106,13 @@ class Candidate:
     peak_bytes: int
     seconds: float
 
-    def words(self, passes: str = "") -> str:
+    def words(self, rows: int | None = None) -> str:
         """The choice in words: "micro-batch 4 x 2 accumulation steps, recomputed blocks (but for the top 3), loss in
-        chunks", with ``passes`` after the micro-batch.
+        chunks"; accumulation where the ``rows`` of a step are given.
         """
         kept = f" (but for the top {self.blocks_kept})" if self.blocks_kept else ""
         names = [NAMES[name] + (kept if name == "checkpointing" else "") for name in self.on]
-        batch = f"micro-batch {self.setting.batch}" + (f" x {passes}" if passes else "")
+        batch = f"micro-batch {self.setting.batch}" + (f" x {accumulation(rows // self.setting.batch)}" if rows else "")
         return ", ".join([batch, *(names or [NOTHING_ON])])
 
 
@@ -382,6 +382,11 @@ def upper_bound_bytes(
     if holds_scores:
         block += setting.batch * heads * setting.length**2 * (2 * itemsize + 4)
     return weights + layers * block + tokens * vocabulary * (itemsize + 16)
+
+
+def accumulation(passes: int) -> str:
+    """For a line: "1 accumulation step"."""
+    return f"{passes} accumulation step{'s' if passes > 1 else ''}"
 
 
 def gib(num_bytes: float) -> str:

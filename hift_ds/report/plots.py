@@ -303,7 +303,7 @@ def _draw_raster(figure: Figure, axes: Axes, steps: list[StepRecord], rows: list
     ticks = round_ticks(norm.vmin, norm.vmax)
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.minorticks_off()
-    bar.set_label("gradient norm of the group's step (grey: not its turn)")
+    bar.set_label("gradient norm of the group's step (blank: another group's turn)")
     bar.outline.set_visible(False)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -348,7 +348,7 @@ def _name_rows(axes: Axes, rows: list[tuple[int, GroupSummary | None]], steps: l
 
 
 def _draw_bars(axes: Axes, moved: list[float | None], had_turns: list[bool]) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     percent = [100 * value if value is not None else 0.0 for value in moved]
     axes.barh(range(len(percent)), percent, height=0.72, color=_BAR)
@@ -358,7 +358,8 @@ def _draw_bars(axes: Axes, moved: list[float | None], had_turns: list[bool]) -> 
             label = f" {percent_text(value)}" if value else (" 0" if moved[row] is not None else " ?")
             label = label if value or had_turns[row] else " never trained"
             axes.text(value, row, label, va="center", fontsize=8, color=_INK if value else _SKIPPED)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=4))  # the panel is narrow
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=3))  # the panel is narrow
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("% of the group's weight norm")
     axes.set_title("how far it moved", fontsize=11)
     axes.tick_params(axis="y", which="both", length=0, labelleft=False)

@@ -35,6 +35,7 @@ from hift_ds.data.tokenizers import add_tokens, load_tokenizer
 from hift_ds.dtypes import torch_dtype
 from hift_ds.engine.zero3.load import load_partitioned, load_partitioned_with_head, remember_rounded_weights
 from hift_ds.errors import CheckpointError, ConfigError
+from hift_ds.forecast.fit import accumulation
 from hift_ds.hf.export import check_files_can_be_written, export_model
 from hift_ds.hf.model_structure import build_on_meta, quiet_hugging_face, read_task_config, turn_cache_off
 from hift_ds.hf.safetensors_folder import (
@@ -272,7 +273,7 @@ def _introduce(checked: CheckedRun, arguments: TrainingArguments, say: Callable[
     say(f"hift_ds {__version__}, {processes} on {device}")
     say(f"{model.path}: {model.numel:,} weights in {model.dtype}, trained in {checked.dtype}")
     is_open = checked.run.fit is not None and not gives_passes(checked.settings)  # said when it is chosen
-    passes = f"micro-batch {batch.micro_batch_size} x {batch.gradient_accumulation_steps} accumulation steps"
+    passes = f"micro-batch {batch.micro_batch_size} x {accumulation(batch.gradient_accumulation_steps)}"
     parts = "" if is_open else f": {passes} x {processes}"
     say(f"{batch.global_batch_size} rows in an optimizer step{parts}, up to {checked.max_length:,} tokens each")
 

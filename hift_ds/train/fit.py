@@ -14,7 +14,7 @@ from typing import Any
 from hift_ds.dtypes import TORCH_NAMES, Dtype
 from hift_ds.errors import HiFTError
 from hift_ds.forecast import fit as forecast
-from hift_ds.forecast.fit import Question, gib
+from hift_ds.forecast.fit import Question, accumulation, gib
 from hift_ds.forecast.setting import SWITCHES, Setting
 from hift_ds.forecast.steps import GIB
 from hift_ds.store.choose import HOST_SHARE
@@ -171,7 +171,7 @@ def _fitted(facts: Facts, model: ModelSizes, card: Card | None) -> Chosen:
     bound = forecast.upper_bound_bytes(text, model.numel, group, largest, holds_scores=scores)
     if bound is not None and bound <= SURE * usable:
         keys = _keys(settings, largest, ())
-        what = f"micro-batch {batches[-1]} x {rows // batches[-1]} accumulation steps, {forecast.NOTHING_ON}"
+        what = f"micro-batch {batches[-1]} x {accumulation(rows // batches[-1])}, {forecast.NOTHING_ON}"
         if "residency" in free and bound + forecast.STATE_BYTES * model.numel // settings.world_size <= SURE * usable:
             bound += forecast.STATE_BYTES * model.numel // settings.world_size
             keys["hift.state.residency"] = "device"
@@ -191,8 +191,7 @@ def _fitted(facts: Facts, model: ModelSizes, card: Card | None) -> Chosen:
 def _answer(settings: Settings, model: ModelSizes, card: Card, fit: forecast.Fit, rows: int, usable: int) -> Chosen:
     one = fit.chosen
     keys = _keys(settings, one.setting, one.on)
-    passes = f"{rows // one.setting.batch} accumulation steps"
-    line = f"fit: {card.words}: {one.words(passes)}; peak forecast {gib(one.peak_bytes)}"
+    line = f"fit: {card.words}: {one.words(rows)}; peak forecast {gib(one.peak_bytes)}"
     if not fit.fits:
         why = f"nothing that is left open fits {gib(usable)}: shorter rows (data.max_length), smaller groups, more GPUs"
         if len({other.setting.batch for other in fit.compared}) == 1 and one.setting.batch > 1:

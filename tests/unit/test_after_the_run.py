@@ -279,7 +279,7 @@ def test_the_card_says_what_the_run_was(finished, inputs, tmp_path):  # noqa: F8
     assert card.data.library_name == "transformers" and "hift_ds" in card.data.tags
     assert f"| held-out loss | {results['eval_loss_before']:,.4g} | {results['eval_loss']:,.4g} |" in text
     assert "apply_chat_template" in text and "data.jsonl: 56 samples" in text
-    assert "parameters were updated in 90 steps, 90 times each" in text
+    assert "tensors were updated in 90 steps, 90 times each" in text
     assert results["environment"]["torch"] == torch.__version__ and f"torch {torch.__version__}" in text
     for private in (str(finished.parent), str(inputs), "/tmp"):
         assert private not in text

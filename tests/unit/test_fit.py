@@ -240,7 +240,7 @@ def test_the_micro_batch_of_a_run_changes_no_step(inputs, tmp_path, capsys):  # 
         record["chosen"] == {"train.micro_batch_size": 8, "hift.state.residency": "device"} and record["bound_gib"] < 1
     )
     out = capsys.readouterr().out
-    assert f"fit: {card_of(24, 1).words}, at most" in out and "micro-batch 8 x 1 accumulation steps" in out
+    assert f"fit: {card_of(24, 1).words}, at most" in out and "micro-batch 8 x 1 accumulation step," in out
     assert losses(tmp_path / "chosen", train__micro_batch_size=None, **{**common, "train__max_steps": 5})[:3] == chosen
     assert "as when this run began: train.micro_batch_size=8, hift.state.residency=device" in capsys.readouterr().out
 

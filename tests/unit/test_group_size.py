@@ -71,7 +71,7 @@ def test_beyond_a_few_turns_groups_do_not_wait_for_the_link():
     """Four turns each are worth the wait, sixteen are not."""
     choice = choose_group_size(GROUPS, 80, is_hidden=lambda groups: largest(groups) <= 20)
     assert (choice.group_size, choice.limit) == (2, "link") and FEWEST_TURNS * choice.num_groups <= 80
-    assert "wait for their states" in choice.line()
+    assert "wait for transfers" in choice.line()
     short = choose_group_size(GROUPS, 32, is_hidden=lambda groups: False)
     assert short.num_groups == 8 == 32 / FEWEST_TURNS and short.limit == "link"
 

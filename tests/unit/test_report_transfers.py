@@ -63,7 +63,7 @@ def test_bars_are_causes_and_hidden_transfers_on_top():
     assert [bar.get_y() for bar in first] == pytest.approx(np.cumsum([0, *heights[:-1]]))
     by_label = dict(zip([handle.get_label() for handle in top.containers], heights, strict=True))
     assert by_label["waited for gradients and weights between ranks"] == 0.5
-    assert by_label["waited for other things"] == 0.002 and by_label["transfers, hidden"] == 0.75
+    assert by_label["waited for other things"] == 0.002 and by_label["copying while the model computed"] == 0.75
     assert [line.get_ydata()[0] for line in bottom.lines] == [5, 3]
 
 
@@ -85,7 +85,7 @@ def test_gradients_in_host_memory_and_second_updates():
     top, bottom = transfers_figure(steps).axes
     assert [line.get_ydata()[2] for line in bottom.lines] == [5, 3, 7, 2]
     assert [text.get_text() for text in bottom.get_legend().get_texts()] == [
-        "states in", "states out", "gradients to the host", "gradients back",
+        "optimizer states in", "optimizer states out", "gradients to the host", "gradients back",
     ]  # fmt: skip
     again = [bar for bar in top.patches if bar.get_height() == 0.5]
     assert len(again) == 1 and again[0].get_y() == 1.0 and again[0].get_x() + again[0].get_width() / 2 == 3
