@@ -184,7 +184,7 @@ def test_a_run_file_is_counted_with_what_train_would_choose(folder, tmp_path):
     assert "group size 1: 5 layer groups, each trained in 9.6 of 48 steps" in chosen.lines[0]
     assert not any(is_on(setting, switch) for switch in SWITCHES)
     lean, chosen = asked()
-    assert lean.batch == 1 and all(is_on(lean, switch) for switch in SWITCHES) and "no card" in chosen.lines[-1]
+    assert lean.batch == 1 and all(is_on(lean, switch) for switch in SWITCHES) and "no GPU here" in chosen.lines[-1]
     plain, chosen = asked("hift.fit=off")
     assert plain.batch == 1 and not any(is_on(plain, switch) for switch in SWITCHES)
     assert plain.engine_config["hift"]["order"] == "top2down" and set(chosen.keys) == {"hift.group_size"}
