@@ -362,8 +362,7 @@ def read_json_file(file: Path) -> Any:
         ConfigError: it is no JSON, or has a key twice.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
-        return hjson.loads(text, object_pairs_hook=_no_key_twice)
+        return hjson.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)  # which skips the mark
     except ValueError as error:
         raise ConfigError(f"{file}: not valid JSON: {error}") from None
 

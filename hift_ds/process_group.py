@@ -1,8 +1,8 @@
 """The process group of a job, as DeepSpeed makes it; here also for a process that no launcher started, and without a
 compiler.
 
-Below the engine, for who talks to all ranks before there is one. :func:`nothing_compiled` rebinds a name that DeepSpeed
-does not document (``tests/unit/test_deepspeed_seam.py``).
+Below the engine, for who talks to all ranks before there is one. :func:`nothing_compiled` and
+:func:`forget_ended_groups` rebind names that DeepSpeed does not document (``tests/unit/test_deepspeed_seam.py``).
 """
 
 from __future__ import annotations
@@ -10,14 +10,19 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed
 from deepspeed import comm as deepspeed_comm
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from hift_ds.collectives import Ranks, all_gather_shards, plan_buckets, shard_bounds
 from hift_ds.errors import ConfigError
@@ -50,10 +55,12 @@ def as_single_process() -> Iterator[None]:
     """Inside this block a process that no launcher started is a job of one rank (DeepSpeed would ask for mpi4py): it
     has the variables that a launcher would have set, with a free port. They are gone afterwards, since programs that
     this one starts must not take themselves for ranks; a process group that was made meanwhile does without them.
+    Groups of a job that this process was in before are forgotten.
 
     Raises:
         ConfigError: srun or mpirun started several processes, and nothing says which of them this is.
     """
+    forget_ended_groups()
     in_job = world_rank_and_size()[1] > 1
     if "RANK" in os.environ or in_job or _launched_otherwise():
         yield
@@ -69,6 +76,44 @@ def as_single_process() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def forget_ended_groups() -> None:
+    """Have DeepSpeed make anew the process groups that torch has ended.
+
+    It keeps each group that it ever made, and hands it to the next engine of the process. After
+    ``torch.distributed.destroy_process_group``, which accelerate's ``end_training`` calls too, that engine would be
+    refused ("Group is not registered"); only DeepSpeed's own ``destroy_process_group`` forgets them, of late.
+    """
+    sequence_parallel = sys.modules.get("deepspeed.runtime.sequence_parallel.parallel_state_sp")
+    found = False
+    for module in filter(None, (deepspeed_groups, sequence_parallel)):
+        for name, kept in list(vars(module).items()):
+            if has_ended(kept):
+                found = True
+                setattr(module, name, None)
+            elif isinstance(kept, dict) and name.startswith("_"):
+                for key in [key for key, group in kept.items() if has_ended(group)]:
+                    found = True
+                    del kept[key]
+                    vars(module).get(f"{name}_RANKS", {}).pop(key, None)
+    if found:
+        # Made of such groups; every engine says anew whether it has them.
+        deepspeed_groups.mpu = deepspeed_groups.mesh_device = None
+        for name in ("_MPU_TENSOR_MODEL_PARALLEL_WORLD_SIZE", "_MPU_TENSOR_MODEL_PARALLEL_RANK"):
+            setattr(deepspeed_groups, name, None)
+        deepspeed_groups.expert_tensor_parallel_world_size = 1
+
+
+def has_ended(kept: Any) -> bool:
+    """Whether it is a process group, and one that torch has ended."""
+    if not isinstance(kept, ProcessGroup):
+        return False
+    try:
+        torch.distributed.get_process_group_ranks(kept)
+    except (KeyError, ValueError):  # the latter: there is no group at all
+        return True
+    return False
 
 
 @contextlib.contextmanager

@@ -1112,21 +1112,35 @@ def main() -> int:
         parser.error("no CUDA device here; --device cpu --tiny shows that the checks themselves work")
     asked = Asked(args.device, args.tiny, args.model, args.data)
     args.out.mkdir(parents=True, exist_ok=True)
-    results: list[Found] = []
-    for name in args.checks or BY_DEFAULT:
+    machine = machine_of(args.device) + (", tiny shapes" if args.tiny else "")
+    results, names = earlier_results(args.out / "results.jsonl", machine), args.checks or BY_DEFAULT
+    for name in names:
         started = time.perf_counter()
         try:
             found = CHECKS[name](asked)
         except Exception as error:  # one that breaks must not cost the others
             found = Found(name, failures=[f"{type(error).__name__}: {error}"])
         found.seconds = time.perf_counter() - started
-        results.append(found)
+        results.pop(name, None)
+        results[name] = found
         print(f"{'FAIL' if found.failures else 'PASS'} {name}", file=sys.stderr, flush=True)
-        print(json.dumps(found.__dict__), flush=True)
+        line = json.dumps({**found.__dict__, "machine": machine})
+        print(line, flush=True)
         with (args.out / "results.jsonl").open("a") as lines:
-            lines.write(json.dumps(found.__dict__) + "\n")
-        (args.out / "results.md").write_text(table(results, machine_of(args.device)))
-    return 1 if any(found.failures for found in results) else 0
+            lines.write(line + "\n")
+        (args.out / "results.md").write_text(table(list(results.values()), machine))
+    return 1 if any(results[name].failures for name in names) else 0
+
+
+def earlier_results(file: Path, machine: str) -> dict[str, Found]:
+    """What earlier commands have found on this machine, by check: the page's commands make one table together."""
+    found: dict[str, Found] = {}
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        result = json.loads(line)
+        found.pop(result["name"], None)
+        if result.pop("machine", None) == machine:
+            found[result["name"]] = Found(**result)
+    return found
 
 
 if __name__ == "__main__":

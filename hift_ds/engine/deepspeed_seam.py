@@ -38,6 +38,7 @@ from hift_ds.engine.zero3.seam import WeightShards
 from hift_ds.engine.zero3.shards import (
     as_if_parked_on_host,
     into_page_locked_slabs,
+    into_this_job,
     num_shards,
     page_locks_weights,
     partitioned_weights,
@@ -255,6 +256,7 @@ class SeamEngine(DeepSpeedEngine):
         """Cut the weights over the ranks (stage 3), those that ``deepspeed.zero.Init`` has not cut already."""
         folder = weights_folder(self._config.zero_config)
         page_locks = not folder and page_locks_weights(self._config.zero_config)
+        into_this_job(self.module)
         with as_if_parked_on_host(self) if folder or page_locks else contextlib.nullcontext():
             # With optimizer=None ZeRO-3 gathers and releases weights and steps nothing: stepping is ours.
             offload = self._configure_zero_optimizer(optimizer=None)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 
 import pytest
 import torch
 import torch.distributed as dist
 from deepspeed import comm as deepspeed_comm
 
+from hift_ds.ranks import free_port, gather
 from hift_ds.reference import ReferenceHiFT
 from tests.helpers.distributed import run_distributed
 from tests.helpers.engines import ds_config, largest_difference, make_engine, train_step
@@ -252,6 +254,29 @@ def fp32_bits_survive_on_every_rank(rank: int, world_size: int, optimizer: str) 
     return errors
 
 
+def a_second_job_goes_on_with_the_model(rank: int, world_size: int) -> list[str]:
+    """The process group ends, as accelerate's ``end_training`` has it, and another begins. Leaves none."""
+    errors, batches = [], make_batches(2)
+    for stage in (0, 3):
+        seen = []
+        for ends in (False, True):
+            model, losses = Toy(), []
+            for _ in range(2):
+                deepspeed_comm.init_distributed("gloo")
+                engine = make_engine(model, ds_config(stage=stage, world_size=world_size))
+                losses += [train_step(engine, [batch], rank, world_size) for batch in batches]
+                engine.destroy()
+                if ends:
+                    port = gather(free_port())[0]
+                    dist.barrier()
+                    dist.destroy_process_group()
+                    os.environ["MASTER_PORT"] = str(port)  # the one before may be in use for a moment yet
+            seen.append(losses)
+        if seen[0] != seen[1]:
+            errors.append(f"stage {stage}, a second job: {seen}")
+    return errors
+
+
 def every_case(world_size: int) -> list[str]:
     rank = dist.get_rank()
     errors = [error for name in CASES for error in equals_reference(name, rank, world_size)]
@@ -261,7 +286,7 @@ def every_case(world_size: int) -> list[str]:
     for optimizer in ("AdamW", "Adafactor"):
         errors += early_equals_late(rank, world_size, optimizer)
         errors += fp32_bits_survive_on_every_rank(rank, world_size, optimizer)
-    return errors
+    return errors + a_second_job_goes_on_with_the_model(rank, world_size)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -8,10 +8,12 @@ import gc
 import deepspeed
 import pytest
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from hift_ds.errors import ConfigError, HiFTError
 from hift_ds.process_group import as_single_process
+from hift_ds.train.worker import _leave_job
 from tests.helpers.engines import ds_config, make_engine, train_step, weights_of
 from tests.helpers.toy import Toy, loss_of, make_batches
 
@@ -183,6 +185,33 @@ def test_an_engine_leaves_no_hook_no_gradient_and_no_state_and_another_engine_go
     stock.step()
     changed = [n for n, w in weights_of(model).items() if not torch.equal(before[n], w)]
     assert set(changed) == {n for n, flag in flags.items() if flag}
+
+
+ENDS = {
+    "torch": torch.distributed.destroy_process_group,
+    "deepspeed": lambda: deepspeed.comm.destroy_process_group(),
+    "accelerate": lambda: PartialState().destroy_process_group(),
+    "hift-ds train": _leave_job,
+}
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("ends", [*ENDS, "torch, under an engine"])
+def test_an_engine_after_the_process_group_has_ended(ends, stage):
+    """DeepSpeed keeps the groups of the job that ended."""
+
+    def losses_of_two_steps() -> tuple[list[float], object]:
+        engine = make_engine(Toy(), ds_config(stage=stage))
+        return [train_step(engine, [BATCH]) for _ in range(2)], engine
+
+    before, engine = losses_of_two_steps()
+    if "under" not in ends:
+        engine.destroy()
+    ENDS[ends.split(",")[0]]()
+    assert not torch.distributed.is_initialized()
+    after, engine = losses_of_two_steps()
+    assert before == after
+    engine.destroy()
 
 
 def test_an_engine_that_cannot_be_made_leaves_the_model_as_it_was():

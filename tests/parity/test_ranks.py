@@ -9,10 +9,13 @@ from transformers import Trainer
 
 import model_zoo
 from tests.helpers.distributed import run_distributed
-from tests.helpers.parity import compare
+from tests.helpers.parity import ONE_GROUP, compare, run, same
 from tests.helpers.trainer import ragged_dataset
+from tests.parity.test_trainer import dropout
 
 pytestmark = pytest.mark.distributed
+
+PARTITIONED = {**ONE_GROUP, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 CASES = {
     "tokens of all ranks": {"gradient_accumulation_steps": 3, "max_grad_norm": 0.1},
@@ -39,6 +42,20 @@ def on_a_rank(folder: str) -> None:
             )
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+    goes_on_in_the_middle_of_an_epoch(Path(folder) / "going_on")
+
+
+def goes_on_in_the_middle_of_an_epoch(folder: Path) -> None:
+    """Stopped after 4 of an epoch's 5 steps, it ends as the plain run that never stopped, an epoch later."""
+    options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 4, "data": ragged_dataset(20)}
+    whole = run(folder / "whole", Trainer, dropout, hift=False, **options)
+    for name, ds in {"replicated": ONE_GROUP, "in shards": PARTITIONED}.items():
+        run(folder / name, Trainer, dropout, hift=True, ds=ds, stop_at=4, **options)
+        again = run(folder / name, Trainer, dropout, hift=True, ds=ds, resume=4, **options)
+        try:
+            same(again, whole)
+        except AssertionError as error:
+            raise AssertionError(f"going on, weights {name}: {error}") from error
 
 
 def test_two_ranks(tmp_path):

@@ -63,11 +63,12 @@ def test_no_command_fails_at_a_character(tmp_path):
         env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 2 and rb"\u4f60.yaml" in done.stderr and b"Traceback" not in done.stderr
-    code = "from hift_ds.cli.main import main; import sys; main(['--version']); print('你')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True
-    )
-    assert done.returncode == 0 and rb"\u4f60" in done.stdout
+    for module, words in (("hift_ds.cli.main", ["--version"]), ("hift_ds.train.worker", ["nowhere.yaml"])):
+        code = f"from {module} import main; main({words!r}); print('你')"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True
+        )
+        assert done.returncode == 0 and rb"\u4f60" in done.stdout, module
 
 
 def test_totals_of_each_source(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import socket
 from pathlib import Path
@@ -216,11 +217,11 @@ def test_a_document_that_is_too_large_says_what_to_do(tmp_path, monkeypatch):
 
 def test_json_that_is_one_object_with_the_rows_in_it(tmp_path):
     rows = [{"text": "a"}, {"text": "b"}]
-    for indent in (None, 2):
+    for indent, mark in itertools.product((None, 2), ("", "\ufeff")):
         content = json.dumps({"version": 1, "data": rows}, indent=indent)
         if indent is not None:
-            assert read(write(tmp_path / "a.json", content)) == rows
-        assert read(write(tmp_path / "b.json", json.dumps(rows, indent=indent))) == rows
+            assert read(write(tmp_path / "a.json", mark + content)) == rows
+        assert read(write(tmp_path / "b.json", mark + json.dumps(rows, indent=indent))) == rows
     two = json.dumps({"train": rows, "test": rows}, indent=2)
     with pytest.raises(DataError, match=r"several lists of rows \(train, test\)"):
         read(write(tmp_path / "c.json", two))
@@ -324,7 +325,7 @@ INFO = {
 def factory(tmp_path) -> Path:
     """A data folder as LLaMA-Factory has it."""
     folder = tmp_path / "data"
-    write(folder / "dataset_info.json", json.dumps(INFO, indent=2))
+    write(folder / "dataset_info.json", "\ufeff" + json.dumps(INFO, indent=2))  # a byte-order mark, as editors put it
     write(folder / "alpaca.json", json.dumps([{"instruction": "Hi", "input": "", "output": "Hello"}]))
     write(
         folder / "renamed.jsonl",

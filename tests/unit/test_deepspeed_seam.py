@@ -2,6 +2,7 @@
 here, by name, and not in the middle of a training run."""
 
 import ast
+import copy
 import inspect
 import re
 from pathlib import Path
@@ -10,9 +11,10 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups
 
 import hift_ds.engine.deepspeed_seam as seam
-from hift_ds.process_group import nothing_compiled
+from hift_ds.process_group import ensure_process_group, forget_ended_groups, nothing_compiled
 from tests.helpers.engines import ds_config, make_engine
 from tests.helpers.toy import Toy
 
@@ -118,6 +120,45 @@ def test_nothing_is_compiled_for_cpu_ranks():
     with nothing_compiled():
         assert build_shm_op() is None, f"DeepSpeed {VERSION} compiles its CPU operator all the same"
     assert vars(deepspeed.ops).get("__compatible_ops__") is before
+
+
+def test_every_group_that_deepspeed_keeps_is_forgotten_with_its_job():
+    """And those that are alive, which the caller may have made since, stay."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+    def group() -> torch.distributed.ProcessGroup:
+        return torch.distributed.new_group([0])
+
+    def kept(module) -> set[str]:
+        """Names under which ``module`` keeps groups, from its own text."""
+        return set(re.findall(r"^(_[A-Z_]+_GROUP) = ", inspect.getsource(module), re.M))
+
+    ensure_process_group()
+    names = [(module, name) for module in (groups, parallel_state_sp) for name in sorted(kept(module))]
+    assert (groups, "_WORLD_GROUP") in names and (parallel_state_sp, "_SEQUENCE_PARALLEL_GROUP") in names, VERSION
+    was = {(module, name): copy.copy(getattr(module, name)) for module, name in names}
+    assert isinstance(was[groups, "_EXPERT_PARALLEL_GROUP"], dict), VERSION
+    try:
+        for module, name in names:
+            old = group()
+            setattr(module, name, {"old": old} if isinstance(was[module, name], dict) else old)
+        groups._EXPERT_PARALLEL_GROUP_RANKS["old"] = [0]
+        groups.mpu, groups.mesh_device = parallel_state_sp, object()
+        forget_ended_groups()
+        assert groups.mpu is parallel_state_sp and all(getattr(module, name) for module, name in names)
+        torch.distributed.destroy_process_group()
+        ensure_process_group()
+        groups._EXPERT_PARALLEL_GROUP["new"] = group()
+        groups._DATA_PARALLEL_GROUP = group()
+        forget_ended_groups()
+        left = {name for module, name in names if getattr(module, name)}
+        assert left == {"_EXPERT_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP"}
+        assert list(groups._EXPERT_PARALLEL_GROUP) == ["new"]
+        assert not groups._EXPERT_PARALLEL_GROUP_RANKS and groups.mpu is groups.mesh_device is None
+    finally:
+        for (module, name), value in was.items():
+            setattr(module, name, value)
+        torch.distributed.destroy_process_group()
 
 
 def test_our_initialize_has_stocks_parameters():

@@ -42,6 +42,12 @@ def test_a_failed_check_is_told_and_costs_the_others_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "FAIL memory" in done.stderr and "PASS link" in done.stderr
     assert "ZeroDivisionError" in (tmp_path / "results.md").read_text()
+    run(tmp_path, "link")  # the page's commands make one table; a check that is run again takes the place of the first
+    lines, table = (tmp_path / "results.jsonl").read_text().splitlines(), (tmp_path / "results.md").read_text()
+    assert len(lines) == 3 and table.count("## link: PASS") == table.count("## memory: FAIL") == 1
+    (tmp_path / "results.jsonl").write_text(lines[0].replace("a CPU", "another machine") + "\n")
+    run(tmp_path, "link")
+    assert "## memory" not in (tmp_path / "results.md").read_text()
 
 
 @pytest.mark.slow
@@ -54,4 +60,6 @@ def test_the_others(tmp_path, checks):
     if "lost_rank" in found:
         assert "last good checkpoint" in found["lost_rank"]["rows"][0]["it said"]
     if "peers" in found:
-        assert {"hift_ds, states on the host", "full fine-tuning"} <= {row["method"] for row in found["peers"]["rows"]}
+        assert {"hift_ds, states on the host", "full fine-tuning", "ZeRO-Offload"} <= {
+            row["method"] for row in found["peers"]["rows"]
+        }

@@ -134,6 +134,18 @@ def test_a_second_trainer_of_ours_or_a_plain_one_trains_every_weight(tmp_path):
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
 
 
+def test_a_second_trainer_after_the_end_of_the_process_group(tmp_path):
+    losses = []
+    for num in range(2):
+        args = arguments(tmp_path / str(num), max_steps=2)
+        trainer = HiFTTrainer(model_zoo.tiny.build("llama"), args, train_dataset=ragged_dataset(8))
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        trainer.accelerator.end_training()
+        assert not torch.distributed.is_initialized()
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
 def test_libraries_unwrap_the_engine_while_it_trains(tmp_path):
     class Asks(HiFTTrainer):
         def training_step(self, model, *args, **kwargs):

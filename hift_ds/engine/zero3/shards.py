@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from hift_ds.engine.zero3.weight_file import WeightFile
+from hift_ds.process_group import has_ended
 from hift_ds.store.page_locked import PageLockedMemory
 
 _FILE = "hift_weight_file"  # attribute of a module whose shards are in one
@@ -91,6 +92,13 @@ def whole_of(param: PartitionedWeight) -> Tensor:
     flat = torch.empty(shard.numel() * num_shards(param), dtype=shard.dtype, device=param.device)
     deepspeed_comm.all_gather_into_tensor(flat, shard.to(param.device).contiguous(), group=param.ds_process_group)
     return flat[: param.ds_numel].view(param.ds_shape)
+
+
+def into_this_job(module: nn.Module) -> None:
+    """Weights of ``module`` that were cut over the ranks of a job that has ended are gathered from this job's."""
+    for param in module.parameters():
+        if is_partitioned(param) and has_ended(param.ds_process_group):
+            param.ds_process_group = deepspeed_comm.get_world_group()
 
 
 def accelerator_device() -> torch.device:
