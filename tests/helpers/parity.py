@@ -73,7 +73,7 @@ def run(
 def weights_of(model: Any) -> dict[str, torch.Tensor]:
     """Of a model whose weights may be in shards: whole ones. Collective there."""
     found = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    parts = {name: param for name, param in model.named_parameters() if is_partitioned(param)}
+    parts = {n: p for n, p in model.named_parameters(remove_duplicate=False) if is_partitioned(p)}
     return found | {name: whole_of(param).clone() for name, param in parts.items()}
 
 
