@@ -2,6 +2,8 @@
 
     python benchmarks/in_backward_tokens.py          seconds: arithmetic, no model is built
 
+writes benchmarks/results/in_backward_tokens.md.
+
 The arithmetic of ``"group_size": "auto"`` (``hift_ds.store.hiding``) with the sustained rates that
 ``benchmarks/timeline.py`` assumes for each card; neither measured nor driven by the engine's log. LLaMA-2-7B, AdamW,
 one rank, no recomputation; whole parts in slots.
@@ -9,16 +11,19 @@ one rank, no recomputation; whole parts in slots.
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "benchmarks" / "results" / "in_backward_tokens.md"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from timeline import CARDS  # noqa: E402
 
 from hift_ds.store.hiding import BackwardCosts, layers_hidden, tokens_that_hide  # noqa: E402
-from hift_ds.store.speeds import Link  # noqa: E402
+from hift_ds.store.speeds import ASSUMED_SPEEDS, Link  # noqa: E402
 
 BLOCK, EDGE, NUM_BLOCKS = 202_383_360, 131_072_000, 32
 PARTS = [EDGE, *[BLOCK] * NUM_BLOCKS, EDGE + 4096]
@@ -27,32 +32,51 @@ SLOTS = (2, 8)
 TOKENS = (4096, 16384)
 
 
+EXAMPLE = ("A6000", "none", 2, 8192)  # of the line that a run says
+
+PAGE = """\
+# From how many tokens a step on the link hides the update in backward
+
+`python benchmarks/in_backward_tokens.py`. **Computed, not measured**: the arithmetic of `"group_size": "auto"` with the
+rates that `benchmarks/timeline.py` assumes for each card. LLaMA-2-7B, AdamW, bf16 with fp32 masters, one rank, 25 GB/s
+each way, no recomputation, whole parts in slots. Hidden: steps wait for at most 5 % of their computing. The host's help
+is `"step_on": "split"` with an update of {host_ns:g} ns a parameter on the host, also assumed.
+
+"""
+
+
+def costs_of(name: str, codec: str, slots: int) -> BackwardCosts:
+    """Of one of ``CARDS``. An update reads and writes a parameter's states, gradient and weight."""
+    card = CARDS[name]
+    return BackwardCosts(
+        BYTES[codec], slots * BLOCK, card.flops_s, Link(card.link_s, card.link_s),
+        device_s=32 / card.bytes_s, host_link=Link(card.link_s, card.link_s),
+    )  # fmt: skip
+
+
+def table() -> Iterator[str]:
+    yield ("| card | `codec` | bytes each way | slots | all layers hidden from, tokens | layers a step at "
+           + " | at ".join(f"{tokens:,} tokens" for tokens in TOKENS) + " | with the host's help |")  # fmt: skip
+    yield "|---|---|---|---|---|" + "---|" * (len(TOKENS) + 1)
+    for name, codec, slots in itertools.product(CARDS, BYTES, SLOTS):
+        costs = costs_of(name, codec, slots)
+        sizes = [layers_hidden(costs, PARTS, tokens).group_size for tokens in TOKENS]
+        split = layers_hidden(costs, PARTS, TOKENS[0], split=True)
+        helped = f"{split.group_size} at {TOKENS[0]:,} ({split.costs.share:.0%} on the host)"
+        tokens = tokens_that_hide(costs, PARTS)
+        enough = f"{tokens:,}" if tokens else "never"
+        yield f"| {name} | {codec} | {BYTES[codec]:g} | {slots} | {enough} | {' | '.join(map(str, sizes))} | {helped} |"
+
+
 def main() -> None:
-    print("| card | `codec` | bytes each way | slots | all layers hidden from, tokens | layers a step at "
-          + " | at ".join(f"{tokens:,} tokens" for tokens in TOKENS) + " | with the host's help |")  # fmt: skip
-    print("|---|---|---|---|---|" + "---|" * (len(TOKENS) + 1))
-    for name, card in CARDS.items():
-        for codec, size in BYTES.items():
-            for slots in SLOTS:
-                # An update reads and writes a parameter's states, gradient and weight.
-                costs = BackwardCosts(
-                    size, slots * BLOCK, card.flops_s, Link(card.link_s, card.link_s),
-                    device_s=32 / card.bytes_s, host_link=Link(card.link_s, card.link_s),
-                )  # fmt: skip
-                sizes = [layers_hidden(costs, PARTS, tokens).group_size for tokens in TOKENS]
-                split = layers_hidden(costs, PARTS, TOKENS[0], split=True)
-                helped = f"{split.group_size} at {TOKENS[0]:,} ({split.costs.share:.0%} on the host)"
-                tokens = tokens_that_hide(costs, PARTS)
-                row = [
-                    name,
-                    codec,
-                    f"{size:g}",
-                    str(slots),
-                    f"{tokens:,}" if tokens else "never",
-                    *map(str, sizes),
-                    helped,
-                ]
-                print(f"| {' | '.join(row)} |")
+    name, codec, slots, tokens = EXAMPLE
+    said = layers_hidden(costs_of(name, codec, slots), PARTS, tokens).line()
+    example = (
+        f"What a run says, on an {name} with {slots} slots and {tokens:,} tokens a step:\n\n    group size auto: {said}"
+    )
+    text = PAGE.format(host_ns=1e9 * ASSUMED_SPEEDS.host_s) + "\n".join(table()) + f"\n\n{example}\n"
+    OUT.write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

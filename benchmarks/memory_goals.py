@@ -1,6 +1,7 @@
 """Peaks that were aimed at, and what each switch saves, counted on a fake device.
 
-    python benchmarks/memory_goals.py                 a few minutes on one core, no GPU, no weights
+    python benchmarks/memory_goals.py                 some ten minutes on one core, no GPU, no weights
+    python benchmarks/memory_goals.py --rows FILE     what was counted is kept in FILE: an interrupted count goes on
 
 The real engine takes real steps of AdamW on the whole model (docs/memory.md). For
 each goal the sets of switches are tried on the embedding, the lowest block and the head, in the order of what they cost
@@ -84,10 +85,11 @@ def levels() -> list[tuple[str, ...]]:
 # -- goals --------------------------------------------------------------------------------------------------------
 
 
-def goal_table(goals: tuple[Goal, ...], num_processes: int) -> tuple[list[str], int]:
+def goal_table(goals: tuple[Goal, ...], num_processes: int, rows: Path | None = None) -> tuple[list[str], int]:
     """Lines of markdown, and how many goals are missed."""
     tried = levels()
-    found = count([with_switches(goal.setting, switches) for goal in goals for switches in tried], num_processes)
+    asked = [with_switches(goal.setting, switches) for goal in goals for switches in tried]
+    found = count(asked, num_processes, rows=rows)
     lines = [
         "| model | precision | batch x length | goal, GiB | no switch | all switches | fewest switches | peak with "
         "them | worst group | where | met |",
@@ -103,6 +105,7 @@ def goal_table(goals: tuple[Goal, ...], num_processes: int) -> tuple[list[str], 
         [with_switches(goal.setting, tried[level]) for goal, level in zip(goals, chosen, strict=True)],
         num_processes,
         False,
+        rows,
     )
     missed = 0
     for goal, level, (none, everything), steps in zip(goals, chosen, outer, every_group, strict=True):
@@ -133,7 +136,7 @@ def where(step: GroupStep) -> str:
 # -- what each switch saves ---------------------------------------------------------------------------------------
 
 
-def savings_table(cases: tuple[Goal, ...], num_processes: int) -> list[str]:
+def savings_table(cases: tuple[Goal, ...], num_processes: int, rows: Path | None = None) -> list[str]:
     """Peak with each switch alone, and with all but it."""
     names = (*BY_COST, NOT_SLOTTED)
     everything = tuple(BY_COST)
@@ -142,7 +145,7 @@ def savings_table(cases: tuple[Goal, ...], num_processes: int) -> list[str]:
     settings = [with_switches(case.setting, switches) for case in cases for switches in sets]
     settings += [replace(case.setting, micro_batches=2) for case in cases]
     settings += [replace(with_switches(case.setting, everything), micro_batches=2) for case in cases]
-    peaks = [worst_step(steps).peak_bytes / GIB for steps in count(settings, num_processes)]
+    peaks = [worst_step(steps).peak_bytes / GIB for steps in count(settings, num_processes, rows=rows)]
 
     def row(title: str, number: int) -> str:
         return f"| {title} | " + " | ".join(f"{peaks[i * len(sets) + number]:.2f}" for i in range(len(cases))) + " |"
@@ -201,10 +204,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--rows", type=Path, help="a file of counts of this very code, which is read and added to")
     args = parser.parse_args(argv)
-    goals, missed = goal_table(GOALS, args.processes)
+    goals, missed = goal_table(GOALS, args.processes, args.rows)
     print("\n".join(goals), flush=True)
-    text = report(goals, missed, savings_table(SAVINGS, args.processes))
+    text = report(goals, missed, savings_table(SAVINGS, args.processes, args.rows))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text, encoding="utf-8")
     print(text)

@@ -4,6 +4,7 @@ what the real engine launches.
     python benchmarks/timeline.py --out benchmarks/results/timeline.md              1 minute a row
     python benchmarks/timeline.py --settings 0 4 --out FILE                         these rows
     python benchmarks/timeline.py --in-backward --out benchmarks/results/timeline_in_backward.md
+    python benchmarks/timeline.py --rows FILE --out FILE    rows are kept: an interrupted run goes on
 
 The engine takes its steps on the device without memory that the estimator uses, under
 ``tests/helpers/stream_clocks.py``, which notes every kernel, copy, file, wait and synchronization in the order of
@@ -93,6 +94,7 @@ WORDS = {
 }  # fmt: skip
 RESOURCES = {"in": "the link (in)", "out": "the link (out)", "disk": "the disk"}
 BOUND = 0.85  # a resource that is busy for so much of a step bounds it
+NEXT_TO_NOTHING = 0.02  # of a step
 
 
 @dataclass(slots=True)
@@ -234,6 +236,8 @@ def mean_of(steps: dict[str, Step], num_groups: int, num_blocks: int) -> Step:
 
 def why(step: Step) -> str:
     """What a step waited for, and whether something bounds it however it is arranged."""
+    if step.waited.total() < NEXT_TO_NOTHING * step.seconds:
+        return "waits for next to nothing: it computes more than the bare loop"
     waited = [
         f"{seconds:.2f} s for {WORDS.get(cause, cause)}"
         for cause, seconds in step.waited.most_common()
@@ -241,7 +245,7 @@ def why(step: Step) -> str:
     ]
     busiest, seconds = max(step.busy.items(), key=lambda item: item[1], default=("", 0.0))
     share = seconds / step.seconds if step.seconds else 0.0
-    text = f"waits {', '.join(waited) or 'for nothing'}"
+    text = f"waits {', '.join(waited)}"
     if not busiest:
         return text
     if share >= BOUND:
@@ -394,20 +398,27 @@ def model_all(
     settings: Sequence[str] = tuple(SETTINGS),
     workloads: Sequence[str] = tuple(WORKLOADS),
     trained: tuple[int, ...] = TRAINED,
-    told: Callable[[list[dict[str, Any]]], None] = lambda found: None,
+    told: Callable[[dict[str, Any]], None] = lambda row: None,
+    known: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """Every setting under every workload: seconds a step by card, host synchronizations of a step.
 
     Args:
         trained: blocks that train and stand for all; the others are frozen, which costs the same.
-        told: called with what there is after each.
+        told: called with each new row.
+        known: rows that need not be made again.
     """
     _import_once()
-    jobs = [(name, SETTINGS[name], w, WORKLOADS[w], model, trained) for w in workloads for name in settings]
+    before = {(row["setting"], row["workload"]): row for row in known}
     found = []
-    for job in jobs:
-        found.append(in_child(_modelled, job, seconds=1800))
-        told(found)
+    for workload in workloads:
+        for name in settings:
+            row = before.get((name, workload))
+            if row is None:
+                job = (name, SETTINGS[name], workload, WORKLOADS[workload], model, trained)
+                row = in_child(_modelled, job, seconds=1800)
+                told(row)
+            found.append(row)
     return found
 
 
@@ -459,51 +470,66 @@ def _cell(ratio: float) -> str:
 
 
 LENGTH = 512  # of the rows of the two logs from which those of other batches follow
+ROWS = (2, 3)
 IN_BACKWARD = {"none": 12.0, "split_master": 10.0, "split_master+int8_moments": 4.03}  # bytes a parameter, each way
-SLOTS = (2,)
+UNCLIPPED, TAKEN_BACK = "none", "speculative, taken back"
+CLIPPED = ("exact", "speculative", TAKEN_BACK)  # ways of clipping that wait, or may not have to
+SLOTS = 2
 TOKENS = (4096, 16384)
 MOST_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Affine:
-    """The logs of a step with one row and with two, which differ in bytes and operations only: both grow by as much
-    with each further row."""
+    """The logs of a step with ``ROWS`` rows, which differ in bytes and operations only: both grow by as much with each
+    further row. (With one row the labels' copy is a view, and one launch less.)"""
 
-    one: list[Launch]
-    two: list[Launch]
+    few: list[Launch]
+    more: list[Launch]
+    _steps: dict[tuple[float, Card], Step] = field(default_factory=dict, repr=False, compare=False)  # worked out before
 
     def __post_init__(self) -> None:
-        same = [(e.kind, e.agent, e.host, e.name, e.link, e.after) for e in self.one]
-        other = [(e.kind, e.agent, e.host, e.name, e.link, e.after) for e in self.two]
+        same = [(e.kind, e.agent, e.host, e.name, e.link, e.after) for e in self.few]
+        other = [(e.kind, e.agent, e.host, e.name, e.link, e.after) for e in self.more]
         assert same == other, "the number of rows changes what is launched"
 
     def rows(self, number: float) -> Iterator[Launch]:
         """The log of a step with ``number`` rows."""
-        for one, two in zip(self.one, self.two, strict=True):
-            moved = one.bytes_moved + (number - 1) * (two.bytes_moved - one.bytes_moved)
-            flops = one.flops + (number - 1) * (two.flops - one.flops)
-            yield Launch(one.kind, one.agent, one.host, one.name, moved, one.link, flops, one.after)
+        further = (number - ROWS[0]) / (ROWS[1] - ROWS[0])
+        for few, more in zip(self.few, self.more, strict=True):
+            moved = few.bytes_moved + further * (more.bytes_moved - few.bytes_moved)
+            flops = few.flops + further * (more.flops - few.flops)
+            yield Launch(few.kind, few.agent, few.host, few.name, moved, few.link, flops, few.after)
 
     def step(self, tokens: float, card: Card) -> Step:
-        """The second step, in which states exist."""
-        return steps_of(list(self.rows(tokens / LENGTH)), card)["step 1"]
+        """The last step, in which states exist, and a trial has been made before."""
+        if (tokens, card) not in self._steps:
+            *_, self._steps[tokens, card] = steps_of(list(self.rows(tokens / LENGTH)), card).values()
+        return self._steps[tokens, card]
 
 
-def record_in_backward(model: str, codec: str | None, slots: int) -> Affine:
-    """The logs of two steps that update all layers in backward, without clipping; of a bare loop if ``codec`` is
-    ``None``."""
-    return Affine(*(in_child(_record_full, model, codec, slots, rows, seconds=1800) for rows in (1, 2)))
+def record_in_backward(model: str, codec: str | None, clipping: str = UNCLIPPED) -> Affine:
+    """The logs of steps that update all layers in backward; of a bare loop if ``codec`` is ``None``.
+
+    Args:
+        clipping: ``UNCLIPPED``, or one of ``CLIPPED``. No step is over the norm, but for ``TAKEN_BACK`` every one is.
+    """
+    return Affine(*(in_child(_record_full, model, codec, clipping, rows, seconds=1800) for rows in ROWS))
 
 
-def _record_full(model: str, codec: str | None, slots: int, rows: int) -> list[Launch]:
+def _record_full(model: str, codec: str | None, clipping: str, rows: int) -> list[Launch]:
     from tests.helpers import race_rows
 
     if codec is None:
         return record_bare((rows, LENGTH), model, None, at_once=True)
-    state: dict[str, Any] = {"slots": slots, **({} if codec == "none" else {"codec": codec})}
+    state: dict[str, Any] = {"slots": SLOTS, **({} if codec == "none" else {"codec": codec})}
     hift = {"update": "in_backward", "group_size": "all", "state": state}
-    return record_row(race_rows.Row(hift=hift, steps=2, clip=0.0), (rows, LENGTH), model, None)
+    if clipping == UNCLIPPED:
+        row = race_rows.Row(hift=hift, steps=2, clip=0.0)
+    else:  # the first step's norm is not known before, so that the second is the first that may try
+        hift["clipping"] = clipping.partition(",")[0]
+        row = race_rows.Row(hift=hift, steps=3, clip=1.0, undoes=clipping == TAKEN_BACK)
+    return record_row(row, (rows, LENGTH), model, None)
 
 
 def tokens_from_which(ours: Affine, bare: Affine, card: Card) -> int | None:
@@ -524,33 +550,50 @@ def tokens_from_which(ours: Affine, bare: Affine, card: Card) -> int | None:
     return high
 
 
-def model_in_backward(model: str, codecs: Sequence[str], told: Callable[[Any], None]) -> list[dict[str, Any]]:
-    """By codec, slots and card: the factor of a bare loop's step, and the tokens from which it is good."""
+def model_in_backward(
+    model: str,
+    codecs: Sequence[str],
+    told: Callable[[dict[str, Any]], None],
+    known: Sequence[dict[str, Any]] = (),
+) -> list[dict[str, Any]]:
+    """By codec, way of clipping and card: the factor of a bare loop's step, and the tokens from which it is good.
+
+    Args:
+        told: called with each new row.
+        known: rows that need not be made again.
+    """
     _import_once()
-    bare = record_in_backward(model, None, 0)
+    before = {(row["codec"], row["clipping"], row["card"]): row for row in known}
+    wanted = [(codec, UNCLIPPED) for codec in codecs] + [("none", way) for way in CLIPPED if "none" in codecs]
+    bare = None
     found = []
-    for codec in codecs:
-        for slots in SLOTS:
-            ours = record_in_backward(model, codec, slots)
-            for card, rates in CARDS.items():
+    for codec, clipping in wanted:
+        ours = None
+        for card, rates in CARDS.items():
+            if (codec, clipping, card) not in before:
+                bare = bare or record_in_backward(model, None)
+                ours = ours or record_in_backward(model, codec, clipping)
                 steps = {tokens: (ours.step(tokens, rates), bare.step(tokens, rates)) for tokens in TOKENS}
-                found.append({
-                    "codec": codec, "slots": slots, "card": card, "from": tokens_from_which(ours, bare, rates),
+                row = {
+                    "codec": codec, "clipping": clipping, "card": card, "from": tokens_from_which(ours, bare, rates),
                     "factors": {tokens: step.seconds / alone.seconds for tokens, (step, alone) in steps.items()},
                     "bare": {tokens: alone.seconds for tokens, (_, alone) in steps.items()},
                     "why": {tokens: why(step) for tokens, (step, _) in steps.items()},
-                })  # fmt: skip
-                told(found[-1])
+                }  # fmt: skip
+                told(row)
+                before[codec, clipping, card] = row
+            found.append(before[codec, clipping, card])
     return found
 
 
 def in_backward_table(found: Sequence[dict[str, Any]], model: str) -> str:
     lines = [
         f"# Modelled steps that update all layers in backward, {model}", "", ASSUMED, "",
-        'Every weight in every step (`"update": "in_backward", "group_size": "all"`), no clipping, whole parts in '
-        "slots; as a factor of\na bare loop that trains all weights with states on the device, which no card here has "
-        f"room for; goal {GOAL:.2f}. Bytes: of a\nparameter's states, each way.", "",
-        f"| card | `codec` | bytes | slots | {' | '.join(f'{tokens:,} tokens' for tokens in TOKENS)} | "
+        'Every weight in every step (`"update": "in_backward", "group_size": "all"`), whole parts in two slots; as a '
+        "factor of\na bare loop that trains all weights, unclipped, with states on the device, which no card here has "
+        f"room for; goal {GOAL:.2f}. Bytes:\nof a parameter's states, each way. Clipping: no step is over the norm, "
+        "but for those that are taken back every one is.", "",
+        f"| card | `codec` | bytes | `clipping` | {' | '.join(f'{tokens:,} tokens' for tokens in TOKENS)} | "
         "within the goal from, tokens |",
         "|---|---|---|---|" + "---|" * (len(TOKENS) + 1),
     ]  # fmt: skip
@@ -559,16 +602,18 @@ def in_backward_table(found: Sequence[dict[str, Any]], model: str) -> str:
         for row in (row for row in found if row["card"] == card):
             cells = [f"{_cell(row['factors'][tokens])} of {row['bare'][tokens]:.2f} s" for tokens in TOKENS]
             enough = f"{row['from']:,}" if row["from"] else f"more than {MOST_TOKENS:,}"
-            lines.append(
-                f"| {card} | {row['codec']} | {IN_BACKWARD[row['codec']]:g} | {row['slots']} | {' | '.join(cells)} | "
-                f"{enough} |"
-            )
+            moved = f"{row['codec']} | {IN_BACKWARD[row['codec']]:g} | {row['clipping']}"
+            lines.append(f"| {card} | {moved} | {' | '.join(cells)} | {enough} |")
             reasons += [
-                f"- {card}, {row['codec']}, {row['slots']} slots, {tokens:,} tokens, {row['factors'][tokens]:.2f}: "
-                f"{row['why'][tokens]}"
+                f"- {card}, {_words(row)}, {tokens:,} tokens, {row['factors'][tokens]:.2f}: {row['why'][tokens]}"
                 for tokens in TOKENS if not _is_good(row["factors"][tokens])
             ]  # fmt: skip
     return "\n".join([*lines, "", "Above the goal, and why:", "", *reasons, ""])
+
+
+def _words(row: dict[str, Any]) -> str:
+    clipped = "" if row["clipping"] == UNCLIPPED else f", clipping {row['clipping']}"
+    return f"codec {row['codec']}{clipped}"
 
 
 def main() -> None:
@@ -578,7 +623,7 @@ def main() -> None:
     parser.add_argument("--settings", type=int, nargs="*", help="positions in SETTINGS; default: all")
     parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS))
     parser.add_argument("--in-backward", nargs="*", metavar="CODEC", help="the update in backward; default: all codecs")
-    parser.add_argument("--rows", type=Path, help="a file of rows, which it adds to and makes the table of")
+    parser.add_argument("--rows", type=Path, help="a file of rows of this very code, which is read and added to")
     args = parser.parse_args()
     known = [json.loads(line) for line in args.rows.read_text().splitlines()] if _is_file(args.rows) else []
 
@@ -588,13 +633,13 @@ def main() -> None:
             with args.rows.open("a") as lines:
                 lines.write(json.dumps(row) + "\n")
 
+    known = [_with_whole_keys(row) for row in known]
     with contextlib.redirect_stdout(sys.stderr):
         if args.in_backward is not None:
-            new = model_in_backward(args.model, args.in_backward or list(IN_BACKWARD), tell)
+            rows = model_in_backward(args.model, args.in_backward or list(IN_BACKWARD), tell, known)
         else:
             names = list(SETTINGS) if args.settings is None else [list(SETTINGS)[i] for i in args.settings]
-            new = model_all(args.model, names, args.workloads, told=lambda found: tell(found[-1]))
-    rows = [_with_whole_keys(row) for row in [*known, *new]]
+            rows = model_all(args.model, names, args.workloads, told=tell, known=known)
     text = table(rows, args.model) if args.in_backward is None else in_backward_table(rows, args.model)
     (args.out.write_text(text) if args.out else print(text))
 

@@ -1,11 +1,12 @@
 """Peak accelerator memory with replicated, partitioned and streamed weights, counted on a fake device.
 
-    python benchmarks/zero3_memory.py [--quick | --volume]
+    python benchmarks/zero3_memory.py [--quick | --volume] [--rows FILE]
 
 The real engine takes real steps of each whole model. Groups with partitioned weights are visited twice, since ZeRO-3
 prefetches from the second time on. Stepped are the embedding, the lowest block, which of all blocks has the most above
 it, and the head. Writes docs/zero3_memory.md; --quick does the 7B model only and writes nothing; --volume counts what
-ZeRO-3 gathers, over all groups of the 7B model.
+ZeRO-3 gathers, over all groups of the 7B model. --rows: what was counted is kept in FILE, so that an interrupted count
+goes on.
 """
 
 from __future__ import annotations
@@ -79,13 +80,14 @@ def setting(model: Model, mode: str, ranks: int) -> Setting:
     )  # fmt: skip
 
 
-def measure(models: tuple[Model, ...]) -> dict[Cell, GroupStep]:
+def measure(models: tuple[Model, ...], rows: Path | None = None) -> dict[Cell, GroupStep]:
     """The step of each cell's worst group."""
     found: dict[Cell, GroupStep] = {}
     for model in models:
         cells = [(model, mode, ranks) for mode in MODES for ranks in RANKS]
         started = time.perf_counter()
-        found |= zip(cells, map(worst_step, counting.count([setting(*cell) for cell in cells])), strict=True)
+        steps = counting.count([setting(*cell) for cell in cells], rows=rows)
+        found |= zip(cells, map(worst_step, steps), strict=True)
         print(f"# {model.title}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     return found
 
@@ -189,6 +191,7 @@ def main() -> None:
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--quick", action="store_true", help="the smallest model only, nothing written")
     only.add_argument("--volume", action="store_true", help="what is gathered, nothing written")
+    parser.add_argument("--rows", type=Path, help="a file of counts of this very code, which is read and added to")
     args = parser.parse_args()
     if args.volume:
         found = volume()
@@ -198,7 +201,7 @@ def main() -> None:
         )
         return
     models = MODELS[:1] if args.quick else MODELS
-    peaks = measure(models)
+    peaks = measure(models, args.rows)
     print(where(models, peaks), file=sys.stderr)
     if args.quick:
         print(table(models, peaks))

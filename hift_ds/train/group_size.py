@@ -26,7 +26,7 @@ from hift_ds.train.settings import Settings
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-ENOUGH_TURNS = 16  # where SmolLM2-135M's held-out loss was that of full fine-tuning
+ENOUGH_TURNS = 16  # more of them taught SmolLM2-135M nothing more
 FEWEST_TURNS = 4  # below, every trainer warns: so many are worth waiting for the link
 FEWEST_GROUPS = 4  # below, little is saved
 DEVICE_SHARE = 0.75  # of the usable memory for weights, one group's gradients and states; the rest is for activations

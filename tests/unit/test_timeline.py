@@ -11,13 +11,20 @@ import time
 
 import pytest
 
+from benchmarks import timeline
 from benchmarks.timeline import (
     BARE,
+    CARDS,
+    CLIPPED,
     LENGTH,
+    UNCLIPPED,
     Affine,
     Card,
     Launch,
+    in_backward_table,
     mean_step,
+    model_all,
+    model_in_backward,
     step_times,
     steps_of,
     table,
@@ -87,18 +94,24 @@ def test_why_a_step_is_slow():
     )
 
 
+def test_a_step_that_hardly_waits_computes_more():
+    codec = [mark("step 0"), op("compute", flops=100), op("in", bytes_moved=1, link="in"), op("compute", flops=50),
+             op("compute", kind="wait", after=(2,)), mark("end")]  # fmt: skip
+    assert why(steps_of(codec, CARD)["step 0"]) == "waits for next to nothing: it computes more than the bare loop"
+
+
 def test_logs_of_other_batches_follow_from_two():
     def log(rows, extra):
         return [mark("step 0"), mark("step 1"), op("compute", flops=100 * rows + extra), mark("end")]
 
-    bare, ours = Affine(log(1, 0), log(2, 0)), Affine(log(1, 50), log(2, 50))
+    bare, ours = Affine(log(2, 0), log(3, 0)), Affine(log(2, 50), log(3, 50))
     assert bare.step(3 * LENGTH, CARD).seconds == pytest.approx(3.0)
     assert ours.step(3 * LENGTH, CARD).seconds == pytest.approx(3.5)
     enough = tokens_from_which(ours, bare, CARD)  # 0.5 s are 5 % of 10 s: 10 rows
     assert 10 * LENGTH <= enough <= 10.4 * LENGTH
     other = [mark("step 0"), mark("step 1"), op("side", flops=100), mark("end")]
     with pytest.raises(AssertionError, match="changes what is launched"):
-        Affine(other, log(2, 0))
+        Affine(other, log(3, 0))
 
 
 def test_a_child_that_dies_or_hangs_is_told():
@@ -121,6 +134,22 @@ def test_a_launch_takes_the_host_its_time():
 def test_blocks_stand_for_all():
     times = {f"step {number}": float(number) for number in range(8)}
     assert mean_step(times, 4, 10) == pytest.approx((4 + 10 * 5.5 + 7) / 12)
+
+
+def test_what_is_known_is_not_made_again(monkeypatch):
+    monkeypatch.setattr(timeline, "_import_once", lambda: None)
+    monkeypatch.setattr(timeline, "in_child", lambda *args, **kwargs: pytest.fail("made again"))
+    names, workload = list(timeline.SETTINGS)[:3], "1 x 2048"
+    rows = [{"setting": name, "workload": workload} for name in names]
+    assert model_all("llama2_7b", names, [workload], known=rows[::-1]) == rows
+    full = [{"codec": "none", "clipping": way, "card": card, "from": None, "factors": {4096: 1.2, 16384: 1.0},
+             "bare": {4096: 1.0, 16384: 4.0}, "why": {4096: "waits for nothing", 16384: ""}}
+            for way in (UNCLIPPED, *CLIPPED) for card in CARDS]  # fmt: skip
+    assert model_in_backward("llama2_7b", ["none"], pytest.fail, full[::-1]) == full
+    text = in_backward_table(full, "llama2_7b")
+    assert "| A6000 | none | 12 | speculative | 1.20 of 1.00 s | **1.00** of 4.00 s | more than 1,048,576 |" in text
+    assert "- A6000, codec none, clipping exact, 4,096 tokens, 1.20: waits for nothing" in text
+    assert "16,384 tokens, 1.00" not in text
 
 
 def test_on_the_real_engine(tmp_path):
