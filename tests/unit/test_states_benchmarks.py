@@ -51,6 +51,44 @@ def test_the_small_machine_says_what_it_lacks(tmp_path):
 
 
 @pytest.mark.slow
+def test_ways_of_clipping_in_turn(tmp_path):
+    """Each is what it is called: the script itself counts trials and those that were taken back."""
+    out = tmp_path / "page.md"
+    done = run(
+        "in_backward.py", "--path", tmp_path, "--shape", "tiny", "--length", 16, "--rounds", 2, "--steps", 3,
+        "--clipping", "--out", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in out.read_text().splitlines() if line.startswith(("| host", "| disk"))]
+    assert (
+        len(lines) == 8 and sum("| exact |" in line and "| 1.000 (1.00, 1.00) | 1.000 |" in line for line in lines) == 2
+    )
+
+
+def test_counts_go_on_where_they_were_interrupted(tmp_path, monkeypatch):
+    from benchmarks import counting
+    from hift_ds.forecast.setting import Result, Setting
+
+    settings = [Setting("model", {"hift": {}}, batch=n) for n in range(1, 8)]
+    asked: list[int] = []
+
+    def simulate(part, num_processes):
+        if len(asked) + len(part) > 5:
+            raise KeyboardInterrupt
+        asked.extend(setting.batch for setting in part)
+        return [Result(1, 1, setting.batch, 1) for setting in part]
+
+    monkeypatch.setattr(counting, "simulate", simulate)
+    rows = tmp_path / "rows.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        counting.results(settings, rows=rows)
+    assert asked == [1, 2, 3, 4]
+    asked.clear()
+    found = counting.results([*settings[::-1], settings[2]], rows=rows)  # in any order, each once
+    assert asked == [7, 6, 5] and [result.weight_bytes for result in found] == [7, 6, 5, 4, 3, 2, 1, 3]
+
+
+@pytest.mark.slow
 def test_states(tmp_path):
     out = tmp_path / "page.md"
     done = run(
