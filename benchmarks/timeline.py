@@ -348,7 +348,10 @@ def _bare_step(model: Any, inputs: dict[str, Any], params: list[Any], optimizer:
 
 
 def _launches(machine: Any) -> list[Launch]:
-    return [Launch(e.kind, e.agent, e.host, e.name, e.bytes_moved, e.link, e.flops, e.after) for e in machine.log]
+    """The log up to the mark "end": an engine that is collected as garbage gives its memory back when that comes."""
+    end = next(i for i, entry in enumerate(machine.log) if (entry.kind, entry.name) == ("mark", "end"))
+    log = machine.log[: end + 1]
+    return [Launch(e.kind, e.agent, e.host, e.name, e.bytes_moved, e.link, e.flops, e.after) for e in log]
 
 
 def _build(model: str, trained: Sequence[int] | None, device: str) -> Any:
