@@ -4,7 +4,9 @@ commands work from an empty folder, far from any checkout."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -81,6 +83,13 @@ def test_the_bundled_data_can_be_learned_from(tmp_path, monkeypatch):
     run = load_run_config("smollm2_135m")
     prepared = prepare_data(run.data, byte_level(), max_length=1024)
     assert 300 < len(prepared.train) < 1000 and len(prepared.eval) >= 3
+
+
+def test_the_bundled_questions_are_about_modules_that_exist():
+    """Written anew when modules move: ``python -m examples.hift_questions``."""
+    text = shipped.find("bundled:hift_questions", "data").read_text(encoding="utf-8")
+    named = set(re.findall(r"in `(hift_ds[\w.]*)` for", text))
+    assert len(named) > 50 and not [module for module in named if importlib.util.find_spec(module) is None]
 
 
 @pytest.mark.slow
