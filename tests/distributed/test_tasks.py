@@ -40,7 +40,8 @@ def files_of(root: Path, models: Path, kinds: list[str], num_ranks: int, **optio
         folder = root / f"{kind}_{num_ranks}"
         folder.mkdir(parents=True)
         rows = (4 if kind == "kto" else 2) // num_ranks
-        more = {"train__arguments": KTO} if kind == "kto" else {}
+        # TRL's scores are means over batches, and rows that fill up the last one count twice: one batch has all rows.
+        more = {"train__arguments": KTO, "train__eval_batch_size": 6 // num_ranks} if kind == "kto" else {}
         files.append(str(write(models, folder, kind, train__micro_batch_size=rows, train__max_grad_norm=0,
                                **more, **options)))  # fmt: skip
     return files
