@@ -52,7 +52,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _phases(figures: dict[str, Any]) -> Table:
-    table = _table("Peak by phase, and what the highest is made of", "phase", "GiB", "memory", "GiB")
+    table = _table("Peak by phase, and what it holds", "phase", "GiB", "memory", "GiB")
     phases, categories = list(figures["phases"].items()), list(figures["categories"].items())
     for row in range(max(len(phases), len(categories))):
         cells = [[name, f"{value:.2f}"] if row < len(part) else ["", ""]
