@@ -62,11 +62,11 @@ def check_arguments(args: TrainingArguments | None) -> None:
 
 
 def _complete(args: TrainingArguments, config: dict[str, Any]) -> None:
-    """What the config leaves out and DeepSpeed insists on is the TrainingArguments', as if it said "auto"."""
+    """What the config leaves out and DeepSpeed insists on is the TrainingArguments', as if it said "auto".
+    (accelerate sees to "gradient_accumulation_steps".)"""
     config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     if "train_batch_size" not in config:
         config.setdefault("train_micro_batch_size_per_gpu", args.per_device_train_batch_size)
-        config.setdefault("gradient_accumulation_steps", args.gradient_accumulation_steps)
 
 
 def _check_output(args: TrainingArguments) -> None:
