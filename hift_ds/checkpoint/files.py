@@ -217,6 +217,11 @@ def replace_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def replace_json(path: Path, content: Any) -> None:
+    """Give ``path`` new contents as :func:`replace_text` does: a JSON value, indented."""
+    replace_text(path, json.dumps(content, indent=2) + "\n")
+
+
 def publish_folder(temporary: Path, final: Path) -> None:
     """Rename a complete folder to its name. A whole one of that name stays until the new one is there."""
     sync(temporary)

@@ -2,7 +2,8 @@
 runs this.
 
 :func:`finetune` reads as its phases. What can be wrong with the input is found in the first one, before any
-weight is read; the loop is transformers' (:mod:`hift_ds.train.trainer`), the step the engine's.
+weight is read; the loop is transformers' (:mod:`hift_ds.train.trainer`), the step the engine's. The model is loaded
+in :mod:`hift_ds.train.load_model`; evaluation, export and results are in :mod:`hift_ds.train.after_training`.
 """
 
 from __future__ import annotations
@@ -12,56 +13,39 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
-from hift_ds.checkpoint.files import replace_text
+from hift_ds.checkpoint.files import replace_json, replace_text
 from hift_ds.checkpoint.folder_lock import LOCK_FILE, FolderLock
-from hift_ds.checkpoint.manifest import latest_tag
-from hift_ds.checkpoint.saved_checkpoint import SavedCheckpoint
 from hift_ds.checkpoint.trainer_folder import find_checkpoints
-from hift_ds.data.packing import packed_samples_are_isolated
 from hift_ds.data.prepare import PreparedData, prepare_data
 from hift_ds.data.stream import prepare_stream
 from hift_ds.data.task_data import Preparation
 from hift_ds.data.tokenizers import add_tokens, load_tokenizer
-from hift_ds.dtypes import torch_dtype
-from hift_ds.engine.zero3.load import load_partitioned, load_partitioned_with_head, remember_rounded_weights
 from hift_ds.errors import CheckpointError, ConfigError
 from hift_ds.forecast.fit import accumulation
-from hift_ds.hf.export import check_files_can_be_written, export_model
-from hift_ds.hf.model_structure import build_on_meta, quiet_hugging_face, read_task_config, turn_cache_off
-from hift_ds.hf.safetensors_folder import (
-    SafetensorsFolder,
-    load_pretrained,
-    load_pretrained_with_head,
-    tensor_dtypes,
-)
-from hift_ds.hf.weight_names import skeleton
+from hift_ds.hf.export import check_files_can_be_written
+from hift_ds.hf.model_structure import build_on_meta, read_task_config, turn_cache_off
 from hift_ds.integrations.disk_room import DiskRoomCallback
 from hift_ds.integrations.events import EngineEvents
 from hift_ds.layers.grouping import partition_model
 from hift_ds.out_of_memory import no_traceback_when_full
 from hift_ds.process_group import as_single_process, ensure_process_group
 from hift_ds.ranks import avoid_broken_links, gather, on_all_ranks, rank_and_world_size
-from hift_ds.report.coverage import kept_step
-from hift_ds.report.groups import record_movement
-from hift_ds.report.model_card import write_model_card
-from hift_ds.report.page import FILE_NAME as REPORT_FILE
-from hift_ds.report.page import next_commands, write_report
-from hift_ds.report.plots import plot_run
 from hift_ds.report.progress import print_line
-from hift_ds.report.run_summary import RESULTS_FILE, versions
+from hift_ds.report.run_summary import DEEPSPEED_FILE, RESULTS_FILE, versions
+from hift_ds.train.after_training import closing_lines, data_counts, evaluate, export, training_results, write_results
 from hift_ds.train.card import card_here
 from hift_ds.train.fit import CHOSEN, FIT_FILE, Chosen, Facts, apply, choose
 from hift_ds.train.group_size import tokens_per_step
+from hift_ds.train.load_model import check_attention, load_model
 from hift_ds.train.preflight import CheckedRun, check_run, with_settings
 from hift_ds.train.resumed_settings import (
     SETTINGS_FILE,
@@ -73,11 +57,15 @@ from hift_ds.train.resumed_settings import (
 )
 from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig
 from hift_ds.train.settings import gives_passes
-from hift_ds.train.spread_masters import gathered_weights
 from hift_ds.train.tasks import TASKS
-from hift_ds.train.trainer import build_trainer, make_arguments, zero_stage
+from hift_ds.train.trainer import build_trainer, make_arguments
 from hift_ds.train.watchdog import collective_timeout_s, lost_rank_error
 from hift_ds.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
+
+    from hift_ds.train.trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -126,30 +114,26 @@ def _lock_folders(run: RunConfig) -> list[FolderLock]:
 
 def _finetune(checked: CheckedRun, say: Callable[[str], None], dry_run: bool) -> dict[str, Any]:
     run = checked.run
-    checkpoints, damage = on_all_ranks(lambda: find_checkpoints(run.output_dir, run.train.resume))
-    if run.train.resume == "auto":
-        checkpoints = _agree_on_checkpoints(checkpoints, damage)
-        if results := gather(_results_of_finished(run, checkpoints))[0]:
-            say(
-                f"{run.output_dir} is complete: {results['steps']} steps, exported to {run.export_dir}; nothing is "
-                "left to do (raise train.max_steps or train.epochs to go on)"
-            )
-            return results
+    checkpoints, finished = _checkpoints(run)
+    if finished is not None:
+        say(
+            f"{run.output_dir} is complete: {finished['steps']} steps, exported to {run.export_dir}; nothing is "
+            "left to do (raise train.max_steps or train.epochs to go on)"
+        )
+        return finished
     arguments = on_all_ranks(lambda: make_arguments(checked, fresh=not checkpoints))
     _introduce(checked, arguments, say)
-
     tokenizer, data = on_all_ranks(lambda: _load_data(checked, arguments))
     for report in data.reports:
         say(str(report))
     chosen = _choose(checked, data, checkpoints)
     for line in chosen.lines:
         say(line)
-    keys = chosen.keys | tokens_per_step(checked.settings, data.tokens_per_row)
-    if keys:
+    if keys := chosen.keys | tokens_per_step(checked.settings, data.tokens_per_row):
         checked = with_settings(checked, apply(checked.settings, keys))
         arguments = on_all_ranks(lambda: make_arguments(checked, fresh=not checkpoints))
-    model = on_all_ranks(lambda: _load_model(checked, arguments, tokenizer, data.model_options, say))
 
+    model = on_all_ranks(lambda: load_model(checked, arguments, tokenizer, data.model_options, say))
     on_all_ranks(lambda: check_files_can_be_written(model, tokenizer) if arguments.process_index == 0 else None)
     restore_cache = turn_cache_off(model.config)
     trainer = build_trainer(checked, arguments, model, tokenizer, data)
@@ -162,45 +146,22 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None], dry_run: bool) ->
         results["stopped_by"] = trainer.preemption.stopped_by
         say(f"saved after step {results['steps']}; the same command goes on from there")
         return results
-    results |= _evaluate(trainer, data)
+
+    results |= evaluate(trainer, data)
     restore_cache()
     results |= data_counts(data)
     results["environment"] = versions()
-    on_all_ranks(lambda: _export(checked, trainer, model, tokenizer))
+    on_all_ranks(lambda: export(checked, trainer, model, tokenizer))
     say(f"exported to {run.export_dir}")
     if arguments.process_index == 0:
-        _write_results(run, results)
-        write_model_card(run.output_dir, run.export_dir, TASKS[run.task].auto_class)
-        write_report(run.output_dir)
+        write_results(run, results)
     for line in closing_lines(run, results):
         say(line)
     return results
 
 
-def data_counts(data: PreparedData) -> dict[str, int]:
-    """The counts of the training data, for those who look at the run later; none of streamed rows."""
-    if data.is_streamed:
-        return {}
-    report = data.reports[0]
-    counted = {"train_samples": report.num_samples, "train_tokens": report.tokens}
-    return counted | ({"train_learned_tokens": report.learned_tokens} if hasattr(report, "learned_tokens") else {})
-
-
-def closing_lines(run: RunConfig, results: Mapping[str, Any]) -> list[str]:
-    """What came of the run, and what to type next."""
-    lines = []
-    task = TASKS[run.task]
-    if "eval_loss_before" in results and "eval_loss" in results:
-        before, after = (f"{results[key]:.4f}" for key in ("eval_loss_before", "eval_loss"))
-        told = [f"held-out loss {before} -> {after}"]
-        for name in task.metrics[:2]:
-            if (key := f"eval_{name}") in results and f"{key}_before" in results:
-                digits = 2 if name == "perplexity" else 4
-                told.append(f"{name} {results[f'{key}_before']:,.{digits}f} -> {results[key]:,.{digits}f}")
-        lines.append(", ".join(told))
-    holds_out = run.data.eval is not None or bool(run.data.val_size)
-    then = next_commands(run.output_dir, run.task, holds_out)
-    return [*lines, f"report: {run.output_dir / REPORT_FILE}", f"next: {'    '.join(then)}"]
+def _silent(line: str) -> None:
+    """Stands for ``say`` on ranks other than the first."""
 
 
 # -- before any weight is read -------------------------------------------------------------------------------
@@ -213,7 +174,7 @@ def _check(run: RunConfig) -> CheckedRun:
         trust, auto_class = run.model.trust_remote_code, TASKS[run.task].auto_class
         config = read_task_config(str(checked.model.path), auto_class, trust_remote_code=trust)
         if run.model.attn_implementation:
-            _check_attention(config, run)
+            check_attention(config, run)
         structure = build_on_meta(config, trust_remote_code=trust)
         partition_model(
             structure, group_size=block.first_group_size, patterns=block.groups, always_active=block.always_active
@@ -221,18 +182,13 @@ def _check(run: RunConfig) -> CheckedRun:
     return checked
 
 
-def _check_attention(config: Any, run: RunConfig) -> None:
-    """The kernel is there, and the model takes it."""
-    wanted = deepcopy(config)
-    wanted._attn_implementation = run.model.attn_implementation
-    try:
-        build_on_meta(wanted, trust_remote_code=run.model.trust_remote_code)
-    except ConfigError as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ConfigError(
-            f"model.attn_implementation: {run.model.attn_implementation!r} cannot be used here ({reason[:200]}); leave "
-            "the key out for transformers' choice"
-        ) from error
+def _checkpoints(run: RunConfig) -> tuple[list[Path], dict[str, Any] | None]:
+    """The checkpoints to go on from, newest first; and the results of a run that has nothing left to do."""
+    checkpoints, damage = on_all_ranks(lambda: find_checkpoints(run.output_dir, run.train.resume))
+    if run.train.resume != "auto":
+        return checkpoints, None
+    checkpoints = _agree_on_checkpoints(checkpoints, damage)
+    return checkpoints, gather(_results_of_finished(run, checkpoints))[0]
 
 
 def _results_of_finished(run: RunConfig, checkpoints: list[Path]) -> dict[str, Any] | None:
@@ -278,34 +234,7 @@ def _introduce(checked: CheckedRun, arguments: TrainingArguments, say: Callable[
     say(f"{batch.global_batch_size} rows in an optimizer step{parts}, up to {checked.max_length:,} tokens each")
 
 
-def _choose(checked: CheckedRun, data: PreparedData, checkpoints: list[Path]) -> Chosen:
-    """What the run leaves open, by the first rank for all."""
-    longest = max((report.longest_tokens for report in data.reports), default=checked.max_length)
-    is_full = checked.run.data.packing or data.is_streamed
-    length = checked.max_length if is_full else min(max(longest, 1), checked.max_length)
-    facts = Facts(checked.settings, checked.dtype, str(checked.model.path), length, data.num_rows)
-    before = (read_settings(checkpoints[0]) or {}).get(CHOSEN) if checkpoints else None
-    cards = gather(on_all_ranks(lambda: card_here(checked.settings, checked.dtype)))
-    least = min(cards, key=lambda card: card.usable_bytes)
-    first = rank_and_world_size()[0] == 0
-    return gather(on_all_ranks(lambda: choose(facts, least, before) if first else None))[0]
-
-
-def _write_settings(run: RunConfig, deepspeed: Any, chosen: Any) -> None:
-    """What the run folder is the run of. Nothing before: a run that is refused changes nothing."""
-    (run.output_dir / RESULTS_FILE).unlink(missing_ok=True)  # of a run that ended before this one goes on
-    origin = f"# {run.file} {' '.join(run.overrides)}".rstrip()
-    content = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    replace_text(run.output_dir / RUN_FILE_COPY, f"{origin}\n# every key, defaults included\n{content}")
-    _write_json(run.output_dir / "deepspeed.json", deepspeed)
-    if chosen:
-        _write_json(run.output_dir / FIT_FILE, chosen)
-
-
-# -- loading -------------------------------------------------------------------------------------------------
-
-
-def _load_data(checked: CheckedRun, arguments: TrainingArguments) -> tuple[Any, PreparedData]:
+def _load_data(checked: CheckedRun, arguments: TrainingArguments) -> tuple[PreTrainedTokenizerBase, PreparedData]:
     """The first process of each node prepares, the others read what it left in the cache."""
     run = checked.run
     with arguments.main_process_first(local=True, desc="preparing data"):
@@ -324,112 +253,20 @@ def _load_data(checked: CheckedRun, arguments: TrainingArguments) -> tuple[Any, 
         return tokenizer, prepare_data(run.data_of_task, tokenizer, checked.max_length, vocab_size)
 
 
-@no_traceback_when_full("while the model is loaded")
-def _load_model(
-    checked: CheckedRun,
-    arguments: TrainingArguments,
-    tokenizer: Any,
-    labels: Mapping[str, Any],
-    say: Callable[[str], None],
-) -> Any:
-    """Straight to the accelerator where the dtype is final; else mapped from the files, which costs a rank no
-    memory of its own until the engine casts: fp32 weights that train in 16 bits keep their bits in the
-    masters."""
-    run, stored = checked.run, checked.model.dtype
-    block = checked.settings.hift
-    options = {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
-    task = TASKS[run.task]
-    has_head = task.auto_class not in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
-    adds_tokens = bool(run.model.added_tokens or run.model.added_special_tokens)
-    if adds_tokens and zero_stage(arguments) == 3:
-        raise ConfigError(
-            'model.added_tokens: with "zero_optimization.stage": 3 the embeddings are in shards, which get no more '
-            "rows; use stage 0, 1 or 2"
-        )
-    keeps_bits = stored == "fp32" and checked.dtype != "fp32" and block is not None and block.master_weights
-    dtype = torch_dtype("fp32" if keeps_bits else checked.dtype)
-    if has_head:
-        labels = {"num_labels": 1} if run.task == "reward" else labels
-        model = _load_with_head(checked, arguments, tokenizer, {**labels, **options, "dtype": dtype}, say)
-        if adds_tokens:
-            _add_rows(model, tokenizer, run, say)
-        return model
-    options["model_class"] = task.model_class()
-    if zero_stage(arguments) == 3 and block is not None:
-        return load_partitioned(
-            checked.model.path, arguments.deepspeed, dtype=torch_dtype(checked.dtype),
-            trust_remote_code=run.model.trust_remote_code, **options,
-        )  # fmt: skip
-    is_partitioned = zero_stage(arguments) == 3  # while it loads, by transformers
-    model = load_pretrained(
-        checked.model.path,
-        dtype=dtype,
-        device=None if keeps_bits or is_partitioned or arguments.device.type == "cpu" else arguments.device,
-        trust_remote_code=run.model.trust_remote_code,
-        **options,
-    )
-    if adds_tokens:
-        _add_rows(model, tokenizer, run, say)
-    if not keeps_bits and not is_partitioned and block is not None and block.master_weights:
-        remember_rounded_weights(model, SafetensorsFolder(checked.model.path))
-    if run.data.packing and not is_partitioned and not packed_samples_are_isolated(model):
-        raise ConfigError(
-            f"data.packing: true, but in {type(model).__name__} with attention "
-            f"{model.config._attn_implementation!r} the samples of a row see each other; "
-            "set data.packing: false, or another model.attn_implementation"
-        )
-    return model
+def _choose(checked: CheckedRun, data: PreparedData, checkpoints: list[Path]) -> Chosen:
+    """What the run leaves open, by the first rank for all."""
+    longest = max((report.longest_tokens for report in data.reports), default=checked.max_length)
+    is_full = checked.run.data.packing or data.is_streamed
+    length = checked.max_length if is_full else min(max(longest, 1), checked.max_length)
+    facts = Facts(checked.settings, checked.dtype, str(checked.model.path), length, data.num_rows)
+    before = (read_settings(checkpoints[0]) or {}).get(CHOSEN) if checkpoints else None
+    cards = gather(on_all_ranks(lambda: card_here(checked.settings, checked.dtype)))
+    least = min(cards, key=lambda card: card.usable_bytes)
+    first = rank_and_world_size()[0] == 0
+    return gather(on_all_ranks(lambda: choose(facts, least, before) if first else None))[0]
 
 
-def _add_rows(model: Any, tokenizer: Any, run: RunConfig, say: Callable[[str], None]) -> None:
-    """For tokens that the embeddings have no rows for; published ones often have a few more rows than tokens."""
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        set_seed(run.train.seed)  # new rows are drawn around the mean of the others, the same on all ranks
-        with quiet_hugging_face():
-            model.resize_token_embeddings(len(tokenizer))
-    say(
-        f"added tokens: {len(tokenizer):,} in the vocabulary; embeddings {rows:,} -> {max(rows, len(tokenizer)):,} rows"
-    )
-
-
-def _load_with_head(
-    checked: CheckedRun,
-    arguments: TrainingArguments,
-    tokenizer: Any,
-    options: dict[str, Any],
-    say: Callable[[str], None],
-) -> Any:
-    """With the task's head, which begins with random weights unless the folder has one that fits; the same on all
-    ranks."""
-    run, task, trust = checked.run, TASKS[checked.run.task], checked.run.model.trust_remote_code
-    set_seed(run.train.seed)
-    with quiet_hugging_face():  # what is new and what is unused is said below
-        if zero_stage(arguments) == 3:
-            attention = {name: options.pop(name) for name in ("attn_implementation",) if name in options}
-            del options["dtype"]
-            model, new, unused = load_partitioned_with_head(
-                checked.model.path, arguments.deepspeed, model_class=task.model_class(),
-                dtype=torch_dtype(checked.dtype), trust_remote_code=trust, model_options=options, **attention,
-            )  # fmt: skip
-        else:
-            model, new, unused = load_pretrained_with_head(
-                checked.model.path, task.model_class(), trust_remote_code=trust, **options
-            )
-    if model.config.get_text_config().pad_token_id is None:  # decoders find the last token of a row by it
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if new:
-        say(f"new weights, at random: {_some(new)}")
-    if unused:
-        say(f"weights of another head, not used: {_some(unused)}")
-    return model
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-# -- training and after --------------------------------------------------------------------------------------
+# -- training ------------------------------------------------------------------------------------------------
 
 
 class _Began(TrainerCallback):
@@ -441,20 +278,33 @@ class _Began(TrainerCallback):
     def __init__(self, run: RunConfig, settings: dict[str, Any]) -> None:
         self.run, self.settings = run, settings
 
-    def on_save(self, args: TrainingArguments, state: Any, *rest: Any, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.process_index == 0 and folder.is_dir():
             with contextlib.suppress(OSError):  # it says what would differ, no more
                 replace_text(folder / SETTINGS_FILE, settings_text(self.settings))
 
-    def on_train_begin(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if not self.began and args.process_index == 0:
             _write_settings(self.run, args.deepspeed, self.settings.get(CHOSEN))
         self.began = True
 
 
+def _write_settings(run: RunConfig, deepspeed: Mapping[str, Any], chosen: Mapping[str, Any] | None) -> None:
+    """What the run folder is the run of. Nothing before: a run that is refused changes nothing."""
+    (run.output_dir / RESULTS_FILE).unlink(missing_ok=True)  # of a run that ended before this one goes on
+    origin = f"# {run.file} {' '.join(run.overrides)}".rstrip()
+    content = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    replace_text(run.output_dir / RUN_FILE_COPY, f"{origin}\n# every key, defaults included\n{content}")
+    replace_json(run.output_dir / DEEPSPEED_FILE, deepspeed)
+    if chosen:
+        replace_json(run.output_dir / FIT_FILE, chosen)
+
+
 @no_traceback_when_full("in training")
-def _train(trainer: Any, run: RunConfig, checkpoints: list[Path], settings: dict[str, Any]) -> dict[str, Any]:
+def _train(trainer: RunTrainer, run: RunConfig, checkpoints: list[Path], settings: dict[str, Any]) -> dict[str, Any]:
     """From the newest checkpoint whose checksums are right, else from the start."""
     progress = _Began(run, settings)
     trainer.add_callback(progress)
@@ -464,16 +314,15 @@ def _train(trainer: Any, run: RunConfig, checkpoints: list[Path], settings: dict
                 on_all_ranks(lambda folder=folder: _compare_settings(folder, settings))
                 if trainer.args.process_index == 0:
                     print(f"resuming from {folder}", flush=True)
-                return _summary(trainer, run, trainer.train(resume_from_checkpoint=str(folder)))
+                return training_results(trainer, run, trainer.train(resume_from_checkpoint=str(folder)))
             except (CheckpointError, pickle.UnpicklingError, EOFError) as found:
                 error = found if isinstance(found, CheckpointError) else _unreadable(folder, found)
                 if progress.began or position + 1 == len(checkpoints):
                     raise error from None
                 logger.warning("%s; trying %s", error, checkpoints[position + 1])
-        return _summary(trainer, run, trainer.train())
+        return training_results(trainer, run, trainer.train())
     except RuntimeError as error:
-        engine = getattr(trainer, "engine", None)
-        lost = lost_rank_error(error, engine) if engine is not None else None
+        lost = lost_rank_error(error, trainer.engine) if trainer.engine is not None else None
         if lost is None:
             raise
         raise lost from error
@@ -484,12 +333,12 @@ class _AtTheFirstStep(Exception):
 
 
 class _StopsThere(TrainerCallback):
-    def on_train_begin(self, *rest: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         raise _AtTheFirstStep
 
 
 @no_traceback_when_full("before the first step")
-def _rehearse(trainer: Any, checkpoints: list[Path], say: Callable[[str], None]) -> dict[str, Any]:
+def _rehearse(trainer: RunTrainer, checkpoints: list[Path], say: Callable[[str], None]) -> dict[str, Any]:
     """Training up to its first step, a checkpoint's loading included. No callback that writes or reports is told."""
     handler = trainer.callback_handler
     quiet = (EngineEvents, DiskRoomCallback, DefaultFlowCallback)
@@ -497,7 +346,7 @@ def _rehearse(trainer: Any, checkpoints: list[Path], say: Callable[[str], None])
     handler.callbacks.append(_StopsThere())
     with contextlib.suppress(_AtTheFirstStep):
         trainer.train(resume_from_checkpoint=str(checkpoints[0]) if checkpoints else None)
-    state, engine = trainer.state, getattr(trainer, "engine", None)
+    state, engine = trainer.state, trainer.engine
     if checkpoints:
         say(f"would go on from {checkpoints[0]}, step {state.global_step}")
     if engine is not None:
@@ -540,108 +389,3 @@ def _unreadable(folder: Path, error: Exception) -> CheckpointError:
         else f"is damaged ({(reason or ['it is empty'])[0]})"
     )
     return CheckpointError(f"{folder}: a file with states in it {why}; remove the folder to go on from an earlier one")
-
-
-def _summary(trainer: Any, run: RunConfig, output: Any) -> dict[str, Any]:
-    state = trainer.state
-    results = {**output.metrics, "steps": state.global_step}
-    if trainer.args.load_best_model_at_end and state.best_metric is not None:
-        results["best_step"] = kept_step(trainer.args, state)
-    if trainer.had_no_step_left:  # neither a loss nor a time to report
-        results = {"steps": state.global_step}
-    results.pop("total_flos", None)  # transformers' estimate is of full fine-tuning
-    first = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), None)
-    if first is not None:
-        measured = ("loss", *TASKS[run.task].metrics)
-        results |= {f"eval_{name}_before": first[f"eval_{name}"] for name in measured if f"eval_{name}" in first}
-    if trainer.args.auto_find_batch_size:
-        results["micro_batch_size"] = state.train_batch_size
-    engine = getattr(trainer, "engine", None)
-    if engine is not None:
-        coverage = engine.coverage()
-        results["cycles"] = engine.schedule.cursor.cycle
-        results["num_groups"] = len(engine.groups)
-        results["never_updated"] = sum(count == 0 for count in coverage.values())
-        results["num_parameters"] = len(coverage)
-    return results
-
-
-@no_traceback_when_full("in evaluation")
-def _evaluate(trainer: Any, data: PreparedData) -> dict[str, Any]:
-    """At the end, unless the last evaluation was of these very weights."""
-    if data.eval is None:
-        return {}
-    step, history = kept_step(trainer.args, trainer.state), reversed(trainer.state.log_history)
-    last = next((entry for entry in history if "eval_loss" in entry and entry["step"] == step), None)
-    if last is None:
-        last = trainer.evaluate()
-    return {key: value for key, value in last.items() if key.startswith("eval_")}
-
-
-@no_traceback_when_full("while the model is exported")
-def _export(checked: CheckedRun, trainer: Any, model: Any, tokenizer: Any) -> None:
-    """Export, by the first rank: the weights as safetensors, and how far each layer group has moved. The others send it
-    their masters where each node keeps its own checkpoints."""
-    tensors, best = None, _exports_masters(checked)
-    first, spread = trainer.args.process_index == 0, trainer.args.save_on_each_node and best
-    if not (first or spread):
-        return
-    if zero_stage(trainer.args) == 3:  # no rank has whole weights
-        tensors, model = _saved_weights(trainer, best=best), skeleton(model.config, model)
-    elif best and checked.dtype != "fp32":
-        tensors = _saved_weights(trainer, best=True)
-    try:
-        if first:
-            _write_export(checked, model, tensors, tokenizer)
-    finally:
-        if spread:
-            for _ in tensors or ():  # what is left to send, also when the first rank could not write
-                pass
-
-
-def _exports_masters(checked: CheckedRun) -> bool:
-    """Some tensor is written as fp32: "auto" writes those that the input has as fp32, be it but a few."""
-    if checked.run.export.dtype != "auto":
-        return checked.export_dtype == "fp32"
-    return torch.float32 in tensor_dtypes(checked.model.path).values()
-
-
-def _write_export(checked: CheckedRun, model: Any, tensors: Any, tokenizer: Any) -> None:
-    run = checked.run
-    export_model(
-        model,
-        run.export_dir,
-        tensors=tensors,
-        tokenizer=tokenizer,
-        max_shard_size=run.export.max_shard_size,
-        dtype=tensor_dtypes(checked.model.path) if run.export.dtype == "auto" else torch_dtype(checked.export_dtype),
-    )
-    record_movement(run.output_dir, checked.model.path, run.export_dir, model)
-    plot_run(run.output_dir)
-
-
-def _saved_weights(trainer: Any, best: bool) -> Iterator[tuple[str, torch.Tensor]] | None:
-    """From the checkpoint that the run ends with, one at a time; None if DeepSpeed alone has written it.
-
-    Args:
-        best: the fp32 masters of 16-bit weights.
-    """
-    last = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-    folder = Path(trainer.state.best_model_checkpoint) if trainer.args.load_best_model_at_end else last
-    tag = latest_tag(folder)
-    if tag is None or getattr(trainer, "engine", None) is None:
-        return None
-    saved = SavedCheckpoint(folder / tag)
-    return gathered_weights(saved) if best and trainer.args.save_on_each_node else saved.weights(best=best)
-
-
-def _write_results(run: RunConfig, results: dict[str, Any]) -> None:
-    _write_json(run.output_dir / RESULTS_FILE, dict(sorted(results.items())))
-
-
-def _write_json(path: Path, content: Any) -> None:
-    replace_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def _silent(*_: Any) -> None:
-    pass

@@ -4,7 +4,7 @@ reports."""
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, IterableDataset
@@ -25,6 +25,28 @@ from hift_ds.train.preflight import CheckedRun
 from hift_ds.train.tasks import TASKS, Task
 from hift_ds.train.watchdog import NotesProgress, WatchdogCallback
 
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl, TrainerState
+    from transformers.trainer_utils import TrainOutput
+
+    from hift_ds.data.prepare import PreparedData
+    from hift_ds.engine.engine import HiFTEngine
+
+    class RunTrainer(Trainer):
+        """What :func:`build_trainer` makes: the trainer of a task, with the mixins below before it.
+
+        Attributes:
+            engine: ``None`` before training, and with ``hift: false``.
+            preemption: knows whether a signal ended the training.
+            had_no_step_left: the last ``train()`` has trained nothing.
+        """
+
+        engine: HiFTEngine | None
+        preemption: PreemptionCallback
+        had_no_step_left: bool
+
+
 ONLY_AT_THE_END = (
     1_000_000_000  # save_steps that no run reaches; with "steps" the Trainer saves after the last step too
 )
@@ -34,7 +56,7 @@ class _DecayMatricesOnly:
     """Mixin: with an optimizer in the DeepSpeed config too, biases and norms are not decayed, as without
     one."""
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         from accelerate.utils import DummyOptim
 
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -51,7 +73,7 @@ class _DecayMatricesOnly:
 class _ReadsStreams:
     """Mixin: of a stream every rank has its own rows already, which accelerate would divide once more."""
 
-    def get_train_dataloader(self) -> Any:
+    def get_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
         args = self.args
@@ -80,12 +102,14 @@ class _RefusesToGoBack:
 class _AllAtOnce(StopsWhenDone):
     """Mixin for ``hift: false``: every weight in every step, by DeepSpeed alone; what HiFT is compared with."""
 
+    engine = None
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = output_dir or self.args.output_dir
         with savable_generation_config(self.model, folder if self.args.should_save else None):
             super().save_model(output_dir, _internal_call)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         with checkpoints_without_code():
             return super().train(*args, **kwargs)
 
@@ -104,7 +128,7 @@ class _WithoutTelemetry:
         pass
 
 
-def trainer_class(task: Task, *, hift: bool) -> Any:
+def trainer_class(task: Task, *, hift: bool) -> type[RunTrainer]:
     """The task's trainer with our engine below it, or DeepSpeed's own.
 
     Raises:
@@ -117,11 +141,14 @@ def trainer_class(task: Task, *, hift: bool) -> Any:
     return type(f"{'Group' if hift else 'Full'}{task.trainer.rpartition('.')[2]}", tuple(parts), {})
 
 
-def build_trainer(checked: CheckedRun, arguments: TrainingArguments, model: Any, tokenizer: Any, data: Any) -> Any:
-    """With an attribute ``preemption`` that knows whether a signal ended the training.
-
-    Args:
-        data: a :class:`~hift_ds.data.prepare.PreparedData`.
+def build_trainer(
+    checked: CheckedRun,
+    arguments: TrainingArguments,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+) -> RunTrainer:
+    """The trainer of the run's task, with our callbacks.
 
     Raises:
         ConfigError, DataError: the task's trainer refuses its arguments or its data.
@@ -204,7 +231,14 @@ class EarlyStopping(EarlyStoppingCallback):
         """Without transformers' warning where the best weights are not kept, which is the user's choice."""
         self.early_stopping_patience, self.early_stopping_threshold = self.settings
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
         super().on_evaluate(args, state, control, metrics, **kwargs)
         if not control.should_training_stop or state.global_step >= state.max_steps:
             return
@@ -217,7 +251,7 @@ class EarlyStopping(EarlyStoppingCallback):
             )
 
 
-def _say_what_is_dropped(checked: CheckedRun, trainer: Any, data: Any) -> None:
+def _say_what_is_dropped(checked: CheckedRun, trainer: RunTrainer, data: PreparedData) -> None:
     """TRL's trainers drop rows that do not fit, and say nothing."""
     for name, given, kept in (("train", data.train, trainer.train_dataset), ("eval", data.eval, trainer.eval_dataset)):
         if given is None:

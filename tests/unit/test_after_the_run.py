@@ -24,7 +24,8 @@ from hift_ds.data.sources import parse_sources
 from hift_ds.errors import ConfigError, DataError
 from hift_ds.report.model_card import model_card
 from hift_ds.report.run_summary import read_run
-from hift_ds.train.finetune import closing_lines, finetune
+from hift_ds.train.after_training import closing_lines
+from hift_ds.train.finetune import finetune
 from hift_ds.train.predict import predict
 from hift_ds.train.run_config import load_run_config
 from hift_ds.train.trained_model import TrainedModel, find_trained, generation_options

@@ -428,7 +428,7 @@ def test_bad_input_is_one_line_before_any_weight_is_read(
     shutil.copytree(inputs / "model", model)
     if spoil is not None:
         spoil(model)
-    monkeypatch.setattr("hift_ds.train.finetune.load_pretrained", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr("hift_ds.train.load_model.load_pretrained", lambda *a, **k: pytest.fail("weights were read"))
     file = write_run(inputs, tmp_path / "run", **{"model__path": str(model), **changes})
     assert worker.main([str(file)]) == 2
     printed = capsys.readouterr()

@@ -15,7 +15,8 @@ from hift_ds.errors import NoRoomForModel, OutOfMemory
 from hift_ds.forecast import advice as out_of_memory
 from hift_ds.out_of_memory import full_device, no_traceback_when_full
 from hift_ds.report.metrics import read_metrics
-from hift_ds.train import finetune, worker
+from hift_ds.train import load_model, worker
+from hift_ds.train.finetune import finetune
 from hift_ds.train.run_config import load_run_config
 from tests.helpers.out_of_memory import ALLOCATOR_SAYS, NoAdvice, full
 from tests.unit.test_launch import NUM_GROUPS, inputs, own_cache, write_run  # noqa: F401  (fixtures)
@@ -37,7 +38,7 @@ def hook(monkeypatch):
     """Give it a function: it is called with the model and the number of rows before each forward of the run's model."""
 
     def install(before_forward):
-        real = finetune.load_pretrained
+        real = load_model.load_pretrained
 
         def load(*args, **kwargs):
             model = real(*args, **kwargs)
@@ -46,7 +47,7 @@ def hook(monkeypatch):
             )
             return model
 
-        monkeypatch.setattr(finetune, "load_pretrained", load)
+        monkeypatch.setattr(load_model, "load_pretrained", load)
 
     return install
 
@@ -91,7 +92,7 @@ def test_training_ends_with_an_answer_and_goes_on_from_the_checkpoint(inputs, tm
         "forecast 30.0 GiB of 22.0 usable", "would fit: micro-batches of 4", "a switch (21.0 GiB)"
     ]  # fmt: skip
     assert steps_saved(out) == [1, 2]
-    assert finetune.finetune(load_run_config(file))["steps"] == 4  # there is room now
+    assert finetune(load_run_config(file))["steps"] == 4  # there is room now
     steps = read_metrics(out).steps
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
     # On the CPU.
@@ -117,8 +118,8 @@ def test_evaluation(inputs, tmp_path, hook, capsys, finds_a_batch):  # noqa: F81
 @pytest.mark.parametrize(
     ("where", "says"),
     [
-        ("hift_ds.train.finetune.load_pretrained", "while the model is loaded"),
-        ("hift_ds.train.finetune.export_model", "while the model is exported"),
+        ("hift_ds.train.load_model.load_pretrained", "while the model is loaded"),
+        ("hift_ds.train.after_training.export_model", "while the model is exported"),
         ("hift_ds.engine.build.build_store", "no room for the weights (0.0 GiB)"),
         ("hift_ds.engine.saving.random_state", "CUDA out of memory"),
     ],
@@ -170,7 +171,7 @@ def test_a_smaller_batch_is_found_and_trains_the_same_groups(inputs, tmp_path, h
 
     hook(before_forward)
     with caplog.at_level(logging.WARNING):
-        results = finetune.finetune(load_run_config(file))
+        results = finetune(load_run_config(file))
     assert tried[:2] == [7, 6] and set(tried[2:]) <= set(range(1, 6))
     assert results["micro_batch_size"] == 5 and results["steps"] == 2 * NUM_GROUPS and results["never_updated"] == 0
     assert Forecast.made <= 2  # one for each length, however many batches were tried

@@ -134,7 +134,7 @@ def test_what_is_said_is_true(inputs, tmp_path, caplog):  # noqa: F811
         seen["eps"] = trainer.model.config.rms_norm_eps
         return real(trainer, *rest)
 
-    real, module._summary = module._summary, look
+    real, module.training_results = module.training_results, look
     caplog.clear()
     changes = [
         "train.learning_rate=0.5",
@@ -146,7 +146,7 @@ def test_what_is_said_is_true(inputs, tmp_path, caplog):  # noqa: F811
     try:
         finetune(load_run_config(file, changes))
     finally:
-        module._summary = real
+        module.training_results = real
     kept = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("going on with settings of"))
     changed = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("changed since"))
     for text in (

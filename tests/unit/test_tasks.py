@@ -78,7 +78,7 @@ KINDS: dict[str, tuple[str, str, Any]] = {
 def no_pictures(monkeypatch):
     """Half of such a short run; they are drawn in other tests."""
     monkeypatch.setattr("hift_ds.report.callback.plot_run", lambda folder: [])
-    monkeypatch.setattr("hift_ds.train.finetune.plot_run", lambda folder: [])
+    monkeypatch.setattr("hift_ds.train.after_training.plot_run", lambda folder: [])
 
 
 @pytest.fixture(scope="module")
