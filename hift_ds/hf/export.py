@@ -70,7 +70,7 @@ def export_model(
         max_shard_size: bytes, or "500MB", "5GB" (powers of 1000), "5GiB" (1024). A larger tensor gets its own
             file.
         dtype: of the floating-point weights: one for all; or one for each name in the checkpoint
-            (``safetensors_io.tensor_dtypes(input_folder)``), where names it lacks take its commonest; or None
+            (``safetensors_folder.tensor_dtypes(input_folder)``), where names it lacks take its commonest; or None
             to keep each as it comes.
 
     Returns:

@@ -7,6 +7,8 @@ updates so without states; here it is any optimizer, on any number of ranks, and
 
 The order of updates, and so of collectives, is by position and never by arrival: ranks whose batches reach other
 weights still meet. Which weights a backward will reach is read from the graph before it begins, and agreed on.
+
+Which norm clips such updates, and what is kept until it is known, is in :mod:`hift_ds.optim.clip_in_backward`.
 """
 
 from __future__ import annotations
@@ -22,21 +24,14 @@ from torch import Tensor, nn
 
 from hift_ds.collectives import join_norms_and_flags
 from hift_ds.errors import ConfigError, HiFTError, TrainingError
-from hift_ds.optim.autograd_graph import is_recomputed_reentrantly, nodes_below
+from hift_ds.optim.autograd_graph import weights_below
 from hift_ds.optim.clip import fp32_norm, grad_factor
+from hift_ds.optim.clip_in_backward import ClippingRule, HeldBack
 from hift_ds.optim.group_optimizer import GroupOptimizer
 from hift_ds.optim.group_shard import GroupShard
 from hift_ds.optim.group_update import StepValues
 from hift_ds.optim.host_gradients import HostGradients
 from hift_ds.optim.piecewise import Extras
-
-_NORMS = {  # by which gradients are clipped
-    "exact": "the norm of the step, for which updates wait until backward has ended",
-    "speculative": "the norm of the step; updates are made in backward, and taken back and made again where it says so",
-    "last_visit": "the norm that the group had when it was last trained, not by this step's (a first visit waits for "
-    "its own)",
-    "per_part": "the norm of each embedding, block and head, not by the step's",
-}
 
 
 @dataclass
@@ -96,13 +91,12 @@ class InBackwardOptimizer(GroupOptimizer):
                 '"hift.update": in_backward is not supported with a loss scale (float16), since an overflow could not '
                 'be taken back; use bf16, or "update": "after_backward"'
             )
-        self.clipping = clipping
+        self.clipping = ClippingRule(clipping, self.max_grad_norm)
         self._part_of = self._find_parts()
         device = next(iter(self._part_of)).device
         how = kwargs.get("pin_memory", True), kwargs.get("on_threads", True)
         self.sums = HostGradients(device, sum_dtype, *how)  # by weight
-        self.parked = HostGradients(device, None, *how)  # by (group, position): gradients that wait for the norm
-        self.weights_before = HostGradients(device, None, *how)  # by (chunk, piece): of updates on trial
+        self.held_back = HeldBack(self.states, device, *how)
         self._unpublished: list[GroupShard] = []  # parts whose updates are still being made on the host
         self._accumulating = False  # a backward that is not the step's last is under way
         self._backward: Backward | None = None
@@ -111,25 +105,21 @@ class InBackwardOptimizer(GroupOptimizer):
 
     @property
     def clipping_line(self) -> str:
-        how = (
-            f"clipping {self.clipping}: gradients are scaled down to {self.max_grad_norm:g} by {_NORMS[self.clipping]}"
-        )
-        return how if self.max_grad_norm > 0 else ""
+        return self.clipping.line
 
     def kept_on_host(self, group: GroupShard, micro_batches: int) -> int:
         """Bytes that a step of ``group`` (or a part) keeps in host memory on this rank beside states, at most: sums of
         micro-batches, gradients that wait for the norm or may be wanted again, and weights that an update is taken back
         with."""
-        several, clips = micro_batches > 1, self.max_grad_norm > 0
-        speculates = clips and self.clipping == "speculative"
+        several = micro_batches > 1
         num_bytes = 0
         for member in group.members:
             weight_bytes, sum_bytes = member.param.element_size(), self.sums.dtype.itemsize  # type: ignore[union-attr]
             num_bytes += sum_bytes * member.whole_numel if several else 0
-            if clips and self.clipping != "per_part":
+            if self.clipping.keeps_gradients:
                 grad_bytes = 4 if self.parameters.ranks.world_size > 1 else sum_bytes if several else weight_bytes
                 num_bytes += grad_bytes * member.numel
-            if speculates:
+            if self.clipping.speculates:
                 num_bytes += weight_bytes * member.numel  # at the first visit masters do not tell them
         return num_bytes
 
@@ -180,12 +170,13 @@ class InBackwardOptimizer(GroupOptimizer):
         by_any = self._agree_before(here, step_loss)
         waiting = {param for param, flag in zip(params, here, strict=True) if flag}
         ends = list(itertools.accumulate(len(part.members) for part in parts))
+        last_norm = self.last_norms.get(self.schedule.active)
         self._backward = Backward(
             parts,
             [by_any[end - len(part.members) : end] for part, end in zip(parts, ends, strict=True)],
             [waiting & {member.param for member in part.members} for part in parts],
-            waits=self._waits_for_norm,
-            tries=self._tries,
+            waits=self.clipping.waits(last_norm),
+            tries=self.clipping.tries(last_norm),
         )
         self.trials.begin(self._backward.tries)
 
@@ -251,14 +242,12 @@ class InBackwardOptimizer(GroupOptimizer):
         if self.skip_updates:
             return
         if backward.waits or backward.tries:
-            for i, shard in enumerate(shards):
-                if shard is not None:
-                    self.parked.add((part.index, part.first + i), shard, is_ours=True)
-            if backward.waits:
-                return
+            self.held_back.park(part, shards)
+        if backward.waits:
+            return
         self.parameters.begin_part(part)
         if backward.tries:
-            self._keep_before(part, shards)
+            self.held_back.before_trial(part, shards)
         self.update_part(part, shards, self._factor_now(backward, part))
 
     def update_part(self, part: GroupShard, shards: list[Tensor | None], factor: Tensor | None) -> None:
@@ -335,45 +324,14 @@ class InBackwardOptimizer(GroupOptimizer):
 
     # -- clipping -----------------------------------------------------------------------------------------------
 
-    @property
-    def _waits_for_norm(self) -> bool:
-        if self.max_grad_norm <= 0:
-            return False
-        if self.clipping == "speculative":
-            return not self._tries
-        first_visit = self.clipping == "last_visit" and self.schedule.active not in self.last_norms
-        return self.clipping == "exact" or first_visit
-
-    @property
-    def _tries(self) -> bool:
-        """Update before the norm is known: where the group's last visit was not clipped, as most are not that follow
-        such a one. The others wait, since a second update costs more."""
-        if self.max_grad_norm <= 0 or self.clipping != "speculative":
-            return False
-        return self.last_norms.get(self.schedule.active, float("inf")) <= self.max_grad_norm
-
-    def _keep_before(self, part: GroupShard, shards: list[Tensor | None]) -> None:
-        """What an update of ``part`` is taken back with."""
-        self.parameters.held([])  # weights in host memory are there: what was on its way has come
-        for chunk in part.chunks:
-            for i, piece in enumerate(chunk.pieces):
-                if shards[piece.member] is not None and not self.states.tells_weight(chunk, i):
-                    weight = self.parameters.weight(part, piece)
-                    on_host = weight.device.type == "cpu"  # else the copy leaves while the update is under way
-                    self.weights_before.add((chunk.id, i), weight if on_host else weight.clone())
-        self.states.hold(part)
-
     def _end_trial(self, backward: Backward, factor: Tensor | None) -> None:
         """The norm is known: let the updates stand, or take them all back and make them again, clipped."""
         self._finish_updates()
         started = time.perf_counter()
-        stands = self._stands(factor)
-        for part in backward.parts:
-            (self.states.release if stands else self.states.take_back)(part)
-        if stands:
-            self.parked.forget()
-            self.weights_before.forget()
+        if self._stands(factor):
+            self.held_back.let_stand(backward.parts)
             return
+        self.held_back.take_back(backward.parts)
         backward.num_updated, backward.changed = 0, {}
         self.updates.forget_changes()
         self._update_parked(backward, factor)
@@ -385,21 +343,12 @@ class InBackwardOptimizer(GroupOptimizer):
         """Whether an update by unclipped gradients is the one that ``factor`` wants."""
         return factor is None or float(factor) == 1.0
 
-    def _restore_weights(self, part: GroupShard) -> None:
-        if len(self.weights_before):
-            self.parameters.held([])
-        for chunk in part.chunks:
-            for i, piece in enumerate(chunk.pieces):
-                weight = self.parameters.weight(part, piece)
-                before = self.weights_before.take((chunk.id, i), weight.device)
-                if before is not None:
-                    weight.copy_(before.view(piece.shape))
-
     def _factor_now(self, backward: Backward, part: GroupShard) -> Tensor | None:
-        if self.max_grad_norm <= 0 or backward.tries:
+        """By which the gradients of ``part`` are multiplied, where that is known before the norm of the step is."""
+        if not self.clipping.is_on or backward.tries:
             return None
         device = self._weight_device()
-        if self.clipping == "last_visit":
+        if self.clipping.mode == "last_visit":
             norm = torch.tensor(self.last_norms[self.schedule.active], dtype=torch.float32, device=device)
         else:
             keys = [(part.index, part.first + i) for i in range(len(part.members))]
@@ -441,7 +390,7 @@ class InBackwardOptimizer(GroupOptimizer):
             self._end_trial(backward, grad_factor(norm, self.max_grad_norm, 1.0))
         if not backward.rates:
             self._rates()
-        if self.clipping in ("last_visit", "speculative"):
+        if self.clipping.looks_back:
             self.last_norms[self.schedule.active] = self.grad_norm
         self._finish_updates()
         for index, changed in backward.changed.items():
@@ -482,16 +431,16 @@ class InBackwardOptimizer(GroupOptimizer):
     def _update_parked(self, backward: Backward, factor: Tensor | None) -> None:
         for part in backward.parts:
             self.parameters.begin_update(part)
-            self._restore_weights(part)
-            keys = [(part.index, part.first + i) for i in range(len(part.members))]
-            self.update_part(part, [self.parked.take(key, self._weight_device()) for key in keys], factor)
+            self.held_back.restore_weights(part)
+            self.update_part(part, self.held_back.take_gradients(part, self._weight_device()), factor)
 
     def _rates(self) -> list[float]:
         schedule = self.schedule
         return self.lr.before_step(schedule.starts_cycle, schedule.cursor.cycle, schedule.steps_per_cycle)
 
     def take_gradient_traffic(self) -> tuple[int, int]:
-        taken = [host.traffic.take() for host in (self.sums, self.parked, self.weights_before)]
+        kept = (self.sums, self.held_back.gradients, self.held_back.weights)
+        taken = [tensors.traffic.take() for tensors in kept]
         for traffic in taken:
             for cause, seconds in traffic.waits.items():
                 self.waits.traffic.waited(cause, seconds)
@@ -525,8 +474,7 @@ class InBackwardOptimizer(GroupOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         if self._backward is None:
             self.sums.clear()
-            self.parked.clear()
-            self.weights_before.clear()
+            self.held_back.clear()
         super().zero_grad(set_to_none)
 
     def end_training(self, keep_states: bool = False) -> None:
@@ -534,26 +482,7 @@ class InBackwardOptimizer(GroupOptimizer):
             hook.remove()
         super().end_training(keep_states)
         self.sums.close()
-        self.parked.close()
-        self.weights_before.close()
+        self.held_back.close()
 
     def _name_of(self, param: nn.Parameter) -> str:
         return next(member.name for member in self._part_of[param].members if member.param is param)
-
-
-def weights_below(loss: Tensor) -> set[Tensor]:
-    """The leaves that backward from ``loss`` will bring gradients to.
-
-    Raises:
-        HiFTError: some of the graph is built within backward (reentrant checkpointing).
-    """
-    found: set[Tensor] = set()
-    for node in nodes_below(loss):
-        if is_recomputed_reentrantly(node):
-            raise HiFTError(
-                '"hift.update": in_backward cannot follow a block that is recomputed with use_reentrant=True; pass '
-                'use_reentrant=False, or set "hift": {"activations": {"checkpointing": true}} instead'
-            )
-        if hasattr(node, "variable"):
-            found.add(node.variable)
-    return found

@@ -48,7 +48,7 @@ def add_distances(
     distances: Mapping[str, tuple[float, float]],
     saved_names: Callable[[str], Iterable[str]] = lambda name: (name,),
 ) -> None:
-    """Sum up per group what ``checkpoint.safetensors_io.weight_distances`` measured per tensor.
+    """Sum up per group what ``hf.safetensors_folder.weight_distances`` measured per tensor.
 
     Args:
         saved_names: parameter name -> the names under which ``distances`` has it, where those differ.

@@ -248,7 +248,7 @@ def test_trials_that_are_taken_back_leave_the_same_bits(name, tmp_path):
         outcomes.append((report.tried, report.undone))
         assert report.undone == (report.undone_s > 0) and report.grad_bytes_out > 0
         assert (report.grad_bytes_in > 0) == (report.undone or not report.tried or gas > 1)
-        assert not len(optimizer.parked) and not len(optimizer.weights_before)
+        assert not len(optimizer.held_back.gradients) and not len(optimizer.held_back.weights)
     assert {(True, True), (True, False), (False, False)} == set(outcomes)
     assert engines[0].coverage() == engines[2].coverage()
     trials = engines[2].optimizer.trials

@@ -1,0 +1,164 @@
+"""Clipping where updates are made in backward, before the norm of the step is known (the norm itself is in
+:mod:`hift_ds.optim.clip`, the step in :mod:`hift_ds.optim.in_backward`).
+
+:class:`ClippingRule` says which norm clips, and whether updates wait for it, are made on trial, or need not wait.
+:class:`HeldBack` has what the first two keep in host memory until it is known: gradients, and weights that an update on
+trial is taken back with. (States are held where they rest: ``GroupStates.hold``.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hift_ds.optim.group_shard import GroupShard
+from hift_ds.optim.group_states import GroupStates
+from hift_ds.optim.host_gradients import HostGradients
+
+_NORMS = {  # by which gradients are clipped
+    "exact": "the norm of the step, for which updates wait until backward has ended",
+    "speculative": "the norm of the step; updates are made in backward, and taken back and made again where it says so",
+    "last_visit": "the norm that the group had when it was last trained, not by this step's (a first visit waits for "
+    "its own)",
+    "per_part": "the norm of each embedding, block and head, not by the step's",
+}
+
+
+@dataclass(frozen=True)
+class ClippingRule:
+    """Which norm gradients are clipped by, and what of a step must wait for it.
+
+    Attributes:
+        mode: ``"exact"``, ``"speculative"``, ``"last_visit"`` or ``"per_part"``.
+        max_grad_norm: 0 for no clipping.
+    """
+
+    mode: str
+    max_grad_norm: float
+
+    @property
+    def is_on(self) -> bool:
+        """Gradients are clipped."""
+        return self.max_grad_norm > 0
+
+    @property
+    def speculates(self) -> bool:
+        """Some updates are made on trial."""
+        return self.is_on and self.mode == "speculative"
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Some gradients are kept until the norm of the step is known."""
+        return self.is_on and self.mode != "per_part"
+
+    @property
+    def looks_back(self) -> bool:
+        """The norm of a group's last visit is asked for."""
+        return self.mode in ("last_visit", "speculative")
+
+    @property
+    def line(self) -> str:
+        """The rule in a sentence; empty without clipping."""
+        if not self.is_on:
+            return ""
+        return f"clipping {self.mode}: gradients are scaled down to {self.max_grad_norm:g} by {_NORMS[self.mode]}"
+
+    def tries(self, last_norm: float | None) -> bool:
+        """Whether updates are made before the norm is known: where the group's last visit was not clipped, as most are
+        not that follow such a one. The others wait, since a second update costs more.
+
+        Args:
+            last_norm: of the group's gradients when it was last trained; ``None``: it has not been.
+        """
+        return self.speculates and last_norm is not None and last_norm <= self.max_grad_norm
+
+    def waits(self, last_norm: float | None) -> bool:
+        """Whether updates wait until backward has ended.
+
+        Args:
+            last_norm: as for :meth:`tries`.
+        """
+        if self.mode == "speculative":
+            return self.is_on and not self.tries(last_norm)
+        return self.is_on and (self.mode == "exact" or (self.mode == "last_visit" and last_norm is None))
+
+
+class HeldBack:
+    """What a step keeps in host memory until its norm is known. Empty between steps.
+
+    Args:
+        states: of the parts that are updated.
+        device: where gradients come from and weights are.
+        pin_memory, on_threads: as for :class:`GroupOptimizer`.
+
+    Attributes:
+        gradients: this rank's shards, by (group, position of the member).
+        weights: as they were before an update on trial, by (chunk, position of the piece); those that states do not
+            tell.
+    """
+
+    def __init__(self, states: GroupStates, device: torch.device, pin_memory: bool, on_threads: bool) -> None:
+        self.states = states
+        self.gradients = HostGradients(device, None, pin_memory, on_threads)
+        self.weights = HostGradients(device, None, pin_memory, on_threads)
+
+    def park(self, part: GroupShard, shards: Sequence[Tensor | None]) -> None:
+        """Keep the gradients of ``part``, one shard per member, for an update that waits or may be made again."""
+        for i, shard in enumerate(shards):
+            if shard is not None:
+                self.gradients.add((part.index, part.first + i), shard, is_ours=True)
+
+    def take_gradients(self, part: GroupShard, device: torch.device) -> list[Tensor | None]:
+        """What was parked of ``part``, on ``device``, and forgotten here."""
+        return [self.gradients.take((part.index, part.first + i), device) for i in range(len(part.members))]
+
+    def before_trial(self, part: GroupShard, shards: Sequence[Tensor | None]) -> None:
+        """Keep what an update of ``part`` by ``shards`` is taken back with, its states among it."""
+        parameters = self.states.parameters
+        parameters.held([])  # weights in host memory are there: what was on its way has come
+        for chunk in part.chunks:
+            for i, piece in enumerate(chunk.pieces):
+                if shards[piece.member] is not None and not self.states.tells_weight(chunk, i):
+                    weight = parameters.weight(part, piece)
+                    on_host = weight.device.type == "cpu"  # else the copy leaves while the update is under way
+                    self.weights.add((chunk.id, i), weight if on_host else weight.clone())
+        self.states.hold(part)
+
+    def let_stand(self, parts: Iterable[GroupShard]) -> None:
+        """The updates of ``parts`` on trial stand."""
+        for part in parts:
+            self.states.release(part)
+        self.gradients.forget()
+        self.weights.forget()
+
+    def take_back(self, parts: Iterable[GroupShard]) -> None:
+        """The states of ``parts`` are again what they were before the trial; weights that they do not tell are brought
+        back by :meth:`restore_weights`."""
+        for part in parts:
+            self.states.take_back(part)
+
+    def restore_weights(self, part: GroupShard) -> None:
+        """The weights of ``part`` are what they were before the trial, as far as they were kept; else nothing
+        happens."""
+        parameters = self.states.parameters
+        if len(self.weights):
+            parameters.held([])
+        for chunk in part.chunks:
+            for i, piece in enumerate(chunk.pieces):
+                weight = parameters.weight(part, piece)
+                before = self.weights.take((chunk.id, i), weight.device)
+                if before is not None:
+                    weight.copy_(before.view(piece.shape))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.gradients.clear()
+        self.weights.clear()
+
+    def close(self) -> None:
+        """Nothing comes any more."""
+        self.gradients.close()
+        self.weights.close()
