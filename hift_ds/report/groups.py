@@ -48,7 +48,7 @@ def add_distances(
     distances: Mapping[str, tuple[float, float]],
     saved_names: Callable[[str], Iterable[str]] = lambda name: (name,),
 ) -> None:
-    """Sum up per group what ``hf.safetensors_folder.weight_distances`` measured per tensor.
+    """Sum up per group what ``hf.weight_distances`` measured per tensor.
 
     Args:
         saved_names: parameter name -> the names under which ``distances`` has it, where those differ.
@@ -71,7 +71,7 @@ def record_movement(run_dir: str | Path, before_dir: str | Path, after_dir: str 
     Raises:
         CheckpointError: a folder is damaged, or the two are of different models.
     """
-    from hift_ds.hf.safetensors_folder import weight_distances
+    from hift_ds.hf.weight_distances import weight_distances
     from hift_ds.hf.weight_names import skeleton
 
     groups = read_groups(run_dir)

@@ -22,8 +22,8 @@ from hift_ds.hf.safetensors_folder import (
     note_filled,
     stream_weights,
     tensor_dtypes,
-    weight_distances,
 )
+from hift_ds.hf.weight_distances import weight_distances
 from hift_ds.hf.weight_names import plan_names, skeleton
 from model_zoo import tiny
 from tests.helpers import tiny_tokenizers
