@@ -151,7 +151,7 @@ def _from_run_file(args: argparse.Namespace) -> tuple[Setting, Chosen]:
 
 def _num_rows(run: RunConfig) -> int | None:
     """The number of rows of the training data, if it is here and a row stays a row."""
-    from hift_ds.data.sources import load_rows
+    from hift_ds.data.rows import load_rows
 
     sources = run.data.train_sources()
     if run.data.packing or run.train.max_steps or any(source.path.startswith("hub:") for source in sources):

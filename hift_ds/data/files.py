@@ -16,10 +16,14 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hift_ds.data.formats import FORMATS
 from hift_ds.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets.features.features import FeatureType
 
 LINE_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 COLUMN_FORMATS = (".parquet", ".arrow")
@@ -31,7 +35,7 @@ Documents = Literal["file", "paragraph", "line"]
 
 
 def rows_of_file(file: Path, key: str, documents: Documents = "file") -> Iterator[tuple[Any, str]]:
-    """The rows of a file, each with its place in words.
+    """The rows of a file, each with its place in words. A row of JSON may be any value; others have named columns.
 
     Args:
         key: of the run file, for messages.
@@ -59,7 +63,7 @@ def rows_of_file(file: Path, key: str, documents: Documents = "file") -> Iterato
         raise DataError(f"{file}: not UTF-8 text: byte {error.start}: {error.reason}") from None
 
 
-def _documents(file: Path, key: str, documents: Documents) -> Iterator[tuple[Any, str]]:
+def _documents(file: Path, key: str, documents: Documents) -> Iterator[tuple[dict[str, str], str]]:
     if documents == "file":
         if file.stat().st_size > _LARGEST_DOCUMENT:
             raise DataError(
@@ -87,7 +91,7 @@ def _documents(file: Path, key: str, documents: Documents) -> Iterator[tuple[Any
         yield {"text": "".join(lines).rstrip("\r\n")}, f"{file}, line {begin}"
 
 
-def _table_rows(file: Path, key: str) -> Iterator[tuple[Any, str]]:
+def _table_rows(file: Path, key: str) -> Iterator[tuple[dict[str, Any], str]]:
     """The rows of a parquet or arrow file, a part at a time; decoded as ``datasets`` decodes its own files."""
     from datasets import Dataset
 
@@ -112,7 +116,7 @@ def _table_rows(file: Path, key: str) -> Iterator[tuple[Any, str]]:
             yield without_filling(row, dataset.features), f"{file}, row {count}"
 
 
-def _tables(file: Path) -> Iterator[Any]:
+def _tables(file: Path) -> Iterator[pa.Table]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -133,7 +137,7 @@ def _tables(file: Path) -> Iterator[Any]:
             yield pa.Table.from_batches([batch])
 
 
-def without_filling(value: Any, feature: Any) -> Any:
+def without_filling(value: Any, feature: FeatureType | None) -> Any:
     """``value`` without the nulls that Arrow puts in place of absent fields.
 
     Args:
@@ -149,14 +153,13 @@ def without_filling(value: Any, feature: Any) -> Any:
     return value
 
 
-def _has_maps(fields: Any) -> bool:
+def _has_maps(fields: pa.Schema | pa.DataType) -> bool:
     """Whether a field of a schema, or of a type that has fields, is a map or holds one."""
     import pyarrow as pa
 
-    fields = [
-        fields.field(index) for index in range(len(fields) if isinstance(fields, pa.Schema) else fields.num_fields)
-    ]
-    return any(pa.types.is_map(field.type) or _has_maps(field.type) for field in fields)
+    count = len(fields) if isinstance(fields, pa.Schema) else fields.num_fields
+    kinds = [fields.field(index).type for index in range(count)]
+    return any(pa.types.is_map(kind) or _has_maps(kind) for kind in kinds)
 
 
 def without_nulls(value: Any) -> Any:
@@ -231,7 +234,7 @@ def _first_character(file: Path) -> str:
     return ""
 
 
-def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[Any, str]]:
+def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[dict[str, str], str]]:
     # Documents are longer than the 128 KiB that csv expects.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with file.open(encoding="utf-8-sig", newline="") as lines:

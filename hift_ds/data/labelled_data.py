@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hift_ds.data import scores
-from hift_ds.data.prepare import IGNORED, PreparedData
-from hift_ds.data.sources import code_stamp
+from hift_ds.data.packing import IGNORED
+from hift_ds.data.prepare import PreparedData
+from hift_ds.data.rows import code_stamp
 from hift_ds.data.task_data import Preparation, right_padded, tokenised
 from hift_ds.errors import ConfigError, DataError
 

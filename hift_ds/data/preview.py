@@ -12,8 +12,9 @@ from hift_ds.data.chat_templates import set_chat_template
 from hift_ds.data.config import DataConfig
 from hift_ds.data.encoding import Encoder
 from hift_ds.data.formats import to_sample
-from hift_ds.data.prepare import IGNORED, Tokenize, count_source
-from hift_ds.data.sources import guessed, iterate_rows
+from hift_ds.data.packing import IGNORED
+from hift_ds.data.row_tokens import Tokenize, count_source
+from hift_ds.data.rows import guessed, iterate_rows
 from hift_ds.errors import DataError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import numpy as np
 
 from hift_ds.data import scores
 from hift_ds.data.prepare import PreparedData
-from hift_ds.data.sources import code_stamp
+from hift_ds.data.rows import code_stamp
 from hift_ds.data.task_data import Preparation, TaskReport, lengths, right_padded
 from hift_ds.data.task_rows import Example
 from hift_ds.errors import ConfigError, DataError

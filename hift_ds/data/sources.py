@@ -1,18 +1,13 @@
-"""Training data as users have it -> rows of one shape, each knowing where it came from.
+"""Training data as users have it: what an entry of ``data.train`` names, and the rows that are found there.
 
-Every row becomes ``{"row": its columns as JSON, "format": ..., "origin": "train.jsonl, line 3"}``, so that
-sources of any kind can be mixed, split and shuffled before they are tokenised. How files are read stands in
-``files``; saved datasets and the Hub go through ``datasets``.
+How one file is read stands in :mod:`hift_ds.data.files`; saved datasets and the Hub go through ``datasets``. What
+becomes of the rows is in :mod:`hift_ds.data.rows`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -27,14 +22,15 @@ from hift_ds.data.files import (
     without_filling,
     without_nulls,
 )
-from hift_ds.data.formats import check_format, detect_format, guess_columns, present, rename, with_open_answer
-from hift_ds.data.task_rows import TASK_FORMATS, guess_task_columns
-from hift_ds.errors import ConfigError, DataError, HiFTError, unknown_key
+from hift_ds.data.formats import check_format
+from hift_ds.errors import ConfigError, DataError, unknown_key
 from hift_ds.hf.model_folder import CANNOT_WRITE
 from hift_ds.shipped import BUNDLED, find
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+    AnyDataset = Dataset | DatasetDict | IterableDataset | IterableDatasetDict
 
 HUB = "hub:"
 _NOT_DATA = re.compile(r"(readme|license|licence|changelog|requirements|notice)\b", re.IGNORECASE)
@@ -164,188 +160,6 @@ def resolve(source: Source) -> Source:
     return resolved
 
 
-def load_rows(sources: list[Source]) -> Dataset:
-    """All rows of the sources, one after the other; on disk (the cache of ``datasets``), not in memory.
-
-    Returns:
-        Columns ``row``, ``format``, ``origin``, all texts.
-
-    Raises:
-        DataError: a source is missing, empty or malformed; names the file and line.
-    """
-    from datasets import Dataset, concatenate_datasets
-    from datasets.exceptions import DatasetGenerationError
-
-    features = row_features()
-    parts = []
-    for source in sources:
-        kwargs = {
-            "source": source,
-            "stamp": f"{_stamp(source)} {code_stamp()}",
-        }  # the stamp makes the cache notice edits
-        with cache_in_use():
-            try:
-                part = Dataset.from_generator(generate_rows, gen_kwargs=kwargs, features=features)
-            except DatasetGenerationError as error:
-                if isinstance(error.__cause__, (HiFTError, OSError)):
-                    raise error.__cause__ from None
-                raise
-        parts.append(part)
-    return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-
-
-def load_mixture(sources: list[Source]) -> Dataset:
-    """The rows that :func:`load_rows` gives, with a column ``source``: the index of the source that a row is of."""
-    from datasets import concatenate_datasets
-
-    parts = [load_rows([source]) for source in sources]
-    return concatenate_datasets([part.add_column("source", [index] * len(part)) for index, part in enumerate(parts)])
-
-
-def mix(rows: Dataset, weights: list[float], seed: int) -> Dataset:
-    """Rows in proportion to ``weights``: the source with the most rows for its weight is there once, the others
-    are repeated, whole and then a part drawn with ``seed``.
-
-    Args:
-        rows: from :func:`load_mixture`, or some of them.
-        weights: of each source by its index; above 0.
-    """
-    import numpy as np
-
-    source = np.asarray(rows.with_format("numpy")["source"][:])
-    members = [np.flatnonzero(source == index) for index in range(len(weights))]
-    most = max(len(indices) / weight for indices, weight in zip(members, weights, strict=True))
-    generator = np.random.default_rng(seed)
-    chosen = []
-    for indices, weight in zip(members, weights, strict=True):
-        if len(indices):
-            times, more = divmod(max(round(weight * most), 1), len(indices))
-            chosen += [indices] * times + [np.sort(generator.permutation(indices)[:more])]
-    return rows.select(np.concatenate(chosen))
-
-
-@contextmanager
-def cache_in_use() -> Iterator[None]:
-    """For what writes to the cache of ``datasets``: says which folder that is, if it cannot be written.
-
-    Raises:
-        ConfigError: the folder cannot be made or written, or the disk is full.
-    """
-    import datasets
-
-    folder = Path(datasets.config.HF_DATASETS_CACHE)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        yield
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        raise ConfigError(
-            f"the cache of prepared data, {str(folder)!r}, cannot be written: {reason[:200]}; set the "
-            "environment variable HF_DATASETS_CACHE to a folder that can"
-        ) from error
-
-
-def iterate_rows(source: Source, *, answered: bool = True) -> Iterator[dict[str, str]]:
-    """The rows of one source, in order, as described at the top of this file.
-
-    Args:
-        answered: they must have answers; else questions alone are rows too.
-
-    Raises:
-        DataError: as :func:`load_rows`, when the bad row is reached.
-    """
-    source = resolve(source)
-    format, columns = source.format, source.columns
-    count = 0
-    for count, (row, origin) in enumerate(_raw_rows(source), start=1):
-        if not isinstance(row, Mapping):
-            raise DataError(f"{origin}: expected an object with named columns, got {type(row).__name__}")
-        if source.tags is not None:
-            row = source.tags.apply(row)
-        if count == 1:
-            _check_columns(row, source, origin)
-            columns = columns or _guess(row, format)
-        whole = rename(row, columns)
-        whole = whole if answered else with_open_answer(present(whole))
-        row = present(whole)
-        format = format or detect_format(set(row), origin, set(whole))
-        try:
-            text = json.dumps(row, ensure_ascii=False, default=_as_json)
-            text.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
-            text = json.dumps(row, default=_as_json)
-        yield {"row": text, "format": format, "origin": origin}
-        if count == source.max_samples:
-            return
-    if count == 0:
-        raise DataError(f"{source.key}: no rows in {source.path!r}")
-
-
-def _as_json(value: Any) -> Any:
-    """A value of a table that JSON has no form for. Old writers of parquet store texts as bytes without saying so."""
-    if not isinstance(value, bytes):
-        return str(value)
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return {"bytes": len(value)}  # no text, whatever column it is in
-
-
-def guessed(source: Source) -> str | None:
-    """How the columns of a source are read, if that is a guess; in words. Reads one row."""
-    source = resolve(source)
-    row: Any = next(iter(_raw_rows(source)), (None, ""))[0]
-    if source.tags is not None and (named := [name for name in source.tags.not_read if name in row]):
-        return f"{source.path}: {', '.join(named)} not read, since {llama_factory.FILE} does not name it as a column"
-    if source.columns or source.tags is not None or not isinstance(row, Mapping):
-        return None
-    columns = _guess(row, source.format)
-    if not columns:
-        return None
-    theirs, ours = ", ".join(columns.values()), ", ".join(columns)
-    return f"{source.path}: columns {theirs} read as {ours} (a guess; set data.columns to say otherwise)"
-
-
-def _guess(row: Mapping[str, Any], format: str | None) -> dict[str, str]:
-    if format is None:
-        return guess_columns(row)
-    return guess_task_columns(row, format) if format in TASK_FORMATS else {}
-
-
-def _check_columns(row: Mapping[str, Any], source: Source, origin: str) -> None:
-    for ours, theirs in source.columns.items():
-        if theirs not in row:
-            raise DataError(
-                f"{origin}: data.columns.{ours}: no column {theirs!r}; found columns: {', '.join(row) or 'none'}"
-            )
-
-
-def code_stamp() -> str:
-    """Changes when this folder's code does: cached rows and tokens of other code must not be used."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def row_features() -> Any:
-    """``datasets``' description of a row."""
-    from datasets import Features, Value
-
-    return Features({"row": Value("string"), "format": Value("string"), "origin": Value("string")})
-
-
-def generate_rows(source: Source, stamp: str) -> Iterator[dict[str, str]]:
-    del stamp  # only there for the cache's key
-    yield from iterate_rows(source)
-
-
-def _stamp(source: Source) -> list[tuple[str, int, int]]:
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(source)]
-
-
 def files_of(source: Source) -> list[Path]:
     """The files on this machine that a source may be read from, in order; none of a data set on the Hub."""
     if source.path.startswith(HUB):
@@ -355,7 +169,16 @@ def files_of(source: Source) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
-def _raw_rows(source: Source) -> Iterator[tuple[Any, str]]:
+def raw_rows(source: Source) -> Iterator[tuple[Any, str]]:
+    """The rows of a source as they are found there, each with its place in words.
+
+    Args:
+        source: from :func:`resolve`.
+
+    Raises:
+        DataError: it is missing, unreadable, broken, or has several splits; names the file and line.
+        ConfigError: a data set of the Hub has no folder to be stored in.
+    """
     if source.path.startswith(HUB):
         yield from _dataset_rows(_from_hub(source), source.path)
         return
@@ -378,7 +201,7 @@ def _local_rows(source: Source) -> Iterator[tuple[Any, str]]:
         yield from rows_of_file(file, source.key, source.documents)
 
 
-def _saved(path: Path, key: str) -> Any:
+def _saved(path: Path, key: str) -> Dataset | DatasetDict:
     """A data set that ``save_to_disk`` wrote."""
     from datasets import load_from_disk
 
@@ -431,7 +254,7 @@ def _split_in_name(name: str) -> str | None:
     return next((split for split, spellings in _SPLIT_WORDS.items() if words.intersection(spellings)), None)
 
 
-def _dataset_rows(dataset: Any, name: str) -> Iterator[tuple[Any, str]]:
+def _dataset_rows(dataset: AnyDataset, name: str) -> Iterator[tuple[dict[str, Any], str]]:
     if isinstance(dataset, dict):
         raise DataError(f"{name}: has splits {', '.join(dataset)}; set split, or give the path of one of them")
     for number, row in enumerate(dataset, start=1):
@@ -439,7 +262,7 @@ def _dataset_rows(dataset: Any, name: str) -> Iterator[tuple[Any, str]]:
         yield whole, f"{name}, row {number}"
 
 
-def _from_hub(source: Source) -> Any:
+def _from_hub(source: Source) -> AnyDataset:
     from datasets import load_dataset
 
     name = source.path.removeprefix(HUB)

@@ -16,16 +16,10 @@ from hift_ds.data import packing
 from hift_ds.data.chat_templates import set_chat_template
 from hift_ds.data.config import DataConfig
 from hift_ds.data.encoding import Encoder
-from hift_ds.data.prepare import (
-    PreparedData,
-    Tokenize,
-    check_refusals,
-    check_vocabulary,
-    count_rows,
-    nothing_to_learn,
-    prepare_eval,
-)
-from hift_ds.data.sources import HUB, Source, files_of, generate_rows, guessed, resolve, row_features
+from hift_ds.data.prepare import PreparedData, prepare_eval
+from hift_ds.data.row_tokens import Tokenize, check_refusals, check_vocabulary, count_rows, nothing_to_learn
+from hift_ds.data.rows import generate_rows, guessed, row_features
+from hift_ds.data.sources import HUB, Source, files_of, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ import numpy as np
 
 from hift_ds.data.config import DataConfig
 from hift_ds.data.prepare import load_splits
-from hift_ds.data.sources import cache_in_use, code_stamp, guessed
+from hift_ds.data.rows import cache_in_use, code_stamp, guessed
 from hift_ds.data.task_rows import to_example
 from hift_ds.errors import DataError
 

@@ -12,7 +12,8 @@ import torch
 
 from hift_ds.data.formats import Malformed, Row, text_of
 from hift_ds.data.question_data import best_answers, context_pieces
-from hift_ds.data.sources import Source, iterate_rows
+from hift_ds.data.rows import iterate_rows
+from hift_ds.data.sources import Source
 from hift_ds.data.task_data import set_prefix_space
 from hift_ds.data.task_rows import listed, to_example
 from hift_ds.errors import DataError

@@ -12,7 +12,8 @@ import torch
 from hift_ds.data.chat_templates import set_chat_template
 from hift_ds.data.encoding import Encoder
 from hift_ds.data.formats import to_sample
-from hift_ds.data.sources import Source, iterate_rows
+from hift_ds.data.rows import iterate_rows
+from hift_ds.data.sources import Source
 from hift_ds.errors import DataError
 from hift_ds.hf.model_folder import max_sequence_length
 from hift_ds.train.trained_model import generation_options

@@ -19,7 +19,8 @@ import pytest
 from hift_ds.data.config import DataConfig
 from hift_ds.data.encoding import Encoder
 from hift_ds.data.formats import Completion, Conversation, Text
-from hift_ds.data.prepare import DataReport, prepare_data
+from hift_ds.data.prepare import prepare_data
+from hift_ds.data.row_tokens import DataReport
 from hift_ds.errors import ConfigError, DataError
 from tests.helpers.tiny_tokenizers import CHATML, byte_level
 

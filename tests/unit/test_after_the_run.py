@@ -19,7 +19,7 @@ from hift_ds.cli.chat import Chat
 from hift_ds.cli.main import main
 from hift_ds.data.encoding import Encoder
 from hift_ds.data.formats import to_sample
-from hift_ds.data.prepare import IGNORED
+from hift_ds.data.packing import IGNORED
 from hift_ds.data.sources import parse_sources
 from hift_ds.errors import ConfigError, DataError
 from hift_ds.report.model_card import model_card

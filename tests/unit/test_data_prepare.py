@@ -143,7 +143,7 @@ def test_counts_are_the_same_when_tokens_come_from_the_cache(tmp_path, monkeypat
     def forbidden(*args):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr("hift_ds.data.prepare.Tokenize.__call__", forbidden)
+    monkeypatch.setattr("hift_ds.data.row_tokens.Tokenize.__call__", forbidden)
     again = prepare(tmp_path, rows, max_length=8, num_workers=2)
     assert again.reports == first.reports and again.train[:] == first.train[:]
 

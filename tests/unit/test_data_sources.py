@@ -13,15 +13,8 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from hift_ds.data.sources import (
-    Source,
-    check_source,
-    guessed,
-    iterate_rows,
-    load_rows,
-    parse_sources,
-    resolve,
-)
+from hift_ds.data.rows import guessed, iterate_rows, load_mixture, load_rows, mix
+from hift_ds.data.sources import Source, check_source, parse_sources, resolve
 from hift_ds.errors import ConfigError, DataError
 
 ROWS = [{"prompt": "2020-01-01", "completion": "007"}, {"prompt": "null", "completion": "1e5"}]
@@ -441,7 +434,6 @@ def test_keys_that_have_no_meaning_for_a_source(tmp_path):
 
 
 def test_weights(tmp_path):
-    from hift_ds.data.sources import load_mixture, mix
 
     sizes = {"a": 10, "b": 4, "c": 3}
     for name, count in sizes.items():
