@@ -209,6 +209,26 @@ def _direct_read(asked: Asked) -> float:
 # -- 2: races -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Race:
+    """A run whose weights must be those of another one, which has its states on the device and nothing held back.
+
+    Attributes:
+        columns: of the table: where states rest.
+        state: the same for the engine; ``alone`` is the other run's.
+        more: arguments of :func:`trajectory`, for both runs.
+        weights_on_host: of the first run, as of :func:`trajectory`.
+        within: how far apart a weight of the two may be.
+    """
+
+    columns: dict[str, Any]
+    state: dict[str, Any]
+    alone: dict[str, Any] = field(default_factory=lambda: {"residency": "device"})
+    more: dict[str, Any] = field(default_factory=dict)
+    weights_on_host: bool = False
+    within: float = 0.0
+
+
 def races(asked: Asked) -> Found:
     """No bit depends on where states rest, also when each kind of work is held back in turn; and with the wait taken
     out that orders copies without prefetch, a delay must show."""
@@ -217,67 +237,52 @@ def races(asked: Asked) -> Found:
     found = Found("races")
     width, steps = (64, 9) if asked.tiny else (8192, 12)
     delays = ("none", "updates", "writes", "copies") if asked.on_gpu else ("none",)
+    other: tuple[dict[str, Any], ...] = ()
     with tempfile.TemporaryDirectory() as folder:
-        for codec, slice_numel in itertools.product(("fp32", "split_master+int8_moments"), (None, width * width // 3)):
-            base = {"codec": codec, **({"slice_numel": slice_numel} if slice_numel else {})}
-            expected = trajectory(asked, width, steps, {**base, "residency": "device"}, "none")
-            for residency, slots, delay in itertools.product(("host", "disk"), (0, 1, 2, 4), delays):
-                if slots == 4 and not slice_numel:
-                    continue
-                state = {
-                    **base,
-                    "residency": residency,
-                    "prefetch": slots > 0,
-                    **({"slots": slots} if slots else {}),
-                }
-                if residency == "disk":
-                    state["path"] = folder
-                same = same_bits(trajectory(asked, width, steps, state, delay), expected)
-                found.rows.append({"residency": residency, "slots": slots, "codec": codec,
-                                   "sliced": bool(slice_numel), "held back": delay, "same bits": same})  # fmt: skip
-                found.require(same, f"{state} with {delay} held back: other weights")
-        expected = trajectory(asked, width, steps, {"residency": "device"}, "none")
-        for delay in (*delays, *(["gathers"] if asked.on_gpu else [])):
-            same = same_bits(trajectory(asked, width, steps, {}, delay, weights_on_host=True), expected)
-            found.rows.append({"residency": "host, weights too", "slots": 1, "codec": "fp32", "sliced": False,
-                               "held back": delay, "same bits": same})  # fmt: skip
-            found.require(same, f"weights on the host with {delay} held back: other weights")
-        for name, more in MODES.items():
-            alone = trajectory(asked, width, steps, {"residency": "device"}, "none", **more)
-            for residency, delay in itertools.product(("host", "disk"), delays):
-                state = {"residency": residency, "slots": 2, **({"path": folder} if residency == "disk" else {})}
-                same = same_bits(trajectory(asked, width, steps, state, delay, **more), alone)
-                found.rows.append({"residency": residency, "slots": 2, "codec": "fp32", "sliced": False, "mode": name,
-                                   "held back": delay, "same bits": same})  # fmt: skip
-                found.require(same, f"{name}, {residency}, with {delay} held back: other weights")
-        for step_on, delay in itertools.product(("host", "split"), delays):
-            state = {"step_on": step_on, "slots": 2, **({"host_share": 0.5} if step_on == "split" else {})}
-            # Two layers a group: else there is nothing to divide. Two processors round each in its own way.
-            alone, weights = (trajectory(asked, width, steps, one, held, layers_a_group=2)
-                              for one, held in (({"residency": "device"}, "none"), (state, delay)))  # fmt: skip
-            apart = max(float((a.float() - b.float()).abs().max()) for a, b in zip(alone, weights, strict=True))
-            found.rows.append({"residency": "host", "slots": 2, "codec": "fp32", "sliced": False,
-                               "mode": f"step_on {step_on}", "held back": delay, "same bits": apart == 0,
-                               "apart": apart})  # fmt: skip
-            found.require(apart <= (1e-2 if asked.on_gpu else 0.0), f"step_on {step_on}, {delay} held back: {apart}")
+        for race in _races(asked, width, folder):
+            if (race.alone, race.more) != other:  # several are held against one
+                other = race.alone, race.more
+                expected = trajectory(asked, width, steps, race.alone, "none", **race.more)
+            for delay in (*delays, "gathers") if race.weights_on_host and asked.on_gpu else delays:
+                weights = trajectory(
+                    asked, width, steps, race.state, delay, weights_on_host=race.weights_on_host, **race.more
+                )
+                apart = furthest_apart(weights, expected)
+                found.rows.append({**race.columns, "held back": delay, "same bits": apart == 0, "apart": apart})
+                found.require(apart <= race.within, f"{race.state}, {race.more}, {delay} held back: {apart} apart")
         if asked.on_gpu:
             state = {"residency": "disk", "prefetch": False, "path": folder}
             expected = trajectory(asked, width, steps, {"residency": "device"}, "none")
             with without_the_wait():
-                same = same_bits(trajectory(asked, width, steps, state, "updates"), expected)
-            found.rows.append(
-                {
-                    "residency": "disk",
-                    "slots": 0,
-                    "codec": "fp32",
-                    "sliced": False,
-                    "held back": "updates, and the wait for them is taken out",
-                    "same bits": same,
-                }
-            )
-            found.require(not same, "a wait was taken out and no bit changed: the delays show nothing")
+                apart = furthest_apart(trajectory(asked, width, steps, state, "updates"), expected)
+            found.rows.append({"residency": "disk", "slots": 0, "codec": "fp32", "sliced": False,
+                               "held back": "updates, and the wait for them is taken out",
+                               "same bits": apart == 0, "apart": apart})  # fmt: skip
+            found.require(apart != 0, "a wait was taken out and no bit changed: the delays show nothing")
             torch.cuda.empty_cache()
     return found
+
+
+def _races(asked: Asked, width: int, folder: str) -> Iterator[Race]:
+    """Those that are held against the same other run one after the other."""
+    disk = {"residency": "disk", "path": folder}
+    for codec, slice_numel in itertools.product(("fp32", "split_master+int8_moments"), (None, width * width // 3)):
+        base = {"codec": codec, **({"slice_numel": slice_numel} if slice_numel else {})}
+        counts = (0, 1, 2, 4) if slice_numel else (0, 1, 2)
+        for place, slots in itertools.product(({"residency": "host"}, disk), counts):
+            columns = {"residency": place["residency"], "slots": slots, "codec": codec, "sliced": bool(slice_numel)}
+            state = {**base, **place, "prefetch": slots > 0, **({"slots": slots} if slots else {})}
+            yield Race(columns, state, alone={**base, "residency": "device"})
+    plain = {"codec": "fp32", "sliced": False}
+    yield Race({"residency": "host, weights too", "slots": 1, **plain}, {}, weights_on_host=True)
+    for (name, more), place in itertools.product(MODES.items(), ({"residency": "host"}, disk)):
+        columns = {"residency": place["residency"], "slots": 2, **plain, "mode": name}
+        yield Race(columns, {**place, "slots": 2}, more=more)
+    for step_on, share in (("host", {}), ("split", {"host_share": 0.5})):
+        columns = {"residency": "host", "slots": 2, **plain, "mode": f"step_on {step_on}"}
+        # Two layers a group: else there is nothing to divide. Two processors round each in its own way.
+        yield Race(columns, {"step_on": step_on, "slots": 2, **share}, more={"layers_a_group": 2},
+                   within=1e-2 if asked.on_gpu else 0.0)  # fmt: skip
 
 
 # Each of a step's layers is updated while backward goes on below it.
@@ -331,10 +336,11 @@ def trajectory(
     return weights
 
 
-def same_bits(one: list[Any], other: list[Any]) -> bool:
+def furthest_apart(one: list[Any], other: list[Any]) -> float:
+    """The largest difference of a weight in one and in the other; not a number where a weight is none."""
     import torch
 
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    return float(torch.stack([(a.float() - b.float()).abs().max() for a, b in zip(one, other, strict=True)]).max())
 
 
 @contextlib.contextmanager

@@ -89,13 +89,13 @@ class AutoGroups:
     def _settle(self, tokens: int) -> None:
         """Choose, on all ranks alike: what the slowest of them hides."""
         engine = self._engine
-        units = self._units()
-        numels = [sum(member.whole_numel for member in unit.members) for unit in units]
-        costs, largest = measured_costs(engine), self._largest_with_room(units)
+        layers = self._rotating()
+        numels = [sum(member.whole_numel for member in layer.members) for layer in layers]
+        costs, largest = measured_costs(engine), self._largest_with_room(layers)
         found: list[HiddenLayers] = gather(layers_hidden(costs, numels, tokens, largest=largest))
         choice = min(found, key=lambda hidden: hidden.group_size)
         self.line = f"group size auto: {choice.line()}"
-        if min(gather(largest)) <= choice.group_size < len(units):
+        if min(gather(largest)) <= choice.group_size < len(layers):
             self.line += "; for the gradients of more layers host memory has no room"
         self._say()
         self._take("all" if choice.num_groups == 1 else choice.group_size)
@@ -104,17 +104,18 @@ class AutoGroups:
         if self._engine.global_rank == 0:
             logger.info(self.line)
 
-    def _largest_with_room(self, units: list[GroupShard]) -> int:
+    def _largest_with_room(self, layers: list[GroupShard]) -> int:
         """Layers a step for whose gradients (and second copies of states) host memory has room; one at least."""
         engine, optimizer = self._engine, self._engine.optimizer
         states, micro_batches = optimizer.states, engine.gradient_accumulation_steps()
-        kept = [optimizer.kept_on_host(unit, micro_batches) + states.held_bytes(unit) for unit in units]
-        at_rest = optimizer.store.host_bytes() - max(map(states.held_bytes, units))
+        kept = [optimizer.kept_on_host(layer, micro_batches) + states.held_bytes(layer) for layer in layers]
+        at_rest = optimizer.store.host_bytes() - max(map(states.held_bytes, layers))
         room = engine.machine.host_bytes().total / processes_on_node() - at_rest
-        sizes = range(len(units), 1, -1)
+        sizes = range(len(layers), 1, -1)
         return next((m for m in sizes if max(sum(kept[i : i + m]) for i in range(0, len(kept), m)) <= room), 1)
 
-    def _units(self) -> list[GroupShard]:
+    def _rotating(self) -> list[GroupShard]:
+        """The groups that take turns, bottom to top; before the choice one layer each."""
         groups = self._engine.optimizer.groups
         return [groups[index] for index in sorted(groups) if index != ALWAYS]
 
@@ -123,7 +124,7 @@ class AutoGroups:
         engine, optimizer = self._engine, self._engine.optimizer
         hift = engine.hift.model_copy(update={"group_size": group_size, "tokens_per_step": None})
         partition = build.cut_model(replace(build.facts_of(engine), hift=hift), engine.module)
-        pieces = [part for group in self._units() for part in apart(group)]
+        pieces = [part for group in self._rotating() for part in apart(group)]
         home = {name: group.index for group in partition.groups for name in group.param_names}
         shards = {
             group.index: optimizer.parameters.merged(
