@@ -60,7 +60,7 @@ def ready_to_save(
             lock.release()
 
 
-def _rehearse(parts: dict[str, Any], args: Any) -> None:
+def _rehearse(parts: dict[str, Any], args: TrainingArguments) -> None:
     try:
         folder = tempfile.TemporaryDirectory()
     except OSError as error:

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_callback import CallbackHandler
 
@@ -36,6 +36,10 @@ from hift_ds.integrations.loops import kept_from_accelerate
 from hift_ds.integrations.weights_once import keep_once
 from hift_ds.ranks import gather
 from hift_ds.version import __version__
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 PREPARED_BY_ITSELF = (
     "it has its engine built in its own constructor, as TRL's PPOTrainer does; put `with hift_ds.accelerate(BLOCK):` "
@@ -74,10 +78,17 @@ class HiFTCallback(EngineEvents):
         self._room = DiskRoomCallback(lambda: self.engine, twice_at_first=True)
         self._sealing = threading.Lock()  # between the Trainer's thread and that of an asynchronous save
         self._saving = contextlib.ExitStack()
-        self._model: Callable[[], Any] = lambda: None
+        self._model: Callable[[], nn.Module | None] = lambda: None
         self._loop: FrameType | None = None
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._was_told = True
         if self.optional and not _has_block(args):
             return
@@ -141,7 +152,9 @@ class HiFTCallback(EngineEvents):
         engine.checkpointer.on_whole = self._weights_once
         self.engine = engine
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if not self._was_told and (not self.optional or _has_block(args)):
             raise ConfigError(
                 f"HiFTCallback was not told when this trainer was made: give it to the constructor (callbacks=). If it "
@@ -166,7 +179,9 @@ class HiFTCallback(EngineEvents):
         if not args.auto_find_batch_size:  # which may have another engine built
             self.leave()
 
-    def _make_sure_of_saving(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def _make_sure_of_saving(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         collate = getattr(kwargs.get("train_dataloader"), "collate_fn", None)
         processing = saved_by_trainer(kwargs.get("processing_class"), collate)
         self._saving.close()  # of a batch that was too large
@@ -181,7 +196,14 @@ class HiFTCallback(EngineEvents):
         if self.is_on:
             super().on_step_end(*args, **kwargs)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self.is_on:
             super().on_log(args, state, control, logs, **kwargs)
         if self.is_on and logs is not None and "learning_rate" in logs:
@@ -190,7 +212,7 @@ class HiFTCallback(EngineEvents):
             if state.log_history:
                 state.log_history[-1].update(fields)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.is_on:
             return
         gather(None)  # each rank has written its random state
@@ -208,7 +230,9 @@ class HiFTCallback(EngineEvents):
             if (folder / SEAL).exists():
                 seal_folder(folder)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._let_go()
         if not self.is_on or self.engine is None:
             return
@@ -218,7 +242,7 @@ class HiFTCallback(EngineEvents):
             self.engine.destroy()
 
 
-def _has_block(args: Any) -> bool:
+def _has_block(args: TrainingArguments) -> bool:
     plugin = getattr(args, "deepspeed_plugin", None)
     return plugin is not None and BLOCK in plugin.deepspeed_config
 
@@ -235,11 +259,13 @@ class AnnouncedCallback(HiFTCallback):
     def __init__(self) -> None:
         super().__init__(optional=True)
 
-    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_init_end(args, state, control, **kwargs)
         AnnouncedCallback.num_on += self.is_on
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if self.is_on and state.is_world_process_zero:
             groups = self.engine.groups

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
@@ -18,6 +18,12 @@ from hift_ds.errors import CheckpointError
 from hift_ds.integrations.weights_once import has_the_form_of_a_checkpoint
 from hift_ds.layers.arch import whole_shape
 from hift_ds.ranks import on_all_ranks
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from hift_ds.engine.engine import HiFTEngine
 
 GIB = 2**30
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -36,14 +42,21 @@ class DiskRoomCallback(TrainerCallback):
     """
 
     def __init__(
-        self, get_engine: Callable[[], Any], export_dir: Path | None = None, export_bytes: int = 0,
+        self, get_engine: Callable[[], HiFTEngine | None], export_dir: Path | None = None, export_bytes: int = 0,
         say: Callable[[str], None] = lambda line: None, section: str = "", twice_at_first: bool = False,
     ) -> None:  # fmt: skip
         self._get_engine, self._twice_at_first = get_engine, twice_at_first
         self._export_dir, self._export_bytes = export_dir, export_bytes
         self._say, self._section = say, section
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Raises CheckpointError on all ranks: too little is free."""
         engine = self._get_engine()
         if engine is None or args.save_strategy == "no":

@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_utils import get_last_checkpoint
+
+if TYPE_CHECKING:
+    from transformers.trainer_utils import TrainOutput
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +28,7 @@ class StopsWhenDone:
     had_no_step_left = False
     _resumed_from: str | None = None
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as the Trainer does. From a checkpoint with all steps of this run done it loads, and trains nothing."""
         folder = resume_from_checkpoint
         if folder is True:

@@ -18,7 +18,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer, TrainingArguments
@@ -45,6 +45,9 @@ from hift_ds.integrations.weights_once import WeightsOnce, has_the_form_of_a_che
 from hift_ds.out_of_memory import explains_evaluation
 from hift_ds.process_group import as_single_process, ensure_process_group, nothing_compiled
 from hift_ds.ranks import on_all_ranks
+
+if TYPE_CHECKING:
+    from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 NO_BATCH_FITS = "No executable batch size found"  # accelerate's words
 
@@ -88,7 +91,7 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         engine = getattr(self, "deepspeed", None)
         return engine if isinstance(engine, HiFTEngine) else None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as the Trainer does; whichever way it ends, the model's ``requires_grad`` flags, the environment and
         the memory are its caller's again. May be called again: that is a new engine, with fresh states."""
         self.model_wrapped = self.model  # else a second train() would go on with the engine of the first
@@ -132,12 +135,12 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
             if self.neftune_noise_alpha is not None and getattr(self, "neftune_hook_handle", None) is not None:
                 self.neftune_hook_handle.remove()
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as the Trainer does; possible before :meth:`train` too, with the model as it was given."""
         with explains_evaluation(self.args.per_device_eval_batch_size):
             return self._evaluation_loop(*args, **kwargs)
 
-    def _evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def _evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         if getattr(self, "deepspeed", None) is not None:
             return super().evaluation_loop(*args, **kwargs)
         if any(is_partitioned(param) for param in self.model.parameters()):

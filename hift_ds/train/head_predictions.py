@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,10 +20,21 @@ from hift_ds.errors import DataError
 from hift_ds.train.predict import answer_prompts
 from hift_ds.train.tasks import TASKS
 
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.utils import ModelOutput
+
 
 @torch.no_grad()
 def predict_with_head(
-    model: Any, tokenizer: Any, source: Source, task: str, *, max_length: int, batch_size: int = 8, **generation: Any
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: Source,
+    task: str,
+    *,
+    max_length: int,
+    batch_size: int = 8,
+    **generation: Any,
 ) -> Iterator[dict[str, Any]]:
     """Each row of ``source`` in order, with what the model says of it under ``prediction``. Labels in the rows are not
     looked at.
@@ -52,16 +63,16 @@ class Batch:
     """Rows, each with where it is from, and what they are asked with."""
 
     rows: list[tuple[Row, str]]
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     max_length: int
     generation: dict[str, Any]
 
-    def encode(self, *texts: Any, **options: Any) -> Any:
+    def encode(self, *texts: Any, **options: Any) -> BatchEncoding:
         """A row's tokens, cut to ``max_length``."""
         return self.tokenizer(*texts, truncation=True, max_length=self.max_length, **options)
 
-    def outputs(self, encoded: Sequence[Any]) -> Any:
+    def outputs(self, encoded: Sequence[Mapping[str, Any]]) -> ModelOutput:
         """What the model says of them, padded to one batch."""
         names = self.tokenizer.model_input_names
         columns = [{name: list(one[name]) for name in one if name in names} for one in encoded]

@@ -127,7 +127,7 @@ class LeavesEvaluation:
     """Mixin before a Trainer class: an evaluation inside training ends after the batch in which a signal came, and
     training with it; the weights of the last step are saved."""
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float] | None:
         try:
             return super()._evaluate(*args, **kwargs)
         except EvaluationLeft:
@@ -136,7 +136,7 @@ class LeavesEvaluation:
             self.control.should_evaluate = False
             return None
 
-    def _determine_best_metric(self, metrics: Any, *args: Any, **kwargs: Any) -> bool:
+    def _determine_best_metric(self, metrics: dict[str, float] | None, *args: Any, **kwargs: Any) -> bool:
         return True if metrics is None else super()._determine_best_metric(metrics, *args, **kwargs)
 
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hift_ds.data.config import DataConfig
 from hift_ds.data.task_data import Preparation
@@ -17,6 +17,11 @@ from hift_ds.train.passed_arguments import checked_arguments
 from hift_ds.train.settings import length_or_default
 from hift_ds.train.tasks import TASKS, Task
 from hift_ds.train.trained_model import TrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+    from hift_ds.data.prepare import PreparedData
 
 
 def task_data(trained: TrainedModel, data: str | None) -> DataConfig:
@@ -39,7 +44,7 @@ def task_data(trained: TrainedModel, data: str | None) -> DataConfig:
 
 
 def evaluate_task(
-    trained: TrainedModel, model: Any, tokenizer: Any, data: DataConfig, batch_size: int
+    trained: TrainedModel, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataConfig, batch_size: int
 ) -> dict[str, float]:
     """``loss``, and what the task measures.
 
@@ -82,7 +87,9 @@ def _without_deepspeed() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _options(trained: TrainedModel, task: Task, model: Any, batch_size: int, max_length: int) -> dict[str, Any]:
+def _options(
+    trained: TrainedModel, task: Task, model: PreTrainedModel, batch_size: int, max_length: int
+) -> dict[str, Any]:
     cls = task.arguments_class()
     given = {} if trained.run is None else checked_arguments(trained.run.train.arguments, cls)
     options: dict[str, Any] = {**task.options, **given}
@@ -98,11 +105,11 @@ def _options(trained: TrainedModel, task: Task, model: Any, batch_size: int, max
     }  # fmt: skip
 
 
-def _plain_trainer(task: Task) -> Any:
+def _plain_trainer(task: Task) -> type[Trainer]:
     """The task's own class, which asks the network for nothing and prints nothing."""
     from transformers import PrinterCallback
 
-    def silent(trainer: Any, *args: Any, **kwargs: Any) -> None:
+    def silent(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         base.__init__(trainer, *args, **kwargs)
         trainer.remove_callback(PrinterCallback)
 
@@ -110,7 +117,7 @@ def _plain_trainer(task: Task) -> Any:
     return type(f"Plain{base.__name__}", (base,), {"__init__": silent, "_send_telemetry": lambda trainer: None})
 
 
-def _reference(trained: TrainedModel, task: Task, model: Any, prepared: Any) -> dict[str, Any]:
+def _reference(trained: TrainedModel, task: Task, model: PreTrainedModel, prepared: PreparedData) -> dict[str, Any]:
     """What the trainer is given besides: scores, or the model that the run began with."""
     if not task.uses_trl:
         return {"compute_metrics": prepared.score}

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from hift_ds.errors import ConfigError
 
 if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
     from hift_ds.data.prepare import PreparedData
     from hift_ds.data.task_data import Preparation
 
@@ -52,11 +54,11 @@ class Task:
         """Whether TRL has the task's trainer."""
         return self.trainer.startswith("trl.")
 
-    def trainer_class(self) -> Any:
+    def trainer_class(self) -> type[Trainer]:
         """The trainer's class; a ConfigError where its package is not installed."""
         return _named(self.trainer)
 
-    def arguments_class(self) -> Any:
+    def arguments_class(self) -> type[TrainingArguments]:
         """The class of the trainer's arguments; a ConfigError where its package is not installed."""
         return _named(self.arguments)
 
