@@ -153,7 +153,7 @@ def build_trainer(
     Raises:
         ConfigError, DataError: the task's trainer refuses its arguments or its data.
     """
-    task, hift = TASKS[checked.run.task], checked.run.hift is not False
+    task = TASKS[checked.run.task]
     options: dict[str, Any] = {"data_collator": data.collator}
     if task.is_language_modelling:
         options["eval_collator"] = collator(tokenizer, packing=False)
@@ -166,7 +166,7 @@ def build_trainer(
     if hasattr(data.collator, "model"):  # it makes the decoder's input of the labels where the model does not
         data.collator.model = model
     try:
-        trainer = trainer_class(task, hift=hift)(
+        trainer = trainer_class(task, hift=checked.run.hift is not False)(
             model=model,
             args=arguments,
             train_dataset=data.train,
@@ -180,37 +180,38 @@ def build_trainer(
         raise ConfigError(f"task: {checked.run.task}: {' '.join(str(error).split())[:300]}") from error
     if task.uses_trl:
         _say_what_is_dropped(checked, trainer, data)
-    if hift:
+    _add_callbacks(trainer, checked)
+    return trainer
+
+
+def _add_callbacks(trainer: RunTrainer, checked: CheckedRun) -> None:
+    """Ours, in the order in which the Trainer calls them."""
+    run, task, is_first = checked.run, TASKS[checked.run.task], trainer.args.process_index == 0
+    if run.hift is not False:
+        export_bytes = checked.model.numel * torch_dtype(checked.export_dtype).itemsize
+        say = print if is_first else lambda line: None
         trainer.add_callback(
-            DiskRoomCallback(
-                lambda: trainer.engine,
-                checked.run.export_dir,
-                checked.model.numel * torch_dtype(checked.export_dtype).itemsize,
-                say=print if arguments.process_index == 0 else lambda line: None,
-                section="train.",
-            )
+            DiskRoomCallback(lambda: trainer.engine, run.export_dir, export_bytes, say=say, section="train.")
         )
     report = ReportCallback(
-        checked.run.output_dir,
+        run.output_dir,
         get_engine=lambda: trainer.model_wrapped,
         # What the simulation steps are language models on one batch.
         largest_batch=(checked.batch.micro_batch_size, checked.max_length) if task.is_language_modelling else None,
-        padded=not checked.run.data.packing,
+        padded=not run.data.packing,
         shown=task.metrics[:2],
         plots=lambda: trainer.preemption.stopped_by is None,  # whoever stops a run does not wait for pictures
     )
     report_instead_of_printing(trainer, report)
-    stopping = checked.run.train.early_stopping
+    stopping = run.train.early_stopping
     if stopping.patience is not None:
         trainer.add_callback(EarlyStopping.of(stopping.patience, stopping.threshold))
     trainer.preemption = PreemptionCallback(lambda: trainer.model_wrapped, leaves_evaluation=True)
     trainer.add_callback(trainer.preemption)
     trainer.add_callback(NotesProgress(lambda: trainer.model_wrapped))
-    if hift:
-        train = checked.run.train
-        watchdog = WatchdogCallback(lambda: trainer.engine, train.on_divergence, hang_timeout_s=train.hang_timeout_s)
-        trainer.add_callback(watchdog)
-    return trainer
+    if run.hift is not False:
+        policy, timeout_s = run.train.on_divergence, run.train.hang_timeout_s
+        trainer.add_callback(WatchdogCallback(lambda: trainer.engine, policy, hang_timeout_s=timeout_s))
 
 
 class EarlyStopping(EarlyStoppingCallback):
