@@ -43,7 +43,7 @@ def check_export(model: PreTrainedModel, weights: Callable[[], Iterable[tuple[st
     )
     if absent := sorted(found["missing_keys"]) + sorted(found["unexpected_keys"]):
         raise CheckpointError(f"{folder}: transformers finds no place or no weight for {absent[0]}; export again")
-    expected = _logits(_with_weights(model, weights(), main), loaded.config)
+    expected = _logits(_with_weights(model, weights(), loaded), loaded.config)
     difference = float((expected - _logits(loaded, loaded.config)).abs().max())
     # Weights of several dtypes are rounded on two ways; all others must agree to the last bit.
     allowed = 0.0 if len(set(dtypes.values())) == 1 else 0.02 * float(expected.abs().max())
@@ -71,10 +71,19 @@ def _compare_files(
         raise CheckpointError(f"{folder}: {min(unseen)} is in the exported files, but was not trained; export again")
 
 
-def _with_weights(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> PreTrainedModel:
-    """A model on the host that got its weights by their names in memory, without any file format between."""
+def _with_weights(
+    model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]], like: PreTrainedModel
+) -> PreTrainedModel:
+    """A model on the host that got its weights by their names in memory, without any file format between.
+
+    Args:
+        like: whose dtypes it gets; frequencies of rotary embeddings are fp32 beside 16-bit weights.
+    """
     with torch.random.fork_rng(devices=[]):
-        made = type(model)(model.config).to(dtype)
+        made = type(model)(model.config)
+    dtypes = {name: tensor.dtype for name, tensor in (*like.named_parameters(), *like.named_buffers())}
+    for name, tensor in (*made.named_parameters(), *made.named_buffers()):
+        tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
     own = made.state_dict()
     for name, tensor in weights:
         if name in own:

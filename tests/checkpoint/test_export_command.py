@@ -9,11 +9,12 @@ from threading import Thread
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import model_zoo.tiny as tiny
 from hift_ds.cli.main import main
 from hift_ds.hf import export, export_check, publish
+from hift_ds.hf.model_structure import build_on_meta
 from hift_ds.hf.safetensors_folder import tensor_dtypes
 from tests.helpers.engines import ds_config, make_engine
 
@@ -138,6 +139,18 @@ def test_check_reads_it_again(trained, tmp_path, capsys, dtype):
     line = capsys.readouterr().out.splitlines()[0]
     tensors = len(tensor_dtypes(tmp_path / "out"))
     assert line.startswith(f"checked: {tensors} tensors equal") and line.endswith("the logits of 16 tokens are equal")
+
+
+def test_check_does_not_round_what_transformers_keeps_in_fp32(tmp_path):
+    """Frequencies of rotary embeddings, beside weights in bf16; with heads as wide as real ones it shows."""
+    config = LlamaConfig(hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                         vocab_size=300, initializer_range=0.2)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for param in model.parameters():
+        param.data = param.data.bfloat16()
+    model.save_pretrained(tmp_path)
+    said = export_check.check_export(build_on_meta(config), lambda: model.state_dict().items(), tmp_path)
+    assert said.endswith("the logits of 16 tokens are equal")
 
 
 def test_check_finds_a_wrong_tensor_and_a_wrong_name(trained, tmp_path, capsys, monkeypatch):
