@@ -40,7 +40,8 @@ class Coverage:
         counts = [count for count in self.updates.values() if count]
         if counts:
             low, high = min(counts), max(counts)
-            line += f", each {low} times" if low == high else f", {low} to {high} times each"
+            each = "each once" if high == 1 else f"each {low} times"
+            line += f", {each}" if low == high else f", {low} to {high} times each"
         if self.trials is not None:
             made, undone, seconds = (self.trials[key] for key in ("num_made", "num_undone", "undone_s"))
             line += f"; {made} steps updated before their norm was known, {undone} of them again ({seconds:.3g} s)"
