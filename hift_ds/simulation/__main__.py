@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -50,7 +49,6 @@ def main(processes: int = 1) -> None:
     except errors.HiFTError as error:
         answer = {"kind": type(error).__name__, "message": str(error)}
     print(json.dumps(answer), file=answers, flush=True)
-    os._exit(0)  # all is said: a library's thread that still runs would end the process by "terminate called"
 
 
 if __name__ == "__main__":
