@@ -1,7 +1,7 @@
 """How long a step would take on a card that is not here: a discrete-event model of its streams, driven by the log of
 what the real engine launches.
 
-    python benchmarks/timeline.py --out benchmarks/results/timeline.md              1 minute a row
+    python benchmarks/timeline.py --out benchmarks/results/timeline.md              ten seconds a row
     python benchmarks/timeline.py --settings 0 4 --out FILE                         these rows
     python benchmarks/timeline.py --in-backward --out benchmarks/results/timeline_in_backward.md
     python benchmarks/timeline.py --rows FILE --out FILE    rows are kept: an interrupted run goes on
@@ -9,9 +9,9 @@ what the real engine launches.
 The engine takes its steps on the device without memory that the estimator uses, under
 ``tests/helpers/stream_clocks.py``, which notes every kernel, copy, file, wait and synchronization in the order of
 launch. A card is a handful of rates. Kernels take the longer of their arithmetic and their bytes; each direction of the
-link serves one copy at a time, and a disk one request; the host launches one operation after the other and stands still
-where the log says that it does. What it leaves out: how kernels share a device, the clock of a hot card, and the host's
-time outside of launching. Ratios are better than absolutes.
+link serves one copy at a time, and a disk one request, whichever is ready first; the host launches one operation after
+the other and stands still where the log says that it does. What it leaves out: how kernels share a device, the clock of
+a hot card, and the host's time outside of launching. Ratios are better than absolutes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections import Counter
+from bisect import bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -140,10 +141,37 @@ class _Agent:
             self.cause = cause
 
 
+@dataclass
+class _Link:
+    """One direction of the link, or a disk: serves one request at a time, and whichever is ready first. (One that waits
+    for an event on its stream keeps none on another stream from going ahead.)
+
+    Attributes:
+        starts, ends: of the stretches in which it is busy, in order.
+    """
+
+    starts: list[float] = field(default_factory=list)
+    ends: list[float] = field(default_factory=list)
+
+    def serve(self, ready: float, seconds: float) -> float:
+        """When a request that could begin at ``ready`` has been served: in the first gap that is long enough."""
+        at, start = bisect_right(self.ends, ready), ready
+        while at < len(self.starts) and self.starts[at] < start + seconds:
+            start = self.ends[at]
+            at += 1
+        end = start + seconds
+        if at and self.ends[at - 1] == start:  # no gap before it
+            self.ends[at - 1] = end
+        else:
+            self.starts.insert(at, start)
+            self.ends.insert(at, end)
+        return end
+
+
 def steps_of(log: Sequence[Any], card: Card) -> dict[str, Step]:
     """What happens from each mark to the next, by mark."""
     agents: dict[str, _Agent] = {}
-    links: Counter[str] = Counter()  # when each is free
+    links: defaultdict[str, _Link] = defaultdict(_Link)
     ended: list[float] = []
     causes: list[str] = []  # why whoever waits for the entry waits
     marks: list[tuple[str, float]] = []
@@ -172,24 +200,24 @@ def steps_of(log: Sequence[Any], card: Card) -> dict[str, Step]:
         elif entry.agent == entry.host:  # the host's own work
             cause = entry.link or "host"
             seconds = entry.bytes_moved / (card.rate(entry.link) if entry.link else card.host_s)
-            start = max(host.free, links["disk"] if entry.link else 0.0)
-            host.free = start + seconds + card.launch_s
             if entry.link:
-                links["disk"] = host.free
+                host.free = links["disk"].serve(host.free, seconds + card.launch_s)
                 step.busy["disk"] += seconds
+            else:
+                host.free += seconds + card.launch_s
         else:
             cause = entry.link or "computing"
             host.free += card.launch_s
             if entry.agent == "compute":
                 _note_late_launch(step, agent, host)
-            start = max(agent.free, host.free, links[entry.link] if entry.link else 0.0)
+            start = max(agent.free, host.free)
             if entry.link:
                 seconds = max(entry.bytes_moved / card.link_s, card.kernel_s)
-                links[entry.link] = start + seconds
+                agent.free = links[entry.link].serve(start, seconds)
                 step.busy[entry.link] += seconds
             else:
                 seconds = max(entry.flops / card.flops_s, entry.bytes_moved / card.bytes_s, card.kernel_s)
-            agent.free = start + seconds
+                agent.free = start + seconds
         ended.append(host.free if entry.kind in ("mark", "sync") else agent.free)
         causes.append(cause or agent.cause)
     return found

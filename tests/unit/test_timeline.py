@@ -64,6 +64,24 @@ def test_kernels_wait_for_events_and_copies_for_the_link():
     assert step_times(late, CARD)["step 1"] == pytest.approx(16.0 - 8.0)  # the host stood still for the copy
 
 
+def test_a_copy_that_waits_keeps_no_other_from_the_link():
+    log = [
+        mark("step 0"),
+        op("compute", flops=400),  # until 4
+        op("in", kind="wait", after=(1,)),
+        op("in", bytes_moved=5, link="in"),  # 4 to 9
+        op("in 2", bytes_moved=3, link="in"),  # 0 to 3
+        op("in 2", bytes_moved=2, link="in"),  # does not fit before 4: 9 to 11
+        op("in 3", bytes_moved=1, link="in"),  # 3 to 4
+        op("compute", kind="wait", after=(6,)),
+        op("compute", flops=100),  # until 5
+        op("host", kind="sync", after=(5,)),
+        mark("end"),
+    ]
+    assert step_times(log, CARD) == {"step 0": pytest.approx(11.0)}
+    assert step_times([*log[:-2], mark("end")], CARD) == {"step 0": pytest.approx(5.0)}
+
+
 def test_a_disk_serves_one_request_at_a_time_and_threads_begin_when_they_are_started():
     log = [
         mark("step 0"),
