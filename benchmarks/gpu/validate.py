@@ -974,16 +974,16 @@ def _zero_offload(model: Any, job: dict[str, Any]) -> Callable[[dict[str, Any]],
     """DeepSpeed's stage 2 with optimizer states and updates on the host."""
     import deepspeed
 
-    from hift_ds.ranks import free_port, launch_variables
+    from hift_ds.process_group import as_single_process, nothing_compiled
 
-    os.environ.update(launch_variables(0, 1, free_port()))  # else DeepSpeed asks MPI
     config = {
         "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "bf16": {"enabled": True},
         "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": job["device"] != "cpu"}},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": job["tiny"]}},
         "zero_force_ds_cpu_optimizer": not job["tiny"],  # DeepSpeed's own compiles
     }  # fmt: skip
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    with as_single_process(), nothing_compiled():  # else DeepSpeed asks MPI, and on a CPU compiles an operator
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
 
     def step(inputs: dict[str, Any]) -> None:
         engine.backward(engine(**inputs).loss)
