@@ -392,6 +392,8 @@ def _draw_sizes(lines: Sequence[dict[str, Any]]) -> Any:
     rows, counted = of_part(lines, "sizes"), of_part(lines, "estimates")
     if not rows:
         return None
+    from matplotlib.ticker import LogLocator
+
     figure, axes = _figure(5, "Parameters")
     for residency, color in (("host", "tab:blue"), ("disk", "tab:orange")):
         mine = [row for row in rows if row["case"]["residency"] == residency]
@@ -410,8 +412,12 @@ def _draw_sizes(lines: Sequence[dict[str, Any]]) -> Any:
     axes[0].plot([], [], **COUNTED, label="counted (host: and the device's peak)")
     titles = ("step, s", "start-up, s", "memory, GiB", "checkpoint, GiB", "hift-ds estimate, s")
     for one, title in zip(axes, titles, strict=True):
-        one.set(xscale="log", yscale="log", xlabel="million parameters", title=title)
-        one.grid(alpha=0.3, which="both")
+        one.set(xscale="log", yscale="log", xlabel="parameters", title=title)
+        one.set_xticks([100, 300, 1000, 3000, 10000], ["100M", "300M", "1B", "3B", "10B"])
+        one.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        one.yaxis.set_major_formatter("{x:g}")
+        one.minorticks_off()
+        one.grid(alpha=0.3)
     axes[4].set(yscale="linear", ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=4, fontsize=9)
     return figure
@@ -462,7 +468,7 @@ def _draw_ranks(lines: Sequence[dict[str, Any]]) -> Any:
     axes[2].set(title="sent by each rank in a step, MB", xlabel="ranks", xscale="log", ylim=(0, None))
     axes[2].set_xticks([1, 2, 4, *RANKS], [str(n) for n in (1, 2, 4, *RANKS)])
     axes[2].minorticks_off()
-    axes[2].legend()
+    axes[2].legend(loc="lower right")
     return figure
 
 
