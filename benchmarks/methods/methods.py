@@ -111,7 +111,8 @@ class LoRA(Full):
             r=rank, lora_alpha=2 * rank, target_modules="all-linear", modules_to_save=head or None,
             task_type="SEQ_CLS" if head else "CAUSAL_LM",
         )  # fmt: skip
-        model = get_peft_model(model, config)
+        # PEFT's default is fp32 adapters, to which every input is cast: with long rows as much time again on a CPU.
+        model = get_peft_model(model, config, autocast_adapter_dtype=False)
         Method.__init__(self, model, seed, schedule)
         self.masters = Masters((p for p in model.parameters() if p.requires_grad), adamw)
 
