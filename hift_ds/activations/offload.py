@@ -36,8 +36,8 @@ class ActivationOffload:
 
         before = {module: [set(table) for table in _hooks_of(module)] for module in model.modules()}
         in_flight: dict[str, Any] = {"max_fwd_stash_size": IN_FLIGHT} if recomputes else {}
-        self._context = get_act_offloading_ctx_manager(model, warn_if_no_head=False, **in_flight)
-        self._new_context = lambda: OffloadActivations(**in_flight)
+        self._context = _without_warning(get_act_offloading_ctx_manager(model, warn_if_no_head=False, **in_flight))
+        self._new_context = lambda: _without_warning(OffloadActivations(**in_flight))
         self._added = [
             (table, key)
             for module, there in before.items()
@@ -67,6 +67,13 @@ class ActivationOffload:
         for table, key in self._added:
             table.pop(key, None)
         self._added = []
+
+
+def _without_warning(context: Any) -> Any:
+    """TRL's context, which does not warn in backward when more than 60 % of the host's memory is used: its logger is
+    accelerate's, which is an error in a program that does not use accelerate, and one within torch's engine."""
+    context.virtual_memory_safe_pct = 100
+    return context
 
 
 def _hooks_of(module: nn.Module) -> list[dict]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -219,6 +221,19 @@ def test_gradients_for_an_update_on_the_host_come_one_part_ahead(outcomes):
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_detector_finds_what_is_taken_out(outcomes, name):
     assert outcomes[name].hazards > 0
+
+
+def test_activations_leave_where_the_hosts_memory_is_short():
+    """TRL's context would warn, through a logger that fails where accelerate is not used; backward died of it."""
+    code = """
+import psutil
+real = psutil.virtual_memory
+psutil.virtual_memory = lambda: real()._replace(percent=99.0)
+from tests.helpers.race_rows import Row, run_row
+assert run_row(Row(hift={"activations": {"offload": True}})).hazards == 0
+"""
+    job = subprocess.run([sys.executable, "-c", code], cwd=race_rows.ROOT, capture_output=True, text=True)
+    assert job.returncode == 0, job.stderr[-2000:]
 
 
 @pytest.mark.slow
