@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -74,14 +73,10 @@ def one_turn(folder: Path, group_size: int | None) -> dict[str, float]:
 def _plain_trainer(model: Any, batch: dict[str, Any], watch: Any, out: str) -> Any:
     """transformers' own, with the same arguments as `authors.build` gives theirs."""
     import authors
-    from transformers import Trainer, TrainingArguments
 
-    os.environ.pop("DS_ACCELERATOR", None)
-    args = TrainingArguments(
-        output_dir=out, max_steps=1, per_device_train_batch_size=1, learning_rate=0.0, weight_decay=0.0,
-        max_grad_norm=authors.CLIP, optim="adamw_torch", use_cpu=True, dispatch_batches=False,
-        remove_unused_columns=False, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
-    )  # fmt: skip
+    args = authors.arguments(out, 1, 0.0, "adamw_torch", 0, 0.0)
+    from transformers import Trainer
+
     return Trainer(
         model, args, data_collator=authors.only, train_dataset=authors.Batches(repeat(batch)), callbacks=[watch]
     )

@@ -102,6 +102,20 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def arguments(out: str, steps: int, rate: float, optim: str, seed: int, warmup: float) -> Any:
+    """Those of a trainer on the CPU: a batch for a row, linear decay, the norm clipped as all clip it, nothing written."""
+    os.environ.pop("DS_ACCELERATOR", None)  # "cpu" asks this DeepSpeed for Intel's extension
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=out, max_steps=steps, per_device_train_batch_size=1, learning_rate=rate,
+        lr_scheduler_type="linear", warmup_ratio=warmup, weight_decay=0.0, adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1], adam_epsilon=EPS, max_grad_norm=CLIP, optim=optim, seed=seed,
+        use_cpu=True, dispatch_batches=False, remove_unused_columns=False, logging_strategy="no", save_strategy="no",
+        report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+
+
 def build(spec: dict[str, Any], model: nn.Module, kind: str, batches: Any, watch: Any, out: str) -> Any:
     """Their trainer, with nothing of it replaced.
 
@@ -112,18 +126,10 @@ def build(spec: dict[str, Any], model: nn.Module, kind: str, batches: Any, watch
         watch: a callback of the trainer.
         out: a folder that it may write to.
     """
-    os.environ.pop("DS_ACCELERATOR", None)  # "cpu" asks this DeepSpeed for Intel's extension
-    from hift import GetCallBack, HiFTrainer
-    from transformers import TrainingArguments
-
     settings = spec["settings"]
-    args = TrainingArguments(
-        output_dir=out, max_steps=spec["steps"], per_device_train_batch_size=1, learning_rate=spec["rate"],
-        lr_scheduler_type="linear", warmup_ratio=settings["warmup"], weight_decay=0.0, adam_beta1=BETAS[0],
-        adam_beta2=BETAS[1], adam_epsilon=EPS, max_grad_norm=CLIP, optim=settings["optim"], seed=spec["seed"],
-        use_cpu=True, dispatch_batches=False, remove_unused_columns=False, logging_strategy="no", save_strategy="no",
-        report_to=[], disable_tqdm=True,
-    )  # fmt: skip
+    args = arguments(out, spec["steps"], spec["rate"], settings["optim"], spec["seed"], settings["warmup"])
+    from hift import GetCallBack, HiFTrainer
+
     return HiFTrainer(
         GetCallBack(model.config.model_type), "SEQ_CLS" if kind == "classes" else "CAUSAL_LM",
         group_element=settings["group_element"], strategy=settings["strategy"], hier_tuning=True, args=args,
