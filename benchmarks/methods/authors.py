@@ -103,7 +103,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def arguments(out: str, steps: int, rate: float, optim: str, seed: int, warmup: float) -> Any:
-    """Those of a trainer on the CPU: a batch for a row, linear decay, the norm clipped as all clip it, nothing written."""
+    """Those of a trainer on the CPU: a batch for a row, linear decay, the norm clipped as everywhere, nothing saved."""
     os.environ.pop("DS_ACCELERATOR", None)  # "cpu" asks this DeepSpeed for Intel's extension
     from transformers import TrainingArguments
 
