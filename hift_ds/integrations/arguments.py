@@ -61,6 +61,23 @@ def check_arguments(args: TrainingArguments | None) -> None:
     _require_non_reentrant_checkpointing(args)
 
 
+def check_given(args: TrainingArguments, optimizer: object, scheduler: object) -> None:
+    """Refuse an optimizer or a scheduler that a Trainer was given where the DeepSpeed config has its own: transformers
+    would drop it without a word.
+
+    Raises:
+        ConfigError: there are both.
+    """
+    config = args.deepspeed_plugin.deepspeed_config
+    for key in ("optimizer", "scheduler"):
+        given = scheduler if optimizer is None or key == "scheduler" else optimizer  # a scheduler is of an optimizer
+        if given is not None and key in config:
+            raise ConfigError(
+                f'optimizers= or optimizer_cls_and_kwargs= was given, and the DeepSpeed config has "{key}" too, which '
+                "would be used in its place; remove one of the two"
+            )
+
+
 def _complete(args: TrainingArguments, config: dict[str, Any]) -> None:
     """What the config leaves out and DeepSpeed insists on is the TrainingArguments', as if it said "auto".
     (accelerate sees to "gradient_accumulation_steps".)"""

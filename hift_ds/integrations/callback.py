@@ -28,7 +28,7 @@ from hift_ds.config import BLOCK
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.engine.initialize import hift_engines
 from hift_ds.errors import ConfigError
-from hift_ds.integrations.arguments import check_arguments
+from hift_ds.integrations.arguments import check_arguments, check_given
 from hift_ds.integrations.before_saving import ready_to_save, saved_by_trainer
 from hift_ds.integrations.disk_room import DiskRoomCallback
 from hift_ds.integrations.events import EngineEvents, disable_input_require_grads
@@ -53,9 +53,9 @@ class HiFTCallback(EngineEvents):
 
     The result is :class:`HiFTMixin`'s, bit for bit. Reference and reward models, which have no optimizer, get
     DeepSpeed's own engine. What only the mixin has: evaluation before training, several ``train()`` calls of one
-    trainer, states given back when training ends in an exception (here: when the model is next called), rotation that
-    counts whole checkpoints only, a look at the rows of evaluation before the first step, and ``save_model`` without a
-    copy of the model.
+    trainer, states given back when training ends in an exception (here: when the model is next called), optimizers that
+    the trainer is given, numbers that only the loss reads unrounded, rotation that counts whole checkpoints only, a
+    look at the rows of evaluation before the first step, and ``save_model`` without a copy of the model.
 
     Args:
         optional: do nothing for a Trainer whose config has no block, instead of raising an error.
@@ -93,6 +93,12 @@ class HiFTCallback(EngineEvents):
         if self.optional and not _has_block(args):
             return
         check_arguments(args)
+        check_given(args, kwargs.get("optimizer"), kwargs.get("lr_scheduler"))
+        if kwargs.get("optimizer") is not None or kwargs.get("lr_scheduler") is not None:
+            raise ConfigError(
+                "optimizers=: transformers drops both where DeepSpeed is configured; use HiFTTrainer or HiFTMixin, "
+                "which keep them, or optim= and lr_scheduler_type="
+            )
         self.is_on = True
         plugin = args.deepspeed_plugin
         zero = plugin.deepspeed_config["zero_optimization"]

@@ -15,12 +15,16 @@ built, keeps input gradients off and corrects what is logged.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import DummyOptim, DummyScheduler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -32,7 +36,7 @@ from hift_ds.engine.zero3.export import export_partitioned
 from hift_ds.engine.zero3.shards import is_partitioned
 from hift_ds.errors import CheckpointError, ConfigError, OutOfMemory
 from hift_ds.hf.export import savable_generation_config
-from hift_ds.integrations.arguments import check_arguments
+from hift_ds.integrations.arguments import check_arguments, check_given
 from hift_ds.integrations.before_saving import ready_to_save, saved_by_trainer
 from hift_ds.integrations.callback import PREPARED_BY_ITSELF, HiFTCallback
 from hift_ds.integrations.checkpoint_rotation import WholeCheckpointsStay
@@ -77,6 +81,9 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
             super().__init__(*args, **kwargs)
         if isinstance(self.model, DeepSpeedEngine):
             raise ConfigError(f"{type(self).__name__}: {PREPARED_BY_ITSELF}")
+        check_given(self.args, self.optimizer or self.optimizer_cls_and_kwargs, self.lr_scheduler)
+        self._given_optimizer: Any = None
+        self._given_scheduler: Any = None
         while (callback := self.pop_callback(HiFTCallback)) is not None:  # launch_with gives one to every Trainer
             callback.leave()
         self._events = EngineEvents(lambda: self.engine, self.says_coverage)
@@ -97,6 +104,10 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         self.model_wrapped = self.model  # else a second train() would go on with the engine of the first
         self.deepspeed = None
         disable_input_require_grads(self.model)  # enabling again forgets the earlier hooks
+        if not isinstance(self.optimizer, AcceleratedOptimizer | DummyOptim | None):
+            self._given_optimizer = self.optimizer
+        if not (self._created_lr_scheduler or isinstance(self.lr_scheduler, AcceleratedScheduler | DummyScheduler)):
+            self._given_scheduler = self.lr_scheduler
         failed = True
         ready = contextlib.nullcontext()
         if not self.is_ready_to_save:
@@ -115,6 +126,37 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
             finally:
                 self._end_training(failed)
         return output
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """As the Trainer does. With DeepSpeed that rounds every number of a batch to the dtype of the weights: right
+        for what the model reads (pixels), and not for labels and for what only the loss reads (DPO's reference
+        log-probabilities, which are hundreds)."""
+        prepared = super()._prepare_inputs(inputs)
+        if not isinstance(inputs, Mapping) or not isinstance(prepared, Mapping):
+            return prepared
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        kinds = inspect.signature(base.forward).parameters.values()
+        read = {one.name for one in kinds if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+        for name, value in inputs.items():
+            keeps = name in self.label_names or (name not in read and read)
+            now = prepared.get(name)
+            same = isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and now.shape == value.shape
+            if keeps and same and now.dtype != value.dtype:
+                prepared[name] = value.to(now.device)
+        return prepared
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer as the Trainer does; one that it was given (``optimizers=``) is kept, which transformers
+        drops where DeepSpeed is configured."""
+        if self.optimizer is None:
+            self.optimizer = self._given_optimizer
+        return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the scheduler as the Trainer does, or keep the given one, as :meth:`create_optimizer`."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = self._given_scheduler
+        return super().create_scheduler(*args, **kwargs)
 
     def _check_evaluation_rows(self) -> None:
         if self.args.eval_strategy == "no" and not self.args.eval_on_start:

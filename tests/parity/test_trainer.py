@@ -10,7 +10,7 @@ import torch
 from transformers import SchedulerType, Trainer
 
 import model_zoo
-from tests.helpers.parity import ONE_GROUP, compare, run, same
+from tests.helpers.parity import ONE_GROUP, compare, run, same, weights_of
 from tests.helpers.trainer import ragged_dataset
 
 
@@ -68,6 +68,35 @@ ALL = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 def test_option(tmp_path, name):
     make_model, options = copy.deepcopy({**CASES, **SLOW}[name])
     compare(tmp_path, Trainer, make_model, **options)
+
+
+class WithOptimizers(Trainer):
+    """Given an optimizer with options of its own, and its scheduler."""
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        matrices, others = ([p for p in model.parameters() if (p.ndim > 1) is flag] for flag in (True, False))
+        groups = [{"params": matrices, "weight_decay": 0.2}, {"params": others, "lr": 3e-2}]
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda s: 1 / (1 + s), lambda s: 0.5**s])
+        super().__init__(model=model, optimizers=(optimizer, scheduler), **options)
+
+
+class WithAnOptimizer(Trainer):
+    def __init__(self, model: Any, **options: Any) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        super().__init__(model=model, optimizers=(optimizer, None), **options)
+
+
+@pytest.mark.parametrize("cls", [WithOptimizers, WithAnOptimizer])
+def test_optimizers_that_were_given(tmp_path, cls):
+    """transformers drops both where DeepSpeed is configured."""
+    ours, _ = compare(tmp_path, cls, llama, max_steps=5)
+    given = ours.trainer.lr_scheduler
+    ours.trainer.train()  # again: fresh states, and a scheduler of the caller's goes on as with a plain Trainer
+    assert (ours.trainer.lr_scheduler is given) is (cls is WithOptimizers)
+    assert ours.trainer.engine.optimizer.optimizer.__class__ is torch.optim.SGD
+    now = weights_of(ours.trainer.model)
+    assert not any(torch.equal(now[name], value) for name, value in ours.weights.items())
 
 
 SCHEDULES: dict[str, dict[str, Any]] = {

@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import model_zoo
+from hift_ds import HiFTCallback
 from hift_ds.errors import ConfigError
 from hift_ds.integrations.transformers import HiFTMixin, HiFTTrainer
 from tests.helpers.trainer import AUTO, arguments, ragged_dataset
@@ -165,6 +166,69 @@ def test_bad_configs_are_refused_before_the_trainer_touches_the_model(tmp_path, 
     )
     with pytest.raises(ConfigError, match=message):
         HiFTTrainer(model=None, args=args)
+
+
+def test_numbers_beside_the_models_inputs_are_not_rounded(tmp_path):
+    """transformers rounds all numbers of a batch to the weights' dtype where DeepSpeed is configured."""
+    reference, seen = torch.tensor(-321.0625), []
+
+    class Asks(HiFTTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.append(inputs.pop("ref_logps"))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    rows = [{**row, "ref_logps": reference} for row in ragged_dataset(4)]
+    options = {"max_steps": 1, "bf16": True, "remove_unused_columns": False}
+    Asks(model_zoo.tiny.build("llama"), arguments(tmp_path, **options), train_dataset=rows).train()
+    assert torch.equal(seen[0], reference.expand(2))
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_labels_that_are_numbers_are_not_rounded(tmp_path, kind):
+    number = 321.0625 if kind == "regression" else 0.1
+    model = model_zoo.tiny.build(
+        "llama",
+        "sequence_classification",
+        num_labels=1 if kind == "regression" else 2,
+        pad_token_id=0,
+        problem_type=kind,
+    )
+    labels = torch.tensor(number if kind == "regression" else [number, 1.0])
+    rows = [{"input_ids": row["input_ids"], "labels": labels} for row in ragged_dataset(6)]
+    trainer = HiFTTrainer(model, arguments(tmp_path, max_steps=2, bf16=True), train_dataset=rows)
+    trainer.train()
+    assert torch.equal(torch.from_numpy(trainer.predict(rows[:2]).label_ids), labels.expand(2, *labels.shape))
+
+
+def given(model: Any, *, scheduler: bool) -> tuple[Any, Any]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer) if scheduler else None
+
+
+@pytest.mark.parametrize("scheduler", [False, True])
+@pytest.mark.parametrize("key", ["optimizer", "scheduler"])
+def test_what_transformers_would_drop_of_optimizers_is_refused(tmp_path, key, scheduler):
+    ds = {**AUTO, key: {"type": "SGD", "params": {"lr": 1e-2}} if key == "optimizer" else {"type": "WarmupLR"}}
+    model = model_zoo.tiny.build("llama")
+
+    def make(cls, callbacks):
+        args = arguments(tmp_path, ds, learning_rate=1e-2)
+        return cls(model, args, optimizers=given(model, scheduler=scheduler), callbacks=callbacks)
+
+    if key == "scheduler" and not scheduler:
+        make(HiFTTrainer, [])
+        return
+    for cls, callbacks in ((HiFTTrainer, []), (Trainer, [HiFTCallback()])):
+        with pytest.raises(ConfigError, match=f'the DeepSpeed config has "{key}" too'):
+            make(cls, callbacks)
+
+
+@pytest.mark.parametrize("scheduler", [False, True])
+def test_optimizers_that_only_the_mixin_can_keep(tmp_path, scheduler):
+    model = model_zoo.tiny.build("llama")
+    options = {"args": arguments(tmp_path), "optimizers": given(model, scheduler=scheduler)}
+    with pytest.raises(ConfigError, match="transformers drops both"):
+        Trainer(model, **options, callbacks=[HiFTCallback()])
 
 
 def test_clipping_that_would_not_happen_is_said(tmp_path, caplog):
