@@ -89,12 +89,11 @@ class CycleLR:
         A run that goes on with more steps has another schedule than the one whose last value was saved; torch would use
         that value for one step, and a latch for a whole cycle. Without a change the values stay as they are.
         """
-        names = ("lr_lambdas", "base_lrs", "last_epoch")
-        functions, bases, step = (getattr(self.scheduler, name, None) for name in names)
-        if functions is None or bases is None or not len(functions) == len(bases) == len(self.param_groups):
+        scheduler: Any = self.scheduler
+        if not _is_function_of_step(scheduler) or len(scheduler.base_lrs) != len(self.param_groups):
             return
-        for group, base, function in zip(self.param_groups, bases, functions, strict=True):
-            group["lr"] = base * function(step)
+        for group, base, function in zip(self.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * function(scheduler.last_epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """The latched rates, for a checkpoint."""
@@ -178,6 +177,13 @@ def _optimizers_of(scheduler: object, seen: set[int] | None = None) -> Iterator[
                 yield item
             elif hasattr(item, "step") and hasattr(item, "state_dict") and hasattr(item, "__dict__"):
                 yield from _optimizers_of(item, seen)
+
+
+def _is_function_of_step(scheduler: object) -> bool:
+    """Not so for torch's ``MultiplicativeLR``, whose functions, under the same name, are factors of the rate before."""
+    from torch.optim.lr_scheduler import LambdaLR
+
+    return isinstance(scheduler, LambdaLR) and type(scheduler).get_lr is LambdaLR.get_lr
 
 
 def _needs_a_metric(scheduler: Scheduler) -> bool:

@@ -28,7 +28,7 @@ from hift_ds.engine.zero3.seam import WeightShards
 from hift_ds.errors import ConfigError
 from hift_ds.layers.grouping import ALWAYS, Partition, partition_model
 from hift_ds.lr import CycleLR
-from hift_ds.optim.build import build_optimizer, is_elementwise
+from hift_ds.optim.build import build_optimizer, check_usable, is_elementwise
 from hift_ds.optim.early_reduction import EarlyReducedParameters
 from hift_ds.optim.group_shard import GroupShard
 from hift_ds.optim.group_states import GroupStates
@@ -146,6 +146,11 @@ def build_optimizers(
     """
     if callable(client_optimizer) and not isinstance(client_optimizer, Optimizer):
         client_optimizer = client_optimizer(model_parameters)
+    if client_optimizer is not None:
+        check_usable(client_optimizer)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise ConfigError(f"{name}: sparse gradients (sparse=True) are not supported; set sparse=False")
     flags = TrainableFlags(model)
     entries = model_parameters if client_optimizer is None else client_optimizer.param_groups
     with unmanaged_set_aside(model, entries, facts.rank), contextlib.ExitStack() as on_failure:

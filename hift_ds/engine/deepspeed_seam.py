@@ -222,7 +222,8 @@ class SeamEngine(DeepSpeedEngine):
         if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
             self._say_what_compiling_leads_to()
         self.before_cast(model)
-        super()._configure_distributed_model(model)
+        with _without_scalars(model):
+            super()._configure_distributed_model(model)
         if self.has_moe_layers:
             raise ConfigError('DeepSpeed MoE layers (expert parallelism) are not supported with a "hift" block')
 
@@ -257,6 +258,8 @@ class SeamEngine(DeepSpeedEngine):
         folder = weights_folder(self._config.zero_config)
         page_locks = not folder and page_locks_weights(self._config.zero_config)
         into_this_job(self.module)
+        if scalar := next((name for name, param in self.module.named_parameters() if param.ndim == 0), None):
+            raise ConfigError(f"{scalar}: ZeRO-3 cannot cut a weight without a dimension; use stage 0, 1 or 2")
         with as_if_parked_on_host(self) if folder or page_locks else contextlib.nullcontext():
             # With optimizer=None ZeRO-3 gathers and releases weights and steps nothing: stepping is ours.
             offload = self._configure_zero_optimizer(optimizer=None)
@@ -295,6 +298,20 @@ class SeamEngine(DeepSpeedEngine):
         if self.bfloat16_enabled():
             return torch.bfloat16
         return torch.float16 if self.fp16_enabled() else None
+
+
+@contextlib.contextmanager
+def _without_scalars(model: torch.nn.Module) -> Iterator[None]:
+    """Inside this block weights without a dimension (CLIP's ``logit_scale``) have one: DeepSpeed broadcasts weights as
+    bytes, and cannot view those so (0.19.8)."""
+    scalars = [param for param in model.parameters() if param.ndim == 0]
+    for param in scalars:
+        param.data = param.data.view(1)
+    try:
+        yield
+    finally:
+        for param in scalars:
+            param.data = param.data.view(())
 
 
 def restart_peak_bytes() -> None:

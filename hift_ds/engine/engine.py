@@ -143,6 +143,10 @@ class HiFTEngine(SeamEngine):
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Compute gradients as DeepSpeed's call does, of the active group only.
 
+        The step takes them along: after the last backward before it no parameter has a ``.grad``, and torch's
+        ``clip_grad_norm_`` finds nothing. The config's ``"gradient_clipping"`` clips, ``get_global_grad_norm()``
+        answers after the step, and a hook on a parameter (``register_hook``) may change its gradient.
+
         Args:
             loss: 0-dim, of one micro-batch.
             retain_graph: another backward through the same graph will come.

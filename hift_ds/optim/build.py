@@ -94,6 +94,21 @@ def build_optimizer(
     return _construct(name, cls, options, list(param_groups), hollow_weights)
 
 
+def check_usable(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer of the caller's that cannot be stepped on one layer group.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    name = type(optimizer).__name__
+    reason = _UNUSABLE.get(name.lower())
+    needed = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+    if reason is None and any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in needed):
+        reason = f"its step() wants {needed[0].name!r}"
+    if reason is not None:
+        raise ConfigError(f"optimizer=: {name} cannot train one layer group at a time: {reason}; take another")
+
+
 def takes_option(name: str, option: str) -> bool:
     """Whether the optimizer of that name has such an argument; False for names that are not known here."""
     try:

@@ -492,3 +492,52 @@ def test_a_group_size_beyond_the_model_is_said(caplog):
         engine = make_engine(Toy(), ds_config(hift={"group_size": size}))
         assert caplog.text.count("which is full fine-tuning") == said, size
         engine.destroy()
+
+
+class WithScale(Toy):
+    """A weight without a dimension, as CLIP's ``logit_scale``."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, tokens, targets):
+        return super().forward(tokens, targets) * self.scale.exp()
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_weight_without_a_dimension(stage):
+    model, twin = WithScale(), WithScale()
+    with pytest.raises(ConfigError, match="scale: ZeRO-3 cannot cut a weight without a dimension"):
+        make_engine(WithScale(), ds_config(stage=3))
+    engine = make_engine(model, ds_config(stage=stage, gas=2, hift={"groups": [["."]]}))
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2)
+    for batch in make_batches(3):
+        train_step(engine, [batch, batch])
+        optimizer.zero_grad()
+        loss_of(twin, batch).backward()
+        optimizer.step()
+    for (name, param), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert param.shape == expected.shape, name
+        torch.testing.assert_close(param, expected, atol=2e-6, rtol=0, msg=name)
+
+
+def with_sparse_embedding():
+    model = Toy()
+    model.embed = torch.nn.Embedding(11, 7, sparse=True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make_model", "make_optimizer", "message"),
+    [
+        (Toy, lambda ps: torch.optim.LBFGS(ps), "LBFGS cannot train .* evaluates the loss several times"),
+        (Toy, lambda ps: torch.optim.SparseAdam(ps), "SparseAdam cannot train .* needs sparse gradients"),
+        (with_sparse_embedding, lambda ps: torch.optim.SGD(ps), "embed: sparse gradients"),
+    ],
+)
+def test_what_cannot_be_stepped_is_refused_before_the_first_step(make_model, make_optimizer, message):
+    model = make_model()
+    with pytest.raises(ConfigError, match=message):
+        make_engine(model, ds_config(optimizer=None), optimizer=make_optimizer(list(model.parameters())))
+    assert all(param.requires_grad for param in model.parameters())

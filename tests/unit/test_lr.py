@@ -158,6 +158,32 @@ def test_looking_ahead_touches_nothing_and_never_passes_the_end(make, knows_its_
         assert used[start : start + k] == [max(ticks[0], ticks[-1]) if rises else ticks[0]] * len(ticks)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.MultiplicativeLR(o, lambda s: 0.8),
+        lambda o: LambdaLR(o, lambda s: 1 / (1 + s)),
+        lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+        sequence,
+        one_cycle,
+    ],
+)
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_to_watch_a_scheduler_changes_no_rate(make, steps_before):
+    """MultiplicativeLR's functions, which have the name of LambdaLR's, are of the rate before."""
+    pair = []
+    for watched in (False, True):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+        scheduler, rates = make(optimizer), []
+        for step in range(STEPS):
+            if watched and step == steps_before:
+                CycleLR("step", optimizer.param_groups).watch(scheduler)
+            rates.append(optimizer.param_groups[0]["lr"])
+            scheduler.step()
+        pair.append(rates)
+    assert pair[0] == pair[1]
+
+
 def test_a_cosine_that_would_rise_after_its_end_is_not_taken_there():
     def cosine(step):
         return 0.5 * (1 + math.cos(math.pi * step / STEPS))
