@@ -13,6 +13,7 @@ sample of its own, behind exactly the prompt that the model will see when it is 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -103,10 +104,11 @@ class Encoder:
         Args:
             goes_on: more text will follow, so nothing is put behind it.
         """
+        ids: list[int] = self.tokenizer(text, add_special_tokens=self.affixes is None).input_ids
+        ids = ids if goes_on else self._until_its_end(ids)
         if self.affixes is None:
-            return self.tokenizer(text).input_ids
+            return ids
         prefix, suffix = self.affixes
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
         said = next((n for n in range(len(prefix), 0, -1) if ids[:n] == prefix[-n:]), 0)
         ids = [*prefix[: len(prefix) - said], *ids]
         return ids if goes_on or ids[-len(suffix) :] == suffix else [*ids, *suffix]
@@ -114,6 +116,15 @@ class Encoder:
     def _with_end(self, ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+    def _until_its_end(self, ids: list[int]) -> list[int]:
+        """Without the white space that a template has written behind the end token."""
+        for last in range(len(ids) - 1, -1, -1):
+            if ids[last] == self.tokenizer.eos_token_id:
+                return ids[: last + 1]
+            if str(self.tokenizer.decode([ids[last]])).strip():
+                break
+        return ids
 
     # -- conversations ---------------------------------------------------------------------------------------
 
@@ -253,6 +264,19 @@ def _affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] 
             if full[begin : begin + len(bare)] == bare:
                 return full[:begin], full[begin + len(bare) :]
     return None
+
+
+def without_affixes(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """``text`` without the tokens that the tokenizer puts around every text by itself: one that was rendered in advance
+    has them already, and would have them twice."""
+    front, back = _affix_texts(tokenizer)
+    return text.removeprefix(front).removesuffix(back)
+
+
+@functools.lru_cache(maxsize=8)
+def _affix_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    front, back = _affixes(tokenizer) or ([], [])
+    return "".join(tokenizer.convert_ids_to_tokens(front)), "".join(tokenizer.convert_ids_to_tokens(back))
 
 
 def common_prefix_length(first: list[int], second: list[int]) -> int:

@@ -2,7 +2,7 @@
 
 | format            | columns                                                   | becomes        |
 |-------------------|-----------------------------------------------------------|----------------|
-| messages          | messages: [{role, content}], or tools beside it           | Conversation   |
+| messages          | messages: [{role, content}]; system, tools                | Conversation   |
 | sharegpt          | conversations: [{from, value}]; system, tools             | Conversation   |
 | alpaca            | instruction, output; input, system, history               | Conversation   |
 | prompt_completion | prompt, completion: texts                                 | Completion     |
@@ -217,7 +217,7 @@ class Malformed(Exception):
 
 
 def _from_messages(row: Row) -> Sample:
-    return _conversation(row, _messages(row["messages"], "messages"))
+    return _conversation(row, _system(row) + _messages(row["messages"], "messages"))
 
 
 def _from_sharegpt(row: Row) -> Sample:
@@ -229,7 +229,7 @@ def _from_prompt_completion(row: Row) -> Sample:
     if isinstance(prompt, str) and isinstance(completion, str):
         return Completion(prompt, completion)
     if isinstance(prompt, list) and isinstance(completion, list):
-        asked = _messages(prompt, "prompt")
+        asked = _system(row) + _messages(prompt, "prompt")
         return _conversation(row, asked + _messages(completion, "completion"), first_answer=len(asked))
     raise Malformed(
         "prompt and completion: expected two texts or two lists of messages, "
@@ -407,6 +407,10 @@ def _content(content: object, column: str) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        if any(
+            part.get(flag, True) is not None and not part.get(flag, True) for part in content for flag in _LEARNED_FLAGS
+        ):
+            raise Malformed(f"{column}: parts of a message cannot be masked; use train: true or false of the message")
         return "".join(part.get("text") or "" for part in content)
     media = "; images and audio cannot be trained on" if isinstance(content, list) else ""
     raise Malformed(f"{column}: expected content to be text, got {short(content)}{media}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hift_ds.data import scores
+from hift_ds.data.encoding import without_affixes
 from hift_ds.data.packing import IGNORED
 from hift_ds.data.prepare import PreparedData
 from hift_ds.data.rows import code_stamp
@@ -30,17 +31,24 @@ def classification_data(how: Preparation, format: str) -> PreparedData:
     """
     train, evaluated, notes = how.examples(format)
     labels = [json.loads(json.loads(text)["label"]) for text in train["example"]]
+    vectors = False
     if all(isinstance(label, float | int) for label in labels) and any(isinstance(label, float) for label in labels):
         names, kind = None, "regression"
+        if how.config.labels:
+            raise DataError("data.labels: the labels are numbers with a fraction, which have no names; remove it")
     elif any(isinstance(label, list) for label in labels):
         if not all(isinstance(label, list) for label in labels):
             raise DataError("data.train: some labels are lists and some are not; train on one kind")
-        names = Labels.of([one for label in labels for one in label], how, "AutoModelForSequenceClassification")
+        vectors = _are_vectors(labels)
+        flat = list(range(len(labels[0]))) if vectors else [one for label in labels for one in label]
+        names = Labels.of(flat, how, "AutoModelForSequenceClassification")
         kind = "multi_label_classification"
     else:
         names = Labels.of(labels, how, "AutoModelForSequenceClassification")
         kind = "single_label_classification"
-    tokenize = TokenizeTexts(right_padded(how), how.max_length, how.config.truncation, kind, names, code_stamp())
+    tokenize = TokenizeTexts(
+        right_padded(how), how.max_length, how.config.truncation, kind, names, vectors, code_stamp()
+    )
     parts, reports = tokenised(
         how, (train, evaluated), tokenize, notes,
         lambda rows: [] if names is None or kind.startswith("multi") else [names.counted(rows["labels"])],
@@ -116,6 +124,13 @@ class Labels:
         return f"{len(self.names)} labels: " + ", ".join(shown) + (", ..." if len(self.names) > 8 else "")
 
 
+def _are_vectors(labels: Sequence[Any]) -> bool:
+    """Whether labels are lists of a 0 or 1 for each class, and not lists of the classes that apply: of those not all
+    would name the classes 0 and 1, and none a class twice."""
+    lists = all(isinstance(label, list) and len(label) == len(labels[0]) > 1 for label in labels)
+    return lists and all(not isinstance(one, str) and one in (0, 1) for label in labels for one in label)
+
+
 def _name(label: object) -> str:
     return str(label).lower() if isinstance(label, bool) else str(label)
 
@@ -149,11 +164,13 @@ class TokenizeTexts:
     truncation: str
     kind: str
     labels: Labels | None
+    vectors: bool
     stamp: str
 
     def __call__(self, row: dict[str, str]) -> dict[str, Any]:
         example = json.loads(row["example"])
-        texts = (example["text"], example["text_pair"]) if example["text_pair"] else (example["text"],)
+        given = (example["text"], example["text_pair"]) if example["text_pair"] else (example["text"],)
+        texts = [without_affixes(self.tokenizer, text) for text in given]
         whole = self.tokenizer(*texts)
         cut = max(len(whole["input_ids"]) - self.max_length, 0)
         out = self.tokenizer(*texts, truncation=True, max_length=self.max_length) if cut else whole
@@ -170,6 +187,13 @@ class TokenizeTexts:
             if not isinstance(label, int | float):
                 raise DataError(f"{origin}: label {label!r}, but the training data have numbers to predict")
             return float(label)
+        if self.vectors:
+            if not _are_vectors([label]) or len(label) != len(self.labels.names):
+                raise DataError(
+                    f"{origin}: label {label!r}, but the training data have a 0 or 1 for each of "
+                    f"{_listed(self.labels.names)}; give this row one for each"
+                )
+            return [float(one) for one in label]
         if self.kind.startswith("multi"):
             wanted = {self.labels.number(one, origin) for one in (label if isinstance(label, list) else [label])}
             return [float(number in wanted) for number in range(len(self.labels.names))]
@@ -205,6 +229,7 @@ def tagged_data(how: Preparation, format: str) -> PreparedData:
         raise ConfigError("model.tokenizer: task token_classification needs a fast tokenizer (a tokenizer.json)")
     train, evaluated, notes = how.examples(format)
     tags = [json.loads(tag) for text in train["example"] for tag in json.loads(text)["tags"]]
+    tags = [tag for tag in tags if tag != IGNORED]
     names = Labels.of(tags, how, "AutoModelForTokenClassification")
     tokenize = TokenizeWords(right_padded(how, prefix_space=True), how.max_length, how.config.truncation, names,
                              code_stamp())  # fmt: skip
@@ -230,7 +255,8 @@ class TokenizeWords:
 
     def __call__(self, row: dict[str, str]) -> dict[str, Any]:
         example = json.loads(row["example"])
-        numbers = [self.labels.number(json.loads(tag), row["origin"]) for tag in example["tags"]]
+        tags = [json.loads(tag) for tag in example["tags"]]
+        numbers = [tag if tag == IGNORED else self.labels.number(tag, row["origin"]) for tag in tags]
         out = self.tokenizer(example["tokens"], is_split_into_words=True)
         cut = max(len(out["input_ids"]) - self.max_length, 0)
         if cut:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hift_ds.data import scores
+from hift_ds.data.encoding import without_affixes
 from hift_ds.data.packing import IGNORED
 from hift_ds.data.prepare import PreparedData
 from hift_ds.data.rows import code_stamp
@@ -41,7 +42,8 @@ class TokenizePairs:
 
     def __call__(self, row: dict[str, str]) -> dict[str, Any]:
         example = json.loads(row["example"])
-        sides = [{"text": example["source"]}, {"text_target": example["target"]}]
+        source, target = (without_affixes(self.tokenizer, example[name]) for name in ("source", "target"))
+        sides = [{"text": source}, {"text_target": target}]
         whole = [self.tokenizer(**side)["input_ids"] for side in sides]
         cut = sum(max(len(ids) - self.max_length, 0) for ids in whole)
         if cut:

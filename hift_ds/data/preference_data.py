@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from hift_ds.data.chat_templates import set_chat_template
+from hift_ds.data.encoding import without_affixes
 from hift_ds.data.prepare import PreparedData
 from hift_ds.data.task_data import Preparation, TaskReport
 from hift_ds.data.task_rows import Example
@@ -26,7 +27,7 @@ def preference_data(how: Preparation, format: str) -> PreparedData:
     train, evaluated, notes = how.examples(format)
     if format == "rated" and how.config.shuffle:  # its trainer takes rows in their order
         train = train.shuffle(seed=how.config.seed)
-    parts = [_as_columns(part) for part in (train, evaluated) if part is not None]
+    parts = [_as_columns(part, how.tokenizer) for part in (train, evaluated) if part is not None]
     reports = []
     for name, part in zip(("train", "eval"), parts, strict=False):
         told = []
@@ -46,7 +47,7 @@ def preference_data(how: Preparation, format: str) -> PreparedData:
     return PreparedData(parts[0], parts[1] if evaluated is not None else None, None, template, tuple(reports))
 
 
-def _as_columns(rows: Dataset) -> Dataset:
+def _as_columns(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     from datasets import Dataset
 
     first: dict[str, tuple[type, str]] = {}
@@ -67,6 +68,8 @@ def _as_columns(rows: Dataset) -> Dataset:
                     f"{origin}: {name} is a {_form(type(value))}, but in {where} it is a {_form(kind)}; train on one "
                     "kind"
                 )
+            if isinstance(value, str) and (name == "prompt" or "prompt" not in example):
+                value = without_affixes(tokenizer, value)  # TRL has the tokenizer put them there
             columns.setdefault(name, []).append(value)
     return Dataset.from_dict(columns)
 

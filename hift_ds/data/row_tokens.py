@@ -96,7 +96,7 @@ class Tokenize:
             name: [] for name in ("input_ids", "labels", "cut", "learned", "remarks", "refused")
         }
         for row, format, origin in zip(batch["row"], batch["format"], batch["origin"], strict=True):
-            columns, halves = _without_halves(row)
+            columns, halves = without_halves(row)
             sample = to_sample(columns, format, origin)
             try:
                 found = self.encoder(sample, origin)
@@ -142,7 +142,7 @@ def _append(
     out["refused"].append(refusal)
 
 
-def _without_halves(row: str) -> tuple[Any, tuple[str, ...]]:
+def without_halves(row: str) -> tuple[Any, tuple[str, ...]]:
     """The columns of a row; where one has half of a surrogate pair, which JSON can write and no tokenizer takes, with
     U+FFFD in its place and a remark."""
     if not _HALF_IN_JSON.search(row):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from hift_ds.data.config import DataConfig
 from hift_ds.data.prepare import load_splits
+from hift_ds.data.row_tokens import without_halves
 from hift_ds.data.rows import cache_in_use, code_stamp, guessed
 from hift_ds.data.task_rows import to_example
 from hift_ds.errors import DataError
@@ -67,6 +69,9 @@ class Preparation:
             parts = [part.map(parse, remove_columns=part.column_names, desc="Reading rows")
                      for part in (train, evaluated) if part is not None]  # fmt: skip
         notes = [note for source in sources if (note := guessed(source))]
+        remarks = Counter(remark for part in parts for each in part["remarks"] for remark in each)
+        notes += [f"in {count:,} rows {remark}" for remark, count in remarks.items()]
+        parts = [part.remove_columns("remarks") for part in parts]
         return parts[0], parts[1] if evaluated is not None else None, notes
 
     def mapped(self, rows: Dataset, function: Callable[[Any], Any], **options: Any) -> Dataset:
@@ -83,9 +88,14 @@ class Parse:
     format: str
     stamp: str
 
-    def __call__(self, row: dict[str, str]) -> dict[str, str]:
-        example = to_example(json.loads(row["row"]), row["format"], row["origin"])
-        return {"example": json.dumps(example, ensure_ascii=False), "origin": row["origin"]}
+    def __call__(self, row: dict[str, str]) -> dict[str, Any]:
+        columns, remarks = without_halves(row["row"])
+        example = to_example(columns, row["format"], row["origin"])
+        return {
+            "example": json.dumps(example, ensure_ascii=False),
+            "origin": row["origin"],
+            "remarks": list(remarks),
+        }
 
 
 def right_padded(how: Preparation, prefix_space: bool = False) -> PreTrainedTokenizerBase:

@@ -175,7 +175,13 @@ def _labelled(row: Row) -> Example:
         raise Malformed(f"label: expected a name, a number or a list of these, got {short(label)}")
     if label == -1:
         raise Malformed("label: -1 stands for rows whose label is not published (a test split); take another split")
+    label = [_as_class(part) for part in parts] if isinstance(label, list) else _as_class(label)
     return {"text": text_of(row, "text"), "text_pair": text_of(row, "text_pair"), "label": json.dumps(label)}
+
+
+def _as_class(label: Any) -> Any:
+    """A column of whole numbers becomes one of floats in pandas as soon as a field is empty."""
+    return int(label) if isinstance(label, float) and label.is_integer() else label
 
 
 def _tagged(row: Row) -> Example:

@@ -141,6 +141,16 @@ def test_conversations_are_the_tokenizers_own_rendering(template, bos, tmp_path)
     assert prepared(lines(tmp_path, *pairs), tokenizer) == last
 
 
+@pytest.mark.parametrize("row", [{"messages": [USER, ANSWER]}, {"prompt": [USER], "completion": [ANSWER]},
+                                 {"conversations": [USER, ANSWER]}])  # fmt: skip
+def test_a_system_prompt_in_a_column_of_its_own(row, tmp_path):
+    tokenizer = tokenizer_of(CHATML)
+    rows = [{**row, "system": "Be brief"}, {**row, "system": None}]
+    assert prepared(lines(tmp_path, *rows), tokenizer) == [
+        own_rendering(tokenizer, [SYSTEM, USER, ANSWER], [2]), own_rendering(tokenizer, [USER, ANSWER], [1])
+    ]  # fmt: skip
+
+
 def test_a_template_that_takes_the_system_prompt_into_the_first_question(tmp_path):
     tokenizer = tokenizer_of(MISTRAL_LIKE, bos=True)
     for messages in (TWO_TURNS, [SYSTEM, *TWO_TURNS]):
@@ -295,6 +305,11 @@ def test_a_masked_answer_stays_masked_when_prompts_are_learned_and_when_a_templa
             {"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]},
             "cannot be masked; use train",
         ),
+        (
+            {"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "train": False}]},
+            "cannot be masked",
+        ),
+        ({"content": [{"type": "text", "text": "a", "weight": 0}]}, "cannot be masked"),
     ],
 )
 def test_what_a_flag_cannot_say(message, reason, tmp_path):
@@ -519,9 +534,10 @@ def test_a_call_that_the_template_leaves_open_gets_an_end_token():
 
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("said", ["", "<|endoftext|>"])
-@pytest.mark.parametrize("end", ["", "<|im_end|>"])
+@pytest.mark.parametrize("end", ["", "<|im_end|>", "<|im_end|>\n"])
 def test_texts_rendered_in_advance_have_one_begin_and_one_end(bos, said, end, tmp_path):
-    """BOS is there if the tokenizer or the text puts it, and once if both do; the same for the end token."""
+    """BOS is there if the tokenizer or the text puts it, and once if both do; the same for the end token, behind which
+    templates write white space."""
     tokenizer = tokenizer_of(PLAIN, bos=bos)
     begin = [tokenizer.bos_token_id] if bos or said else []
     rest = tokenizer(UNICODE, add_special_tokens=False).input_ids
@@ -537,7 +553,7 @@ def test_texts_rendered_in_advance_have_one_begin_and_one_end(bos, said, end, tm
     chat = tokenizer_of("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}", bos=bos)
     row = {
         "prompt": [{"role": "user", "content": said + UNICODE}],
-        "completion": [{"role": "assistant", "content": "4" + end}],
+        "completion": [{"role": "assistant", "content": "4" + end.strip()}],
     }
     expected = ([0, *rest, *answer, *close], [IGNORED] * (1 + len(rest)) + [*answer, *close])
     assert prepared(lines(tmp_path, row), chat) == [expected]
@@ -556,7 +572,7 @@ def test_a_tokenizer_that_puts_tokens_around_every_text():
     assert tokenizer("a").input_ids[:2] == begin
     ab = tokenizer("ab", add_special_tokens=False).input_ids
     encoder = Encoder(tokenizer)
-    for text in ("ab", "<|u|>ab", "<|h|><|u|>ab", "<|h|><|u|>ab<|im_end|>"):
+    for text in ("ab", "<|u|>ab", "<|h|><|u|>ab", "<|h|><|u|>ab<|im_end|>", "ab<|im_end|>\n"):
         assert encoder(Text(text), "x")[0].ids == [*begin, *ab, end]
     [encoded] = encoder(Completion("a", "b"), "x")
     assert encoded.ids == [*begin, *ab, end] and encoded.learned == [False, False, False, True, True]

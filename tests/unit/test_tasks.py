@@ -14,12 +14,15 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file
+from tokenizers import processors
 from transformers import AutoTokenizer, set_seed
 
 import model_zoo
 from hift_ds import HiFTTrainer
 from hift_ds.cli.main import main
 from hift_ds.data import scores
+from hift_ds.data.config import DataConfig
+from hift_ds.data.task_data import Preparation
 from hift_ds.data.task_rows import guess_task_columns, to_example
 from hift_ds.errors import ConfigError, DataError
 from hift_ds.train.finetune import finetune
@@ -549,6 +552,89 @@ def test_columns_of_well_known_data_sets_are_guessed():
         "text": "question", "text_pair": "sentence"
     }  # fmt: skip
     assert guess_task_columns({"text": "a", "sentence": "b", "label": 0}, "labelled") == {}
+
+
+def prepared(folder: Path, task: str, rows: list[Any], tokenizer: Any = None, **config: Any) -> Any:
+    file = folder / f"{task}.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    how = Preparation(DataConfig(train=str(file), **config), tokenizer or byte_level(), 96, {})
+    return TASKS[task].prepare(how)
+
+
+def labelled(*labels: Any) -> list[dict[str, Any]]:
+    return [{"text": "a", "label": label} for label in labels]
+
+
+@pytest.mark.parametrize(
+    ("labels", "config", "kind", "expected", "names"),
+    [
+        ([0.0, 2.0, 1.0], {}, "single_label_classification", [0, 2, 1], ["0", "1", "2"]),  # as pandas has them
+        ([1.0, 0.0], {"labels": ["no", "yes"]}, "single_label_classification", [1, 0], ["no", "yes"]),
+        ([0.5, 1.0, -2.0], {}, "regression", [0.5, 1.0, -2.0], None),
+        ([["a"], ["c", "a"], []], {}, "multi_label_classification", [[1, 0], [1, 1], [0, 0]], ["a", "c"]),
+        ([[0, 2], [1]], {}, "multi_label_classification", [[1, 0, 1], [0, 1, 0]], ["0", "1", "2"]),
+        # a 0 or 1 for each class, as transformers' own examples have them
+        ([[0, 1, 1], [0, 0, 0]], {}, "multi_label_classification", [[0, 1, 1], [0, 0, 0]], ["0", "1", "2"]),
+        ([[1.0, 0.0], [0.0, 1.0]], {}, "multi_label_classification", [[1, 0], [0, 1]], ["0", "1"]),
+        ([[True, False, True]] * 2, {"labels": ["x", "y", "z"]}, "multi_label_classification", [[1, 0, 1]] * 2,
+         ["x", "y", "z"]),
+    ],
+)  # fmt: skip
+def test_what_labels_are(tmp_path, labels, config, kind, expected, names):
+    data = prepared(tmp_path, "classification", labelled(*labels), **config)
+    assert data.model_options["problem_type"] == kind and list(data.train["labels"]) == expected
+    assert list(data.model_options.get("id2label", {}).values()) == (names or [])
+
+
+@pytest.mark.parametrize(
+    ("labels", "config", "message"),
+    [
+        ([0.5, 1.0], {"labels": ["no", "yes"]}, "data.labels: the labels are numbers with a fraction"),
+        ([[0, 1, 1], [0, 1, 0]], {"labels": ["no", "yes"]}, "label 2 is none of no, yes"),
+    ],
+)
+def test_labels_that_cannot_be(tmp_path, labels, config, message):
+    with pytest.raises(DataError, match=message):
+        prepared(tmp_path, "classification", labelled(*labels), **config)
+
+
+def test_words_whose_tag_is_not_to_be_learned(tmp_path):
+    rows = [{"tokens": ["a", "b", "c"], "tags": [-100, 1, 0]}, {"tokens": ["a"], "tags": [2]}]
+    data = prepared(tmp_path, "token_classification", rows)
+    assert [[tag for tag in tags if tag != -100] for tags in data.train["labels"]] == [[1, 0], [2]]
+    assert list(data.model_options["id2label"].values()) == ["0", "1", "2"]
+
+
+def test_texts_that_were_rendered_in_advance(tmp_path):
+    """One of each token that the tokenizer puts around every text."""
+    tokenizer = byte_level(bos=True)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|im_end|>", pair="<|endoftext|> $A <|im_end|> $B <|im_end|>",
+        special_tokens=[("<|endoftext|>", 0), ("<|im_end|>", 2)],
+    )  # fmt: skip
+    begin, end = "<|endoftext|>", "<|im_end|>"
+    for task, bare, rendered in (
+        ("dpo", {"prompt": "a", "chosen": "b", "rejected": "c"},
+         {"prompt": begin + "a", "chosen": "b", "rejected": "c"}),
+        ("reward", {"chosen": "ab", "rejected": "ac"}, {"chosen": begin + "ab", "rejected": begin + "ac"}),
+        ("kto", {"prompt": "a", "completion": "b", "label": True},
+         {"prompt": begin + "a", "completion": "b", "label": True}),
+        ("classification", {"text": "a", "label": 0}, {"text": begin + "a" + end, "label": 0}),
+        ("classification", {"text": "a", "text_pair": "b", "label": 0},
+         {"text": begin + "a", "text_pair": "b" + end, "label": 0}),
+        ("seq2seq", {"source": "a", "target": "b"}, {"source": begin + "a" + end, "target": "b" + end}),
+    ):  # fmt: skip
+        expected, found = (prepared(tmp_path, task, [row], tokenizer).train[0] for row in (bare, rendered))
+        assert found == expected, task
+        if "input_ids" in found:
+            assert found["input_ids"].count(0) == 1
+
+
+def test_half_of_a_surrogate_pair_in_any_task(tmp_path):
+    rows = [{"source": "a\ud83d", "target": "b"}, {"source": "a\ufffd", "target": "b"}]
+    data = prepared(tmp_path, "seq2seq", rows)
+    assert data.train[0]["input_ids"] == data.train[1]["input_ids"]
+    assert "in 1 rows half of a surrogate pair is read as U+FFFD" in str(data.reports[0])
 
 
 # -- scores: numbers that others have published ----------------------------------------------------------------
