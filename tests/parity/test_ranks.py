@@ -1,4 +1,5 @@
-"""Two ranks: HiFTTrainer with one group of all weights against the plain Trainer over DistributedDataParallel."""
+"""Two ranks, and three, which divide no number of rows: HiFTTrainer with one group of all weights against the plain
+Trainer over DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -53,10 +54,11 @@ def goes_on_in_the_middle_of_an_epoch(folder: Path) -> None:
         run(folder / name, Trainer, dropout, hift=True, ds=ds, stop_at=4, **options)
         again = run(folder / name, Trainer, dropout, hift=True, ds=ds, resume=4, **options)
         try:
-            same(again, whole)
+            same(again, whole, atol=1e-5)  # the gradient of a key's bias is rounding alone, and Adam scales it up
         except AssertionError as error:
             raise AssertionError(f"going on, weights {name}: {error}") from error
 
 
-def test_two_ranks(tmp_path):
-    run_distributed(on_a_rank, 2, str(tmp_path))
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks(tmp_path, world_size):
+    run_distributed(on_a_rank, world_size, str(tmp_path))
