@@ -78,16 +78,15 @@ def weights_of(model: Any) -> dict[str, torch.Tensor]:
 
 
 def compare(folder: Path, cls: type[Trainer], make_model: Callable[[], Any], **options: Any) -> tuple[Run, Run]:
-    """Both runs of the same options, compared, the weights within ``atol``. ``ds``, ``only_hift`` and ``only_plain``
-    differ.
+    """Both runs of the same options, compared. ``ds``, ``only_hift`` and ``only_plain`` differ.
 
     Not to the last bit: torch's optimizers step several tensors at once where ours step pieces of them.
     """
     only = {True: options.pop("only_hift", {}), False: options.pop("only_plain", {})}
-    ds, atol = options.pop("ds", None), options.pop("atol", 2e-6)
+    ds = options.pop("ds", None)
     plain = run(folder, cls, make_model, hift=False, **{**options, **only[False]})
     ours = run(folder, cls, make_model, hift=True, ds=ds, **{**options, **only[True]})
-    same(ours, plain, atol)
+    same(ours, plain)
     return ours, plain
 
 

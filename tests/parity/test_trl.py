@@ -106,8 +106,5 @@ def test_trainer(tmp_path, monkeypatch, kind, ds):
         data=rows(kind),
         trainer={"processing_class": tokenizer(), **given},
         bf16=False,
-        # Gathered weights are multiplied by other calls than whole ones; where a gradient is near 0 Adam turns the
-        # last bit of it into more (2.6e-6 on a processor without AVX-512).
-        atol=1e-5 if ds else 2e-6,
         **options,
     )
