@@ -2,7 +2,8 @@
 for the norm of all.
 
 On an accelerator each travels to a page-locked buffer on a side stream, and a thread adds it to its sum; the
-computation waits only where gradients come faster than they leave.
+computation waits only where gradients come faster than they leave. They are asked for in the order in which they came:
+the next ones are on their way back while one is used.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from hift_ds.store.movers import IN, OUT, InlineMover, Mover, StreamMover, Ticke
 from hift_ds.store.page_locked import PageLockedMemory
 from hift_ds.store.streams import streams_of
 
-IN_FLIGHT = 4  # gradients on their way at once
+IN_FLIGHT = 4  # gradients on their way out at once
+AHEAD_BYTES = 1 << 28  # of those that come back before they are asked for, at most: 10 ms of a link of 25 GB/s
 
 
 class HostGradients:
@@ -50,13 +52,15 @@ class HostGradients:
         # What is kept is there when its copy and the thread's addition have ended.
         self._tickets: dict[Hashable, Ticket | None] = {}
         self._additions: dict[Hashable, Future] = {}
+        # On their way back, or there: where to, and the copy's ticket.
+        self._coming: dict[Hashable, tuple[Tensor, Ticket | None]] = {}
         # Tickets, and the gradients that must not be freed yet.
         self._leaving: deque[tuple[Ticket | None, Tensor]] = deque()
         # Buffers that were used before, by shape and dtype, each with what waits until it may be used again.
         self._used: dict[tuple[torch.Size, torch.dtype], deque[tuple[Callable[[], object], Tensor]]] = {}
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._kept) + len(self._coming)
 
     def add(self, key: Hashable, grad: Tensor, is_ours: bool = False) -> None:
         """Keep ``grad``, or add it to what is kept under ``key``: the first in the sum's dtype, the others rounded into
@@ -107,6 +111,7 @@ class HostGradients:
 
     def get(self, key: Hashable) -> Tensor | None:
         """The tensor kept under ``key``, on the host, not to be changed; ``None`` if there is none."""
+        assert key not in self._coming, "some of these gradients have been taken: no more are added, or saved"
         self._mover.settle(self._tickets.pop(key, None))
         self._end_addition(key)
         return self._kept.get(key)
@@ -118,18 +123,32 @@ class HostGradients:
 
     def take(self, key: Hashable, device: torch.device) -> Tensor | None:
         """The tensor kept under ``key``, on ``device``, and forgotten here; ``None`` if there is none."""
-        if key not in self._kept:
-            return None
+        if self._streams is None:
+            total = self._kept.pop(key, None)
+            self.traffic.add(bytes_in=0 if total is None else total.nbytes)
+            return None if total is None else total.to(device)
+        if key not in self._coming:
+            if key not in self._kept:
+                return None
+            self._bring(key, device)
+        there, ticket = self._coming.pop(key)
+        ahead = sum(other.nbytes for other, _ in self._coming.values())
+        for following in list(self._kept):
+            ahead += self._kept[following].nbytes
+            if ahead > AHEAD_BYTES:
+                break
+            self._bring(following, device)
+        self._mover.wait(ticket)
+        return there
+
+    def _bring(self, key: Hashable, device: torch.device) -> None:
         self._end_addition(key)
         total, arrived = self._kept.pop(key), self._tickets.pop(key, None)
         self.traffic.add(bytes_in=total.nbytes)
-        if self._streams is None:
-            return total.to(device)
         there = torch.empty_like(total, device=device, pin_memory=False)
         ticket = self._mover.submit(IN, partial(_copy, there, total), after=(arrived,))
-        self._mover.wait(ticket)
+        self._coming[key] = there, ticket
         self._give_back(total, partial(self._mover.settle, ticket))
-        return there
 
     def set(self, key: Hashable, value: Tensor) -> None:
         """Keep a copy of ``value``, which ``get`` gave."""
@@ -137,14 +156,21 @@ class HostGradients:
 
     def forget(self) -> None:
         """Forget everything, as ``clear`` does, and keep the buffers to be used again."""
+        self._forget_coming()
         for key in list(self._kept):
             self._end_addition(key)
             total, arrived = self._kept.pop(key), self._tickets.pop(key, None)
             if self._streams is not None:
                 self._give_back(total, partial(self._mover.settle, arrived))
 
+    def _forget_coming(self) -> None:
+        for _, ticket in self._coming.values():
+            self._mover.wait(ticket)  # their memory is the computation's again
+        self._coming.clear()
+
     def clear(self) -> None:
         """Forget everything."""
+        self._forget_coming()
         for key in list(self._kept):
             self.get(key)
         while self._leaving:

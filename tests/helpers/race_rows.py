@@ -75,6 +75,9 @@ MUTATIONS = {
     "gradients are freed before their copies have ended": (
         "hift_ds.optim.host_gradients", "HostGradients", "_wait_for_oldest", "self._mover.settle(ticket)", "pass",
     ),
+    "gradients are used before they are back": (
+        "hift_ds.optim.host_gradients", "HostGradients", "take", "self._mover.wait(ticket)", "pass",
+    ),
     NO_RECORD: (),
 }  # fmt: skip
 

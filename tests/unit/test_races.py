@@ -137,6 +137,7 @@ NEEDS = {
     "gradients are sent before they are there": Row(more=SMALL_BUCKETS, world_size=2, steps=4),
     "the norm does not wait for gradients of other ranks": Row(more=SMALL_BUCKETS, world_size=2, steps=4),
     "gradients are freed before their copies have ended": Row(hift=IN_BACKWARD, gas=2, clip=0.0, steps=3),
+    "gradients are used before they are back": Row(hift=IN_BACKWARD, gas=2, clip=0.0, steps=3),
     "gathered weights are given back early": Row(steps=9, stage=3, world_size=2, more=ALL_GATHERED),
 }
 

@@ -1,0 +1,88 @@
+"""Gradients that rest in host memory: they come back before they are asked for, and right although copies run as late
+as they may."""
+
+import random
+
+import pytest
+import torch
+
+from hift_ds.optim import host_gradients
+from hift_ds.optim.host_gradients import HostGradients
+from tests.helpers import fake_streams
+
+CPU = torch.device("cpu")
+SIZES = [5, 700, 3, 1000, 64, 700]
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    fake_streams.use_fake_streams(monkeypatch)
+    monkeypatch.setattr(host_gradients, "streams_of", lambda device: fake_streams.FakeStreams())
+    kept = HostGradients(CPU, torch.float32, pin_memory=False)
+    yield kept
+    kept.close()
+
+
+def fill(kept, steps=2):
+    """Sums of bf16 gradients by position; and what is in them."""
+    expected = [torch.zeros(numel) for numel in SIZES]
+    for _ in range(steps):
+        for key, total in enumerate(expected):
+            grad = torch.randn(total.shape).bfloat16()
+            kept.add(key, grad)
+            total += grad
+    return expected
+
+
+def events_of(kept, monkeypatch):
+    """What happens to copies, as it happens."""
+    events = []
+    for name in ("submit", "wait"):
+        real = getattr(kept._mover, name)
+
+        def noted(*args, name=name, real=real, **kwargs):
+            events.append(name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(kept._mover, name, noted)
+    return events
+
+
+def test_the_next_are_on_their_way_while_one_is_used(kept, monkeypatch):
+    monkeypatch.setattr(host_gradients, "AHEAD_BYTES", 4 * 1100)
+    for _ in range(3):  # buffers are used again
+        expected = fill(kept)
+        events = events_of(kept, monkeypatch)
+        at_once = []
+        for key, total in enumerate(expected):
+            events.clear()
+            assert torch.equal(kept.take(key, CPU), total)
+            at_once.append(sum(there.nbytes for there, _ in kept._coming.values()))
+            if key == 0:
+                assert events == ["submit", "submit", "submit", "wait"]  # 700 and 3 more before it is waited for
+            elif key == 1:
+                assert events == ["submit", "submit", "wait"]  # the third is on its way already
+        assert at_once == [4 * 703, 4 * 1067, 4 * 1064, 4 * 764, 4 * 700, 0] and not len(kept)
+
+
+def test_in_another_order_than_they_came(kept, monkeypatch):
+    monkeypatch.setattr(host_gradients, "AHEAD_BYTES", 4 * 1100)
+    for seed in range(6):
+        order = random.Random(seed).sample(range(len(SIZES)), len(SIZES))
+        expected = fill(kept)
+        assert all(torch.equal(kept.take(key, CPU), expected[key]) for key in order)
+        assert kept.take(0, CPU) is None
+
+
+@pytest.mark.parametrize("end", ["clear", "forget"])
+def test_what_is_not_wanted_any_more(kept, end, monkeypatch):
+    fill(kept)
+    kept.take(0, CPU)
+    assert len(kept._coming) == len(SIZES) - 1 == len(kept)
+    with pytest.raises(AssertionError, match="have been taken"):
+        kept.add(1, torch.zeros(SIZES[1]))
+    events = events_of(kept, monkeypatch)
+    getattr(kept, end)()
+    assert events == ["wait"] * (len(SIZES) - 1) and not len(kept)  # whose memory is written must not be freed
+    expected = fill(kept)
+    assert all(torch.equal(kept.take(key, CPU), total) for key, total in enumerate(expected))
