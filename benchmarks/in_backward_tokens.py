@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,8 +40,9 @@ PAGE = """\
 
 `python benchmarks/in_backward_tokens.py`. **Computed, not measured**: the arithmetic of `"group_size": "auto"` with the
 rates that `benchmarks/timeline.py` assumes for each card. LLaMA-2-7B, AdamW, bf16 with fp32 masters, one rank, 25 GB/s
-each way, no recomputation, whole parts in slots. Hidden: steps wait for at most 5 % of their computing. The host's help
-is `"step_on": "split"` with an update of {host_ns:g} ns a parameter on the host, also assumed.
+each way, no recomputation, whole parts in slots. Hidden: steps wait for at most 5 % of their computing. No clipping, or
+one that waits for nothing; clipped exactly, updates begin when backward has ended and gradients come back for them. The
+host's help is `"step_on": "split"` with an update of {host_ns:g} ns a parameter on the host, also assumed.
 
 """
 
@@ -56,11 +58,12 @@ def costs_of(name: str, codec: str, slots: int) -> BackwardCosts:
 
 def table() -> Iterator[str]:
     yield ("| card | `codec` | bytes each way | slots | all layers hidden from, tokens | layers a step at "
-           + " | at ".join(f"{tokens:,} tokens" for tokens in TOKENS) + " | with the host's help |")  # fmt: skip
-    yield "|---|---|---|---|---|" + "---|" * (len(TOKENS) + 1)
+           + " | at ".join(f"{tokens:,} tokens" for tokens in TOKENS) + f" | clipped exactly, at {TOKENS[-1]:,} | with the host's help |")  # fmt: skip
+    yield "|---|---|---|---|---|" + "---|" * (len(TOKENS) + 2)
     for name, codec, slots in itertools.product(CARDS, BYTES, SLOTS):
         costs = costs_of(name, codec, slots)
         sizes = [layers_hidden(costs, PARTS, tokens).group_size for tokens in TOKENS]
+        sizes.append(layers_hidden(replace(costs, parked_bytes=2), PARTS, TOKENS[-1]).group_size)
         split = layers_hidden(costs, PARTS, TOKENS[0], split=True)
         helped = f"{split.group_size} at {TOKENS[0]:,} ({split.costs.share:.0%} on the host)"
         tokens = tokens_that_hide(costs, PARTS)

@@ -235,12 +235,16 @@ def gradient_bytes_on_host(setting: Setting, numel: int) -> int:
     clips = clipping in ("exact", "speculative")
     sum_bytes = 2 if (config.get("data_types") or {}).get("grad_accum_dtype") == "bf16" else 4
     sums = sum_bytes * numel if setting.micro_batches > 1 else 0
-    in_fp32 = setting.micro_batches > 1 or setting.world_size > 1 or setting.weight_dtype == "float32"
-    waiting = (4 if in_fp32 else 2) * numel // setting.world_size if clips else 0
+    waiting = _kept_bytes(setting, setting.micro_batches) * numel // setting.world_size if clips else 0
     second = 12 * numel // setting.world_size if clipping == "speculative" else 0
     if (block.get("state") or {}).get("residency") == "disk":
         second = 0
     return sums + waiting + second
+
+
+def _kept_bytes(setting: Setting, micro_batches: int) -> int:
+    """Of an element of a gradient that is in host memory until the norm is known."""
+    return 4 if micro_batches > 1 or setting.world_size > 1 or setting.weight_dtype == "float32" else 2
 
 
 def settle_layers(setting: Setting, micro_batches: int) -> tuple[Setting, str]:
@@ -250,9 +254,11 @@ def settle_layers(setting: Setting, micro_batches: int) -> tuple[Setting, str]:
     hift = parse_block(block)
     numels = read_structure(setting).group_numels
     weight_bytes = 4 if setting.weight_dtype == "float32" else 2
+    waits = setting.engine_config.get("gradient_clipping") and hift.clipping == "exact"
     costs = BackwardCosts.assumed(
-        weight_bytes, max(numels), hift.state, masters=hift.master_weights, ranks=setting.world_size
-    )
+        weight_bytes, max(numels), hift.state, masters=hift.master_weights, ranks=setting.world_size,
+        parked_bytes=_kept_bytes(setting, micro_batches) if waits else 0,
+    )  # fmt: skip
     tokens = hift.tokens_per_step or setting.batch * setting.length * micro_batches
     choice = layers_hidden(costs, numels, tokens, split=hift.state.step_on == "split")
     size = "all" if choice.num_groups == 1 else choice.group_size

@@ -55,6 +55,11 @@ class ClippingRule:
         return self.is_on and self.mode != "per_part"
 
     @property
+    def always_waits(self) -> bool:
+        """Every update waits until backward has ended."""
+        return self.is_on and self.mode == "exact"
+
+    @property
     def looks_back(self) -> bool:
         """The norm of a group's last visit is asked for."""
         return self.mode in ("last_visit", "speculative")
@@ -83,7 +88,7 @@ class ClippingRule:
         """
         if self.mode == "speculative":
             return self.is_on and not self.tries(last_norm)
-        return self.is_on and (self.mode == "exact" or (self.mode == "last_visit" and last_norm is None))
+        return self.always_waits or (self.is_on and self.mode == "last_visit" and last_norm is None)
 
 
 class HeldBack:

@@ -114,14 +114,27 @@ class InBackwardOptimizer(GroupOptimizer):
         several = micro_batches > 1
         num_bytes = 0
         for member in group.members:
-            weight_bytes, sum_bytes = member.param.element_size(), self.sums.dtype.itemsize  # type: ignore[union-attr]
-            num_bytes += sum_bytes * member.whole_numel if several else 0
+            num_bytes += self._sum_bytes * member.whole_numel if several else 0
             if self.clipping.keeps_gradients:
-                grad_bytes = 4 if self.parameters.ranks.world_size > 1 else sum_bytes if several else weight_bytes
-                num_bytes += grad_bytes * member.numel
+                num_bytes += self._kept_bytes(member.param, micro_batches) * member.numel
             if self.clipping.speculates:
-                num_bytes += weight_bytes * member.numel  # at the first visit masters do not tell them
+                num_bytes += member.param.element_size() * member.numel  # at the first visit masters do not tell them
         return num_bytes
+
+    @property
+    def _sum_bytes(self) -> int:
+        assert self.sums.dtype is not None
+        return self.sums.dtype.itemsize
+
+    def _kept_bytes(self, param: nn.Parameter, micro_batches: int) -> int:
+        """Of an element of its gradient that is kept until the norm is known."""
+        if self.parameters.ranks.world_size > 1:
+            return 4
+        return self._sum_bytes if micro_batches > 1 else param.element_size()
+
+    def parked_bytes(self, param: nn.Parameter, micro_batches: int) -> int:
+        """Of an element of its gradient if every update waits until the norm is known; else 0."""
+        return self._kept_bytes(param, micro_batches) if self.clipping.always_waits else 0
 
     # -- backward -----------------------------------------------------------------------------------------------
 

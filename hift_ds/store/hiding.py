@@ -3,7 +3,8 @@ should update: the arithmetic behind ``"group_size": "auto"`` and ``"step_on": "
 
 A step of one layer group computes forward through all layers, backward down to the group, and backward through the
 group. The states of its topmost layers arrive meanwhile, as many as there is room for; those of each further layer can
-come when one above has been updated, and should be there when backward has come down to it.
+come when one above has been updated, and should be there when backward has come down to it. Where gradients are clipped
+by the step's exact norm, updates begin when backward has ended: nothing hides what has no room then.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class BackwardCosts:
         ranks: that share each layer's update.
         share: of the parameters that the host updates.
         beside: the host updates its share beside backward; else backward waits for each update (``step_on: host``).
+        parked_bytes: of a gradient that is in host memory until the exact norm is known, when backward has ended, and
+            comes back for the update; 0: updates are made in backward.
     """
 
     state_bytes: float
@@ -55,11 +58,13 @@ class BackwardCosts:
     ranks: int = 1
     share: float = 0.0
     beside: bool = True
+    parked_bytes: int = 0
 
     @classmethod
     def measured(
         cls, device: torch.device, dtype: torch.dtype, largest: int, state: StateConfig, *, state_bytes: float,
         room: float, link: Link | None, host_link: Link, ranks: int, share: float = 0.0, beside: bool = True,
+        parked_bytes: int = 0,
     ) -> BackwardCosts:  # fmt: skip
         """The costs on this machine: its products and updates are measured, in some tens of milliseconds.
 
@@ -83,11 +88,12 @@ class BackwardCosts:
             ranks=ranks,
             share=share,
             beside=beside,
+            parked_bytes=parked_bytes,
         )
 
     @classmethod
     def assumed(
-        cls, weight_bytes: int, largest: int, state: StateConfig, *, masters: bool, ranks: int
+        cls, weight_bytes: int, largest: int, state: StateConfig, *, masters: bool, ranks: int, parked_bytes: int = 0
     ) -> BackwardCosts:
         """The costs of AdamW on a machine that is not here (:data:`hift_ds.store.speeds.ASSUMED_SPEEDS`).
 
@@ -105,6 +111,7 @@ class BackwardCosts:
             ranks=ranks,
             share=float(state.step_on == "host"),
             beside=state.step_on != "host",
+            parked_bytes=parked_bytes,
         )
 
     def rates(self) -> str:
@@ -128,20 +135,29 @@ class BackwardCosts:
         clock = computing = 2 * (total + above) * token_s  # forward; backward for the inputs of what is above
         link_free = host_free = 0.0
         updated: list[tuple[float, float]] = []  # parameters that had room, and when they had been updated
+        if self.parked_bytes:
+            clock += 4 * sum(parts) * token_s
+        gradients_back = clock
         for numel in parts:
             moved = numel / self.ranks * (1 - self.share)
             at_once = min(moved, self.room)
-            start = max(link_free, self._vacant_at(updated, at_once))
-            ready = clock + 4 * numel * token_s  # the gradients of this layer are complete
+            start = max(link_free, vacant := self._vacant_at(updated, at_once))
+            ready = clock + (0.0 if self.parked_bytes else 4 * numel * token_s)  # this layer's gradients are complete
             if not self.prefetch:
                 start, at_once = max(start, ready), moved
+            if self.parked_bytes and vacant:  # gradients of the layers above have come before
+                start = max(start, gradients_back)
             arrived = start + at_once * self._moving_s
+            if self.parked_bytes:
+                back_s = numel / self.ranks * self.parked_bytes / self.host_link.into
+                gradients_back = max(gradients_back, arrived) + back_s
+                ready = max(ready, gradients_back)
             link_free = max(arrived, ready) + (moved - at_once) * self._moving_s  # slices that had no room
             on_device = moved * self.device_s
             clock = max(ready, link_free if moved > at_once else arrived) + on_device
             computing += 4 * numel * token_s + on_device
             if moved <= at_once:
-                link_free = arrived
+                link_free = arrived if not vacant else max(arrived, gradients_back if self.parked_bytes else 0.0)
             updated.append((at_once, clock))
             if self.share:
                 mine = numel / self.ranks * self.share
@@ -272,10 +288,13 @@ class HiddenLayers:
         costs = self.costs
         moves = "optimizer states stay where they are"
         if costs.link is not None:
+            on_device, on_host = costs.state_bytes * (1 - costs.share), costs.weight_bytes * costs.share
             moves = (
-                f"{2 * costs.state_bytes * (1 - costs.share) + 2 * costs.weight_bytes * costs.share:.3g} bytes a "
-                f"parameter over {costs.link.into / 1e9:.3g} GB/s in and {costs.link.out / 1e9:.3g} GB/s out"
+                f"{2 * (on_device + on_host + costs.parked_bytes):.3g} bytes a parameter over "
+                f"{costs.link.into / 1e9:.3g} GB/s in and {costs.link.out / 1e9:.3g} GB/s out"
             )
+        if costs.parked_bytes:
+            moves += ", updates after backward (clipped exactly)"
         host = f", {costs.share:.0%} updated on the host" if costs.share else ""
         further = ""
         if self.num_groups > 1:

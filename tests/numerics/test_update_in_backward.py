@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from hift_ds.engine.auto_groups import measured_costs
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.errors import ConfigError, HiFTError, StateStoreError, TrainingError
 from hift_ds.reference import ReferenceHiFT
@@ -589,6 +590,19 @@ def test_group_size_auto_finds_more_layers_with_more_tokens(monkeypatch):
         sizes.append(len(engine.groups))
         engine.destroy()
     assert sizes == [5, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "clipping", "num_bytes"),
+    [({}, {}, 0), ({"clip": 1.0}, {}, 4), ({"clip": 1.0, **BF16}, {}, 2), ({"clip": 1.0, "gas": 2, **BF16}, {}, 4),
+     ({"clip": 1.0}, {"clipping": "per_part"}, 0), ({"clip": 1.0}, {"clipping": "speculative"}, 0)],
+)  # fmt: skip
+def test_group_size_auto_knows_what_waits_for_the_norm(options, clipping, num_bytes):
+    """Of a parameter's gradient in host memory until backward has ended: then nothing hides the updates."""
+    config = ds_config(hift={"update": "in_backward", **clipping}, **options)
+    engine = make_engine(Toy(), config)
+    assert measured_costs(engine).parked_bytes == num_bytes
+    engine.destroy()
 
 
 ROOM = {  # bytes of host memory that a parameter of a step takes beside its states, in fp32 on one rank

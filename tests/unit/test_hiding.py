@@ -34,6 +34,22 @@ def test_waiting_for_what_has_no_room():
     assert at(3000).cycle(LAYERS, 10, 1)[1] == pytest.approx(0)  # 4 s a layer: as fast as backward
 
 
+def test_what_waits_for_the_exact_norm_is_hidden_by_nothing():
+    """Backward ends at 60 s. A gradient takes 2 s back, states 6 s: two layers' are there, and updated at 62 and 64 s;
+    then each layer's states and gradient take 8 s, the tenth's until 128 s."""
+    clipped = at(2000, parked_bytes=2, host_link=Link(1000, 1000))
+    assert clipped.cycle(LAYERS, 10, 1) == (pytest.approx(60), pytest.approx(128 - 60))
+    assert clipped.cycle(LAYERS, 2, 1)[1] == pytest.approx(4)  # gradients alone
+    assert clipped.cycle(LAYERS, 10, 50)[1] == pytest.approx(68)  # more tokens hide no more of it
+    assert replace(clipped, prefetch=False).cycle(LAYERS, 10, 1)[1] == pytest.approx(10 * (6 + 2))
+    assert replace(clipped, link=None).cycle(LAYERS, 10, 1)[1] == pytest.approx(10 * 2)
+    assert replace(clipped, ranks=2).cycle(LAYERS, 10, 1)[1] < 68
+    free, waits = (layers_hidden(costs, LAYERS, 4) for costs in (at(2000), clipped))
+    assert free.group_size == 10 and 1 < waits.group_size < 10
+    assert "28 bytes a parameter" in waits.line() and "updates after backward (clipped exactly)" in waits.line()
+    assert "clipped" not in free.line()
+
+
 def test_one_slot_and_no_prefetch_wait_more():
     both, one = at(4000), at(4000, both_ways=False)
     assert both.cycle(LAYERS, 10, 1)[1] == 0 < one.cycle(LAYERS, 10, 1)[1]

@@ -245,15 +245,17 @@ def test_gradients_that_rest_in_host_memory_are_counted():
 def test_layers_that_the_link_hides_by_assumed_speeds():
     """More tokens, more layers; all without a link in the way."""
 
-    def size(batch, state=None):
+    def size(batch, state=None, clip=0.0, clipping="exact"):
         block = {"update": "in_backward", "group_size": "auto", "state": {"slots": 2, **(state or {})}}
-        setting = Setting("llama2_7b", {"hift": block}, batch=batch, length=1024)
+        config = {"gradient_clipping": clip, "hift": {**block, "clipping": clipping}}
+        setting = Setting("llama2_7b", config, batch=batch, length=1024)
         settled, line = estimate_module.settle_layers(setting, 2)
         assert f"at {2 * batch * 1024:,} tokens" in line and settled.engine_config["hift"]["tokens_per_step"] is None
         return settled.engine_config["hift"]["group_size"]
 
     assert 1 <= size(1) < size(4) < 34 and size(64) == "all"
     assert size(1, {"residency": "device"}) == "all"
+    assert 1 < size(64, clip=1.0) < 34 and size(64, clip=1.0, clipping="per_part") == "all"
 
 
 def test_what_readme_says_a_model_needs_is_what_the_script_counted():
