@@ -291,6 +291,7 @@ MODES: dict[str, dict[str, Any]] = {
     "in backward, by speculation": {
         "layers_a_group": 4, "hift": {"update": "in_backward", "clipping": "speculative"},
     },
+    "in backward, two micro-batches": {"layers_a_group": 4, "micro_batches": 2, "hift": {"update": "in_backward"}},
 }  # fmt: skip
 
 
@@ -302,6 +303,7 @@ def trajectory(
     delay: str,
     weights_on_host: bool = False,
     layers_a_group: int = 1,
+    micro_batches: int = 1,
     hift: dict[str, Any] | None = None,
 ) -> list[Any]:
     """Weights at the end, on the host.
@@ -319,14 +321,17 @@ def trajectory(
     model.forward = lambda x: sum(layer(x).float().square().mean() for layer in model.layers)
     model.to(asked.device, torch.bfloat16)
     groups = [[f"layers.{i}." for i in range(at, at + layers_a_group)] for at in range(0, 4, layers_a_group)]
-    config = config_of(state, stage=3 if weights_on_host else 0, hift={"groups": groups, **(hift or {})})
+    config = config_of(
+        state, stage=3 if weights_on_host else 0, gradient_accumulation_steps=micro_batches,
+        hift={"groups": groups, **(hift or {})},
+    )  # fmt: skip
     if weights_on_host:
         offload = {"device": "cpu", "pin_memory": asked.on_gpu}
         config["zero_optimization"] |= {"offload_param": offload, "stage3_param_persistence_threshold": 0}
     engine = engine_of(model, config)
     with held_back(delay):
-        for step in range(steps):
-            generator = torch.Generator().manual_seed(step)
+        for number in range(steps * micro_batches):
+            generator = torch.Generator().manual_seed(number)
             x = torch.randn(4, width, generator=generator).to(asked.device, torch.bfloat16)
             engine.backward(engine(x))
             engine.step()
