@@ -222,9 +222,11 @@ def ratios(mine: list[dict[str, Any]], base: list[dict[str, Any]], key: str) -> 
 
 def clipped_step(engine: Any, way: str, args: argparse.Namespace) -> dict[str, float]:
     """Take one step that is clipped in one of ``WAYS``; its seconds, and those that it waited."""
+    from hift_ds.optim.clip_in_backward import ClippingRule
+
     optimizer = engine.optimizer
-    optimizer.clipping = way.partition(",")[0] if "," in way else "exact"
     optimizer.max_grad_norm = 0.0 if way == UNCLIPPED else NEVER
+    optimizer.clipping = ClippingRule(way.partition(",")[0] if "," in way else "exact", optimizer.max_grad_norm)
     batch = batch_of(engine.module, args)
     started, busy = time.perf_counter(), time.process_time()
     engine.backward(engine(**batch).loss)
