@@ -143,6 +143,7 @@ RUN = [block for block in PYTHON if block.reason is None]
 def test_python_runs_on_a_tiny_model(block, tmp_path, monkeypatch):
     """As printed, but for the folder of the model, and use_cpu=True, which the pages say a CPU needs."""
     import torch
+    from datasets import Dataset
     from transformers import AutoTokenizer
 
     import model_zoo
@@ -165,6 +166,7 @@ def test_python_runs_on_a_tiny_model(block, tmp_path, monkeypatch):
     names = {
         "model": model, "tokenizer": AutoTokenizer.from_pretrained("path/to/model"), "loader": [batch] * 4,
         "dataset": rows, "train": rows, "held_out": rows[:4],
+        "texts": Dataset.from_dict({"text": [f"{i} and {i + 1}" for i in range(16)]}),
     }  # fmt: skip
     text = block.text.replace("bf16=True,", "bf16=True, use_cpu=True, report_to=[],")
     with contextlib.redirect_stdout(None):
