@@ -77,7 +77,12 @@ def file_or_shipped(given: str | Path, kind: str, *beside: Path) -> Path:
     if path.suffix not in (".yaml", ".yml", ".json") and path.name == str(given):
         return find(str(given), kind)
     what = "run file" if kind == "preset" else "file"
-    raise ConfigError(f"no such {what}: {str(given)!r}{', neither here nor beside the run file' if beside else ''}")
+    there = [file.name for file in path.parent.glob("*.*")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.7)
+    hint = f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
+    raise ConfigError(
+        f"no such {what}: {str(given)!r}{', neither here nor beside the run file' if beside else ''}{hint}"
+    )
 
 
 def _files(folders: tuple[Path, ...], ending: str) -> dict[str, Path]:

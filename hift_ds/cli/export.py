@@ -189,7 +189,9 @@ def _find(folder: Path) -> _Source:
     from hift_ds.checkpoint.trainer_folder import find_checkpoints
 
     if not folder.is_dir():
-        raise CheckpointError(f"no such folder: {str(folder)!r}")
+        raise CheckpointError(
+            f"no such folder: {str(folder)!r}; expected that of a run (train.output_dir) or of a checkpoint"
+        )
     if (folder / MANIFEST).is_file():
         return _Source(folder, _config_near(folder.parent))
     tags = [tag for tag in (latest_tag(folder), *tags_by_age(folder)) if tag and (folder / tag / MANIFEST).is_file()]

@@ -16,7 +16,7 @@ import yaml
 from hift_ds.errors import DataError
 from hift_ds.report import coverage as coverage_file
 from hift_ds.report.groups import GroupSummary, read_groups
-from hift_ds.report.metrics import Metrics, read_metrics, share_waited
+from hift_ds.report.metrics import FILE_NAME, Metrics, read_metrics, share_waited
 from hift_ds.version import __version__
 
 SETTINGS_FILE, RESULTS_FILE, DEEPSPEED_FILE = "run.yaml", "all_results.json", "deepspeed.json"
@@ -142,9 +142,13 @@ class RunSummary:
 def read_run(folder: str | Path) -> RunSummary:
     """Raises :class:`DataError`: the folder is not that of a run."""
     folder = Path(folder)
+    if not folder.exists():
+        raise DataError(f"no such folder: {str(folder)!r}; expected the folder of a run (train.output_dir)")
     metrics = read_metrics(folder)
     if not metrics.steps:
-        raise DataError(f"{str(folder)!r} holds no optimizer step; expected the folder of a run")
+        raise DataError(
+            f"{str(folder)!r} holds no optimizer step in {FILE_NAME}; expected the folder of a run that has begun"
+        )
     settings = folder / SETTINGS_FILE
     return RunSummary(
         folder,

@@ -223,8 +223,9 @@ def test_plot_command_and_its_error(tmp_path, capsys):
 
     parser = argparse.ArgumentParser()
     plot_command.add_arguments(parser)
-    with pytest.raises(DataError, match="holds no optimizer step"):
-        plot_command.run(parser.parse_args([str(tmp_path)]))
+    for folder, what in ((tmp_path, "holds no optimizer step in metrics.jsonl"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(DataError, match=what):
+            plot_command.run(parser.parse_args([str(folder)]))
     writer = MetricsWriter(tmp_path)
     writer.write({"step": 1, "loss": 1.0})
     assert plot_command.run(parser.parse_args([str(tmp_path)])) == 0

@@ -148,15 +148,15 @@ def test_batch_sizes_multiply_out(load, overrides, world_size, expected):
     [
         (
             ["train.global_batch_size=7"],
-            "7 is not a multiple of micro_batch_size 1 x 2 ranks; the nearest are 6 or 8",
+            "7 is not a multiple of micro_batch_size 1 x 2 ranks; the nearest are 6 and 8",
         ),
         (
             ["train.global_batch_size=1"],
-            "1 is not a multiple of micro_batch_size 1 x 2 ranks; the nearest are 2",
+            "1 is not a multiple of micro_batch_size 1 x 2 ranks; the nearest is 2",
         ),
         (
             ["train.global_batch_size=8", "train.gradient_accumulation_steps=3"],
-            "8 is not a multiple of gradient_accumulation_steps 3 x 2 ranks; the nearest are 6 or 12",
+            "8 is not a multiple of gradient_accumulation_steps 3 x 2 ranks; the nearest are 6 and 12",
         ),
         (
             ["train.global_batch_size=8", "train.micro_batch_size=2", "train.gradient_accumulation_steps=4"],
