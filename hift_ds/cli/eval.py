@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   hift-ds eval runs/first                          # on the rows that the run held out
   hift-ds eval runs/first --data other.jsonl       # on others
-  hift-ds eval path/to/model --data held_out.jsonl # the model before the run, to compare with
+  hift-ds eval hub:owner/name --data held_out.jsonl # the model before the run, to compare with
   hift-ds eval runs/first --tasks hellaswag,arc_easy --limit 200
 """
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size is not None and args.batch_size < 1:
         raise ConfigError(f"--batch-size: expected at least 1, got {args.batch_size}")
     quiet_libraries(is_main=True)
-    trained = find_trained(args.model)
+    trained = find_trained(args.model, trust_remote_code=args.trust_remote_code)
     results = (
         benchmarks(trained, args) if args.tasks
         else held_out(trained, args) if TASKS[trained.task].is_language_modelling
@@ -113,7 +113,7 @@ def benchmarks(trained: TrainedModel, args: argparse.Namespace) -> dict[str, Any
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         raise ConfigError(f"--tasks: lm-eval has no {', '.join(unknown)}; its names: lm-eval ls tasks")
     options: dict[str, Any] = {"pretrained": str(trained.folder)}
-    if trained.run is not None and trained.run.model.trust_remote_code:
+    if trained.trusts_its_code:
         options["trust_remote_code"] = True
     if args.dtype != "auto":
         options["dtype"] = TORCH_NAMES[args.dtype]

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     quiet_libraries(is_main=True)
-    trained = find_trained(args.model)
+    trained = find_trained(args.model, trust_remote_code=args.trust_remote_code)
     data = trained.run.data if trained.run is not None else None
     named = {} if data is None else {"format": data.format, "columns": data.columns}
     [source] = parse_sources(args.data, "--data", **named)

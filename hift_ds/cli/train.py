@@ -18,6 +18,7 @@ from pathlib import Path
 
 from hift_ds.errors import ConfigError
 from hift_ds.ranks import free_port, launch_variables, rank_and_world_size
+from hift_ds.shipped import presets
 from hift_ds.train.processes import RankProcesses
 from hift_ds.train.run_config import load_run_config
 
@@ -25,12 +26,13 @@ WORKER = "hift_ds.train.worker"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
-EXAMPLES = """examples:
+EXAMPLES = f"""examples:
   hift-ds train smollm2_135m                            # a run file and data that come with the package; also on a CPU
   hift-ds train run.yaml --dry-run                      # everything before the first step, then stop
   hift-ds train run.yaml train.learning_rate=1e-5 train.epochs=2
   hift-ds train run.yaml --num-procs 2
 The same command goes on where a run was stopped. Every key of a run file: docs/run_file.md
+Run files in the package: {", ".join(presets())}
 """
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hift_ds.errors import CheckpointError, ConfigError
+from hift_ds.hf.model_folder import HUB, resolve_model
 from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig, load_run_config
 from hift_ds.train.tasks import TASKS
 
@@ -28,11 +29,18 @@ class TrainedModel:
         folder: with config.json, safetensors and tokenizer.
         run_dir: the run folder that it came from; ``None`` for a model folder alone.
         run: the settings of that run.
+        trust_remote_code: run the code that a model folder alone brings along; a run's settings say it for theirs.
     """
 
     folder: Path
     run_dir: Path | None = None
     run: RunConfig | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def trusts_its_code(self) -> bool:
+        """Whether Python code that comes with the model may run."""
+        return self.trust_remote_code or (self.run is not None and self.run.model.trust_remote_code)
 
     @property
     def task(self) -> str:
@@ -62,7 +70,7 @@ class TrainedModel:
         from hift_ds.data.tokenizers import load_tokenizer
         from hift_ds.dtypes import torch_dtype
 
-        trust = self.run.model.trust_remote_code if self.run is not None else False
+        trust = self.trusts_its_code
         tokenizer = load_tokenizer(self.folder, trust_remote_code=trust, key=str(self.folder))
         try:
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust, local_files_only=True)
@@ -88,29 +96,35 @@ class TrainedModel:
         return model.to(device).eval(), tokenizer
 
 
-def find_trained(path: str | Path) -> TrainedModel:
+def find_trained(path: str | Path, *, trust_remote_code: bool = False) -> TrainedModel:
     """What ``path`` names: a run folder, whose exported model it is then, or a folder with a model.
 
+    ``hub:owner/name`` is fetched from the Hugging Face Hub.
+
     Raises:
-        ConfigError: neither.
+        ConfigError: neither, or the Hub does not give it.
         CheckpointError: the run has not exported its model yet.
     """
-    folder = Path(path).expanduser()
+    if str(path).startswith(HUB):
+        folder = resolve_model(str(path), key="RUN", trust_remote_code=trust_remote_code)
+    else:
+        folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ConfigError(
-            f"{str(path)!r}: no such folder; expected the folder of a run (train.output_dir) or of a model"
+            f"{str(path)!r}: no such folder; expected the folder of a run (train.output_dir) or of a model, or "
+            f"{HUB}owner/name"
         )
     copy = folder / RUN_FILE_COPY
     if not copy.is_file():
         if (folder / "config.json").is_file():
-            return TrainedModel(folder)
+            return TrainedModel(folder, trust_remote_code=trust_remote_code)
         raise ConfigError(
             f"{str(path)!r}: has neither a {RUN_FILE_COPY} of a run nor a config.json of a model; name one that has"
         )
     run = load_run_config(copy)
     for place in (run.export_dir, folder / "model"):  # the second: a run folder that was moved
         if (place / "config.json").is_file():
-            return TrainedModel(place, folder, run)
+            return TrainedModel(place, folder, run, trust_remote_code)
     raise CheckpointError(
         f"{str(path)!r}: the run has not exported its model to {str(run.export_dir)!r}; let it end, or use "
         f"hift-ds export {path} OUT and name OUT"

@@ -140,6 +140,20 @@ def test_a_run_that_has_not_ended_or_was_moved(finished, inputs, tmp_path):  # n
         TrainedModel(tmp_path / "classifier").load()
 
 
+def test_a_model_of_the_hub_and_its_code(finished, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda name, allow_patterns: asked.append((name, "*.py" in allow_patterns)) or str(finished / "model"),
+    )
+    assert find_trained("hub:me/mine").folder == finished / "model" and not find_trained("hub:me/mine").trusts_its_code
+    assert find_trained("hub:me/mine", trust_remote_code=True).trusts_its_code
+    assert find_trained(finished, trust_remote_code=True).trusts_its_code and not find_trained(finished).trusts_its_code
+    assert asked == [("me/mine", False), ("me/mine", False), ("me/mine", True)]
+    assert main(["eval", "me/mine"]) == 2
+    assert "no such folder" in (line := capsys.readouterr().err) and "hub:owner/name" in line and len(asked) == 3
+
+
 def test_the_last_lines_say_what_came_of_it_and_what_to_type(finished):
     run = load_run_config(finished / "run.yaml")
     results = json.loads((finished / "all_results.json").read_text())

@@ -13,6 +13,7 @@ import yaml
 from hift_ds.cli import train as train_command
 from hift_ds.cli.main import COMMANDS, main, make_parser
 from hift_ds.cli.schema import run_file_schema
+from hift_ds.shipped import presets
 from hift_ds.train.finetune import finetune
 from hift_ds.train.run_config import load_run_config
 from tests.unit.test_launch import ROOT, inputs, own_cache, write_run  # noqa: F401  (fixtures)
@@ -51,6 +52,13 @@ def test_the_first_help_shows_the_way(capsys):
     listed, _, examples = text.partition("examples:")
     assert all(re.search(rf"^    {name}\b", listed, re.M) for name in COMMANDS)
     assert [words[0] for words in commands_in(examples)] == ["train", "init", "preview", "train", "chat", "COMMAND"]
+
+
+def test_the_help_of_train_names_the_run_files_of_the_package(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert set(presets()) <= set(re.split(r"[\s,]+", text.partition("Run files in the package:")[2]))
 
 
 # -- completion and schema -----------------------------------------------------------------------------------
