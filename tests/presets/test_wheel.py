@@ -1,12 +1,12 @@
 """What ``pip install`` gives: a wheel that has the DeepSpeed configs, run files and data that it finds by name, and
-whose
-commands work from an empty folder, far from any checkout."""
+whose commands work from an empty folder, far from any checkout."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,6 +16,7 @@ import pytest
 
 import model_zoo
 from hift_ds import deepspeed_config, shipped
+from hift_ds.cli.main import COMMANDS
 from hift_ds.data.prepare import prepare_data
 from hift_ds.data.sources import parse_sources
 from hift_ds.errors import ConfigError
@@ -67,6 +68,9 @@ def test_a_name_that_does_not_exist_is_one_line_with_the_nearest(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="no run file named 'llama3_8' .*'llama3_8b'"):
         load_run_config("llama3_8")
+    Path("mine.yaml").write_text("")
+    with pytest.raises(ConfigError, match="no such run file: 'mine.yml'; did you mean 'mine.yaml'"):
+        load_run_config("mine.yml")
     run = load_run_config("llama3_8b", ["deepspeed=bf16_hots"])
     with pytest.raises(ConfigError, match="deepspeed: no DeepSpeed config named 'bf16_hots' .*'bf16_host'"):
         read_deepspeed(run)
@@ -104,35 +108,49 @@ def test_an_installed_wheel_runs_every_command_from_an_empty_folder(wheel, tiny_
         "HF_DATASETS_CACHE": str(tmp_path / "cache"),
         "HF_HUB_OFFLINE": "1",
     }
-    hift_ds = [sys.executable, str(site / "bin" / "hift-ds")]
-    model = f"model.path={tiny_model}"
+    model, called = f"model.path={tiny_model}", set()
 
-    def run(*command: str) -> str:
-        done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=600)
+    def run(*command: str, said: str = "") -> str:
+        done = subprocess.run(
+            command, cwd=home, env=env, capture_output=True, text=True, timeout=600, input=said,
+        )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
         return done.stdout + done.stderr
 
+    def hift_ds(verb: str, *words: str, said: str = "") -> str:
+        called.add(verb)
+        return run(sys.executable, str(site / "bin" / "hift-ds"), verb, *words, said=said)
+
     assert str(site) in run(sys.executable, "-c", "import hift_ds; print(hift_ds.__file__)")
     steps = ["data.max_samples=80", "data.max_length=1024", "train.global_batch_size=4"]
-    run(*hift_ds, "train", "smollm2_135m", model, *steps, "train.max_steps=6")
+    dry = hift_ds("train", "smollm2_135m", model, *steps, "train.max_steps=6", "--dry-run")
+    assert "memory:" in dry and not (home / "runs" / "smollm2_135m" / "model").exists()
+    said = hift_ds("train", "smollm2_135m", model, *steps, "train.max_steps=6")
+    assert "next: hift-ds chat runs/smollm2_135m" in said
     run_folder = home / "runs" / "smollm2_135m"
     assert (run_folder / "model" / "model.safetensors").is_file() and (run_folder / "loss.png").is_file()
-    launched = deepspeed_launcher(2)
     more = ["train.max_steps=8", "train.output_dir=runs/two", "deepspeed=bf16_host"]
     run(
-        *launched,
-        "--module",
-        "hift_ds.launch",
-        "llama3_8b",
-        model,
-        "data.train=bundled:hift_questions",
-        *steps,
-        *more,
-    )
+        *deepspeed_launcher(2), "--module", "hift_ds.launch", "llama3_8b", model, "data.train=bundled:hift_questions",
+        *steps, *more,
+    )  # fmt: skip
     assert (home / "runs" / "two" / "model" / "model.safetensors").is_file()
-    assert "learned" in run(*hift_ds, "preview", "smollm2_135m", model)
-    assert "layers.31" in run(*hift_ds, "groups", "llama2_7b")
-    assert "GiB" in run(*hift_ds, "estimate", "smollm2_135m", model)
-    run(*hift_ds, "export", "runs/smollm2_135m", "exported")
-    run(*hift_ds, "plot", "runs/smollm2_135m")
-    assert "deepspeed" in run(*hift_ds, "env")
+    assert "learned" in hift_ds("preview", "smollm2_135m", model)
+    assert "layers.31" in hift_ds("groups", "llama2_7b")
+    assert "GiB" in hift_ds("estimate", "smollm2_135m", model)
+    assert "checked:" in hift_ds("export", "runs/smollm2_135m", "exported", "--check")
+    assert "loss.png" in hift_ds("plot", "runs/smollm2_135m")
+    assert "report.html" in hift_ds("report", "runs/smollm2_135m")
+    assert hift_ds("chat", "runs/smollm2_135m", "--max-new-tokens", "4", said="Hello\n")
+    assert "held-out samples" in hift_ds("eval", "runs/smollm2_135m")
+    (home / "in.jsonl").write_text('{"instruction": "What is a group?", "output": ""}\n')
+    hift_ds("predict", "runs/smollm2_135m", "--data", "in.jsonl", "-o", "out.jsonl", "--max-new-tokens", "4")
+    assert "prediction" in (home / "out.jsonl").read_text()
+    hift_ds("init", str(tiny_model), "--card", "24", "-o", "mine.yaml")
+    assert load_run_config(home / "mine.yaml").model.path == str(tiny_model)
+    assert "global_batch_size" in hift_ds("schema")
+    if spec := importlib.util.find_spec("shtab"):  # of the extra "completion"
+        shutil.copytree(Path(spec.origin).parent, site / "shtab")
+        assert "--dry-run" in hift_ds("completion", "bash")
+    assert "deepspeed" in hift_ds("env")
+    assert called | {"completion"} == set(COMMANDS)
