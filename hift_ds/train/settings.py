@@ -106,9 +106,10 @@ def _batch_sizes(run: RunConfig, ds: Mapping[str, Any], world_size: int) -> Batc
     if total % one:
         name = "gradient_accumulation_steps" if micro is None and accumulation is not None else "micro_batch_size"
         below = total // one * one
-        nearest = f"nearest are {below} and {below + one}" if below else f"nearest is {one}"
+        nearest = f"are {below} and {below + one}" if below else f"is {one}"
         raise ConfigError(
-            f"train.global_batch_size: {total} is not a multiple of {name} {one // world_size} x {ranks}; the {nearest}"
+            f"train.global_batch_size: {total} is not a multiple of {name} {one // world_size} x {ranks}; "
+            f"the nearest {nearest}"
         )
     if micro is None and accumulation is not None:
         return BatchSizes(total // one, accumulation, total)
