@@ -139,7 +139,7 @@ class AutoGroups:
         engine.hift, engine.partition = hift, partition
         self.is_open, self.chosen = False, group_size
         if hasattr(engine, "savings"):
-            engine.savings.regroup({index: [m.name for m in group.members] for index, group in shards.items()})
+            engine.savings.regroup(optimizer.weight_names())
 
 
 def apart(group: GroupShard) -> list[GroupShard]:

@@ -50,7 +50,7 @@ from hift_ds.optim.group_optimizer import GroupOptimizer
 from hift_ds.optim.in_backward import InBackwardOptimizer
 from hift_ds.optim.piecewise import PieceState
 from hift_ds.process_group import world_rank_and_size
-from hift_ds.store.machine import Machine
+from hift_ds.store.machine import THIS_MACHINE, Machine
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +147,11 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
                 self.waits.busy()
             self.activate()
 
+    def leave(self) -> None:
+        """A step's work has been given to the device, all of it."""
+        self.store.idle()
+        self.waits.idle()
+
     def destroy(self) -> None:
         """Let go of the weights; DeepSpeed's engine calls this."""
         self.close()
@@ -160,7 +165,7 @@ class SeamEngine(DeepSpeedEngine):
     """DeepSpeed's engine with its optimizer, gradient reduction and clipping handed over to hooks.
 
     Attributes that a subclass sets, and that its collaborators read: ``hift`` (the config's block), ``partition`` (the
-    model's layer groups) ``savings`` (the switches of ``"activations"`` at work),
+    model's layer groups) and ``savings`` (the switches of ``"activations"`` at work). A simulation has other values of
     ``machine`` (what the state store knows of where it runs) and ``hollow_weights`` (an optimizer's constructor is
     shown weights without elements).
     """
@@ -169,8 +174,8 @@ class SeamEngine(DeepSpeedEngine):
     partition: Partition
     savings: ActivationSavings
     optimizer: HiFTOptimizer
-    machine: Machine
-    hollow_weights: bool
+    machine: Machine = THIS_MACHINE
+    hollow_weights = True
 
     def before_cast(self, model: torch.nn.Module) -> None:
         """The model has its checkpoint's dtypes and may still be on the host."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,6 @@ from hift_ds.layers.grouping import LayerGroup
 from hift_ds.out_of_memory import explains_out_of_memory, says_when_no_room
 from hift_ds.schedule import GroupSchedule
 from hift_ds.step_report import StepReport
-from hift_ds.store.machine import THIS_MACHINE
-
-logger = logging.getLogger(__name__)
 
 
 class HiFTEngine(SeamEngine):
@@ -39,7 +35,7 @@ class HiFTEngine(SeamEngine):
         hift: the ``"hift"`` block of the config.
         partition: the layer groups of the model.
         last_report: what the last optimizer step did; ``None`` before the first.
-        step_loss: sum of the losses of this step's micro-batches so far, on this rank; ``None`` before the first.
+        notes: what is told of steps, and the loss of the one under way.
         savings: the switches of ``"activations"`` at work.
         checkpointer: saves and resumes.
         auto_groups: finds the size of groups, if that is left to it.
@@ -47,33 +43,25 @@ class HiFTEngine(SeamEngine):
         adviser: answers when there is no memory left; a loop that builds engine after engine hands it on.
     """
 
-    # A simulation has others (:class:`SeamEngine` says what they are).
-    machine = THIS_MACHINE
-    hollow_weights = True
-
     def __init__(self, *args: Any, config: Any = None, **kwargs: Any) -> None:
         self.hift = parse_block(config[BLOCK])
         check_against_deepspeed(self.hift, config)
         self.last_report: StepReport | None = None
-        self.step_loss: Tensor | None = None
         self._fp32_shards: dict[str, Tensor] = {}  # bits that casting the weights would lose
         self.checkpointer = Checkpointer(self)
         self.auto_groups = AutoGroups(self)
         self.memory = MemoryForecast(self)
         self.life = Lifetime(self, self.checkpointer, self.memory)
         self.adviser = Adviser()
-        self._notes = StepNotes(self)
+        self.notes = StepNotes(self)
         end_earlier_engine(kwargs.get("model"))
         try:
             with says_when_no_room(kwargs.get("model")):
                 super().__init__(*args, config=config, **kwargs)
             self.optimizer.lr.watch(self.lr_scheduler)
             self.auto_groups.settle_by_config()
-            if self.global_rank == 0 and logger.isEnabledFor(logging.INFO):
-                for line in filter(None, (self.optimizer.arithmetic().line(), self.optimizer.clipping_line)):
-                    logger.info(line)
-            names = {index: [m.name for m in group.members] for index, group in self.optimizer.groups.items()}
-            self.savings = ActivationSavings(self.module, self.hift.activations, names)
+            self.notes.say_at_start()
+            self.savings = ActivationSavings(self.module, self.hift.activations, self.optimizer.weight_names())
         except BaseException:
             self.life.let_go()
             self.remove_deepspeed_hooks()
@@ -86,10 +74,8 @@ class HiFTEngine(SeamEngine):
         return self.partition.groups
 
     def lines_at_start(self) -> list[str]:
-        """What there is to say of a run before its first step: what states take and move, which norm gradients are
-        clipped by where that is a choice, and how a group size came about that was left to the engine."""
-        lines = (self.optimizer.arithmetic().line(), self.optimizer.clipping_line, self.auto_groups.line)
-        return [line for line in lines if line]
+        """What there is to say before a run's first step: of states, clipping, and a group size that was left open."""
+        return [line for line in (*self.notes.at_start(), self.auto_groups.line) if line]
 
     @property
     def schedule(self) -> GroupSchedule:
@@ -132,12 +118,9 @@ class HiFTEngine(SeamEngine):
         self.optimizer.enter()
         self.memory.note_shape([*inputs, *kwargs.values()], has_mask=kwargs.get("attention_mask") is not None)
         active = [group.index for group in self.optimizer.active_groups]
-        try:
-            with self.savings.during_forward(active), self.optimizer.parameters.saved_by_reference():
-                return super().forward(*inputs, **kwargs)
-        except BaseException:  # Ctrl-C too: nobody may call destroy
-            self.optimizer.flags.show()
-            raise
+        flags, parameters = self.optimizer.flags, self.optimizer.parameters
+        with flags.shown_on_error(), self.savings.during_forward(active), parameters.saved_by_reference():
+            return super().forward(*inputs, **kwargs)
 
     @explains_out_of_memory("backward")
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -156,8 +139,7 @@ class HiFTEngine(SeamEngine):
             The loss divided by the accumulation steps, if they are averaged, and not multiplied by the fp16 loss scale.
         """
         self.life.refuse_if_ended()
-        self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
-        self._notes.averages = scale_wrt_gas
+        step_loss = self.notes.add_loss(loss.detach(), scale_wrt_gas)
         # Never the tensor that the model returned: DeepSpeed divides its gradient by the accumulation steps (0.19.8).
         scaled = loss * self.optimizer.scaler.scale if self.optimizer.scaler.active else loss.view_as(loss)
         self.optimizer.activate()  # for blocks that are recomputed, and in case no forward entered the model
@@ -165,7 +147,7 @@ class HiFTEngine(SeamEngine):
             is_boundary = self.is_gradient_accumulation_boundary()
             if self.optimizer.updates_in_backward and is_boundary:
                 self.checkpointer.before_step()
-            self.optimizer.begin_backward(scaled, self.step_loss, is_boundary, retain_graph)
+            self.optimizer.begin_backward(scaled, step_loss, is_boundary, retain_graph)
             self.run_backward(scaled, retain_graph, scale_wrt_gas)
         except BaseException as error:
             self.optimizer.backward_failed(error)
@@ -181,15 +163,13 @@ class HiFTEngine(SeamEngine):
         if not self.is_gradient_accumulation_boundary():
             super().step(lr_kwargs)
             return
-        began = self._notes.before()
+        began = self.notes.before()
         self.checkpointer.before_step()
         super().step(lr_kwargs)  # DeepSpeed's: our optimizer's step, its counters, the scheduler's tick
-        self._notes.write_loss(self.step_loss)
-        self.step_loss = None
-        self.optimizer.store.idle()
-        self.optimizer.waits.idle()
+        self.notes.write_loss()
+        self.optimizer.leave()
         expected, waited_s = self.memory.peak_bytes(began.group), self.checkpointer.take_waited_s()
-        self.last_report = self._notes.after(began, expected, waited_s)
+        self.last_report = self.notes.after(began, expected, waited_s)
         self.memory.use_spare()
 
     def get_lr(self) -> list[float]:

@@ -78,15 +78,38 @@ class StepNotes:
     """Tells what one engine's steps did.
 
     Attributes:
-        averages: the losses of a step's micro-batches are averaged, not summed.
+        loss: sum of the losses of this step's micro-batches so far, on this rank, 0-dim; ``None`` before the first.
     """
 
     def __init__(self, engine: SeamEngine) -> None:
         self._engine = engine
-        self.averages = True
+        self.loss: Tensor | None = None
+        self._averages = True  # the losses of a step's micro-batches are averaged, not summed
         self._said_not_finite = False
         self._slow = SlowSteps()
         self._ended_at: float | None = None
+
+    def at_start(self) -> list[str]:
+        """What states take and move, and which norm gradients are clipped by where that is a choice."""
+        optimizer = self._engine.optimizer
+        return [line for line in (optimizer.arithmetic().line(), optimizer.clipping_line) if line]
+
+    def say_at_start(self) -> None:
+        """Log :meth:`at_start`, whose link is measured, if anybody listens."""
+        if self._engine.global_rank == 0 and logger.isEnabledFor(logging.INFO):
+            for line in self.at_start():
+                logger.info(line)
+
+    def add_loss(self, loss: Tensor, averages: bool) -> Tensor:
+        """Note the loss of a micro-batch, and return the sum so far.
+
+        Args:
+            loss: 0-dim, without a graph.
+            averages: the losses of a step's micro-batches are averaged, not summed.
+        """
+        self.loss = loss if self.loss is None else self.loss + loss
+        self._averages = averages
+        return self.loss
 
     def before(self) -> StepBegan:
         """Call this before an update."""
@@ -145,16 +168,12 @@ class StepNotes:
             # Without an accelerator nothing runs beside the computation, and there is nothing to mend.
             logger.log(logging.INFO if self._engine.device.type == "cpu" else logging.WARNING, line)
 
-    def write_loss(self, loss: Tensor | None) -> None:
-        """Write the step's loss to DeepSpeed's monitors (``"csv_monitor"`` and the others), which get the rate from
-        DeepSpeed alone.
-
-        Args:
-            loss: 0-dim, the sum over a step's micro-batches on this rank; only the first rank's is written.
-        """
-        engine = self._engine
+    def write_loss(self) -> None:
+        """End the step's loss, and write the first rank's to DeepSpeed's monitors (``"csv_monitor"`` and the others),
+        which get the rate from DeepSpeed alone."""
+        engine, loss, self.loss = self._engine, self.loss, None
         if loss is not None and engine.monitor.enabled and engine.global_rank == 0:
-            parts = engine.gradient_accumulation_steps() if self.averages else 1
+            parts = engine.gradient_accumulation_steps() if self._averages else 1
             engine.monitor.write_events([("Train/Samples/train_loss", loss.item() / parts, engine.global_samples)])
 
     def _warn_if_not_finite(self, report: StepReport) -> None:

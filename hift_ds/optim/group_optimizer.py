@@ -10,7 +10,7 @@ each rank updates its pieces, the new weights are gathered (ZeRO, arXiv 1910.020
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -249,6 +249,10 @@ class GroupOptimizer:
         return self.active_groups[0].members[0].param.device
 
     # -- bookkeeping ------------------------------------------------------------------------------------------
+
+    def weight_names(self) -> dict[int, Sequence[str]]:
+        """The names of each group's weights, by group index."""
+        return {index: [member.name for member in group.members] for index, group in self.groups.items()}
 
     def coverage(self) -> dict[str, int]:
         """How often each parameter was updated, by name."""

@@ -7,7 +7,8 @@ they set, and what they change there must count.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
@@ -58,6 +59,15 @@ class TrainableFlags:
             if param.requires_grad is not flag:
                 param.requires_grad_(flag)
         self.shown = True
+
+    @contextlib.contextmanager
+    def shown_on_error(self) -> Iterator[None]:
+        """Put the caller's flags in place if this block fails, by Ctrl-C too: nobody may call destroy."""
+        try:
+            yield
+        except BaseException:
+            self.show()
+            raise
 
     def end_step(self) -> None:
         """The gradients so far are used up."""

@@ -115,7 +115,7 @@ class DivergenceGuard:
 
     def _loss_is_not_finite(self) -> bool | torch.Tensor:
         """On this rank: asked with the gradient norm, so that the host waits for the device once a step."""
-        losses = self.engine.step_loss
+        losses = self.engine.notes.loss
         return False if losses is None else torch.isfinite(losses).logical_not()
 
     def _reason(self, norm: float, earlier: deque[float]) -> str | None:

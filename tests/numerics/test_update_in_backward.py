@@ -166,7 +166,7 @@ CLIPPING_LINES = {
 
 @pytest.mark.parametrize("clipping", CLIPPING_LINES)
 def test_the_log_says_which_norm_clips(clipping, caplog):
-    caplog.set_level("INFO", logger="hift_ds.engine.engine")
+    caplog.set_level("INFO", logger="hift_ds.engine")
     engine = make_engine(Toy(), in_backward(ds_config(clip=0.5), group_size="all", clipping=clipping))
     (line,) = [text for text in caplog.messages if "clipping" in text]
     assert line.startswith(f"clipping {clipping}: gradients are scaled down to 0.5 by the norm ")

@@ -53,7 +53,7 @@ def test_measurements_are_of_the_right_order():
 
 
 def test_one_line_at_the_start_if_anybody_reads_it(caplog, tmp_path):
-    caplog.set_level(logging.INFO, logger="hift_ds.engine.engine")
+    caplog.set_level(logging.INFO, logger="hift_ds.engine")
     state = {"residency": "disk", "path": str(tmp_path)}
     engine = make_engine(Toy(), ds_config(hift={"state": state}, bf16={"enabled": True}))
     (line,) = [message for message in caplog.messages if message.startswith("optimizer states: ")]
@@ -62,7 +62,7 @@ def test_one_line_at_the_start_if_anybody_reads_it(caplog, tmp_path):
     assert engine.optimizer.arithmetic().step_bytes == states.store.total_bytes() / len(engine.groups)
     engine.destroy()
     caplog.clear()
-    caplog.set_level(logging.WARNING, logger="hift_ds.engine.engine")
+    caplog.set_level(logging.WARNING, logger="hift_ds.engine")
     engine = make_engine(Toy(), ds_config())
     states = engine.optimizer.states
     assert not caplog.messages and "link" not in vars(states.store)  # nothing was measured
