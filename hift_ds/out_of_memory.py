@@ -66,7 +66,8 @@ def _answered(answer: Callable[[str], HiFTError]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_traceback_when_full(doing: str) -> Iterator[None]:
-    """For work outside of the engine's calls: an out-of-memory error in it becomes an :class:`OutOfMemory` in a line.
+    """A context for work outside of the engine's calls: an out-of-memory error in it becomes an :class:`OutOfMemory` in
+    a line.
 
     One that the engine has explained comes through as it was, also from beneath an error of a library's.
     """
@@ -85,7 +86,7 @@ def no_traceback_when_full(doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explains_evaluation(rows: int) -> Iterator[None]:
-    """Around an evaluation in batches of ``rows``, which need not go through the engine.
+    """A context around an evaluation in batches of ``rows``, which need not go through the engine.
 
     Raises:
         OutOfMemory: in place of an out-of-memory error.
@@ -97,7 +98,7 @@ def explains_evaluation(rows: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def says_when_no_room(model: nn.Module | None) -> Iterator[None]:
-    """Around the building of an engine for ``model``.
+    """A context around the building of an engine for ``model``.
 
     Raises:
         NoRoomForModel: in place of an out-of-memory error.
@@ -119,7 +120,7 @@ def says_when_no_room(model: nn.Module | None) -> Iterator[None]:
 def explains_out_of_memory(
     doing: str,
 ) -> Callable[[Callable[Concatenate[EngineT, Params], Result]], Callable[Concatenate[EngineT, Params], Result]]:
-    """For a method of the engine: an out-of-memory error in it says what would fit.
+    """A decorator for a method of the engine: an out-of-memory error in it says what would fit.
 
     Args:
         doing: what the method does, in words: "forward", "the update".

@@ -55,11 +55,11 @@ class GroupSchedule:
         self.cursor = Cursor()
 
     def move_to(self, group: int) -> None:
-        """Let it be the turn of ``group``, in the cycle under way."""
+        """Make it the turn of ``group``, in the cycle under way."""
         self.cursor = Cursor(self.cursor.cycle, self.order_of_cycle.index(group), 0)
 
     def regroup(self, num_groups: int) -> None:
-        """There are ``num_groups`` groups now: go on from the first of this cycle's order."""
+        """Rotate over ``num_groups`` groups from now on: go on from the first of this cycle's order."""
         assert num_groups >= 1
         self.num_groups, self.cursor = num_groups, Cursor(self.cursor.cycle)
 
@@ -110,7 +110,7 @@ class GroupSchedule:
         return order
 
     def advance(self) -> None:
-        """One optimizer step was applied."""
+        """Note that one optimizer step was applied."""
         self.cursor = self._after(self.cursor)
 
     def upcoming(self, num_turns: int) -> list[int]:
@@ -125,7 +125,7 @@ class GroupSchedule:
         return groups
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: the cursor, the current order, and the settings that it belongs to."""
+        """The cursor, the current order, and the settings that it belongs to; JSON-able."""
         return {
             "cursor": asdict(self.cursor),
             "order_of_cycle": self.order_of_cycle,

@@ -151,7 +151,7 @@ class DeferredLogits:
             return _apply(self.transforms, self._head(self.hidden))
 
     def losses(self, targets: Tensor, ignore_index: int) -> Tensor:
-        """(N,) for (N, V) logits. Through the head's own call, so that hooks which bring its weight run."""
+        """The losses (N,) of (N, V) logits, by the head's own call, so that hooks which bring its weight run."""
         # Not self: the graph would keep ``hidden`` to its end.
         transform = functools.partial(_apply, self.transforms)
         with _computing(self._head, (targets, ignore_index, transform)):

@@ -24,7 +24,7 @@ from hift_ds.layers.arch import ArchSpec, find_arch
 
 
 class ActivationSavings:
-    """Installed on ``model`` until ``close``.
+    """The switches of ``"activations"`` at work on ``model`` until ``close``.
 
     Args:
         model: on its device, weights in place.
@@ -53,7 +53,7 @@ class ActivationSavings:
         return BlockRecompute(self._model, find_arch(self._model).blocks, config.blocks_kept)
 
     def regroup(self, groups: dict[int, Sequence[str]]) -> None:
-        """The model is cut into other groups now."""
+        """Go by the groups into which the model is cut from now on."""
         self._lowest = lowest_blocks(self._model, find_arch(self._model), groups)
 
     @property

@@ -30,7 +30,7 @@ _END = None
 
 
 class BackgroundSave:
-    """Starts at once.
+    """A save beside training, which starts at once.
 
     Args:
         writer: open.

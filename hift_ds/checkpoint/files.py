@@ -126,7 +126,7 @@ class SafetensorsWriter:
         self._file.write(len(encoded).to_bytes(8, "little") + encoded)
 
     def write(self, tensor: Tensor) -> None:
-        """The next tensor, from any device."""
+        """Write the next tensor, from any device."""
         import torch
 
         spec, padding = self._plan[self._next]
@@ -270,7 +270,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def remove_folder(path: Path) -> None:
-    """Gone in one step: a kill leaves a hidden rest, never half a checkpoint under its name."""
+    """Remove a folder in one step: a kill leaves a hidden rest, never half a checkpoint under its name."""
     hidden = temporary_folder(path, uuid.uuid4().hex[:12])
     os.rename(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)

@@ -26,7 +26,8 @@ os.register_at_fork(after_in_child=_held.clear)  # a child has none of its paren
 
 
 class FolderLock:
-    """Held from now on until :meth:`release` or the end of this process. The folder is made if it is missing.
+    """A lock on a folder, held from now on until :meth:`release` or the end of this process. The folder is made if it
+    is missing.
 
     Args:
         key: what names the folder, for messages.
@@ -94,7 +95,7 @@ class FolderLock:
             return False
 
     def release(self) -> None:
-        """By the last of this process that holds it, the lock ends. A second call does nothing."""
+        """End the lock, if nobody else in this process holds it. A second call does nothing."""
         inode, self._inode = self._inode, None
         if inode is None or inode not in _held:
             return

@@ -238,7 +238,8 @@ def option_differences(saved: Sequence[Mapping[str, Any]], now: Sequence[Mapping
 
 
 def groups_now(saved: SavedCheckpoint, groups: Sequence[LayerGroup]) -> dict[int, int | None]:
-    """For each saved group (by index), the group in which its first parameter is now; ``None`` if it is in none."""
+    """The group in which the first parameter of each saved group is now, by the saved group's index; ``None`` if it is
+    in none."""
     home = {name: group.index for group in groups for name in group.param_names}
     return {
         group["index"]: next((home[name] for name in group["parameters"] if name in home), None)

@@ -70,7 +70,7 @@ class SharedFolder:
         (self.path / f"leader-{self.rank:05d}").touch()
 
     def find_leader(self) -> int:
-        """The lowest rank whose folder this is. After every possible leader's :meth:`create`.
+        """The lowest rank whose folder this is. Called after every possible leader's :meth:`create`.
 
         Raises:
             CheckpointError: no rank's: the folder is not shared.
@@ -84,22 +84,22 @@ class SharedFolder:
         return int(candidates[0].name.removeprefix("leader-"))
 
     def join(self, leaders: Sequence[int]) -> None:
-        """``leaders``: what every rank found."""
+        """Take over what every rank found: ``leaders``."""
         self.leader = leaders[self.rank]
         self.members = [rank for rank, leader in enumerate(leaders) if leader == self.leader]
 
     def remove_leftovers(self) -> None:
-        """Folders of saves that were killed. By the leader, when all ranks have joined."""
+        """Remove folders of saves that were killed. Called by the leader, when all ranks have joined."""
         for path in self.save_dir.iterdir():
             if is_temporary(path) and path.is_dir() and path != self.path:
                 shutil.rmtree(path, ignore_errors=True)
 
     def write_part(self, records: Mapping[str, FileRecord]) -> None:
-        """This rank's files are complete and on disk."""
+        """Say that this rank's files are complete and on disk."""
         replace_text(self._part(self.rank), json.dumps({name: asdict(record) for name, record in records.items()}))
 
     def write_failure(self, reason: str) -> None:
-        """This rank's files will not come. The leader need not wait; if even this cannot be written, it times
+        """Say that this rank's files will not come. The leader need not wait; if even this cannot be written, it times
         out."""
         with contextlib.suppress(OSError):
             replace_text(self.path / f"failed-{self.rank:05d}", reason)

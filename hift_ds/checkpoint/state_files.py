@@ -41,7 +41,8 @@ def options_of(param_group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def class_name(optimizer: torch.optim.Optimizer) -> str:
-    """Dotted, without the private module in which a version of torch happens to define the class."""
+    """The optimizer's class by its dotted name, without the private module in which a version of torch happens to
+    define it."""
     module = type(optimizer).__module__
     return f"{'torch.optim' if module.startswith('torch.optim.') else module}.{type(optimizer).__qualname__}"
 
@@ -139,7 +140,7 @@ class SavedStates:
         return set(self._keys.get(param, ()))
 
     def scalars(self, param: str) -> dict[str, Any] | None:
-        """``None`` if the parameter was never updated."""
+        """The saved scalars of a parameter, by the optimizer's key; ``None`` if it was never updated."""
         return decode(self._scalars[param]) if param in self._scalars else None
 
     def covers(self, param: str, key: str, start: int, numel: int) -> bool:

@@ -51,7 +51,7 @@ def seal_folder(folder: Path, but: Collection[str] = ()) -> None:
 
 
 def broken_seal(folder: Path, weights: bool = False) -> str | None:
-    """Which sealed file is not what it was; None if all are, or if the folder was never sealed.
+    """Why the files of a folder are not those that were sealed; None if they are, or if the folder was never sealed.
 
     Args:
         weights: read the weights too (a quarter of a second for each GiB). A run that goes on reads the engine's own

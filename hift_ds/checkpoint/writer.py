@@ -92,7 +92,7 @@ class CheckpointWriter:
             self._files[STATES] = SafetensorsWriter(folder / states_file(rank), self.plan.specs[STATES])
 
     def write_all(self) -> None:
-        """All that is planned, one tensor after another."""
+        """Write all that is planned, one tensor after another."""
         try:
             self.add(self.plan.frozen())
             self.add(self.plan.buffers())
@@ -115,7 +115,7 @@ class CheckpointWriter:
                     self._failure = error
 
     def close(self) -> None:
-        """Everything is on disk when this returns.
+        """Bring everything to the disk.
 
         Raises:
             CheckpointError: the file system refused something, here or in :meth:`add`.
@@ -136,7 +136,7 @@ class CheckpointWriter:
 
     @property
     def num_bytes(self) -> int:
-        """Written by this rank."""
+        """Bytes that this rank has written."""
         return sum(record.num_bytes for record in self._records.values())
 
 

@@ -225,9 +225,9 @@ def _weights_on_host(setting: Setting, num_bytes: int) -> tuple[float, float]:
 
 
 def gradient_bytes_on_host(setting: Setting, numel: int) -> int:
-    """On one rank, of a group of ``numel`` elements: with the update in backward, sums of micro-batches, gradients that
-    wait for the exact norm or may be wanted again, and of what may be taken back the states' second copy (12 bytes a
-    parameter at most; on disk with states there)."""
+    """Bytes of host memory that the gradients of a group of ``numel`` elements take on one rank, with the update in
+    backward: sums of micro-batches, gradients that wait for the exact norm or may be wanted again, and of what may be
+    taken back the states' second copy (12 bytes a parameter at most; on disk with states there)."""
     config, block = setting.engine_config, setting.engine_config["hift"]
     if block.get("update") != "in_backward":
         return 0
@@ -282,7 +282,7 @@ def _flops(counted: Counted, steps: list[GroupStep]) -> dict[str, float]:
 
 
 def _fits(counted: Counted, peak: float) -> list[dict[str, Any]]:
-    """For each card: does it fit, what is the most it takes, and if not, which switch would make it."""
+    """Whether the run fits each card, what is the most that does, and if it does not, which switch would make it."""
     limit = counted.structure.max_length
     rows = []
     for card in CARDS_GIB:

@@ -114,7 +114,7 @@ def write_run_file(
     path: str, source: str, *, file: str, name: str, data: str, card: float | None, gpus: int = 1,
     trust_remote_code: bool = False,
 ) -> tuple[str, tuple[str, ...]]:  # fmt: skip
-    """The text, and lines about what was chosen.
+    """A run file as text, and lines about what was chosen in it.
 
     Args:
         path: ``model.path`` of the run file.

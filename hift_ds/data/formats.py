@@ -425,6 +425,6 @@ def _tools(row: Row) -> list[dict[str, Any]] | None:
 
 
 def short(value: object) -> str:
-    """For a message: no more than 60 letters of it."""
+    """The beginning of a value, for a message: no more than 60 letters of it."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

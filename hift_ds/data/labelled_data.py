@@ -101,7 +101,7 @@ class Labels:
         return cls(tuple(_name(label) for label in every), by_number=numbers and every == list(range(len(every))))
 
     def number(self, label: object, origin: str) -> int:
-        """Raises DataError if it is none of them."""
+        """The number of a label. Raises DataError if it is none of them."""
         if self.by_number and isinstance(label, int) and 0 <= label < len(self.names):
             return label
         if not self.by_number and _name(label) in self.names:
@@ -111,7 +111,7 @@ class Labels:
         )
 
     def options(self) -> dict[str, Any]:
-        """Entries of a transformers config."""
+        """The entries of a transformers config that name the labels."""
         return {
             "num_labels": len(self.names), "id2label": dict(enumerate(self.names)),
             "label2id": {name: number for number, name in enumerate(self.names)},
@@ -272,6 +272,8 @@ class TokenizeWords:
 
 @dataclass(frozen=True)
 class TagScores:
+    """Predictions -> scores of the tags of words, for a Trainer's ``compute_metrics``."""
+
     names: tuple[str, ...]
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:

@@ -35,6 +35,8 @@ def pair_data(how: Preparation, format: str) -> PreparedData:
 
 @dataclass(frozen=True)
 class TokenizePairs:
+    """Examples with ``source`` and ``target`` -> ``input_ids`` and ``labels``; a function for ``map``."""
+
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     truncation: str
@@ -61,6 +63,8 @@ class TokenizePairs:
 
 @dataclass(frozen=True)
 class TextScores:
+    """Generated texts -> scores against their references, for a Trainer's ``compute_metrics``."""
+
     tokenizer: PreTrainedTokenizerBase
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:

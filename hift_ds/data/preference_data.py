@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def preference_data(how: Preparation, format: str) -> PreparedData:
-    """For TRL's DPO, KTO and reward trainers: texts as they are, or messages for the chat template.
+    """Data as TRL's DPO, KTO and reward trainers take them: texts as they are, or messages for the chat template.
 
     Raises:
         DataError: some rows are texts and others messages.
@@ -79,7 +79,7 @@ def _form(kind: type) -> str:
 
 
 def _estimated_tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
-    """From the first 100 rows, without what a chat template adds."""
+    """Tokens by the first 100 rows, without what a chat template adds."""
     first = rows.select(range(min(100, len(rows))))
     texts = [json.dumps(value, ensure_ascii=False) for name in first.column_names for value in first[name]]
     return sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) * len(rows) // len(first)

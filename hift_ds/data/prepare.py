@@ -11,15 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from hift_ds.data import packing
+from hift_ds.data import packing, stream
 from hift_ds.data.chat_templates import set_chat_template
 from hift_ds.data.config import DataConfig
 from hift_ds.data.encoding import Encoder
-from hift_ds.data.row_tokens import DataReport, Tokenize, check_refusals, check_vocabulary, nothing_to_learn
-from hift_ds.data.rows import cache_in_use, code_stamp, guessed, load_mixture, load_rows, mix
-from hift_ds.data.sources import Source
+from hift_ds.data.row_tokens import (
+    DataReport,
+    Tokenize,
+    check_refusals,
+    check_vocabulary,
+    count_rows,
+    nothing_to_learn,
+)
+from hift_ds.data.rows import cache_in_use, code_stamp, guessed, hold_out, load_rows, load_splits
 from hift_ds.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,7 +35,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-    from hift_ds.data.stream import Stream
     from hift_ds.data.task_data import TaskReport
 
 
@@ -37,7 +43,7 @@ class PreparedData:
     """Datasets with what the task's trainer takes (language models: ``input_ids`` and ``labels``, when packed
     ``seq_lengths``), and what batches them; None: the trainer's own."""
 
-    train: Dataset | Stream
+    train: Dataset | stream.Stream
     eval: Dataset | None
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Tensor]] | None
     template: str
@@ -49,17 +55,17 @@ class PreparedData:
 
     @property
     def is_streamed(self) -> bool:
-        """``train`` has no length; its report is of the first rows."""
+        """True if ``train`` has no length; its report is of the first rows."""
         return not hasattr(self.train, "__len__")
 
     @property
     def num_rows(self) -> int | None:
-        """Of ``train`` as its trainer takes them; None where they are streamed."""
+        """The rows of ``train`` as its trainer takes them; None where they are streamed."""
         return None if self.is_streamed else len(self.train)
 
     @property
     def tokens_per_row(self) -> float:
-        """On average; where they are streamed, of the first ones."""
+        """The mean length of a row; where they are streamed, of the first ones."""
         report = self.reports[0]
         if not self.is_streamed:
             return float(report.tokens / len(self.train))
@@ -104,6 +110,43 @@ def prepare_data(
     return PreparedData(train, evaluated, collator, template, tuple(reports))
 
 
+def prepare_stream(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    vocab_size: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> PreparedData:
+    """Prepare data as :func:`prepare_data` does, with ``train`` a :class:`~hift_ds.data.stream.Stream`; ``data.eval``
+    is prepared as a whole. What is counted are the first rows.
+
+    Raises:
+        DataError: data is missing, or one of the first rows is malformed, or there is nothing to learn in them.
+        ConfigError: no such chat template.
+    """
+    template = set_chat_template(tokenizer, config.template)
+    sources = config.train_sources()
+    tokenize = Tokenize(Encoder(tokenizer, config.train_on_prompt, config.mask_history), max_length, config.truncation)
+    train = stream.Stream(
+        sources, tokenize, config.shuffle_buffer if config.shuffle else 0, config.seed, config.packing, vocab_size,
+        rank, world_size,
+    )  # fmt: skip
+    report = count_rows(islice(train.one_pass(0, 0), stream.COUNTED_ROWS), tokenize)
+    check_refusals("train", report.num_refused, report.first_refusal, report.num_rows)
+    if not report.num_samples:
+        raise nothing_to_learn("train", report.num_dropped, report.num_dropped, tokenize)
+    is_all = report.num_rows < stream.COUNTED_ROWS
+    name = "train, streamed" if is_all else f"train, streamed; of its first {report.num_rows:,} rows"
+    reports = [replace(report, name=name, notes=tuple(filter(None, map(guessed, sources))))]
+    evaluated = None
+    if config.eval is not None:
+        evaluated, held_out = prepare_eval(config, tokenizer, max_length, vocab_size)
+        reports.append(held_out)
+    collator = packing.collator(tokenizer, packing=config.packing)
+    return PreparedData(train, evaluated, collator, template, tuple(reports))
+
+
 def prepare_eval(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -121,42 +164,13 @@ def prepare_eval(
     if config.eval is not None:
         rows = load_rows(config.eval_sources())
     elif config.val_size:
-        rows = _hold_out(load_rows(config.train_sources()), config.val_size, config.seed)[1]
+        rows = hold_out(load_rows(config.train_sources()), config.val_size, config.seed)[1]
     else:
         raise DataError("nothing is held out: data.eval and data.val_size are both empty; name a file to evaluate on")
     encoder = Encoder(tokenizer, config.train_on_prompt, config.mask_history)
     tokenize = Tokenize(encoder, max_length, config.truncation, code_stamp())
     with cache_in_use():
         return _prepare_one("eval", rows, tokenize, config, vocab_size)
-
-
-def load_splits(config: DataConfig, sources: list[Source], held_out: list[Source]) -> tuple[Dataset, Dataset | None]:
-    """Rows to train on and to evaluate on, as :func:`load_rows` makes them: mixed by weight, ``val_size`` held out.
-
-    Args:
-        sources: of ``data.train``.
-        held_out: of ``data.eval``; empty if there are none.
-
-    Raises:
-        DataError: as :func:`load_rows`; or ``val_size`` leaves nothing.
-    """
-    weights = [source.weight for source in sources]
-    weighted = any(weight is not None for weight in weights)
-    train_rows = load_mixture(sources) if weighted else load_rows(sources)
-    eval_rows = load_rows(held_out) if held_out else None
-    if config.val_size:
-        train_rows, eval_rows = _hold_out(train_rows, config.val_size, config.seed)
-    if weighted:  # after the split: no held-out row is trained on
-        train_rows = mix(train_rows, [1.0 if weight is None else weight for weight in weights], config.seed)
-    return train_rows, eval_rows
-
-
-def _hold_out(rows: Dataset, val_size: float, seed: int) -> tuple[Dataset, Dataset]:
-    size = int(val_size) if val_size >= 1 else max(1, round(val_size * len(rows)))
-    if size >= len(rows):
-        raise DataError(f"data.val_size: {val_size:g} holds out {size} rows, but data.train has only {len(rows)}")
-    parts = rows.train_test_split(test_size=size, seed=seed, shuffle=True)
-    return parts["train"], parts["test"]
 
 
 def _prepare_one(

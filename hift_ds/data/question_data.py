@@ -153,7 +153,7 @@ class AnswerScores:
 def best_answers(
     contexts: Sequence[str], indices: Iterable[int], offsets: Iterable[Any], starts: Any, ends: Any
 ) -> list[tuple[float, str, float]]:
-    """For each context the best answer's score, its text, and the score of "no answer".
+    """The best answer to each context: its score, its text, and the score of "no answer".
 
     Args:
         indices: of each piece, the number of its context.

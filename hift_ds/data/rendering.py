@@ -198,7 +198,7 @@ class Renderer:
     # -- tool calls --------------------------------------------------------------------------------------------
 
     def in_the_templates_form(self, sample: Conversation, answers: list[int], origin: str) -> Conversation:
-        """With the tool calls in the first form that the template prints, whole and once quoted.
+        """The conversation with its tool calls in the first form that the template prints, whole and once quoted.
 
         Where none is, the answers to learn are refused; calls that are context only may be left out.
         """

@@ -1,6 +1,6 @@
 """What one row becomes: token ids and labels, cut to length; and what became of many, counted.
 
-A whole data set is made so in :mod:`hift_ds.data.prepare`, a stream in :mod:`hift_ds.data.stream`.
+A whole data set is made so in :mod:`hift_ds.data.prepare`, what is read in training in :mod:`hift_ds.data.stream`.
 """
 
 from __future__ import annotations
@@ -223,6 +223,8 @@ def check_vocabulary(largest_id: int, vocab_size: int) -> None:
 
 
 def nothing_to_learn(name: str, num_samples: int, num_cut: int, tokenize: Tokenize) -> DataError:
+    """The error for data of which no token is learned: ``num_cut`` of the samples were too long, or answers are
+    empty."""
     if num_cut:
         return DataError(
             f"data.max_length: {tokenize.max_length} leaves nothing to learn in any of {num_samples} "

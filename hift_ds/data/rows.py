@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hift_ds.data import llama_factory
+from hift_ds.data.config import DataConfig
 from hift_ds.data.formats import detect_format, guess_columns, present, rename, with_open_answer
 from hift_ds.data.sources import Source, files_of, raw_rows, resolve
 from hift_ds.data.task_rows import TASK_FORMATS, guess_task_columns
@@ -138,6 +139,7 @@ def row_features() -> Features:
 
 
 def generate_rows(source: Source, stamp: str) -> Iterator[dict[str, str]]:
+    """The rows of one source, for a cache whose key changes with ``stamp``."""
     del stamp  # only there for the cache's key
     yield from iterate_rows(source)
 
@@ -147,7 +149,7 @@ def _stamp(source: Source) -> list[tuple[str, int, int]]:
 
 
 def code_stamp() -> str:
-    """Changes when this folder's code does: cached rows and tokens of other code must not be used."""
+    """A checksum of this folder's code: cached rows and tokens of other code must not be used."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
@@ -184,9 +186,46 @@ def mix(rows: Dataset, weights: list[float], seed: int) -> Dataset:
     return rows.select(np.concatenate(chosen))
 
 
+def load_splits(config: DataConfig, sources: list[Source], held_out: list[Source]) -> tuple[Dataset, Dataset | None]:
+    """Rows to train on and to evaluate on, as :func:`load_rows` makes them: mixed by weight, ``val_size`` held out.
+
+    Args:
+        sources: of ``data.train``.
+        held_out: of ``data.eval``; empty if there are none.
+
+    Raises:
+        DataError: as :func:`load_rows`; or ``val_size`` leaves nothing.
+    """
+    weights = [source.weight for source in sources]
+    weighted = any(weight is not None for weight in weights)
+    train_rows = load_mixture(sources) if weighted else load_rows(sources)
+    eval_rows = load_rows(held_out) if held_out else None
+    if config.val_size:
+        train_rows, eval_rows = hold_out(train_rows, config.val_size, config.seed)
+    if weighted:  # after the split: no held-out row is trained on
+        train_rows = mix(train_rows, [1.0 if weight is None else weight for weight in weights], config.seed)
+    return train_rows, eval_rows
+
+
+def hold_out(rows: Dataset, val_size: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Rows to train on and rows held out, drawn by ``seed``.
+
+    Args:
+        val_size: a share of the rows below 1, else their number.
+
+    Raises:
+        DataError: nothing would be left.
+    """
+    size = int(val_size) if val_size >= 1 else max(1, round(val_size * len(rows)))
+    if size >= len(rows):
+        raise DataError(f"data.val_size: {val_size:g} holds out {size} rows, but data.train has only {len(rows)}")
+    parts = rows.train_test_split(test_size=size, seed=seed, shuffle=True)
+    return parts["train"], parts["test"]
+
+
 @contextmanager
 def cache_in_use() -> Iterator[None]:
-    """For what writes to the cache of ``datasets``: says which folder that is, if it cannot be written.
+    """Inside this block the cache of ``datasets`` is written to; an error says which folder that is.
 
     Raises:
         ConfigError: the folder cannot be made or written, or the disk is full.

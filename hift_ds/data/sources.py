@@ -135,7 +135,7 @@ def check_source(source: Source) -> None:
 
 
 def resolve(source: Source) -> Source:
-    """What a source that names a data set of LLaMA-Factory's dataset_info.json stands for; any other itself.
+    """The source itself, or what it stands for if it names a data set of LLaMA-Factory's dataset_info.json.
 
     Raises:
         DataError: that file has no such data set, or says something that is not supported.

@@ -6,23 +6,16 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hift_ds.data import packing
-from hift_ds.data.chat_templates import set_chat_template
-from hift_ds.data.config import DataConfig
-from hift_ds.data.encoding import Encoder
-from hift_ds.data.prepare import PreparedData, prepare_eval
-from hift_ds.data.row_tokens import Tokenize, check_refusals, check_vocabulary, count_rows, nothing_to_learn
-from hift_ds.data.rows import generate_rows, guessed, row_features
+from hift_ds.data.row_tokens import Tokenize, check_vocabulary, nothing_to_learn
+from hift_ds.data.rows import generate_rows, row_features
 from hift_ds.data.sources import HUB, Source, files_of, resolve
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 COUNTED_ROWS = 256
 """Rows that are looked at before the run, for what it says and plans of the data."""
@@ -95,7 +88,7 @@ class Stream(IterableDataset[dict[str, Any]]):
             yield from packing.pack(Dataset.from_list(several), self.tokenize.max_length)
 
     def _samples(self) -> Iterator[dict[str, Any]]:
-        """Of this rank, and of this of its worker processes."""
+        """The samples of this rank, and of this of its worker processes."""
         worker = get_worker_info()
         share, shares = self.rank, self.world_size
         if worker is not None:
@@ -113,48 +106,11 @@ class Stream(IterableDataset[dict[str, Any]]):
                 raise nothing_to_learn("train", 0, 0, self.tokenize)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Of the first rows as they stand in the data, and of the sizes of files."""
+        """What tells these data from others: a checksum of the first rows as they stand there and of the sizes of
+        files."""
         head = [row["row"] for row in islice(self.one_pass(0, 0), COUNTED_ROWS)]
         sizes = [_sizes(source) for source in self.sources]
         return {"rows": None, "crc32": f"{zlib.crc32(json.dumps([head, sizes]).encode()):08x}"}
-
-
-def prepare_stream(
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    vocab_size: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-) -> PreparedData:
-    """As :func:`~hift_ds.data.prepare.prepare_data`, with ``train`` a :class:`Stream`; ``data.eval`` is prepared as
-    a whole. What is counted are the first rows.
-
-    Raises:
-        DataError: data is missing, or one of the first rows is malformed, or there is nothing to learn in them.
-        ConfigError: no such chat template.
-    """
-    template = set_chat_template(tokenizer, config.template)
-    sources = config.train_sources()
-    tokenize = Tokenize(Encoder(tokenizer, config.train_on_prompt, config.mask_history), max_length, config.truncation)
-    stream = Stream(
-        sources, tokenize, config.shuffle_buffer if config.shuffle else 0, config.seed, config.packing, vocab_size,
-        rank, world_size,
-    )  # fmt: skip
-    report = count_rows(islice(stream.one_pass(0, 0), COUNTED_ROWS), tokenize)
-    check_refusals("train", report.num_refused, report.first_refusal, report.num_rows)
-    if not report.num_samples:
-        raise nothing_to_learn("train", report.num_dropped, report.num_dropped, tokenize)
-    is_all = report.num_rows < COUNTED_ROWS
-    name = "train, streamed" if is_all else f"train, streamed; of its first {report.num_rows:,} rows"
-    reports = [replace(report, name=name, notes=tuple(filter(None, map(guessed, sources))))]
-    evaluated = None
-    if config.eval is not None:
-        evaluated, held_out = prepare_eval(config, tokenizer, max_length, vocab_size)
-        reports.append(held_out)
-    return PreparedData(
-        stream, evaluated, packing.collator(tokenizer, packing=config.packing), template, tuple(reports)
-    )
 
 
 def _sizes(source: Source) -> Iterable[int] | Mapping[str, Any]:

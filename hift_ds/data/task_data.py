@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hift_ds.data.config import DataConfig
-from hift_ds.data.prepare import load_splits
 from hift_ds.data.row_tokens import without_halves
-from hift_ds.data.rows import cache_in_use, code_stamp, guessed
+from hift_ds.data.rows import cache_in_use, code_stamp, guessed, load_splits
 from hift_ds.data.task_rows import to_example
 from hift_ds.errors import DataError
 
@@ -113,7 +112,8 @@ def right_padded(how: Preparation, prefix_space: bool = False) -> PreTrainedToke
 
 
 def set_prefix_space(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Byte-level tokenizers tell a word by the space before it; one that is given alone has none."""
+    """Have a byte-level tokenizer, which tells a word by the space before it, put one before a word that is given
+    alone."""
     if getattr(tokenizer, "add_prefix_space", None) is False:
         tokenizer.add_prefix_space = True
         if getattr(tokenizer.backend_tokenizer.pre_tokenizer, "add_prefix_space", None) is False:
@@ -121,7 +121,7 @@ def set_prefix_space(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def lengths(rows: Dataset) -> tuple[int, int, int]:
-    """How many, their tokens, and those of the longest."""
+    """The number of rows, their tokens, and those of the longest."""
     each = [len(ids) for ids in rows["input_ids"]]
     return len(each), sum(each), max(each)
 

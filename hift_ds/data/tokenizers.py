@@ -106,7 +106,7 @@ def _load_auto(folder: Path, trust_remote_code: bool, key: str) -> PreTrainedTok
 
 
 def _load_sentencepiece(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """None where ``tokenizer.model`` is not the vocabulary that counts."""
+    """The tokenizer of ``tokenizer.model``; None where that is not the vocabulary that counts."""
     model_file = folder / "tokenizer.model"
     if not model_file.is_file() or any((folder / name).is_file() for name in ("tokenizer.json", "tekken.json")):
         return None

@@ -49,12 +49,13 @@ class AutoGroups:
         self.line = ""
 
     def settle_by_config(self) -> None:
-        """The config says how many tokens a step has."""
+        """Choose, if the config says how many tokens a step has."""
         if self.is_open and self._engine.hift.tokens_per_step is not None:
             self._settle(self._engine.hift.tokens_per_step)
 
     def settle_by_inputs(self, inputs: tuple[Any, ...], named_inputs: Mapping[str, Any]) -> None:
-        """A forward is about to begin with these arguments. The first one of training says how many tokens a step has.
+        """Choose, if the size is open and a forward of training is about to begin: its arguments say how many tokens a
+        step has.
 
         Raises:
             ConfigError: it does not.
@@ -73,7 +74,7 @@ class AutoGroups:
         self._settle(min(found) * self._engine.gradient_accumulation_steps())
 
     def settle_by_checkpoint(self, saved: int | str | None) -> None:
-        """A checkpoint is about to be loaded, whose run has found ``saved``.
+        """Take over ``saved``, which the run has found whose checkpoint is about to be loaded.
 
         Args:
             saved: ``None`` if it has not been looking, or not found.

@@ -371,8 +371,8 @@ def check_room(facts: EngineFacts, optimizer: HiFTOptimizer) -> None:
 
 
 def _machine_before_states(machine: Machine) -> Machine:
-    """With the host memory that is free now. No rank takes any for states before all have looked: one that comes late
-    would find what is meant for it taken."""
+    """The machine with the host memory that is free now. No rank takes any for states before all have looked: one that
+    comes late would find what is meant for it taken."""
     if machine.host is not None:
         return machine
     found = machine.host_bytes()

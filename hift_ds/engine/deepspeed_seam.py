@@ -77,11 +77,11 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
         return self.grad_norm
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """The engine's own answer is asked for in ``allreduce_gradients``; nothing to remember."""
+        """Do nothing: the engine's own answer is asked for in ``allreduce_gradients``."""
 
     @property
     def parameter_offload(self) -> DeepSpeedZeRoOffload:
-        """With stage 3 what gathers weights, under the name at which TRL looks for it; else there is no such name."""
+        """What gathers weights with stage 3, under the name at which TRL looks for it; else there is no such name."""
         shards = getattr(self.parameters, "shards", None)
         if shards is None:
             raise AttributeError("parameter_offload")
@@ -136,8 +136,8 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
             raise ConfigError("optimizer.load_state_dict: states are restored by engine.load_checkpoint")
 
     def enter(self) -> None:
-        """A forward begins. If it is one with gradients, the active groups get their flags; the first such forward of a
-        step starts the step's count of memory."""
+        """Get ready for a forward that begins. If it is one with gradients, the active groups get their flags; the
+        first such forward of a step starts the step's count of memory."""
         if not torch.is_grad_enabled():
             self.waits.skip()
         elif self.flags.shown:
@@ -148,7 +148,7 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
             self.activate()
 
     def leave(self) -> None:
-        """A step's work has been given to the device, all of it."""
+        """Note that a step's work has been given to the device, all of it."""
         self.store.idle()
         self.waits.idle()
 
@@ -158,7 +158,7 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
 
 
 class HiFTInBackwardOptimizer(HiFTOptimizer, InBackwardOptimizer):
-    """The same names over the update in backward."""
+    """:class:`HiFTOptimizer` with the update in backward."""
 
 
 class SeamEngine(DeepSpeedEngine):
@@ -178,13 +178,13 @@ class SeamEngine(DeepSpeedEngine):
     hollow_weights = True
 
     def before_cast(self, model: torch.nn.Module) -> None:
-        """The model has its checkpoint's dtypes and may still be on the host."""
+        """Look at the model, which has its checkpoint's dtypes and may still be on the host."""
         raise NotImplementedError
 
     def build_optimizers(
         self, client_optimizer: ClientOptimizer, model_parameters: ParamEntries
     ) -> tuple[torch.optim.Optimizer, HiFTOptimizer]:
-        """(basic optimizer, what ``engine.optimizer`` becomes). The model is cast, placed and broadcast."""
+        """Make (basic optimizer, what ``engine.optimizer`` becomes). The model is cast, placed and broadcast."""
         raise NotImplementedError
 
     def _do_sanity_check(self) -> None:
@@ -212,7 +212,7 @@ class SeamEngine(DeepSpeedEngine):
             )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """DeepSpeed's, which compiles the whole model."""
+        """Compile the whole model as DeepSpeed does, and say what that leads to."""
         self._say_what_compiling_leads_to()
         super().compile(*args, **kwargs)
 
@@ -282,7 +282,7 @@ class SeamEngine(DeepSpeedEngine):
         return shards
 
     def remove_deepspeed_hooks(self) -> None:
-        """Those on the model, which ``destroy`` leaves there."""
+        """Remove the hooks on the model, which ``destroy`` leaves there."""
         for name in ("module_forward_pre_hook", "module_forward_post_hook"):
             hook = getattr(self, name, None)
             if hook is not None:

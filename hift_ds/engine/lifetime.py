@@ -34,7 +34,7 @@ class Lifetime:
         self.hooks: list[RemovableHandle] = []
 
     def began(self, model: nn.Module) -> None:
-        """The engine is made, and the only one of ``model``."""
+        """Note that the engine is made, and the only one of ``model``."""
         _engine_of[model] = weakref.ref(self._engine)
 
     def refuse_if_ended(self) -> None:

@@ -101,7 +101,7 @@ def check_fits(engine: SeamEngine, saved: SavedCheckpoint, strict: bool, with_st
 
 @torch.no_grad()
 def load_weights(engine: SeamEngine, saved: SavedCheckpoint, custom_load_fn: Callable[..., None] | None) -> None:
-    """The saved weights and buffers, into the model; or whatever ``custom_load_fn(src=, dst=)`` does."""
+    """Load the saved weights and buffers into the model; or do whatever ``custom_load_fn(src=, dst=)`` does."""
     if custom_load_fn is not None:
         custom_load_fn(src=dict(saved.weights()), dst=engine.module)
         return

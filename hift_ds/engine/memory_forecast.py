@@ -79,9 +79,10 @@ class MemoryForecast:
         return None if peak is None else peak + WORKSPACE_BYTES
 
     def use_spare(self) -> None:
-        """More slots for states in half of the memory that steps leave, as far as they help: what the forecast leaves,
-        or without one what a whole cycle has left. Only where ``"state.slots"`` is left to us, and on an accelerator.
-        The first rank decides, and its word comes to all with the norm of a step. Called after each step."""
+        """Keep more slots for states in half of the memory that steps leave, as far as they help: what the forecast
+        leaves, or without one what a whole cycle has left. Only where ``"state.slots"`` is left to us, and on an
+        accelerator. The first rank decides, and its word comes to all with the norm of a step. Called after each
+        step."""
         if self._slots_settled:
             return
         engine = self._engine
@@ -103,7 +104,7 @@ class MemoryForecast:
             self._num_slots = min(wanted, (1 << len(_SLOTS)) - 1)
 
     def _says(self, bit: int) -> bool:
-        """On the first rank: that the bit of the number is 0; it is as long as there is no number."""
+        """Whether that bit of the number is 0, as the first rank knows; while there is no number, it is."""
         return self._engine.global_rank == 0 and not self._num_slots >> bit & 1
 
     def _settle(self, store: ParkedStateStore, num_slots: int) -> None:

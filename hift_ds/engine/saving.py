@@ -62,7 +62,7 @@ def agree_on_folder(engine: SeamEngine, save_dir: Path, tag: str) -> SharedFolde
 def open_writer(
     engine: SeamEngine, shared_folder: SharedFolder, client_state: Mapping[str, Any], exclude_frozen: bool
 ) -> CheckpointWriter:
-    """Everything small is captured here; the tensors are read when they are written or copied."""
+    """Capture everything small, and make the writer of the tensors, which are read when they are written or copied."""
     tensors = saved_tensors(engine.module)
     excluded: list[str] = []
     if exclude_frozen:

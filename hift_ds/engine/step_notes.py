@@ -112,13 +112,13 @@ class StepNotes:
         return self.loss
 
     def before(self) -> StepBegan:
-        """Call this before an update."""
+        """Note what the coming update changes. Called before it."""
         optimizer = self._engine.optimizer
         schedule = optimizer.schedule
         return StepBegan(self._engine.global_steps, schedule.cursor, schedule.active, optimizer.scaler.scale)
 
     def after(self, began: StepBegan, forecast_bytes: int | None, checkpoint_s: float) -> StepReport:
-        """Call this after the update that ``began``. Counts what was moved and sent since the last call.
+        """Report the update that ``began``, and count what was moved and sent since the last call. Called after it.
 
         Args:
             forecast_bytes: the peak that was expected of the step, if it is known.
@@ -177,7 +177,8 @@ class StepNotes:
             engine.monitor.write_events([("Train/Samples/train_loss", loss.item() / parts, engine.global_samples)])
 
     def _warn_if_not_finite(self, report: StepReport) -> None:
-        """At once: a Trainer's logs leave such losses out, and the group's weights are lost from here on."""
+        """Warn of a gradient norm that is no number at once: a Trainer's logs leave such losses out, and the group's
+        weights are lost from here on."""
         finite = report.skipped or math.isfinite(report.grad_norm)
         if self._said_not_finite or finite or self._engine.global_rank:
             return

@@ -58,7 +58,7 @@ class Advice:
         return cls(setting, slope, dict(zip(changed, others, strict=True)))
 
     def answers(self, batch: int, length: int) -> bool:
-        """Was it made for such a batch? One row, which packing makes of many, may be shorter."""
+        """Whether the forecasts are of such a batch. One row, which packing makes of many, may be shorter."""
         return length == self.setting.length or (batch == self.setting.batch == 1 and length < self.setting.length)
 
     def text(self, batch: int, length: int, budget_bytes: float) -> str:

@@ -385,10 +385,10 @@ def upper_bound_bytes(
 
 
 def accumulation(passes: int) -> str:
-    """For a line: "1 accumulation step"."""
+    """The accumulation as a line says it: "1 accumulation step"."""
     return f"{passes} accumulation step{'s' if passes > 1 else ''}"
 
 
 def gib(num_bytes: float) -> str:
-    """For a line."""
+    """Bytes as a line says them, in GiB."""
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.0f} MiB"

@@ -95,7 +95,7 @@ class WholeModel:
 
 @dataclass(frozen=True)
 class WithUpdates:
-    """Forward and backward of ``steps``, the update of ``others``."""
+    """Steps with the forward and backward of ``steps`` and the update of ``others``."""
 
     steps: Steps
     others: Steps

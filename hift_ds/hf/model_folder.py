@@ -229,7 +229,7 @@ def _check_architecture(
 
 
 def _check_class(config: Mapping[str, Any], folder: Path, key: str) -> None:
-    """That the weights are of a causal language model, and not of another head or an encoder."""
+    """See that the weights are of a causal language model, and not of another head or an encoder."""
     model_type, names = config["model_type"], config.get("architectures") or []
     reason = None
     if names and not any(_is_causal(name, config) for name in names):

@@ -245,8 +245,8 @@ def load_pretrained(
 def load_pretrained_with_head(
     folder: str | Path, model_class: Any, **options: Any
 ) -> tuple[PreTrainedModel, list[str], list[str]]:
-    """As :func:`load_pretrained`, for a task: what lies below the model's head must be there, the head and a pooler may
-    be new, and another head in the folder is left aside.
+    """Load as :func:`load_pretrained` does, for a task: what lies below the model's head must be there, the head and a
+    pooler may be new, and another head in the folder is left aside.
 
     Args:
         model_class: an ``Auto...`` class of transformers.

@@ -91,7 +91,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
 
 
 def _mend_settings(file: Path, own_code: bool) -> None:
-    """In tokenizer_config.json: the class by its old name, and nothing of the folder that it came from."""
+    """Write into tokenizer_config.json the class by its old name, and nothing of the folder that it came from."""
     if not file.is_file():
         return
     settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

@@ -181,11 +181,11 @@ class ConversionSet:
 
     @property
     def is_plain(self) -> bool:
-        """One tensor of the checkpoint, as it is."""
+        """True if it is one tensor of the checkpoint, as it is."""
         return self._converter is None
 
     def convert(self, model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``tensors``: the :attr:`sources`, by name in the checkpoint. Returns weights by name in memory."""
+        """Make the weights, by name in memory, of ``tensors``: the :attr:`sources`, by name in the checkpoint."""
         if self._converter is None:
             return {self.first_name: tensors[self.sources[0]]}
         converter = deepcopy(self._converter)

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def zero_optimization_may_be_left_out() -> None:
-    """From now on a DeepSpeed config with a "hift" block needs no "zero_optimization", whose default is stage 0.
+    """Let a DeepSpeed config with a "hift" block leave out "zero_optimization", whose default is stage 0, from now on.
 
     accelerate insists on that key while TrainingArguments are made, before any of our classes sees them.
     """
@@ -40,7 +40,7 @@ zero_optimization_may_be_left_out()
 
 
 def check_arguments(args: TrainingArguments | None) -> None:
-    """Everything that can be known to be wrong before a model is touched."""
+    """Find what can be known to be wrong before a model is touched."""
     plugin = getattr(args, "deepspeed_plugin", None)
     if plugin is None:
         raise ConfigError(

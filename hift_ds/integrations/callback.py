@@ -124,8 +124,8 @@ class HiFTCallback(EngineEvents):
         self._goes_first()
 
     def _goes_first(self) -> None:
-        """Of the Trainer's callbacks, so that loggers get what ``on_log`` adds: the Trainer puts its own loggers
-        first, and tells a callback nothing of the others."""
+        """Put this first among the Trainer's callbacks, so that loggers get what ``on_log`` adds: the Trainer puts its
+        own loggers first, and tells a callback nothing of the others."""
         frame = inspect.currentframe()
         while frame is not None:
             handler = frame.f_locals.get("self")
@@ -254,7 +254,7 @@ def _has_block(args: TrainingArguments) -> bool:
 
 
 class AnnouncedCallback(HiFTCallback):
-    """For a program that does not know of us: acts if there is a block, and says so.
+    """The callback for a program that does not know of us: acts if there is a block, and says so.
 
     Attributes:
         num_on: Trainers of this process that train through our engine.

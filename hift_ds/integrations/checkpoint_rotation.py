@@ -76,7 +76,7 @@ class WholeCheckpointsStay:
         return not all(gather(not self.args.should_save or latest_tag(folder) is not None))
 
     def _give_up(self, folder: Path, error: CheckpointError) -> None:
-        """On all ranks alike."""
+        """Remove the checkpoint, and raise or go on without it as the config says; on all ranks alike."""
         if self.engine is not None:
             with contextlib.suppress(CheckpointError):
                 self.engine.wait_for_checkpoint()  # it writes into the folder
@@ -94,7 +94,7 @@ class WholeCheckpointsStay:
             self.state.best_model_checkpoint = None
 
     def finish_checkpoints(self) -> None:
-        """At the end of training: an asynchronous save is whole after this, and older ones may go."""
+        """Wait for an asynchronous save, at the end of training, and delete older checkpoints that may go."""
         if self.engine is not None and self.engine.wait_for_checkpoint():
             self._rotate()
 

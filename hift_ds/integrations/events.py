@@ -136,7 +136,7 @@ class RisingLoss:
         self._said = False
 
     def after(self, loss: object) -> tuple[float, float] | None:
-        """Takes the next logged loss.
+        """Take in the next logged loss.
 
         Returns:
             The medians of the first and the last ones (single batches vary) if that is so and was not told before.

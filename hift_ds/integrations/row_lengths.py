@@ -20,7 +20,7 @@ _SPECIAL_ROWS = 8  # at most, which a table has besides those of the positions (
 
 
 def check_rows(name: str, dataset: Any, collate: Callable[[list[Any]], Any], model: Any) -> None:
-    """The longest rows of a data set, made into a batch as in training, fit the table.
+    """See that the longest rows of a data set, made into a batch as in training, fit the table of positions.
 
     Only what is cheap to know is looked at: the columns of ids of a ``datasets.Dataset``, or a list of dicts.
 
@@ -67,7 +67,7 @@ def _longest_rows(dataset: Any) -> list[int]:
 
 
 def _lengths(dataset: Any) -> list[np.ndarray]:
-    """Of each column of ids, for each row; empty where the rows would have to be made for it."""
+    """The length of each column of ids in each row; empty where the rows would have to be made for it."""
     if isinstance(dataset, list | tuple):
         if not dataset or not isinstance(dataset[0], Mapping):
             return []

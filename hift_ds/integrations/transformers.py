@@ -245,7 +245,8 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
 
     @contextlib.contextmanager
     def _deepspeed_set_aside(self) -> Iterator[None]:
-        """For what the Trainer does with the plain model just as well, or better."""
+        """Inside this block the Trainer does without DeepSpeed what it does with the plain model just as well, or
+        better."""
         self.is_deepspeed_enabled = False
         try:
             yield

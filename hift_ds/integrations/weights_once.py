@@ -41,7 +41,7 @@ def has_the_form_of_a_checkpoint(model: Any) -> bool:
 
 
 def name_beside(checkpoint: Path) -> None:
-    """The weights of the engine's checkpoint get a second name, in its parent folder, where ``from_pretrained`` looks
+    """Give the weights of the engine's checkpoint a second name, in its parent folder, where ``from_pretrained`` looks
     for them. For a caller who knows that they :func:`have the form <has_the_form_of_a_checkpoint>` that it reads."""
     second_name(checkpoint / WEIGHTS_FILE, checkpoint.parent / WEIGHTS_FILE)
 

@@ -41,17 +41,17 @@ class ClippingRule:
 
     @property
     def is_on(self) -> bool:
-        """Gradients are clipped."""
+        """True if gradients are clipped."""
         return self.max_grad_norm > 0
 
     @property
     def speculates(self) -> bool:
-        """Some updates are made on trial."""
+        """True if some updates are made on trial."""
         return self.is_on and self.mode == "speculative"
 
     @property
     def keeps_gradients(self) -> bool:
-        """Some gradients are kept until the norm of the step is known."""
+        """True if some gradients are kept until the norm of the step is known."""
         return self.is_on and self.mode != "per_part"
 
     @property
@@ -61,7 +61,7 @@ class ClippingRule:
 
     @property
     def looks_back(self) -> bool:
-        """The norm of a group's last visit is asked for."""
+        """True if the norm of a group's last visit is asked for."""
         return self.mode in ("last_visit", "speculative")
 
     @property
@@ -117,7 +117,7 @@ class HeldBack:
                 self.gradients.add((part.index, part.first + i), shard, is_ours=True)
 
     def take_gradients(self, part: GroupShard, device: torch.device) -> list[Tensor | None]:
-        """What was parked of ``part``, on ``device``, and forgotten here."""
+        """Give back what was parked of ``part``, on ``device``, and forget it here."""
         return [self.gradients.take((part.index, part.first + i), device) for i in range(len(part.members))]
 
     def before_trial(self, part: GroupShard, shards: Sequence[Tensor | None]) -> None:
@@ -133,7 +133,7 @@ class HeldBack:
         self.states.hold(part)
 
     def let_stand(self, parts: Iterable[GroupShard]) -> None:
-        """The updates of ``parts`` on trial stand."""
+        """Let the updates of ``parts`` on trial stand: what they would be taken back with goes."""
         for part in parts:
             self.states.release(part)
         self.gradients.forget()
@@ -164,6 +164,6 @@ class HeldBack:
         self.weights.clear()
 
     def close(self) -> None:
-        """Nothing comes any more."""
+        """Take nothing any more."""
         self.gradients.close()
         self.weights.close()

@@ -80,7 +80,7 @@ class EarlyReduction:
         self._sent: list[_Message] = []
 
     def arrived(self, param: nn.Parameter) -> None:
-        """Backward has brought ``param`` all of its gradient.
+        """Take the gradient of ``param``, all of which backward has brought.
 
         Raises:
             HiFTError: it was sent before.
@@ -97,16 +97,16 @@ class EarlyReduction:
             self._start(self._left.popleft())
 
     def has(self, group: GroupShard) -> bool:
-        """``finish`` can be asked for it."""
+        """True if ``finish`` can be asked for the group."""
         return group.index in self._shards
 
     @property
     def is_empty(self) -> bool:
-        """``finish`` was asked for all groups."""
+        """True if ``finish`` was asked for all groups."""
         return not self._shards
 
     def order_of_arrival(self) -> list[int]:
-        """For ``order`` the next time."""
+        """The order in which gradients came, to be the ``order`` of the next time."""
         last = [
             max(self._arrived.get(member.param, len(self._names)) for member in message.members)
             for message in self._messages
@@ -126,7 +126,7 @@ class EarlyReduction:
         return self._shards.pop(group.index), present
 
     def abandon(self) -> None:
-        """Backward has failed: what was taken is the sum so far again."""
+        """Give what was taken back to the sums so far: backward has failed."""
         if self._streams is not None:
             assert self._side is not None
             self._streams.current_stream(self._device).wait_stream(self._side)
@@ -214,7 +214,7 @@ class EarlyReducedParameters(ReplicatedParameters):
         self._side: SideStream | None = None
 
     def watch(self, params: Iterable[nn.Parameter]) -> None:
-        """From now on send gradients as they come. After all hooks that sum them up."""
+        """Send gradients as they come, from now on. Called after all hooks that sum them up."""
         self._hooked = list(params)
         self._hooks = [param.register_post_accumulate_grad_hook(self._arrived) for param in self._hooked]
 

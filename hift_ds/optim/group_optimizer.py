@@ -125,21 +125,21 @@ class GroupOptimizer:
         return 0
 
     def check_whole(self) -> None:
-        """No update was cut short."""
+        """See that no update was cut short."""
 
     def begin_backward(self, loss: Tensor, step_loss: Tensor, is_boundary: bool, retain_graph: bool) -> None:
-        """Called before each backward; at the boundary gradients may be reduced while it goes on."""
+        """Get ready for a backward; at the boundary gradients may be reduced while it goes on."""
         if is_boundary:
             self.parameters.begin_reduction(self.active_groups[::-1], loss)
 
     def end_backward(self, is_boundary: bool) -> None:
-        """A micro-batch's backward is over; at the boundary gradients are reduced, once."""
+        """End a micro-batch's backward; at the boundary gradients are reduced, once."""
         self.parameters.end_backward()
         if is_boundary:
             self.reduce_gradients()
 
     def backward_failed(self, error: BaseException) -> None:
-        """An error has ended a backward."""
+        """Give up a backward that an error has ended."""
         self.parameters.abandon_reduction()
 
     def pending(self, param: nn.Parameter) -> Tensor | None:
@@ -225,7 +225,7 @@ class GroupOptimizer:
         return self.states.arithmetic(self.updates_in_backward)
 
     def waiting_for_ranks(self) -> contextlib.AbstractContextManager[None]:
-        """Around what ranks do together: the computation stands still for it."""
+        """A context around what ranks do together: the computation stands still for it."""
         alone = self.parameters.ranks.world_size == 1
         return contextlib.nullcontext() if alone else self.waits.around("reduction")
 
@@ -283,11 +283,11 @@ class GroupOptimizer:
 
     @property
     def is_mid_step(self) -> bool:
-        """Gradients were reduced and their update has not been made."""
+        """True if gradients were reduced and their update has not been made."""
         return bool(self._reduced)
 
     def drop_gradients(self) -> None:
-        """Reduced or not: another state is about to be loaded."""
+        """Drop gradients, reduced or not: another state is about to be loaded."""
         self.updates.abandon()
         self._reduced.clear()
         self.zero_grad()
@@ -298,7 +298,7 @@ class GroupOptimizer:
         self.parameters.drop_grads(self.groups.values())
 
     def end_training(self, keep_states: bool = False) -> None:
-        """Gradients, hooks on weights, states and what moves them: gone."""
+        """Give back gradients, hooks on weights, states and what moves them."""
         if self.flags.step_began:  # else they may be another engine's by now
             self.drop_gradients()
         self.flags.show()

@@ -137,8 +137,8 @@ class GroupStates:
         return _CPU if chunk.id in self.on_host else self.update_device
 
     def regroup(self, groups: Mapping[int, GroupShard]) -> None:
-        """The same chunks belong to other groups from now on: what they keep stays. Of what the optimizer keeps in its
-        param_groups a new group has what its lowest chunk's group had."""
+        """Take the same chunks for those of other groups from now on: what they keep stays. Of what the optimizer keeps
+        in its param_groups a new group has what its lowest chunk's group had."""
         extras_of = {c.id: self.extras[index] for index, group in self.groups.items() for c in group.chunks}
         assert extras_of.keys() == {chunk.id for group in groups.values() for chunk in group.chunks}
         self.groups = dict(groups)
@@ -155,7 +155,7 @@ class GroupStates:
         self.store.check_room(machine, beside)
 
     def held_bytes(self, group: GroupShard) -> int:
-        """Of the second copies of a group's states in host memory, if updates may be taken back."""
+        """Bytes of the second copies of a group's states in host memory, if updates may be taken back."""
         store = self.store_of(group)
         if not self._may_hold or isinstance(store, DiskStateStore):
             return 0
@@ -203,7 +203,8 @@ class GroupStates:
         return self.precision.has_master(param.dtype) or (elsewhere and param.dtype == torch.float32)
 
     def _weights_of_masters(self, group: GroupShard, mastered: list[Piece]) -> Weights | None:
-        """For stores that keep of a master only what its bf16 weight lacks."""
+        """A function that gives the weights of the masters, for stores that keep of a master only what its bf16 weight
+        lacks."""
         in_bf16 = all(group.members[piece.member].param.dtype == torch.bfloat16 for piece in mastered)
         if not (in_bf16 and self.parameters.weights_are_always_here):
             return None
@@ -308,8 +309,8 @@ class GroupStates:
         self.store_of(group).evict(group.chunks[position].id, version)
 
     def prefetch(self, group: GroupShard, position: int = 0, then: Sequence[GroupShard] = ()) -> None:
-        """The group will be updated next, from its chunk at ``position`` on, and after it ``then``: the first states
-        may be on their way."""
+        """Start the first states of the group on their way: it will be updated next, from its chunk at ``position`` on,
+        and after it ``then``."""
         store = self.store_of(group)
         chunks = [
             *group.chunks[position:],
@@ -320,21 +321,21 @@ class GroupStates:
     # -- updates that may be taken back -----------------------------------------------------------------------
 
     def hold(self, group: GroupShard) -> None:
-        """Before an update of ``group`` that may be taken back: keep its states, here and in the store, until
-        ``release`` or ``take_back``."""
+        """Keep the states of ``group``, here and in the store, until ``release`` or ``take_back``. Called before an
+        update that may be taken back."""
         for chunk in group.chunks:
             self.store_of(group).hold(chunk.id)
             records = [PieceRecord(r.master, dict(r.slots), copied(r.scalars)) for r in self.records[chunk.id]]
             self._held[chunk.id] = HeldRecords(records, chunk.id in self._masters_filled)
 
     def release(self, group: GroupShard) -> None:
-        """The update stands."""
+        """Let the update stand: what ``hold`` kept goes."""
         for chunk in group.chunks:
             self.store_of(group).release(chunk.id)
             del self._held[chunk.id]
 
     def take_back(self, group: GroupShard) -> None:
-        """The group's states are again what they were. Its weights are the caller's."""
+        """Give the group's states the values that they had at ``hold``. Its weights are the caller's."""
         for chunk in group.chunks:
             self.store_of(group).take_back(chunk.id)
             held = self._held.pop(chunk.id)

@@ -41,7 +41,7 @@ class StepValues:
     keeps_gradients: bool = False
 
     def on(self, device: torch.device) -> StepValues:
-        """The same, with the factor where updates run."""
+        """The same values, with the factor where updates run."""
         return self if self.factor is None else replace(self, factor=self.factor.to(device))
 
 
@@ -277,13 +277,13 @@ class GroupUpdates:
     # -- the end of a step --------------------------------------------------------------------------------------
 
     def keep_changes(self) -> None:
-        """The step stands: into ``extras`` goes what the updates on the host have changed in param_groups."""
+        """Let the step stand: into ``extras`` goes what the updates on the host have changed in param_groups."""
         for index, changed in self._changed_beside:
             self.states.extras[index] |= changed
         self._changed_beside.clear()
 
     def forget_changes(self) -> None:
-        """What the updates on the host have changed in param_groups is not wanted."""
+        """Forget what the updates on the host have changed in param_groups."""
         self._changed_beside.clear()
 
     def abandon(self) -> None:
@@ -293,7 +293,7 @@ class GroupUpdates:
         self.forget_changes()
 
     def close(self) -> None:
-        """No update comes any more. Before the states' memory goes: a thread may still use it."""
+        """Take no update any more. Called before the states' memory goes: a thread may still use it."""
         if self.beside is not None:
             self.beside.close()
         if self.host_step is not None:
@@ -309,7 +309,7 @@ class Scratch:
         self._used = 0
 
     def begin(self) -> None:
-        """What ``fp32`` gave before is not used any more."""
+        """Use the memory again: what ``fp32`` gave before is not used any more."""
         self._used = 0
 
     def fp32(self, values: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ class HostGradients:
         self._kept.clear()
 
     def close(self) -> None:
-        """No gradient comes any more."""
+        """Take no gradient any more."""
         self.clear()
         self._mover.close()
         if self._thread is not None:

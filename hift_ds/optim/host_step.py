@@ -33,8 +33,8 @@ NUM_BUFFERS = 2  # each way: one is filled while the other travels
 
 
 class HostStep:
-    """One group at a time: ``gradient`` and ``send_weight`` for every part of it, then ``finish``. What ``expect`` was
-    told of comes down meanwhile.
+    """The update of one group at a time on the host: ``gradient`` and ``send_weight`` for every part of it, then
+    ``finish``. What ``expect`` was told of comes down meanwhile.
 
     Args:
         traffic: counts what travels: gradients in, weights out, as seen from where the update runs.
@@ -122,7 +122,8 @@ class SplitUpdates:
     make_store: Callable[[], SplitStateStore]
 
     def chunks(self, groups: Mapping[int, GroupShard]) -> frozenset[int]:
-        """Ids, spread evenly over the model from bottom to top, so that within a step both places have work."""
+        """The ids of the chunks that the host updates, spread evenly over the model from bottom to top, so that within
+        a step both places have work."""
         on_host, due = set(), 0.0
         for index in sorted(index for index in groups if index != ALWAYS):
             for chunk in groups[index].chunks:
@@ -164,21 +165,21 @@ class HostUpdates(Generic[Result]):
             return update()
 
     def finish(self) -> list[Result]:
-        """Wait for all; what they returned, in order."""
+        """Wait for all updates, and give what they returned, in order."""
         pending, self._pending = self._pending, []
         self._done += [update.result() for update in pending]
         done, self._done = self._done, []
         return done
 
     def abandon(self) -> None:
-        """Wait for all; what they made is not wanted."""
+        """Wait for all updates; what they made is not wanted."""
         for update in self._pending:
             with contextlib.suppress(Exception):
                 update.result()
         self._pending, self._done = [], []
 
     def close(self) -> None:
-        """No update comes any more."""
+        """Take no update any more."""
         self.abandon()
         if self._thread is not None:
             self._thread.shutdown(wait=True)

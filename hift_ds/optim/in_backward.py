@@ -144,7 +144,7 @@ class InBackwardOptimizer(GroupOptimizer):
 
     @torch.no_grad()
     def begin_backward(self, loss: Tensor, step_loss: Tensor, is_boundary: bool, retain_graph: bool) -> None:
-        """Before each backward.
+        """Read from the graph what the coming backward will reach. Called before each backward.
 
         Args:
             loss: what backward starts from.
@@ -264,7 +264,8 @@ class InBackwardOptimizer(GroupOptimizer):
         self.update_part(part, shards, self._factor_now(backward, part))
 
     def update_part(self, part: GroupShard, shards: list[Tensor | None], factor: Tensor | None) -> None:
-        """States in, update, weights out; autograd is told that the weights have changed."""
+        """Bring the part's states in, update it, and send states and weights out; autograd is told that the weights
+        have changed."""
         backward = self._backward
         assert backward is not None
         if not backward.rates:
@@ -296,7 +297,7 @@ class InBackwardOptimizer(GroupOptimizer):
 
     @torch.no_grad()
     def end_backward(self, is_boundary: bool) -> None:
-        """A micro-batch's backward is over."""
+        """End a micro-batch's backward."""
         self._accumulating = False
         if is_boundary and self._backward is not None:
             self._finish_parts(self._backward)
@@ -307,7 +308,7 @@ class InBackwardOptimizer(GroupOptimizer):
             self._take_part(backward)
 
     def backward_failed(self, error: BaseException) -> None:
-        """An error has ended a backward.
+        """Give up a backward that an error has ended.
 
         Raises:
             HiFTError: weights had been updated already: this run can only go on from a checkpoint.
@@ -357,7 +358,7 @@ class InBackwardOptimizer(GroupOptimizer):
         return factor is None or float(factor) == 1.0
 
     def _factor_now(self, backward: Backward, part: GroupShard) -> Tensor | None:
-        """By which the gradients of ``part`` are multiplied, where that is known before the norm of the step is."""
+        """The factor of the gradients of ``part``, where that is known before the norm of the step is."""
         if not self.clipping.is_on or backward.tries:
             return None
         device = self._weight_device()
@@ -380,11 +381,11 @@ class InBackwardOptimizer(GroupOptimizer):
     # -- the end of a step --------------------------------------------------------------------------------------
 
     def reduce_gradients(self) -> None:
-        """``end_backward`` has."""
+        """Do nothing: ``end_backward`` has."""
 
     @torch.no_grad()
     def step(self) -> bool:
-        """1. agree on the norm;  2. update what has waited for it;  3. count and rotate."""
+        """End the step: 1. agree on the norm; 2. update what has waited for it; 3. count and rotate."""
         self.check_whole()
         self.answers = None
         if self.skip_updates:

@@ -15,7 +15,7 @@ ALGORITHM = "algorithm"
 
 
 class MuonWithAuxAdamW(torch.optim.Optimizer):
-    """Param_groups carry ``algorithm: "muon" | "adamw"``.
+    """Muon for param_groups with ``algorithm: "muon"``, AdamW for those with ``"adamw"``.
 
     Args:
         muon_groups: param_groups of 2-D parameters.

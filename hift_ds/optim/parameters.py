@@ -172,7 +172,7 @@ class Parameters(ABC):
 
     @abstractmethod
     def end_backward(self) -> None:
-        """A micro-batch's backward is over."""
+        """End a micro-batch's backward."""
 
     def pending(self, param: nn.Parameter) -> Tensor | None:
         """The sum of the gradients of the micro-batches since the last step, of the parameter's shape; ``None`` without
@@ -190,14 +190,14 @@ class Parameters(ABC):
                 self.sums.take(member.param)
 
     def begin_reduction(self, groups: Sequence[GroupShard], loss: Tensor) -> None:  # noqa: B027
-        """The backward of ``loss`` begins, after which ``groups`` will be reduced: their gradients may be sent as they
-        come."""
+        """Get ready for the backward of ``loss``, after which ``groups`` will be reduced: their gradients may be sent
+        as they come."""
 
     def forget_groups(self) -> None:  # noqa: B027
-        """Groups have other parameters from now on."""
+        """Forget what was noted of groups: they have other parameters from now on."""
 
     def abandon_reduction(self) -> None:  # noqa: B027
-        """That backward has failed."""
+        """Give up what :meth:`begin_reduction` began: backward has failed."""
 
     def reduce(self, group: GroupShard) -> tuple[list[Tensor | None], list[bool]]:
         """Mean gradients over ranks, and which parameters had one here. Takes the gradients off the parameters.
@@ -245,7 +245,7 @@ class Parameters(ABC):
 
     @abstractmethod
     def begin_update(self, group: GroupShard) -> None:
-        """The group's weights are about to be read or changed through ``weight``. Every rank calls this."""
+        """Get ready for the group's weights being read or changed through ``weight``. Every rank calls this."""
 
     def begin_part(self, part: GroupShard) -> None:  # noqa: B027
         """Do what ``begin_update`` does, while backward goes on below ``part``."""
@@ -261,7 +261,7 @@ class Parameters(ABC):
     @property
     @abstractmethod
     def weights_are_always_here(self) -> bool:
-        """``weight`` may be asked for outside of an update too."""
+        """True if ``weight`` may be asked for outside of an update too."""
 
     @abstractmethod
     def weight(self, group: GroupShard, piece: Piece) -> Tensor:
@@ -273,10 +273,10 @@ class Parameters(ABC):
         write_weight_(weight, value, generator)
 
     def note_waits(self, waits: Waits) -> None:  # noqa: B027
-        """From now on note there for how long the computation waits for weights."""
+        """Note in ``waits``, from now on, for how long the computation waits for weights."""
 
     def finish_writes(self) -> None:  # noqa: B027
-        """What is computed from here on sees what was written."""
+        """Let what is computed from here on see what was written."""
 
     @abstractmethod
     def whole_weight(self, weight: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ class Parameters(ABC):
 
     @abstractmethod
     def begin_loading(self, weights: Iterable[Tensor]) -> None:
-        """These are about to be changed by ``set_weight``."""
+        """Get ready for ``set_weight``, which is about to change these."""
 
     @abstractmethod
     def set_weight(self, weight: Tensor, value: Tensor) -> None:
@@ -300,15 +300,15 @@ class Parameters(ABC):
         return contextlib.nullcontext()
 
     def during_backward(self) -> contextlib.AbstractContextManager[None]:
-        """Around a backward: what functions with one of their own may ask of saved weights."""
+        """A context around a backward: what functions with one of their own may ask of saved weights."""
         return contextlib.nullcontext()
 
     def end_training(self) -> None:
-        """No gradient is taken any more."""
+        """Take no gradient any more."""
         self.sums.close()
 
     def close(self) -> None:
-        """The weights are used as a plain model's from now on."""
+        """Let go of the weights, which are a plain model's from now on."""
         self.end_training()
 
 

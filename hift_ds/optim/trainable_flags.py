@@ -35,7 +35,7 @@ class TrainableFlags:
         self.step_began = False
 
     def take(self, active: Iterable[nn.Parameter]) -> None:
-        """Only ``active`` weights have the flag from now on, without those that the caller has frozen. What the caller
+        """Give ``active`` weights alone the flag from now on, without those that the caller has frozen. What the caller
         changed since ``show`` counts from the next step on, so that no step has half of its micro-batches' gradients.
 
         Raises:
@@ -70,7 +70,7 @@ class TrainableFlags:
             raise
 
     def end_step(self) -> None:
-        """The gradients so far are used up."""
+        """Note that the gradients so far are used up."""
         self.step_began = False
 
     def _read_changes(self) -> None:

@@ -25,12 +25,12 @@ class Trials:
     last_undone_s: float = 0.0
 
     def begin(self, is_made: bool) -> None:
-        """A step begins."""
+        """Note that a step begins."""
         self.num_made += is_made
         self.last_made, self.last_undone, self.last_undone_s = is_made, False, 0.0
 
     def undo(self, seconds: float) -> None:
-        """This step's was taken back and made again."""
+        """Note that this step's update was taken back and made again."""
         self.num_undone += 1
         self.undone_s += seconds
         self.last_undone, self.last_undone_s = True, seconds

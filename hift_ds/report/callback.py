@@ -37,8 +37,8 @@ _SAME_NAME = (
 
 
 class ReportCallback(TrainerCallback):
-    """Writes ``metrics.jsonl``, ``groups.json``, ``coverage.json`` and the plots; shows progress. Rank 0
-    only.
+    """The callback that writes ``metrics.jsonl``, ``groups.json``, ``coverage.json`` and the plots, and shows progress;
+    on rank 0 only.
 
     With a Trainer whose engine is not ours it works too: the fields that only HiFT knows are then absent.
 

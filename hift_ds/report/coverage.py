@@ -20,8 +20,9 @@ FILE_NAME = "coverage.json"
 
 @dataclass(frozen=True)
 class Coverage:
-    """``updates``: steps that changed each trainable parameter, by name; ``group_of`` may be empty; ``trials``: with
-    clipping by speculation, how many steps updated before their norm was known, and how many did so again."""
+    """How often each trainable parameter was updated. ``updates``: steps that changed it, by name; ``group_of`` may be
+    empty; ``trials``: with clipping by speculation, how many steps updated before their norm was known, and how many
+    did so again."""
 
     updates: dict[str, int]
     num_steps: int

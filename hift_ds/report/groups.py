@@ -21,7 +21,8 @@ FILE_NAME = "groups.json"
 
 @dataclass
 class GroupSummary:
-    """``moved``: L2 norm of (weights at the end - at the start); ``norm``: of those at the start."""
+    """One layer group of a run. ``moved``: L2 norm of (weights at the end - at the start); ``norm``: of those at the
+    start."""
 
     index: int  # -1: active in every turn
     name: str
@@ -99,7 +100,7 @@ def write_groups(run_dir: str | Path, groups: list[GroupSummary]) -> Path:
 
 
 def read_groups(run_dir: str | Path) -> list[GroupSummary]:
-    """Empty if the run has no ``groups.json``."""
+    """The groups of a run; empty if it has no ``groups.json``."""
     path = Path(run_dir) / FILE_NAME
     if not path.is_file():
         return []

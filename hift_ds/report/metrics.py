@@ -65,12 +65,12 @@ def waits_of(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def waited_for(cause: str) -> str:
-    """In words: "states to arrive"."""
+    """A cause in words: "states to arrive"."""
     return CAUSES.get(cause, cause).partition(" (")[0]
 
 
 def share_waited(records: Iterable[Mapping[str, Any]]) -> tuple[float | None, dict[str, float]]:
-    """Of the steps' time the share that they stood still, ``None`` if their time is not known; and how it divides by
+    """The share of the steps' time that they stood still, ``None`` if their time is not known; and how it divides by
     cause, the largest part first."""
     total, seconds = 0.0, Counter[str]()
     for record in records:
@@ -131,7 +131,7 @@ class MetricsWriter:
         self._file: IO[bytes] | None = open(self.path, "ab", buffering=0)  # noqa: SIM115 (see close)
 
     def write(self, record: StepRecord | EvalRecord) -> None:
-        """Raises OSError if the file system refuses the line, of which nothing stays then."""
+        """Write a record. Raises OSError if the file system refuses the line, of which nothing stays then."""
         assert self._file is not None, "writer is closed"
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value

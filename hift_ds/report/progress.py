@@ -17,7 +17,7 @@ from hift_ds.report.metrics import StepRecord, share_waited, waited_for
 
 
 def print_line(text: str) -> None:
-    """On a terminal wrapped at words, whatever its width; in a log a line stays one line."""
+    """Print a line: on a terminal wrapped at words, whatever its width; in a log it stays one line."""
     console = Console(highlight=False)
     console.print(Text(text), soft_wrap=not console.is_terminal)
 
@@ -26,10 +26,11 @@ class Progress(Protocol):
     """What a run shows; see :func:`make_progress`."""
 
     def start(self, total_steps: int, done_steps: int = 0, window: int = 20) -> None:
-        """``window``: steps over which speed and loss are averaged; a cycle, since groups differ in time."""
+        """Begin to show a run. ``window``: steps over which speed and loss are averaged; a cycle, since groups differ
+        in time."""
 
     def update(self, record: StepRecord) -> None:
-        """One optimizer step was made."""
+        """Show that one optimizer step was made."""
 
     def note(self, text: str, style: str = "") -> None:
         """Print a line that stays."""
@@ -197,7 +198,7 @@ class PlainProgress:
 
 
 class SilentProgress:
-    """For ranks other than 0, and for who wants none."""
+    """A progress that shows nothing: for ranks other than 0, and for who wants none."""
 
     def start(self, total_steps: int, done_steps: int = 0, window: int = 20) -> None: ...
 
@@ -209,7 +210,7 @@ class SilentProgress:
 
 
 def clock(seconds: float) -> str:
-    """ "0:07", "12:34", "3:02:10", "2d 04:10"."""
+    """A time as one reads it: "0:07", "12:34", "3:02:10", "2d 04:10"."""
     minutes, secs = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

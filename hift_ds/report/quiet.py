@@ -39,7 +39,7 @@ class _Threshold(logging.Filter):
 
 
 def quiet_libraries(is_main: bool = True) -> None:
-    """Warnings only on rank 0, errors only elsewhere; from DeepSpeed, transformers, datasets, torch.
+    """Let DeepSpeed, transformers, datasets and torch log warnings only on rank 0, errors only elsewhere.
 
     Call it first in a program: before the libraries are imported it needs to import none of them, and
     afterwards it works as well. What the user set through the libraries' own environment variables wins.

@@ -129,7 +129,7 @@ class RunSummary:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Over all steps but the first, which has the warm-up."""
+        """Tokens a second over all steps but the first, which has the warm-up."""
         known = [r for r in self.metrics.steps[1:] if r.get("tokens_per_s") is not None]
         seconds = sum(r["step_time_s"] for r in known)
         return (
@@ -140,7 +140,7 @@ class RunSummary:
 
 
 def read_run(folder: str | Path) -> RunSummary:
-    """Raises :class:`DataError`: the folder is not that of a run."""
+    """Read the files of a run folder. Raises :class:`DataError` if the folder is not that of a run."""
     folder = Path(folder)
     if not folder.exists():
         raise DataError(f"no such folder: {str(folder)!r}; expected the folder of a run (train.output_dir)")

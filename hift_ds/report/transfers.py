@@ -31,7 +31,7 @@ WORTH_A_PICTURE = 0.01  # of the steps' time that they waited; below it one numb
 
 
 def are_worth_a_picture(steps: Sequence[StepRecord]) -> bool:
-    """Steps stood still for something, or updates were made twice."""
+    """True if steps stood still for something, or updates were made twice."""
     if any(record.get("undone") for record in steps):
         return True
     waited, _ = share_waited(steps)
@@ -64,7 +64,7 @@ def transfers_figure(steps: Sequence[StepRecord]) -> Figure:
 
 
 def summary(steps: Sequence[StepRecord]) -> str:
-    """One sentence, over all steps."""
+    """What steps moved and waited for in one sentence, over all steps."""
     moved = float(np.nansum(column(steps, "transfer_s")))
     parts = []
     if moved:
@@ -85,12 +85,12 @@ def summary(steps: Sequence[StepRecord]) -> str:
 
 
 def hidden_seconds(steps: Sequence[StepRecord]) -> np.ndarray:
-    """Of each step's transfers, those that nobody waited for."""
+    """The seconds of each step's transfers that nobody waited for."""
     return np.maximum(column(steps, "transfer_s") - np.nan_to_num(column(steps, "stalled_s")), 0)
 
 
 def waits_to_draw(steps: Sequence[StepRecord]) -> dict[str, np.ndarray]:
-    """By cause in words, the largest first, the mean seconds of each stretch. Causes that are too many for colours, and
+    """The mean seconds of each stretch, by cause in words, the largest first. Causes that are too many for colours, and
     those of less than a hundredth of all, are one."""
     totals = share_waited(steps)[1] or dict.fromkeys((c for record in steps for c in waits_of(record)), 1.0)
     named = [cause for cause, share in totals.items() if share >= 0.01 * sum(totals.values())][: len(_WAITS) - 1]
@@ -102,7 +102,7 @@ def waits_to_draw(steps: Sequence[StepRecord]) -> dict[str, np.ndarray]:
 
 
 def column(steps: Sequence[StepRecord], key: str) -> np.ndarray:
-    """One value a step; NaN where a record lacks it."""
+    """One value of each step; NaN where a record lacks it."""
     return np.array([np.nan if (value := record.get(key)) is None else value for record in steps], dtype=float)
 
 

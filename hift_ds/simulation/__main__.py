@@ -27,7 +27,7 @@ with contextlib.suppress(ImportError):  # it is needed where a setting offloads 
 
 
 def _run_all(settings: Sequence[Setting], num_processes: int) -> list[Result]:
-    """In this process, or in forks of it: one process is a rank of one number of ranks only."""
+    """Run the settings in this process, or in forks of it: one process is a rank of one number of ranks only."""
     indices_of: dict[int, list[int]] = {}
     for i, setting in enumerate(settings):
         indices_of.setdefault(setting.world_size, []).append(i)

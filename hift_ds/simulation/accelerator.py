@@ -80,12 +80,12 @@ class FakeAccelerator(CPU_Accelerator):
 
 
 def use_fake_accelerator() -> None:
-    """From here on DeepSpeed runs on the fake device."""
+    """Have DeepSpeed run on the fake device from here on."""
     set_accelerator(FakeAccelerator())
 
 
 def join_fake_ranks(world_size: int) -> None:
-    """Be rank 0 of ``world_size``; collectives allocate what they are given and move nothing."""
+    """Make this process rank 0 of ``world_size``; collectives allocate what they are given and move nothing."""
     import torch.distributed as dist
     from torch._C._distributed_c10d import FakeProcessGroup
     from torch.testing._internal.distributed.fake_pg import FakeStore

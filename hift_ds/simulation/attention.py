@@ -72,8 +72,8 @@ def _sum_groups(grad: Tensor, num_groups: int) -> Tensor:
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: object, **__: object
 ) -> Tensor:
-    """torch's signature: (B, H, S, D) in and out. A mask is turned into a bias of the query's dtype and saved, as
-    the memory-efficient kernel does, which torch takes when there is one."""
+    """torch's function, with its signature: (B, H, S, D) in and out. A mask is turned into a bias of the query's dtype
+    and saved, as the memory-efficient kernel does, which torch takes when there is one."""
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -82,8 +82,8 @@ def scaled_dot_product_attention(
 
 
 def register_flops() -> None:
-    """Operations of an attention, as torch counts those of its own: two products forward, five backward (the scores are
-    recomputed), full squares."""
+    """Count the operations of an attention as torch counts those of its own: two products forward, five backward (the
+    scores are recomputed), full squares."""
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     if torch.ops.hift_ds.flash_forward in flop_registry:
@@ -101,8 +101,8 @@ def register_flops() -> None:
 
 
 def register_unpadded_masks() -> None:
-    """Attention masks of transformers for batches without padding: none where the kernel is told "causal", a real one
-    for a window shorter than the sequence, and for a batch that brings a mask of its own. (transformers takes fake
+    """Give batches without padding the attention masks of transformers: none where the kernel is told "causal", a real
+    one for a window shorter than the sequence, and for a batch that brings a mask of its own. (transformers takes fake
     tensors for a trace and would always build one.)"""
     from transformers import AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

@@ -31,7 +31,7 @@ WIDER_UNLESS_GIVEN = ("softmax.int", "log_softmax.int", "cumprod", "cumsum", "pr
 
 
 def register(device: str) -> list[object]:
-    """Kernels for the device's autocast key. Returns the libraries, which must be kept alive."""
+    """Register kernels for the device's autocast key. Returns the libraries, which must be kept alive."""
     key = f"Autocast{'PrivateUse1'}"
     everything_else = torch.library.Library("_", "IMPL", key)
     everything_else.fallback(torch.library.fallthrough_kernel)

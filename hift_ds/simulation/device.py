@@ -148,7 +148,7 @@ def _tensor_maker(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Stream:
-    """Ordered by being the only one."""
+    """A stream whose work is in order because there is only one."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 
@@ -171,7 +171,7 @@ class Stream:
 
 
 class Event:
-    """Has happened."""
+    """A mark that the device has always passed."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 

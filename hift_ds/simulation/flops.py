@@ -11,14 +11,14 @@ from torch.utils.flop_counter import flop_registry
 
 
 class FlopCounter:
-    """Sums up by ``phase``, which the caller sets; nothing while that is ``None``."""
+    """Sums up floating-point operations by ``phase``, which the caller sets; nothing while that is ``None``."""
 
     def __init__(self) -> None:
         self.phase: str | None = None
         self._by_phase: Counter[str] = Counter()
 
     def count(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: object) -> None:
-        """One operation, as a dispatch mode sees it."""
+        """Count one operation, as a dispatch mode sees it."""
         if self.phase is not None and (formula := flop_registry.get(func._overloadpacket)) is not None:
             self._by_phase[self.phase] += formula(*args, **kwargs, out_val=out)
 

@@ -92,7 +92,7 @@ def cut_blocks(model: nn.Module, arch: ArchSpec, num_blocks: int) -> None:
 
 
 def make_real(model: nn.Module, dtype: torch.dtype, device: str) -> None:
-    """From meta to ``device``: parameters in ``dtype``, buffers in their own; tied ones stay tied."""
+    """Bring a model from meta to ``device``: parameters in ``dtype``, buffers in their own; tied ones stay tied."""
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
@@ -142,7 +142,8 @@ def _engine(setting: Setting, model: nn.Module) -> HiFTEngine:
 
 
 def _parked_in_host_memory(block: dict[str, Any]) -> dict[str, Any]:
-    """On the device, states that rest on disk look the same, and no file is wanted here. Nor are page-locked slabs."""
+    """The block with states in host memory. On the device, those that rest on disk look the same, and no file is wanted
+    here. Nor are page-locked slabs."""
     state = {**(block.get("state") or {}), "pin_memory": False}
     if state.get("residency") in ("disk", "auto"):
         state["residency"] = "host"
@@ -229,7 +230,7 @@ def _train(
 
 
 def _numel_gathered(engine: HiFTEngine) -> int:
-    """So far, of partitioned weights."""
+    """The elements of partitioned weights that were gathered so far."""
     return getattr(getattr(engine.optimizer.parameters, "shards", None), "numel_gathered", 0)
 
 

@@ -52,7 +52,8 @@ class _CannotTell(Exception):
 
 
 class FakeTensors(FakeTensorMode):
-    """Under it tensors are fake. They have no values: numbers read from them are 1, and nothing is nonzero."""
+    """A mode under which tensors are fake. They have no values: numbers read from them are 1, and nothing is
+    nonzero."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)

@@ -34,7 +34,7 @@ CATEGORIES = (WEIGHTS, GRADIENTS, STATES, ACTIVATIONS, TEMPORARIES)
 
 @dataclass(frozen=True)
 class Mark:
-    """From this event on the program is in ``phase``, at ``place`` (a name within the phase)."""
+    """A mark in the log: from this event on the program is in ``phase``, at ``place`` (a name within the phase)."""
 
     event: int
     phase: str
@@ -100,7 +100,7 @@ class MemoryTracker:
             self.blocks[index].category = category
 
     def see_all(self, tensors: Iterable[object], category: str | None = None) -> None:
-        """``see`` for every tensor among ``tensors``."""
+        """Do what ``see`` does for every tensor among ``tensors``."""
         for tensor in tensors:
             if isinstance(tensor, Tensor):
                 self.see(tensor, category)

@@ -55,7 +55,7 @@ class Traffic:
     def add(
         self, bytes_in: int = 0, bytes_out: int = 0, transfer_s: float = 0.0, stalled_s: float = 0.0, cause: str = ""
     ) -> None:
-        """Callable from any thread.
+        """Count a transfer. Callable from any thread.
 
         Args:
             cause: of the stall.
@@ -69,7 +69,7 @@ class Traffic:
             self.stalled_s += stalled_s
 
     def waited(self, cause: str, seconds: float) -> None:
-        """Not for a transfer of states, or not for that alone. Callable from any thread."""
+        """Count a wait that is not for a transfer of states, or not for that alone. Callable from any thread."""
         with self._lock:
             self.waits[cause] = self.waits.get(cause, 0.0) + seconds
 
@@ -109,7 +109,7 @@ class StateStore(ABC):
         """
 
     def start(self) -> StateStore:
-        """Everything known in advance is reserved: check that there is room for it, and take the room.
+        """Check that there is room for everything that is known in advance and was reserved, and take the room.
 
         Returns:
             The store to go on with: itself, or the one that it chose.
@@ -154,11 +154,11 @@ class StateStore(ABC):
         """
 
     def prefetch(self, *chunks: int) -> None:  # noqa: B027  (a hint: stores that cannot use it ignore it)
-        """``chunks`` will be fetched next, in this order."""
+        """Start ``chunks`` on their way, which will be fetched next, in this order."""
 
     @property
     def reads_weights(self) -> bool:
-        """Masters are kept in a form that is decoded with their weights."""
+        """True if masters are kept in a form that is decoded with their weights."""
         return False
 
     @abstractmethod
@@ -168,18 +168,18 @@ class StateStore(ABC):
 
     @abstractmethod
     def release(self, chunk: int) -> None:
-        """What ``hold`` kept is not wanted any more."""
+        """Forget what ``hold`` kept."""
 
     @abstractmethod
     def take_back(self, chunk: int) -> None:
-        """``chunk`` is again what it was at ``hold``, bit for bit. It is not fetched. A compact master is decoded with
-        its weight, which the caller has taken back by then."""
+        """Make ``chunk`` again what it was at ``hold``, bit for bit. It is not fetched. A compact master is decoded
+        with its weight, which the caller has taken back by then."""
 
     def idle(self) -> None:  # noqa: B027
-        """A step's work has been given to the update device, all of it."""
+        """Note that a step's work has been given to the update device, all of it."""
 
     def busy(self) -> None:  # noqa: B027
-        """The next step begins."""
+        """Note that the next step begins."""
 
     def tensors_at_rest(self) -> list[Tensor]:
         """The memory of this process in which states rest, as far as that is not where updates run."""
@@ -190,7 +190,7 @@ class StateStore(ABC):
         return []
 
     def synchronize(self) -> None:  # noqa: B027
-        """Wait for every transfer under way. Before anything reads or writes parked states."""
+        """Wait for every transfer under way. Called before anything reads or writes parked states."""
 
     @abstractmethod
     def read(self, chunk: int) -> Mapping[str, Tensor]:

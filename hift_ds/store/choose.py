@@ -104,7 +104,8 @@ def pick_residency(
 
 
 def device_bytes_free(device: torch.device) -> int:
-    """0 if this kind of accelerator does not tell, so that nothing is put there on trust."""
+    """The free memory of ``device``, in bytes; 0 if this kind of accelerator does not tell, so that nothing is put
+    there on trust."""
     tell = getattr(torch.get_device_module(device), "mem_get_info", None)
     return tell(device)[0] if tell is not None else 0
 

@@ -63,14 +63,14 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, values: Tensor, parts: Mapping[str, Tensor], seed: int) -> None:
-        """``values`` (flat) into ``parts``, on one device. ``seed``: of stochastic rounding."""
+        """Write ``values`` (flat) into ``parts``, on one device. ``seed``: of stochastic rounding."""
 
     @abstractmethod
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The values, flat, on the parts' device."""
 
     def aside(self) -> Tensor | None:
-        """What belongs to the form and is not in its parts, as it is now."""
+        """What belongs to the compact form and is not in its parts, as it is now."""
         return None
 
     def set_aside(self, kept: Tensor | None) -> None:  # noqa: B027
@@ -177,7 +177,7 @@ class SplitMaster(Codec):
 
 
 class Bfloat16Moment(Codec):
-    """Half the bytes. A second moment moves by a thousandth a step, less than half a bf16 step: rounded to
+    """A moment in half the bytes. A second moment moves by a thousandth a step, less than half a bf16 step: rounded to
     nearest it would stand still, so it is rounded stochastically (arXiv 2010.06192)."""
 
     def __init__(self, stochastic: bool) -> None:
@@ -215,7 +215,7 @@ def stochastic_bf16(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Int8Moment(Codec):
-    """8 bits times the largest magnitude of 256 neighbours (:mod:`hift_ds.store.eight_bit`).
+    """A moment in 8 bits times the largest magnitude of 256 neighbours (:mod:`hift_ds.store.eight_bit`).
 
     A second moment is kept as its square root, which is what the update divides by: the square would leave
     the range of 8 bits where gradients differ by 10^3, become 0, and blow the update up.

@@ -13,7 +13,8 @@ from hift_ds.store.encoded import EncodedStateStore
 
 @dataclass
 class DeviceStateStore(EncodedStateStore):
-    """Never moves anything; with a codec, decodes for the update what it keeps compactly."""
+    """Keeps states where updates run and never moves them; with a codec, decodes for the update what it keeps
+    compactly."""
 
     _memory: dict[int, Tensor] = field(default_factory=dict, init=False)
     _held: dict[int, Tensor] = field(default_factory=dict, init=False)  # in host memory

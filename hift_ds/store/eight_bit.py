@@ -58,7 +58,7 @@ def encode(values: Tensor, codes: Tensor, scales: Tensor, *, signed: bool) -> No
 
 
 def decode(codes: Tensor, scales: Tensor, values: Tensor, *, signed: bool) -> None:
-    """The other way; ``values`` (fp32, flat) is overwritten."""
+    """Turn levels back into values; ``values`` (fp32, flat) is overwritten."""
     numel = codes.numel()
     shift, zero = _geometry(signed)
     bits = codes.to(torch.int32)

@@ -25,7 +25,7 @@ _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 def whole_pages(num_bytes: int) -> int:
-    """``num_bytes`` rounded up."""
+    """``num_bytes`` rounded up to whole pages."""
     return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
@@ -52,7 +52,7 @@ def checksum(pages: np.ndarray, offset: int, before: int = 0) -> int:
 
 
 def write_file(path: Path, pieces: Iterable[Tensor], direct: bool) -> int:
-    """``pieces``, one after the other, become the file. A failure leaves the file that was there.
+    """Write ``pieces``, one after the other, as the file's new contents. A failure leaves the file that was there.
 
     Args:
         pieces: each from ``page_aligned``, in whole pages; taken when the one before has been written, so one
@@ -88,7 +88,7 @@ def write_file(path: Path, pieces: Iterable[Tensor], direct: bool) -> int:
 
 
 def read_file(path: Path, pieces: Iterable[Tensor], direct: bool, expected: int | None = None) -> None:
-    """The file into ``pieces``, one after the other, as in :func:`write_file`; it must fill them.
+    """Read the file into ``pieces``, one after the other, as in :func:`write_file`; it must fill them.
 
     Args:
         expected: what :func:`write_file` returned; None: not looked at.

@@ -123,7 +123,7 @@ class BackwardCosts:
         )
 
     def step(self, parts: Sequence[int], above: int, total: int, tokens: float) -> tuple[float, float]:
-        """Seconds that a step computes, and that it waits on top of them.
+        """The seconds that a step computes, and that it waits on top of them.
 
         Args:
             parts: parameters of the group's embedding, blocks and head, top to bottom.

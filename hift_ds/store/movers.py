@@ -53,14 +53,14 @@ class Mover(ABC):
 
     @abstractmethod
     def wait(self, ticket: Ticket | None) -> None:
-        """Computation from here on runs after the copy; the time it stands still for that is a stall.
+        """Have computation from here on run after the copy; the time it stands still for that is a stall.
 
         Raises:
             StateStoreError: the copy failed.
         """
 
     def settle(self, ticket: Ticket | None, is_stall: bool = True) -> None:
-        """The caller waits until the copy has ended. Raises as ``wait`` does.
+        """Have the caller wait until the copy has ended. Raises as ``wait`` does.
 
         Args:
             is_stall: the step waits with it. False on a thread that works beside the training.
@@ -68,18 +68,18 @@ class Mover(ABC):
         self.wait(ticket)
 
     def idle(self) -> None:  # noqa: B027
-        """A step has ended: the computation has been given all of it."""
+        """Note that a step has ended: the computation has been given all of it."""
 
     def busy(self) -> None:  # noqa: B027
-        """The next step begins. If the computation stood still since ``idle`` until a copy ended, somebody
+        """Note that the next step begins. If the computation stood still since ``idle`` until a copy ended, somebody
         synchronized the device: that is a stall."""
 
     def close(self) -> None:  # noqa: B027
-        """No copy is submitted any more."""
+        """Submit no copy any more."""
 
 
 class InlineMover(Mover):
-    """Every second of a copy is a stall."""
+    """Copies at once, in the caller: every second of a copy is a stall."""
 
     def __init__(self, traffic: Traffic, device: torch.device) -> None:
         super().__init__(traffic)
@@ -269,7 +269,7 @@ class StreamMover(Mover):
 
 
 class Waits:
-    """For how long the computation stands still for other things than states: between ranks, and between steps.
+    """How long the computation stands still for other things than states: between ranks, and between steps.
 
     Args:
         device: where it runs. Without streams the host's time counts.
@@ -286,7 +286,7 @@ class Waits:
 
     @contextlib.contextmanager
     def around(self, cause: str) -> Iterator[None]:
-        """What is given to the computation inside this block is a wait for ``cause`` and no more."""
+        """A context inside of which what is given to the computation is a wait for ``cause`` and no more."""
         started = self._now()
         try:
             yield
@@ -294,23 +294,23 @@ class Waits:
             self._note(cause, started)
 
     def idle(self) -> None:
-        """A step's work has been given to the device, all of it."""
+        """Note that a step's work has been given to the device, all of it."""
         self._idle_since = self._now()
 
     def busy(self) -> None:
-        """The next step begins."""
+        """Note that the next step begins."""
         if self._idle_since is not None:
             self._note("between_steps", self._idle_since)
             self._idle_since = None
 
     def skip(self) -> None:
-        """Work that is no step's, an evaluation or a checkpoint: that the next step begins late is no wait. Within a
-        step it changes nothing."""
+        """Leave out work that is no step's, an evaluation or a checkpoint: that the next step begins late is no wait.
+        Within a step it changes nothing."""
         self._skipped |= self._idle_since is not None
         self._idle_since = None
 
     def take_skipped(self) -> bool:
-        """``skip`` was called between two steps since this was last asked."""
+        """Whether ``skip`` was called between two steps since this was last asked."""
         skipped, self._skipped = self._skipped, False
         return skipped
 

@@ -162,7 +162,7 @@ class ParkedStateStore(EncodedStateStore):
 
     @abstractmethod
     def _divert(self, chunk: int) -> None:
-        """From now on ``_copy_out`` fills another resting place than the one that the chunk has, which stays."""
+        """Let ``_copy_out`` fill another resting place from now on than the one that the chunk has, which stays."""
 
     @abstractmethod
     def _end_diversion(self, chunk: int, back: bool) -> None:

@@ -16,7 +16,7 @@ from hift_ds.store.speeds import Link
 
 @dataclass
 class SplitStateStore(StateStore):
-    """Asks the store that a chunk is in. Bytes are counted by the one of the device.
+    """Two stores in one: asks the one that a chunk is in. Bytes are counted by the one of the device.
 
     Args:
         of_device: of what is updated on ``device``.

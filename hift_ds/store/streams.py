@@ -18,7 +18,7 @@ class StreamEvent(Protocol):
         """Whether the device has passed the mark."""
 
     def synchronize(self) -> None:
-        """The host waits until the device has passed the mark."""
+        """Have the host wait until the device has passed the mark."""
 
     def elapsed_time(self, end: StreamEvent) -> float:
         """Milliseconds from this mark to ``end``; both were made with ``enable_timing`` and have been passed."""
@@ -28,13 +28,13 @@ class SideStream(Protocol):
     """A queue of work on the device, as ``torch.cuda.Stream``."""
 
     def wait_stream(self, stream: SideStream) -> None:
-        """What is queued here from now on runs after all that ``stream`` has been given so far."""
+        """Let what is queued here from now on run after all that ``stream`` has been given so far."""
 
     def wait_event(self, event: StreamEvent) -> None:
-        """What is queued here from now on runs after the mark."""
+        """Let what is queued here from now on run after the mark."""
 
     def synchronize(self) -> None:
-        """The host waits for all that is queued here."""
+        """Have the host wait for all that is queued here."""
 
 
 class Streams(Protocol):
@@ -47,13 +47,13 @@ class Streams(Protocol):
         """A new mark."""
 
     def stream(self, stream: SideStream) -> AbstractContextManager[Any]:
-        """Inside of it, work goes to ``stream``."""
+        """A context inside of which work goes to ``stream``."""
 
     def current_stream(self, device: torch.device) -> SideStream:
         """The stream to which work goes now: the computation's."""
 
     def device(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Inside of it, ``device`` is this thread's."""
+        """A context inside of which ``device`` is this thread's."""
 
 
 def streams_of(device: torch.device) -> Streams | None:

@@ -131,7 +131,7 @@ def _exports_masters(checked: CheckedRun) -> bool:
 
 
 def _saved_weights(trainer: RunTrainer, best: bool) -> Iterator[tuple[str, torch.Tensor]] | None:
-    """From the checkpoint that the run ends with, one at a time; None if DeepSpeed alone has written it.
+    """The weights in the checkpoint that the run ends with, one at a time; None if DeepSpeed alone has written it.
 
     Args:
         best: the fp32 masters of 16-bit weights.

@@ -55,6 +55,6 @@ def card_here(settings: Settings, dtype: Dtype) -> Card:
 
 
 def card_of(card: float, ranks: int) -> Card:
-    """One of ``card`` GiB, somewhere."""
+    """A card of ``card`` GiB, somewhere."""
     usable = budget_gib(card, ranks)
     return Card(f"a card of {card:g} GiB, {usable:.1f} usable", int(usable * GIB), is_here=False)

@@ -25,8 +25,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from hift_ds.checkpoint.files import replace_json, replace_text
 from hift_ds.checkpoint.folder_lock import LOCK_FILE, FolderLock
 from hift_ds.checkpoint.trainer_folder import find_checkpoints
-from hift_ds.data.prepare import PreparedData, prepare_data
-from hift_ds.data.stream import prepare_stream
+from hift_ds.data.prepare import PreparedData, prepare_data, prepare_stream
 from hift_ds.data.task_data import Preparation
 from hift_ds.data.tokenizers import add_tokens, load_tokenizer
 from hift_ds.errors import CheckpointError, ConfigError
@@ -305,7 +304,7 @@ def _write_settings(run: RunConfig, deepspeed: Mapping[str, Any], chosen: Mappin
 
 @no_traceback_when_full("in training")
 def _train(trainer: RunTrainer, run: RunConfig, checkpoints: list[Path], settings: dict[str, Any]) -> dict[str, Any]:
-    """From the newest checkpoint whose checksums are right, else from the start."""
+    """Train, from the newest checkpoint whose checksums are right, else from the start."""
     progress = _Began(run, settings)
     trainer.add_callback(progress)
     try:

@@ -58,17 +58,17 @@ class ModelSizes:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """On the meta device."""
+        """The model, on the meta device."""
         return build_on_meta(self.config, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def numel(self) -> int:
-        """Parameters, tied ones once."""
+        """The number of parameters, tied ones once."""
         return sum(param.numel() for param in self.model.parameters())
 
     @property
     def num_blocks(self) -> int:
-        """Blocks between embedding and head."""
+        """The number of blocks between embedding and head."""
         return len(find_arch(self.model).blocks)
 
     @cached_property
@@ -79,7 +79,7 @@ class ModelSizes:
         return [first, *(partition_model(self.model, group_size=size).groups for size in sizes)]
 
     def largest_group(self, block: HiFTConfig) -> int:
-        """Parameters of the largest turn."""
+        """The number of parameters of the largest turn."""
         partition = partition_model(
             self.model, group_size=block.first_group_size, patterns=block.groups, always_active=block.always_active
         )
@@ -87,7 +87,7 @@ class ModelSizes:
         return max(group.numel for group in partition.groups) + always
 
     def largest_part(self) -> int:
-        """Parameters of the largest embedding, block or head."""
+        """The number of parameters of the largest embedding, block or head."""
         return max(group.numel for group in self.by_size[0])
 
 
@@ -106,7 +106,7 @@ class Choice:
     update: str = "after_backward"
 
     def line(self) -> str:
-        """For the terminal."""
+        """The choice as a line for the terminal."""
         turns = self.num_steps / self.num_groups
         text = f"group size {self.group_size}: {self.num_groups} layer groups, each trained in {turns:.1f} of "
         text += f"{self.num_steps} steps"
@@ -209,8 +209,8 @@ def num_steps(settings: Settings, num_rows: int | None) -> int | None:
 def _memory_rule(
     settings: Settings, dtype: Dtype, model: ModelSizes, card: Card
 ) -> Callable[[Sequence[LayerGroup]], str | None]:
-    """After backward the gradients and visiting states of a whole group are there at once, in backward those of one
-    embedding, block or head."""
+    """What says of groups for lack of which memory they cannot be trained, or nothing: after backward the gradients and
+    visiting states of a whole group are there at once, in backward those of one embedding, block or head."""
     block = settings.hift
     assert block is not None
     state, ranks, weight = block.state, settings.world_size, 2 if dtype != "fp32" else 4

@@ -33,7 +33,7 @@ class HeldOut:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """The exponential of the loss."""
         return math.exp(min(self.loss, 700.0))
 
 
@@ -64,7 +64,7 @@ def held_out_loss(
     trained: TrainedModel, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataConfig,
     batch_size: int, progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeldOut:  # fmt: skip
-    """Every row once, ``batch_size`` at a time; no more logits than one batch's are held.
+    """The loss over every row once, ``batch_size`` rows at a time; no more logits than one batch's are held.
 
     Args:
         progress: told how many rows of how many are done.

@@ -133,7 +133,7 @@ def _check_packing(model: PreTrainedModel, run: RunConfig) -> None:
 def _add_rows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: RunConfig, say: Callable[[str], None]
 ) -> None:
-    """For tokens that the embeddings have no rows for; published ones often have a few more rows than tokens."""
+    """Give the embeddings rows for tokens that they lack; published ones often have a few more rows than tokens."""
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         set_seed(run.train.seed)  # new rows are drawn around the mean of the others, the same on all ranks
@@ -151,8 +151,8 @@ def _load_with_head(
     labels: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> PreTrainedModel:
-    """With the task's head, which begins with random weights unless the folder has one that fits; the same on all
-    ranks."""
+    """Load a model with the task's head, which begins with random weights unless the folder has one that fits; the same
+    on all ranks."""
     run, task, trust = checked.run, TASKS[checked.run.task], checked.run.model.trust_remote_code
     set_seed(run.train.seed)
     with quiet_hugging_face():  # what is new and what is unused is said below

@@ -185,7 +185,7 @@ class PreemptionCallback(TrainerCallback):
         self._restore()
 
     def exit_if_stopped(self, how_to_resume: str) -> None:
-        """After ``train()``: leave the program with code 0 if a signal ended it, else do nothing."""
+        """Leave the program, after ``train()``, with code 0 if a signal ended it, else do nothing."""
         if self.stopped_by is not None:
             StopRequest(torch.device("cpu")).exit(how_to_resume)
 

@@ -44,7 +44,7 @@ class ProgressNotes:
         os.pwrite(self._handle, note.encode()[:_NOTE_BYTES].ljust(_NOTE_BYTES, b"\0"), rank * _NOTE_BYTES)
 
     def read(self, rank: int) -> str:
-        """Empty if the rank has not said anything yet."""
+        """What the rank said last; empty if it has not said anything yet."""
         return os.pread(self._handle, _NOTE_BYTES, rank * _NOTE_BYTES).rstrip(b"\0").decode(errors="replace")
 
     def close(self) -> None:
@@ -91,7 +91,8 @@ class RankProcesses:
                 process.send_signal(number)
 
     def wait(self) -> FirstEnd | None:
-        """None if all ended well. After the first that did not, the others get ``GRACE_S``, then SIGKILL."""
+        """Wait until all have ended: None if all ended well. After the first that did not, the others get ``GRACE_S``,
+        then SIGKILL."""
         first, deadline = None, float("inf")
         try:
             while (codes := [process.poll() for process in self._processes]).count(None):
@@ -117,7 +118,7 @@ class RankProcesses:
 
 
 def end_with_launcher() -> None:
-    """From now on this process is killed as soon as the one that launched it is gone, however that ended.
+    """Have this process killed, from now on, as soon as the one that launched it is gone, however that ended.
 
     Only launchers that live as long as their job count: ``hift-ds train``, DeepSpeed's, torchrun. Linux; elsewhere
     nothing happens.

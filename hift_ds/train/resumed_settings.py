@@ -211,7 +211,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
-    """Both from :func:`settings_of`."""
+    """Compare the settings of two runs, both from :func:`settings_of`."""
     found: dict[str, list[str]] = {REFUSED: [], KEPT: [], CHANGED: [], ELSEWHERE: []}
     for key, theirs, ours in _pairs(then, now):
         what, why = _rule(key)

@@ -32,6 +32,8 @@ RUN_FILE_COPY = "run.yaml"  # in the run folder: every key, defaults included
 
 
 class Section(BaseModel):
+    """A section of a run file: closed, and not to be changed once it was read."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 

@@ -122,7 +122,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def refuse_other_tools(content: Mapping[str, Any], file: Path) -> None:
-    """A run file of another program, told by a key that names its model.
+    """Refuse a run file of another program, told by a key that names its model.
 
     Raises:
         ConfigError: names the program, how its file is trained with HiFT as it is, and what its keys are called here.

@@ -44,7 +44,7 @@ class TrainedModel:
 
     @property
     def task(self) -> str:
-        """Of the run; of a model folder alone the one that its class is for."""
+        """The run's task; of a model folder alone the one that its class is for."""
         if self.run is not None:
             return self.run.task
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))

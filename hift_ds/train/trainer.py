@@ -215,7 +215,7 @@ def _add_callbacks(trainer: RunTrainer, checked: CheckedRun) -> None:
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """transformers', which also says that it ends the run, and has a checkpoint of its end saved.
+    """transformers' callback, which also says that it ends the run, and has a checkpoint of its end saved.
 
     A run that goes on restores the number of evaluations that were no better, which transformers does with the settings
     of the checkpoint; those of this run stand in ``settings``.
@@ -229,7 +229,7 @@ class EarlyStopping(EarlyStoppingCallback):
         return type(cls.__name__, (cls,), {"settings": (patience, threshold)})()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Without transformers' warning where the best weights are not kept, which is the user's choice."""
+        """Begin without transformers' warning where the best weights are not kept, which is the user's choice."""
         self.early_stopping_patience, self.early_stopping_threshold = self.settings
 
     def on_evaluate(

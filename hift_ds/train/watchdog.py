@@ -80,7 +80,7 @@ class DivergenceGuard:
         engine.optimizer.scaler = _GuardedScaler(engine.optimizer.scaler, self._refuses, self._saw_overflow)
 
     def after_step(self) -> None:
-        """Between two optimizer steps: the rollback, if one is due.
+        """Roll back between two optimizer steps, if a rollback is due.
 
         Raises:
             TrainingError: there is nothing to go back to, or it was tried too often.
@@ -114,7 +114,8 @@ class DivergenceGuard:
         return True
 
     def _loss_is_not_finite(self) -> bool | torch.Tensor:
-        """On this rank: asked with the gradient norm, so that the host waits for the device once a step."""
+        """Whether this rank's loss is no number: asked with the gradient norm, so that the host waits for the device
+        once a step."""
         losses = self.engine.notes.loss
         return False if losses is None else torch.isfinite(losses).logical_not()
 
@@ -192,7 +193,7 @@ class HangWatchdog:
         self._ended.set()
 
     def beat(self) -> None:
-        """Something has been done."""
+        """Note that something has been done."""
         self._last = time.monotonic()
 
     def _watch(self) -> None:
@@ -315,8 +316,8 @@ _LOST_WORDS = (
 
 
 def collective_timeout_s(hang_timeout_s: float) -> float:
-    """For the process group: longer than the :class:`HangWatchdog` waits (0: for ever), which names step, group and
-    checkpoint, where NCCL's own watchdog ends a process without a word of Python."""
+    """The timeout of the process group: longer than the :class:`HangWatchdog` waits (0: no limit), which names step,
+    group and checkpoint, where NCCL's own watchdog ends a process without a word of Python."""
     return 1.25 * hang_timeout_s + 600 if hang_timeout_s else 365 * 86400.0
 
 

@@ -15,8 +15,8 @@ import yaml
 from torch.utils.data import DataLoader
 
 from hift_ds.data.config import DataConfig
-from hift_ds.data.prepare import prepare_data
-from hift_ds.data.stream import Stream, prepare_stream
+from hift_ds.data.prepare import prepare_data, prepare_stream
+from hift_ds.data.stream import Stream
 from hift_ds.errors import ConfigError, DataError
 from hift_ds.train.finetune import finetune
 from hift_ds.train.run_config import load_run_config

@@ -64,7 +64,7 @@ class Gathered:
 
 
 def start_copies(params: Sequence[PartitionedWeight]) -> Copied:
-    """On one rank, whose shards are the weights: bring them to the accelerator on the current stream."""
+    """Bring weights, which on one rank are their shards, to the accelerator on the current stream."""
     device = get_accelerator().current_device_name()
     for param in params:
         param.ds_status = ZeroParamStatus.INFLIGHT
@@ -119,13 +119,13 @@ class WriteBack:
         self._sent[at] = self._mover.submit(OUT, lambda: shard.copy_(buffer, non_blocking=True))
 
     def finish(self) -> None:
-        """What is computed from here on, and copied after that, sees the new weights."""
+        """Let what is computed from here on, and copied after that, see the new weights."""
         for ticket in self._sent:
             self._mover.wait(ticket)
         self._buffers = self._none()  # only an update needs them
 
     def settle(self) -> None:
-        """The host may read and write the shards."""
+        """Wait until the host may read and write the shards."""
         for ticket in self._sent:
             self._mover.settle(ticket)
         self._sent = [None] * NUM_BUFFERS

@@ -77,8 +77,8 @@ def load_partitioned_with_head(
     model_options: Mapping[str, Any] | None = None,
     **from_config: Any,
 ) -> tuple[PreTrainedModel, list[str], list[str]]:
-    """As :func:`load_partitioned`, for a task whose head the folder may lack: that one begins as ``from_pretrained``
-    would draw it from the global generators, whole on every rank for a moment.
+    """Load as :func:`load_partitioned` does, for a task whose head the folder may lack: that one begins as
+    ``from_pretrained`` would draw it from the global generators, whole on every rank for a moment.
 
     Args:
         model_class: an ``Auto...`` class of transformers.

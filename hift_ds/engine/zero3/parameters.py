@@ -66,7 +66,7 @@ class PartitionedParameters(Parameters):
         self._gather_owned(group)
 
     def begin_part(self, part: GroupShard) -> None:
-        """Whole copies stay until backward ends: what of it is left may read them, old as they are, and no more."""
+        """Leave whole copies until backward ends: what of it is left may read them, old as they are, and no more."""
         self._changed.update(member.param for member in part.members)
         self.shards.written(member.param for member in part.members)
         self._gather_owned(part)
@@ -133,7 +133,7 @@ class PartitionedParameters(Parameters):
         shard_of(weight).copy_(value.reshape(-1)[start:end])
 
     def publish(self, group: GroupShard) -> None:
-        """Whole tensors go back into shards; shards are where they belong already."""
+        """Put whole tensors back into shards; shards are where they belong already."""
         if self.whole_tensors:
             for member in group.members:
                 assert member.owner is not None

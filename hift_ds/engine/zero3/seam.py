@@ -179,13 +179,13 @@ class WeightShards:
         self._hook = self._module.register_forward_pre_hook(self._choose_coordinator, prepend=True)
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:
-        """Around what gives the computation nothing to do but to wait for weights."""
+        """A context around what gives the computation nothing to do but to wait for weights."""
         return contextlib.nullcontext() if self.waits is None else self.waits.around("gather")
 
     # -- traces -----------------------------------------------------------------------------------------------
 
     def _choose_coordinator(self, *_: Any) -> None:
-        """Before each forward of the whole model."""
+        """Choose the active group's coordinator. Called before each forward of the whole model."""
         if self._module.ds_id != self._registered_as:  # again, by TRL after a generation: traces name modules by number
             self._registered_as = self._module.ds_id
             self._coordinators.clear()
@@ -245,7 +245,8 @@ class WeightShards:
         return [p for p in partitioned_weights(self._module) if p.ds_status is not ZeroParamStatus.NOT_AVAILABLE]
 
     def written(self, params: Iterable[nn.Parameter]) -> None:
-        """Their shards are changed while backward goes on: what it has saved of them may not be read any more."""
+        """Note that the shards of weights are changed while backward goes on: what it has saved of them may not be read
+        any more."""
         for param in params:
             self._num_written[param] = self._num_written.get(param, 0) + 1
 
@@ -276,7 +277,7 @@ class WeightShards:
                 self._file.will_need(param.ds_tensor)
 
     def left(self, module: nn.Module) -> None:
-        """``module`` is done with its weights for now."""
+        """Note that ``module`` is done with its weights for now."""
         if self._file is not None:
             for param in partitioned_weights(module, recurse=z3_leaf_module(module)):
                 if param.ds_status is ZeroParamStatus.NOT_AVAILABLE:
@@ -285,7 +286,8 @@ class WeightShards:
     # -- saved weights ----------------------------------------------------------------------------------------
 
     def arrived(self, module: nn.Module) -> None:
-        """The weights of ``module`` are whole now; those of its children too if it is a leaf to DeepSpeed (MoE)."""
+        """Note that the weights of ``module`` are whole now; those of its children too if it is a leaf to DeepSpeed
+        (MoE)."""
         self._read_ahead()
         for param in partitioned_weights(module, recurse=z3_leaf_module(module)):
             if param.ds_status is not ZeroParamStatus.AVAILABLE or param.data_ptr() == param.ds_tensor.data_ptr():
@@ -344,11 +346,11 @@ class WeightShards:
 
     @property
     def offload(self) -> DeepSpeedZeRoOffload:
-        """DeepSpeed's, with the module hooks: TRL takes them off for the time in which a model generates."""
+        """DeepSpeed's object with the module hooks: TRL takes them off for the time in which a model generates."""
         return self._offload
 
     def close(self) -> None:
-        """Back to a model without hooks. The weights stay in shards."""
+        """Give back a model without hooks. The weights stay in shards."""
         self.release(self._module.parameters())
         self._hook.remove()
         self._offload.destroy()

@@ -54,7 +54,8 @@ class WeightFile:
         self._advise(tensor, mmap.MADV_WILLNEED)
 
     def let_go(self, tensor: Tensor) -> None:
-        """``tensor`` is not needed for a while: its pages leave this process. What was written to them is kept."""
+        """Let the pages of ``tensor``, which is not needed for a while, leave this process. What was written to them is
+        kept."""
         self._advise(tensor, mmap.MADV_DONTNEED)
 
     def _advise(self, tensor: Tensor, advice: int) -> None:
