@@ -80,7 +80,7 @@ def setting(model: Model, mode: str, ranks: int) -> Setting:
     )  # fmt: skip
 
 
-def measure(models: tuple[Model, ...], rows: Path | None = None) -> dict[Cell, GroupStep]:
+def count(models: tuple[Model, ...], rows: Path | None = None) -> dict[Cell, GroupStep]:
     """The step of each cell's worst group."""
     found: dict[Cell, GroupStep] = {}
     for model in models:
@@ -201,7 +201,7 @@ def main() -> None:
         )
         return
     models = MODELS[:1] if args.quick else MODELS
-    peaks = measure(models, args.rows)
+    peaks = count(models, args.rows)
     print(where(models, peaks), file=sys.stderr)
     if args.quick:
         print(table(models, peaks))

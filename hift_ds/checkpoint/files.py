@@ -253,8 +253,7 @@ def second_name(file: Path, name: Path) -> None:
         ):
             raise
         shutil.copyfile(file, temporary)
-        with open(temporary, "rb") as copy:
-            os.fsync(copy.fileno())
+        sync(temporary)
     os.replace(temporary, name)
     sync(name.parent)
 

@@ -107,17 +107,25 @@ def verify_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None
         DamagedCheckpoint: names the first file that is missing, truncated or changed.
     """
     for name in names:
-        expected = manifest.files[name]
-        try:
-            num_bytes = (folder / name).stat().st_size
-            if num_bytes != expected.num_bytes:
-                raise DamagedCheckpoint(f"{folder / name} has {num_bytes} bytes, expected {expected.num_bytes}")
-            if record_of(folder / name) != expected:
-                raise DamagedCheckpoint(f"{folder / name} is damaged: its checksum does not match the manifest")
-        except FileNotFoundError:
-            raise DamagedCheckpoint(f"{folder / name} is missing") from None
-        except OSError as error:
-            raise DamagedCheckpoint(f"{folder / name} cannot be read ({error})") from None
+        verify_file(folder / name, manifest.files[name], MANIFEST)
+
+
+def verify_file(path: Path, expected: FileRecord, listed_in: str) -> None:
+    """Read a file and compare it with what the list ``listed_in`` says of it. One of another size is not read.
+
+    Raises:
+        DamagedCheckpoint: it is missing, truncated or changed.
+    """
+    try:
+        num_bytes = path.stat().st_size
+        if num_bytes != expected.num_bytes:
+            raise DamagedCheckpoint(f"{path} has {num_bytes} bytes, expected {expected.num_bytes}")
+        if record_of(path) != expected:
+            raise DamagedCheckpoint(f"{path} is damaged: its checksum does not match the one in {listed_in}")
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path} is missing") from None
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from None
 
 
 def verify(folder: Path) -> Manifest:

@@ -14,12 +14,13 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from hift_ds.checkpoint.files import (
     FileRecord,
+    as_json,
     is_temporary,
     publish_folder,
     replace_text,
@@ -96,7 +97,7 @@ class SharedFolder:
 
     def write_part(self, records: Mapping[str, FileRecord]) -> None:
         """Say that this rank's files are complete and on disk."""
-        replace_text(self._part(self.rank), json.dumps({name: asdict(record) for name, record in records.items()}))
+        replace_text(self._part(self.rank), json.dumps(as_json(records)))
 
     def write_failure(self, reason: str) -> None:
         """Say that this rank's files will not come. The leader need not wait; if even this cannot be written, it times

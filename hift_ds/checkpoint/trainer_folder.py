@@ -8,14 +8,14 @@ written last, says that they are complete, and finds damage before a run resumes
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Collection
-from dataclasses import asdict
 from pathlib import Path
 
 from hift_ds.checkpoint.files import (
+    FileRecord,
+    as_json,
     is_plain_name,
     is_temporary,
     read_regular_text,
@@ -23,7 +23,14 @@ from hift_ds.checkpoint.files import (
     remove_folder,
     replace_text,
 )
-from hift_ds.checkpoint.manifest import LATEST, latest_tag, read_manifest, tags_by_age
+from hift_ds.checkpoint.manifest import (
+    LATEST,
+    DamagedCheckpoint,
+    latest_tag,
+    read_manifest,
+    tags_by_age,
+    verify_file,
+)
 from hift_ds.durable import sync
 from hift_ds.errors import CheckpointError, ConfigError
 
@@ -43,11 +50,9 @@ def seal_folder(folder: Path, but: Collection[str] = ()) -> None:
         but: names of files that may still be replaced.
     """
     files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in (*_NOT_SEALED, *but)]
-    for path in files:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    sync(folder)
-    replace_text(folder / SEAL, json.dumps({path.name: asdict(record_of(path)) for path in files}, indent=1))
+    for path in (*files, folder):
+        sync(path)
+    replace_text(folder / SEAL, json.dumps(as_json({path.name: record_of(path) for path in files}), indent=1))
 
 
 def broken_seal(folder: Path, weights: bool = False) -> str | None:
@@ -61,7 +66,7 @@ def broken_seal(folder: Path, weights: bool = False) -> str | None:
         content = json.loads(read_regular_text(folder / SEAL))
         if not all(is_plain_name(name) for name in content):
             raise ValueError("it names files outside of the folder")
-        records = {name: (entry["num_bytes"], entry["crc32"]) for name, entry in content.items()}
+        records = {name: FileRecord(entry["num_bytes"], entry["crc32"]) for name, entry in content.items()}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -70,13 +75,9 @@ def broken_seal(folder: Path, weights: bool = False) -> str | None:
         if name.endswith(".safetensors") and not weights:
             continue
         try:
-            found = record_of(folder / name)
-        except FileNotFoundError:
-            return f"{folder / name} is missing"
-        except OSError as error:
-            return f"{folder / name} cannot be read ({error.strerror})"
-        if (found.num_bytes, found.crc32) != expected:
-            return f"{folder / name} is damaged: its checksum is not the one in {SEAL}"
+            verify_file(folder / name, expected, SEAL)
+        except DamagedCheckpoint as error:
+            return str(error)
     return None
 
 
