@@ -48,7 +48,7 @@ class Setting:
         weight_dtype: in which the model is loaded, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         batch: sequences in a micro-batch on one rank.
         length: tokens in a sequence.
-        num_blocks: build only so many blocks of each stack; ``None`` for the whole model.
+        num_blocks: build only so many blocks of each stack, for tests of many models; ``None`` for the whole model.
         groups: indices of the layer groups to train; negative ones count from the top; ``None`` for all.
         world_size: data-parallel ranks; rank 0 is counted.
         micro_batches: accumulated before an update.
@@ -157,15 +157,11 @@ class Result:
     """What a :class:`Setting` led to.
 
     Attributes:
-        num_blocks: blocks of the model as built.
-        num_groups: its layer groups.
         weight_bytes: parameters and buffers on the device.
         numel: parameters of the model, tied ones once.
         steps: of the groups that the setting names.
     """
 
-    num_blocks: int
-    num_groups: int
     weight_bytes: int
     numel: int
     steps: list[GroupStep] = field(default_factory=list)

@@ -58,7 +58,7 @@ def run(setting: Setting) -> Result:
             _mark_gradients(engine, device)
             _mark_states(engine, device)
             _mark_parked(engine, device)
-            result = Result(len(arch.blocks), len(engine.groups), weight_bytes, numel)
+            result = Result(weight_bytes, numel)
             _warm_up(engine, device)
             engine.optimizer.skip_updates = not setting.updates
             for index in _indices(setting, len(engine.groups)):

@@ -66,10 +66,6 @@ class Task:
         """The ``Auto...`` class of transformers that makes the task's model."""
         return _named(f"transformers.{self.auto_class}")
 
-    def load_line(self, folder: str) -> str:
-        """Python that loads the exported model."""
-        return f"transformers.{self.auto_class}.from_pretrained({folder!r})"
-
     def prepare(self, how: Preparation) -> PreparedData:
         """The function that stands for ``prepare_data`` in tasks that have one of their own."""
         assert self.data is not None and self.format is not None

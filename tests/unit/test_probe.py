@@ -72,7 +72,7 @@ def test_one_line_when_it_cannot_be_done(monkeypatch):
     ):
         probe_module.probe(replace(SETTING, world_size=2))
     numel = 1 << 30  # 12 GiB of states at 12 bytes
-    monkeypatch.setattr(probe_module, "simulate", lambda settings: [Result(1, 3, 0, numel, [STEP])])
+    monkeypatch.setattr(probe_module, "simulate", lambda settings: [Result(0, numel, [STEP])])
     monkeypatch.setattr(room, "host_bytes", lambda: room.HostBytes(16 << 30, 16 << 30))
     with pytest.raises(ConfigError, match=r"20.0 GiB of host memory \(states 12.0\), and 16.0 GiB are free"):
         probe_module.probe(SETTING, 0)

@@ -76,7 +76,7 @@ def test_counts_go_on_where_they_were_interrupted(tmp_path, monkeypatch):
         if len(asked) + len(part) > 5:
             raise KeyboardInterrupt
         asked.extend(setting.batch for setting in part)
-        return [Result(1, 1, setting.batch, 1) for setting in part]
+        return [Result(setting.batch, 1) for setting in part]
 
     monkeypatch.setattr(counting, "simulate", simulate)
     rows = tmp_path / "rows.jsonl"
