@@ -191,7 +191,8 @@ class ReduceScatter:
         self._columns_left[column.index] -= column.length
 
     def take_complete(self) -> list[tuple[int, Tensor]]:
-        """(parameter, this rank's shard of its mean gradient) of those all of whose columns were sent."""
+        """(parameter, this rank's shard of its mean gradient: flat, fp32, unpadded) of those all of whose columns were
+        sent."""
         complete = [index for index in self._shards if not self._columns_left[index]]
         return [(index, self._shards.pop(index).div_(self._ranks.num_batches)) for index in complete]
 
@@ -258,7 +259,8 @@ def reduce_to_owner(
 
 
 def whole_on_wire(ranks: Ranks, grad: Tensor | None, numel: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The first of the three steps of :func:`reduce_to_owner`: what is sent; may be the gradient's own memory."""
+    """The first of the three steps of :func:`reduce_to_owner`: what is sent, flat, in ``dtype``; may be the gradient's
+    own memory."""
     ranks.grad_numel_sent += 0 if grad is None else grad.numel()
     return torch.zeros(numel, dtype=dtype, device=device) if grad is None else grad.reshape(-1).to(dtype)
 
@@ -269,7 +271,7 @@ def sum_at_owner(ranks: Ranks, buffer: Tensor, owner: int) -> None:
 
 
 def mean_at_owner(ranks: Ranks, buffer: Tensor, owner: int) -> Tensor | None:
-    """The third of the three steps of :func:`reduce_to_owner`: what it returns."""
+    """The third of the three steps of :func:`reduce_to_owner`: what it returns, of the sum in ``buffer``."""
     return buffer.float().div_(ranks.num_batches) if ranks.rank == owner else None
 
 

@@ -143,7 +143,7 @@ def world_rank_and_size() -> tuple[int, int]:
 
 
 def broadcast_from_first_rank(tensor: Tensor) -> None:
-    """Give ``tensor`` on every rank the values that it has on global rank 0, in place."""
+    """Give ``tensor``, of the same shape and dtype on every rank, the values that it has on global rank 0, in place."""
     if world_rank_and_size()[1] > 1:
         deepspeed_comm.broadcast(tensor, src=0)
 

@@ -76,7 +76,8 @@ class ReferenceHiFT:
         self.optimizer = make_optimizer(list(self.updated.items()))
 
     def step(self, micro_batches: Sequence[Any], loss_of: Callable[[nn.Module, Any], Tensor]) -> float:
-        """One optimizer step over ``micro_batches``; returns the mean loss (before the update)."""
+        """Make one optimizer step over ``micro_batches``, and return the mean loss before the update. ``loss_of(model,
+        micro-batch)`` is 0-dim."""
         # 1. Unfreeze the active group only.
         active = self.groups[self.schedule.active]
         for name, weight in self.weights.items():

@@ -126,7 +126,7 @@ class SafetensorsWriter:
         self._file.write(len(encoded).to_bytes(8, "little") + encoded)
 
     def write(self, tensor: Tensor) -> None:
-        """Write the next tensor, from any device."""
+        """Write the next tensor, of the shape and dtype that were planned for it, from any device."""
         import torch
 
         spec, padding = self._plan[self._next]

@@ -103,13 +103,15 @@ class SavedCheckpoint:
         return SavedStates([self.folder / states_file(rank)], {}, {})
 
     def weights(self, best: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """(name in the model, tensor), one at a time, tied weights once; for an export."""
+        """Yield (name in the model, whole tensor in the dtype that it was saved in, or fp32 where a master is the
+        ``best``), one at a time, tied weights once; for an export."""
         for name in self.weight_names:
             yield name, self.weight(name, best)
 
     def gradients(self, rank: int, world_size: int) -> dict[str, Tensor]:
-        """The gradients that ``rank`` had summed up since the last step. On another number of ranks each gets the mean
-        over all ranks, which has the same mean over ranks."""
+        """The gradients that ``rank`` had summed up since the last step, by name, of the parameter's shape and in the
+        dtype of the sum. On another number of ranks each gets the mean over all ranks, in fp32, which has the same mean
+        over ranks."""
         if world_size == self.world_size:
             return self._gradients_of(rank)
         total: dict[str, Tensor] = {}

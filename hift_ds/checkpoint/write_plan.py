@@ -23,7 +23,7 @@ WEIGHTS, STATES = "weights", "states"  # the two files of tensors
 
 
 def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter (tied ones once) and every persistent buffer by name, live."""
+    """Every parameter (tied ones once) and every persistent buffer by name: the live tensors, not copies."""
     tensors: dict[str, Tensor] = dict(module.named_parameters())
     seen = {id(tensor) for tensor in tensors.values()}
     for prefix, submodule in module.named_modules():
@@ -75,15 +75,16 @@ class WritePlan:
         return sum(spec.num_bytes for specs in self.specs.values() for spec in specs)
 
     def frozen(self) -> Iterator[tuple[str, Tensor]]:
-        """(file, tensor): parameters that are in no group; live."""
+        """(file, whole tensor) of the parameters that are in no group: live tensors."""
         return self._weights(tensor for tensor in self._fixed.values() if isinstance(tensor, nn.Parameter))
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """(file, tensor); live. They come after the frozen parameters."""
+        """(file, tensor) of the buffers: live tensors. They come after the frozen parameters."""
         return self._weights(tensor for tensor in self._fixed.values() if not isinstance(tensor, nn.Parameter))
 
     def of_group(self, group: GroupShard) -> Iterator[tuple[str, Tensor]]:
-        """(file, tensor): the weights of a group and this rank's states. Views of live tensors."""
+        """(file, tensor) of a group: its weights, whole, and this rank's states, flat or of their own shape. Views of
+        live tensors."""
         yield from self._weights(member.param for member in group.members)
         states = self._optimizer.states
         states.store_of(group).synchronize()

@@ -250,8 +250,8 @@ class SeamEngine(DeepSpeedEngine):
         """Clipping is part of the optimizer's step, where the global norm is known."""
 
     def run_backward(self, loss: Tensor, retain_graph: bool, scale_wrt_gas: bool) -> None:
-        """DeepSpeed's ``backward``. For a loss that no active parameter contributed to (an unused pooler, say) only
-        what comes after it, so that all ranks run the same collectives."""
+        """Do DeepSpeed's ``backward`` of ``loss`` (0-dim). For one that no active parameter contributed to (an unused
+        pooler, say) do only what comes after it, so that all ranks run the same collectives."""
         if loss.requires_grad:
             with self.optimizer.parameters.during_backward():
                 super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)

@@ -185,7 +185,8 @@ class ShardWriter:
         self._numel_of_dtype: Counter[torch.dtype] = Counter()
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """``tensor``: on the host; kept until its shard is written."""
+        """Take ``tensor``, which is on the host, under its name in the checkpoint; it is kept until its shard is
+        written."""
         num_bytes = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + num_bytes > self._max_bytes:
             self._flush()

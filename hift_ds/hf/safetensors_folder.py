@@ -100,7 +100,7 @@ class SafetensorsFolder:
         self._open: dict[Path, Any] = {}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor, read from its file."""
+        """The tensor, read from its file: of the shape and dtype in its header, on the host."""
         file = self.headers[name].file
         if file not in self._open:
             self._open[file] = safe_open(str(file), framework="pt")

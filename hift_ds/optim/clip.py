@@ -76,8 +76,8 @@ def fp32_norm(grad: Tensor, in_fp32: Tensor | None = None) -> Tensor:
 
 
 def grad_factor(norm: Tensor, max_norm: float, loss_scale: float) -> Tensor | None:
-    """The factor by which gradients under ``loss_scale`` are multiplied so that their joint norm is at most
-    ``max_norm``.
+    """The factor (0-dim, of the norm's dtype and device) by which gradients under ``loss_scale`` are multiplied so that
+    their joint norm is at most ``max_norm``.
 
     ``norm`` is already free of the scale. ``None`` if nothing needs multiplying. torch's formula for the clipping.
     """

@@ -111,13 +111,14 @@ class HeldBack:
         self.weights = HostGradients(device, None, pin_memory, on_threads)
 
     def park(self, part: GroupShard, shards: Sequence[Tensor | None]) -> None:
-        """Keep the gradients of ``part``, one shard per member, for an update that waits or may be made again."""
+        """Keep the gradients of ``part`` (a flat shard per member, or none) for an update that waits or may be made
+        again."""
         for i, shard in enumerate(shards):
             if shard is not None:
                 self.gradients.add((part.index, part.first + i), shard, is_ours=True)
 
     def take_gradients(self, part: GroupShard, device: torch.device) -> list[Tensor | None]:
-        """Give back what was parked of ``part``, on ``device``, and forget it here."""
+        """Give back what was parked of ``part``, by member, as it was, on ``device``, and forget it here."""
         return [self.gradients.take((part.index, part.first + i), device) for i in range(len(part.members))]
 
     def before_trial(self, part: GroupShard, shards: Sequence[Tensor | None]) -> None:

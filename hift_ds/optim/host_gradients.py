@@ -110,7 +110,8 @@ class HostGradients:
             total.add_(staged)
 
     def get(self, key: Hashable) -> Tensor | None:
-        """The tensor kept under ``key``, on the host, not to be changed; ``None`` if there is none."""
+        """The tensor kept under ``key``, of the shape that was added and in the sum's dtype, on the host, not to be
+        changed; ``None`` if there is none."""
         assert key not in self._coming, "some of these gradients have been taken: no more are added, or saved"
         self._mover.settle(self._tickets.pop(key, None))
         self._end_addition(key)
@@ -122,7 +123,8 @@ class HostGradients:
             addition.result()
 
     def take(self, key: Hashable, device: torch.device) -> Tensor | None:
-        """The tensor kept under ``key``, on ``device``, and forgotten here; ``None`` if there is none."""
+        """The tensor kept under ``key``, as :meth:`get` has it but on ``device``, and forgotten here; ``None`` if there
+        is none."""
         if self._streams is None:
             total = self._kept.pop(key, None)
             self.traffic.add(bytes_in=0 if total is None else total.nbytes)
@@ -151,7 +153,7 @@ class HostGradients:
         self._give_back(total, partial(self._mover.settle, ticket))
 
     def set(self, key: Hashable, value: Tensor) -> None:
-        """Keep a copy of ``value``, which ``get`` gave."""
+        """Keep a copy of ``value``, which ``get`` gave, in the sum's dtype."""
         self._kept[key] = value.to("cpu", self.dtype or value.dtype, copy=True)
 
     def forget(self) -> None:

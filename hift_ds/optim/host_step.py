@@ -58,7 +58,8 @@ class HostStep:
         self._next = 0
 
     def expect(self, grad: Tensor) -> None:
-        """Start ``grad``, which will be asked for next but one at the latest, on its way down."""
+        """Start ``grad``, of any shape and float dtype, on its way down: it will be asked for next but one at the
+        latest."""
         at, self._next_gradient = self._next_gradient, (self._next_gradient + 1) % NUM_BUFFERS
         self._for_gradients[at] = self._at_least(self._for_gradients[at], grad)
         buffer = _shaped(self._for_gradients[at], grad)

@@ -59,7 +59,7 @@ class GradientSums:
         self._sums[param] = grad.to(param.device)
 
     def take(self, param: nn.Parameter) -> Tensor | None:
-        """The sum that :meth:`get` would give, of which none is left here."""
+        """The sum that :meth:`get` would give, whole and of the parameter's shape, of which none is left here."""
         grad = self._sums.pop(param, None)
         if grad is None:
             grad = param.grad
@@ -280,7 +280,8 @@ class Parameters(ABC):
 
     @abstractmethod
     def whole_weight(self, weight: Tensor) -> Tensor:
-        """All elements of a parameter or buffer, for a checkpoint. Every rank calls this."""
+        """All elements of a parameter or buffer, of its whole shape and in its dtype, for a checkpoint. Every rank
+        calls this."""
 
     @abstractmethod
     def begin_loading(self, weights: Iterable[Tensor]) -> None:

@@ -142,7 +142,8 @@ class StateStore(ABC):
 
     @abstractmethod
     def fetch(self, chunk: int) -> dict[str, Tensor]:
-        """All tensors of ``chunk`` on the update device, to be changed in place; valid until ``evict``."""
+        """All tensors of ``chunk`` by key, flat, in the dtypes that were reserved, on the update device: to be changed
+        in place, valid until ``evict``."""
 
     @abstractmethod
     def evict(self, chunk: int, step: int = 0) -> None:
@@ -182,11 +183,11 @@ class StateStore(ABC):
         """Note that the next step begins."""
 
     def tensors_at_rest(self) -> list[Tensor]:
-        """The memory of this process in which states rest, as far as that is not where updates run."""
+        """The memory (uint8, 1-D) of this process in which states rest, as far as that is not where updates run."""
         return []
 
     def slot_tensors(self) -> list[Tensor]:
-        """The memory where updates run that is kept for states to arrive in."""
+        """The memory (uint8, 1-D) where updates run that is kept for states to arrive in."""
         return []
 
     def synchronize(self) -> None:  # noqa: B027
@@ -198,7 +199,8 @@ class StateStore(ABC):
 
     @abstractmethod
     def write(self, chunk: int, key: str, values: Tensor, start: int = 0) -> None:
-        """Set elements [start, start + len(values)) of ``key``. Call ``synchronize`` first.
+        """Set elements [start, start + len(values)) of ``key`` from ``values``, flat and on any device. Call
+        ``synchronize`` first.
 
         A compact form is made when the next chunk is written, or at ``synchronize``: so write a chunk's pieces
         one after the other, in any order of keys.

@@ -88,7 +88,8 @@ def write_file(path: Path, pieces: Iterable[Tensor], direct: bool) -> int:
 
 
 def read_file(path: Path, pieces: Iterable[Tensor], direct: bool, expected: int | None = None) -> None:
-    """Read the file into ``pieces``, one after the other, as in :func:`write_file`; it must fill them.
+    """Read the file into ``pieces`` (uint8, in host memory), one after the other, as in :func:`write_file`; it must
+    fill them.
 
     Args:
         expected: what :func:`write_file` returned; None: not looked at.

@@ -47,7 +47,8 @@ class PageLockedMemory:
         self._rests: list[Tensor] = []  # of slabs, aligned
 
     def some(self, at_most: int) -> Tensor:
-        """Zeros, 1 to ``at_most`` bytes of them (none if that is 0): what is left of a slab, or of a new one."""
+        """Zeros (uint8, 1-D), 1 to ``at_most`` bytes of them (none if that is 0): what is left of a slab, or of a new
+        one."""
         if at_most and not self._rests:
             self._rests.append(self._new(self._slab_bytes))
         if not at_most:

@@ -49,7 +49,8 @@ class ModelSizes:
 
     @classmethod
     def read(cls, source: str, trust_remote_code: bool, auto_class: str = "AutoModelForCausalLM") -> ModelSizes:
-        """
+        """Read a model's config.
+
         Args:
             source: what :func:`~hift_ds.hf.model_structure.read_config` takes.
             auto_class: of transformers, which makes the model.

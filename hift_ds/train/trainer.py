@@ -273,7 +273,11 @@ def zero_stage(arguments: TrainingArguments) -> int:
 
 
 def make_arguments(checked: CheckedRun, *, fresh: bool) -> TrainingArguments:
-    """Args: fresh: the run begins at step 0."""
+    """The arguments of the run's trainer. ``fresh``: the run begins at step 0.
+
+    Raises:
+        ConfigError: transformers does not accept them, or a logger is not there.
+    """
     options = deepcopy(dict(checked.arguments))
     if checked.run.hift is False and options["deepspeed"]["zero_optimization"].get("stage", 0) == 3:
         raise ConfigError('hift: false with "zero_optimization.stage": 3 in the DeepSpeed config: use stage 0, 1 or 2')
