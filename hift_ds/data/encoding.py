@@ -99,7 +99,7 @@ class Encoder:
         return Encoded(ids, [index >= begin for index in range(len(ids))], remarks=remarks)
 
     def _text_ids(self, text: str, goes_on: bool = False) -> list[int]:
-        """With what the tokenizer puts around it, once: a text rendered in advance may have it already.
+        """The tokens of a text with what the tokenizer puts around it, once: one rendered in advance may have it.
 
         Args:
             goes_on: more text will follow, so nothing is put behind it.

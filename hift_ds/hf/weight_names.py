@@ -61,8 +61,8 @@ class NamePlan:
 
 @contextmanager
 def zero_init_set_aside() -> Iterator[None]:
-    """Under a Trainer's ZeRO-3 config transformers enters ``deepspeed.zero.Init`` whenever it builds a model, also one
-    inside another; on one rank alone that waits for the others for ever."""
+    """Inside this block transformers does not enter ``deepspeed.zero.Init`` when it builds a model, as it does under a
+    Trainer's ZeRO-3 config, also for one inside another: on one rank alone that would never end."""
     integration = sys.modules.get("transformers.integrations.deepspeed")  # without it there is no such config
     if integration is None:
         yield

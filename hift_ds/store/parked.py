@@ -207,7 +207,7 @@ class ParkedStateStore(EncodedStateStore):
         return min(free, key=lambda slot: (slot.chunk is not None, slot.last_fetch), default=None)
 
     def _passing_slot(self) -> Slot:
-        """Without prefetch, or when all slots are lent."""
+        """A slot for one visit alone: without prefetch, or when all slots are lent."""
         self._slots.append(Slot(self._new_memory(0), lasting=False))
         return self._slots[-1]
 

@@ -77,7 +77,8 @@ def evaluate_task(
 
 @contextlib.contextmanager
 def _without_deepspeed() -> Iterator[None]:
-    """Under the variable that a run of this process has left, accelerate would build an engine of DeepSpeed."""
+    """Inside this block the Trainer does without DeepSpeed: under the variable that a run of this process has left,
+    accelerate would build an engine of DeepSpeed."""
     name = "ACCELERATE_USE_DEEPSPEED"
     before = os.environ.pop(name, None)
     try:

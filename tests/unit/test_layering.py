@@ -1,6 +1,6 @@
 """The order of the house: a module imports only modules of lower layers, function bodies and imports for types alone
 counted, so that there are no circles and each folder can be read without the ones above it; and importing the package
-does no work."""
+does no work. And a docstring can be read alone."""
 
 import ast
 import subprocess
@@ -208,3 +208,21 @@ def test_the_library_imports_no_launcher_no_tests_and_the_zoo_in_one_place():
 def test_the_zoo_reads_nothing_of_ours_but_errors():
     read = {i for path in ZOO.values() for i in imports_of(path) if i in MODULES}
     assert read <= {"hift_ds.errors"}, read
+
+
+# With these a fragment goes on that its function's name began: in a window that shows it alone it has no subject.
+FRAGMENTS = {"Of", "As", "By", "That", "For", "With", "Without", "On", "At", "From", "Before", "After", "In", "To",
+             "None", "Under", "Around", "While", "Until", "Args:"}  # fmt: skip
+
+
+def fragments(tree: ast.AST) -> list[tuple[int, str]]:
+    """(line, first line) of every docstring of a function or class that does not begin as a sentence does."""
+    documented = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(n))
+    texts = [(node.lineno, ast.get_docstring(node)) for node in documented]
+    return [(line, text.splitlines()[0]) for line, text in texts if text.split()[0].rstrip(",:") in FRAGMENTS]
+
+
+def test_a_docstring_can_be_read_without_the_signature():
+    assert fragments(ast.parse('def size():\n    """Of the whole tensor."""\n')) == [(1, "Of the whole tensor.")]
+    found = {name: lines for name, path in MODULES.items() if (lines := fragments(ast.parse(path.read_text())))}
+    assert not found, found
