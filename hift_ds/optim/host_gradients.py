@@ -26,7 +26,7 @@ AHEAD_BYTES = 1 << 28  # of those that come back before they are asked for, at m
 
 
 class HostGradients:
-    """Tensors by key.
+    """Gradients, and other tensors of a step, kept in host memory by key, each alone or as a sum.
 
     Args:
         device: where the gradients come from.

@@ -127,13 +127,13 @@ class InBackwardOptimizer(GroupOptimizer):
         return self.sums.dtype.itemsize
 
     def _kept_bytes(self, param: nn.Parameter, micro_batches: int) -> int:
-        """Of an element of its gradient that is kept until the norm is known."""
+        """Bytes of an element of the weight's gradient that is kept until the norm is known."""
         if self.parameters.ranks.world_size > 1:
             return 4
         return self._sum_bytes if micro_batches > 1 else param.element_size()
 
     def parked_bytes(self, param: nn.Parameter, micro_batches: int) -> int:
-        """Of an element of its gradient if every update waits until the norm is known; else 0."""
+        """Bytes of an element of the weight's gradient if every update waits until the norm is known; else 0."""
         return self._kept_bytes(param, micro_batches) if self.clipping.always_waits else 0
 
     # -- backward -----------------------------------------------------------------------------------------------
