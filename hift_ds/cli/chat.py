@@ -124,13 +124,12 @@ class Chat:
                 return torch.full((len(input_ids),), stopped[0], device=input_ids.device)
 
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        generate_text: Callable[..., Any] = self.model.generate
         options = self._options | {"max_new_tokens": min(room, self._options["max_new_tokens"])}
 
         def generate() -> None:
             try:
-                self.model.generate(
-                    **ids, **options, streamer=streamer, stopping_criteria=StoppingCriteriaList([Stopped()])
-                )
+                generate_text(**ids, **options, streamer=streamer, stopping_criteria=StoppingCriteriaList([Stopped()]))
             except BaseException as error:  # raised again by the thread that reads
                 failure.append(error)
                 streamer.end()
@@ -152,7 +151,7 @@ class Chat:
             self.messages = [*asked, {"role": "assistant", "content": said}]
         return said
 
-    def _ids(self, text: str, asked: list[dict[str, str]]) -> Tensor:
+    def _ids(self, text: str, asked: list[dict[str, str]]) -> dict[str, Tensor]:
         import torch
 
         from hift_ds.data.encoding import Encoder

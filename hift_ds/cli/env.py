@@ -38,9 +38,10 @@ def _accelerators() -> list[str]:
     """A line for each device that torch sees."""
     import torch
 
-    if not torch.accelerator.is_available():
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
         return []
-    kind = torch.accelerator.current_accelerator().type
+    kind = device.type
     if kind != "cuda":
         return [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

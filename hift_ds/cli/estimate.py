@@ -122,7 +122,7 @@ def _full_fine_tuning(setting: Setting) -> Setting:
     """All weights in every step, with all states on the device; the switches for activations stay."""
     block = setting.engine_config["hift"]
     state = {**(block.get("state") or {}), "residency": "device", "slice_numel": None, "path": None}
-    one_group = {"group_size": "all", "groups": None, "always_active": []}
+    one_group: dict[str, Any] = {"group_size": "all", "groups": None, "always_active": []}
     plain_update = {"update": "after_backward", "clipping": "exact"}
     full = {**block, **one_group, **plain_update, "state": state}
     return replace(setting, engine_config={**setting.engine_config, "hift": full})

@@ -90,6 +90,7 @@ def scores(trained: TrainedModel, args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = trained.load(dtype=args.dtype, device=args.device, writes_text=False)
     batch_size = args.batch_size or 8
     if args.batch_size is None and trained.task == "kto":  # which compares the neighbours in a batch
+        assert trained.run is not None, "a model folder alone has no task of TRL's"
         train = trained.run.train
         batch_size = train.eval_batch_size or train.micro_batch_size or batch_size
     found = evaluate_task(trained, model, tokenizer, data, batch_size)

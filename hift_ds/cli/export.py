@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from hift_ds.dtypes import TORCH_NAMES, torch_dtype
+from hift_ds.dtypes import TORCH_NAMES, Dtype, torch_dtype
 from hift_ds.errors import CheckpointError, ConfigError
 from hift_ds.hf.publish import GGUF_TYPES, check_gguf, push, write_gguf
 
@@ -157,7 +157,7 @@ def _export(
     has_generation_config = (config_dir / "generation_config.json").is_file()
     wanted: DTypes = None
     if dtype != "auto":
-        wanted = torch_dtype(dtype)
+        wanted = torch_dtype(cast("Dtype", dtype))  # which the parser has checked
     elif input_dir is not None:
         wanted = tensor_dtypes(input_dir)
     any_fp32 = torch.float32 in (wanted.values() if isinstance(wanted, dict) else [wanted])

@@ -36,7 +36,6 @@ from hift_ds.store import machine
 
 if TYPE_CHECKING:
     import torch
-    from torch.profiler import profile
 
     from hift_ds.engine.engine import HiFTEngine
 
@@ -135,15 +134,19 @@ def measure(setting: Setting) -> dict[str, Any]:
 def _run(setting: Setting) -> dict[str, Any]:
     import torch
 
+    from hift_ds.store.encoded import EncodedStateStore
+    from hift_ds.store.split import SplitStateStore
+
     device = _accelerator() or torch.device("cpu")
     reported = []
     with _allocations(device) as peak_bytes:
         engine = _build(setting, device)
         for _ in range(max(setting.visits, 2)):  # the first makes the states, the second finds them
             _step(engine, setting, device)
+            assert engine.last_report is not None
             reported.append(engine.last_report.peak_bytes)
     store = engine.optimizer.store
-    parked = store.total_bytes() if getattr(store, "num_slots", None) is not None else 0
+    parked = store.total_bytes() if isinstance(store, EncodedStateStore | SplitStateStore) else 0
     # The accelerator's counter starts anew in each step, so each step's peak is the one that it reported.
     peak = peak_bytes() if device.type == "cpu" else max(reported)
     reserved = 0 if device.type == "cpu" else torch.get_device_module(device).max_memory_reserved()
@@ -171,6 +174,7 @@ def _build(setting: Setting, device: torch.device) -> HiFTEngine:
 def _step(engine: HiFTEngine, setting: Setting, device: torch.device) -> None:
     import torch
 
+    assert setting.groups is not None
     engine.schedule.move_to(setting.groups[0])
     engine.optimizer.activate()
     batch = make_batch(engine.module, setting.batch, setting.length, device, setting.padded)
@@ -195,8 +199,8 @@ def _allocations(device: torch.device) -> Iterator[Callable[[], int]]:
         yield lambda: _peak_in_steps(profiled)
 
 
-def _peak_in_steps(profiled: profile) -> int:
-    events = profiled.profiler.kineto_results.events()
+def _peak_in_steps(profiled: Any) -> int:
+    events = profiled.profiler.kineto_results.events()  # which torch does not declare
     steps = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == STEP]
     memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     live, peak = 0, 0

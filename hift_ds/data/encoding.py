@@ -161,9 +161,8 @@ class Encoder:
         ids = self.renderer.tokens(whole)
         learned = [True] * len(ids)
         for index in sorted(sample.masked):
-            span: Span | None = self.renderer.span(sample, index, whole, origin)
-            if not span.lies_in(whole):
-                span = self.renderer.inside(sample, index, whole)
+            inside = self.renderer.span(sample, index, whole, origin)
+            span = inside if inside.lies_in(whole) else self.renderer.inside(sample, index, whole)
             if span is None:
                 raise DataError(
                     f"{origin}: message {index + 1} is not to be learned, but the chat template renders it "

@@ -13,7 +13,7 @@ from hift_ds.data.encoding import without_affixes
 from hift_ds.data.packing import IGNORED
 from hift_ds.data.prepare import PreparedData
 from hift_ds.data.rows import code_stamp
-from hift_ds.data.task_data import Preparation, right_padded, tokenised
+from hift_ds.data.task_data import Preparation, arrays_of, right_padded, tokenised
 from hift_ds.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Labels:
     by_number: bool
 
     @classmethod
-    def of(cls, labels: list[object], how: Preparation, auto_class: str) -> Labels:
+    def of(cls, labels: list[Any], how: Preparation, auto_class: str) -> Labels:
         """The labels of the training data: ``data.labels``, else those of a model that has such a head, else all there
         are.
 
@@ -207,12 +207,12 @@ class ClassScores:
     kind: str
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        logits, labels = arrays_of(prediction)
         if self.kind == "regression":
-            return scores.regression_scores(logits.reshape(len(logits)), prediction.label_ids)
+            return scores.regression_scores(logits.reshape(len(logits)), labels)
         if self.kind.startswith("multi"):
-            return scores.multi_label_scores(logits > 0, prediction.label_ids > 0.5)
-        return scores.classification_scores(logits.argmax(-1), prediction.label_ids)
+            return scores.multi_label_scores(logits > 0, labels > 0.5)
+        return scores.classification_scores(logits.argmax(-1), labels)
 
 
 # -- a tag for each word
@@ -277,8 +277,8 @@ class TagScores:
     names: tuple[str, ...]
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        predicted, labels = logits.argmax(-1), prediction.label_ids
+        logits, labels = arrays_of(prediction)
+        predicted = logits.argmax(-1)
         rows = [[self.names[n] for n in row[of != IGNORED]] for row, of in zip(predicted, labels, strict=True)]
         right = [[self.names[n] for n in of[of != IGNORED]] for of in labels]
         return scores.tag_scores(rows, right)

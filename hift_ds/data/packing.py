@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hift_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -70,7 +70,7 @@ def packed_samples_are_isolated(model: nn.Module) -> bool:
 
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
-    weight = model.get_input_embeddings().weight
+    weight = cast("Tensor", model.get_input_embeddings().weight)
     first, second = torch.arange(12).reshape(2, 6) % weight.shape[0]
     batch_of = _packed_collator(pad_token_id=0)
     training = model.training

@@ -13,7 +13,7 @@ from hift_ds.data.encoding import without_affixes
 from hift_ds.data.packing import IGNORED
 from hift_ds.data.prepare import PreparedData
 from hift_ds.data.rows import code_stamp
-from hift_ds.data.task_data import Preparation, right_padded, tokenised
+from hift_ds.data.task_data import Preparation, arrays_of, right_padded, tokenised
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedTokenizerBase
@@ -68,10 +68,10 @@ class TextScores:
     tokenizer: PreTrainedTokenizerBase
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        given = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        given, references = arrays_of(prediction)
         pad = self.tokenizer.pad_token_id
         texts = [
             self.tokenizer.batch_decode(np.where(ids < 0, pad, ids), skip_special_tokens=True)
-            for ids in (given, prediction.label_ids)
+            for ids in (given, references)
         ]
         return scores.text_scores(*texts)

@@ -56,20 +56,20 @@ class PreparedData:
     @property
     def is_streamed(self) -> bool:
         """True if ``train`` has no length; its report is of the first rows."""
-        return not hasattr(self.train, "__len__")
+        return isinstance(self.train, stream.Stream)
 
     @property
     def num_rows(self) -> int | None:
         """The rows of ``train`` as its trainer takes them; None where they are streamed."""
-        return None if self.is_streamed else len(self.train)
+        return None if isinstance(self.train, stream.Stream) else len(self.train)
 
     @property
     def tokens_per_row(self) -> float:
         """The mean length of a row; where they are streamed, of the first ones."""
         report = self.reports[0]
-        if not self.is_streamed:
+        if not isinstance(self.train, stream.Stream):
             return float(report.tokens / len(self.train))
-        return float(report.max_length if self.train.pack else report.tokens / report.num_samples)
+        return float(self.train.tokenize.max_length if self.train.pack else report.tokens / report.num_samples)
 
 
 def prepare_data(

@@ -32,7 +32,7 @@ def read_model_proto(path: Path) -> Any | None:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
     try:
         proto.ParseFromString(path.read_bytes())
     except DecodeError:

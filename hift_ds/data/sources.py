@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 from hift_ds.data import llama_factory
 from hift_ds.data.files import (
@@ -30,7 +30,7 @@ from hift_ds.shipped import BUNDLED, find
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-    AnyDataset = Dataset | DatasetDict | IterableDataset | IterableDatasetDict
+    AnyDataset: TypeAlias = Dataset | DatasetDict | IterableDataset | IterableDatasetDict
 
 HUB = "hub:"
 _NOT_DATA = re.compile(r"(readme|license|licence|changelog|requirements|notice)\b", re.IGNORECASE)

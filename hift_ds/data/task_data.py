@@ -23,7 +23,7 @@ from hift_ds.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Preparation:
         parts = [part.remove_columns("remarks") for part in parts]
         return parts[0], parts[1] if evaluated is not None else None, notes
 
-    def mapped(self, rows: Dataset, function: Callable[[Any], Any], **options: Any) -> Dataset:
+    def mapped(self, rows: Dataset, function: Callable[..., Any], **options: Any) -> Dataset:
         """``rows`` through a function that the cache of ``datasets`` knows by its contents."""
         workers = self.config.num_workers
         with cache_in_use():
@@ -118,6 +118,15 @@ def set_prefix_space(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.add_prefix_space = True
         if getattr(tokenizer.backend_tokenizer.pre_tokenizer, "add_prefix_space", None) is False:
             tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space = True
+
+
+def arrays_of(prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+    """A prediction's first output and its labels: a model may give and be asked for several."""
+    outputs, labels = prediction.predictions, prediction.label_ids
+    return (
+        outputs[0] if isinstance(outputs, tuple) else outputs,
+        labels[0] if isinstance(labels, tuple) else labels,
+    )
 
 
 def lengths(rows: Dataset) -> tuple[int, int, int]:

@@ -131,7 +131,7 @@ def _load_sentencepiece(folder: Path, trust_remote_code: bool) -> PreTrainedToke
     return _assemble(converted, settings, folder)
 
 
-def _content(token: object) -> str | None:
+def _content(token: str | dict[str, Any] | None) -> str | None:
     """The text of a token as tokenizer_config.json has it: text, or an object with flags."""
     return token["content"] if isinstance(token, dict) else token
 

@@ -207,7 +207,8 @@ class ShardWriter:
         if count == 1:
             os.rename(self._provisional(1), self._folder / SINGLE_FILE)
             return [SINGLE_FILE]
-        names, weight_map = [], {}
+        names: list[str] = []
+        weight_map: dict[str, str] = {}
         for number, members in enumerate(self._shards, start=1):
             names.append(f"model-{number:05d}-of-{count:05d}.safetensors")
             os.rename(self._provisional(number), self._folder / names[-1])
@@ -310,7 +311,7 @@ def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype | Non
     else:
         from transformers.dynamic_module_utils import custom_object_save
 
-        custom_object_save(model, str(folder), config=config)
+        custom_object_save(model, str(folder), config=config)  # type: ignore[arg-type]  # declared a dict, used as ours
     config.save_pretrained(str(folder))
     if dtype is not None:
         # transformers 5 reads and writes "dtype"; most other programs still look for "torch_dtype".

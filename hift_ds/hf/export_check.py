@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -38,9 +38,8 @@ def check_export(model: PreTrainedModel, weights: Callable[[], Iterable[tuple[st
     dtypes = tensor_dtypes(folder)
     _compare_files(model, weights(), folder, dtypes)
     main = max(set(dtypes.values()), key=list(dtypes.values()).count)
-    loaded, found = type(model).from_pretrained(
-        folder, dtype=main, use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
+    load: Callable[..., tuple[PreTrainedModel, dict[str, Any]]] = type(model).from_pretrained
+    loaded, found = load(folder, dtype=main, use_safetensors=True, local_files_only=True, output_loading_info=True)
     if absent := sorted(found["missing_keys"]) + sorted(found["unexpected_keys"]):
         raise CheckpointError(f"{folder}: transformers finds no place or no weight for {absent[0]}; export again")
     expected = _logits(_with_weights(model, weights(), loaded), loaded.config)
@@ -94,7 +93,7 @@ def _with_weights(
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, config: object) -> Tensor:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = cast("Tensor", model.get_input_embeddings().weight).shape[0]
     ids = torch.arange(TOKENS).mul(7919).remainder(vocabulary)[None]
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
     output = model.eval()(**inputs, use_cache=False) if model.can_generate() else model.eval()(**inputs)

@@ -169,7 +169,7 @@ def max_sequence_length(config: Mapping[str, Any]) -> int | None:
     return limits[0]
 
 
-def _default_length(model_type: object) -> list[int]:
+def _default_length(model_type: Any) -> list[int]:
     """What transformers takes where config.json says nothing; empty if it knows no limit either."""
     from transformers import CONFIG_MAPPING
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub
 import torch
@@ -185,5 +185,5 @@ def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     ):
         if type(config) in mapping:
             found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
+            return cast("type[PreTrainedModel]", found[0] if isinstance(found, tuple) else found)
     raise ConfigError(f"transformers has no model for a {config.model_type} config")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,9 @@ def weight_distances(
     embeddings = set() if model is None else _embedding_names(model)
     if model is None:
         names = [name for name in before.headers if name in after.headers]
-        pairs = ((name, before.tensor(name), after.tensor(name)) for name in names)
+        pairs: Iterator[tuple[str, torch.Tensor, torch.Tensor]] = (
+            (name, before.tensor(name), after.tensor(name)) for name in names
+        )
     else:
         pairs = _pairs_of_weights(model, before, after)
     out: dict[str, tuple[float, float]] = {}
@@ -65,6 +67,12 @@ def weight_distances(
             norm += a.double().square().sum().item()
         out[name] = (math.sqrt(moved), math.sqrt(norm))
     return out
+
+
+def _pairs_of_names(
+    names: Iterable[str], before: SafetensorsFolder, after: SafetensorsFolder
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    yield from ((name, before.tensor(name), after.tensor(name)) for name in names)
 
 
 def _embedding_names(model: PreTrainedModel) -> set[str]:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -63,7 +63,8 @@ class NamePlan:
 def zero_init_set_aside() -> Iterator[None]:
     """Inside this block transformers does not enter ``deepspeed.zero.Init`` when it builds a model, as it does under a
     Trainer's ZeRO-3 config, also for one inside another: on one rank alone that would never end."""
-    integration = sys.modules.get("transformers.integrations.deepspeed")  # without it there is no such config
+    # Without it there is no such config.
+    integration: Any = sys.modules.get("transformers.integrations.deepspeed")
     if integration is None:
         yield
         return
@@ -89,7 +90,7 @@ def skeleton(config: PreTrainedConfig, like: PreTrainedModel | None = None) -> P
     import transformers
 
     if like is not None:
-        model_class = type(like)
+        model_class: type[PreTrainedModel] | None = type(like)
     else:
         names = config.architectures or []
         model_class = getattr(transformers, names[0], None) if names else None
@@ -173,7 +174,7 @@ def to_saved(
 class ConversionSet:
     """Checkpoint tensors that become one set of in-memory weights; see :func:`plan_load`."""
 
-    def __init__(self, first_name: str, sources: list[str], patterns: list[str], converter: object | None) -> None:
+    def __init__(self, first_name: str, sources: list[str], patterns: list[str], converter: Any | None) -> None:
         self.first_name = first_name
         self.sources = sources
         self._patterns = patterns

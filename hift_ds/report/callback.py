@@ -61,7 +61,7 @@ class ReportCallback(TrainerCallback):
         self,
         run_dir: str | Path,
         *,
-        get_engine: Callable[[], HiFTEngine] | None = None,
+        get_engine: Callable[[], HiFTEngine | None] | None = None,
         tokens_seen: Callable[[TrainerState], int] | None = None,
         largest_batch: tuple[int, int] | None = None,
         padded: bool = False,
@@ -70,7 +70,7 @@ class ReportCallback(TrainerCallback):
         shown: tuple[str, ...] = (),
     ) -> None:
         self.run_dir = Path(run_dir)
-        self._get_engine = get_engine or (lambda: None)
+        self._get_engine: Callable[[], HiFTEngine | None] = get_engine or (lambda: None)
         self._tokens_seen = tokens_seen or (lambda state: state.num_input_tokens_seen)
         self._largest_batch, self._padded = largest_batch, padded
         self._progress = progress
@@ -94,10 +94,11 @@ class ReportCallback(TrainerCallback):
         self._writer, self._kept_step = MetricsWriter(self.run_dir, resume_step=state.global_step), None
         self._progress = self._progress or make_progress()
         self._tokens = self._tokens_seen(state)
-        if self._largest_batch is not None and args.device.type != "cpu" and hasattr(self._get_engine(), "last_report"):
+        engine = self._get_engine()  # DeepSpeed's own without a "hift" block
+        if self._largest_batch is not None and args.device.type != "cpu" and engine and hasattr(engine, "last_report"):
             rows, tokens = self._largest_batch
             # Fewer if others did not fit.
-            self._get_engine().memory.start(state.train_batch_size or rows, tokens, self._padded)
+            engine.memory.start(state.train_batch_size or rows, tokens, self._padded)
         groups = self._groups()
         if groups:
             write_groups(self.run_dir, groups)
@@ -270,7 +271,7 @@ class ReportCallback(TrainerCallback):
     def _report_coverage(self, step: int) -> None:
         assert self._progress is not None
         engine = self._get_engine()
-        if not hasattr(engine, "coverage"):
+        if engine is None or not hasattr(engine, "coverage"):
             return
         trials = getattr(getattr(engine, "optimizer", None), "trials", None)
         counts = trials.state_dict() if trials is not None and trials.num_made else None

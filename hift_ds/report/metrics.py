@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypedDict
+from typing import IO, Any, TypedDict, cast
 
 from hift_ds.checkpoint.files import replace_text
 from hift_ds.step_report import CAUSES
@@ -111,7 +111,10 @@ def read_metrics(path: str | Path) -> Metrics:
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         record = _parse(line)
         if record is not None:
-            (out.evals if "eval_loss" in record else out.steps).append(record)
+            if "eval_loss" in record:
+                out.evals.append(cast("EvalRecord", record))
+            else:
+                out.steps.append(cast("StepRecord", record))
     return out
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -174,7 +174,7 @@ def _draw_evaluations(axes: Axes, metrics: Metrics, best_step: int | None) -> No
         return
     style: dict[str, Any] = {"color": _EVAL, "marker": "D", "markersize": 5 if len(points) <= 60 else 3}
     axes.plot(*zip(*points, strict=True), linewidth=1.2, label="evaluation", zorder=3, clip_on=False, **style)
-    if (best := dict(points).get(best_step)) is not None:
+    if best_step is not None and (best := dict(points).get(best_step)) is not None:
         label = f"best: {best:.4g} at step {best_step}, kept"
         axes.plot([best_step], [best], "o", markersize=11, markerfacecolor="none", color=_INK, label=label, zorder=4)
     values = [value for _, value in points]
@@ -284,11 +284,11 @@ def _draw_raster(figure: Figure, axes: Axes, steps: list[StepRecord], rows: list
     image, width = raster(steps, rows)
     positive = image[np.isfinite(image) & (image > 0)]
     low, high = np.percentile(positive, (2, 98)) if positive.size else (1.0, 1.0)
-    norm = LogNorm(max(low, 1e-12), max(high, low * 1.05, 1e-12))
+    least, most = max(low, 1e-12), max(high, low * 1.05, 1e-12)
     first = steps[0]["step"]
     shown = axes.imshow(
-        np.where(image == 0, norm.vmin, image),
-        norm=norm,
+        np.where(image == 0, least, image),
+        norm=LogNorm(least, most),
         cmap="viridis",
         aspect="auto",
         origin="lower",
@@ -300,7 +300,7 @@ def _draw_raster(figure: Figure, axes: Axes, steps: list[StepRecord], rows: list
     axes.set_title("which group moved when" + (f" (a column is {width} steps)" if width > 1 else ""), fontsize=11)
     _whole_steps(axes, steps)
     bar = figure.colorbar(shown, ax=axes, location="bottom", pad=0.02, fraction=0.03, aspect=50, extend="both")
-    ticks = round_ticks(norm.vmin, norm.vmax)
+    ticks = round_ticks(least, most)
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.minorticks_off()
     bar.set_label("gradient norm of the group's step (blank: another group's turn)")
@@ -372,7 +372,7 @@ def percent_text(value: float) -> str:
     return f"{float(f'{value:.2g}'):,.0f}" if value >= 100 else f"{value:.2g}"
 
 
-def _plain(axes: Axes, grid: str = "y") -> None:
+def _plain(axes: Axes, grid: Literal["both", "x", "y"] = "y") -> None:
     axes.grid(axis=grid, color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
