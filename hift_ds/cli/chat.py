@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hift_ds.cli.arguments import add_model_arguments
 from hift_ds.errors import ConfigError, HiFTError
@@ -124,7 +124,7 @@ class Chat:
                 return torch.full((len(input_ids),), stopped[0], device=input_ids.device)
 
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        generate_text: Callable[..., Any] = self.model.generate
+        generate_text = cast("Callable[..., Any]", self.model.generate)
         options = self._options | {"max_new_tokens": min(room, self._options["max_new_tokens"])}
 
         def generate() -> None:

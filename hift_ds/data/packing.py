@@ -16,8 +16,8 @@ from hift_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import Tensor, nn
-    from transformers import PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100
 """The label that no loss counts."""
@@ -55,7 +55,7 @@ def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool) -> Any:
     return _packed_collator(tokenizer.pad_token_id)
 
 
-def packed_samples_are_isolated(model: nn.Module) -> bool:
+def packed_samples_are_isolated(model: PreTrainedModel) -> bool:
     """Whether the samples of a packed row have no influence on each other in this model.
 
     Runs two short samples in one row, as the collator makes it, changes the first, and compares the second's

@@ -38,7 +38,8 @@ def check_export(model: PreTrainedModel, weights: Callable[[], Iterable[tuple[st
     dtypes = tensor_dtypes(folder)
     _compare_files(model, weights(), folder, dtypes)
     main = max(set(dtypes.values()), key=list(dtypes.values()).count)
-    load: Callable[..., tuple[PreTrainedModel, dict[str, Any]]] = type(model).from_pretrained
+    # With the last argument it returns a pair, which its declaration does not say.
+    load = cast("Callable[..., tuple[PreTrainedModel, dict[str, Any]]]", type(model).from_pretrained)
     loaded, found = load(folder, dtype=main, use_safetensors=True, local_files_only=True, output_loading_info=True)
     if absent := sorted(found["missing_keys"]) + sorted(found["unexpected_keys"]):
         raise CheckpointError(f"{folder}: transformers finds no place or no weight for {absent[0]}; export again")

@@ -89,16 +89,18 @@ def skeleton(config: PreTrainedConfig, like: PreTrainedModel | None = None) -> P
     """
     import transformers
 
+    model_class: type[PreTrainedModel]
     if like is not None:
-        model_class: type[PreTrainedModel] | None = type(like)
+        model_class = type(like)
     else:
         names = config.architectures or []
-        model_class = getattr(transformers, names[0], None) if names else None
-        if model_class is None:
+        named = getattr(transformers, names[0], None) if names else None
+        if named is None:
             raise CheckpointError(
                 f"config: architectures is {names}, expected the name of a transformers model class "
                 "such as ['LlamaForCausalLM']"
             )
+        model_class = named
     with zero_init_set_aside(), torch.device("meta"):
         model = model_class(deepcopy(config))
     model.tie_weights()  # the constructor does it from transformers 5.1 on
