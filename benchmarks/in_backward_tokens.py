@@ -58,7 +58,8 @@ def costs_of(name: str, codec: str, slots: int) -> BackwardCosts:
 
 def table() -> Iterator[str]:
     yield ("| card | `codec` | bytes each way | slots | all layers hidden from, tokens | layers a step at "
-           + " | at ".join(f"{tokens:,} tokens" for tokens in TOKENS) + f" | clipped exactly, at {TOKENS[-1]:,} | with the host's help |")  # fmt: skip
+           + " | at ".join(f"{tokens:,} tokens" for tokens in TOKENS)
+           + f" | clipped exactly, at {TOKENS[-1]:,} | with the host's help |")  # fmt: skip
     yield "|---|---|---|---|---|" + "---|" * (len(TOKENS) + 2)
     for name, codec, slots in itertools.product(CARDS, BYTES, SLOTS):
         costs = costs_of(name, codec, slots)

@@ -243,7 +243,7 @@ def gradient_bytes_on_host(setting: Setting, numel: int) -> int:
 
 
 def _kept_bytes(setting: Setting, micro_batches: int) -> int:
-    """Of an element of a gradient that is in host memory until the norm is known."""
+    """Bytes of an element of a gradient that is in host memory until the norm is known."""
     return 4 if micro_batches > 1 or setting.world_size > 1 or setting.weight_dtype == "float32" else 2
 
 

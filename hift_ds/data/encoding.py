@@ -118,7 +118,7 @@ class Encoder:
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
     def _until_its_end(self, ids: list[int]) -> list[int]:
-        """Without the white space that a template has written behind the end token."""
+        """The tokens without the white space that a template has written behind the end token."""
         for last in range(len(ids) - 1, -1, -1):
             if ids[last] == self.tokenizer.eos_token_id:
                 return ids[: last + 1]

@@ -55,18 +55,13 @@ class HiFTEngine(SeamEngine):
         self.adviser = Adviser()
         self.notes = StepNotes(self)
         end_earlier_engine(kwargs.get("model"))
-        try:
+        with self.life.begins():
             with says_when_no_room(kwargs.get("model")):
                 super().__init__(*args, config=config, **kwargs)
             self.optimizer.lr.watch(self.lr_scheduler)
             self.auto_groups.settle_by_config()
             self.notes.say_at_start()
             self.savings = ActivationSavings(self.module, self.hift.activations, self.optimizer.weight_names())
-        except BaseException:
-            self.life.let_go()
-            self.remove_deepspeed_hooks()
-            raise
-        self.life.began(self.module)
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:

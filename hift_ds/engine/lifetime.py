@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -33,9 +34,16 @@ class Lifetime:
         self.is_under_way: Callable[[], bool] = lambda: True
         self.hooks: list[RemovableHandle] = []
 
-    def began(self, model: nn.Module) -> None:
-        """Note that the engine is made, and the only one of ``model``."""
-        _engine_of[model] = weakref.ref(self._engine)
+    @contextlib.contextmanager
+    def begins(self) -> Iterator[None]:
+        """Inside this block the engine is made, the only one of its model. If that fails nothing of it stays."""
+        try:
+            yield
+        except BaseException:
+            self.let_go()
+            self._engine.remove_deepspeed_hooks()
+            raise
+        _engine_of[self._engine.module] = weakref.ref(self._engine)
 
     def refuse_if_ended(self) -> None:
         """Call this before anything that needs the states.

@@ -128,9 +128,9 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         return output
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """As the Trainer does. With DeepSpeed that rounds every number of a batch to the dtype of the weights: right
-        for what the model reads (pixels), and not for labels and for what only the loss reads (DPO's reference
-        log-probabilities, which are hundreds)."""
+        """Bring a batch to the device, as the Trainer does. With DeepSpeed that rounds every number of it to the dtype
+        of the weights: right for what the model reads (pixels), and not for labels and for what only the loss reads
+        (DPO's reference log-probabilities, which are hundreds)."""
         prepared = super()._prepare_inputs(inputs)
         if not isinstance(inputs, Mapping) or not isinstance(prepared, Mapping):
             return prepared
