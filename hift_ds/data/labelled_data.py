@@ -188,7 +188,7 @@ class TokenizeTexts:
                 raise DataError(f"{origin}: label {label!r}, but the training data have numbers to predict")
             return float(label)
         if self.vectors:
-            if not _are_vectors([label]) or len(label) != len(self.labels.names):
+            if not isinstance(label, list) or not _are_vectors([label]) or len(label) != len(self.labels.names):
                 raise DataError(
                     f"{origin}: label {label!r}, but the training data have a 0 or 1 for each of "
                     f"{_listed(self.labels.names)}; give this row one for each"
