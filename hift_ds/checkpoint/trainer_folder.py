@@ -69,7 +69,7 @@ def broken_seal(folder: Path, weights: bool = False) -> str | None:
         records = {name: FileRecord(entry["num_bytes"], entry["crc32"]) for name, entry in content.items()}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{folder / SEAL} is damaged ({type(error).__name__})"
     for name, expected in records.items():
         if name.endswith(".safetensors") and not weights:
@@ -114,6 +114,28 @@ def find_checkpoints(output_dir: Path, resume: str) -> tuple[list[Path], list[st
     return usable, [reason for reason in reasons.values() if reason is not None]
 
 
+def checkpoint_to_resume(output_dir: Path, asked: str | bool) -> tuple[str | bool, list[str]]:
+    """The checkpoint that a Trainer goes on from, by its own files; the engine looks at its folder itself.
+
+    Args:
+        asked: its folder; or True: the newest whole one of ``output_dir``.
+
+    Returns:
+        The folder, or ``asked`` where there is none to choose; and what is wrong with newer ones.
+
+    Raises:
+        CheckpointError: a file of the folder asked for is missing or damaged.
+    """
+    if isinstance(asked, str | Path):
+        if reason := why_incomplete(Path(asked)):
+            raise CheckpointError(f"resume_from_checkpoint: {reason}; choose another checkpoint")
+        return asked, []
+    usable, reasons = find_checkpoints(output_dir, "auto")
+    if not usable:
+        return asked, []
+    return str(usable[0]), reasons
+
+
 def why_incomplete(folder: Path) -> str | None:
     """What of the Trainer's own files is missing or damaged in ``folder``; None if nothing is."""
     try:
@@ -121,7 +143,7 @@ def why_incomplete(folder: Path) -> str | None:
         int(state["global_step"])
     except FileNotFoundError:
         return f"{folder} was never completed: it has no {STATE_FILE}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{folder / STATE_FILE} is damaged ({type(error).__name__})"
     return broken_seal(folder)
 

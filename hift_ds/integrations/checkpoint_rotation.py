@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hift_ds.checkpoint.files import write_errors
 from hift_ds.checkpoint.manifest import latest_tag
-from hift_ds.checkpoint.trainer_folder import rotate_checkpoints, seal_folder
+from hift_ds.checkpoint.trainer_folder import checkpoint_to_resume, rotate_checkpoints, seal_folder
 from hift_ds.errors import CheckpointError
 from hift_ds.ranks import gather, on_all_ranks
 
@@ -37,6 +38,15 @@ def _seal(folder: Path, writes: bool, failure: CheckpointError | None) -> None:
 class WholeCheckpointsStay:
     """Mixin before a Trainer class: checkpoints are sealed when complete, and rotated by what is whole. One that cannot
     be written leaves nothing, and ends the run or not as ``"hift.checkpoint.on_error"`` says."""
+
+    def _whole_checkpoint(self, asked: str | bool) -> str | bool:
+        """The checkpoint to go on from (:func:`checkpoint_to_resume`), as the first rank finds it."""
+        is_first = self.args.process_index == 0
+        find = partial(checkpoint_to_resume, Path(self.args.output_dir), asked)
+        found, reasons = gather(on_all_ranks(lambda: find() if is_first else (asked, [])))[0]
+        for reason in reasons if is_first else ():
+            logger.warning("%s; going on from %s", reason, found)
+        return found
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"

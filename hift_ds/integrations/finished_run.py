@@ -37,6 +37,9 @@ class StopsWhenDone:
         self._resumed_from = folder or None  # type: ignore[assignment]  # declared as a folder alone
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: the engine's checkpoint has the loss scale. A ``scaler.pt`` in the folder is none of this run's."""
+
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple:
         """The Trainer's: first its number of epochs, last its number of steps. No epoch if no step is left."""
         values = super().set_initial_training_values(*args, **kwargs)

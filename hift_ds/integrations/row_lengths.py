@@ -71,7 +71,8 @@ def _lengths(dataset: Any) -> list[np.ndarray]:
     if isinstance(dataset, list | tuple):
         if not dataset or not isinstance(dataset[0], Mapping):
             return []
-        names = [name for name, value in dataset[0].items() if _has_ids(name) and hasattr(value, "__len__")]
+        # A label may be a tensor without a dimension, whose ``len`` is an error.
+        names = [n for n, v in dataset[0].items() if _has_ids(n) and hasattr(v, "__len__") and getattr(v, "ndim", 1)]
         return [np.array([len(row[name]) if name in row else 0 for row in dataset]) for name in names]
     if not hasattr(dataset, "with_format") or not getattr(dataset, "column_names", None) or not len(dataset):
         return []

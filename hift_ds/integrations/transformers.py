@@ -98,9 +98,10 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         engine = getattr(self, "deepspeed", None)
         return engine if isinstance(engine, HiFTEngine) else None
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as the Trainer does; whichever way it ends, the model's ``requires_grad`` flags, the environment and
-        the memory are its caller's again. May be called again: that is a new engine, with fresh states."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as the Trainer does; from the newest whole checkpoint, or from the one that is named if its files are
+        what was written. Whichever way it ends, the model's ``requires_grad`` flags, the environment and the memory are
+        its caller's again. May be called again: that is a new engine, with fresh states."""
         self.model_wrapped = self.model  # else a second train() would go on with the engine of the first
         self.deepspeed = None
         disable_input_require_grads(self.model)  # enabling again forgets the earlier hooks
@@ -113,10 +114,12 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         if not self.is_ready_to_save:
             ready = ready_to_save(self.args, self.model, saved_by_trainer(self.processing_class, self.data_collator))
             self._check_evaluation_rows()
+            if resume_from_checkpoint:
+                resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
         kept = kept_from_accelerate(self.args.deepspeed_plugin.deepspeed_config)
         with ready, kept, hift_engines(on_made=_draws_itself):
             try:
-                output = super().train(*args, **kwargs)
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
                 self.finish_checkpoints()
                 failed = False
             except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 
 import model_zoo
 from hift_ds.checkpoint.trainer_folder import broken_seal, find_checkpoints, rotate_checkpoints
+from hift_ds.errors import CheckpointError
 from hift_ds.integrations.transformers import HiFTTrainer
 from hift_ds.train.preemption import PreemptionCallback
 from tests.helpers.trainer import AUTO, arguments, ragged_dataset
@@ -65,6 +67,47 @@ def test_resume_is_exact(tmp_path, hift, precision):
         assert all(torch.equal(theirs[name], weight) for name, weight in weights.items())
         assert their_losses == losses and their_rest == rest
         shutil.rmtree(tmp_path / "again")
+
+
+class WouldRun:
+    """A pickle that runs code, which makes a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+def test_damage_of_what_the_trainer_writes_is_found_before_it_is_read(tmp_path, caplog):
+    """A named checkpoint is one line; the newest whole one is found."""
+    trainer = make_trainer(tmp_path / "run", max_steps=5, save_steps=2)
+    trainer.train()
+    weights, *_ = end_of(trainer)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-5")
+    for number, (name, damage) in enumerate(
+        [(name, damage) for name in ("scheduler.pt", "rng_state.pth", "trainer_state.json") for damage in (1, 2)]
+        + [("trainer_state.json", "[" * 100_000)]
+    ):
+        run = shutil.copytree(tmp_path / "run", tmp_path / str(number))
+        file = run / "checkpoint-4" / name
+        content = file.read_bytes()
+        file.write_bytes(damage.encode() if isinstance(damage, str) else content[: len(content) // damage - 1])
+        again = make_trainer(run, max_steps=5, save_strategy="no")
+        with pytest.raises(CheckpointError, match=f"^resume_from_checkpoint: .*{name} .*; choose another"):
+            again.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+        assert again.engine is None
+        caplog.clear()
+        again.train(resume_from_checkpoint=True)
+        assert f"checkpoint-4/{name} " in caplog.text and f"going on from {run / 'checkpoint-2'}" in caplog.text
+        assert all(torch.equal(again.model.state_dict()[key], weight) for key, weight in weights.items())
+        shutil.rmtree(run)
+    planted = tmp_path / "run" / "checkpoint-4" / "scaler.pt"
+    planted.write_bytes(pickle.dumps(WouldRun(tmp_path / "ran")))
+    again = make_trainer(tmp_path / "run", max_steps=5, save_strategy="no")
+    again.train(resume_from_checkpoint=True)
+    assert all(torch.equal(again.model.state_dict()[key], weight) for key, weight in weights.items())
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_checkpoint_with_all_steps_trains_none(tmp_path, caplog):

@@ -30,6 +30,15 @@ def without(key: str) -> dict[str, Any]:
     return {k: v for k, v in ONE_GROUP.items() if k != key}
 
 
+def number_predicted() -> Any:
+    return model_zoo.tiny.build("bert", "sequence_classification", num_labels=1, problem_type="regression")
+
+
+def numbered(rows: list[Any]) -> list[Any]:
+    """With a label without a dimension."""
+    return [{**row, "labels": torch.tensor(3.3 * (i % 5))} for i, row in enumerate(rows)]
+
+
 UNEVEN = {"gradient_accumulation_steps": 3, "max_steps": 5}  # 9 micro-batches an epoch; 16 rows: 8
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "accumulation": (llama, {**UNEVEN, "data": ragged_dataset(16)}),
@@ -41,6 +50,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "clipping absent": (
         llama, {"optim": "sgd", "ds": without("gradient_clipping"), "only_plain": {"max_grad_norm": 0.0}},
     ),
+    "a number to predict": (number_predicted, {**UNEVEN, "data": numbered(ragged_dataset(16))}),
     "label smoothing": (llama, {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2}),
     "NEFTune and dropout": (dropout, {"neftune_noise_alpha": 5.0}),
     "decay, warm-up, evaluation": (
