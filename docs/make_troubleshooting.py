@@ -248,7 +248,7 @@ EXPLAINED = [
         r"not finite",
         "A loss was not finite; nothing was updated. Lower the learning rate, or look at that batch.",
     ),
-    (r"unknown key|did you mean", "A key is misspelled or belongs elsewhere; the nearest one is named."),
+    (r"unknown key|did you mean|: unknown …", "A key is misspelled or belongs elsewhere; the nearest one is named."),
     (
         r"this key is required",
         "The run file lacks a key without a default. Add it; [run_file.md](run_file.md) lists all.",

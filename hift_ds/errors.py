@@ -58,12 +58,16 @@ class StateStoreError(HiFTError):
     """Optimizer state cannot be kept or moved where it was asked to be."""
 
 
-def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
-    """The error for a key that does not exist, naming the nearest one that does."""
-    known = sorted(known)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-    return ConfigError(f"{where}: unknown key {key!r}; {hint}")
+def unknown_key(key: str, known: Iterable[str], where: str, what: str = "key") -> ConfigError:
+    """The error for a key that does not exist, naming the nearest one that does.
+
+    Args:
+        what: in words, if it is no key, such as ``"optimizer"``.
+    """
+    by_lower = {name.lower(): name for name in sorted(known)}
+    near = difflib.get_close_matches(key.lower(), by_lower, n=1, cutoff=0.6)
+    hint = f"did you mean {by_lower[near[0]]!r}?" if near else f"known {what}s: {', '.join(by_lower.values())}"
+    return ConfigError(f"{where}: unknown {what} {key!r}; {hint}")
 
 
 # What only the commands import, by the name it is imported under; pyproject.toml's extra "train" installs them.

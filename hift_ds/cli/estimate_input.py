@@ -44,7 +44,7 @@ _WHAT = {
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say which run is asked about."""
     parser.add_argument("run_file", nargs="?", metavar="RUN.yaml", help="a run file; every setting is taken from it")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="over the run file's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="over the run file's")
     parser.add_argument("--model", metavar="MODEL", help="folder with a config.json, size of the zoo, or hub name")
     parser.add_argument("--batch", type=int, metavar="B", help="sequences in a micro-batch of one GPU (default: 1)")
     parser.add_argument(
@@ -132,6 +132,8 @@ def _from_run_file(args: argparse.Namespace) -> tuple[Setting, Chosen]:
         raise ConfigError("hift: false is ordinary full fine-tuning, which this does not estimate; remove it")
     length = resolve_max_length(run, max_sequence_length(config.to_dict()))
     facts = Facts(settings, dtype, source, length, _num_rows(run))
+    if args.card is not None and not args.card > 0:
+        raise ConfigError(f"estimate: --card: expected GiB above 0, got {args.card:g}")
     card = None
     if (gib := args.card or run.fit) is not None and gib != "auto":
         card = card_of(gib, args.gpus)

@@ -55,7 +55,11 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_file", metavar="RUN.yaml", help="a run file, or the name of one in the package")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="over the run file's, such as train.max_steps=100"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="over the run file's, such as train.max_steps=100",
     )
     parser.add_argument("-n", "--num-samples", type=int, default=3, help="rows to print (default: %(default)s)")
     parser.add_argument(

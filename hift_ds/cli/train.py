@@ -39,7 +39,11 @@ Run files in the package: {", ".join(presets())}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_file", metavar="RUN.yaml", help="a run file, or the name of one in the package")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="over the run file's, such as train.max_steps=100"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="over the run file's, such as train.max_steps=100",
     )
     parser.add_argument(
         "--num-procs", "--num_procs", type=int, metavar="N",

@@ -134,7 +134,8 @@ def _optimizer_class(name: str, options: dict[str, Any]) -> type[torch.optim.Opt
     if lower in _BY_NAME:
         return _BY_NAME[lower]
     if "." not in name:
-        raise unknown_key(name, [*sorted(ELEMENTWISE), "Adafactor", "Lion", "Muon"], '"optimizer.type"')
+        known, where = [*ELEMENTWISE, "Adafactor", "Lion", "Muon"], '"optimizer.type"'
+        raise unknown_key(name, known, f"{where} (of another package: its dotted path)", "optimizer")
     module, _, attribute = name.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), attribute)

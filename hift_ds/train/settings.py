@@ -233,7 +233,7 @@ def training_arguments(settings: Settings, dtype: Dtype, *, has_eval: bool) -> d
         raise ConfigError(f"train.{name}: {value} needs data.eval or data.val_size")
     measured = ("loss", *TASKS[run.task].metrics)
     if train.best_metric.removeprefix("eval_") not in measured:
-        raise unknown_key(train.best_metric, measured, f"train.best_metric of task {run.task}")
+        raise unknown_key(train.best_metric, measured, f"train.best_metric of task {run.task}", "score")
     metric = f"eval_{train.best_metric.removeprefix('eval_')}"
     ds = deepspeed_config(settings, dtype)
     if train.auto_find_batch_size:

@@ -61,6 +61,12 @@ def test_the_help_of_train_names_the_run_files_of_the_package(capsys, monkeypatc
     assert set(presets()) <= set(re.split(r"[\s,]+", text.partition("Run files in the package:")[2]))
 
 
+@pytest.mark.parametrize("name", ["train", "preview"])
+def test_only_the_run_file_is_required(name, capsys):
+    assert main([name]) == 2
+    assert "the following arguments are required: RUN.yaml (try:" in capsys.readouterr().err
+
+
 # -- completion and schema -----------------------------------------------------------------------------------
 
 

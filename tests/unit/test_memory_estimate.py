@@ -14,6 +14,7 @@ import model_zoo
 from benchmarks import needs
 from hift_ds.cli import estimate as estimate_module
 from hift_ds.cli.main import main
+from hift_ds.errors import ConfigError
 from hift_ds.forecast.setting import SWITCHES, Setting, is_on, with_switch
 
 KEYS = {"peak_gib", "phases", "categories", "worst_group", "host_gib", "disk_gib", "flops_ratio_full", "fits"}
@@ -178,6 +179,8 @@ def test_a_run_file_is_counted_with_what_train_would_choose(folder, tmp_path):
         add_input_arguments(parser)
         return setting_and_choice(parser.parse_args([str(file), *argv]))
 
+    with pytest.raises(ConfigError, match="^estimate: --card: expected GiB above 0, got -3$"):
+        asked("--card=-3")
     setting, chosen = asked("--card", "24")
     assert setting.batch == 8 and chosen.keys["train.micro_batch_size"] == 8
     # 96 rows, 12 steps an epoch.
