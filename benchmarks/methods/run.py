@@ -16,6 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
@@ -31,9 +34,38 @@ import methods  # noqa: E402
 import tasks  # noqa: E402
 
 WARMUP = 0.05  # of the steps
+aten = torch.ops.aten
 
 Run = Callable[[dict[str, Any], Path, Path | None], dict[str, Any]]
 Timing = Callable[[list[dict[str, Any]], Path, Path | None, int], list[dict[str, Any]]]
+
+
+class ProductsInFp32(TorchDispatchMode):
+    """bf16 matrix products on a processor without instructions for them: the same operands multiplied in fp32, which
+    is what such instructions accumulate in, and the result rounded to bf16 once, as they round it. What torch does
+    there instead is thirty times slower."""
+
+    PRODUCTS = frozenset({
+        aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    })  # fmt: skip
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def widened(tensor: Tensor) -> Tensor:
+            return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+        if func not in self.PRODUCTS or not any(isinstance(a, Tensor) and a.dtype == torch.bfloat16 for a in args):
+            return func(*args, **(kwargs or {}))
+        made = func(*tree_map_only(Tensor, widened, args), **tree_map_only(Tensor, widened, kwargs or {}))
+        if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
+            return made[0].bfloat16(), made[1]  # the logarithms of sums are fp32 in either kernel
+        return tree_map_only(Tensor, Tensor.bfloat16, made)
+
+
+def products() -> ProductsInFp32 | nullcontext[None]:
+    """How this processor multiplies in bf16: by itself, or through fp32."""
+    return nullcontext() if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ProductsInFp32()
 
 
 def rate_at(step: int, steps: int, rate: float) -> float:
@@ -82,12 +114,14 @@ def line_of(
 ) -> dict[str, Any]:
     """The line of a run; ``loss`` is its last, ``held`` the KiB that the process held before the method was built."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    exact = isinstance(products(), nullcontext)  # without copies in fp32, which a peak would count
     return {
         **spec, "curve": curve, "final": curve[-1]["loss"], "best": min(point["loss"] for point in curve),
         "diverged": not math.isfinite(loss), "tokens": tokens, "cpu_s": round(cpu_s, 2),
-        "peak_gib": round((peak - held) / 2**20, 3),
+        "peak_gib": round((peak - held) / 2**20, 3) if exact else None,
         "where": {"machine": platform.processor() or platform.machine(), "torch": torch.__version__,
-                  "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")},
+                  "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
+                  "products": "bf16" if exact else "fp32, rounded to bf16"},
     }  # fmt: skip
 
 
@@ -172,7 +206,10 @@ def main(run: Run = run, seconds: Timing = seconds) -> int:
     torch.set_num_threads(1)
     spec = json.loads(args.spec)
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print is not the answer
-    result = seconds(spec, args.model, args.data, args.seconds) if args.seconds else run(spec, args.model, args.data)
+    with products():
+        result = (
+            seconds(spec, args.model, args.data, args.seconds) if args.seconds else run(spec, args.model, args.data)
+        )
     print(json.dumps(result), file=answers, flush=True)
     return 0
 

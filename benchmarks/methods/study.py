@@ -70,7 +70,7 @@ def spec_of(plan: dict[str, Any], task: str, name: str) -> dict[str, Any]:
 
 
 def missing(plan: dict[str, Any], seconds: dict[str, float], done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What can be run now: for each method its next rate with the first seed, or the best rate with the others."""
+    """What can be run now: for each method its next rate with the first seed, then the best rates with the others."""
     have = {key_of(line) for line in done}
     wanted = []
     for task, entry in plan["tasks"].items():
@@ -86,6 +86,7 @@ def missing(plan: dict[str, Any], seconds: dict[str, float], done: list[dict[str
             elif name in entry.get("quoted", entry["methods"]):
                 best = min(tried, key=tried.__getitem__)
                 wanted += [{**spec, "rate": best, "seed": seed} for seed in plan["seeds"][1:]]
+    wanted.sort(key=lambda spec: plan["seeds"].index(spec["seed"]))
     return [spec for spec in wanted if key_of(spec) not in have]
 
 
@@ -171,7 +172,7 @@ def measure_seconds(args: argparse.Namespace, plan: dict[str, Any]) -> None:
     for task in plan["tasks"]:
         names = [n for n in plan["tasks"][task]["methods"] if n != "full" and "steps_as" not in plan["methods"][n]]
         specs = [
-            {**spec_of(plan, task, name), "seed": 0, "timed": plan["methods"][name].get("timed", {})}
+            {**spec_of(plan, task, name), "seed": 0, "timed": plan["methods"][name].get("timed", {}).get(task, {})}
             for name in ["full", *names]
         ]
         full, others = specs[0], [spec for spec in specs[1:] if _chosen(args, spec)]
@@ -222,7 +223,7 @@ def rows_of(done: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
             "loss": statistics.fmean(finals), "low": min(finals), "high": max(finals),
             "start": same[0]["curve"][0]["loss"], "tokens": statistics.fmean(line["tokens"] for line in same),
             "accuracy": statistics.fmean(end["accuracy"] for end in ends) if "accuracy" in ends[0] else None,
-            "peak_gib": max(line["peak_gib"] for line in same),
+            "peak_gib": max((line["peak_gib"] for line in lines if line["peak_gib"] is not None), default=math.nan),
         })  # fmt: skip
     return sorted(rows, key=lambda row: row["loss"])
 
@@ -237,20 +238,34 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def where_run(lines: list[dict[str, Any]]) -> str:
+    """On what, and when, these runs were made."""
+    where, dates = lines[0]["where"], sorted({line["where"]["date"] for line in lines})
+    text = (
+        f"One thread, torch {where['torch']}, {where['machine']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
+    )
+    through = sum(line["where"].get("products", "bf16") != "bf16" for line in lines)
+    if through:
+        text += (
+            f" {through} of the {len(lines)} runs on a processor without bf16 instructions: products in fp32, rounded "
+            "to bf16; no peaks."
+        )
+    return text
+
+
 def table(plan: dict[str, Any], done: list[dict[str, Any]], seconds: list[dict[str, Any]]) -> str:
     """The page, in Markdown: for each task what was run for it, best first."""
     cost = {(s["task"], s["name"]): s for s in seconds}
     out = ["# Methods compared at equal CPU time", "",
            "Made by `python benchmarks/methods/study.py table` from `benchmarks/methods/lines.jsonl`; how: "
-           "[benchmarks/methods](../methods/README.md). Lower held-out loss is better. Methods with one seed had their "
-           "rates tried like all others, and were not run again."]  # fmt: skip
+           "[benchmarks/methods](../methods/README.md). Lower held-out loss is better. A method with fewer rates than "
+           "the others of its task was not tried to the end, and one with one seed was not run again."]  # fmt: skip
     for task in dict.fromkeys(line["task"] for line in done):
         rows = rows_of(done, task)
         some = next(line for line in done if line["task"] == task)
-        where = some["where"]
+        where = where_run([line for line in done if line["task"] == task])
         out += ["", f"## {task}: {some['budget_s']} CPU-seconds, {some['batch_size']} rows a step, from a loss of "
-                f"{rows[0]['start']:.4f}", "",
-                f"One thread, torch {where['torch']}, {where['machine']}, {where['date']}. {STATES_MOVED}", "",
+                f"{rows[0]['start']:.4f}", "", f"{where} {STATES_MOVED}", "",
                 f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]  # fmt: skip
         for row in rows:
             entry = plan["methods"][row["name"]]
@@ -263,7 +278,7 @@ def table(plan: dict[str, Any], done: list[dict[str, Any]], seconds: list[dict[s
                 row["name"], f"{row['loss']:.4f}", spread, accuracy, f"{row['rate']:g}", row["steps"],
                 f"{row['tokens']:.0f}", f"{step.get('seconds', math.nan):.3f}",
                 f"{step.get('flops', math.nan) / 1e12:.4f}", f"{step.get('trained', math.nan) / 1e6:.2f}", moved,
-                f"{row['peak_gib']:.2f}", tried,
+                "-" if math.isnan(row["peak_gib"]) else f"{row['peak_gib']:.2f}", tried,
             )  # fmt: skip
             out.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(out) + "\n"

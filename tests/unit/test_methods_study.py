@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "methods"
@@ -54,6 +55,35 @@ def run_all(study, loss_of):
 def test_rates_come_one_by_one_and_then_the_best_with_the_other_seeds(study):
     done = run_all(study, lambda spec: abs(spec["rate"] - 0.2) + spec["seed"])
     assert [(s["rate"], s["seed"], s["steps"]) for s in done] == [(0.1, 0, 5), (0.2, 0, 5), (0.4, 0, 5), (0.2, 1, 5)]
+
+
+def test_rates_of_all_methods_come_before_the_seeds_of_any(study):
+    done, seconds = [], {**SECONDS, "stdlib/late": 2.0}
+    while todo := study.missing(PLAN, seconds, done):
+        done.append(line(todo[0], abs(todo[0]["rate"] - 0.2)))
+    assert [(s["name"], s["seed"]) for s in done] == [("full", 0)] * 3 + [("late", 0)] * 3 + [("full", 1), ("late", 1)]
+
+
+def test_products_in_fp32_are_rounded_once(methods):
+    run = __import__("run")
+    torch.manual_seed(0)
+    a, b, bias = (torch.randn(shape).bfloat16().requires_grad_() for shape in ((8, 32), (16, 32), (16,)))
+    q, k, v = (torch.randn(2, 2, 8, 16).bfloat16().requires_grad_() for _ in range(3))
+    with run.ProductsInFp32():
+        made = nn.functional.linear(a, b, bias)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        (made.sum() + mixed.sum()).backward()
+    wide_a, wide_b, wide_bias, *wide = (x.detach().float().requires_grad_() for x in (a, b, bias, q, k, v))
+    expected = (
+        nn.functional.linear(wide_a, wide_b, wide_bias),
+        nn.functional.scaled_dot_product_attention(*wide, is_causal=True),
+    )
+    (expected[0].sum() + expected[1].sum()).backward()
+    assert made.dtype == mixed.dtype == torch.bfloat16
+    assert torch.equal(made, expected[0].bfloat16()) and torch.equal(mixed, expected[1].bfloat16())
+    assert torch.equal(a.grad, wide_a.grad.bfloat16()) and torch.equal(b.grad, wide_b.grad.bfloat16())
+    for narrow, exact in zip((q, k, v), wide, strict=True):  # from an output that is rounded
+        torch.testing.assert_close(narrow.grad.float(), exact.grad, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(
