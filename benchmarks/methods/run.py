@@ -34,6 +34,7 @@ import methods  # noqa: E402
 import tasks  # noqa: E402
 
 WARMUP = 0.05  # of the steps
+MULTIPLIES_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # this processor by itself; else through fp32
 aten = torch.ops.aten
 
 Run = Callable[[dict[str, Any], Path, Path | None], dict[str, Any]]
@@ -61,11 +62,6 @@ class ProductsInFp32(TorchDispatchMode):
         if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
             return made[0].bfloat16(), made[1]  # the logarithms of sums are fp32 in either kernel
         return tree_map_only(Tensor, Tensor.bfloat16, made)
-
-
-def products() -> ProductsInFp32 | nullcontext[None]:
-    """How this processor multiplies in bf16: by itself, or through fp32."""
-    return nullcontext() if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ProductsInFp32()
 
 
 def rate_at(step: int, steps: int, rate: float) -> float:
@@ -114,14 +110,14 @@ def line_of(
 ) -> dict[str, Any]:
     """The line of a run; ``loss`` is its last, ``held`` the KiB that the process held before the method was built."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    exact = isinstance(products(), nullcontext)  # without copies in fp32, which a peak would count
     return {
         **spec, "curve": curve, "final": curve[-1]["loss"], "best": min(point["loss"] for point in curve),
         "diverged": not math.isfinite(loss), "tokens": tokens, "cpu_s": round(cpu_s, 2),
-        "peak_gib": round((peak - held) / 2**20, 3) if exact else None,
+        # Not with copies in fp32, which a peak would count.
+        "peak_gib": round((peak - held) / 2**20, 3) if MULTIPLIES_BF16 else None,
         "where": {"machine": platform.processor() or platform.machine(), "torch": torch.__version__,
                   "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
-                  "products": "bf16" if exact else "fp32, rounded to bf16"},
+                  "products": "bf16" if MULTIPLIES_BF16 else "fp32, rounded to bf16"},
     }  # fmt: skip
 
 
@@ -206,7 +202,7 @@ def main(run: Run = run, seconds: Timing = seconds) -> int:
     torch.set_num_threads(1)
     spec = json.loads(args.spec)
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print is not the answer
-    with products():
+    with nullcontext() if MULTIPLIES_BF16 else ProductsInFp32():
         result = (
             seconds(spec, args.model, args.data, args.seconds) if args.seconds else run(spec, args.model, args.data)
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,12 +67,6 @@ def weight_distances(
             norm += a.double().square().sum().item()
         out[name] = (math.sqrt(moved), math.sqrt(norm))
     return out
-
-
-def _pairs_of_names(
-    names: Iterable[str], before: SafetensorsFolder, after: SafetensorsFolder
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    yield from ((name, before.tensor(name), after.tensor(name)) for name in names)
 
 
 def _embedding_names(model: PreTrainedModel) -> set[str]:

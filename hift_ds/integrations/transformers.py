@@ -137,15 +137,15 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         prepared = super()._prepare_inputs(inputs)
         if not isinstance(inputs, Mapping) or not isinstance(prepared, Mapping):
             return prepared
+        changed = [name for name, value in inputs.items() if _has_other_dtype(value, prepared.get(name))]
+        if not changed:
+            return prepared
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         kinds = inspect.signature(base.forward).parameters.values()
         read = {one.name for one in kinds if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
-        for name, value in inputs.items():
-            keeps = name in self.label_names or (name not in read and read)
-            now = prepared.get(name)
-            same = isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and now.shape == value.shape
-            if keeps and same and now.dtype != value.dtype:
-                prepared[name] = value.to(now.device)
+        for name in changed:
+            if name in self.label_names or (name not in read and read):
+                prepared[name] = inputs[name].to(prepared[name].device)
         return prepared
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -259,6 +259,11 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
 
 class HiFTTrainer(HiFTMixin, Trainer):
     """``transformers.Trainer``, training one layer group per optimizer step."""
+
+
+def _has_other_dtype(given: Any, prepared: Any) -> bool:
+    tensors = isinstance(given, torch.Tensor) and isinstance(prepared, torch.Tensor)
+    return tensors and prepared.shape == given.shape and prepared.dtype != given.dtype
 
 
 def _draws_itself(engine: HiFTEngine) -> None:
