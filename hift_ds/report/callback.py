@@ -79,6 +79,7 @@ class ReportCallback(TrainerCallback):
         self._writer: MetricsWriter | None = None
         self._pending: StepRecord | None = None
         self._unwritten = False  # the last line was left out
+        self._on_cpu = False
         self._mark = self._began = time.monotonic()
         self._tokens = 0
         self._kept_step: int | None = None  # after training
@@ -92,10 +93,11 @@ class ReportCallback(TrainerCallback):
             self._progress = SilentProgress()
             return
         self._writer, self._kept_step = MetricsWriter(self.run_dir, resume_step=state.global_step), None
+        self._on_cpu = args.device.type == "cpu"
         self._progress = self._progress or make_progress()
         self._tokens = self._tokens_seen(state)
         engine = self._get_engine()  # DeepSpeed's own without a "hift" block
-        if self._largest_batch is not None and args.device.type != "cpu" and engine and hasattr(engine, "last_report"):
+        if self._largest_batch is not None and not self._on_cpu and engine and hasattr(engine, "last_report"):
             rows, tokens = self._largest_batch
             # Fewer if others did not fit.
             engine.memory.start(state.train_batch_size or rows, tokens, self._padded)
@@ -208,6 +210,8 @@ class ReportCallback(TrainerCallback):
                 record["waits_s"] = {cause: round(seconds, 6) for cause, seconds in report.waits.items()}
             if hasattr(report, "peak_bytes"):
                 record["peak_memory_gib"] = report.peak_bytes / 2**30
+                if self._on_cpu:
+                    record["memory_of_process"] = True
             if getattr(report, "forecast_bytes", None) is not None:
                 record["forecast_memory_gib"] = report.forecast_bytes / 2**30
         tokens = self._tokens_seen(state)

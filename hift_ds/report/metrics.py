@@ -51,6 +51,7 @@ class StepRecord(TypedDict, total=False):
     checkpoint_s: float
     # Highest allocation on the device in this step, this rank; without one resident memory at its end.
     peak_memory_gib: float
+    memory_of_process: bool  # true where it is that, and so much the same for every group
     # What peak_memory_gib was expected to be at most, once that is known; on accelerators.
     forecast_memory_gib: float
 

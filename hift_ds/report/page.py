@@ -32,7 +32,7 @@ _PICTURES = {  # name of the file: title, what is seen
     "memory": (
         "Memory",
         "Highest allocation in the steps of each group, and what was forecast as the most. Without an accelerator it "
-        "is the memory of the process, which has no forecast.",
+        "is the memory of the process, which has no forecast and holds all weights and states whichever group trains.",
     ),
     "transfers": (
         "What steps waited for",
@@ -124,7 +124,8 @@ def _facts(run: RunSummary) -> list[dict[str, Any]]:
         say("of the trainable tensors were updated", f"{1 - never / len(updates):.0%}", never > 0)
     peaks = [group.peak for group in run.memory if group.peak is not None]
     if peaks:
-        say("peak memory, first rank", f"{max(peaks):.2f} GiB")
+        what = "memory of the process" if any(group.of_process for group in run.memory) else "peak memory"
+        say(f"{what}, first rank", f"{max(peaks):.2f} GiB")
     if run.waited is not None:
         say("of the time steps waited", f"{run.waited:.1%}", run.waited > 0.1)
     if run.tokens_per_s is not None:

@@ -99,14 +99,16 @@ def loss_figure(metrics: Metrics, title: str = "", best_step: int | None = None)
 
 
 def memory_figure(groups: Sequence[GroupMemory], title: str = "") -> Figure:
-    """Peak memory of the steps of each group, beside its forecast where there is one; bottom of the model first."""
+    """Peak memory of the steps of each group, beside its forecast where there is one; bottom of the model first.
+    Without an accelerator the bars are all but equal, and the picture says why."""
     from matplotlib.figure import Figure
 
     height = min(max(1.8 + 0.2 * len(groups), 3.0), 11)
     figure = Figure(figsize=(9.5, height), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(f"{title}: peak memory while a group trains" if title else "peak memory while a group trains",
-                   loc="left", fontsize=11)  # fmt: skip
+    of_process = any(group.of_process for group in groups)
+    what = "memory of the process, no accelerator" if of_process else "peak memory while a group trains"
+    axes.set_title(f"{title}: {what}" if title else what, loc="left", fontsize=11)
     axes.barh(range(len(groups)), [group.peak or 0.0 for group in groups], height=0.72, color=_BAR, label="measured")
     forecasts = [(row, group.forecast) for row, group in enumerate(groups) if group.forecast is not None]
     for number, (row, value) in enumerate(forecasts):
@@ -115,7 +117,10 @@ def memory_figure(groups: Sequence[GroupMemory], title: str = "") -> Figure:
     every = math.ceil(len(groups) / 45)
     axes.set_yticks(range(0, len(groups), every), [_short(group.name) for group in groups[::every]])
     axes.tick_params(axis="y", length=0, labelsize=9 if len(groups) <= 30 else 8)
-    axes.set_xlabel("GiB, on the first rank")
+    where = "GiB, on the first rank"
+    if of_process:  # all weights and states lie in it, whichever group trains
+        where += "; all of the process as a step ends, alike for every group (a CPU counts no peaks)"
+    axes.set_xlabel(where)
     axes.set_xlim(0, 1.02 * max([group.peak or 0.0 for group in groups] + [value for _, value in forecasts]) or 1)
     if forecasts:
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.55, 1.0), ncols=2, borderaxespad=0.2)

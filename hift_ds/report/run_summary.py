@@ -42,6 +42,7 @@ class GroupMemory:
     name: str
     peak: float | None
     forecast: float | None
+    of_process: bool = False  # the peak is the memory of the process as a step ended: there was no accelerator
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class RunSummary:
                 records[-1].get("group_name") or str(index),
                 highest(records, "peak_memory_gib"),
                 highest(records, "forecast_memory_gib"),
+                any(record.get("memory_of_process") for record in records),
             )
             for index, records in sorted(steps.items())
         ]

@@ -185,3 +185,11 @@ def test_memory_beside_its_forecast():
     assert [bar.get_width() for bar in axes.patches] == [7.0, 6.0]
     assert [list(line.get_xdata()) for line in axes.lines] == [[8.0, 8.0]]
     assert math.isclose(axes.get_xlim()[1], 8.16) and "forecast: at most" in labels_of(axes)
+    assert "peak memory" in axes.get_title(loc="left") and "process" not in axes.get_xlabel()
+
+
+def test_equal_bars_of_a_run_on_a_cpu_are_explained(tmp_path):
+    run = read_run(write(tmp_path / "cpu", peak_memory_gib=5.0, forecast_memory_gib=None, memory_of_process=True))
+    axes = figures(run)["memory"].axes[0]
+    assert axes.get_title(loc="left") == "cpu: memory of the process, no accelerator"
+    assert "alike for every group" in axes.get_xlabel() and not axes.lines
