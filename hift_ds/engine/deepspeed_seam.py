@@ -45,6 +45,7 @@ from hift_ds.engine.zero3.shards import (
     weights_folder,
 )
 from hift_ds.errors import ConfigError
+from hift_ds.layers.arch import whole_shape
 from hift_ds.layers.grouping import Partition
 from hift_ds.optim.group_optimizer import GroupOptimizer
 from hift_ds.optim.in_backward import InBackwardOptimizer
@@ -263,8 +264,10 @@ class SeamEngine(DeepSpeedEngine):
         folder = weights_folder(self._config.zero_config)
         page_locks = not folder and page_locks_weights(self._config.zero_config)
         into_this_job(self.module)
-        if scalar := next((name for name, param in self.module.named_parameters() if param.ndim == 0), None):
-            raise ConfigError(f"{scalar}: ZeRO-3 cannot cut a weight without a dimension; use stage 0, 1 or 2")
+        for name, param in self.module.named_parameters():
+            if param.ndim == 0 or 0 in whole_shape(param):
+                what = "a dimension" if param.ndim == 0 else "elements"
+                raise ConfigError(f"{name}: ZeRO-3 cannot cut a weight without {what}; use stage 0, 1 or 2")
         with as_if_parked_on_host(self) if folder or page_locks else contextlib.nullcontext():
             # With optimizer=None ZeRO-3 gathers and releases weights and steps nothing: stepping is ours.
             offload = self._configure_zero_optimizer(optimizer=None)

@@ -25,8 +25,9 @@ def cast_and_keep_bits(model: nn.Module, dtype: torch.dtype | None, device: torc
         By parameter name, flat, on the host.
     """
     for param in model.parameters():
-        if not param.is_contiguous():
-            param.data = param.data.contiguous()
+        # Dimensions of size 1 may have any stride; DeepSpeed broadcasts weights as bytes, and needs the last one's.
+        if not param.is_contiguous() or (param.ndim and param.stride(-1) != 1):
+            param.data = param.data.contiguous().view(-1).view(param.shape)
     shards: dict[str, Tensor] = {}
     if dtype is None:
         return shards

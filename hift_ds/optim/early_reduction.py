@@ -122,7 +122,8 @@ class EarlyReduction:
             self._streams.current_stream(self._device).wait_stream(self._side)
         while self._sent:
             self._sent.pop(0).finish()
-        present = [self._grads.pop(member.param) is not None for member in group.members]
+        # A weight without elements is in no message.
+        present = [self._grads.pop(member.param, None) is not None for member in group.members]
         return self._shards.pop(group.index), present
 
     def abandon(self) -> None:

@@ -495,14 +495,16 @@ def test_a_group_size_beyond_the_model_is_said(caplog):
 
 
 class WithScale(Toy):
-    """A weight without a dimension, as CLIP's ``logit_scale``."""
+    """A weight without a dimension, as CLIP's ``logit_scale``; one whose last dimension has a stride other than 1, as
+    small convolutions in ``channels_last``."""
 
     def __init__(self):
         super().__init__()
         self.scale = torch.nn.Parameter(torch.tensor(1.5))
+        self.column = torch.nn.Parameter(torch.linspace(0.5, 1.5, 5).view(1, 5).t())
 
     def forward(self, tokens, targets):
-        return super().forward(tokens, targets) * self.scale.exp()
+        return super().forward(tokens, targets) * self.scale.exp() * self.column.square().mean()
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -510,6 +512,10 @@ def test_a_weight_without_a_dimension(stage):
     model, twin = WithScale(), WithScale()
     with pytest.raises(ConfigError, match="scale: ZeRO-3 cannot cut a weight without a dimension"):
         make_engine(WithScale(), ds_config(stage=3))
+    empty = Toy()
+    empty.nothing = torch.nn.Parameter(torch.zeros(0, 3))
+    with pytest.raises(ConfigError, match="nothing: ZeRO-3 cannot cut a weight without elements"):
+        make_engine(empty, ds_config(stage=3))
     engine = make_engine(model, ds_config(stage=stage, gas=2, hift={"groups": [["."]]}))
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2)
     for batch in make_batches(3):

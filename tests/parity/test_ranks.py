@@ -4,21 +4,46 @@ Trainer over DistributedDataParallel."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from transformers import Trainer
 
 import model_zoo
 from tests.helpers.distributed import run_distributed
 from tests.helpers.parity import ONE_GROUP, compare, run, same
-from tests.helpers.trainer import ragged_dataset
+from tests.helpers.trainer import VOCAB, ragged_dataset
 from tests.parity.test_trainer import dropout
 
 pytestmark = pytest.mark.distributed
 
+# What ranks average is another sum than DistributedDataParallel's, and with ZeRO-3 the vectors of a processor begin
+# elsewhere too. The bias of GPT-2's keys has no gradient but such rounding, of which Adam makes steps: 4.3e-6 apart on
+# one processor, 2.6e-6 in shards on another.
+ROUNDING_OF_RANKS = 1e-5
 PARTITIONED = {**ONE_GROUP, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
-CASES = {
+
+class Normalized(nn.Module):
+    """With the statistics of batch norm, a weight without elements, one that no row reaches, and one for some rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed, self.norm, self.head = nn.Embedding(VOCAB, 8), nn.BatchNorm1d(8), nn.Linear(8, VOCAB)
+        self.empty, self.unreached, self.sometimes = nn.Parameter(torch.zeros(0, 8)), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids: Any, labels: Any, attention_mask: Any = None) -> dict[str, Any]:
+        hidden = self.norm(self.embed(input_ids).transpose(1, 2)).transpose(1, 2)
+        if int(input_ids[0, 0]) % 3 == 0:
+            hidden = hidden + self.sometimes(hidden)
+        logits = self.head(hidden)
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+CASES: dict[str, dict[str, Any]] = {
     "tokens of all ranks": {"gradient_accumulation_steps": 3, "max_grad_norm": 0.1},
     "tokens of each rank": {"gradient_accumulation_steps": 3, "average_tokens_across_devices": False},
     "smoothed, evaluated, best model": {
@@ -26,6 +51,11 @@ CASES = {
         "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2,
         "load_best_model_at_end": True, "metric_for_best_model": "loss",
         "trainer": {"eval_dataset": ragged_dataset(6, seed=9)},
+    },
+    "batch norm, evaluated": {
+        "make_model": Normalized, "gradient_accumulation_steps": 2, "weight_decay": 0.1,
+        "ddp_find_unused_parameters": True, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2,
+        "trainer": {"eval_dataset": ragged_dataset(9, seed=9)},
     },
     "length groups": {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 1},
 }  # fmt: skip
@@ -38,7 +68,7 @@ def on_a_rank(folder: str) -> None:
             compare(
                 Path(folder) / name.replace(" ", "_"),
                 Trainer,
-                lambda: model_zoo.tiny.build("llama"),
+                options.pop("make_model", lambda: model_zoo.tiny.build("llama")),
                 **options,
             )
         except AssertionError as error:
@@ -54,7 +84,7 @@ def goes_on_in_the_middle_of_an_epoch(folder: Path) -> None:
         run(folder / name, Trainer, dropout, hift=True, ds=ds, stop_at=4, **options)
         again = run(folder / name, Trainer, dropout, hift=True, ds=ds, resume=4, **options)
         try:
-            same(again, whole)
+            same(again, whole, atol=ROUNDING_OF_RANKS)
         except AssertionError as error:
             raise AssertionError(f"going on, weights {name}: {error}") from error
 
