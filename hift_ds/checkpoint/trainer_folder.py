@@ -38,6 +38,13 @@ STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that the Trai
 SEAL = "trainer_files.json"
 _NOT_SEALED = (SEAL, LATEST)  # "latest" comes later if the engine saves asynchronously
 _NAME = re.compile(r"checkpoint-(\d+)")
+_READ = (
+    "scheduler.pt",
+    "optimizer.pt",
+    "optimizer.bin",
+    "scaler.pt",
+    "rng_state.pth",
+)  # by a Trainer, if they are there
 
 
 # -- the seal -------------------------------------------------------------------------------------------------
@@ -145,7 +152,23 @@ def why_incomplete(folder: Path) -> str | None:
         return f"{folder} was never completed: it has no {STATE_FILE}"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{folder / STATE_FILE} is damaged ({type(error).__name__})"
-    return broken_seal(folder)
+    return broken_seal(folder) or _why_not_saved(folder)
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether there is a list of what the Trainer wrote: another program's folders have none."""
+    return (folder / SEAL).is_file()
+
+
+def _why_not_saved(folder: Path) -> str | None:
+    """What a Trainer would read although the checkpoint was saved without it; None if there is no such file or seal."""
+    if not is_sealed(folder):
+        return None
+    listed = json.loads(read_regular_text(folder / SEAL))
+    for name in _READ:
+        if name not in listed and (folder / name).exists():
+            return f"{folder / name} was not saved with the checkpoint: {SEAL} does not list it"
+    return None
 
 
 def why_unusable(folder: Path) -> str | None:

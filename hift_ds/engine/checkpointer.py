@@ -42,6 +42,8 @@ class Checkpointer:
         last: the last folder that this run has saved or loaded whole.
         restores_generators: ``load`` also sets the global random generators, to where they were when the checkpoint was
             saved. A loop that draws before it goes on (the Trainer, an epoch's order) does so itself.
+        before_load: called with the folder that ``load`` is given, on every rank, before anything is read. For callers
+            who go on with files of their own beside it.
         on_whole: called with a checkpoint's folder as soon as it is whole, by the process that has given it its name;
             of an asynchronous save in the thread that writes. For callers who have files of their own beside it.
     """
@@ -50,6 +52,7 @@ class Checkpointer:
         self._engine = engine
         self.last: Path | None = None
         self.restores_generators = True
+        self.before_load: Callable[[Path], None] | None = None
         self.on_whole: Callable[[Path], None] | None = None
         self._background: BackgroundSave | None = None
         self._waited_s = 0.0
@@ -223,6 +226,8 @@ class Checkpointer:
         """
         engine, load_dir = self._engine, Path(load_dir)
         self.wait()
+        if self.before_load is not None:
+            self.before_load(load_dir)
         folder = choose_checkpoint(engine, load_dir, tag)
         if folder is None and (load_dir / manifests.MANIFEST).exists():
             parent, name = load_dir.parent, load_dir.name

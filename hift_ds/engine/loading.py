@@ -136,6 +136,8 @@ def load_progress(
         if engine.lr_scheduler is not None and common["scheduler"] is not None:
             engine.lr_scheduler.load_state_dict(decode(common["scheduler"]))
             optimizer.lr.catch_up()
+        elif engine.lr_scheduler is not None:
+            say(engine, "saved without a scheduler of the engine's: this run's begins at its first step")
     _load_cursor(engine, saved)
     _load_pending_gradients(engine, saved)
     own = saved.of_rank(engine.global_rank)

@@ -14,7 +14,7 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,8 @@ from hift_ds.errors import ConfigError
 from hift_ds.integrations.arguments import check_arguments, check_given
 from hift_ds.integrations.before_saving import ready_to_save, saved_by_trainer
 from hift_ds.integrations.disk_room import DiskRoomCallback
-from hift_ds.integrations.events import EngineEvents, disable_input_require_grads
+from hift_ds.integrations.events import EngineEvents, callers, disable_input_require_grads, loop_above
+from hift_ds.integrations.going_on import checks_files
 from hift_ds.integrations.loops import kept_from_accelerate
 from hift_ds.integrations.weights_once import keep_once
 from hift_ds.ranks import gather
@@ -147,7 +148,7 @@ class HiFTCallback(EngineEvents):
 
     def _is_under_way(self) -> bool:
         """Whether the Trainer's loop, which tells nobody of an exception that ends it, still runs in some thread."""
-        if self._loop is None or any(self._loop in _callers(frame) for frame in sys._current_frames().values()):
+        if self._loop is None or any(self._loop in callers(frame) for frame in sys._current_frames().values()):
             return True
         self._let_go()
         return False
@@ -155,6 +156,7 @@ class HiFTCallback(EngineEvents):
     def _took(self, engine: HiFTEngine) -> None:
         engine.life.is_under_way = self._is_under_way
         engine.checkpointer.restores_generators = False  # the Trainer does, once it has drawn an epoch's order
+        checks_files(engine)
         engine.checkpointer.on_whole = self._weights_once
         self.engine = engine
 
@@ -173,7 +175,7 @@ class HiFTCallback(EngineEvents):
                 "HiFTCallback serves one train(): for another make a new trainer with a new callback, or a trainer "
                 "class with HiFTMixin"
             )
-        self._loop = _loop_above(sys._getframe())
+        self._loop = loop_above(sys._getframe())
         try:
             super().on_train_begin(args, state, control, **kwargs)
             self._make_sure_of_saving(args, state, control, **kwargs)
@@ -279,14 +281,3 @@ class AnnouncedCallback(HiFTCallback):
                 f"hift_ds {__version__}: HiFT is on, {len(groups)} layer groups, one trained per optimizer step",
                 file=sys.stderr,
             )
-
-
-def _callers(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _loop_above(frame: FrameType) -> FrameType | None:
-    """The method of a Trainer that has the callbacks called."""
-    return next((one for one in _callers(frame) if hasattr(one.f_locals.get("self"), "callback_handler")), None)

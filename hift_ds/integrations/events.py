@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -53,6 +55,7 @@ class EngineEvents(TrainerCallback):
                 "TrainingArguments(deepspeed=...), and start with deepspeed, torchrun or plain python "
                 "(accelerate launch: with --use_deepspeed, or with use_cpu=True in place of --cpu)"
             )
+        engine.checkpointer.before_load = None
         engine.adviser = self.adviser
         self.adviser.announces = args.auto_find_batch_size and state.is_world_process_zero
         if args.auto_find_batch_size:  # the config still has the number that was tried first
@@ -62,6 +65,8 @@ class EngineEvents(TrainerCallback):
         disable_input_require_grads(engine.module)
         if (rows := kwargs.get("train_dataloader")) is not None:
             check_rows("train_dataset", getattr(rows, "dataset", None), rows.collate_fn, engine.module)
+        if state.is_world_process_zero:
+            _say_what_comes_too_late(loop_above(sys._getframe()))
         warning = engine.schedule.too_few_turns(state.max_steps)
         if self.says_coverage and warning and state.is_world_process_zero:
             logger.warning("%s", warning)
@@ -163,3 +168,26 @@ def disable_input_require_grads(model: nn.Module) -> None:
     for module in modules:  # an encoder inside may have hooks of its own
         if hasattr(module, "disable_input_require_grads") and getattr(module, "_require_grads_hooks", None):
             module.disable_input_require_grads()
+
+
+def callers(frame: FrameType | None) -> Iterator[FrameType]:
+    """``frame`` and all that wait for it, the nearest first."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def loop_above(frame: FrameType | None) -> FrameType | None:
+    """The method of a Trainer that has the callbacks called; None if none does."""
+    return next((one for one in callers(frame) if hasattr(one.f_locals.get("self"), "callback_handler")), None)
+
+
+def _say_what_comes_too_late(loop: FrameType | None) -> None:
+    """Warn of callbacks that look at gradients or change them: with DeepSpeed the step is a part of the backward."""
+    for callback in () if loop is None else loop.f_locals["self"].callback_handler.callbacks:
+        if type(callback).on_pre_optimizer_step is not TrainerCallback.on_pre_optimizer_step:
+            logger.warning(
+                "%s.on_pre_optimizer_step is called after the engine's step, and finds no gradients; use the weights' "
+                "own hooks (register_hook)",
+                type(callback).__name__,
+            )

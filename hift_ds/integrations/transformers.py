@@ -43,6 +43,7 @@ from hift_ds.integrations.checkpoint_rotation import WholeCheckpointsStay
 from hift_ds.integrations.disk_room import DiskRoomCallback
 from hift_ds.integrations.events import EngineEvents, disable_input_require_grads
 from hift_ds.integrations.finished_run import StopsWhenDone
+from hift_ds.integrations.going_on import checks_files
 from hift_ds.integrations.loops import kept_from_accelerate
 from hift_ds.integrations.row_lengths import check_rows
 from hift_ds.integrations.weights_once import WeightsOnce, has_the_form_of_a_checkpoint, name_beside
@@ -269,3 +270,4 @@ def _has_other_dtype(given: Any, prepared: Any) -> bool:
 def _draws_itself(engine: HiFTEngine) -> None:
     """A Trainer that goes on draws its epoch's order first, and then sets the generators to the checkpoint's."""
     engine.checkpointer.restores_generators = False
+    checks_files(engine)

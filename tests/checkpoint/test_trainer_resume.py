@@ -10,18 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 import model_zoo
 from hift_ds.checkpoint.trainer_folder import broken_seal, find_checkpoints, rotate_checkpoints
 from hift_ds.errors import CheckpointError
+from hift_ds.integrations.callback import HiFTCallback
 from hift_ds.integrations.transformers import HiFTTrainer
 from hift_ds.train.preemption import PreemptionCallback
 from tests.helpers.trainer import AUTO, arguments, ragged_dataset
 
+ADAMW = {"type": "AdamW", "params": {"lr": "auto"}}
+WARM_UP = {"type": "WarmupLR", "params": {"warmup_num_steps": "auto", "warmup_max_lr": "auto", "warmup_min_lr": 0}}
 
-def make_trainer(folder, hift=None, **options):
-    ds = {**AUTO, "hift": hift or {}}
+
+def make_trainer(folder, hift=None, ds=AUTO, **options):
+    ds = {**ds, "hift": hift or {}}
     callbacks = options.pop("callbacks", None)
     defaults = {
         "max_steps": 13,
@@ -102,12 +106,80 @@ def test_damage_of_what_the_trainer_writes_is_found_before_it_is_read(tmp_path, 
         assert f"checkpoint-4/{name} " in caplog.text and f"going on from {run / 'checkpoint-2'}" in caplog.text
         assert all(torch.equal(again.model.state_dict()[key], weight) for key, weight in weights.items())
         shutil.rmtree(run)
-    planted = tmp_path / "run" / "checkpoint-4" / "scaler.pt"
+
+
+@pytest.mark.parametrize("name", ["scaler.pt", "optimizer.pt", "scheduler.pt"])
+def test_a_file_that_was_not_saved_with_a_checkpoint_is_not_read(tmp_path, caplog, name):
+    """Nor executed: the checkpoint is passed over as a damaged one."""
+    ds = {**AUTO, "optimizer": ADAMW, "scheduler": WARM_UP} if name == "scheduler.pt" else AUTO
+    trainer = make_trainer(tmp_path / "run", ds=ds, max_steps=5, save_steps=2)
+    trainer.train()
+    weights, *_ = end_of(trainer)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-5")
+    planted = tmp_path / "run" / "checkpoint-4" / name
+    assert not planted.exists()
     planted.write_bytes(pickle.dumps(WouldRun(tmp_path / "ran")))
-    again = make_trainer(tmp_path / "run", max_steps=5, save_strategy="no")
+    again = make_trainer(tmp_path / "run", ds=ds, max_steps=5, save_strategy="no")
+    with pytest.raises(CheckpointError, match=f"^resume_from_checkpoint: .*{name} was not saved with the checkpoint"):
+        again.train(resume_from_checkpoint=str(planted.parent))
     again.train(resume_from_checkpoint=True)
+    assert f"going on from {tmp_path / 'run' / 'checkpoint-2'}" in caplog.text and not (tmp_path / "ran").exists()
     assert all(torch.equal(again.model.state_dict()[key], weight) for key, weight in weights.items())
+
+
+def test_files_of_a_checkpoint_without_a_seal(tmp_path):
+    """Of another program, or one whose list was lost: what cannot be read is one line all the same."""
+    make_trainer(tmp_path / "run", max_steps=2, save_steps=2).train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    (checkpoint / "trainer_files.json").unlink()
+    make_trainer(tmp_path / "again", max_steps=3, save_strategy="no").train(resume_from_checkpoint=str(checkpoint))
+    for name in ("scheduler.pt", "rng_state.pth"):
+        good = (checkpoint / name).read_bytes()
+        for content in (good[:-30], b"", pickle.dumps(WouldRun(tmp_path / "ran"))):
+            (checkpoint / name).write_bytes(content)
+            again = make_trainer(tmp_path / "again", max_steps=3, save_strategy="no")
+            with pytest.raises(CheckpointError, match=rf"^resume_from_checkpoint: \S*{name} is damaged"):
+                again.train(resume_from_checkpoint=str(checkpoint))
+        (checkpoint / name).write_bytes(good)
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_callback_does_not_go_on_from_damaged_files(tmp_path):
+    """transformers reads them after the engine's checkpoint, and ends in the traceback of whatever is wrong."""
+
+    def make(folder, **options):
+        return Trainer(
+            model_zoo.tiny.build("llama"), arguments(folder, max_steps=2, **options), train_dataset=ragged_dataset(8),
+            callbacks=[HiFTCallback()],
+        )  # fmt: skip
+
+    make(tmp_path, save_strategy="steps", save_steps=2).train()
+    good = (tmp_path / "checkpoint-2" / "scheduler.pt").read_bytes()
+    for name, content, line in (
+        ("scheduler.pt", good[:-30], rf"scheduler\.pt has {len(good) - 30} bytes, expected {len(good)}"),
+        ("rng_state.pth", b"", r"rng_state\.pth has 0 bytes, expected \d+"),
+        ("scaler.pt", good, r"scaler\.pt was not saved with the checkpoint: trainer_files\.json does not list it"),
+    ):
+        folder = shutil.copytree(tmp_path / "checkpoint-2", tmp_path / name / "checkpoint-2")
+        (folder / name).write_bytes(content)
+        again = make(tmp_path / "again")
+        before = {key: value.clone() for key, value in again.model.state_dict().items()}
+        with pytest.raises(CheckpointError, match=rf"^resume_from_checkpoint: {folder}/{line}; choose another"):
+            again.train(resume_from_checkpoint=str(folder))
+        assert all(torch.equal(again.model.state_dict()[key], value) for key, value in before.items())
+
+
+def test_going_on_with_the_other_kind_of_scheduler(tmp_path, caplog):
+    """The engine's, of a DeepSpeed config, or the Trainer's: what was saved of one is nothing to the other."""
+    of_the_engine = {**AUTO, "optimizer": ADAMW, "scheduler": WARM_UP}
+    make_trainer(tmp_path / "engine", ds=of_the_engine, max_steps=2, save_steps=2).train()
+    make_trainer(tmp_path / "trainer", max_steps=2, save_steps=2).train()
+    again = make_trainer(tmp_path, max_steps=3, save_strategy="no")
+    with pytest.raises(CheckpointError, match="checkpoint-2 has no scheduler.pt: it was saved with the scheduler of a"):
+        again.train(resume_from_checkpoint=str(tmp_path / "engine" / "checkpoint-2"))
+    again = make_trainer(tmp_path, ds=of_the_engine, max_steps=3, save_strategy="no")
+    again.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-2"))
+    assert "saved without a scheduler of the engine's: this run's begins at its first step" in caplog.text
 
 
 def test_a_checkpoint_with_all_steps_trains_none(tmp_path, caplog):

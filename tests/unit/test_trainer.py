@@ -240,6 +240,18 @@ def test_clipping_that_would_not_happen_is_said(tmp_path, caplog):
     assert "max_grad_norm=1.0 has no effect" in caplog.text
 
 
+@pytest.mark.parametrize("form", ["mixin", "callback"])
+def test_a_callback_that_would_change_gradients_is_told_that_it_cannot(tmp_path, caplog, form):
+    class Doubles(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            assert all(param.grad is None for param in model.parameters())
+
+    cls, callbacks = (HiFTTrainer, []) if form == "mixin" else (Trainer, [HiFTCallback()])
+    args = arguments(tmp_path, max_steps=1)
+    cls(model_zoo.tiny.build("llama"), args, train_dataset=ragged_dataset(4), callbacks=[*callbacks, Doubles()]).train()
+    assert caplog.text.count("Doubles.on_pre_optimizer_step is called after the engine's step") == 1
+
+
 def test_ranks_that_transformers_does_not_count_are_an_error(tmp_path, monkeypatch):
     """Two processes on a machine without an accelerator, and no use_cpu: each would believe to be alone."""
     args = arguments(tmp_path)
