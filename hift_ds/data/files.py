@@ -63,6 +63,11 @@ def rows_of_file(file: Path, key: str, documents: Documents = "file") -> Iterato
         raise DataError(f"{file}: not UTF-8 text: byte {error.start}: {error.reason}") from None
 
 
+def holds_text_alone(origin: str) -> bool:
+    """Whether the row from ``origin`` is of a file that has no types: its numbers and lists are texts."""
+    return origin.rpartition(", line ")[0].lower().endswith((".csv", ".tsv"))
+
+
 def _documents(file: Path, key: str, documents: Documents) -> Iterator[tuple[dict[str, str], str]]:
     if documents == "file":
         if file.stat().st_size > _LARGEST_DOCUMENT:

@@ -291,24 +291,38 @@ _Turn = tuple[Message, bool | None]
 
 def _conversation(row: Row, turns: list[_Turn], first_answer: int = 0) -> Conversation:
     """The turns, and what lies beside them in the row."""
+    return Conversation(
+        messages=[message for message, _ in turns],
+        tools=tools_of(row),
+        first_answer=first_answer,
+        masked=frozenset(index for index, (_, learned) in enumerate(turns) if learned is False),
+        asked=frozenset(i for i, (message, learned) in enumerate(turns) if learned and message["role"] != "assistant"),
+        template_options=template_options_of(row),
+    )
+
+
+def template_options_of(row: Row) -> Mapping[str, Any] | None:
+    """What a row has for the chat template besides messages and tools.
+
+    Raises:
+        Malformed: it is no object, or has what is not the template's.
+    """
     options = _parsed(row.get("chat_template_kwargs"), "chat_template_kwargs") or None
     if options is not None and not isinstance(options, Mapping):
         raise Malformed(f"chat_template_kwargs: expected an object, got {short(options)}")
     if ours := _NOT_THE_TEMPLATES.intersection(options or ()):
         raise Malformed(f"chat_template_kwargs: {min(ours)!r} is no option of a chat template; remove it")
-    return Conversation(
-        messages=[message for message, _ in turns],
-        tools=_tools(row),
-        first_answer=first_answer,
-        masked=frozenset(index for index, (_, learned) in enumerate(turns) if learned is False),
-        asked=frozenset(i for i, (message, learned) in enumerate(turns) if learned and message["role"] != "assistant"),
-        template_options=options,
-    )
+    return options
+
+
+def system_of(row: Row) -> list[Message]:
+    """The system prompt that a row has in a column of its own, as a message; none if it has none."""
+    system = text_of(row, "system")
+    return [{"role": "system", "content": system}] if system else []
 
 
 def _system(row: Row) -> list[_Turn]:
-    system = text_of(row, "system")
-    return [({"role": "system", "content": system}, None)] if system else []
+    return [(message, None) for message in system_of(row)]
 
 
 def _question_and_answer(question: str, answer: str) -> list[_Turn]:
@@ -416,7 +430,12 @@ def _content(content: object, column: str) -> str:
     raise Malformed(f"{column}: expected content to be text, got {short(content)}{media}")
 
 
-def _tools(row: Row) -> list[dict[str, Any]] | None:
+def tools_of(row: Row) -> list[dict[str, Any]] | None:
+    """The functions that a row's model may call; None if it has none.
+
+    Raises:
+        Malformed: they are no objects.
+    """
     tools = [_parsed(tool, "tools") for tool in _as_list(_parsed(row.get("tools"), "tools"))]
     for tool in tools:
         if not isinstance(tool, Mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from hift_ds.data import scores
 from hift_ds.data.encoding import without_affixes
+from hift_ds.data.files import holds_text_alone
 from hift_ds.data.packing import IGNORED
 from hift_ds.data.prepare import PreparedData
 from hift_ds.data.rows import code_stamp
 from hift_ds.data.task_data import Preparation, arrays_of, right_padded, tokenised
+from hift_ds.data.task_rows import as_class
 from hift_ds.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ def classification_data(how: Preparation, format: str) -> PreparedData:
     """
     train, evaluated, notes = how.examples(format)
     labels = [json.loads(json.loads(text)["label"]) for text in train["example"]]
+    if all(map(holds_text_alone, train["origin"])):
+        labels = _read_numbers(labels, how)
     vectors = False
     if all(isinstance(label, float | int) for label in labels) and any(isinstance(label, float) for label in labels):
         names, kind = None, "regression"
@@ -60,6 +65,22 @@ def classification_data(how: Preparation, format: str) -> PreparedData:
         parts[0], parts[1], DataCollatorWithPadding(right_padded(how)), "none", reports,
         score=ClassScores(kind), model_options=options,
     )  # fmt: skip
+
+
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
+
+
+def _read_numbers(labels: list[Any], how: Preparation) -> list[Any]:
+    """Labels of a file in which everything is text: as numbers if all are, and are no names that were given."""
+    if not all(isinstance(label, str) and _NUMBER.fullmatch(label.strip()) for label in labels):
+        return labels
+    if set(labels) <= {*how.config.labels, *_of_the_head(how.model_config, "AutoModelForSequenceClassification")}:
+        return labels
+    return [_number_in(label) for label in labels]
+
+
+def _number_in(text: str) -> int | float:
+    return as_class(json.loads(text))
 
 
 @dataclass(frozen=True)
@@ -183,6 +204,9 @@ class TokenizeTexts:
         }
 
     def _label(self, label: object, origin: str) -> Any:
+        if isinstance(label, str) and _NUMBER.fullmatch(label.strip()):
+            names = None if self.labels is None or self.labels.by_number else self.labels.names
+            label = _number_in(label) if names is None or label not in names else label
         if self.labels is None:
             if not isinstance(label, int | float):
                 raise DataError(f"{origin}: label {label!r}, but the training data have numbers to predict")

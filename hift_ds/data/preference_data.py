@@ -52,10 +52,13 @@ def _as_columns(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
     first: dict[str, tuple[type, str]] = {}
     columns: dict[str, list[Any]] = {}
+    tools: list[str | None] = []
     kinds: dict[tuple[str, ...], str] = {}
     for text, origin in zip(rows["example"], rows["origin"], strict=True):
         example: Example = json.loads(text)
-        kinds.setdefault(tuple(sorted(example)), origin)
+        tools.append(example.pop("tools", None))
+        options = example.get("chat_template_kwargs", {})  # a column of objects: Arrow would fill what some lack
+        kinds.setdefault((*sorted(example), *(f"chat_template_kwargs.{name}" for name in sorted(options))), origin)
         if len(kinds) > 1:
             (ours, one), (theirs, other) = kinds.items()
             raise DataError(
@@ -71,7 +74,7 @@ def _as_columns(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
             if isinstance(value, str) and (name == "prompt" or "prompt" not in example):
                 value = without_affixes(tokenizer, value)  # TRL has the tokenizer put them there
             columns.setdefault(name, []).append(value)
-    return Dataset.from_dict(columns)
+    return Dataset.from_dict(columns | ({"tools": tools} if any(tools) else {}))
 
 
 def _form(kind: type) -> str:

@@ -75,7 +75,7 @@ class TokenizeQuestions:
             for row, offsets in context_pieces(
                 self.tokenizer, example["question"], example["context"], self.max_length
             ):
-                begin, end = _answer_tokens(offsets, example["texts"][:1], example["starts"][:1])
+                begin, end = _answer_tokens(offsets, example["context"], example["texts"][:1], example["starts"][:1])
                 row |= {"start_positions": begin, "end_positions": end, "offsets": offsets, "example": index}
                 for name, value in row.items():
                     out.setdefault(name, []).append(value)
@@ -117,15 +117,22 @@ def context_pieces(
     ]
 
 
-def _answer_tokens(offsets: list[list[int]], texts: list[str], starts: list[int]) -> tuple[int, int]:
+def _answer_tokens(offsets: list[list[int]], context: str, texts: list[str], starts: list[int]) -> tuple[int, int]:
     """First and last token of the answer; (0, 0) if this piece has not all of it."""
     if not texts:
         return 0, 0
     begin, end = starts[0], starts[0] + len(texts[0])
-    inside = [place for place, (low, high) in enumerate(offsets) if low >= 0 and low < end and high > begin]
-    if not inside or offsets[inside[0]][0] > begin or offsets[inside[-1]][1] < end:
+    places = [place for place, (low, _) in enumerate(offsets) if low >= 0]
+    inside = [place for place in places if offsets[place][0] < end and offsets[place][1] > begin]
+    if not inside:
         return 0, 0
-    return inside[0], inside[-1]
+    # White space, accents and what else a tokenizer leaves out may stand at the answer's ends. Where the piece has a
+    # token before and behind them nothing of the answer is in another piece.
+    first, last = offsets[inside[0]][0], offsets[inside[-1]][1]
+    is_cut = (first > begin and inside[0] == places[0] and context[begin:first].strip()) or (
+        last < end and inside[-1] == places[-1] and context[last:end].strip()
+    )
+    return (0, 0) if is_cut else (inside[0], inside[-1])
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@
 | tagged | tokens, tags | one tag for each word |
 | question | question, context, answers: {text, answer_start} | as in SQuAD |
 | pair | source, target | two texts |
+
+Beside lists of messages preferences may have system, tools and chat_template_kwargs.
 """
 
 from __future__ import annotations
@@ -16,7 +18,19 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hift_ds.data.formats import Malformed, Message, Row, build_sample, messages_of, present, short, text_of
+from hift_ds.data.formats import (
+    Malformed,
+    Message,
+    Row,
+    build_sample,
+    messages_of,
+    present,
+    short,
+    system_of,
+    template_options_of,
+    text_of,
+    tools_of,
+)
 
 Example = dict[str, Any]
 
@@ -87,21 +101,62 @@ _SPELLINGS: dict[str, tuple[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]],
 
 def _preference(row: Row) -> Example:
     prompt = _prompt_beside(row)
-    if prompt is None:
-        return _alike(row, ("prompt", "chosen", "rejected"))
-    chosen, rejected = (_answer(row[name], name) for name in ("chosen", "rejected"))
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    if prompt is not None:
+        chosen, rejected = (_answer(row[name], name) for name in ("chosen", "rejected"))
+        return _with_options(row, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    names = ("chosen", "rejected") if _repeats_prompt(row) else ("prompt", "chosen", "rejected")
+    return _with_options(row, _with_system(row, _alike(row, names)))
 
 
 def _prompt_beside(row: Row) -> list[Message] | None:
-    """LLaMA-Factory's: an instruction or a conversation, which the chat template renders; None: no such row."""
-    system = text_of(row, "system")
-    turns = [{"role": "system", "content": system}] if system else []
+    """LLaMA-Factory's: an instruction or a conversation, which the chat template renders; None: no such row, as where
+    whole conversations are chosen and rejected."""
+    if _has_question(row.get("chosen")):
+        return None
     if "instruction" in row:
         asked = "\n".join(part for part in (text_of(row, "instruction"), text_of(row, "input")) if part)
-        return [*turns, {"role": "user", "content": asked}]
+        return [*system_of(row), {"role": "user", "content": asked}]
     column = next((name for name in ("conversations", "messages") if name in row), None)
-    return None if column is None else [*turns, *_talk(row[column], column)]
+    return None if column is None else [*system_of(row), *_talk(row[column], column)]
+
+
+def _has_question(value: Any) -> bool:
+    """Whether an answer of preference data is a conversation that begins with its question."""
+    value = _perhaps_messages(value)
+    return isinstance(value, list) and len(value) > 1 and messages_of(value, "chosen")[0]["role"] != "assistant"
+
+
+def _repeats_prompt(row: Row) -> bool:
+    """Whether the text ``prompt`` is a message of the chosen conversation too, as in UltraFeedback."""
+    prompt, chosen = row.get("prompt"), _perhaps_messages(row.get("chosen"))
+    if not isinstance(prompt, str) or not _has_question(chosen):
+        return False
+    return prompt.strip() in [message["content"].strip() for message in messages_of(chosen, "chosen")]
+
+
+def _with_system(row: Row, example: Example) -> Example:
+    """The example with the row's own system prompt before its messages."""
+    system = system_of(row)
+    if not system:
+        return example
+    if any(isinstance(value, str) for value in example.values()):
+        raise Malformed("system: texts are taken as they are, and it would be left out; write it into prompt")
+    before = [name for name in ("prompt",) if name in example] or ["chosen", "rejected"]
+    return {**example, **{name: [*system, *example[name]] for name in before}}
+
+
+def _with_options(row: Row, example: Example) -> Example:
+    """The example with what the chat template is given besides its messages."""
+    tools, options = tools_of(row), template_options_of(row)
+    if not tools and not options:
+        return example
+    if any(isinstance(value, str) for value in example.values()):
+        raise Malformed("tools and chat_template_kwargs are for messages; texts are taken as they are: remove them")
+    return (
+        example
+        | ({"tools": json.dumps(tools)} if tools else {})
+        | ({"chat_template_kwargs": dict(options)} if options else {})
+    )
 
 
 def _rated(row: Row) -> Example:
@@ -121,14 +176,15 @@ def _rated(row: Row) -> Example:
     if isinstance(label, str) or label not in (0, 1):
         raise Malformed(f"label: expected true (a wanted answer) or false, got {short(label)}")
     if prompt is None:
-        return {**_alike(row, ("prompt", "completion")), "label": bool(label)}
+        example = _with_options(row, _with_system(row, _alike(row, ("prompt", "completion"))))
+        return {**example, "label": bool(label)}
     if "instruction" in row:
         completion = _answer(row["output"], "output")
     else:
         prompt, completion = prompt[:-1], prompt[-1:]
         if not prompt or completion[0]["role"] != "assistant":
             raise Malformed("expected a conversation that ends with an assistant's answer, which label is about")
-    return {"prompt": prompt, "completion": completion, "label": bool(label)}
+    return {**_with_options(row, {"prompt": prompt, "completion": completion}), "label": bool(label)}
 
 
 def _alike(row: Row, columns: tuple[str, ...]) -> Example:
@@ -144,12 +200,7 @@ def _alike(row: Row, columns: tuple[str, ...]) -> Example:
 
 def _perhaps_messages(value: Any) -> Any:
     """A table of text (CSV) has lists of messages as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
+    return _perhaps_list(value) if isinstance(value, str) and value.lstrip().startswith("[{") else value
 
 
 def _answer(value: Any, column: str) -> list[Message]:
@@ -167,7 +218,7 @@ def _talk(value: Any, column: str) -> list[Message]:
 
 
 def _labelled(row: Row) -> Example:
-    label = row["label"]
+    label = _perhaps_list(row["label"])
     if isinstance(label, str) and not label.strip():
         raise Malformed("label: expected a name or a number, got an empty text")
     parts = label if isinstance(label, list) else [label]
@@ -175,12 +226,22 @@ def _labelled(row: Row) -> Example:
         raise Malformed(f"label: expected a name, a number or a list of these, got {short(label)}")
     if label == -1:
         raise Malformed("label: -1 stands for rows whose label is not published (a test split); take another split")
-    label = [_as_class(part) for part in parts] if isinstance(label, list) else _as_class(label)
+    label = [as_class(part) for part in parts] if isinstance(label, list) else as_class(label)
     return {"text": text_of(row, "text"), "text_pair": text_of(row, "text_pair"), "label": json.dumps(label)}
 
 
-def _as_class(label: Any) -> Any:
-    """A column of whole numbers becomes one of floats in pandas as soon as a field is empty."""
+def _perhaps_list(value: Any) -> Any:
+    """A table of text (CSV) has lists as JSON."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def as_class(label: Any) -> Any:
+    """A label as it was meant: a column of whole numbers becomes one of floats in pandas once a field is empty."""
     return int(label) if isinstance(label, float) and label.is_integer() else label
 
 
@@ -201,11 +262,9 @@ def listed(value: Any, column: str) -> list[Any]:
     Raises:
         Malformed: it is something else.
     """
+    value = _perhaps_list(value)
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            value = value.split()
+        value = value.split()
     if not isinstance(value, list):
         raise Malformed(f"{column}: expected a list, got {short(value)}")
     return value

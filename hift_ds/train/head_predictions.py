@@ -147,7 +147,9 @@ def _rewards(asked: Batch) -> list[dict[str, Any]]:
                 end = tokenizer.eos_token or ""
                 ids = tokenizer(whole if whole.endswith(end) else whole + end)
             else:
-                ids = tokenizer.apply_chat_template(whole, tokenize=True, return_dict=True)
+                tools = json.loads(example["tools"]) if "tools" in example else None
+                options = example.get("chat_template_kwargs", {})
+                ids = tokenizer.apply_chat_template(whole, tools=tools, tokenize=True, return_dict=True, **options)
             if len(ids["input_ids"]) > asked.max_length:
                 raise DataError(f"{origin}: {name}: longer than data.max_length {asked.max_length}")
             encoded.append(ids)
