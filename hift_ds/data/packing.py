@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from hift_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import Tensor
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -55,7 +56,7 @@ def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool) -> Any:
     return _packed_collator(tokenizer.pad_token_id)
 
 
-def packed_samples_are_isolated(model: PreTrainedModel) -> bool:
+def packed_samples_are_isolated(model: PreTrainedModel, run: Callable[..., Any] | None = None) -> bool:
     """Whether the samples of a packed row have no influence on each other in this model.
 
     Runs two short samples in one row, as the collator makes it, changes the first, and compares the second's
@@ -65,20 +66,23 @@ def packed_samples_are_isolated(model: PreTrainedModel) -> bool:
     Args:
         model: a causal language model with its weights, on any device. Its training flag is restored. It runs
             with ``use_cache`` off, as in training: with a cache transformers makes no block-diagonal mask.
+        run: calls it, where it cannot be called itself: the engine of a model in shards.
     """
     import torch
 
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
-    weight = cast("Tensor", model.get_input_embeddings().weight)
-    first, second = torch.arange(12).reshape(2, 6) % weight.shape[0]
+    run = run or model
+    embeddings = cast("nn.Embedding", model.get_input_embeddings())
+    weight = embeddings.weight
+    first, second = torch.arange(12).reshape(2, 6) % embeddings.num_embeddings
     batch_of = _packed_collator(pad_token_id=0)
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
             before, after = (
-                model(
+                run(
                     **_to(
                         weight.device,
                         batch_of([{"input_ids": other.tolist()}, {"input_ids": second.tolist()}]),
@@ -88,7 +92,7 @@ def packed_samples_are_isolated(model: PreTrainedModel) -> bool:
                 .detach()
                 for other in (first, first.flip(0))
             )
-            alone = model(input_ids=second[None].to(weight.device), use_cache=False).logits[0]
+            alone = run(input_ids=second[None].to(weight.device), use_cache=False).logits[0]
     finally:
         model.train(training)
     # Compared with how far the first sample's own logits moved. Not with zero: a mixture of experts rounds

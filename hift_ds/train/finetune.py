@@ -44,7 +44,7 @@ from hift_ds.train.after_training import closing_lines, data_counts, evaluate, e
 from hift_ds.train.card import card_here
 from hift_ds.train.fit import CHOSEN, FIT_FILE, Chosen, Facts, apply, choose
 from hift_ds.train.group_size import tokens_per_step
-from hift_ds.train.load_model import check_attention, load_model
+from hift_ds.train.load_model import ChecksPacking, check_attention, load_model
 from hift_ds.train.preflight import CheckedRun, check_run, with_settings
 from hift_ds.train.resumed_settings import (
     SETTINGS_FILE,
@@ -57,7 +57,7 @@ from hift_ds.train.resumed_settings import (
 from hift_ds.train.run_config import RUN_FILE_COPY, RunConfig
 from hift_ds.train.settings import gives_passes
 from hift_ds.train.tasks import TASKS
-from hift_ds.train.trainer import build_trainer, make_arguments
+from hift_ds.train.trainer import build_trainer, make_arguments, zero_stage
 from hift_ds.train.watchdog import collective_timeout_s, lost_rank_error
 from hift_ds.version import __version__
 
@@ -136,6 +136,8 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None], dry_run: bool) ->
     on_all_ranks(lambda: check_files_can_be_written(model, tokenizer) if arguments.process_index == 0 else None)
     restore_cache = turn_cache_off(model.config)
     trainer = build_trainer(checked, arguments, model, tokenizer, data)
+    if run.data.packing and zero_stage(arguments) == 3:
+        trainer.add_callback(ChecksPacking(lambda: trainer.engine))
     if dry_run:
         return _rehearse(trainer, checkpoints, say)
     settings = settings_of(run, arguments.deepspeed, model.config.to_dict(), fingerprint(data.train))
@@ -340,7 +342,7 @@ class _StopsThere(TrainerCallback):
 def _rehearse(trainer: RunTrainer, checkpoints: list[Path], say: Callable[[str], None]) -> dict[str, Any]:
     """Training up to its first step, a checkpoint's loading included. No callback that writes or reports is told."""
     handler = trainer.callback_handler
-    quiet = (EngineEvents, DiskRoomCallback, DefaultFlowCallback)
+    quiet = (EngineEvents, DiskRoomCallback, DefaultFlowCallback, ChecksPacking)
     handler.callbacks = [callback for callback in handler.callbacks if isinstance(callback, quiet)]
     handler.callbacks.append(_StopsThere())
     with contextlib.suppress(_AtTheFirstStep):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from hift_ds.data.packing import packed_samples_are_isolated
 from hift_ds.dtypes import Dtype, torch_dtype
@@ -27,6 +27,8 @@ from hift_ds.train.trainer import zero_stage
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from hift_ds.engine.engine import HiFTEngine
 
 _WITHOUT_NEW_HEAD = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")  # theirs is the folder's own
 
@@ -66,7 +68,8 @@ def load_model(
 
     Raises:
         CheckpointError: the folder lacks a weight, or has one that the model does not know.
-        ConfigError: new tokens with ZeRO-3; or packed samples would see each other.
+        ConfigError: new tokens with ZeRO-3; or packed samples would see each other (with ZeRO-3 the engine tells it:
+            :class:`ChecksPacking`).
     """
     run, task = checked.run, TASKS[checked.run.task]
     in_shards = zero_stage(arguments) == 3
@@ -99,7 +102,8 @@ def load_model(
         _add_rows(model, tokenizer, run, say)
     if _has_masters(checked) and not _keeps_bits(checked):
         remember_rounded_weights(model, SafetensorsFolder(checked.model.path))
-    _check_packing(model, run)
+    if run.data.packing:
+        _check_packing(model)
     return model
 
 
@@ -121,13 +125,28 @@ def _attention(run: RunConfig) -> dict[str, str]:
     return {"attn_implementation": run.model.attn_implementation} if run.model.attn_implementation else {}
 
 
-def _check_packing(model: PreTrainedModel, run: RunConfig) -> None:
-    if run.data.packing and not packed_samples_are_isolated(model):
+def _check_packing(model: PreTrainedModel, engine: HiFTEngine | None = None) -> None:
+    if not packed_samples_are_isolated(model, engine):
         raise ConfigError(
             f"data.packing: true, but in {type(model).__name__} with attention "
             f"{model.config._attn_implementation!r} the samples of a row see each other; "
             "set data.packing: false, or another model.attn_implementation"
         )
+
+
+class ChecksPacking(TrainerCallback):
+    """Sees before the first step that packed samples do not see each other in a model whose weights are in shards."""
+
+    def __init__(self, get_engine: Callable[[], HiFTEngine]) -> None:
+        self.get_engine = get_engine
+
+    def on_train_begin(self, *args: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Ask the engine, which gathers them.
+
+        Raises:
+            ConfigError: they would see each other.
+        """
+        _check_packing(model, self.get_engine())
 
 
 def _add_rows(

@@ -14,8 +14,12 @@ import model_zoo
 from hift_ds.data.config import DataConfig
 from hift_ds.data.packing import packed_samples_are_isolated
 from hift_ds.data.prepare import PreparedData, prepare_data
-from hift_ds.errors import DataError
+from hift_ds.engine.engine import HiFTEngine
+from hift_ds.errors import ConfigError, DataError
+from hift_ds.train.finetune import finetune
+from hift_ds.train.run_config import load_run_config
 from tests.helpers.tiny_tokenizers import byte_level
+from tests.unit.test_launch import write_run
 
 IGNORED = -100
 
@@ -228,6 +232,22 @@ def test_packing_is_refused_where_it_gives_other_positions():
     torch.manual_seed(0)
     config = RobertaConfig(**sizes, vocab_size=60, is_decoder=True, max_position_embeddings=40)
     assert packed_samples_are_isolated(RobertaForCausalLM(config)) is False
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_packing_of_a_model_in_shards(family, tmp_path, monkeypatch):
+    """The engine gathers its weights, and tells it before the first step."""
+    model_zoo.tiny.build(family, vocab_size=280, max_position_embeddings=256).save_pretrained(tmp_path / "model")
+    byte_level().save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"text": "ab" * (3 + i % 5)}) for i in range(30)))
+    changes = {"data__packing": True, "train__max_steps": 3, "deepspeed": {"zero_optimization": {"stage": 3}}}
+    run = load_run_config(write_run(tmp_path, tmp_path / "run", **changes))
+    if family == "llama":
+        assert finetune(run)["steps"] == 3
+        return
+    monkeypatch.setattr(HiFTEngine, "step", lambda engine: pytest.fail("a step"))
+    with pytest.raises(ConfigError, match="^data.packing: true, but in OPTForCausalLM .* see each other"):
+        finetune(run)
 
 
 def test_a_weighted_mixture_repeats_rows_but_no_held_out_one(tmp_path):
