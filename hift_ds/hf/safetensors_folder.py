@@ -74,11 +74,13 @@ def check_weights(folder: str | Path) -> dict[str, TensorHeader]:
         raise CheckpointError(f"{index}: not a safetensors index ({type(error).__name__}: {error})") from None
     headers: dict[str, TensorHeader] = {}
     for file_name in sorted(set(weight_map.values())):
+        if Path(file_name).is_absolute() or ".." in Path(file_name).parts:
+            raise CheckpointError(f"{index}: names {file_name!r}, outside of the folder; fetch the folder again")
         if not (folder / file_name).is_file():
             raise CheckpointError(f"{folder / file_name} is missing; {INDEX_FILE} names it")
         headers |= _read_headers(folder / file_name)
     for name, file_name in weight_map.items():
-        if name not in headers or headers[name].file.name != file_name:
+        if name not in headers or headers[name].file != folder / file_name:
             raise CheckpointError(f"{folder / file_name} lacks tensor {name!r}, which {INDEX_FILE} places there")
     return headers
 
@@ -134,7 +136,7 @@ def stream_weights(
     source_folder = SafetensorsFolder(folder)
     headers = source_folder.headers
     tensors = model.state_dict(keep_vars=True)
-    ignored = _patterns(getattr(model, "_keys_to_ignore_on_load_unexpected", None))
+    ignored = _not_expected(model)
     given: set[str] = set(new)
     for conversion in plan_load(model, headers):
         if unused and conversion.sources[0] in unused:
@@ -278,7 +280,7 @@ def head_of(model: PreTrainedModel, folder: str | Path) -> tuple[list[str], list
         CheckpointError: as :func:`load_pretrained_with_head`.
     """
     headers, tensors = check_weights(folder), model.state_dict(keep_vars=True)
-    ignored = _patterns(getattr(model, "_keys_to_ignore_on_load_unexpected", None))
+    ignored = _not_expected(model)
     filled: set[int] = set()
     unused, sized = [], {}
     for conversion in plan_load(model, headers):
@@ -384,6 +386,15 @@ def _refuse(names: Iterable[str], allowed: Sequence[str], has: str, of_what: str
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _not_expected(model: PreTrainedModel) -> list[re.Pattern[str]]:
+    """Patterns of tensors that ``from_pretrained`` passes over: those that the class names, and the tables of rotary
+    positions, of which old folders have one for each layer and models one for all."""
+    named = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    if any(name.endswith("rotary_emb.inv_freq") for name, _ in model.named_buffers()):
+        named.append(r"rotary_emb\.inv_freq")
+    return _patterns(named)
 
 
 def _patterns(patterns: Iterable[str] | None) -> list[re.Pattern[str]]:

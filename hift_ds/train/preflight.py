@@ -98,7 +98,7 @@ def check_run(run: RunConfig, world_size: int) -> CheckedRun:
         arguments=training_arguments(settings, dtype, has_eval=_has_eval(run)),
     )
     if settings.hift is not None:
-        _check_optimizer(checked.arguments["deepspeed"]["optimizer"])
+        _check_optimizer(run, checked.arguments["deepspeed"]["optimizer"])
     return checked
 
 
@@ -139,11 +139,17 @@ def _check_output(run: RunConfig) -> None:
         raise ConfigError(f"train.resume: expected auto, never or a checkpoint's folder, got {run.train.resume!r}")
 
 
-def _check_optimizer(block: dict[str, Any]) -> None:
-    """Build it once for a single matrix: unknown names and options come out now."""
+def _check_optimizer(run: RunConfig, block: dict[str, Any]) -> None:
+    """Build it once for a single matrix: unknown names and options come out now, under the key that has them."""
     import torch
 
     from hift_ds.optim.build import build_optimizer
 
     matrix = torch.nn.Parameter(torch.zeros(2, 2))
-    build_optimizer(block["type"], block["params"], [{"params": [matrix]}], matrices=frozenset([id(matrix)]))
+    try:
+        build_optimizer(block["type"], block["params"], [{"params": [matrix]}], matrices=frozenset([id(matrix)]))
+    except ConfigError as error:
+        if run.train.optimizer is None and not run.train.optimizer_args:
+            raise
+        line = str(error).replace('"optimizer.type"', "train.optimizer")
+        raise ConfigError(line.replace('"optimizer.params', '"train.optimizer_args')) from None

@@ -83,6 +83,31 @@ def test_a_model_built_from_the_config_alone_gives_the_same_names_and_loads_the_
     assert all(parameters[name] is value for name, value in other.named_parameters())
 
 
+def test_what_from_pretrained_reads_is_read(tmp_path, llama):
+    """A shard in a folder of its own, and the tables of rotary positions that old folders have for each layer."""
+    llama.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    parts = {
+        "a.safetensors": {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)},
+        "sub/b.safetensors": weights,
+    }
+    (tmp_path / "sub").mkdir()
+    for file, part in parts.items():
+        save_file(part, tmp_path / file, metadata={"format": "pt"})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {k: f for f, part in parts.items() for k in part}}))
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert same(load_pretrained(tmp_path).state_dict(), expected)
+    other = tiny.build("llama", seed=4)
+    load_weights(other, tmp_path)
+    assert same(other.state_dict(), expected)
+    for outside in ("../b.safetensors", str(tmp_path / "sub" / "b.safetensors")):
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, outside)}))
+        with pytest.raises(CheckpointError, match="outside of the folder"):
+            check_weights(tmp_path)
+
+
 def test_mixtral_leaves_with_the_names_of_the_published_checkpoints(tmp_path):
     export_model(tiny.build("mixtral"), tmp_path / "out")
     names = set(folder_tensors(tmp_path / "out"))
