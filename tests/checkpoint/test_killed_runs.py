@@ -125,16 +125,18 @@ def kill_and_compare(
     seed = int(os.environ.get("HIFT_TEST_SEED", random.SystemRandom().randrange(10**6)))
     print(f"HIFT_TEST_SEED={seed}")
     draw = random.Random(seed)
-    step, progressed, longest_s = 0, 0, LONGEST_S
-    for number in range(num_kills):
+    number, step, progressed, longest_s = 0, 0, 0, LONGEST_S
+    # Where a step is slow an asynchronous save, after the third, is rarely whole by then: such rounds are made up for.
+    while number < num_kills or progressed < num_kills // 2:
+        assert number < 3 * num_kills, f"progress, not bits: {progressed} of {number} rounds went on"
         what = one_round(launcher, folder, draw, update, clipping, longest_s)
         before, step = step, check_and_prune(folder)
         print(f"kill {number}: {what}; step {before} -> {step}")
         assert step >= before
         progressed += step > before
-        if 2 * progressed <= number:  # a slow or busy machine, on which most kills come before the first save
+        number += 1
+        if 2 * progressed < number:  # a slow or busy machine, on which most kills come before the first save
             longest_s *= 1.5
-    assert progressed >= num_kills // 2
     last = step + 5
     survivors = launcher.run(train, 2, str(folder), last, False, update, clipping)
     whole = launcher.run(train, 2, None, last, False, update, clipping)
@@ -144,7 +146,8 @@ def kill_and_compare(
         assert cursor == expected_cursor
         for theirs, expected in ((weights, expected_weights), (states, expected_states)):
             assert theirs.keys() == expected.keys()
-            assert all(torch.equal(theirs[name], tensor) for name, tensor in expected.items())
+            others = [name for name, tensor in expected.items() if not torch.equal(theirs[name], tensor)]
+            assert not others, f"bits at step {last}: {others} are not those of a run that was never stopped"
     leftovers = [p.name for p in folder.iterdir() if p.name.startswith(".") and p.is_dir()]
     assert not leftovers
 
