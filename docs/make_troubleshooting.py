@@ -51,13 +51,13 @@ def messages() -> list[Message]:
 
 
 def error_classes() -> set[str]:
-    """Names of HiFTError and all below it."""
+    """Names of HiFTError, of what becomes one (``Malformed``), and of all below them."""
     bases: dict[str, set[str]] = {}
     for path in (ROOT / "hift_ds").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
                 bases[node.name] = {base.id for base in node.bases if isinstance(base, ast.Name)}
-    names = {"HiFTError"}
+    names = {"HiFTError", "Malformed"}
     while more := {name for name, above in bases.items() if above & names} - names:
         names |= more
     return names
@@ -65,6 +65,10 @@ def error_classes() -> set[str]:
 
 def _calls(tree: ast.AST, classes: set[str]) -> Iterator[tuple[str, ast.expr]]:
     for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and re.search(r"(^|_)why_|^broken_", node.name):  # says what is wrong
+            for one in ast.walk(node):
+                if isinstance(one, ast.Return) and isinstance(one.value, ast.JoinedStr) and _text(one.value)[0] == GAP:
+                    yield "error", one.value
         if not isinstance(node, ast.Call) or not node.args:
             continue
         function = node.func
@@ -158,6 +162,30 @@ EXPLAINED = [
     (
         r"is in none of the files here|fp32 master of",
         "Each node has kept its own ranks' files. Bring them together in one folder.",
+    ),
+    (
+        r"has no scheduler.pt",
+        "The checkpoint's learning-rate schedule was DeepSpeed's, and this run's is the Trainer's, which has nothing to go on from. Put the `\"scheduler\"` back into the DeepSpeed config.",
+    ),
+    (
+        r"does not list it",
+        "A file that training would read was put into the checkpoint after it was saved. Remove it if you trust the rest.",
+    ),
+    (
+        r"holds no DeepSpeed checkpoint|is not whole",
+        "The folder has weights at most, and nothing that training goes on from (`save_only_model`, or files were lost). Name another.",
+    ),
+    (
+        r"is not at letter",
+        "The answer's text does not stand where the row says. Offsets count letters (Unicode code points), not bytes.",
+    ),
+    (
+        r"not installed here|needs? the package|later to be installed|needs torch .* or later",
+        "A package is not there, or too old. Install it as the line says.",
+    ),
+    (
+        r"no free port",
+        "Every port that would be tried is taken. Name one that is free.",
     ),
     (
         r"never completed",
@@ -262,7 +290,7 @@ EXPLAINED = [
         "The file cannot be read as what its name says; the line has the place and the reason.",
     ),
     (
-        r"no known format|no column|which format … needs|named columns|fields as in the first|no rows in",
+        r"no known format|no column|which format \S+ needs|named columns|fields as in the first|no rows in",
         "The rows have other columns than the formats in [data.md](data.md). Set `data.format`, or map names with `data.columns`.",
     ),
     (
@@ -270,7 +298,11 @@ EXPLAINED = [
         "Chosen and rejected answers are for DPO and its kin: [tasks.md](tasks.md). All rows of a run are texts, or all are messages.",
     ),
     (
-        r"cannot be set here|has a key of its own|^label |: label |labels are|this one needs the package|task here is|but task ",
+        r"cannot be set here|has a key of its own",
+        "hift_ds decides this argument of transformers' itself, or the run file has a key for it. Do what stands at the end of the line.",
+    ),
+    (
+        r"^label |: label |labels are|this one needs the package|task here is|but task ",
         "The task and the data, or the packages, do not go together. [tasks.md](tasks.md) has the columns, labels and packages of each task.",
     ),
     (

@@ -36,13 +36,16 @@ def f():
     return CheckpointError("%s is gone" % name)
 logger.warning("%s has %d steps; wait", a, b)
 logger.info("not this")
+def why_not(folder):
+    return f"{folder} is empty"
 """
     calls = list(made._calls(ast.parse(code), {"ConfigError"}))
     assert [(kind, made._text(node)) for kind, node in calls] == [
+        ("error", "… is empty"),
         ("error", "a …: expected b…; do c"),
         ("warning", "… has … steps; wait"),
     ]
-    assert {"HiFTError", "ConfigError", "DamagedCheckpoint", "OutOfMemory"} <= made.error_classes()
+    assert {"HiFTError", "ConfigError", "DamagedCheckpoint", "OutOfMemory", "Malformed"} <= made.error_classes()
 
 
 def test_each_rule_is_of_some_line():
