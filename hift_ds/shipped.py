@@ -6,6 +6,7 @@ A checkout has them in ``ds_configs/`` and ``model_zoo/presets/``; a wheel has t
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from pathlib import Path
@@ -74,9 +75,15 @@ def file_or_shipped(given: str | Path, kind: str, *beside: Path) -> Path:
     for candidate in (path, *(folder / path for folder in beside)):
         if candidate.is_file():
             return candidate
+    what = "run file" if kind == "preset" else "file"
+    if path.is_dir():
+        with contextlib.suppress(ConfigError):
+            return find(str(given), kind)
+        of_a_run = kind == "preset" and (path / "run.yaml").is_file()
+        hint = f"; that of the run is {str(path / 'run.yaml')!r}" if of_a_run else ""
+        raise ConfigError(f"{str(given)!r} is a folder, expected a {what}{hint}")
     if path.suffix not in (".yaml", ".yml", ".json") and path.name == str(given):
         return find(str(given), kind)
-    what = "run file" if kind == "preset" else "file"
     there = [file.name for file in path.parent.glob("*.*")] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.7)
     hint = f"; did you mean {str(path.parent / near[0])!r}?" if near else ""

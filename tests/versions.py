@@ -25,9 +25,15 @@ TRL = ["tests/parity/test_trl.py", "tests/unit/test_data_prepare.py"]
 # Older releases want huggingface_hub 1, which imports what 2 does not.
 _HTTPX = ["huggingface_hub<2", "httpx", "httpcore", "h11", "anyio", "sniffio"]
 
+# The index has torch with CUDA. Two small libraries of CUDA's are loaded where no GPU is; stand_ins() makes the rest.
+_CUDA_12 = ["nvidia-cuda-runtime-cu12==12.4.127", "nvidia-cuda-cupti-cu12==12.4.127"]
+_CUDA_13 = ["nvidia-cuda-runtime==13.0.96", "nvidia-cuda-cupti==13.0.85"]
+
 # name: (what to install beside constraints.txt, tests)
 ROWS: dict[str, tuple[list[str], list[str]]] = {
     "constraints.txt": ([], ENGINE + TRAINER + TRL),
+    "torch 2.6.0": (["torch==2.6.0", "sympy==1.13.1", *_CUDA_12], ENGINE + TRAINER),
+    "torch 2.14.1": (["torch==2.14.1", *_CUDA_13], ENGINE + TRAINER),
     "newest transformers": (["transformers"], TRAINER),
     "deepspeed 0.18.3": (["deepspeed==0.18.3"], ENGINE + TRAINER),
     "deepspeed 0.19.0": (["deepspeed==0.19.0"], ENGINE + TRAINER),
@@ -44,6 +50,25 @@ ROWS: dict[str, tuple[list[str], list[str]]] = {
 }  # fmt: skip
 
 
+def stand_ins(folder: Path) -> None:
+    """Beside a torch with CUDA, for each library that it names and that is not there, one in which every function ends
+    the process: torch loads, and computes on the CPU, without the two GiB that nothing here would call."""
+    libraries = [library for library in (folder / "torch" / "lib").glob("*.so*") if library.is_file()]
+    there = {library.name for library in folder.rglob("*.so*")}
+
+    def lines(*command: str) -> str:
+        return "".join(subprocess.check_output([*command, str(library)], text=True) for library in libraries)
+
+    missing = set(re.findall(r"NEEDED.*\[(lib(?:cu|nv|nccl)\S*)\]", lines("readelf", "-d"))) - there
+    functions = set(
+        re.findall(r" U ((?:cu(?!da|pti)|nccl|nvrtc|nvshmem|nvml)\w*)", lines("nm", "-D", "--undefined-only"))
+    )
+    source = "#include <stdlib.h>\n" + "".join(f"void {name}(void) {{ abort(); }}\n" for name in sorted(functions))
+    for name in missing:
+        out = ["-o", str(folder / "torch" / "lib" / name), f"-Wl,-soname,{name}"]
+        subprocess.run(["gcc", "-shared", "-fPIC", "-w", *out, "-x", "c", "-"], input=source, text=True, check=True)
+
+
 def main(wanted: list[str]) -> int:
     unknown = set(wanted) - set(ROWS)
     if unknown:
@@ -56,6 +81,7 @@ def main(wanted: list[str]) -> int:
         if packages and not folder.exists():
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
             subprocess.run([*pip, *packages], check=True, env={**os.environ, "DS_BUILD_OPS": "0"})
+            stand_ins(folder)
         path = os.pathsep.join([str(folder), str(ROOT)])
         began = time.monotonic()
         done = subprocess.run(

@@ -21,31 +21,30 @@ TEMPLATE = """\
 # Every key: docs/run_file.md
 model:
   path: {path}
-  dtype: {dtype}                      # of the weights; {dtype_note}
+  dtype: {dtype}  # of the weights; {dtype_note}
 data:
-  train: {data}
-  #                               {data_note}
-  val_size: 0.02                  # rows held out for evaluation, a share or a number; or eval: FILE
-  max_length: {length}                # tokens of the longest sample; memory grows with it
-  # template: auto                # chat template: auto takes the model's own, else alpaca
-  # packing: true                 # several samples in a row, unseen by each other: less padding
-  # train_on_prompt: true         # learn every token, not only answers
+  train: {data}  # {data_note}
+  val_size: 0.02  # rows held out for evaluation, a share or a number; or eval: FILE
+  max_length: {length}  # tokens of the longest sample; memory grows with it
+  # template: auto  # chat template: auto takes the model's own, else alpaca
+  # packing: true  # several samples in a row, unseen by each other: less padding
+  # train_on_prompt: true  # learn every token, not only answers
 train:
   output_dir: runs/{name}
-  epochs: 1                       # or max_steps
-  global_batch_size: {rows}           # rows in an optimizer step, whatever the number of GPUs
+  epochs: 1  # or max_steps
+  global_batch_size: {rows}  # rows in an optimizer step, whatever the number of GPUs
 {batch}
-  learning_rate: 2.0e-5           # {rate_note}
+  learning_rate: 2.0e-5  # {rate_note}
   lr_scheduler: cosine
   warmup_ratio: 0.03
-  # optimizer: AdamW              # any of torch.optim, Lion, Muon
-  # eval_steps: 100               # default: after each epoch
-  save_steps: 500                 # a checkpoint takes {checkpoint_gib:.0f} GiB, save_total_limit (2) of them are kept
-  # report_to: [tensorboard]      # or wandb, mlflow, ...
+  # optimizer: AdamW  # any of torch.optim, Lion, Muon
+  # eval_steps: 100  # default: after each epoch
+  save_steps: 500  # a checkpoint takes {checkpoint}, save_total_limit (2) of them are kept
+  # report_to: [tensorboard]  # or wandb, mlflow, ...
 hift:
-  fit: {fit}                       # {fit_note}
-  # group_size: 1                 # blocks trained together; left out it follows from the length of the run
-  order: bottom2up                # or top2down, random
+  fit: {fit}  # {fit_note}
+  # group_size: 1  # blocks trained together; left out it follows from the length of the run
+  order: bottom2up  # or top2down, random
 {switches}
 """
 COMMENTS = {
@@ -127,6 +126,7 @@ def write_run_file(
     import torch
     import yaml
 
+    from hift_ds.forecast.fit import gib
     from hift_ds.hf.model_folder import max_sequence_length
     from hift_ds.train.card import card_here, card_of
     from hift_ds.train.fit import Facts, choose
@@ -145,8 +145,8 @@ def write_run_file(
         "title": f"{path}: {model.numel / 1e9:.2f} B parameters, every one of them trained",
         "file": file, "path": yaml_text(path), "dtype": dtype, "name": name, "data": yaml_text(data), "length": length,
         "dtype_note": "masters and optimizer states are fp32, in host memory unless said otherwise",
-        "data_note": "# yours: messages, alpaca, sharegpt, prompt and completion, CSV, text: docs/data.md",
-        "rows": ROWS, "rate_note": "full fine-tuning's, a tenth of LoRA's", "checkpoint_gib": 14 * model.numel / 2**30,
+        "data_note": "messages, alpaca, sharegpt, prompt and completion, CSV, text: docs/data.md",
+        "rows": ROWS, "rate_note": "full fine-tuning's, a tenth of LoRA's", "checkpoint": gib(14 * model.numel),
         "fit": "auto" if card is None else f"{card:g}",
         "fit_note": "GiB of the card; what is left open below is chosen for it when a run starts",
     }  # fmt: skip
@@ -164,8 +164,18 @@ def write_run_file(
         else "  # micro_batch_size:",
         switches=_switches(keys),
     )
+    text = _aligned(text)
     RunConfig.model_validate(yaml.safe_load(text))
     return text, tuple(line for line in chosen.lines if line.startswith("fit:"))
+
+
+def _aligned(text: str) -> str:
+    """The comments behind keys, commented-out ones included, in one column where there is room."""
+    lines = []
+    for line in text.splitlines():
+        key, _, comment = line.rpartition("  # ")
+        lines.append(f"{key.rstrip():<33} # {comment}" if key.strip() else line)
+    return "\n".join(lines) + "\n"
 
 
 def _switches(keys: dict[str, Any]) -> str:
@@ -174,9 +184,7 @@ def _switches(keys: dict[str, Any]) -> str:
     for section in ("activations", "state"):
         found = {key: value for key, value in keys.items() if key.startswith(f"hift.{section}.")}
         if found:
-            lines.append(
-                f"  {section}:" + " " * (24 - len(section)) + "      # what makes it fit; off it would be faster"
-            )
+            lines.append(f"  {section}:  # what makes it fit; off it would be faster")
         lines += [_line(4, key.rpartition(".")[2], value, COMMENTS[key]) for key, value in found.items()]
     if not lines:
         lines = ["  # activations: {checkpointing: true, chunked_loss: true}   # not needed on this card"]
@@ -188,7 +196,7 @@ def _switches(keys: dict[str, Any]) -> str:
 
 def _line(indent: int, key: str, value: object, comment: str) -> str:
     text = " " * indent + f"{key}: {str(value).lower() if isinstance(value, bool) else value}"
-    return f"{text:<34}# {comment}"
+    return f"{text}  # {comment}"
 
 
 def yaml_text(value: str) -> str:

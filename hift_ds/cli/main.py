@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from hift_ds.errors import INTERRUPTED, PROG, USER_ERROR, HiFTError, OneLineParser, as_missing_extra
+from hift_ds.errors import INTERRUPTED, PROG, USER_ERROR, HiFTError, OneLineParser, as_missing_extra, unknown_key
 from hift_ds.report.quiet import escape_what_cannot_be_shown
 from hift_ds.version import __version__
 
@@ -111,6 +111,8 @@ def make_parser(loaded: Collection[str]) -> argparse.ArgumentParser:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     called = next((argument for argument in argv if not argument.startswith("-")), None)
+    if called is not None and called not in COMMANDS:
+        raise unknown_key(called, COMMANDS, "COMMAND", "command")
     parser = make_parser({called} if called else set())
     if not argv:
         parser.print_help()

@@ -6,9 +6,8 @@ import argparse
 
 EXAMPLES = """examples:
   hift-ds plot runs/first
-
-Into the run folder: loss.png; groups.png (which layer group moved when, and how far); memory.png (peak memory of
-each group beside its forecast); transfers.png if steps waited.
+Into the run folder: loss.png; groups.png, which layer group moved when, and how far;
+memory.png, peak memory of each group beside its forecast; transfers.png if steps waited.
 """
 
 

@@ -31,7 +31,7 @@ EXAMPLES = f"""examples:
   hift-ds train run.yaml --dry-run                      # everything before the first step, then stop
   hift-ds train run.yaml train.learning_rate=1e-5 train.epochs=2
   hift-ds train run.yaml --num-procs 2
-The same command goes on where a run was stopped. Every key of a run file: docs/run_file.md
+The same command goes on where a run was stopped. Every key of a run file: hift-ds schema, or docs/run_file.md
 Run files in the package: {", ".join(presets())}
 """
 
@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
         devices = accelerators[:num_procs] or [str(i) for i in range(num_procs)]
         code = _launch(devices, args.master_port or free_port(), arguments, on_cpu=not accelerators,
                        output_dir=run.output_dir)  # fmt: skip
-    if args.dry_run and code == 0:
+    # Rows that were chosen for a CPU are no device's, and the line about them has said what they need.
+    is_said = not accelerators and run.fit == "auto" and run.train.micro_batch_size is None
+    if args.dry_run and code == 0 and not is_said:
         print(_memory_line(args.run_file, args.overrides))
     return code
 

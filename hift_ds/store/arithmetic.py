@@ -42,11 +42,15 @@ class StateArithmetic:
         if not self.slots:
             when = "for which the step waits (prefetch: false)"
         elif self.late_bytes:
-            when = f"for {self.waited_s:.3g} s of which the step waits (slices without a slot), the rest {when}"
+            when = f"for {_seconds(self.waited_s)} of which the step waits (slices without a slot), the rest {when}"
         return (
             f"{kept}; each step copies {_bytes(self.step_bytes)} in ({_bytes(self.link.into)}/s) and out "
-            f"({_bytes(self.link.out)}/s), {self.transfer_s:.3g} s {when}"
+            f"({_bytes(self.link.out)}/s), {_seconds(self.transfer_s)} {when}"
         )
+
+
+def _seconds(number: float) -> str:
+    return f"{number:.3g} s" if number >= 0.001 else "under 1 ms"
 
 
 def _bytes(number: float) -> str:

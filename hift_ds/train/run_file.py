@@ -112,12 +112,15 @@ def read_yaml(file: Path) -> dict[str, Any]:
         content = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise ConfigError(f"no such run file: {str(file)!r}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise ConfigError(f"cannot read run file {str(file)!r}: it is not text in UTF-8; save it as that") from None
+    except OSError as error:
         raise ConfigError(f"cannot read run file {str(file)!r}: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}{_line(error)}: not valid YAML: {_problem(error)}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{file}: expected sections model, data, train, got {type(content).__name__}")
+        given = "an empty file" if content is None else "a list" if isinstance(content, list) else f"{content!r:.60}"
+        raise ConfigError(f"{file}: expected sections model, data, train, got {given}")
     return content
 
 

@@ -23,6 +23,8 @@ from tests.parity.test_trl import folder_of, tokenizer, words
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
+PLUGIN = ROOT / "hift_ds" / "integrations" / "ms_swift.py"
+PROGRAMS = Path(__file__).parent / "programs"
 HOSTS = Path(os.environ.get("HIFT_HOSTS", ROOT / ".hosts"))
 
 
@@ -86,9 +88,9 @@ def start(command: list[str], path: str = "", says: str = "HiFT is on, 5 layer g
     return done.stdout + done.stderr
 
 
-def launched() -> list[str]:
-    """One rank of torchrun's."""
-    return ["-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", str(free_port())]
+def launched(ranks: int = 1) -> list[str]:
+    """Under torchrun."""
+    return ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
 
 
 def all_moved(before: Path, after: Path) -> bool:
@@ -123,3 +125,58 @@ def test_llamafactory(inputs, tmp_path, stage):
         over("llamafactory", tmp_path, "torchaudio"), DISABLE_VERSION_CHECK="1",
     )  # fmt: skip
     assert all_moved(inputs / "model", tmp_path / "out")
+
+
+@needs("ms_swift")
+def test_ms_swift(inputs, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": words(i, 3)}, {"role": "assistant", "content": words(i + 20, 4)}]}
+        for i in range(12)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {
+        "model": inputs / "model", "model_type": "llama", "template": "dummy", "tuner_type": "full",
+        "dataset": tmp_path / "rows.jsonl", "output_dir": tmp_path / "out", "add_version": False,
+        "external_plugins": PLUGIN, "callbacks": "hift", "deepspeed": inputs / "ds.json", "torch_dtype": "float32",
+        "max_steps": 5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 5, "report_to": "none",
+        "use_cpu": True, "bf16": False, "use_hf": True, "split_dataset_ratio": 0, "dataloader_num_workers": 0,
+        "gradient_checkpointing": False, "check_model": False,
+    }  # fmt: skip
+    arguments = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
+    start([*launched(), "-m", "swift.cli.sft", *arguments], over("ms_swift", tmp_path), says="'group'")
+    assert all_moved(inputs / "model", tmp_path / "out" / "checkpoint-5")
+    checkpoint = tmp_path / "out" / "checkpoint-5"
+    assert (checkpoint / "model.safetensors").samefile(checkpoint / "global_step5" / "model.safetensors")
+
+
+@needs("axolotl")
+def test_axolotl(inputs, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": words(i, 3) + " " + words(i + 20, 4)}) + "\n" for i in range(12))
+    )
+    run = {
+        "base_model": str(inputs / "model"), "plugins": ["hift_ds.integrations.axolotl.HiFTPlugin"],
+        "deepspeed": str(inputs / "ds.json"), "output_dir": str(tmp_path / "out"),
+        "datasets": [{"path": str(tmp_path / "rows.jsonl"), "ds_type": "json", "type": "completion"}],
+        "dataset_prepared_path": str(tmp_path / "prepared"), "sequence_len": 64, "micro_batch_size": 2,
+        "gradient_accumulation_steps": 1, "max_steps": 5, "learning_rate": 1e-2, "lr_scheduler": "constant",
+        "optimizer": "adamw_torch", "bf16": False, "fp16": False, "tf32": False, "use_cpu": True,
+        "val_set_size": 0, "save_strategy": "no", "special_tokens": {"pad_token": "<pad>"},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    # Two ranks: for a single one it asks for NCCL, on whatever device.
+    start([*launched(2), "-m", "axolotl.cli.train", str(tmp_path / "run.yaml")], over("axolotl", tmp_path, "wandb"),
+          AXOLOTL_DO_NOT_TRACK="1", ACCELERATE_USE_CPU="true")  # fmt: skip
+    assert all_moved(inputs / "model", tmp_path / "out")
+
+
+@needs("lightning")
+def test_lightning(tmp_path):
+    """One group of all weights is DeepSpeed's own engine under Lightning's own strategy, which deals out the rows."""
+    for form in ("deepspeed", "one", "hift"):
+        start([str(PROGRAMS / "lightning_loop.py"), form, str(tmp_path / form)], over("lightning", tmp_path / form),
+              says="trained")  # fmt: skip
+    theirs, one = (load_file(tmp_path / form / "model.safetensors") for form in ("deepspeed", "one"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(one[name], value, atol=2e-6, rtol=0, msg=name)

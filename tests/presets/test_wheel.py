@@ -124,7 +124,7 @@ def test_an_installed_wheel_runs_every_command_from_an_empty_folder(wheel, tiny_
     assert str(site) in run(sys.executable, "-c", "import hift_ds; print(hift_ds.__file__)")
     steps = ["data.max_samples=80", "data.max_length=1024", "train.global_batch_size=4"]
     dry = hift_ds("train", "smollm2_135m", model, *steps, "train.max_steps=6", "--dry-run")
-    assert "memory:" in dry and not (home / "runs" / "smollm2_135m" / "model").exists()
+    assert "fit: " in dry and not (home / "runs" / "smollm2_135m" / "model").exists()
     said = hift_ds("train", "smollm2_135m", model, *steps, "train.max_steps=6")
     assert "next: hift-ds chat runs/smollm2_135m" in said
     run_folder = home / "runs" / "smollm2_135m"

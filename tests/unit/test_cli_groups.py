@@ -174,7 +174,7 @@ def test_bad_arguments_are_one_line_and_exit_code_2(
 
 
 def test_an_unknown_command_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert_one_line(["grops"], "invalid choice: 'grops'", capsys)
+    assert_one_line(["grops"], "unknown command 'grops'; did you mean 'groups'?", capsys)
 
 
 def test_no_command_is_answered_by_the_list_of_them(capsys: pytest.CaptureFixture[str]) -> None:

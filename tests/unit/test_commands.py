@@ -8,6 +8,7 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 import yaml
 
 from hift_ds.cli import train as train_command
@@ -158,5 +159,7 @@ def test_the_command_adds_the_memory(inputs, tmp_path, capsys, monkeypatch):  # 
     assert seen == [["--dry-run", str(file), "train.max_steps=3"]]
     line = capsys.readouterr().out.strip()
     assert line.startswith("memory: ") and "GiB at most on each device, with 2 x 128 tokens" in line
+    assert main(["train", str(file), "--dry-run", "train.micro_batch_size=null"]) == 0
+    assert ("memory: " in capsys.readouterr().out) is torch.accelerator.is_available()  # else fitted to the host
     assert main(["train", str(file), "hift=false", "--dry-run"]) == 0
     assert "memory: not counted" in capsys.readouterr().out

@@ -105,8 +105,8 @@ def test_wrong_settings_are_one_line(load, override, message):
             "run.yaml: train.output_dir: this key is required",
         ),
         ("model: [\n", "run.yaml, line 2: not valid YAML"),
-        ("just text", "run.yaml: expected sections model, data, train, got str"),
-        ("", "run.yaml: expected sections model, data, train, got NoneType"),
+        ("just text", "run.yaml: expected sections model, data, train, got 'just text'"),
+        ("", "run.yaml: expected sections model, data, train, got an empty file"),
         (
             "model: {path: m}\nmodel: {path: n}\n",
             "run.yaml, line 2: not valid YAML: key 'model' is given twice",
@@ -121,6 +121,21 @@ def test_wrong_files_are_one_line(load, text, message):
 def test_a_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="no such run file: .*nowhere.yaml"):
         load_run_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_folder_or_a_file_in_another_encoding_is_no_run_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2_135m").mkdir()  # of the same name as a run file of the package
+    assert load_run_config("smollm2_135m").train.output_dir == "runs/smollm2_135m"
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ConfigError, match="^'runs' is a folder, expected a run file$"):
+        load_run_config("runs")
+    (tmp_path / "runs" / "run.yaml").write_text("")
+    with pytest.raises(ConfigError, match="expected a run file; that of the run is 'runs/run.yaml'"):
+        load_run_config("runs")
+    (tmp_path / "notepad.yaml").write_text("model: {path: m}", encoding="utf-16")
+    with pytest.raises(ConfigError, match="not text in UTF-8; save it as that"):
+        load_run_config("notepad.yaml")
 
 
 @pytest.mark.parametrize(
