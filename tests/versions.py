@@ -26,13 +26,15 @@ TRL = ["tests/parity/test_trl.py", "tests/unit/test_data_prepare.py"]
 _HTTPX = ["huggingface_hub<2", "httpx", "httpcore", "h11", "anyio", "sniffio"]
 
 # The index has torch with CUDA. Two small libraries of CUDA's are loaded where no GPU is; stand_ins() makes the rest.
-_CUDA_12 = ["nvidia-cuda-runtime-cu12==12.4.127", "nvidia-cuda-cupti-cu12==12.4.127"]
+_CUDA_12_4 = ["nvidia-cuda-runtime-cu12==12.4.127", "nvidia-cuda-cupti-cu12==12.4.127"]
+_CUDA_12_8 = ["nvidia-cuda-runtime-cu12==12.8.90", "nvidia-cuda-cupti-cu12==12.8.90"]
 _CUDA_13 = ["nvidia-cuda-runtime==13.0.96", "nvidia-cuda-cupti==13.0.85"]
 
 # name: (what to install beside constraints.txt, tests)
 ROWS: dict[str, tuple[list[str], list[str]]] = {
     "constraints.txt": ([], ENGINE + TRAINER + TRL),
-    "torch 2.6.0": (["torch==2.6.0", "sympy==1.13.1", *_CUDA_12], ENGINE + TRAINER),
+    "torch 2.6.0": (["torch==2.6.0", "sympy==1.13.1", *_CUDA_12_4], ENGINE + TRAINER),
+    "torch 2.8.0": (["torch==2.8.0", *_CUDA_12_8], ENGINE + TRAINER),
     "torch 2.14.1": (["torch==2.14.1", *_CUDA_13], ENGINE + TRAINER),
     "newest transformers": (["transformers"], TRAINER),
     "deepspeed 0.18.3": (["deepspeed==0.18.3"], ENGINE + TRAINER),

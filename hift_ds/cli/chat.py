@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plain and args.system:
         raise ConfigError("--system with --plain: a plain text has no system message; remove one")
     quiet_libraries(is_main=True)
+    if args.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens: expected at least 1, got {args.max_new_tokens}")
     trained = find_trained(args.model, trust_remote_code=args.trust_remote_code)
     model, tokenizer = trained.load(dtype=args.dtype, device=args.device)
     chat = Chat(model, tokenizer, system=args.system, plain=args.plain or not tokenizer.chat_template,

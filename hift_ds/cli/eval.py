@@ -109,6 +109,8 @@ def benchmarks(trained: TrainedModel, args: argparse.Namespace) -> dict[str, Any
     import torch
     from lm_eval.tasks import TaskManager
 
+    from hift_ds.train.trained_model import check_device
+
     manager = TaskManager(include_path=args.include_path)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if unknown := [name for name in names if not manager.match_tasks([name])]:
@@ -118,6 +120,7 @@ def benchmarks(trained: TrainedModel, args: argparse.Namespace) -> dict[str, Any
         options["trust_remote_code"] = True
     if args.dtype != "auto":
         options["dtype"] = TORCH_NAMES[args.dtype]
+    check_device(args.device)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = args.device or ("cpu" if accelerator is None else accelerator.type)  # lm-eval's own default is cuda
     found = lm_eval.simple_evaluate(

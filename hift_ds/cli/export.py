@@ -141,6 +141,9 @@ def _export(
     from hift_ds.report.model_card import write_model_card
 
     input_dir = model_dir or _input_of_run(source.states)
+    for folder, what in ((input_dir, "the model that was fine-tuned"), (source.config_dir, "the checkpoint")):
+        if folder is not None and folder.resolve() == out.resolve():
+            raise ConfigError(f"OUT: {str(out)!r} is {what}, which would be written over; give another folder")
     config_dir = model_dir or source.config_dir or input_dir
     if config_dir is None:
         raise ConfigError(f"{checkpoint}: it holds no config.json; name the model that was fine-tuned with --model DIR")

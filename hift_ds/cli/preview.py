@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from hift_ds.errors import ConfigError
 from hift_ds.train.run_config import RunConfig, load_run_config
 from hift_ds.train.tasks import TASKS
 
@@ -71,6 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
+
+    if args.num_samples < 0:
+        raise ConfigError(f"--num-samples: expected at least 0, got {args.num_samples}")
 
     run = load_run_config(args.run_file, args.overrides)
     preview(run, Console(), args.num_samples, None if args.all else COUNTED_ROWS)

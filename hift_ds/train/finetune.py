@@ -232,7 +232,8 @@ def _introduce(checked: CheckedRun, arguments: TrainingArguments, say: Callable[
     is_open = checked.run.fit is not None and not gives_passes(checked.settings)  # said when it is chosen
     passes = f"micro-batch {batch.micro_batch_size} x {accumulation(batch.gradient_accumulation_steps)}"
     parts = "" if is_open else f": {passes} x {processes}"
-    say(f"{batch.global_batch_size} rows in an optimizer step{parts}, up to {checked.max_length:,} tokens each")
+    rows = f"{batch.global_batch_size} row{'s' if batch.global_batch_size > 1 else ''}"
+    say(f"{rows} in an optimizer step{parts}, up to {checked.max_length:,} tokens each")
 
 
 def _load_data(checked: CheckedRun, arguments: TrainingArguments) -> tuple[PreTrainedTokenizerBase, PreparedData]:

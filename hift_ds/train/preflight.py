@@ -135,6 +135,10 @@ def _check_output(run: RunConfig) -> None:
             raise ConfigError(f"{key}: {str(existing)!r} is a file, expected a folder")
         if not os.access(existing, os.W_OK):
             raise ConfigError(f"{key}: no permission to write into {str(existing)!r}")
+    if run.export_dir.resolve() == Path(run.model.path).expanduser().resolve():
+        raise ConfigError(
+            f"export.dir: {str(run.export_dir)!r} is model.path, which would be written over; choose another folder"
+        )
     if run.train.resume not in ("auto", "never") and not Path(run.train.resume).expanduser().is_dir():
         raise ConfigError(f"train.resume: expected auto, never or a checkpoint's folder, got {run.train.resume!r}")
 

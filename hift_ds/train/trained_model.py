@@ -67,6 +67,8 @@ class TrainedModel:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+        check_device(device)
+
         from hift_ds.data.tokenizers import load_tokenizer
         from hift_ds.dtypes import torch_dtype
 
@@ -94,6 +96,17 @@ class TrainedModel:
             found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             device = found.type if found is not None else "cpu"
         return model.to(device).eval(), tokenizer
+
+
+def check_device(device: str | None) -> None:
+    """Raises :class:`ConfigError` if torch has no such device here."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"--device: torch cannot use {device!r} here: {reason}") from None
 
 
 def find_trained(path: str | Path, *, trust_remote_code: bool = False) -> TrainedModel:

@@ -83,6 +83,22 @@ def test_a_run_folder_names_the_model_whose_dtype_counts(trained, tmp_path, monk
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "trained", dtype="auto").dtype == torch.bfloat16
 
 
+def test_neither_the_input_nor_the_checkpoint_is_written_over(trained, tmp_path, capsys):
+    source, saved, *_ = trained
+    model = tmp_path / "model"
+    shutil.copytree(source, model)
+    (tmp_path / "link").symlink_to(model)
+    before = (model / "model.safetensors").read_bytes()
+    assert main(["export", str(saved), str(tmp_path / "link"), "--model", str(model)]) == 2
+    assert "link' is the model that was fine-tuned, which would be written over" in capsys.readouterr().err
+    assert (model / "model.safetensors").read_bytes() == before
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(saved, checkpoint)
+    shutil.copy(source / "config.json", checkpoint)
+    assert main(["export", str(checkpoint), str(checkpoint)]) == 2
+    assert "is the checkpoint, which would be written over" in capsys.readouterr().err
+
+
 def test_the_sentencepiece_model_of_the_input_goes_along(trained, tmp_path):
     """The Trainer's checkpoints hold the tokenizer that was made of it, and not the model itself."""
     from hift_ds.data.tokenizers import load_tokenizer

@@ -218,6 +218,11 @@ def test_what_is_wrong_is_said_before_a_weight_is_read(run_file, override, error
     assert isinstance(caught.value, HiFTError) and "\n" not in str(caught.value)
 
 
+def test_the_model_is_not_exported_over_itself(run_file, folder):
+    with pytest.raises(ConfigError, match="export.dir: .* is model.path, which would be written over"):
+        check_run(load_run_config(run_file, [f"export.dir={folder}/../{folder.name}"]), world_size=1)
+
+
 def test_a_folder_without_permission(run_file, monkeypatch):
     # Root, who may run the tests, is never refused.
     monkeypatch.setattr(os, "access", lambda path, mode: False)

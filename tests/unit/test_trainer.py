@@ -183,8 +183,19 @@ def test_numbers_beside_the_models_inputs_are_not_rounded(tmp_path):
     assert torch.equal(seen[0], reference.expand(2))
 
 
+def torch_has_a_gradient_of_mixed_types() -> bool:
+    guess = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
+    try:
+        torch.nn.functional.mse_loss(guess, torch.ones(1)).backward()
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
 def test_labels_that_are_numbers_are_not_rounded(tmp_path, kind):
+    if kind == "regression" and not torch_has_a_gradient_of_mixed_types():
+        pytest.skip("this torch's mean squared error of bf16 and fp32 has no gradient (docs/versions.md)")
     number = 321.0625 if kind == "regression" else 0.1
     model = model_zoo.tiny.build(
         "llama",
