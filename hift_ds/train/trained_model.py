@@ -106,7 +106,9 @@ def check_device(device: str | None) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"--device: torch cannot use {device!r} here: {reason}") from None
+        raise ConfigError(
+            f"--device: torch cannot use {device!r} here ({reason}); name one that it has, or leave it out"
+        ) from None
 
 
 def find_trained(path: str | Path, *, trust_remote_code: bool = False) -> TrainedModel:

@@ -119,9 +119,9 @@ def test_what_cannot_be_evaluated_is_one_line(finished, inputs, tmp_path, capsys
         ): "name another",
         ("predict", str(finished), "--data", "none.jsonl", "-o", "out"): "no such file or folder: 'none.jsonl'",
         ("chat", str(finished), "--plain", "--system", "x"): "--system with --plain",
-        ("chat", str(finished), "--device", "nonsense:1"): "--device: torch cannot use 'nonsense:1' here: ",
+        ("chat", str(finished), "--device", "nonsense:1"): "--device: torch cannot use 'nonsense:1' here (",
         ("chat", str(finished), "--max-new-tokens", "0"): "--max-new-tokens: expected at least 1, got 0",
-        ("eval", str(finished), "--device", "cuda:99"): "--device: torch cannot use 'cuda:99' here: ",
+        ("eval", str(finished), "--device", "cuda:99"): "--device: torch cannot use 'cuda:99' here (",
         ("preview", str(finished / "run.yaml"), "-n", "-1"): "--num-samples: expected at least 0, got -1",
     }
     for arguments, expected in cases.items():
