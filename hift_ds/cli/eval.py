@@ -123,10 +123,15 @@ def benchmarks(trained: TrainedModel, args: argparse.Namespace) -> dict[str, Any
     check_device(args.device)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = args.device or ("cpu" if accelerator is None else accelerator.type)  # lm-eval's own default is cuda
-    found = lm_eval.simple_evaluate(
-        model="hf", model_args=options, tasks=names, batch_size=args.batch_size or 8, limit=args.limit,
-        task_manager=manager, device=device,
-    )  # fmt: skip
+    try:
+        found = lm_eval.simple_evaluate(
+            model="hf", model_args=options, tasks=names, batch_size=args.batch_size or 8, limit=args.limit,
+            task_manager=manager, device=device,
+        )  # fmt: skip
+    except OSError as error:  # ConnectionError too
+        raise ConfigError(
+            f"--tasks: the data of {', '.join(names)} are not to be had ({error}); fetch them where there is a network"
+        ) from error
     results = {
         task: {k: v for k, v in numbers.items() if isinstance(v, int | float)}
         for task, numbers in found["results"].items()

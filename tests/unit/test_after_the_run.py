@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import json
 import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,6 +130,27 @@ def test_what_cannot_be_evaluated_is_one_line(finished, inputs, tmp_path, capsys
         assert main(list(arguments)) == 2
         err = capsys.readouterr().err
         assert expected in err and err.count("\n") == 1, err
+
+
+def test_benchmarks_whose_data_are_not_here_are_one_line(finished, capsys, monkeypatch):
+    class TaskManager:
+        def __init__(self, include_path):
+            pass
+
+        def match_tasks(self, names):
+            return names
+
+    def unreachable(**_):
+        raise ConnectionError("Couldn't reach 'owner/data' on the Hub")
+
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=unreachable))
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=TaskManager))
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: name == "lm_eval" or find(name, *rest))
+    assert main(["eval", str(finished), "--tasks", "hellaswag"]) == 2
+    err = capsys.readouterr().err
+    assert "--tasks: the data of hellaswag are not to be had (Couldn't reach 'owner/data' on the Hub); fetch" in err
+    assert "Traceback" not in err
 
 
 def test_a_run_that_has_not_ended_or_was_moved(finished, inputs, tmp_path):  # noqa: F811
