@@ -150,28 +150,6 @@ def test_ms_swift(inputs, tmp_path):
     assert (checkpoint / "model.safetensors").samefile(checkpoint / "global_step5" / "model.safetensors")
 
 
-@needs("axolotl")
-def test_axolotl(inputs, tmp_path):
-    (tmp_path / "rows.jsonl").write_text(
-        "".join(json.dumps({"text": words(i, 3) + " " + words(i + 20, 4)}) + "\n" for i in range(12))
-    )
-    run = {
-        "base_model": str(inputs / "model"), "plugins": ["hift_ds.integrations.axolotl.HiFTPlugin"],
-        "deepspeed": str(inputs / "ds.json"), "output_dir": str(tmp_path / "out"),
-        "datasets": [{"path": str(tmp_path / "rows.jsonl"), "ds_type": "json", "type": "completion"}],
-        "dataset_prepared_path": str(tmp_path / "prepared"), "sequence_len": 64, "micro_batch_size": 2,
-        "gradient_accumulation_steps": 1, "max_steps": 5, "learning_rate": 1e-2, "lr_scheduler": "constant",
-        "optimizer": "adamw_torch", "bf16": False, "fp16": False, "tf32": False, "use_cpu": True,
-        "val_set_size": 0, "save_strategy": "no", "special_tokens": {"pad_token": "<pad>"},
-    }  # fmt: skip
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
-    start(
-        [*launched(), str(PROGRAMS / "axolotl_train.py"), str(tmp_path / "run.yaml")],
-        over("axolotl", tmp_path, "wandb"), AXOLOTL_DO_NOT_TRACK="1", ACCELERATE_USE_CPU="true",
-    )  # fmt: skip
-    assert all_moved(inputs / "model", tmp_path / "out")
-
-
 @needs("lightning")
 def test_lightning(tmp_path):
     """One group of all weights is DeepSpeed's own engine under Lightning's own strategy, which deals out the rows."""
