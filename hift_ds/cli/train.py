@@ -31,7 +31,7 @@ EXAMPLES = f"""examples:
   hift-ds train run.yaml --dry-run                      # everything before the first step, then stop
   hift-ds train run.yaml train.learning_rate=1e-5 train.epochs=2
   hift-ds train run.yaml --num-procs 2
-The same command goes on where a run was stopped. Every key of a run file: hift-ds schema, or docs/run_file.md
+The same command goes on where a run was stopped. Every key of a run file: the command schema, or docs/run_file.md
 Run files in the package: {", ".join(presets())}
 """
 
