@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -208,6 +209,43 @@ class HiFTConfig(BaseModel):
         return 1 if self.group_size == "auto" else self.group_size
 
 
+class ParsedBlock(dict[str, Any]):
+    """The block of a config as it was written, with what it was parsed to: on its way through DeepSpeed and accelerate
+    whoever looks into the config finds JSON, and :func:`parse_block` the values. What is changed on the way is parsed
+    anew. A deep copy is the same; pickled it is a plain dict, which needs no module of ours.
+
+    Args:
+        content: what a dict is made of.
+        hift: the values; ``None``: not known.
+    """
+
+    def __init__(self, content: Any, hift: HiFTConfig | None = None) -> None:
+        super().__init__(content)
+        self._parsed = deepcopy(dict(self)), hift
+
+    @property
+    def hift(self) -> HiFTConfig | None:
+        """The values, unless the content is not theirs any more."""
+        written, hift = self._parsed
+        return hift if self == written else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParsedBlock:
+        return ParsedBlock(deepcopy(dict(self), memo), self.hift)
+
+    def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
+        return dict, (dict(self),)
+
+
+def parsed(block: Any) -> ParsedBlock:
+    """The block together with its values.
+
+    Raises:
+        ConfigError: as :func:`parse_block`.
+    """
+    hift = parse_block(block)
+    return ParsedBlock(block if isinstance(block, Mapping) else hift.model_dump(mode="json"), hift)
+
+
 def parse_block(block: Any) -> HiFTConfig:
     """The validated block.
 
@@ -216,6 +254,8 @@ def parse_block(block: Any) -> HiFTConfig:
     """
     if isinstance(block, HiFTConfig):
         return block
+    if isinstance(block, ParsedBlock) and block.hift is not None:
+        return block.hift
     if not isinstance(block, Mapping):
         raise ConfigError(f'"{BLOCK}": expected an object with keys such as "group_size", got {block!r}')
     try:

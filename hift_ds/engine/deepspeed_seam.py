@@ -341,11 +341,13 @@ def config_dict(config: Any, args: Any, config_params: Any) -> dict[str, Any]:
     """The DeepSpeed config as a dict, from wherever ``deepspeed.initialize`` would take it.
 
     Raises:
-        ConfigError: no config, or a path that does not exist or does not parse.
+        ConfigError: no config, or two; a path that does not exist or does not parse.
     """
-    source = config if config is not None else config_params
+    source, named = config if config is not None else config_params, getattr(args, "deepspeed_config", None)
+    if source is not None and named is not None:
+        raise ConfigError(f"config= was given, and --deepspeed_config {named} too; leave one of the two out")
     if source is None:
-        source = getattr(args, "deepspeed_config", None)
+        source = named
     if source is None:
         raise ConfigError("no DeepSpeed config: pass config= (a dict or the path of a JSON file) or --deepspeed_config")
     if isinstance(source, Mapping):

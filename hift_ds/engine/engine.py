@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hift_ds.activations.switches import ActivationSavings
-from hift_ds.config import BLOCK, check_against_deepspeed, parse_block
+from hift_ds.config import BLOCK, parse_block
 from hift_ds.engine import build
 from hift_ds.engine.auto_groups import AutoGroups
 from hift_ds.engine.checkpointer import Checkpointer
@@ -47,7 +47,6 @@ class HiFTEngine(SeamEngine):
 
     def __init__(self, *args: Any, config: Any = None, **kwargs: Any) -> None:
         self.hift = parse_block(config[BLOCK])
-        check_against_deepspeed(self.hift, config)
         self.last_report: StepReport | None = None
         self._fp32_shards: dict[str, Tensor] = {}  # bits that casting the weights would lose
         self.checkpointer = Checkpointer(self)

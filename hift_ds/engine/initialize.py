@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import deepspeed
 from torch import nn
 
-from hift_ds.config import BLOCK, check_against_deepspeed, parse_block, refuse_auto
+from hift_ds.config import BLOCK, check_against_deepspeed, parse_block, parsed, refuse_auto
 from hift_ds.engine.deepspeed_seam import config_dict, engine_class, initialize_becomes
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.errors import ConfigError
@@ -57,20 +58,41 @@ def initialize(
     arguments = {key: value for key, value in locals().items() if key not in ("config", "config_params")}
     stock = inspect.unwrap(deepspeed.initialize)  # inside hift_engines() it is ours
     config = config_dict(config, args, config_params)
-    given = {} if getattr(args, "deepspeed_config", None) is not None else {"config": config}  # once only
     if BLOCK not in config:
-        with as_single_process():
-            return stock(**arguments, **given)
+        with as_single_process(), _file_was_read(args):
+            return stock(**arguments, config=config)
     refuse_auto(config)
     if not ({"train_batch_size", "train_micro_batch_size_per_gpu"} & config.keys()):
         raise ConfigError('"train_micro_batch_size_per_gpu": missing; how many rows does a rank take at a time?')
-    with _building(arguments, config):
-        return stock(**arguments, **given)
+    with building(arguments, config):
+        return stock(**arguments, config=config)
 
 
 @contextlib.contextmanager
-def _building(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[None]:
-    """DeepSpeed's ``initialize`` with these arguments builds our engine inside this block."""
+def _file_was_read(args: Any) -> Iterator[None]:
+    """Inside this block ``args`` names no file with a config: DeepSpeed takes one in one place only."""
+    file = getattr(args, "deepspeed_config", None)
+    if file is None:
+        yield
+        return
+    args.deepspeed_config = None
+    try:
+        yield
+    finally:
+        args.deepspeed_config = file
+
+
+@contextlib.contextmanager
+def building(
+    arguments: Mapping[str, Any], config: dict[str, Any], engine: type[HiFTEngine] = HiFTEngine
+) -> Iterator[None]:
+    """DeepSpeed's ``initialize`` with ``arguments`` and ``config`` builds an ``engine`` inside this block. The
+    ``"hift"`` block of ``config`` is left there parsed.
+
+    Raises:
+        ConfigError: as :func:`initialize`, for all but the model.
+    """
+    config[BLOCK] = parsed(config[BLOCK])
     check_against_deepspeed(parse_block(config[BLOCK]), config)
     if arguments.get("model") is None:
         raise ConfigError("initialize: model= is missing")
@@ -81,7 +103,7 @@ def _building(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> Iterat
     shares_sequences = hasattr(mpu, "initialize_sequence_parallel")
     if mpu is not None and not shares_sequences and getattr(mpu, "get_model_parallel_world_size", lambda: 1)() > 1:
         raise ConfigError('initialize: mpu= with model parallelism is not supported with a "hift" block')
-    with as_single_process(), nothing_compiled(), engine_class(HiFTEngine):
+    with as_single_process(), nothing_compiled(), _file_was_read(arguments.get("args")), engine_class(engine):
         yield
 
 
@@ -111,13 +133,12 @@ def hift_engines(
         config = config_dict(arguments.pop("config", None), options, arguments.pop("config_params", None))
         own = config.pop(BLOCK, block)
         trained = arguments.get("optimizer") is not None or (config.get("optimizer") or {}).get("type")
-        if getattr(options, "deepspeed_config", None) is None:
-            arguments["config"] = config
+        arguments["config"] = config
         if own is None or not trained:
-            with as_single_process(), nothing_compiled():
+            with as_single_process(), nothing_compiled(), _file_was_read(options):
                 return stock(**arguments)
-        config[BLOCK] = dict(own) if isinstance(own, Mapping) else own
-        with _building(arguments, config):
+        config[BLOCK] = own.data if isinstance(own, UserDict) else own
+        with building(arguments, config):
             built = stock(**arguments)
         for tell in list(_told):
             tell(built[0])

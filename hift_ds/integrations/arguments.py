@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections import UserDict
 from typing import Any
 
 from accelerate import DeepSpeedPlugin
 from transformers import TrainingArguments
 
-from hift_ds.config import BLOCK, check_against_deepspeed, parse_block
+from hift_ds.config import BLOCK, HiFTConfig, check_against_deepspeed, parse_block, parsed
 from hift_ds.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -53,12 +54,22 @@ def check_arguments(args: TrainingArguments | None) -> None:
             f'the DeepSpeed config has no "{BLOCK}" block: add "{BLOCK}": {{}} for the defaults, '
             "or use the plain Trainer"
         )
-    check_against_deepspeed(parse_block(config[BLOCK]), config)
+    check_against_deepspeed(_parse_for_all(config), config)
     _check_output(args)
     _complete(args, config)
     _check_agreement(args, config)
     _check_processes(args)
     _require_non_reentrant_checkpointing(args)
+
+
+def _parse_for_all(config: dict[str, Any]) -> HiFTConfig:
+    """Parse the block of ``config`` and leave it there parsed, for the engine."""
+    block = config[BLOCK]
+    if isinstance(block, UserDict):  # hidden from accelerate, for another trainer with this config
+        block.data = parsed(block.data)
+    else:
+        config[BLOCK] = parsed(block)
+    return parse_block(config[BLOCK])
 
 
 def check_given(args: TrainingArguments, optimizer: object, scheduler: object) -> None:

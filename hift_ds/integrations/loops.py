@@ -7,7 +7,7 @@ from collections import UserDict
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hift_ds.config import BLOCK, parse_block
+from hift_ds.config import BLOCK, parsed
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.engine.initialize import hift_engines
 from hift_ds.errors import ConfigError
@@ -46,9 +46,9 @@ def accelerate(block: Mapping[str, Any] | None = None) -> Iterator[list[HiFTEngi
         raise ConfigError(
             f'hift_ds.accelerate: no "{BLOCK}" block: give it here, or put it in the DeepSpeed config of accelerate'
         )
-    parse_block(config.get(BLOCK) if block is None else block)
+    read = parsed(config[BLOCK] if block is None else block)
     engines: list[HiFTEngine] = []
-    with kept_from_accelerate(config, block), hift_engines(block, engines.append):
+    with kept_from_accelerate(config, read), hift_engines(None if block is None else read, engines.append):
         yield engines
 
 
@@ -60,7 +60,8 @@ def kept_from_accelerate(config: dict[str, Any], block: Mapping[str, Any] | None
     if BLOCK not in config or (block is None and isinstance(own, UserDict)):  # by another trainer with this config
         yield
         return
-    config[BLOCK] = UserDict(own if block is None else block)
+    config[BLOCK] = hidden = UserDict()
+    hidden.data = own if block is None else block
     try:
         yield
     finally:

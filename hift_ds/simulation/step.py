@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from hift_ds.engine.deepspeed_seam import engine_class
 from hift_ds.engine.engine import HiFTEngine
+from hift_ds.engine.initialize import building
 from hift_ds.forecast.setting import (
     BETWEEN,
     Bytes,
@@ -27,7 +27,6 @@ from hift_ds.forecast.setting import (
 )
 from hift_ds.hf.model_structure import build_on_meta
 from hift_ds.layers.arch import ArchSpec, find_arch
-from hift_ds.process_group import nothing_compiled
 from hift_ds.ranks import launch_variables
 from hift_ds.simulation import device as fake_device
 from hift_ds.simulation.accelerator import join_fake_ranks, use_fake_accelerator
@@ -136,8 +135,9 @@ class SimulatedEngine(HiFTEngine):
 def _engine(setting: Setting, model: nn.Module) -> HiFTEngine:
     config = deepspeed_config(setting)
     config["hift"] = _parked_in_host_memory(config["hift"])
-    with nothing_compiled(), engine_class(SimulatedEngine):
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    arguments = {"model": model, "model_parameters": list(model.parameters())}
+    with building(arguments, config, SimulatedEngine):
+        engine, *_ = deepspeed.initialize(**arguments, config=config)
     return engine
 
 

@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from hift_ds.config import BLOCK, HiFTConfig, check_against_deepspeed, parse_block, read_json_file
+from hift_ds.config import BLOCK, HiFTConfig, check_against_deepspeed, parse_block, parsed, read_json_file
 from hift_ds.dtypes import Dtype
 from hift_ds.errors import ConfigError, unknown_key
 from hift_ds.optim.build import takes_option
@@ -208,7 +208,7 @@ def deepspeed_config(settings: Settings, dtype: Dtype) -> dict[str, Any]:
         raise ConfigError('train.lr_scheduler: the DeepSpeed config has a "scheduler" too; remove one')
     ds.pop(BLOCK, None)
     if settings.hift is not None:
-        ds[BLOCK] = settings.hift.model_dump(mode="json")
+        ds[BLOCK] = parsed(settings.hift)
         check_against_deepspeed(settings.hift, ds)
     return ds
 

@@ -18,12 +18,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from deepspeed.runtime.config import DeepSpeedConfig
 
 import model_zoo
 from hift_ds.activations.switches import _without_cache
 from hift_ds.checkpoint.trainer_folder import broken_seal
 from hift_ds.cli import train as command
 from hift_ds.cli.main import main as cli_main
+from hift_ds.config import HiFTConfig
 from hift_ds.errors import CheckpointError
 from hift_ds.hf.safetensors_folder import tensor_dtypes
 from hift_ds.report.metrics import read_metrics
@@ -636,6 +638,9 @@ def test_a_run_reads_its_deepspeed_json_once_and_builds_its_config_once(inputs, 
 
     for name in ("read_json_file", "parse_block", "deepspeed_config", "training_arguments"):
         monkeypatch.setattr(settings, name, counted(name))
+    for cls in (HiFTConfig, DeepSpeedConfig):
+        make = cls.__init__
+        monkeypatch.setattr(cls, "__init__", lambda *a, make=make, **k: (calls.update([str(make)]), make(*a, **k))[1])
     monkeypatch.setattr(preflight, "training_arguments", settings.training_arguments)
     file = write_run(
         inputs,
@@ -647,4 +652,4 @@ def test_a_run_reads_its_deepspeed_json_once_and_builds_its_config_once(inputs, 
     finetune(load_run_config(file))
     written = json.loads((tmp_path / "run" / "deepspeed.json").read_text())
     assert written["hift"]["order"] == "top2down"
-    assert set(calls.values()) == {1} and len(calls) == 4, calls
+    assert set(calls.values()) == {1} and len(calls) == 6, calls

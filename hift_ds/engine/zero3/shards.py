@@ -15,9 +15,8 @@ import torch
 from deepspeed import DeepSpeedEngine, zero
 from deepspeed import comm as deepspeed_comm
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, get_zero_config
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
@@ -115,7 +114,7 @@ def allocate_shards(module: nn.Module, config: dict[str, Any]) -> None:
         config: DeepSpeed's, complete. With ``"offload_param": {"device": "nvme"}`` the shards are in a file from the
         start.
     """
-    zero_config = DeepSpeedConfig(config).zero_config
+    zero_config = get_zero_config(config)
     folder = weights_folder(zero_config)
     init = zero.Init(config_dict_or_path=with_weights_on_host(config) if folder else config)
     new: dict[nn.Parameter, PartitionedWeight] = {}
