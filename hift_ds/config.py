@@ -14,6 +14,7 @@ from typing import Any, Literal
 import hjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from hift_ds.dtypes import Dtype
 from hift_ds.errors import ConfigError, unknown_key
 
 BLOCK = "hift"
@@ -317,6 +318,19 @@ def check_against_deepspeed(hift: HiFTConfig, ds: Mapping[str, Any]) -> None:
     if ds.get("sparse_gradients"):
         raise ConfigError('"sparse_gradients": true is not supported with a "hift" block; remove it')
     _check_precision(hift, ds)
+
+
+def sum_dtype(ds: Mapping[str, Any]) -> Dtype:
+    """The dtype in which gradients of several micro-batches are summed, where we sum them: DeepSpeed's
+    ``"data_types": {"grad_accum_dtype": ...}``, or fp32.
+
+    Raises:
+        ConfigError: it is neither fp32 nor bf16.
+    """
+    name: Any = (ds.get("data_types") or {}).get("grad_accum_dtype") or "fp32"
+    if name not in ("fp32", "bf16"):
+        raise ConfigError(f'"data_types.grad_accum_dtype": expected fp32 or bf16, got {name!r}')
+    return name
 
 
 def refuse_auto(ds: Mapping[str, Any]) -> None:

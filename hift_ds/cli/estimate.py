@@ -12,8 +12,11 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from hift_ds.cli.estimate_input import add_input_arguments, setting_and_choice
-from hift_ds.config import parse_block
+from hift_ds.config import parse_block, sum_dtype
+from hift_ds.dtypes import torch_dtype
 from hift_ds.forecast.fit import CONTEXT_GIB, FRAGMENTATION, NCCL_GIB, budget_gib
 from hift_ds.forecast.setting import (
     SWITCHES,
@@ -34,6 +37,8 @@ from hift_ds.forecast.steps import (
     run_requests,
     worst_step,
 )
+from hift_ds.optim.clip_in_backward import ClippingRule
+from hift_ds.optim.host_gradients import waiting_bytes
 from hift_ds.store.hiding import BackwardCosts, layers_hidden
 from hift_ds.store.page_locked import SLAB_BYTES
 
@@ -225,26 +230,30 @@ def _weights_on_host(setting: Setting, num_bytes: int) -> tuple[float, float]:
 
 
 def gradient_bytes_on_host(setting: Setting, numel: int) -> int:
-    """Bytes of host memory that the gradients of a group of ``numel`` elements take on one rank, with the update in
-    backward: sums of micro-batches, gradients that wait for the exact norm or may be wanted again, and of what may be
-    taken back the states' second copy (12 bytes a parameter at most; on disk with states there)."""
+    """Bytes of host memory that the gradients of a group of ``numel`` elements take on one rank, at most, with the
+    update in backward: sums of micro-batches, gradients that wait for the norm or may be wanted again, and of what may
+    be taken back the states' second copy (12 bytes a parameter at most; on disk with states there)."""
     config, block = setting.engine_config, setting.engine_config["hift"]
     if block.get("update") != "in_backward":
         return 0
-    clipping = block.get("clipping", "exact") if config.get("gradient_clipping") else ""
-    clips = clipping in ("exact", "speculative")
-    sum_bytes = 2 if (config.get("data_types") or {}).get("grad_accum_dtype") == "bf16" else 4
-    sums = sum_bytes * numel if setting.micro_batches > 1 else 0
-    waiting = _kept_bytes(setting, setting.micro_batches) * numel // setting.world_size if clips else 0
-    second = 12 * numel // setting.world_size if clipping == "speculative" else 0
-    if (block.get("state") or {}).get("residency") == "disk":
-        second = 0
+    rule = _clipping(setting)
+    sums = torch_dtype(sum_dtype(config)).itemsize * numel if setting.micro_batches > 1 else 0
+    shard = numel // setting.world_size
+    waiting = _waiting_bytes(setting, setting.micro_batches) * shard if rule.keeps_gradients else 0
+    on_disk = (block.get("state") or {}).get("residency") == "disk"
+    second = 12 * shard if rule.speculates and not on_disk else 0
     return sums + waiting + second
 
 
-def _kept_bytes(setting: Setting, micro_batches: int) -> int:
+def _clipping(setting: Setting) -> ClippingRule:
+    config = setting.engine_config
+    return ClippingRule(config["hift"].get("clipping", "exact"), config.get("gradient_clipping") or 0.0)
+
+
+def _waiting_bytes(setting: Setting, micro_batches: int) -> int:
     """Bytes of an element of a gradient that is in host memory until the norm is known."""
-    return 4 if micro_batches > 1 or setting.world_size > 1 or setting.weight_dtype == "float32" else 2
+    weight_dtype, summed_in = getattr(torch, setting.weight_dtype), torch_dtype(sum_dtype(setting.engine_config))
+    return waiting_bytes(weight_dtype, summed_in, micro_batches, setting.world_size)
 
 
 def settle_layers(setting: Setting, micro_batches: int) -> tuple[Setting, str]:
@@ -254,10 +263,9 @@ def settle_layers(setting: Setting, micro_batches: int) -> tuple[Setting, str]:
     hift = parse_block(block)
     numels = read_structure(setting).group_numels
     weight_bytes = 4 if setting.weight_dtype == "float32" else 2
-    waits = setting.engine_config.get("gradient_clipping") and hift.clipping == "exact"
     costs = BackwardCosts.assumed(
         weight_bytes, max(numels), hift.state, masters=hift.master_weights, ranks=setting.world_size,
-        parked_bytes=_kept_bytes(setting, micro_batches) if waits else 0,
+        parked_bytes=_waiting_bytes(setting, micro_batches) if _clipping(setting).always_waits else 0,
     )  # fmt: skip
     tokens = hift.tokens_per_step or setting.batch * setting.length * micro_batches
     choice = layers_hidden(costs, numels, tokens, split=hift.state.step_on == "split")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hift_ds.dtypes import short_name
 from hift_ds.errors import ConfigError, DataError
 from hift_ds.forecast.setting import SWITCHES, Setting, with_hift, with_switch
+from hift_ds.train.run_file import add_run_file
 
 if TYPE_CHECKING:
     from hift_ds.train.fit import Chosen
@@ -43,8 +44,7 @@ _WHAT = {
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say which run is asked about."""
-    parser.add_argument("run_file", nargs="?", metavar="RUN.yaml", help="a run file; every setting is taken from it")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="over the run file's")
+    add_run_file(parser, optional=True)
     parser.add_argument("--model", metavar="MODEL", help="folder with a config.json, size of the zoo, or hub name")
     parser.add_argument("--batch", type=int, metavar="B", help="sequences in a micro-batch of one GPU (default: 1)")
     parser.add_argument(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hift_ds.errors import ConfigError
 from hift_ds.train.run_config import RunConfig, load_run_config
+from hift_ds.train.run_file import add_run_file
 from hift_ds.train.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -54,14 +55,7 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_file", metavar="RUN.yaml", help="a run file, or the name of one in the package")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="section.key=value",
-        help="over the run file's, such as train.max_steps=100",
-    )
+    add_run_file(parser)
     parser.add_argument("-n", "--num-samples", type=int, default=3, help="rows to print (default: %(default)s)")
     parser.add_argument(
         "--all",

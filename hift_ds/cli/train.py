@@ -21,6 +21,7 @@ from hift_ds.ranks import free_port, launch_variables, rank_and_world_size
 from hift_ds.shipped import presets
 from hift_ds.train.processes import RankProcesses
 from hift_ds.train.run_config import load_run_config
+from hift_ds.train.run_file import add_run_file
 
 WORKER = "hift_ds.train.worker"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -37,14 +38,7 @@ Run files in the package: {", ".join(presets())}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_file", metavar="RUN.yaml", help="a run file, or the name of one in the package")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="section.key=value",
-        help="over the run file's, such as train.max_steps=100",
-    )
+    add_run_file(parser)
     parser.add_argument(
         "--num-procs", "--num_procs", type=int, metavar="N",
         help="processes (default: one for each accelerator found; one if there is none)",

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hift_ds.collectives import Ranks
-from hift_ds.config import HiFTConfig
+from hift_ds.config import HiFTConfig, sum_dtype
+from hift_ds.dtypes import torch_dtype
 from hift_ds.engine.deepspeed_seam import (
     ClientOptimizer,
     HiFTInBackwardOptimizer,
@@ -46,8 +47,6 @@ from hift_ds.store.machine import Machine
 logger = logging.getLogger(__name__)
 
 Optimizer = torch.optim.Optimizer
-
-_SUM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -93,16 +92,9 @@ class EngineFacts:
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """The dtype in which gradients of several micro-batches are summed in host memory: DeepSpeed's
-        ``data_types.grad_accum_dtype``, or fp32.
-
-        Raises:
-            ConfigError: it is something else.
-        """
-        name = (self.config.get("data_types") or {}).get("grad_accum_dtype") or "fp32"
-        if name not in _SUM_DTYPES:
-            raise ConfigError(f'"data_types.grad_accum_dtype": expected fp32 or bf16, got {name!r}')
-        return _SUM_DTYPES[name]
+        """The dtype in which gradients of several micro-batches are summed in host memory, with the update in
+        backward."""
+        return torch_dtype(sum_dtype(self.config))
 
 
 def facts_of(engine: SeamEngine) -> EngineFacts:

@@ -25,6 +25,14 @@ IN_FLIGHT = 4  # gradients on their way out at once
 AHEAD_BYTES = 1 << 28  # of those that come back before they are asked for, at most: 10 ms of a link of 25 GB/s
 
 
+def waiting_bytes(weight_dtype: torch.dtype, sum_dtype: torch.dtype, micro_batches: int, num_ranks: int) -> int:
+    """Bytes of an element of a gradient that waits here for the norm of the step: in fp32 where ranks have averaged it,
+    else as a sum of micro-batches, or as it came."""
+    if num_ranks > 1:
+        return 4
+    return (sum_dtype if micro_batches > 1 else weight_dtype).itemsize
+
+
 class HostGradients:
     """Gradients, and other tensors of a step, kept in host memory by key, each alone or as a sum.
 

@@ -30,7 +30,7 @@ from hift_ds.optim.clip_in_backward import ClippingRule, HeldBack
 from hift_ds.optim.group_optimizer import GroupOptimizer
 from hift_ds.optim.group_shard import GroupShard
 from hift_ds.optim.group_update import StepValues
-from hift_ds.optim.host_gradients import HostGradients
+from hift_ds.optim.host_gradients import HostGradients, waiting_bytes
 from hift_ds.optim.piecewise import Extras
 
 
@@ -95,6 +95,7 @@ class InBackwardOptimizer(GroupOptimizer):
         self._part_of = self._find_parts()
         device = next(iter(self._part_of)).device
         how = kwargs.get("pin_memory", True), kwargs.get("on_threads", True)
+        self._sum_dtype = sum_dtype
         self.sums = HostGradients(device, sum_dtype, *how)  # by weight
         self.held_back = HeldBack(self.states, device, *how)
         self._unpublished: list[GroupShard] = []  # parts whose updates are still being made on the host
@@ -114,27 +115,19 @@ class InBackwardOptimizer(GroupOptimizer):
         several = micro_batches > 1
         num_bytes = 0
         for member in group.members:
-            num_bytes += self._sum_bytes * member.whole_numel if several else 0
+            num_bytes += self._sum_dtype.itemsize * member.whole_numel if several else 0
             if self.clipping.keeps_gradients:
-                num_bytes += self._kept_bytes(member.param, micro_batches) * member.numel
+                num_bytes += self._waiting_bytes(member.param, micro_batches) * member.numel
             if self.clipping.speculates:
                 num_bytes += member.param.element_size() * member.numel  # at the first visit masters do not tell them
         return num_bytes
 
-    @property
-    def _sum_bytes(self) -> int:
-        assert self.sums.dtype is not None
-        return self.sums.dtype.itemsize
-
-    def _kept_bytes(self, param: nn.Parameter, micro_batches: int) -> int:
-        """Bytes of an element of the weight's gradient that is kept until the norm is known."""
-        if self.parameters.ranks.world_size > 1:
-            return 4
-        return self._sum_bytes if micro_batches > 1 else param.element_size()
+    def _waiting_bytes(self, param: nn.Parameter, micro_batches: int) -> int:
+        return waiting_bytes(param.dtype, self._sum_dtype, micro_batches, self.parameters.ranks.world_size)
 
     def parked_bytes(self, param: nn.Parameter, micro_batches: int) -> int:
         """Bytes of an element of the weight's gradient if every update waits until the norm is known; else 0."""
-        return self._kept_bytes(param, micro_batches) if self.clipping.always_waits else 0
+        return self._waiting_bytes(param, micro_batches) if self.clipping.always_waits else 0
 
     # -- backward -----------------------------------------------------------------------------------------------
 

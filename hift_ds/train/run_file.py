@@ -1,7 +1,9 @@
-"""Reading YAML strictly, dotted overrides, and pydantic's complaints as one line for a person."""
+"""A run file on the command line, reading YAML strictly, dotted overrides, and pydantic's complaints as one line for
+a person."""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -100,6 +102,19 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
+
+
+def add_run_file(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """Add the arguments ``run_file`` and ``overrides`` of a command; :func:`~hift_ds.train.run_config.load_run_config`
+    takes both."""
+    parser.add_argument(
+        "run_file", nargs="?" if optional else None, metavar="RUN.yaml",
+        help="a run file, or the name of one in the package" + ("; every setting is taken from it" if optional else ""),
+    )  # fmt: skip
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value",
+        help="over the run file's, such as train.max_steps=100",
+    )  # fmt: skip
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

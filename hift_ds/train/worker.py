@@ -34,6 +34,7 @@ from hift_ds.errors import (
 from hift_ds.ranks import free_port, launch_variables, rank_and_world_size
 from hift_ds.report.quiet import escape_what_cannot_be_shown, quiet_libraries
 from hift_ds.train.processes import bind_to_device, end_with_launcher
+from hift_ds.train.run_file import add_run_file
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # never a bug, wherever they come from
 PATIENCE_S = 5.0  # for the first rank to say what is wrong and for the launcher to stop the others
@@ -84,8 +85,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(prog=PROG, description="Fine-tune as a run file says; started once per rank.")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help="given by some launchers")
     parser.add_argument("--dry-run", action="store_true", help="end where the first step would begin")
-    parser.add_argument("run_file", metavar="RUN.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_run_file(parser)
     return parser.parse_args(argv)
 
 

@@ -55,6 +55,7 @@ def test_all_layers_are_torch_adamw_bit_for_bit(tied):
 # -- every other group: after_backward, bit for bit ----------------------------------------------------------------
 
 BF16 = {"bf16": {"enabled": True}}
+BF16_SUMS = {"data_types": {"grad_accum_dtype": "bf16"}}
 # name -> options of ds_config; of the "hift" block; of the model
 CASES = {
     "two layers a group, ragged": ({}, {"group_size": 2}, {}),
@@ -602,6 +603,24 @@ def test_group_size_auto_knows_what_waits_for_the_norm(options, clipping, num_by
     config = ds_config(hift={"update": "in_backward", **clipping}, **options)
     engine = make_engine(Toy(), config)
     assert measured_costs(engine).parked_bytes == num_bytes
+    engine.destroy()
+
+
+@pytest.mark.parametrize(
+    ("options", "num_bytes"),
+    [({}, 4), (BF16, 2), ({"gas": 2, **BF16}, 4), ({"gas": 2, **BF16_SUMS, **BF16}, 2), ({"gas": 2, **BF16_SUMS}, 2)],
+)
+def test_what_waits_for_the_norm_takes_the_bytes_that_were_expected(options, num_bytes):
+    engine = make_engine(Toy(), ds_config(hift={"update": "in_backward"}, clip=1.0, **options))
+    *earlier, last = make_batches(options.get("gas", 1))
+    for batch in earlier:
+        train_step(engine, [batch])
+    engine.backward(loss_of(engine, last))
+    kept, (group,) = engine.optimizer.held_back.gradients, engine.optimizer.active_groups
+    waiting = [kept.get((group.index, i)) for i in range(len(group.members))]
+    assert {tensor.element_size() for tensor in waiting} == {num_bytes}
+    assert measured_costs(engine).parked_bytes == num_bytes
+    engine.step()
     engine.destroy()
 
 

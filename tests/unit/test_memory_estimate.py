@@ -233,16 +233,21 @@ def test_several_ranks_leave_less_of_a_card():
 
 
 def test_gradients_that_rest_in_host_memory_are_counted():
-    """With the update in backward: sums of micro-batches (4 bytes), and what waits for the exact norm (2, or 4 over
-    ranks)."""
+    """With the update in backward: sums of micro-batches (4 bytes, or 2 in bf16), and what waits for the norm (2, as
+    many as the sum has, or 4 over ranks); of a last visit's norm at the first visit, before there is one."""
 
-    def on_host(clip=1.0, update="in_backward", clipping="exact", **more):
-        config = {"gradient_clipping": clip, "hift": {"update": update, "clipping": clipping}}
+    def on_host(clip=1.0, update="in_backward", clipping="exact", sums="fp32", **more):
+        config = {"gradient_clipping": clip, "hift": {"update": update, "clipping": clipping},
+                  "data_types": {"grad_accum_dtype": sums}}  # fmt: skip
         return estimate_module.gradient_bytes_on_host(Setting("model", config, **more), 100)
 
     assert on_host() == 200 and on_host(clip=0.0) == 0 and on_host(update="after_backward") == 0
     assert on_host(micro_batches=2) == 800 and on_host(world_size=4) == 100
-    assert on_host(clipping="speculative") == 1400 and on_host(clipping="last_visit") == 0
+    assert on_host(clipping="speculative") == 1400
+    assert on_host(clipping="last_visit") == 200 and on_host(clipping="per_part") == 0
+    assert on_host(micro_batches=2, sums="bf16") == 400 and on_host(world_size=4, micro_batches=2, sums="bf16") == 300
+    with pytest.raises(ConfigError, match="grad_accum_dtype"):
+        on_host(micro_batches=2, sums="fp16")
 
 
 def test_layers_that_the_link_hides_by_assumed_speeds():
