@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,17 @@ def results(settings: Sequence[Setting], num_processes: int = 1, rows: Path | No
                 with rows.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps({"setting": key, "result": asdict(result)}) + "\n")
     return [known[_key(setting)] for setting in settings]
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], text: Collection[int]) -> str:
+    """A table of a Markdown page.
+
+    Args:
+        text: the columns with text, by number; the others have figures and are set to the right.
+    """
+    rules = "".join("---|" if i in text else "--:|" for i in range(len(columns)))
+    head, *lines = ("| " + " | ".join(row) + " |" for row in (columns, *rows))
+    return "\n".join([head, f"|{rules}", *lines])
 
 
 def _key(setting: Setting) -> str:

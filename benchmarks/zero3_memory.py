@@ -104,16 +104,14 @@ def gib(step: GroupStep) -> float:
 
 
 def table(models: tuple[Model, ...], found: dict[Cell, GroupStep]) -> str:
-    lines = ["| model | weights | " + " | ".join(f"{n} rank{'s' if n > 1 else ''}" for n in RANKS) + " | worst group |"]
-    lines.append("|---|---|" + "---|" * (len(RANKS) + 1))
+    columns = ["model", "weights", *(f"{n} rank{'s' if n > 1 else ''}" for n in RANKS), "worst group"]
+    lines = []
     for model in models:
         for mode in MODES:
             steps = [found[model, mode, ranks] for ranks in RANKS]
             worst = ", ".join(dict.fromkeys(step.name for step in steps))
-            lines.append(
-                f"| {model.title} | {mode} | " + " | ".join(f"{gib(step):.2f}" for step in steps) + f" | {worst} |"
-            )
-    return "\n".join(lines)
+            lines.append([model.title, mode, *(f"{gib(step):.2f}" for step in steps), worst])
+    return counting.table(columns, lines, text=range(len(columns)))
 
 
 GOALS = ((MODELS[0], STREAMED, 1, 4.0), (MODELS[3], PARTITIONED, 8, 24.0))

@@ -1,4 +1,4 @@
-"""benchmarks/paper_memory.py: the accounting on made-up steps, and (slow) the quick page against the paper's table."""
+"""benchmarks/paper_memory.py and paper_counts.py: the accounting on made-up steps, and (slow) the quick page against the paper's table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import paper_memory as paper
+from benchmarks import paper_counts as paper
+from benchmarks import paper_memory
 from hift_ds.forecast.setting import GroupStep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,19 +46,19 @@ def test_hift_mixed_adds_the_masters_at_rest():
         paper.Cell("HiFT", paper.MIXED_HI, "SGD"): sgd,
         paper.Cell("FPFT", paper.MIXED_HI, "SGD"): Made(step(0, 160, 0, 0)),
     }
-    assert paper._with_all_masters(counted, sgd) == 80 + 300 + 160  # a forward
+    assert paper.peak_with_all_masters(counted, sgd) == 80 + 300 + 160  # a forward
     update = Made(step(0, 40, 30, 1000), step(1, 120, 30, 900))
-    assert paper._with_all_masters(counted, update) == 80 + 20 + 40 + 1000 + (160 - 40)
+    assert paper.peak_with_all_masters(counted, update) == 80 + 20 + 40 + 1000 + (160 - 40)
 
 
 def test_residual_is_what_is_neither_weight_gradient_nor_state():
-    assert paper._residual(step(0, 40, 300, 5000)) == 300
+    assert paper.residual(step(0, 40, 300, 5000)) == 300
 
 
 @pytest.mark.parametrize("argv", [["--quick"], ["--quick", "--plot", "x.png"]])
 def test_quick_does_not_replace_the_page(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
-        paper.parse(argv)
+        paper_memory.parse(argv)
     assert stopped.value.code == 2 and "--out" in capsys.readouterr().err
 
 
