@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hift_ds.engine import build
 from hift_ds.engine.deepspeed_seam import SeamEngine
+from hift_ds.engine.facts import facts_of
 from hift_ds.errors import ConfigError
 from hift_ds.layers.grouping import ALWAYS
 from hift_ds.optim.group_shard import GroupShard
@@ -124,7 +125,7 @@ class AutoGroups:
         """Put groups together, ``group_size`` layers each, or all."""
         engine, optimizer = self._engine, self._engine.optimizer
         hift = engine.hift.model_copy(update={"group_size": group_size, "tokens_per_step": None})
-        partition = build.cut_model(replace(build.facts_of(engine), hift=hift), engine.module)
+        partition = build.cut_model(replace(facts_of(engine), hift=hift), engine.module)
         pieces = [part for group in self._rotating() for part in apart(group)]
         home = {name: group.index for group in partition.groups for name in group.param_names}
         shards = {
@@ -136,7 +137,7 @@ class AutoGroups:
         if ALWAYS in optimizer.groups:
             shards[ALWAYS] = optimizer.groups[ALWAYS]
         optimizer.regroup(shards)
-        build.check_room(build.facts_of(engine), optimizer)
+        build.check_room(facts_of(engine), optimizer)
         engine.hift, engine.partition = hift, partition
         self.is_open, self.chosen = False, group_size
         if hasattr(engine, "savings"):

@@ -6,23 +6,19 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from hift_ds.collectives import Ranks
-from hift_ds.config import HiFTConfig, sum_dtype
-from hift_ds.dtypes import torch_dtype
 from hift_ds.engine.deepspeed_seam import (
     ClientOptimizer,
     HiFTInBackwardOptimizer,
     HiFTOptimizer,
     ParamEntries,
-    SeamEngine,
 )
+from hift_ds.engine.facts import EngineFacts
 from hift_ds.engine.fp32_bits import give_masters_their_bits
 from hift_ds.engine.zero3.parameters import PartitionedParameters
 from hift_ds.engine.zero3.seam import WeightShards
@@ -34,9 +30,9 @@ from hift_ds.optim.early_reduction import EarlyReducedParameters
 from hift_ds.optim.group_shard import GroupShard
 from hift_ds.optim.group_states import GroupStates
 from hift_ds.optim.host_step import SplitUpdates
-from hift_ds.optim.parameters import DEFAULT_BUCKET_NUMEL, Parameters, ReplicatedParameters
+from hift_ds.optim.parameters import Parameters, ReplicatedParameters
 from hift_ds.optim.piecewise import PiecewiseOptimizer
-from hift_ds.optim.trainable_flags import TrainableFlags, containers_of
+from hift_ds.optim.trainable_flags import TrainableFlags
 from hift_ds.precision import LossScaler, PrecisionPolicy
 from hift_ds.ranks import gather
 from hift_ds.schedule import GroupSchedule
@@ -47,74 +43,6 @@ from hift_ds.store.machine import Machine
 logger = logging.getLogger(__name__)
 
 Optimizer = torch.optim.Optimizer
-
-
-@dataclass(frozen=True)
-class EngineFacts:
-    """What the run's config says, as DeepSpeed has understood it."""
-
-    hift: HiFTConfig
-    config: Mapping[str, Any]  # the whole DeepSpeed config
-    optimizer: tuple[str | None, Mapping[str, Any]]  # "optimizer.type" and "optimizer.params"
-    device: torch.device  # where the model computes
-    rank: int  # in the job
-    ranks: Ranks  # that hold replicas of the weights
-    low_dtype: torch.dtype | None  # bf16 or fp16, if DeepSpeed casts the weights
-    autocast_dtype: torch.dtype | None  # of torch_autocast, if that is on
-    comm_dtype: torch.dtype  # of gradient sums
-    partitioned: bool  # the weights are cut over the ranks (ZeRO-3)
-    micro_batches: int  # of a step
-    max_grad_norm: float  # 0 for no clipping
-    machine: Machine  # what the state store knows of where it runs
-    hollow_weights: bool  # an optimizer's constructor is shown weights without elements
-
-    @property
-    def update_device(self) -> torch.device:
-        """Where the arithmetic of updates runs."""
-        return torch.device("cpu") if self.hift.state.step_on == "host" else self.device
-
-    @property
-    def bucket_numel(self) -> int:
-        """Elements in one collective, over all ranks."""
-        configured = (self.config.get("zero_optimization") or {}).get("reduce_bucket_size")
-        return int(configured) if isinstance(configured, int | float) else DEFAULT_BUCKET_NUMEL
-
-    @property
-    def overlaps_reduction(self) -> bool:
-        """Gradients are averaged over ranks while backward goes on."""
-        wanted = (self.config.get("zero_optimization") or {}).get("overlap_comm")
-        return self.ranks.world_size > 1 and wanted is not False
-
-    @property
-    def in_backward(self) -> bool:
-        """Each embedding, block and head is updated as soon as its gradients are complete."""
-        return self.hift.update == "in_backward"
-
-    @property
-    def sum_dtype(self) -> torch.dtype:
-        """The dtype in which gradients of several micro-batches are summed in host memory, with the update in
-        backward."""
-        return torch_dtype(sum_dtype(self.config))
-
-
-def facts_of(engine: SeamEngine) -> EngineFacts:
-    """The facts of an engine whose process groups are there."""
-    return EngineFacts(
-        hift=engine.hift,
-        config=engine.config,
-        optimizer=(engine.optimizer_name(), engine.optimizer_params() or {}),
-        device=engine.device,
-        rank=engine.global_rank,
-        ranks=engine.replica_ranks(),
-        low_dtype=engine.low_dtype(),
-        autocast_dtype=engine.torch_autocast_dtype() if engine.torch_autocast_enabled() else None,
-        comm_dtype=engine.requested_comm_dtype(),
-        partitioned=engine.zero_optimization_partition_weights(),
-        micro_batches=engine.gradient_accumulation_steps(),
-        max_grad_norm=engine.gradient_clipping(),
-        machine=engine.machine,
-        hollow_weights=engine.hollow_weights,
-    )
 
 
 def build_optimizers(
@@ -370,34 +298,6 @@ def _machine_before_states(machine: Machine) -> Machine:
     found = machine.host_bytes()
     gather(None)
     return replace(machine, noted=found)
-
-
-def watch_entrances(
-    model: nn.Module,
-    optimizer: HiFTOptimizer,
-    settle: Callable[[tuple[Any, ...], Mapping[str, Any]], None],
-    was_left: Callable[[], bool],
-) -> list[RemovableHandle]:
-    """Tell of each forward, wherever it enters: at the model, or at what lies between the model and its groups (TRL
-    calls the backbone, say, and not the engine).
-
-    Args:
-        settle: called with the forward's arguments, before the active groups get their flags.
-        was_left: the forward is not of this training any more.
-
-    Returns:
-        The hooks.
-    """
-
-    def enter(module: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> None:
-        if was_left():
-            return
-        settle(inputs, named_inputs)
-        optimizer.enter()
-
-    groups = ([member.param for member in group.members] for group in optimizer.groups.values())
-    modules = [model, *containers_of(model, groups)]
-    return [module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True) for module in modules]
 
 
 def host_share(

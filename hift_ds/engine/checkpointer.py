@@ -27,6 +27,7 @@ from hift_ds.engine.loading import check_fits, choose_checkpoint, load_progress,
 from hift_ds.engine.saving import agree_on_folder, open_writer
 from hift_ds.errors import CheckpointError
 from hift_ds.layers.arch import whole_shape
+from hift_ds.optim.fill_states import load_states
 from hift_ds.ranks import gather, on_all_ranks
 
 logger = logging.getLogger(__name__)
@@ -248,7 +249,7 @@ class Checkpointer:
             say(engine, f"step_on split: the host updates {share:.0%} of the parameters, as the checkpoint has it")
             engine.optimizer.states.move(share)
         load_weights(engine, saved, custom_load_fn)
-        engine.optimizer.states.load(saved.states, with_states=with_states)
+        load_states(engine.optimizer.states, saved.states, with_states=with_states)
         if not load_module_only:
             load_progress(engine, saved, with_states, load_lr_scheduler_states, self.restores_generators)
         engine.optimizer.states.prefetch(engine.optimizer.groups[engine.optimizer.schedule.active])

@@ -16,6 +16,7 @@ from hift_ds.engine import build
 from hift_ds.engine.auto_groups import AutoGroups
 from hift_ds.engine.checkpointer import Checkpointer
 from hift_ds.engine.deepspeed_seam import ClientOptimizer, HiFTOptimizer, ParamEntries, SeamEngine
+from hift_ds.engine.facts import facts_of
 from hift_ds.engine.fp32_bits import cast_and_keep_bits
 from hift_ds.engine.lifetime import Lifetime, end_earlier_engine
 from hift_ds.engine.memory_forecast import MemoryForecast
@@ -97,11 +98,9 @@ class HiFTEngine(SeamEngine):
         """The optimizer that is stepped, and the group optimizer around it."""
         shards, self._fp32_shards = self._fp32_shards, {}
         self.partition, base, optimizer = build.build_optimizers(
-            build.facts_of(self), self.module, client_optimizer, model_parameters, self.partition_weights, shards
+            facts_of(self), self.module, client_optimizer, model_parameters, self.partition_weights, shards
         )
-        self.life.hooks += build.watch_entrances(
-            self.module, optimizer, self.auto_groups.settle_by_inputs, self.life.was_left
-        )
+        self.life.watch_entrances(optimizer, self.auto_groups.settle_by_inputs)
         return base, optimizer
 
     # -- training ---------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hift_ds.collectives import shard_bounds
 from hift_ds.engine.deepspeed_seam import HiFTOptimizer
 from hift_ds.engine.zero3.exact_values import exact_values
+from hift_ds.optim.fill_states import set_masters
 from hift_ds.process_group import broadcast_from_first_rank, gather_whole, world_rank_and_size
 
 
@@ -70,4 +71,4 @@ def give_masters_their_bits(
         offset = 0 if whole else shard_bounds(numel_of[name], world_size, rank)[0]
         return shards[name][start - offset : start - offset + numel]
 
-    optimizer.states.set_masters(values)
+    set_masters(optimizer.states, values)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from hift_ds.engine.checkpointer import Checkpointer
-from hift_ds.engine.deepspeed_seam import SeamEngine
+from hift_ds.engine.deepspeed_seam import HiFTOptimizer, SeamEngine
 from hift_ds.engine.memory_forecast import MemoryForecast
 from hift_ds.errors import HiFTError
+from hift_ds.optim.trainable_flags import containers_of
 
 _engine_of: weakref.WeakKeyDictionary[nn.Module, weakref.ref[SeamEngine]] = weakref.WeakKeyDictionary()
 
@@ -67,6 +69,27 @@ class Lifetime:
             self._engine.destroy()
         in_use.update(with_kwargs)
         return True
+
+    def watch_entrances(
+        self, optimizer: HiFTOptimizer, settle: Callable[[tuple[Any, ...], Mapping[str, Any]], None]
+    ) -> None:
+        """Tell ``optimizer`` of each forward, wherever it enters: at the model, or at what lies between the model and
+        its groups (TRL calls the backbone, say, and not the engine).
+
+        Args:
+            settle: called with the forward's arguments, before the active groups get their flags.
+        """
+
+        def enter(module: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> None:
+            if self.was_left():
+                return
+            settle(inputs, named_inputs)
+            optimizer.enter()
+
+        model = self._engine.module
+        groups = ([member.param for member in group.members] for group in optimizer.groups.values())
+        for module in (model, *containers_of(model, groups)):
+            self.hooks.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
 
     def end_training(self, failed: bool) -> None:
         """Give back what only training needs (``HiFTEngine.end_training``)."""

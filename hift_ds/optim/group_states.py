@@ -1,15 +1,15 @@
 """Masters and optimizer states of the layer groups: which of them hold values, and bringing them in and out of a store.
 
 Here the store's flat buffers are cut into the tensors that an optimizer sees (:mod:`hift_ds.optim.state_layout` says
-where each lies), and a checkpoint reads and writes them by parameter name.
+where each lies), and a checkpoint reads them by parameter name; saved values come in by
+:mod:`hift_ds.optim.fill_states`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,31 +39,6 @@ class HeldRecords:
     has_masters: bool  # they held values
 
 
-class SavedStates(Protocol):
-    """What :meth:`GroupStates.load` reads: masters and states of whole parameters, by name and range."""
-
-    def keys(self, param: str) -> set[str]:
-        """The keys saved for ``param``, ``MASTER`` among them."""
-
-    def scalars(self, param: str) -> PieceState | None:
-        """The saved scalars of ``param``, by the optimizer's key."""
-
-    def has_master(self, param: str) -> bool:
-        """True if there is a master of ``param``."""
-
-    def master(self, param: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a master, fp32, flat."""
-
-    def is_flat(self, param: str, key: str) -> bool:
-        """True if the state has an entry for each element of ``param``."""
-
-    def elements(self, param: str, key: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a flat state."""
-
-    def shaped(self, param: str, key: str) -> Tensor:
-        """A state with a shape of its own, whole."""
-
-
 class GroupStates:
     """The states of all layer groups on this rank.
 
@@ -81,6 +56,7 @@ class GroupStates:
     Attributes:
         records: by chunk id, one per piece of the chunk.
         extras: scalars that the optimizer keeps in its param_groups, by group index and param_group index.
+        masters_filled: chunks whose masters hold values, by id.
     """
 
     def __init__(
@@ -104,7 +80,7 @@ class GroupStates:
         self.always_store = always_store
         self.records: dict[int, list[PieceRecord]] = {}
         self.extras: dict[int, Extras] = {index: {} for index in self.groups}
-        self._masters_filled: set[int] = set()  # chunks whose masters hold values
+        self.masters_filled: set[int] = set()
         self._held: dict[int, HeldRecords] = {}  # by chunk
         self.split = split
         self.on_host: frozenset[int] = frozenset()  # chunks that the host updates, of a split
@@ -129,7 +105,7 @@ class GroupStates:
         assert self.split is not None
         self.store.close()
         self.split.share, self.store = host_share, self.split.make_store()
-        self._masters_filled.clear()
+        self.masters_filled.clear()
         self._lay_out()
 
     def device_of(self, chunk: Chunk) -> torch.device:
@@ -210,10 +186,11 @@ class GroupStates:
             return None
         return lambda: [self.parameters.weight(group, piece).reshape(-1) for piece in mastered]
 
-    def _pieces(self, chunk: Chunk) -> Iterable[tuple[Piece, PieceRecord]]:
+    def pieces_of(self, chunk: Chunk) -> Iterable[tuple[Piece, PieceRecord]]:
+        """The pieces of ``chunk``, each with its record."""
         return zip(chunk.pieces, self.records[chunk.id], strict=True)
 
-    def _new_view(self, group: GroupShard, chunk: Chunk, i: int, key: str, like: Tensor) -> StateView:
+    def new_view(self, group: GroupShard, chunk: Chunk, i: int, key: str, like: Tensor) -> StateView:
         """Room for a state of piece ``i`` with the shape and dtype of ``like``: in the buffer that all pieces share,
         if it has an entry per weight; else in one of its own."""
         piece = chunk.pieces[i]
@@ -277,11 +254,11 @@ class GroupStates:
     def bring(self, group: GroupShard, chunk: Chunk) -> Mapping[str, Tensor]:
         """Do what :meth:`fetch` does for ``chunk``, and set nothing else on its way."""
         tensors = self.store_of(group).fetch(chunk.id)
-        if chunk.id not in self._masters_filled:
-            for piece, record in self._pieces(chunk):
+        if chunk.id not in self.masters_filled:
+            for piece, record in self.pieces_of(chunk):
                 if record.master is not None:
                     record.master.view(tensors).copy_(self.parameters.weight(group, piece))
-            self._masters_filled.add(chunk.id)
+            self.masters_filled.add(chunk.id)
         return tensors
 
     def keep(self, group: GroupShard, chunk: Chunk, i: int, run: Piece, state: PieceState) -> None:
@@ -293,9 +270,9 @@ class GroupStates:
                 record.scalars[key] = value
                 continue
             if key not in record.slots:
-                # ``_new_view`` looks at shape and dtype alone: of the whole piece's state, which needs no memory here.
+                # ``new_view`` looks at shape and dtype alone: of the whole piece's state, which needs no memory here.
                 like = value if run is piece else value[:1].expand(piece.shape)
-                record.slots[key] = self._new_view(group, chunk, i, key, like)
+                record.slots[key] = self.new_view(group, chunk, i, key, like)
             view = part_of(record.slots[key].view(store.fetch(chunk.id)), piece, run)
             if view.data_ptr() != value.data_ptr():
                 view.copy_(value)
@@ -326,7 +303,7 @@ class GroupStates:
         for chunk in group.chunks:
             self.store_of(group).hold(chunk.id)
             records = [PieceRecord(r.master, dict(r.slots), copied(r.scalars)) for r in self.records[chunk.id]]
-            self._held[chunk.id] = HeldRecords(records, chunk.id in self._masters_filled)
+            self._held[chunk.id] = HeldRecords(records, chunk.id in self.masters_filled)
 
     def release(self, group: GroupShard) -> None:
         """Let the update stand: what ``hold`` kept goes."""
@@ -341,22 +318,22 @@ class GroupStates:
             held = self._held.pop(chunk.id)
             self.records[chunk.id] = held.records
             if not held.has_masters:
-                self._masters_filled.discard(chunk.id)
+                self.masters_filled.discard(chunk.id)
 
     def tells_weight(self, chunk: Chunk, i: int) -> bool:
         """Whether the states of the chunk's piece ``i`` say by themselves what its weight is, so that an update which
         begins from them needs no other copy of it."""
         master = self.records[chunk.id][i].master
-        return master is not None and chunk.id in self._masters_filled and not self.store.reads_weights
+        return master is not None and chunk.id in self.masters_filled and not self.store.reads_weights
 
     # -- out --------------------------------------------------------------------------------------------------
 
     def tensors_of(self, group: GroupShard, chunk: Chunk) -> list[StateTensor]:
         """This rank's masters and states of ``chunk`` that hold values."""
         found = []
-        for piece, record in self._pieces(chunk):
+        for piece, record in self.pieces_of(chunk):
             name = group.members[piece.member].name
-            if record.master is not None and chunk.id in self._masters_filled:
+            if record.master is not None and chunk.id in self.masters_filled:
                 found.append(StateTensor(name, MASTER, piece, record.master, flat=True))
             for key, view in record.slots.items():
                 found.append(StateTensor(name, key, piece, view, flat=view.shape == piece.shape))
@@ -372,106 +349,8 @@ class GroupStates:
         """(parameter name, piece, its record) of everything that this rank updates."""
         for group in self.groups.values():
             for chunk in group.chunks:
-                for piece, record in self._pieces(chunk):
+                for piece, record in self.pieces_of(chunk):
                     yield group.members[piece.member].name, piece, record
-
-    # -- in ---------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def set_masters(self, whole: Callable[[str, int, int], Tensor | None]) -> None:
-        """Fill all masters from fp32 values that the weights themselves no longer have.
-
-        Args:
-            whole: (parameter name, start, numel) -> those elements, flat, or ``None`` to take the weight's.
-        """
-        for group in self.groups.values():
-            self.parameters.begin_update(group)
-            for chunk in group.chunks:
-                for piece, record in self._pieces(chunk):
-                    if record.master is None:
-                        continue
-                    values = whole(group.members[piece.member].name, piece.start, piece.numel)
-                    if values is None:
-                        values = self.parameters.weight(group, piece)
-                    flat = values.reshape(-1).float()
-                    self.store_of(group).write(chunk.id, record.master.key, flat, record.master.offset)
-                self._masters_filled.add(chunk.id)
-            self.parameters.abandon_update(group)
-
-    @torch.no_grad()
-    def load(self, saved: SavedStates, *, with_states: bool = True) -> None:
-        """Give every chunk of this rank the saved masters and states of its pieces; forget what it had.
-
-        The weights have been loaded. The host holds one state of one chunk at a time. A whole key is written at
-        once, so that a store which encodes values in blocks encodes each block once.
-
-        Args:
-            with_states: ``False``: masters only; optimizer states stay as they are.
-        """
-        for group in self.groups.values():
-            self.store_of(group).synchronize()
-            self.parameters.begin_update(group)
-            for chunk in group.chunks:
-                self._load_masters(group, chunk, saved)
-                if with_states:
-                    self._load_states(group, chunk, saved)
-            self.parameters.abandon_update(group)
-
-    def _load_masters(self, group: GroupShard, chunk: Chunk, saved: SavedStates) -> None:
-        """All masters of a chunk, or none. One not saved is made from the weight, as a first visit would."""
-        self._masters_filled.discard(chunk.id)
-        mastered = [
-            (piece, record.master.key, group.members[piece.member].name)
-            for piece, record in self._pieces(chunk)
-            if record.master is not None
-        ]
-        if not any(saved.has_master(name) for _, _, name in mastered):
-            return
-        for key in dict.fromkeys(key for _, key, _ in mastered):
-            values = [
-                saved.master(name, piece.start, piece.numel)
-                if saved.has_master(name)
-                else self.parameters.weight(group, piece).reshape(-1).float().cpu()
-                for piece, its_key, name in mastered
-                if its_key == key
-            ]
-            self.store_of(group).write(chunk.id, key, torch.cat(values))
-        self._masters_filled.add(chunk.id)
-
-    def _load_states(self, group: GroupShard, chunk: Chunk, saved: SavedStates) -> None:
-        self.records[chunk.id] = [PieceRecord(record.master) for record in self.records[chunk.id]]
-        names = [group.members[piece.member].name for piece in chunk.pieces]
-        for key in sorted(set().union(*(saved.keys(name) for name in names)) - {MASTER}):
-            self._load_key(group, chunk, saved, key)
-        for piece, record in self._pieces(chunk):
-            member = group.members[piece.member]
-            record.scalars = {
-                key: self.piecewise.placed(key, value, member.param_group, self.device_of(chunk))
-                for key, value in (saved.scalars(member.name) or {}).items()
-            }
-
-    def _load_key(self, group: GroupShard, chunk: Chunk, saved: SavedStates, key: str) -> None:
-        """One state of all pieces of a chunk: assembled on the host, then written in one go."""
-        store = self.store_of(group)
-        buffers: dict[str, Tensor] = {}  # by the store's key
-        for i, (piece, record) in enumerate(self._pieces(chunk)):
-            name = group.members[piece.member].name
-            if key not in saved.keys(name):
-                continue
-            if saved.is_flat(name, key):
-                value = saved.elements(name, key, piece.start, piece.numel).view(piece.shape)
-            else:
-                value = saved.shaped(name, key)
-            view = record.slots[key] = self._new_view(group, chunk, i, key, value)
-            if view.key not in buffers:
-                shared = next(together for together in by_part(group, chunk) if i in together)
-                is_shared = view.key == shared_key(group, chunk, shared, key)
-                numel = sum(chunk.pieces[j].numel for j in shared) if is_shared else value.numel()
-                store.ensure(chunk.id, view.key, numel, value.dtype)
-                buffers[view.key] = torch.zeros(numel, dtype=value.dtype)
-            buffers[view.key][view.offset : view.offset + value.numel()] = value.reshape(-1)
-        for store_key, values in buffers.items():
-            store.write(chunk.id, store_key, values)
 
     def close(self) -> None:
         """Give back the states' memory and files, and what moves them."""
