@@ -43,7 +43,7 @@ zero_optimization_may_be_left_out()
 def check_arguments(args: TrainingArguments | None) -> None:
     """Find what can be known to be wrong before a model is touched."""
     plugin = getattr(args, "deepspeed_plugin", None)
-    if plugin is None:
+    if args is None or plugin is None:
         raise ConfigError(
             "TrainingArguments(deepspeed=...) is missing: pass a DeepSpeed config (dict or path) "
             f'with a "{BLOCK}" block'
@@ -79,6 +79,7 @@ def check_given(args: TrainingArguments, optimizer: object, scheduler: object) -
     Raises:
         ConfigError: there are both.
     """
+    assert args.deepspeed_plugin is not None, "check_arguments has been called"
     config = args.deepspeed_plugin.deepspeed_config
     for key in ("optimizer", "scheduler"):
         given = scheduler if optimizer is None or key == "scheduler" else optimizer  # a scheduler is of an optimizer

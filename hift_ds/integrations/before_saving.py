@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import tempfile
 from collections.abc import Callable, Iterator
@@ -50,6 +51,7 @@ def ready_to_save(
         if saves_generation_config:
             parts["model.generation_config"] = getattr(model, "generation_config", None)
         _rehearse(parts, args)
+        assert args.output_dir is not None
         return FolderLock(Path(args.output_dir), key="output_dir")
 
     lock = on_all_ranks(begin)
@@ -72,7 +74,7 @@ def _rehearse(parts: dict[str, Any], args: TrainingArguments) -> None:
         for part, saved in parts.items():
             save = getattr(saved, "save_pretrained", None)
             if save is not None:
-                _try(part, lambda save=save: save(name))
+                _try(part, functools.partial(save, name))
         _try("args", lambda: torch.save(args, io.BytesIO()))
 
 

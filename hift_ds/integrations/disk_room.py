@@ -61,6 +61,7 @@ class DiskRoomCallback(TrainerCallback):
         engine = self._get_engine()
         if engine is None or args.save_strategy == "no":
             return
+        assert model is not None and args.output_dir is not None
         each = 0 if args.save_only_model else engine.checkpointer.num_bytes()
         # With our mixin the Trainer writes no partitioned weights beside the engine's.
         partitioned = engine.zero_optimization_stage() == 3 and not self._twice_at_first

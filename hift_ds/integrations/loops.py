@@ -53,15 +53,16 @@ def accelerate(block: Mapping[str, Any] | None = None) -> Iterator[list[HiFTEngi
 
 
 @contextlib.contextmanager
-def kept_from_accelerate(config: dict[str, Any], block: Mapping[str, Any] | None = None) -> Iterator[None]:
+def kept_from_accelerate(config: dict[str, Any], block: dict[str, Any] | None = None) -> Iterator[None]:
     """Inside this block accelerate finds the ``"hift"`` block of ``config`` (a DeepSpeed config), or ``block`` in its
     place, in a form that it leaves alone: it would fill in every "auto" in the dicts of a config."""
-    own = config.get(BLOCK)
+    own: Any = config.get(BLOCK)
     if BLOCK not in config or (block is None and isinstance(own, UserDict)):  # by another trainer with this config
         yield
         return
-    config[BLOCK] = hidden = UserDict()
+    hidden: UserDict[str, Any] = UserDict()
     hidden.data = own if block is None else block
+    config[BLOCK] = hidden
     try:
         yield
     finally:

@@ -31,7 +31,9 @@ def check_rows(name: str, dataset: Any, collate: Callable[[list[Any]], Any], mod
         ConfigError: one does not.
     """
     limit = learned_positions(model)
-    for index in _longest_rows(dataset) if limit is not None else ():
+    if limit is None:
+        return
+    for index in _longest_rows(dataset):
         with _generators_kept():
             try:
                 batch = collate([dataset[index]])
@@ -48,7 +50,7 @@ def check_rows(name: str, dataset: Any, collate: Callable[[list[Any]], Any], mod
 def learned_positions(model: Any) -> int | None:
     """Tokens that the table of positions has rows for; ``None`` without one (rotary positions are computed)."""
     config = getattr(model, "config", None)
-    limit = max_sequence_length(config.to_dict()) if hasattr(config, "to_dict") else None
+    limit = max_sequence_length(config.to_dict()) if config is not None and hasattr(config, "to_dict") else None
     if limit is None:
         return None
     tables = (
@@ -72,7 +74,9 @@ def _lengths(dataset: Any) -> list[np.ndarray]:
         if not dataset or not isinstance(dataset[0], Mapping):
             return []
         # A label may be a tensor without a dimension, whose ``len`` is an error.
-        names = [n for n, v in dataset[0].items() if _has_ids(n) and hasattr(v, "__len__") and getattr(v, "ndim", 1)]
+        names = [
+            n for n, v in dataset[0].items() if _has_ids(n) and hasattr(v, "__len__") and getattr(v, "ndim", 1) > 0
+        ]
         return [np.array([len(row[name]) if name in row else 0 for row in dataset]) for name in names]
     if not hasattr(dataset, "with_format") or not getattr(dataset, "column_names", None) or not len(dataset):
         return []

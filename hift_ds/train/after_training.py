@@ -47,7 +47,7 @@ def training_results(trainer: RunTrainer, run: RunConfig, output: TrainOutput) -
     """What ``all_results.json`` says of the training: transformers' figures, the evaluation before the first step, and
     how often the weights were updated."""
     state = trainer.state
-    results = {**output.metrics, "steps": state.global_step}
+    results: dict[str, Any] = {**output.metrics, "steps": state.global_step}
     if trainer.args.load_best_model_at_end and state.best_metric is not None:
         results["best_step"] = kept_step(trainer.args, state)
     if trainer.had_no_step_left:  # neither a loss nor a time to report
@@ -136,8 +136,12 @@ def _saved_weights(trainer: RunTrainer, best: bool) -> Iterator[tuple[str, torch
     Args:
         best: the fp32 masters of 16-bit weights.
     """
-    last = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-    folder = Path(trainer.state.best_model_checkpoint) if trainer.args.load_best_model_at_end else last
+    output_dir, best_folder = trainer.args.output_dir, trainer.state.best_model_checkpoint
+    assert output_dir is not None
+    folder = Path(output_dir) / f"checkpoint-{trainer.state.global_step}"
+    if trainer.args.load_best_model_at_end:
+        assert best_folder is not None
+        folder = Path(best_folder)
     tag = latest_tag(folder)
     if tag is None or trainer.engine is None:
         return None

@@ -44,8 +44,9 @@ def card_here(settings: Settings, dtype: Dtype) -> Card:
         free = host_bytes().available // processes_on_node()
         each = " for each process" if processes_on_node() > 1 else ""
         return Card(f"no accelerator, {gib(free)} of host memory free{each}", free, is_host=True)
-    kind = torch.accelerator.current_accelerator().type
-    device = torch.device(kind, torch.accelerator.current_device_index())
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    device = torch.device(accelerator.type, torch.accelerator.current_device_index())
     free = device_bytes_free(device)  # before anything is measured there
     speeds = Speeds(measure_flops(device, torch_dtype(dtype)), measure_link(device, _LINK_BYTES, True).into)
     if isinstance(fit, int | float):

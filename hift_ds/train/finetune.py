@@ -9,6 +9,7 @@ in :mod:`hift_ds.train.load_model`; evaluation, export and results are in :mod:`
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -140,6 +141,7 @@ def _finetune(checked: CheckedRun, say: Callable[[str], None], dry_run: bool) ->
         trainer.add_callback(ChecksPacking(lambda: trainer.engine))
     if dry_run:
         return _rehearse(trainer, checkpoints, say)
+    assert isinstance(arguments.deepspeed, dict), "make_arguments gives one"
     settings = settings_of(run, arguments.deepspeed, model.config.to_dict(), fingerprint(data.train))
     settings[CHOSEN] = chosen.record
     results = _train(trainer, run, checkpoints, settings)
@@ -223,7 +225,7 @@ def _agree_on_checkpoints(checkpoints: list[Path], damage: list[str]) -> list[Pa
 def _introduce(checked: CheckedRun, arguments: TrainingArguments, say: Callable[[str], None]) -> None:
     """What is about to run, on the terminal."""
     batch, model = checked.batch, checked.model
-    device = "CPU" if arguments.device.type == "cpu" else torch.accelerator.current_accelerator().type.upper()
+    device = arguments.device.type.upper()
     if arguments.device.type == "cuda":
         device = torch.cuda.get_device_name(arguments.device)
     processes = f"{checked.world_size} process{'es' if checked.world_size > 1 else ''}"
@@ -265,7 +267,9 @@ def _choose(checked: CheckedRun, data: PreparedData, checkpoints: list[Path]) ->
     cards = gather(on_all_ranks(lambda: card_here(checked.settings, checked.dtype)))
     least = min(cards, key=lambda card: card.usable_bytes)
     first = rank_and_world_size()[0] == 0
-    return gather(on_all_ranks(lambda: choose(facts, least, before) if first else None))[0]
+    chosen = gather(on_all_ranks(lambda: choose(facts, least, before) if first else None))[0]
+    assert chosen is not None, "the first rank's"
+    return chosen
 
 
 # -- training ------------------------------------------------------------------------------------------------
@@ -281,6 +285,7 @@ class _Began(TrainerCallback):
         self.run, self.settings = run, settings
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert args.output_dir is not None
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.process_index == 0 and folder.is_dir():
             with contextlib.suppress(OSError):  # it says what would differ, no more
@@ -290,6 +295,7 @@ class _Began(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not self.began and args.process_index == 0:
+            assert isinstance(args.deepspeed, dict)
             _write_settings(self.run, args.deepspeed, self.settings.get(CHOSEN))
         self.began = True
 
@@ -313,7 +319,7 @@ def _train(trainer: RunTrainer, run: RunConfig, checkpoints: list[Path], setting
     try:
         for position, folder in enumerate(checkpoints):
             try:
-                on_all_ranks(lambda folder=folder: _compare_settings(folder, settings))
+                on_all_ranks(functools.partial(_compare_settings, folder, settings))
                 if trainer.args.process_index == 0:
                     print(f"resuming from {folder}", flush=True)
                 return training_results(trainer, run, trainer.train(resume_from_checkpoint=str(folder)))

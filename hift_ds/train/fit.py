@@ -77,9 +77,9 @@ def choose(facts: Facts, card: Card | None, before: Mapping[str, Any] | None = N
     given = {"fit": settings.run.fit, "ranks": settings.world_size, "rows": settings.batch.global_batch_size}
     kept = _still_open(settings, (before or {}).get("chosen") or {})
     if before is not None and all(before.get(name) == value for name, value in given.items()):
-        said = ", ".join(f"{key}={value}" for key, value in kept.items())
-        lines = (f"as when this run began: {said}",) if said else ()
-        return Chosen(kept, lines, {**before, "chosen": kept})
+        words = ", ".join(f"{key}={value}" for key, value in kept.items())
+        again = (f"as when this run began: {words}",) if words else ()
+        return Chosen(kept, again, {**before, "chosen": kept})
     auto_class = TASKS[settings.run.task].auto_class
     model = ModelSizes.read(facts.model, settings.run.model.trust_remote_code, auto_class)
     if before is not None:  # the groups cannot be others, whatever the card
@@ -92,7 +92,7 @@ def choose(facts: Facts, card: Card | None, before: Mapping[str, Any] | None = N
     if settings.run.fit is not None:
         found = _fitted(replace(facts, settings=apply(settings, keys)), model, card)
         keys |= found.keys
-        lines += found.lines
+        lines.extend(found.lines)
         record |= found.record
     return Chosen(keys, tuple(lines), {**record, "chosen": keys})
 
@@ -139,6 +139,7 @@ def free_keys(settings: Settings, *, is_host: bool) -> frozenset[str]:
 def setting_of(facts: Facts) -> Setting:
     """What the run does as it is written, for the simulation."""
     settings = facts.settings
+    assert settings.hift is not None
     config = deepspeed_config(settings, facts.dtype)
     config["hift"] |= {"group_size": settings.hift.first_group_size, "tokens_per_step": None}
     if settings.run.train.gradient_checkpointing:
@@ -160,12 +161,13 @@ def _fitted(facts: Facts, model: ModelSizes, card: Card | None) -> Chosen:
         leanest, on = forecast.leanest_setting(setting, free)
         keys = _keys(settings, leanest if gives_passes(settings) else replace(leanest, batch=1), on)
         return Chosen(keys, ("fit: no GPU here and none named (--card 24): everything that saves memory is on",))
-    batches = (settings.batch.micro_batch_size,)
+    batches: tuple[int, ...] = (settings.batch.micro_batch_size,)
     if not gives_passes(settings):
         tokens = CPU_TOKENS if card.is_host else forecast.MOST_TOKENS
         batches = forecast.divisors_up_to(rows, tokens // facts.length)
     usable = card.usable_bytes - (_states_at_rest(settings, model) if card.is_host else 0)
     largest = replace(setting, batch=batches[-1])
+    assert settings.hift is not None
     text, group = model.config.get_text_config(), model.largest_group(settings.hift)
     scores = setting.eager_attention or not getattr(model.model, "_supports_sdpa", False)
     bound = forecast.upper_bound_bytes(text, model.numel, group, largest, holds_scores=scores)
@@ -252,14 +254,15 @@ def _host_lines(settings: Settings, model: ModelSizes, card: Card) -> tuple[str,
 
 def _still_open(settings: Settings, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that were chosen when the run began, without those that somebody has set since."""
-    if settings.hift is None:
+    block = settings.hift
+    if block is None:
         return {}
     free = free_keys(settings, is_host=False)
 
     def is_open(key: str) -> bool:
         name = key.rpartition(".")[2]
         if name in ("group_size", "update"):
-            return name not in settings.hift.model_fields_set
+            return name not in block.model_fields_set
         if settings.run.fit is None:
             return False
         if name == "micro_batch_size":

@@ -135,12 +135,12 @@ def choose_groups(
     steps = num_steps(settings, num_rows)
     if steps is None:
         return {}, ("group size 1: without the data the run's length is not known (train.max_steps gives it)",)
-    bounded = card is not None and not card.is_host
+    bounded = card if card is not None and not card.is_host else None
     choice = choose_group_size(
         model.by_size,
         steps,
-        _memory_rule(settings, dtype, model, card) if bounded else None,
-        _link_rule(settings, length, model, card) if bounded else None,
+        _memory_rule(settings, dtype, model, bounded) if bounded else None,
+        _link_rule(settings, length, model, bounded) if bounded else None,
     )
     keys: dict[str, Any] = {"hift.group_size": choice.group_size}
     if choice.update == "in_backward":

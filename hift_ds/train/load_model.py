@@ -86,6 +86,7 @@ def load_model(
             _add_rows(model, tokenizer, run, say)
         return model
     if in_shards:
+        assert isinstance(arguments.deepspeed, dict), "make_arguments gives one"
         return load_partitioned(
             checked.model.path, arguments.deepspeed, dtype=torch_dtype(checked.dtype), model_class=task.model_class(),
             trust_remote_code=run.model.trust_remote_code, **_attention(run),
@@ -137,15 +138,16 @@ def _check_packing(model: PreTrainedModel, engine: HiFTEngine | None = None) -> 
 class ChecksPacking(TrainerCallback):
     """Sees before the first step that packed samples do not see each other in a model whose weights are in shards."""
 
-    def __init__(self, get_engine: Callable[[], HiFTEngine]) -> None:
+    def __init__(self, get_engine: Callable[[], HiFTEngine | None]) -> None:
         self.get_engine = get_engine
 
-    def on_train_begin(self, *args: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+    def on_train_begin(self, *args: Any, model: PreTrainedModel | None = None, **kwargs: Any) -> None:
         """Ask the engine, which gathers them.
 
         Raises:
             ConfigError: they would see each other.
         """
+        assert model is not None, "the Trainer gives it"
         _check_packing(model, self.get_engine())
 
 
@@ -153,7 +155,8 @@ def _add_rows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: RunConfig, say: Callable[[str], None]
 ) -> None:
     """Give the embeddings rows for tokens that they lack; published ones often have a few more rows than tokens."""
-    rows = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.num_embeddings
     if len(tokenizer) > rows:
         set_seed(run.train.seed)  # new rows are drawn around the mean of the others, the same on all ranks
         with quiet_hugging_face():
@@ -176,6 +179,7 @@ def _load_with_head(
     set_seed(run.train.seed)
     with quiet_hugging_face():  # what is new and what is unused is said below
         if zero_stage(arguments) == 3:
+            assert isinstance(arguments.deepspeed, dict), "make_arguments gives one"
             model, new, unused = load_partitioned_with_head(
                 checked.model.path, arguments.deepspeed, model_class=task.model_class(),
                 dtype=torch_dtype(checked.dtype), trust_remote_code=trust, model_options=labels, **_attention(run),

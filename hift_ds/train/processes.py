@@ -110,11 +110,11 @@ class RankProcesses:
 
     def _first_end(self, codes: Sequence[int | None]) -> FirstEnd | None:
         """The process to name when several have ended at once: one that was killed, since the others followed it."""
-        ended = [rank for rank, code in enumerate(codes) if code]
+        ended = {rank: code for rank, code in enumerate(codes) if code}
         if not ended:
             return None
-        rank = min(ended, key=lambda rank: (codes[rank] > 0, rank))
-        return FirstEnd(rank, codes[rank], self._notes.read(rank))
+        rank = min(ended, key=lambda rank: (ended[rank] > 0, rank))
+        return FirstEnd(rank, ended[rank], self._notes.read(rank))
 
 
 def end_with_launcher() -> None:

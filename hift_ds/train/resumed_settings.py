@@ -233,7 +233,7 @@ def _pairs(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[st
             yield key, theirs.get(key), ours.get(key)
     modes = [content["run"].get("hift") is False for content in (then, now)]
     if modes[0] != modes[1]:
-        yield "hift: false", *modes
+        yield "hift: false", modes[0], modes[1]
     for section in ("deepspeed", "model config"):
         theirs, ours = (dict(_flat(content.get(section) or {})) for content in (then, now))
         for key in sorted(theirs.keys() | ours.keys()):
@@ -241,18 +241,20 @@ def _pairs(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[st
                 yield _name(section, key), theirs.get(key), ours.get(key)
     if then.get("training data") != now.get("training data"):
         rows = [(content.get("training data") or {}).get("rows") for content in (then, now)]
-        yield "training data", *(rows if rows[0] != rows[1] else (f"{rows[0]} rows", "other rows"))
+        told = rows if rows[0] != rows[1] else [f"{rows[0]} rows", "other rows"]
+        yield "training data", told[0], told[1]
 
 
 def _default(key: str) -> Any:
     """The default of a key of the run file; None where it has none."""
     model: Any = RunConfig
+    info: Any = None
     for part in key.split("."):
         info = getattr(model, "model_fields", {}).get(part)
         if info is None:
             return None
         model = info.annotation
-    return None if info.is_required() else info.get_default(call_default_factory=True)
+    return None if info is None or info.is_required() else info.get_default(call_default_factory=True)
 
 
 def _nothing_as_none(value: Any) -> Any:

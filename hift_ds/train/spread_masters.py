@@ -4,6 +4,7 @@ only."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ def gathered_weights(saved: SavedCheckpoint) -> Iterator[tuple[str, Tensor]]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     own = saved.states_of(rank)
     for name in saved.weight_names:
-        pieces = [None] * world_size if rank == 0 else None
+        pieces: list[Any] | None = [None] * world_size if rank == 0 else None
         dist.gather_object(own.pieces(name, MASTER), pieces, group=host_group())
         yield name, torch.empty(0) if pieces is None else _assembled(saved.weight(name), sum(pieces, []))
 

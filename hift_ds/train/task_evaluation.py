@@ -56,18 +56,19 @@ def evaluate_task(
     max_length = length_or_default(data.max_length, max_sequence_length(config))
     prepared = task.prepare(Preparation(data, tokenizer, max_length, config))
     names = prepared.model_options.get("id2label")
-    if names is not None and dict(names) != {int(number): name for number, name in model.config.id2label.items()}:
+    known = {int(number): name for number, name in (model.config.id2label or {}).items()}
+    if names is not None and dict(names) != known:
         raise ConfigError(
-            f"{trained.folder} knows the labels {', '.join(model.config.id2label.values())}; the data have "
-            f"{', '.join(names.values())}"
+            f"{trained.folder} knows the labels {', '.join(known.values())}; the data have {', '.join(names.values())}"
         )
-    if hasattr(prepared.collator, "model"):
-        prepared.collator.model = model
+    collate: Any = prepared.collator
+    if hasattr(collate, "model"):
+        collate.model = model
     with tempfile.TemporaryDirectory() as folder, _without_deepspeed():
         args = task.arguments_class()(folder, **_options(trained, task, model, batch_size, max_length))
         trainer = _plain_trainer(task)(
             model=model, args=args, train_dataset=prepared.train, eval_dataset=prepared.eval,
-            processing_class=tokenizer, data_collator=prepared.collator, **_reference(trained, task, model, prepared),
+            processing_class=tokenizer, data_collator=collate, **_reference(trained, task, model, prepared),
         )  # fmt: skip
         found = trainer.evaluate()
     measured = ("loss", *task.metrics)

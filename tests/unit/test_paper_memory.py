@@ -1,4 +1,4 @@
-"""benchmarks/paper_memory.py and paper_counts.py: the accounting on made-up steps, and (slow) the quick page against the paper's table."""
+"""benchmarks/paper_memory.py: the accounting on made-up steps, and (slow) the quick page against the paper's table."""
 
 from __future__ import annotations
 
