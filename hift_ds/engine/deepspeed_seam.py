@@ -332,6 +332,11 @@ def peak_bytes() -> int:
     return int(get_accelerator().max_memory_allocated() or 0)
 
 
+def finish_device_work() -> None:
+    """Wait until the accelerator has done all that it was given; without one there is nothing to wait for."""
+    get_accelerator().synchronize()
+
+
 def device_bytes() -> int:
     """Memory of the accelerator; of the host on a CPU-only machine."""
     return int(get_accelerator().total_memory())

@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from hift_ds.engine.checkpointer import Checkpointer
-from hift_ds.engine.deepspeed_seam import HiFTOptimizer, SeamEngine
+from hift_ds.engine.deepspeed_seam import HiFTOptimizer, SeamEngine, finish_device_work
 from hift_ds.engine.memory_forecast import MemoryForecast
 from hift_ds.errors import HiFTError
 from hift_ds.optim.trainable_flags import containers_of
+from hift_ds.store.page_locked import return_page_locked
 
 _engine_of: weakref.WeakKeyDictionary[nn.Module, weakref.ref[SeamEngine]] = weakref.WeakKeyDictionary()
 
@@ -99,11 +100,15 @@ class Lifetime:
             if not (failed and self._engine.world_size > 1):
                 self._checkpointer.wait()
         finally:
-            self.let_go()
+            self.let_go(failed)
 
-    def let_go(self) -> None:
-        """Give back hooks, activations' switches, the forecast and the states; also of an engine that an error left
-        half made."""
+    def let_go(self, failed: bool = True) -> None:
+        """Give back hooks, activations' switches, the forecast, the states and the memory in which they were; also of
+        an engine that an error left half made.
+
+        Args:
+            failed: what the device was given last need not end: nothing waits for it.
+        """
         engine, self.has_ended = self._engine, True
         for hook in self.hooks:
             hook.remove()
@@ -112,6 +117,9 @@ class Lifetime:
         self._memory.stop()
         if getattr(engine, "optimizer", None) is not None:
             engine.optimizer.end_training(keep_states=self._checkpointer.is_saving)
+            if not failed:
+                finish_device_work()
+            return_page_locked(engine.device)
 
 
 def end_earlier_engine(model: nn.Module | None) -> None:

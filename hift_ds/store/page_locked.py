@@ -91,6 +91,23 @@ class PageLockedMemory:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
 
+def return_page_locked(device: torch.device) -> None:
+    """Give the system back the page-locked memory of which nothing is used any more, and no copy is under way.
+
+    torch's allocator keeps it for the next time, and the system counts it as taken: an engine that comes after this
+    one would find no room for its states beside what these have left.
+
+    Args:
+        device: for whose copies it was page-locked.
+    """
+    if device.type == "cpu":
+        return
+    give_back = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+    with contextlib.suppress(RuntimeError):  # an accelerator whose memory torch does not keep
+        if give_back is not None:
+            give_back()
+
+
 def huge_pages(num_bytes: int) -> Tensor:
     """Zeros (uint8) in host memory, in huge pages where the kernel gives them on request.
 

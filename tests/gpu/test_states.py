@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hift_ds.store.movers import StreamMover
+from hift_ds.store.page_locked import SLAB_BYTES
 from tests.helpers.engines import ds_config, make_engine, train_step
 from tests.helpers.toy import Toy, make_batches
 
@@ -53,3 +54,21 @@ def test_a_step_on_the_host_follows_one_on_the_device():
     weights, reports = trajectory({"residency": "host", "step_on": "host"})
     apart = max((x.float() - y.float()).abs().max() for x, y in zip(weights[-1], expected[-1], strict=True))
     assert apart < 2e-2 and all(report.state_bytes_in > 0 for report in reports)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks CUDA's allocator")
+def test_page_locked_memory_goes_back_to_the_system():
+    """Torch would keep it, and the next engine find no room beside it."""
+    torch.cuda.init()
+
+    def page_locked():
+        return torch.cuda.host_memory_stats()["allocated_bytes.current"]
+
+    before = page_locked()
+    for _ in range(2):
+        engine = make_engine(Toy(), ds_config(hift={"state": {"residency": "host"}}, **BF16))
+        for batch in make_batches(3):
+            train_step(engine, [tuple(part.to(engine.device) for part in batch)])
+        assert page_locked() - before >= SLAB_BYTES
+        engine.destroy()
+        assert page_locked() - before < SLAB_BYTES

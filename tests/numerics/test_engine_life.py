@@ -4,6 +4,7 @@ own, one rank."""
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import deepspeed
 import pytest
@@ -11,6 +12,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from hift_ds.engine import lifetime
 from hift_ds.errors import ConfigError, HiFTError
 from hift_ds.process_group import as_single_process
 from hift_ds.train.worker import _leave_job
@@ -185,6 +187,31 @@ def test_an_engine_leaves_no_hook_no_gradient_and_no_state_and_another_engine_go
     stock.step()
     changed = [n for n, w in weights_of(model).items() if not torch.equal(before[n], w)]
     assert set(changed) == {n for n, flag in flags.items() if flag}
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_memory_of_states_goes_back_to_the_system_when_nothing_uses_it(failed, monkeypatch):
+    """Another engine of the same process counts what is free. A rank that leaves by an error waits for no device, on
+    which another rank's collective may never end."""
+    happened = []
+    engine = make_engine(Toy(), ds_config(hift={"state": {"residency": "host"}}))
+    store = engine.optimizer.store
+    monkeypatch.setattr(lifetime, "finish_device_work", lambda: happened.append("device"))
+    monkeypatch.setattr(lifetime, "return_page_locked", lambda device: happened.append(len(store._host)))
+    rotate(engine, 2)
+    assert store._host and not happened
+    engine.end_training(failed)
+    engine.destroy()
+    assert happened == ([0] if failed else ["device", 0])
+
+
+def test_what_updates_on_the_host_is_closed_with_the_engine(monkeypatch):
+    """Its buffers are page-locked memory too."""
+    closed = []
+    engine = make_engine(Toy(), ds_config())
+    monkeypatch.setattr(engine.optimizer.updates, "host_step", SimpleNamespace(close=lambda: closed.append(1)))
+    engine.destroy()
+    assert closed
 
 
 ENDS = {

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import model_zoo
+from hift_ds.engine.zero3 import shards
 from hift_ds.hf.model_structure import build_on_meta
 from hift_ds.store.host import HostStateStore
 from hift_ds.store.machine import HostBytes, Machine
-from hift_ds.store.page_locked import SLAB_BYTES, PageLockedMemory
+from hift_ds.store.page_locked import SLAB_BYTES, PageLockedMemory, return_page_locked
 
 
 def without_memory(num_bytes):
@@ -55,6 +57,21 @@ def test_memory_that_cannot_be_locked_is_ordinary_and_said_once(caplog):
     assert len(caplog.records) == 1 and "out of memory)" in caplog.records[0].message
 
 
+def test_shards_that_are_loaded_as_such_are_cut_from_slabs_too(monkeypatch):
+    monkeypatch.setattr(shards, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cuda"))
+    memory = PageLockedMemory(0, without_memory)
+    init = SimpleNamespace(remote_device="cpu", pin_memory=True, local_device="cpu")
+    for numel in (1000, 3001):
+        weight = torch.nn.Parameter(torch.empty(0, dtype=torch.bfloat16))
+        weight.ds_numel, weight.ds_zero_partition_world_size = numel, 2
+        shards._give_shard(weight, init, None, memory)
+        assert weight.ds_tensor.device.type == "meta" and weight.ds_tensor.numel() == -(-numel // 2)
+    assert memory.num_bytes == SLAB_BYTES  # both
+    init.pin_memory = False
+    shards._give_shard(weight, init, None, memory)
+    assert weight.ds_tensor.device.type == "cpu"
+
+
 @pytest.mark.parametrize(
     ("processes", "available", "locks"),
     [(1, 10_000, False), (1, 1_000_000, True), (4, 30_000, False), (4, 100_000, True)],
@@ -75,3 +92,19 @@ def test_states_are_not_page_locked_beyond_what_is_free(processes, available, lo
     assert not store.read(0)["master"].any()
     store.close()
     assert not store._host and store._locked.num_bytes == 0  # given back
+
+
+def test_the_system_gets_back_what_torch_keeps_for_the_next_time(monkeypatch):
+    """Where there is such memory, and where torch can give it back."""
+    given_back = []
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: given_back.append(1), raising=False)
+    return_page_locked(torch.device("cpu"))
+    assert not given_back
+    return_page_locked(torch.device("meta"))
+    assert given_back == [1]
+
+    def refuses():
+        raise RuntimeError("no allocator for host memory on this accelerator")
+
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", refuses)
+    return_page_locked(torch.device("meta"))
