@@ -458,7 +458,8 @@ ASSUMED = (
     "the real\nengine launches on a device without memory. Made by `benchmarks/timeline.py`, which says what it leaves "
     "out. Assumed: bf16\nproducts at 95, 140 and 560 TFLOP/s, memory at 0.69, 0.92 and 2.9 TB/s, 25 GB/s each way over "
     "the link, a disk of 6 GB/s read\nand 4 GB/s written, one request at a time. One rank, bf16 with fp32 masters, "
-    "fused AdamW, attention without scores, no\nrecomputation."
+    "fused AdamW, attention without scores, no\nrecomputation; "
+    "whether a card has the memory is not asked: LLaMA-2-7B takes 33 GiB at 8 x 512 tokens."
 )
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.gpu.validate import Asked, furthest_apart, trajectory, without_the_wait
+from benchmarks.gpu.checks import Asked
+from benchmarks.gpu.races import furthest_apart, trajectory, without_the_wait
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from benchmarks.gpu import races
+from benchmarks.gpu.checks import Asked
 from tests.helpers.race_rows import ROOT
 
 
@@ -31,6 +34,17 @@ def test_link_and_races_and_the_suite_of_the_gpu(tmp_path):
     assert all(row["in_gb_s"] > 0 for row in found["link"]["rows"] if "in_gb_s" in row)
     assert any(row.get("disk read, O_DIRECT, page-locked, gb_s", 0) > 0 for row in found["link"]["rows"])
     assert "skipped" in found["gpu_tests"]["rows"][0]["pytest"] and found["demo"]["notes"]
+
+
+@pytest.mark.parametrize(("delay", "least"), [("none", 0), ("updates", 9), ("writes", 9), ("copies", 17)])
+def test_what_is_said_to_be_held_back_is(delay, least, monkeypatch):
+    """Each of nine updates, of their writes of weights, and of the copies of states in and out, which a thread makes
+    here. ("gathers": a CPU copies no shard.)"""
+    slept = []
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append, raising=False)
+    monkeypatch.setattr(races.time, "sleep", slept.append)
+    races.trajectory(Asked("cpu", True, None, None), 16, 9, {"slots": 2}, delay)
+    assert len(slept) >= least and bool(slept) is bool(least)
 
 
 def test_a_failed_check_is_told_and_costs_the_others_nothing(tmp_path):
