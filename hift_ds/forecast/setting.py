@@ -236,12 +236,14 @@ def simulate(settings: Sequence[Setting], num_processes: int = 1) -> list[Result
         HiFTError: the engine refuses a setting.
         SimulationError: a process failed; the last line that it wrote is in the message.
     """
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env.pop("TORCH_CUDA_SANITIZER", None)  # which asks a GPU at every operation
     job = subprocess.run(
         [sys.executable, "-m", "hift_ds.simulation", str(num_processes)],
         input=json.dumps([asdict(setting) for setting in settings]),
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=env,
     )
     if job.returncode != 0:
         raise SimulationError(f"the step could not be simulated: {last_error(job.stderr)}")

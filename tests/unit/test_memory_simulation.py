@@ -196,6 +196,16 @@ def test_errors_of_the_other_process(monkeypatch):
         simulate([setting()])
 
 
+def test_the_other_process_asks_no_gpu(monkeypatch):
+    """Not for torch's sanitizer either, under which the tests of the GPU are run."""
+    asked, answer = [], subprocess.CompletedProcess([], 0, "[]", "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("TORCH_CUDA_SANITIZER", "1")
+    monkeypatch.setattr(subprocess, "run", lambda *args, env, **kwargs: asked.append(env) or answer)
+    assert simulate([]) == []
+    assert asked[0]["CUDA_VISIBLE_DEVICES"] == "" and "TORCH_CUDA_SANITIZER" not in asked[0]
+
+
 # -- against reality ----------------------------------------------------------------------------------------------
 
 
