@@ -18,7 +18,8 @@ import torch
 
 from hift_ds.checkpoint.folder_lock import LOCK_FILE, FolderLock
 from hift_ds.checkpoint.manifest import verify
-from hift_ds.errors import ConfigError
+from hift_ds.errors import USER_ERROR, ConfigError
+from hift_ds.ranks import launch_variables
 from hift_ds.train import worker
 from hift_ds.train.finetune import finetune
 from hift_ds.train.processes import FirstEnd, ProgressNotes, _is_launcher, bind_to_device
@@ -235,6 +236,17 @@ def test_notes_and_launchers(tmp_path):
     assert _is_launcher(b"/usr/bin/python3\0-u\0-m\0deepspeed.launcher.launch\0--world_info=x\0")
     assert _is_launcher(b"/v/bin/python\0/v/bin/deepspeed\0launch\0run.yaml\0")
     assert not _is_launcher(b"bash\0deepspeed.sh\0") and not _is_launcher(b"/usr/bin/python3\0-m\0pytest\0")
+
+
+def test_the_worker_binds_itself_before_anything_is_loaded(monkeypatch, capsys):
+    bound = []
+    for name, value in launch_variables(rank=0, world_size=1, port=1).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(worker, "end_with_launcher", lambda: None)
+    monkeypatch.setattr(worker, "bind_to_device", bound.append)
+    assert worker.main(["no/such/run.yaml"]) == USER_ERROR and bound == [3]
+    assert "no/such/run.yaml" in capsys.readouterr().err
 
 
 def test_a_rank_runs_on_the_cores_beside_its_gpu(tmp_path, monkeypatch):

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 from hift_ds import ranks
-from hift_ds.errors import TrainingError
+from hift_ds.errors import ConfigError, TrainingError
+from hift_ds.store.base import MASTER
+from hift_ds.train import finetune, spread_masters
 from hift_ds.train.preemption import StopRequest
 from hift_ds.train.watchdog import (
     HANG_EXIT_CODE,
@@ -182,6 +184,42 @@ def test_collectives_wait_longer_than_the_watchdog(monkeypatch):
         9600.0,
         None,
     ]
+
+
+def test_a_job_asks_for_both_before_its_first_collective(monkeypatch):
+    """For a timeout, and for NCCL without links that do not work."""
+    happened = []
+
+    def no_such_model(run):
+        raise ConfigError("no such model")
+
+    monkeypatch.setattr(finetune, "avoid_broken_links", lambda: happened.append("links"))
+    monkeypatch.setattr(finetune, "ensure_process_group", happened.append)
+    monkeypatch.setattr(finetune, "_check", no_such_model)
+    with pytest.raises(ConfigError, match="no such model"):
+        finetune.finetune(SimpleNamespace(train=SimpleNamespace(hang_timeout_s=100.0)))
+    assert happened == ["links", collective_timeout_s(100.0)]
+
+
+def test_masters_of_several_nodes_travel_through_host_memory(monkeypatch):
+    """Else they would lie on the first rank's accelerator, those of all ranks at once."""
+    pieces = {0: [(0, torch.ones(2))], 1: [(2, torch.full((3,), 2.0))]}
+    groups = []
+
+    def gather_object(own, gathered, group=None):
+        groups.append(group)
+        gathered[:] = [own, pieces[1]]
+
+    saved = SimpleNamespace(
+        weight_names=["w"],
+        weight=lambda name: torch.zeros(5, dtype=torch.bfloat16),
+        states_of=lambda rank: SimpleNamespace(pieces=lambda name, key: pieces[rank] if key == MASTER else []),
+    )
+    fake = SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 2, gather_object=gather_object)
+    monkeypatch.setattr(spread_masters, "dist", fake)
+    monkeypatch.setattr(spread_masters, "host_group", lambda: "of the hosts")
+    ((name, whole),) = spread_masters.gathered_weights(saved)
+    assert name == "w" and whole.tolist() == [1, 1, 2, 2, 2] and groups == ["of the hosts"]
 
 
 def test_consumer_gpus_that_cannot_talk_to_each_other(monkeypatch):

@@ -56,6 +56,17 @@ def test_no_bit_depends_on_where_states_rest(precision, resident, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith("hift-states")]
 
 
+def test_a_step_ends_with_as_many_slices_of_the_next_group_under_way_as_there_are_slots():
+    state = {"residency": "host", "slots": 3, "slice_numel": 17}
+    engine = make_engine(Toy(), ds_config(hift={"state": state}, **BF16))
+    for batch in make_batches(2 * len(engine.groups)):
+        train_step(engine, [batch])
+        chunks = [chunk.id for chunk in engine.optimizer.groups[engine.schedule.active].chunks]
+        if engine.last_report.cycle:  # in the first they are made
+            assert set(chunks[:3]) <= {slot.chunk for slot in engine.optimizer.store._slots}
+    engine.destroy()
+
+
 SETTINGS = {
     "one group": {"hift": {"groups": [["."]]}},
     "two groups, turns of two": {"hift": {"group_size": 3, "steps_per_group": 2}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -49,6 +50,16 @@ def test_engine_trainer_and_forecast_need_none_of_what_only_the_commands_import(
         "hift-ds: error: this needs rich, not installed here; pip install 'hift_ds[train]'",
         "hift-ds: error: this needs datasets, matplotlib, rich, not installed here; pip install 'hift_ds[train]'",
     ]
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "transformers", "accelerate", "trl"])
+def test_the_oldest_release_that_may_be_installed_was_run(name):
+    """docs/versions.md has a row for it, and there it passes."""
+    bound = re.search(rf'"{name}>=([0-9.]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    lines = (ROOT / "docs" / "versions.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.count("|") == 4]
+    found = [row[2] for row in rows if re.match(rf"{name} (\S+, )?{bound}(\.0)?\b", row[0], re.IGNORECASE)]
+    assert len(found) == 1 and re.match(r"\d+ pass", found[0]), found
 
 
 def test_the_extra_installs_what_the_commands_import():

@@ -74,6 +74,15 @@ def test_in_another_order_than_they_came(kept, monkeypatch):
         assert kept.take(0, CPU) is None
 
 
+def test_what_is_closed_keeps_no_buffer(kept):
+    fill(kept)
+    kept.take(0, CPU)
+    assert kept._used
+    kept._locked.some(1)
+    kept.close()
+    assert not kept._used and not kept._kept and not kept._coming and not kept._locked._rests
+
+
 @pytest.mark.parametrize("end", ["clear", "forget"])
 def test_what_is_not_wanted_any_more(kept, end, monkeypatch):
     fill(kept)

@@ -16,7 +16,7 @@ from hift_ds.engine.memory_forecast import MemoryForecast
 from hift_ds.errors import CheckpointError, HiFTError, OutOfMemory
 from hift_ds.forecast import advice as out_of_memory
 from hift_ds.forecast.advice import Advice
-from hift_ds.forecast.setting import GroupStep, Setting
+from hift_ds.forecast.setting import WORKSPACE_BYTES, GroupStep, Setting
 from hift_ds.forecast.steps import Slope
 from hift_ds.report.callback import ReportCallback
 from hift_ds.report.metrics import read_metrics
@@ -290,7 +290,20 @@ def test_a_probe_on_an_accelerator_reads_the_peak_of_the_steps(monkeypatch):
 
 
 def test_nothing_is_expected_before_a_forecast():
-    assert MemoryForecast(None).peak_bytes(0) is None
+    memory = MemoryForecast(None)
+    assert memory.peak_bytes(0) is None
+    memory._forecast = SimpleNamespace(peak_bytes=lambda group: 1000 + group)
+    assert memory.peak_bytes(7) == 1007 + WORKSPACE_BYTES  # which are among what is measured
+
+
+def test_each_step_asks_whether_there_is_room_for_more_slots(monkeypatch):
+    engine, asked = make_engine(Toy(), ds_config(gas=2)), []
+    monkeypatch.setattr(engine.memory, "use_spare", lambda: asked.append(engine.global_steps))
+    for batch in make_batches(4):
+        engine.backward(loss_of(engine, batch))
+        engine.step()
+    assert asked == [1, 2]
+    engine.destroy()
 
 
 @pytest.mark.parametrize("forecast", [True, False])

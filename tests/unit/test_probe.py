@@ -12,7 +12,7 @@ from hift_ds.cli import probe as probe_module
 from hift_ds.cli.estimate_table import print_estimate
 from hift_ds.cli.main import main
 from hift_ds.errors import ConfigError
-from hift_ds.forecast.setting import GroupStep, Result, Setting
+from hift_ds.forecast.setting import WORKSPACE_BYTES, GroupStep, Result, Setting
 from hift_ds.store import machine as room
 
 SMALL = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3,
@@ -80,3 +80,15 @@ def test_one_line_when_it_cannot_be_done(monkeypatch):
     monkeypatch.setattr(probe_module, "_device_bytes", lambda: 6 << 30)
     with pytest.raises(ConfigError, match="need 8.0 GiB on the device, which has 6.0"):
         probe_module.probe(SETTING, 0)
+
+
+def test_on_an_accelerator_the_workspaces_are_added_and_no_parked_state(monkeypatch):
+    monkeypatch.setattr(probe_module, "simulate", lambda settings: [Result(0, 100, [STEP])])
+    monkeypatch.setattr(probe_module, "_accelerator", lambda: "cuda")
+    monkeypatch.setattr(probe_module, "_device_bytes", lambda: 24 << 30)
+    measured = {"device": "cuda", "peak_bytes": 9 << 30, "parked_bytes": 5 << 30, "reserved_bytes": 10 << 30}
+    monkeypatch.setattr(probe_module, "measure", lambda setting: measured)
+    assert probe_module.probe(SETTING, 0) == {
+        "device": "cuda", "group": "0 (embed)", "predicted_gib": 8 + WORKSPACE_BYTES / 2**30, "measured_gib": 9.0,
+        "reserved_gib": 10.0,
+    }  # fmt: skip

@@ -138,6 +138,13 @@ def test_a_closed_store_keeps_no_tensor(place, slots, tmp_path):
     visit(store, expected, 2)
     store.fetch(7)
     store.evict(7)
+    for stands in (True, False):  # an update that might be taken back, and one that still might when the run ends
+        store.hold(5)
+        store.fetch(5)
+        store.evict(5)
+        store.prefetch(0)
+        if stands:
+            store.release(5)
     store.fetch(3)  # the run ends in the middle of an update
     store.write(4, "master", torch.ones(1))
     store.prefetch(1)
@@ -344,6 +351,16 @@ def test_a_computation_that_is_made_to_wait_for_copies_is_a_stall(monkeypatch):
         mover.busy()
         stalled = traffic.take().stalled_s
         assert (stalled > 0.025) is synchronizes, stalled
+
+
+@pytest.mark.parametrize("is_stall", [True, False])
+def test_a_host_that_waits_for_a_copy_is_a_stall_unless_it_works_beside_the_training(is_stall, monkeypatch):
+    use_fake_streams(monkeypatch)
+    traffic = Traffic()
+    mover = StreamMover(traffic, CPU)
+    mover.settle(mover.submit(OUT, lambda: time.sleep(0.03)), is_stall)
+    taken = traffic.take()
+    assert (taken.stalled_s > 0.025) is (taken.waits.get("states_out", 0.0) > 0.025) is is_stall
 
 
 def test_slots_exist_with_prefetch_only(monkeypatch):
