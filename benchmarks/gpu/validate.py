@@ -752,6 +752,9 @@ def _zero_offload(model: Any, job: dict[str, Any]) -> Callable[[dict[str, Any]],
 # -- the tests, and the demo ------------------------------------------------------------------------------------------
 
 
+LOOKS_EVERY_S = 5.0  # at who is on the GPU
+
+
 def suite(asked: Asked) -> Found:
     """``make test``: as on a machine without a GPU, and no process of it on the GPU."""
     found = Found("suite")
@@ -763,7 +766,7 @@ def suite(asked: Asked) -> Found:
     job = subprocess.Popen([sys.executable, "-m", "pytest", "-q", *some], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while True:
         try:
-            said, _ = job.communicate(timeout=5)
+            said, _ = job.communicate(timeout=LOOKS_EVERY_S)
             break
         except subprocess.TimeoutExpired:
             seen |= _processes_on_gpu() - before if asked.on_gpu else set()
@@ -826,6 +829,10 @@ def table(results: list[Found], machine: str) -> str:
         "",
         f"Measured by `benchmarks/gpu/validate.py` on {machine}.",
         "",
+        f"Passed: {', '.join(f.name for f in results if not f.failures) or 'none'}. "
+        f"Failed: {', '.join(f.name for f in results if f.failures) or 'none'}. What each does and asks for: "
+        "docs/gpu_validation.md.",
+        "",
     ]
     for found in results:
         lines += [f"## {found.name}: {'FAIL' if found.failures else 'PASS'} ({found.seconds:.0f} s)", ""]
@@ -847,9 +854,16 @@ def machine_of(device: str) -> str:
 
     import torch
 
+    from hift_ds.version import __version__
+
+    commit = ""
+    with contextlib.suppress(OSError):  # no git
+        asks = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(asks, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    with_ = f"torch {torch.__version__}, hift_ds {__version__} {commit}".strip()
     if device == "cpu":
-        return f"a CPU ({platform.machine()}), torch {torch.__version__}: says nothing about speed"
-    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+        return f"a CPU ({platform.machine()}), {with_}: says nothing about speed"
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {with_}"
 
 
 def main() -> int:

@@ -136,7 +136,7 @@ def test_a_program_that_just_ends_gets_its_checkpoint(tmp_path):
 def test_a_program_that_ends_starts_no_collective(engine, tmp_path, monkeypatch, caplog):
     """Copies of partitioned weights are gathers: at the end of a program nobody may be there to take part."""
     copied = []
-    monkeypatch.setattr(BackgroundSave, "_copy_next", lambda self: copied.append(self))
+    monkeypatch.setattr(BackgroundSave, "_copy_next", lambda self: copied.append(self._remaining.popleft()))
     engine.save_checkpoint(tmp_path)
     background = engine.checkpointer._background
     background._collective = True

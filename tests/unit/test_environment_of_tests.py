@@ -27,6 +27,7 @@ def test_bytes_on_the_update_device_between_steps(slots):
         train_step(engine, [batch])
     held = sum(slot.memory.numel() for slot in engine.optimizer.store._slots)
     assert held == 2 * slots * 16 * 16 * 4
+    assert engine.last_report.state_bytes_out == 2 * 16 * 16 * 4
     engine.destroy()
 
 

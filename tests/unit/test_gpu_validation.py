@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.gpu import races
+from benchmarks.gpu import races, validate
 from benchmarks.gpu.checks import Asked
 from tests.helpers.race_rows import ROOT
 
@@ -45,6 +45,15 @@ def test_what_is_said_to_be_held_back_is(delay, least, monkeypatch):
     monkeypatch.setattr(races.time, "sleep", slept.append)
     races.trajectory(Asked("cpu", True, None, None), 16, 9, {"slots": 2}, delay)
     assert len(slept) >= least and bool(slept) is bool(least)
+
+
+def test_the_suite_is_asked_who_of_it_is_on_the_gpu(monkeypatch):
+    """Not this process, which a container numbers otherwise, nor what was there before."""
+    answers = iter([{"17"}, {"17"}])
+    monkeypatch.setattr(validate, "_processes_on_gpu", lambda: next(answers, {"17", "99"}))
+    monkeypatch.setattr(validate, "LOOKS_EVERY_S", 0.02)
+    found = validate.suite(Asked("cuda", True, None, None))
+    assert found.failures == ["processes ['99'] were on the GPU"] and "passed" in found.rows[0]["pytest"]
 
 
 def test_a_failed_check_is_told_and_costs_the_others_nothing(tmp_path):
