@@ -238,6 +238,8 @@ class Counters:
     def reset_peak_memory_stats(self):
         self.peak = self.allocated
 
+    def synchronize(self): ...
+
 
 def test_a_step_reports_its_own_peak_and_not_that_of_an_evaluation_before_it(monkeypatch):
     counters = Counters()

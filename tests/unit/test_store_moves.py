@@ -392,24 +392,6 @@ def test_more_chunks_at_once_than_slots(mover):
     store.close()
 
 
-def test_a_copy_between_devices_is_cut_so_that_others_get_through(monkeypatch):
-    """A copy engine serves one at a time."""
-    pieces = []
-
-    class Copies(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.aten.copy_.default:
-                pieces.append(args[0].numel())
-            return func(*args, **(kwargs or {}))
-
-    assert host.COPY_BYTES <= 1 << 25
-    monkeypatch.setattr(host, "COPY_BYTES", 100)
-    there, here = (torch.empty(250, dtype=torch.uint8, device="meta") for _ in range(2))
-    with Copies():
-        host.copy_bytes(there, here)
-    assert pieces == [100, 100, 50]
-
-
 def test_page_locked_memory_is_cut_from_slabs(monkeypatch):
     """Without an accelerator nothing is page-locked, but the cutting can be tried."""
     empty = torch.empty
