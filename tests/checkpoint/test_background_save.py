@@ -140,9 +140,11 @@ def test_a_program_that_ends_starts_no_collective(engine, tmp_path, monkeypatch,
     engine.save_checkpoint(tmp_path)
     background = engine.checkpointer._background
     background._collective = True
-    background._finish_at_exit()
-    assert not copied and "ended without wait_for_checkpoint()" in caplog.text
-    monkeypatch.undo()
-    engine.checkpointer._background = None
-    background.forget()
+    try:
+        background._finish_at_exit()
+        assert not copied and "ended without wait_for_checkpoint()" in caplog.text
+    finally:  # else the engine would wait for it
+        monkeypatch.undo()
+        engine.checkpointer._background = None
+        background.forget()
     assert not (tmp_path / "latest").exists()
