@@ -12,12 +12,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
+from hift_ds.data.text_columns import Malformed, parsed, perhaps_messages, short
 from hift_ds.errors import ConfigError, DataError
 
 Message = dict[str, Any]
@@ -212,10 +212,6 @@ class NoContent(str):
     """The content of a message that has none: an empty text, told from one that the data say is empty."""
 
 
-class Malformed(Exception):
-    """What is wrong with a row; whoever knows where it comes from makes a DataError of it."""
-
-
 def _from_messages(row: Row) -> Sample:
     return _conversation(row, _system(row) + _messages(row["messages"], "messages"))
 
@@ -225,7 +221,7 @@ def _from_sharegpt(row: Row) -> Sample:
 
 
 def _from_prompt_completion(row: Row) -> Sample:
-    prompt, completion = row["prompt"], row["completion"]
+    prompt, completion = (perhaps_messages(row[name], name) for name in ("prompt", "completion"))
     if isinstance(prompt, str) and isinstance(completion, str):
         return Completion(prompt, completion)
     if isinstance(prompt, list) and isinstance(completion, list):
@@ -239,7 +235,7 @@ def _from_prompt_completion(row: Row) -> Sample:
 
 def _from_alpaca(row: Row) -> Sample:
     turns = _system(row)
-    history = _parsed(row.get("history"), "history") or []
+    history = parsed(row.get("history"), "history") or []
     if not isinstance(history, list):
         raise Malformed(f"history: expected a list of [question, answer], got {short(history)}")
     for turn in history:
@@ -307,7 +303,7 @@ def template_options_of(row: Row) -> Mapping[str, Any] | None:
     Raises:
         Malformed: it is no object, or has what is not the template's.
     """
-    options = _parsed(row.get("chat_template_kwargs"), "chat_template_kwargs") or None
+    options = parsed(row.get("chat_template_kwargs"), "chat_template_kwargs") or None
     if options is not None and not isinstance(options, Mapping):
         raise Malformed(f"chat_template_kwargs: expected an object, got {short(options)}")
     if ours := _NOT_THE_TEMPLATES.intersection(options or ()):
@@ -331,7 +327,7 @@ def _question_and_answer(question: str, answer: str) -> list[_Turn]:
 
 def _messages(value: object, column: str) -> list[_Turn]:
     """Messages with ``role`` and ``content``, whichever of the two spellings they came in."""
-    value = _parsed(value, column)
+    value = parsed(value, column)
     if not isinstance(value, list) or not value:
         raise Malformed(f"{column}: expected a list of messages, got {short(value)}")
     return [_turn(entry, column) for entry in value]
@@ -391,7 +387,7 @@ def _calls(value: object, column: str) -> list[dict[str, Any]]:
     What stands in ``arguments`` stays as it is: whether the template takes an object or its text is found
     out when it renders the message (see ``encoding``).
     """
-    calls = [_parsed(call, f"{column}: tool_calls") for call in _as_list(_parsed(value, f"{column}: tool_calls"))]
+    calls = [parsed(call, f"{column}: tool_calls") for call in _as_list(parsed(value, f"{column}: tool_calls"))]
     for call in calls:
         if not isinstance(call, dict):
             raise Malformed(f"{column}: tool_calls: expected a list of objects, got {short(call)}")
@@ -405,16 +401,6 @@ def _functions_called(value: object, column: str) -> list[dict[str, Any]]:
 
 def _as_list(value: object) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _parsed(value: object, column: str) -> Any:
-    """What a text of JSON says, for columns that hold lists or objects: CSV and flat tables write them so."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value) if value.strip() else None
-    except ValueError:
-        raise Malformed(f"{column}: not valid JSON: {short(value)}") from None
 
 
 def _content(content: object, column: str) -> str:
@@ -436,14 +422,8 @@ def tools_of(row: Row) -> list[dict[str, Any]] | None:
     Raises:
         Malformed: they are no objects.
     """
-    tools = [_parsed(tool, "tools") for tool in _as_list(_parsed(row.get("tools"), "tools"))]
+    tools = [parsed(tool, "tools") for tool in _as_list(parsed(row.get("tools"), "tools"))]
     for tool in tools:
         if not isinstance(tool, Mapping):
             raise Malformed(f"tools: expected a list of objects, got {short(tool)}")
     return tools or None
-
-
-def short(value: object) -> str:
-    """The beginning of a value, for a message: no more than 60 letters of it."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -19,18 +19,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hift_ds.data.formats import (
-    Malformed,
     Message,
     Row,
     build_sample,
     messages_of,
     present,
-    short,
     system_of,
     template_options_of,
     text_of,
     tools_of,
 )
+from hift_ds.data.text_columns import Malformed, perhaps_list, perhaps_messages, short
 
 Example = dict[str, Any]
 
@@ -122,13 +121,13 @@ def _prompt_beside(row: Row) -> list[Message] | None:
 
 def _has_question(value: Any) -> bool:
     """Whether an answer of preference data is a conversation that begins with its question."""
-    value = _perhaps_messages(value)
+    value = perhaps_messages(value, "chosen")
     return isinstance(value, list) and len(value) > 1 and messages_of(value, "chosen")[0]["role"] != "assistant"
 
 
 def _repeats_prompt(row: Row) -> bool:
     """Whether the text ``prompt`` is a message of the chosen conversation too, as in UltraFeedback."""
-    prompt, chosen = row.get("prompt"), _perhaps_messages(row.get("chosen"))
+    prompt, chosen = row.get("prompt"), perhaps_messages(row.get("chosen"), "chosen")
     if not isinstance(prompt, str) or not _has_question(chosen):
         return False
     return prompt.strip() in [message["content"].strip() for message in messages_of(chosen, "chosen")]
@@ -189,18 +188,13 @@ def _rated(row: Row) -> Example:
 
 def _alike(row: Row, columns: tuple[str, ...]) -> Example:
     """Columns that are all texts or all lists of messages."""
-    row = {name: _perhaps_messages(row[name]) for name in columns if name in row}
+    row = {name: perhaps_messages(row[name], name) for name in columns if name in row}
     if all(isinstance(value, str) for value in row.values()):
         return row
     if all(isinstance(value, list) for value in row.values()):
         return {name: _talk(value, name) for name, value in row.items()}
     kinds = ", ".join(f"{name}: {type(value).__name__}" for name, value in row.items())
     raise Malformed(f"expected texts in all columns or lists of messages in all, got {kinds}")
-
-
-def _perhaps_messages(value: Any) -> Any:
-    """A table of text (CSV) has lists of messages as JSON."""
-    return _perhaps_list(value) if isinstance(value, str) and value.lstrip().startswith("[{") else value
 
 
 def _answer(value: Any, column: str) -> list[Message]:
@@ -218,7 +212,7 @@ def _talk(value: Any, column: str) -> list[Message]:
 
 
 def _labelled(row: Row) -> Example:
-    label = _perhaps_list(row["label"])
+    label = perhaps_list(row["label"], "label")
     if isinstance(label, str) and not label.strip():
         raise Malformed("label: expected a name or a number, got an empty text")
     parts = label if isinstance(label, list) else [label]
@@ -228,16 +222,6 @@ def _labelled(row: Row) -> Example:
         raise Malformed("label: -1 stands for rows whose label is not published (a test split); take another split")
     label = [as_class(part) for part in parts] if isinstance(label, list) else as_class(label)
     return {"text": text_of(row, "text"), "text_pair": text_of(row, "text_pair"), "label": json.dumps(label)}
-
-
-def _perhaps_list(value: Any) -> Any:
-    """A table of text (CSV) has lists as JSON."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
 
 
 def as_class(label: Any) -> Any:
@@ -262,7 +246,7 @@ def listed(value: Any, column: str) -> list[Any]:
     Raises:
         Malformed: it is something else.
     """
-    value = _perhaps_list(value)
+    value = perhaps_list(value, column)
     if isinstance(value, str):
         value = value.split()
     if not isinstance(value, list):

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hift_ds.data.formats import Malformed, Row, text_of
+from hift_ds.data.formats import Row, text_of
 from hift_ds.data.question_data import best_answers, context_pieces
 from hift_ds.data.rows import iterate_rows
 from hift_ds.data.sources import Source
 from hift_ds.data.task_data import set_prefix_space
 from hift_ds.data.task_rows import listed, to_example
+from hift_ds.data.text_columns import Malformed
 from hift_ds.errors import DataError
 from hift_ds.train.predict import answer_prompts
 from hift_ds.train.tasks import TASKS

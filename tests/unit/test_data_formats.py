@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from hift_ds.data.formats import Completion, Conversation, Text, detect_format, rename, to_sample
@@ -51,6 +53,16 @@ ANSWER = {"role": "assistant", "content": "Hello"}
 def test_each_format_is_detected_and_read(row, format, expected):
     assert detect_format(set(row), "x") == format
     assert to_sample(row, format, "x") == expected
+
+
+def test_messages_in_columns_of_text():
+    """As CSV has them; another list of objects is an answer like any text."""
+    row = {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])}
+    assert to_sample(row, "prompt_completion", "here") == Conversation([USER, ANSWER], first_answer=1)
+    for text in ('[{"name": "f"}]', "[{not json", "[1]"):
+        assert to_sample({"prompt": "a", "completion": text}, "prompt_completion", "here") == Completion("a", text)
+    with pytest.raises(DataError, match="here: prompt: a list of messages as Python prints it; write it as JSON"):
+        to_sample({"prompt": str([USER]), "completion": str([ANSWER])}, "prompt_completion", "here")
 
 
 def test_tools_and_the_empty_keys_that_arrow_adds():
