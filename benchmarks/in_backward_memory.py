@@ -36,6 +36,8 @@ def setting(
     zero: dict[str, Any] | None = None,
     offload: bool = False,
     slice_numel: int | None = 1 << 23,
+    clipped: bool = True,
+    micro_batches: int = 1,
 ) -> Setting:
     hift = {
         "update": "in_backward",
@@ -43,9 +45,12 @@ def setting(
         "state": {"slots": 2, "slice_numel": slice_numel},
         "activations": {"checkpointing": True, "chunked_loss": True, "offload": offload},
     }
-    stage = {"zero_optimization": zero or {"stage": 0}}
+    deepspeed = {"zero_optimization": zero or {"stage": 0}, "gradient_clipping": float(clipped)}
     visits = 2 if zero else 1  # ZeRO-3 prefetches from the second on
-    return counting.setting(model, MIXED_HI, batch, length, hift, deepspeed=stage, world_size=ranks, visits=visits)
+    return counting.setting(
+        model, MIXED_HI, batch, length, hift, deepspeed=deepspeed, world_size=ranks, visits=visits,
+        micro_batches=micro_batches,
+    )  # fmt: skip
 
 
 # What, the setting, the goal in GiB if there is one.
@@ -62,6 +67,18 @@ ROWS: tuple[tuple[str, Setting, float | None], ...] = (
         setting("llama3_70b", 1, 1024, ranks=8, zero={"stage": 3, **STREAMED}),
         24.0,
     ),
+    ("LLaMA-2-7B, 1 x 1024, no clipping", setting("llama2_7b", 1, 1024, clipped=False), 13.6),
+    ("LLaMA-2-7B, 2 micro-batches of 1 x 1024", setting("llama2_7b", 1, 1024, micro_batches=2), None),
+    (
+        "LLaMA-2-7B, 2 micro-batches of 8 x 512, activations offloaded",
+        setting("llama2_7b", 8, 512, offload=True, micro_batches=2),
+        None,
+    ),
+    (
+        "LLaMA-2-7B, 2 micro-batches of 1 x 1024, weights streamed",
+        setting("llama2_7b", 1, 1024, zero={"stage": 3, **STREAMED, **ON_HOST}, micro_batches=2),
+        None,
+    ),
     ("LLaMA-2-7B, 8 x 512", setting("llama2_7b", 8, 512), None),
     ("LLaMA-2-7B, 1 x 1024, whole parts in slots", setting("llama2_7b", 1, 1024, slice_numel=None), None),
 )
@@ -70,9 +87,10 @@ PAGE = """\
 # Full fine-tuning in the update in backward: counted peaks
 
 `python benchmarks/in_backward_memory.py`. AdamW, bf16 weights with fp32 masters, every weight in every step, blocks
-recomputed, chunked loss, slices of 2^23 elements in two slots (or whole parts, whose transfers are hidden), no clipping
-or any: gradients that wait do so in host memory. Counted on a fake device, not measured on a GPU; the driver's context
-and fragmentation come on top.
+recomputed, chunked loss, slices of 2^23 elements in two slots (or whole parts, whose transfers are hidden), clipped
+exactly. Gradients that wait for the norm, and sums of micro-batches, which are fp32, rest in host memory; those that
+are leaving or coming back are on the device. Counted on a fake device, not measured on a GPU; the driver's context and
+fragmentation come on top.
 
 | model, batch x length | goal, GiB | peak, GiB | where | at the peak, GiB |
 |---|---|---|---|---|

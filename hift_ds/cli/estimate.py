@@ -37,7 +37,7 @@ from hift_ds.forecast.steps import (
     run_requests,
     worst_step,
 )
-from hift_ds.optim.clip_in_backward import ClippingRule
+from hift_ds.optim.clip_in_backward import ClippingRule, parked_bytes
 from hift_ds.optim.host_gradients import waiting_bytes
 from hift_ds.store.hiding import BackwardCosts, layers_hidden
 from hift_ds.store.page_locked import SLAB_BYTES
@@ -259,13 +259,16 @@ def _waiting_bytes(setting: Setting, micro_batches: int) -> int:
 def settle_layers(setting: Setting, micro_batches: int) -> tuple[Setting, str]:
     """A setting whose ``"group_size"`` is ``"auto"``, with the size that speeds assumed for a card and its link give;
     and how that came about."""
-    block = setting.engine_config["hift"]
+    config, block = setting.engine_config, setting.engine_config["hift"]
     hift = parse_block(block)
     numels = read_structure(setting).group_numels
     weight_bytes = 4 if setting.weight_dtype == "float32" else 2
     costs = BackwardCosts.assumed(
         weight_bytes, max(numels), hift.state, masters=hift.master_weights, ranks=setting.world_size,
-        parked_bytes=_waiting_bytes(setting, micro_batches) if _clipping(setting).always_waits else 0,
+        parked_bytes=parked_bytes(
+            hift, config, config.get("gradient_clipping") or 0.0, getattr(torch, setting.weight_dtype), micro_batches,
+            setting.world_size,
+        ),
     )  # fmt: skip
     tokens = hift.tokens_per_step or setting.batch * setting.length * micro_batches
     choice = layers_hidden(costs, numels, tokens, split=hift.state.step_on == "split")

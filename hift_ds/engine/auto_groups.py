@@ -173,5 +173,5 @@ def measured_costs(engine: SeamEngine) -> BackwardCosts:
         ranks=optimizer.parameters.ranks.world_size,
         share=optimizer.states.split.share if optimizer.states.split else float(on_host),
         beside=not on_host,
-        parked_bytes=optimizer.parked_bytes(rotating[0].members[0].param, engine.gradient_accumulation_steps()),
+        parked_bytes=facts_of(engine).parked_bytes(dtype),
     )

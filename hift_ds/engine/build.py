@@ -314,8 +314,9 @@ def host_share(
     keys = {} if parameters.whole_tensors else piecewise.elementwise_keys(device)
     moments = sum(dtype.itemsize for dtype in keys.values()) or 4
     costs = costs_before_states(
-        device, weight.dtype, moments, state, max(numels), facts.ranks.world_size, facts.hift.master_weights
-    )
+        device, weight.dtype, moments, state, max(numels), facts.ranks.world_size, facts.hift.master_weights,
+        facts.parked_bytes(weight.dtype),
+    )  # fmt: skip
     tokens = facts.hift.tokens_per_step or 1  # where they are not known: as if nothing hid the link
     group_size = facts.hift.first_group_size
     size = len(numels) if group_size in ("all", 1) else int(group_size)

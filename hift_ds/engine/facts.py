@@ -12,6 +12,7 @@ from hift_ds.collectives import Ranks
 from hift_ds.config import HiFTConfig, sum_dtype
 from hift_ds.dtypes import torch_dtype
 from hift_ds.engine.deepspeed_seam import SeamEngine
+from hift_ds.optim.clip_in_backward import parked_bytes
 from hift_ds.optim.parameters import DEFAULT_BUCKET_NUMEL
 from hift_ds.store.machine import Machine
 
@@ -62,6 +63,15 @@ class EngineFacts:
         """The dtype in which gradients of several micro-batches are summed in host memory, with the update in
         backward."""
         return torch_dtype(sum_dtype(self.config))
+
+    def parked_bytes(self, weight: torch.dtype) -> int | None:
+        """See :func:`~hift_ds.optim.clip_in_backward.parked_bytes`.
+
+        Args:
+            weight: dtype of the weights.
+        """
+        ranks = self.ranks.world_size
+        return parked_bytes(self.hift, self.config, self.max_grad_norm, weight, self.micro_batches, ranks)
 
 
 def facts_of(engine: SeamEngine) -> EngineFacts:

@@ -8,15 +8,18 @@ trial is taken back with. (States are held where they rest: ``GroupStates.hold``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hift_ds.config import HiFTConfig, sum_dtype
+from hift_ds.dtypes import torch_dtype
 from hift_ds.optim.group_shard import GroupShard
 from hift_ds.optim.group_states import GroupStates
-from hift_ds.optim.host_gradients import HostGradients
+from hift_ds.optim.host_gradients import HostGradients, waiting_bytes
 
 _NORMS = {  # by which gradients are clipped
     "exact": "the norm of the step, for which updates wait until backward has ended",
@@ -25,6 +28,26 @@ _NORMS = {  # by which gradients are clipped
     "its own)",
     "per_part": "the norm of each embedding, block and head, not by the step's",
 }
+
+
+def parked_bytes(
+    hift: HiFTConfig, config: Mapping[str, Any], max_grad_norm: float, weight: torch.dtype, micro_batches: int,
+    num_ranks: int,
+) -> int | None:  # fmt: skip
+    """What of a step waits until backward has ended: bytes of an element of a gradient that rests in host memory until
+    then; 0 if it is on the device, and only its update comes then; ``None`` if updates are made in backward.
+
+    Args:
+        config: DeepSpeed's.
+        max_grad_norm: 0 for no clipping.
+        weight: dtype of the weights.
+        micro_batches: of a step.
+    """
+    if hift.update == "after_backward":
+        return 0
+    if not ClippingRule(hift.clipping, max_grad_norm).always_waits:
+        return None
+    return waiting_bytes(weight, torch_dtype(sum_dtype(config)), micro_batches, num_ranks)
 
 
 @dataclass(frozen=True)
@@ -98,6 +121,7 @@ class HeldBack:
         states: of the parts that are updated.
         device: where gradients come from and weights are.
         pin_memory, on_threads: as for :class:`GroupOptimizer`.
+        room_bytes: as for :class:`HostGradients`.
 
     Attributes:
         gradients: this rank's shards, by (group, position of the member).
@@ -105,10 +129,12 @@ class HeldBack:
             tell.
     """
 
-    def __init__(self, states: GroupStates, device: torch.device, pin_memory: bool, on_threads: bool) -> None:
+    def __init__(
+        self, states: GroupStates, device: torch.device, pin_memory: bool, on_threads: bool, room_bytes: int
+    ) -> None:
         self.states = states
-        self.gradients = HostGradients(device, None, pin_memory, on_threads)
-        self.weights = HostGradients(device, None, pin_memory, on_threads)
+        self.gradients = HostGradients(device, None, pin_memory, on_threads, room_bytes)
+        self.weights = HostGradients(device, None, pin_memory, on_threads, room_bytes)
 
     def park(self, part: GroupShard, shards: Sequence[Tensor | None]) -> None:
         """Keep the gradients of ``part`` (a flat shard per member, or none) for an update that waits or may be made

@@ -21,8 +21,7 @@ from hift_ds.store.movers import IN, OUT, InlineMover, Mover, StreamMover, Ticke
 from hift_ds.store.page_locked import PageLockedMemory
 from hift_ds.store.streams import streams_of
 
-IN_FLIGHT = 4  # gradients on their way out at once
-AHEAD_BYTES = 1 << 28  # of those that come back before they are asked for, at most: 10 ms of a link of 25 GB/s
+ROOM_BYTES = 1 << 29  # 21 ms of a link of 25 GB/s
 
 
 def waiting_bytes(weight_dtype: torch.dtype, sum_dtype: torch.dtype, micro_batches: int, num_ranks: int) -> int:
@@ -41,12 +40,15 @@ class HostGradients:
         dtype: of sums; ``None`` keeps each gradient's own, for gradients that are not summed.
         pin_memory: page-lock the buffers, without which nothing overlaps.
         on_thread: ``False``: additions are made at once, where they are asked for.
+        room_bytes: on ``device``, of those that are leaving, and of those that come back before they are asked for.
     """
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype | None, pin_memory: bool = True, on_thread: bool = True
-    ) -> None:
+        self, device: torch.device, dtype: torch.dtype | None, pin_memory: bool = True, on_thread: bool = True,
+        room_bytes: int = ROOM_BYTES,
+    ) -> None:  # fmt: skip
         self.dtype = dtype
+        self.room_bytes = room_bytes
         self.traffic = Traffic()
         self._streams = streams_of(device)
         self._mover: Mover = (
@@ -89,8 +91,7 @@ class HostGradients:
         staged = self._buffer(grad.shape, grad.dtype)
         ticket = self._mover.submit(OUT, partial(_copy, staged, grad))
         self._leaving.append((ticket, grad))
-        if len(self._leaving) > IN_FLIGHT:
-            self._wait_for_oldest()
+        self._let_go(self.room_bytes)
         if total is None and dtype == grad.dtype:
             self._kept[key], self._tickets[key] = staged, ticket
             return
@@ -105,10 +106,13 @@ class HostGradients:
         self._additions[key] = added
         self._give_back(staged, added.result)
 
-    def _wait_for_oldest(self) -> None:
-        ticket, grad = self._leaving.popleft()
-        self._mover.settle(ticket)
-        del grad  # not before
+    def _let_go(self, kept_bytes: int) -> None:
+        """Let the memory of gradients on their way out be the computation's again, once they have left, but for the
+        newest of ``kept_bytes``."""
+        while sum(grad.nbytes for _, grad in self._leaving) > kept_bytes:
+            ticket, grad = self._leaving.popleft()
+            self._mover.wait(ticket)
+            del grad  # not before
 
     def _add(self, ticket: Ticket | None, staged: Tensor, total: Tensor, first: bool) -> None:
         self._mover.settle(ticket, is_stall=False)
@@ -140,12 +144,13 @@ class HostGradients:
         if key not in self._coming:
             if key not in self._kept:
                 return None
+            self._let_go(0)
             self._bring(key, device)
         there, ticket = self._coming.pop(key)
         ahead = sum(other.nbytes for other, _ in self._coming.values())
         for following in list(self._kept):
             ahead += self._kept[following].nbytes
-            if ahead > AHEAD_BYTES:
+            if ahead > self.room_bytes:
                 break
             self._bring(following, device)
         self._mover.wait(ticket)
@@ -183,8 +188,7 @@ class HostGradients:
         self._forget_coming()
         for key in list(self._kept):
             self.get(key)
-        while self._leaving:
-            self._wait_for_oldest()
+        self._let_go(0)
         self._kept.clear()
 
     def close(self) -> None:

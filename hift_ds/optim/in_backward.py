@@ -30,8 +30,10 @@ from hift_ds.optim.clip_in_backward import ClippingRule, HeldBack
 from hift_ds.optim.group_optimizer import GroupOptimizer
 from hift_ds.optim.group_shard import GroupShard
 from hift_ds.optim.group_update import StepValues
-from hift_ds.optim.host_gradients import HostGradients, waiting_bytes
+from hift_ds.optim.host_gradients import ROOM_BYTES, HostGradients, waiting_bytes
 from hift_ds.optim.piecewise import Extras
+
+_SLOT_BYTES = 12  # of a parameter's states in a slot, with AdamW and masters
 
 
 @dataclass
@@ -94,7 +96,7 @@ class InBackwardOptimizer(GroupOptimizer):
         self.clipping = ClippingRule(clipping, self.max_grad_norm)
         self._part_of = self._find_parts()
         device = next(iter(self._part_of)).device
-        how = kwargs.get("pin_memory", True), kwargs.get("on_threads", True)
+        how = kwargs.get("pin_memory", True), kwargs.get("on_threads", True), self._room_for_gradients()
         self._sum_dtype = sum_dtype
         self.sums = HostGradients(device, sum_dtype, *how)  # by weight
         self.held_back = HeldBack(self.states, device, *how)
@@ -125,9 +127,12 @@ class InBackwardOptimizer(GroupOptimizer):
     def _waiting_bytes(self, param: nn.Parameter, micro_batches: int) -> int:
         return waiting_bytes(param.dtype, self._sum_dtype, micro_batches, self.parameters.ranks.world_size)
 
-    def parked_bytes(self, param: nn.Parameter, micro_batches: int) -> int:
-        """Bytes of an element of the weight's gradient if every update waits until the norm is known; else 0."""
-        return self._waiting_bytes(param, micro_batches) if self.clipping.always_waits else 0
+    def _room_for_gradients(self) -> int:
+        """Bytes on the device of gradients that are leaving for host memory or coming back, besides those in use: who
+        has the states of whole blocks there has room for so many, who has them in slices for little."""
+        chunks = (chunk for part in self._part_of.values() for chunk in part.chunks)
+        largest = max((sum(piece.numel for piece in chunk.pieces) for chunk in chunks), default=0)
+        return min(_SLOT_BYTES * largest, ROOM_BYTES)
 
     # -- backward -----------------------------------------------------------------------------------------------
 

@@ -3,8 +3,8 @@ should update: the arithmetic behind ``"group_size": "auto"`` and ``"step_on": "
 
 A step of one layer group computes forward through all layers, backward down to the group, and backward through the
 group. The states of its topmost layers arrive meanwhile, as many as there is room for; those of each further layer can
-come when one above has been updated, and should be there when backward has come down to it. Where gradients are clipped
-by the step's exact norm, updates begin when backward has ended: nothing hides what has no room then.
+come when one above has been updated, and should be there when backward has come down to it. Where updates begin when
+backward has ended, or gradients are clipped by the step's exact norm, nothing hides what has no room then.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from hift_ds.config import StateConfig
-from hift_ds.store.speeds import ASSUMED_SPEEDS, Link, measure_flops, measure_link, measure_update
+from hift_ds.store.speeds import ASSUMED_SPEEDS, Link, Speeds, measure_flops, measure_link, measure_update
 
 PATIENCE = 0.05  # of a step's computing may be spent waiting: then the link still counts as hidden
 SAME = 0.01  # step times that differ by less count as one
@@ -41,8 +41,8 @@ class BackwardCosts:
         ranks: that share each layer's update.
         share: of the parameters that the host updates.
         beside: the host updates its share beside backward; else backward waits for each update (``step_on: host``).
-        parked_bytes: of a gradient that is in host memory until the exact norm is known, when backward has ended, and
-            comes back for the update; 0: updates are made in backward.
+        parked_bytes: of a gradient that is in host memory until backward has ended, when updates begin, and comes back
+            for its own; 0: they begin then, and gradients wait on the device; ``None``: they are made in backward.
     """
 
     state_bytes: float
@@ -58,13 +58,13 @@ class BackwardCosts:
     ranks: int = 1
     share: float = 0.0
     beside: bool = True
-    parked_bytes: int = 0
+    parked_bytes: int | None = None
 
     @classmethod
     def measured(
         cls, device: torch.device, dtype: torch.dtype, largest: int, state: StateConfig, *, state_bytes: float,
-        room: float, link: Link | None, host_link: Link, ranks: int, share: float = 0.0, beside: bool = True,
-        parked_bytes: int = 0,
+        room: float, link: Link | None, host_link: Link, ranks: int, parked_bytes: int | None, share: float = 0.0,
+        beside: bool = True,
     ) -> BackwardCosts:  # fmt: skip
         """The costs on this machine: its products and updates are measured, in some tens of milliseconds.
 
@@ -93,19 +93,25 @@ class BackwardCosts:
 
     @classmethod
     def assumed(
-        cls, weight_bytes: int, largest: int, state: StateConfig, *, masters: bool, ranks: int, parked_bytes: int = 0
-    ) -> BackwardCosts:
-        """The costs of AdamW on a machine that is not here (:data:`hift_ds.store.speeds.ASSUMED_SPEEDS`).
+        cls, weight_bytes: int, largest: int, state: StateConfig, *, masters: bool, ranks: int,
+        parked_bytes: int | None, speeds: Speeds = ASSUMED_SPEEDS,
+    ) -> BackwardCosts:  # fmt: skip
+        """The costs of AdamW at given speeds, by default those of a machine that is not here.
 
         Args:
             weight_bytes: of a parameter.
-            largest: parameters of the largest embedding, block or head.
+            largest: parameters of the largest embedding, block or head (or of what else moves as one).
             masters: 16-bit weights have fp32 ones.
         """
+        link = Link(speeds.link, speeds.link)
         return cls(
             state_bytes=bytes_at_rest(weight_bytes, 8, state, masters),
             room=room_for(largest, state, ranks),
-            link=None if state.residency == "device" else _ASSUMED_LINK,
+            flops_s=speeds.flops_s,
+            link=None if state.residency == "device" else link,
+            host_link=link,
+            device_s=speeds.device_s,
+            host_s=speeds.host_s,
             both_ways=state.first_slots > 1,
             prefetch=state.prefetch,
             ranks=ranks,
@@ -135,21 +141,22 @@ class BackwardCosts:
         clock = computing = 2 * (total + above) * token_s  # forward; backward for the inputs of what is above
         link_free = host_free = 0.0
         updated: list[tuple[float, float]] = []  # parameters that had room, and when they had been updated
-        if self.parked_bytes:
+        is_late, parked = self.parked_bytes is not None, self.parked_bytes or 0
+        if is_late:
             clock += 4 * sum(parts) * token_s
         gradients_back = clock
         for numel in parts:
             moved = numel / self.ranks * (1 - self.share)
             at_once = min(moved, self.room)
             start = max(link_free, vacant := self._vacant_at(updated, at_once))
-            ready = clock + (0.0 if self.parked_bytes else 4 * numel * token_s)  # this layer's gradients are complete
+            ready = clock + (0.0 if is_late else 4 * numel * token_s)  # this layer's gradients are complete
             if not self.prefetch:
                 start, at_once = max(start, ready), moved
-            if self.parked_bytes and vacant:  # gradients of the layers above have come before
+            if parked and vacant:  # gradients of the layers above have come before
                 start = max(start, gradients_back)
             arrived = start + at_once * self._moving_s
-            if self.parked_bytes:
-                back_s = numel / self.ranks * self.parked_bytes / self.host_link.into
+            if parked:
+                back_s = numel / self.ranks * parked / self.host_link.into
                 gradients_back = max(gradients_back, arrived) + back_s
                 ready = max(ready, gradients_back)
             link_free = max(arrived, ready) + (moved - at_once) * self._moving_s  # slices that had no room
@@ -157,7 +164,7 @@ class BackwardCosts:
             clock = max(ready, link_free if moved > at_once else arrived) + on_device
             computing += 4 * numel * token_s + on_device
             if moved <= at_once:
-                link_free = arrived if not vacant else max(arrived, gradients_back if self.parked_bytes else 0.0)
+                link_free = arrived if not vacant else max(arrived, gradients_back if parked else 0.0)
             updated.append((at_once, clock))
             if self.share:
                 mine = numel / self.ranks * self.share
@@ -238,6 +245,7 @@ def costs_before_states(
     largest: int,
     ranks: int,
     masters: bool,
+    parked_bytes: int | None,
 ) -> BackwardCosts:
     """The costs by what can be measured before there are states.
 
@@ -247,6 +255,7 @@ def costs_before_states(
         moment_bytes: of a parameter's fp32 moments.
         largest: parameters of the largest embedding, block or head.
         masters: 16-bit weights have fp32 ones.
+        parked_bytes: see :class:`BackwardCosts`.
     """
     link = measure_link(device, 4 * largest, state.pin_memory)
     return BackwardCosts.measured(
@@ -259,6 +268,7 @@ def costs_before_states(
         link=link if state.residency == "host" else None,
         host_link=link,
         ranks=ranks,
+        parked_bytes=parked_bytes,
     )
 
 
@@ -290,7 +300,7 @@ class HiddenLayers:
         if costs.link is not None:
             on_device, on_host = costs.state_bytes * (1 - costs.share), costs.weight_bytes * costs.share
             moves = (
-                f"{2 * (on_device + on_host + costs.parked_bytes):.3g} bytes a parameter over "
+                f"{2 * (on_device + on_host + (costs.parked_bytes or 0)):.3g} bytes a parameter over "
                 f"{costs.link.into / 1e9:.3g} GB/s in and {costs.link.out / 1e9:.3g} GB/s out"
             )
         if costs.parked_bytes:

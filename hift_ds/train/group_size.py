@@ -14,14 +14,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hift_ds.config import HiFTConfig
-from hift_ds.dtypes import Dtype
+from hift_ds.dtypes import Dtype, torch_dtype
 from hift_ds.forecast.fit import STATE_BYTES
 from hift_ds.forecast.setting import SLICE_NUMEL
 from hift_ds.hf.model_structure import build_on_meta, read_task_config
 from hift_ds.layers.arch import find_arch
 from hift_ds.layers.grouping import LayerGroup, partition_model
+from hift_ds.optim.clip_in_backward import parked_bytes
+from hift_ds.store.hiding import BackwardCosts
 from hift_ds.train.card import Card
-from hift_ds.train.settings import Settings
+from hift_ds.train.settings import Settings, max_grad_norm
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -30,9 +32,6 @@ ENOUGH_TURNS = 16  # more of them taught SmolLM2-135M nothing more
 FEWEST_TURNS = 4  # below, every trainer warns: so many are worth waiting for the link
 FEWEST_GROUPS = 4  # below, little is saved
 DEVICE_SHARE = 0.75  # of the usable memory for weights, one group's gradients and states; the rest is for activations
-# A token costs 6 operations a parameter in full training: 2 forward, 4 backward. A turn has all of the forward and,
-# averaged over the groups, half of the backward for inputs and its own part of the other.
-FLOPS_PER_TOKEN_AND_PARAMETER = 3.1
 _GROUP_KEYS = frozenset({"group_size", "groups", "always_active", "steps_per_group"})
 
 
@@ -140,7 +139,7 @@ def choose_groups(
         model.by_size,
         steps,
         _memory_rule(settings, dtype, model, bounded) if bounded else None,
-        _link_rule(settings, length, model, bounded) if bounded else None,
+        _link_rule(settings, dtype, length, model, bounded) if bounded else None,
     )
     keys: dict[str, Any] = {"hift.group_size": choice.group_size}
     if choice.update == "in_backward":
@@ -166,7 +165,7 @@ def choose_group_size(
     by_size: Sequence[Sequence[LayerGroup]],
     num_steps: int,
     update_that_fits: Callable[[Sequence[LayerGroup]], str | None] | None = None,
-    is_hidden: Callable[[Sequence[LayerGroup]], bool] | None = None,
+    is_hidden: Callable[[Sequence[LayerGroup], str], bool] | None = None,
 ) -> Choice:
     """The smallest groups that get enough turns; if the run is too short for that, the largest allowed.
 
@@ -175,7 +174,7 @@ def choose_group_size(
         num_steps: optimizer steps of the run.
         update_that_fits: ``hift.update`` for such groups, None if no update has the room; without the rule everything
             fits.
-        is_hidden: whether the transfers of their states end while the model computes.
+        is_hidden: whether steps of such groups, with such a ``hift.update``, wait for next to no transfer.
     """
     best, update, limit = 1, "after_backward", ""
     for size, groups in enumerate(by_size, start=1):
@@ -188,7 +187,7 @@ def choose_group_size(
         if found is None:
             limit = "memory"
             break
-        if is_hidden is not None and not is_hidden(groups) and num_steps >= FEWEST_TURNS * len(fewest):
+        if is_hidden is not None and not is_hidden(groups, found) and num_steps >= FEWEST_TURNS * len(fewest):
             limit = "link"
             break
         best, update = size, found
@@ -239,16 +238,26 @@ def _memory_rule(
 
 
 def _link_rule(
-    settings: Settings, length: int, model: ModelSizes, card: Card
-) -> Callable[[Sequence[LayerGroup]], bool]:
-    block = settings.hift
+    settings: Settings, dtype: Dtype, length: int, model: ModelSizes, card: Card
+) -> Callable[[Sequence[LayerGroup], str], bool]:
+    """What says of groups whether their steps wait for next to no transfer, by the arithmetic of ``"group_size":
+    "auto"``. After backward the states of a group come and go as one; in backward those of an embedding, block or
+    head."""
+    block, batch, ranks = settings.hift, settings.batch, settings.world_size
     assert block is not None
-    rows = settings.batch.global_batch_size // settings.world_size
-    compute = rows * length * FLOPS_PER_TOKEN_AND_PARAMETER * model.numel / card.speeds.flops_s
-    moves = block.state.residency != "device"
+    tokens = batch.global_batch_size // ranks * length
+    weight_bytes = 2 if dtype != "fp32" else 4
 
-    def is_hidden(groups: Sequence[LayerGroup]) -> bool:
-        mean = model.numel / len(groups)
-        return not moves or 2 * STATE_BYTES * mean / settings.world_size / card.speeds.link <= compute
+    def is_hidden(groups: Sequence[LayerGroup], update: str) -> bool:
+        hift = block.model_copy(update={"update": update})
+        parts = [group.numel for group in (model.by_size[0] if update == "in_backward" else groups)]
+        costs = BackwardCosts.assumed(
+            weight_bytes, max(parts), block.state, masters=block.master_weights, ranks=ranks, speeds=card.speeds,
+            parked_bytes=parked_bytes(
+                hift, settings.written, max_grad_norm(settings), torch_dtype(dtype), batch.gradient_accumulation_steps,
+                ranks,
+            ),
+        )  # fmt: skip
+        return costs.hides(parts, -(-len(parts) // len(groups)), tokens)
 
     return is_hidden

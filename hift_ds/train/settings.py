@@ -173,6 +173,15 @@ def resolve_max_length(run: RunConfig, limit: int | None) -> int:
     return length_or_default(wanted, limit)
 
 
+def max_grad_norm(settings: Settings) -> float:
+    """The norm to which gradients are clipped; 0 for no clipping.
+
+    Raises:
+        ConfigError: the run file and the DeepSpeed JSON disagree.
+    """
+    return _agreed(settings.run, "train.max_grad_norm", settings.written, "gradient_clipping")
+
+
 def length_or_default(wanted: int | None, limit: int | None) -> int:
     """Tokens of the longest sample: ``wanted``; for a run that does not say, the default within the model's
     ``limit``."""
@@ -199,7 +208,7 @@ def deepspeed_config(settings: Settings, dtype: Dtype) -> dict[str, Any]:
     ds["gradient_accumulation_steps"] = batch.gradient_accumulation_steps
     ds["train_batch_size"] = batch.global_batch_size
     ds.setdefault("zero_optimization", {"stage": 0})  # accelerate insists on the block
-    ds["gradient_clipping"] = _agreed(run, "train.max_grad_norm", ds, "gradient_clipping")
+    ds["gradient_clipping"] = max_grad_norm(settings)
     for name in ("bf16", "fp16"):
         if dtype == name or name in ds:
             ds[name] = {**(ds.get(name) or {}), "enabled": dtype == name}

@@ -73,7 +73,7 @@ MUTATIONS = {
         "self._streams.current_stream(self._device).wait_stream(self._side)", "pass",
     ),
     "gradients are freed before their copies have ended": (
-        "hift_ds.optim.host_gradients", "HostGradients", "_wait_for_oldest", "self._mover.settle(ticket)", "pass",
+        "hift_ds.optim.host_gradients", "HostGradients", "_let_go", "self._mover.wait(ticket)", "pass",
     ),
     "gradients are used before they are back": (
         "hift_ds.optim.host_gradients", "HostGradients", "take", "self._mover.wait(ticket)", "pass",

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from hift_ds.engine.auto_groups import measured_costs
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.errors import ConfigError, HiFTError, StateStoreError, TrainingError
+from hift_ds.optim.host_gradients import ROOM_BYTES
 from hift_ds.reference import ReferenceHiFT
 from hift_ds.store.hiding import HiddenLayers
 from hift_ds.store.machine import HostBytes, Machine
@@ -595,15 +596,39 @@ def test_group_size_auto_finds_more_layers_with_more_tokens(monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "clipping", "num_bytes"),
-    [({}, {}, 0), ({"clip": 1.0}, {}, 4), ({"clip": 1.0, **BF16}, {}, 2), ({"clip": 1.0, "gas": 2, **BF16}, {}, 4),
-     ({"clip": 1.0}, {"clipping": "per_part"}, 0), ({"clip": 1.0}, {"clipping": "speculative"}, 0)],
+    [({}, {}, None), ({"clip": 1.0}, {}, 4), ({"clip": 1.0, **BF16}, {}, 2), ({"clip": 1.0, "gas": 2, **BF16}, {}, 4),
+     ({"clip": 1.0, "gas": 2, "data_types": {"grad_accum_dtype": "bf16"}, **BF16}, {}, 2),
+     ({"clip": 1.0}, {"clipping": "per_part"}, None), ({"clip": 1.0}, {"clipping": "speculative"}, None),
+     ({"clip": 1.0}, {"update": "after_backward"}, 0), ({}, {"update": "after_backward"}, 0)],
 )  # fmt: skip
-def test_group_size_auto_knows_what_waits_for_the_norm(options, clipping, num_bytes):
-    """Of a parameter's gradient in host memory until backward has ended: then nothing hides the updates."""
-    config = ds_config(hift={"update": "in_backward", **clipping}, **options)
-    engine = make_engine(Toy(), config)
-    assert measured_costs(engine).parked_bytes == num_bytes
-    engine.destroy()
+def test_what_waits_for_the_norm_is_known(options, clipping, num_bytes, monkeypatch):
+    """Of a parameter's gradient in host memory until backward has ended: then nothing hides the updates. To the size
+    that "auto" chooses, and to the host's share."""
+    given = []
+    monkeypatch.setattr("hift_ds.engine.build.fastest_share", lambda costs, *_: given.append(costs) or 0.5)
+    for state in ({}, {"step_on": "split"}):
+        config = ds_config(hift={"update": "in_backward", "state": state, **clipping}, **copy.deepcopy(options))
+        engine = make_engine(Toy(), config)
+        assert measured_costs(engine).parked_bytes == num_bytes
+        engine.destroy()
+    assert [costs.parked_bytes for costs in given] == [num_bytes]
+
+
+@pytest.mark.parametrize("slice_numel", [None, 17, 1 << 20])
+def test_gradients_that_travel_have_as_much_room_as_a_slot_of_states(slice_numel, monkeypatch):
+    """Of the largest part, or a slice of it; and no more than a bound, however large that is."""
+    toy = Toy()
+    parts = [[toy.embed], *([layer] for layer in toy.layers), [toy.norm, toy.head]]
+    largest = max(sum(param.numel() for module in part for param in module.parameters()) for part in parts)
+    kept = []
+    for bound in (ROOM_BYTES, 100):
+        monkeypatch.setattr("hift_ds.optim.in_backward.ROOM_BYTES", bound)
+        config = in_backward(ds_config(clip=1.0), group_size="all", state={"slice_numel": slice_numel})
+        engine = make_engine(Toy(), config)
+        held = engine.optimizer.held_back
+        kept.append({k.room_bytes for k in (engine.optimizer.sums, held.gradients, held.weights)})
+        engine.destroy()
+    assert kept == [{12 * min(slice_numel or largest, largest)}, {100}]
 
 
 @pytest.mark.parametrize(

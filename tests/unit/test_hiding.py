@@ -90,6 +90,30 @@ def test_the_host_takes_the_share_that_makes_a_step_fastest():
     assert layers_hidden(slow_link, LAYERS, 1, split=True).group_size > layers_hidden(slow_link, LAYERS, 1).group_size
 
 
+def test_the_hosts_share_of_what_waits_for_the_norm():
+    """After backward the device brings ten layers' states, 6 s each, and then each time the gradients, of which the
+    host updates its share in 2 s a layer: the last layer's after all that the device brings, all of them after the
+    first. That takes 16.5 s at 0.75, 17.2 s at 0.8 and 19.4 s at 0.7."""
+    late = at(2000, parked_bytes=2, host_s=2e-3, host_link=Link(1e9, 1e9), prefetch=False)
+    waits = {s: max(60 * (1 - s) + 2 * s, 6 * (1 - s) + 20 * s) for s in (0.7, 0.75, 0.8, 1.0)}
+    for share, waited in waits.items():
+        assert replace(late, share=share).cycle(LAYERS, 10, 1)[1] == pytest.approx(waited, rel=1e-4)
+    assert fastest_share(late, LAYERS, 10, 1) == 0.75
+    assert fastest_share(replace(late, parked_bytes=0), LAYERS, 10, 1) == 0.75  # nor does after backward hide it
+    hidden = at(3000, host_s=2e-3, host_link=Link(1e9, 1e9))
+    assert fastest_share(hidden, LAYERS, 10, 1) == 0 < fastest_share(replace(hidden, parked_bytes=2), LAYERS, 10, 1)
+
+
+def test_after_backward_gradients_are_where_they_are_needed():
+    """A group's states have come by the end of backward, or are waited for; its gradients move nowhere."""
+    late = at(2000, parked_bytes=0, host_link=Link(1, 1))
+    assert late.cycle(LAYERS, 2, 1)[1] == 0 and "clipped" not in layers_hidden(late, LAYERS, 1).line()
+    assert late.cycle(LAYERS, 10, 1)[1] == pytest.approx(8 * 6)
+    whole = replace(late, room=2e4)  # one part of 10,000 parameters: 60 s of link, 60 s of computing
+    assert whole.cycle([10000], 1, 1)[1] == pytest.approx(0)
+    assert replace(whole, both_ways=False).cycle([10000], 1, 1)[1] == pytest.approx(60)
+
+
 def test_backward_waits_for_the_hosts_update():
     """``step_on: host``: 1 s down and 2 s of updating for each of ten layers, and the last one's weights 1 s up."""
     waits = at(1e9, host_s=2e-3, host_link=Link(2000, 2000), share=1.0, beside=False)

@@ -49,7 +49,7 @@ def events_of(kept, monkeypatch):
 
 
 def test_the_next_are_on_their_way_while_one_is_used(kept, monkeypatch):
-    monkeypatch.setattr(host_gradients, "AHEAD_BYTES", 4 * 1100)
+    kept.room_bytes = 4 * 1100
     for _ in range(3):  # buffers are used again
         expected = fill(kept)
         events = events_of(kept, monkeypatch)
@@ -59,14 +59,15 @@ def test_the_next_are_on_their_way_while_one_is_used(kept, monkeypatch):
             assert torch.equal(kept.take(key, CPU), total)
             at_once.append(sum(there.nbytes for there, _ in kept._coming.values()))
             if key == 0:
-                assert events == ["submit", "submit", "submit", "wait"]  # 700 and 3 more before it is waited for
+                coming = events[events.index("submit") :]  # before: waits for what was leaving
+                assert coming == ["submit", "submit", "submit", "wait"]  # 700 and 3 more before it is waited for
             elif key == 1:
                 assert events == ["submit", "submit", "wait"]  # the third is on its way already
         assert at_once == [4 * 703, 4 * 1067, 4 * 1064, 4 * 764, 4 * 700, 0] and not len(kept)
 
 
 def test_in_another_order_than_they_came(kept, monkeypatch):
-    monkeypatch.setattr(host_gradients, "AHEAD_BYTES", 4 * 1100)
+    kept.room_bytes = 4 * 1100
     for seed in range(6):
         order = random.Random(seed).sample(range(len(SIZES)), len(SIZES))
         expected = fill(kept)
@@ -81,6 +82,21 @@ def test_what_is_closed_keeps_no_buffer(kept):
     kept._locked.some(1)
     kept.close()
     assert not kept._used and not kept._kept and not kept._coming and not kept._locked._rests
+
+
+def test_of_what_leaves_only_the_newest_are_on_the_device(kept, monkeypatch):
+    """The memory of the others is the computation's again after a wait; and that of all, when they are asked for."""
+    kept.room_bytes = 2 * 1100
+    events, alive = events_of(kept, monkeypatch), []
+    for key, numel in enumerate(SIZES):
+        events.clear()
+        kept.add(key, torch.ones(numel).bfloat16())
+        alive.append(sum(grad.numel() for _, grad in kept._leaving))
+        assert events == ["submit"] + ["wait"] * {3: 2, 5: 2}.get(key, 0)
+    assert alive == [5, 705, 708, 1003, 1067, 764]
+    events.clear()
+    kept.take(0, CPU)
+    assert not kept._leaving and events[:2] == ["wait", "wait"]
 
 
 @pytest.mark.parametrize("end", ["clear", "forget"])
