@@ -99,6 +99,25 @@ def test_of_what_leaves_only_the_newest_are_on_the_device(kept, monkeypatch):
     assert not kept._leaving and events[:2] == ["wait", "wait"]
 
 
+def test_what_comes_and_goes_between_those_that_are_taken(kept):
+    """A gradient comes back after it has left, and a buffer is written again after what was in it has come back."""
+    kept.dtype = None
+    grads = [torch.randn(50) for _ in range(4)]
+    for key in (0, 1):
+        kept.add(key, grads[key].clone())
+    assert torch.equal(kept.take(0, CPU), grads[0])  # the next is on its way, from a buffer that may be used again
+    kept.add(2, grads[2].clone())
+    room, kept.room_bytes = kept.room_bytes, 0
+    kept.add(3, grads[3].clone())
+    kept.room_bytes = room
+    assert all(torch.equal(kept.take(key, CPU), grads[key]) for key in (1, 2, 3))
+    kept.add(0, grads[0].clone())
+    kept.add(1, grads[1].clone())
+    assert torch.equal(kept.take(0, CPU), grads[0])
+    kept.add(2, grads[2].clone())  # and has not left when it is asked for ahead
+    assert all(torch.equal(kept.take(key, CPU), grads[key]) for key in (1, 2))
+
+
 @pytest.mark.parametrize("end", ["clear", "forget"])
 def test_what_is_not_wanted_any_more(kept, end, monkeypatch):
     fill(kept)
