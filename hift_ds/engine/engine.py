@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -111,8 +110,7 @@ class HiFTEngine(SeamEngine):
         if self.life.has_ended:
             return self.module(*inputs, **kwargs)
         self.auto_groups.settle_by_inputs(inputs, kwargs)
-        if torch.is_grad_enabled():
-            self._statistics.before_forward(self.global_steps)
+        self._statistics.before_forward(self.global_steps)
         self.optimizer.enter()
         self.memory.note_shape([*inputs, *kwargs.values()], has_mask=kwargs.get("attention_mask") is not None)
         active = [group.index for group in self.optimizer.active_groups]

@@ -22,12 +22,14 @@ class NormStatistics:
         self._norms = [module for module in norms if module.track_running_stats]
         self._step = -1  # that has begun
 
-    @torch.no_grad()
     def before_forward(self, step: int) -> None:
-        """Do so if this is the first forward of optimizer step ``step`` that changes them. All ranks call this."""
-        if self._step == step or not any(norm.training for norm in self._norms):
+        """Do so if this is the first forward of optimizer step ``step`` with gradients that changes them. All ranks
+        call this."""
+        is_training = torch.is_grad_enabled() and any(norm.training for norm in self._norms)
+        if self._step == step or not is_training:
             return
         self._step = step
-        for norm in self._norms:
-            for buffer in norm.buffers():
-                broadcast_from_first_rank(buffer)
+        with torch.no_grad():
+            for norm in self._norms:
+                for buffer in norm.buffers():
+                    broadcast_from_first_rank(buffer)
