@@ -7,7 +7,8 @@ checkpoint, and holds for the run: one that goes on keeps it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from hift_ds.forecast.steps import GIB
 from hift_ds.store.choose import HOST_SHARE
 from hift_ds.store.machine import host_bytes, processes_on_node
 from hift_ds.train.card import Card
-from hift_ds.train.group_size import ModelSizes, choose_groups
+from hift_ds.train.group_size import ModelSizes, choose_groups, head_in_every_step
 from hift_ds.train.settings import BatchSizes, Settings, deepspeed_config, gives_passes
 from hift_ds.train.tasks import TASKS
 
@@ -28,6 +29,7 @@ FIT_FILE = "fit.json"
 CHOSEN = "fit"  # its key in the settings beside a checkpoint
 CPU_TOKENS = 1024  # in a pass on a CPU: more are not faster
 SURE = 0.5  # of the usable memory: a bound below it needs no simulation
+OF_THE_GROUPS = ("hift.group_size", "hift.update", "hift.always_active")  # chosen when a run begins, not again
 _SECTION = {"residency": "state", "slice_numel": "state"} | dict.fromkeys(SWITCHES[1:], "activations")
 
 
@@ -83,11 +85,12 @@ def choose(facts: Facts, card: Card | None, before: Mapping[str, Any] | None = N
     auto_class = TASKS[settings.run.task].auto_class
     model = ModelSizes.read(facts.model, settings.run.model.trust_remote_code, auto_class)
     if before is not None:  # the groups cannot be others, whatever the card
-        keys = {key: value for key, value in kept.items() if key in ("hift.group_size", "hift.update")}
+        keys = {key: value for key, value in kept.items() if key in OF_THE_GROUPS}
         lines = [f"as when this run began: {key}={value}" for key, value in keys.items()]
     else:
         keys, said = choose_groups(settings, facts.dtype, facts.length, facts.num_rows, model, card)
-        lines = [*said]
+        head, why = head_in_every_step(settings, model)
+        keys, lines = keys | head, [*said, *why]
     record = {**given, "card": card.words if card else None}
     if settings.run.fit is not None:
         found = _fitted(replace(facts, settings=apply(settings, keys)), model, card)
@@ -142,6 +145,8 @@ def setting_of(facts: Facts) -> Setting:
     assert settings.hift is not None
     config = deepspeed_config(settings, facts.dtype)
     config["hift"] |= {"group_size": settings.hift.first_group_size, "tokens_per_step": None}
+    if TASKS[settings.run.task].has_own_head:  # the simulated model has the head that its config names
+        config["hift"]["always_active"] = _matching(config["hift"]["always_active"], facts)
     if settings.run.train.gradient_checkpointing:
         config["hift"]["activations"]["checkpointing"] = True
     return Setting(
@@ -151,6 +156,15 @@ def setting_of(facts: Facts) -> Setting:
         eager_attention=settings.run.model.attn_implementation == "eager",
         trust_remote_code=settings.run.model.trust_remote_code,
     )  # fmt: skip
+
+
+def _matching(patterns: Sequence[str], facts: Facts) -> list[str]:
+    """Those that match a parameter of the model that the simulation builds."""
+    if not patterns:
+        return []
+    model = ModelSizes.read(facts.model, facts.settings.run.model.trust_remote_code).model
+    names = [name for name, _ in model.named_parameters()]
+    return [pattern for pattern in patterns if any(re.search(pattern, name) for name in names)]
 
 
 def _fitted(facts: Facts, model: ModelSizes, card: Card | None) -> Chosen:
@@ -261,8 +275,14 @@ def _still_open(settings: Settings, chosen: Mapping[str, Any]) -> dict[str, Any]
 
     def is_open(key: str) -> bool:
         name = key.rpartition(".")[2]
+<<<<<<< HEAD
         if name in ("group_size", "update"):
             return name not in block.model_fields_set
+=======
+        if key in OF_THE_GROUPS:
+            said = settings.hift.model_fields_set
+            return name not in said and not (name == "always_active" and "groups" in said)
+>>>>>>> aae2a6f (A head that begins at random is trained in every step: the study's held-out loss is lower for the same seconds; a run that began without it goes on without it)
         if settings.run.fit is None:
             return False
         if name == "micro_batch_size":

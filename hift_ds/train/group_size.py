@@ -8,6 +8,7 @@ Each step trains one of k groups, so a run of S steps gives each S / k turns. Fe
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ from hift_ds.optim.clip_in_backward import parked_bytes
 from hift_ds.store.hiding import BackwardCosts
 from hift_ds.train.card import Card
 from hift_ds.train.settings import Settings, max_grad_norm
+from hift_ds.train.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -86,6 +88,14 @@ class ModelSizes:
         always = partition.always.numel if partition.always else 0
         return max(group.numel for group in partition.groups) + always
 
+    def head_above_base(self) -> list[str]:
+        """The names of the parameters that are not the base model's; none where nothing says which those are."""
+        base = getattr(self.model, "base_model", self.model)
+        if base is self.model:
+            return []
+        below = {id(param) for param in base.parameters()}
+        return [name for name, param in self.model.named_parameters() if id(param) not in below]
+
     def largest_part(self) -> int:
         """The number of parameters of the largest embedding, block or head."""
         return max(group.numel for group in self.by_size[0])
@@ -145,6 +155,25 @@ def choose_groups(
     if choice.update == "in_backward":
         keys["hift.update"] = choice.update
     return keys, (choice.line(),)
+
+
+def head_in_every_step(settings: Settings, model: ModelSizes) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Key of the run file and line for the terminal that train the head of a task in every step; neither for a language
+    model's, where every weight is trained in every step anyway, or if the user has said what is always active.
+
+    Such a head begins at random, and everything below it learns from its gradient: in turns it would be trained in a
+    k-th of the steps (docs/results.md, "A head that begins at random"). It is a few rows, on the way of every backward.
+    """
+    block = settings.hift
+    if block is None or not TASKS[settings.run.task].has_own_head or block.group_size == "all":
+        return {}, ()
+    names = model.head_above_base()
+    if not names or block.model_fields_set & {"always_active", "groups"}:
+        return {}, ()
+    return {"hift.always_active": [f"^{re.escape(name)}$" for name in names]}, (
+        f"always active: {', '.join(names)}: a head that begins at random learns in every step "
+        "(hift.always_active=[] gives it turns)",
+    )
 
 
 def tokens_per_step(settings: Settings, tokens_per_row: float) -> dict[str, Any]:

@@ -50,6 +50,11 @@ class Task:
         return self.data is None
 
     @property
+    def has_own_head(self) -> bool:
+        """Whether the task puts a head of its own on the model, which begins at random unless the folder has one."""
+        return not self.auto_class.endswith("LM")
+
+    @property
     def uses_trl(self) -> bool:
         """Whether TRL has the task's trainer."""
         return self.trainer.startswith("trl.")

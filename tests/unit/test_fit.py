@@ -16,6 +16,7 @@ from hift_ds.train import fit as fitting
 from hift_ds.train.card import card_of
 from hift_ds.train.finetune import finetune
 from hift_ds.train.fit import Facts, apply, choose
+from hift_ds.train.group_size import ModelSizes, head_in_every_step
 from hift_ds.train.run_config import RunConfig, load_run_config
 from hift_ds.train.settings import resolve
 from tests.unit.test_launch import inputs, own_cache, write_run  # noqa: F401  (fixtures)
@@ -207,6 +208,17 @@ def test_a_run_that_goes_on_keeps_what_was_chosen():
     other = chosen_for(settings_of({"fit": 48}, global_batch_size=8), 48, before, 64, "smollm2_135m")
     assert other.keys.pop("hift.state.residency") == "device"
     assert other.keys == {"hift.group_size": 3, "train.micro_batch_size": 8}  # groups as they were, the rest anew
+
+
+def test_the_simulation_knows_no_head_of_the_tasks():
+    """Its model is the config's: a pattern of ``score``, which it has not, would end the forecast."""
+    content = {"task": "classification", "model": {"path": "llama2_7b"}, "data": {"train": "y"}}
+    run = resolve(RunConfig.model_validate({**content, "train": {"output_dir": "z", "max_steps": 64}}), 1)
+    head, _ = head_in_every_step(run, ModelSizes.read("llama2_7b", False, "AutoModelForSequenceClassification"))
+    assert head == {"hift.always_active": [r"^score\.weight$"]}
+    head["hift.always_active"].append("embed_tokens")
+    setting = fitting.setting_of(Facts(apply(run, head), "bf16", "llama2_7b", 64, None))
+    assert setting.engine_config["hift"]["always_active"] == ["embed_tokens"]
 
 
 @pytest.mark.parametrize("wrong", ["24", -1, True, "yes"])

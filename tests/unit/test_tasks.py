@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from hift_ds.cli.main import main
 from hift_ds.data import scores
 from hift_ds.errors import ConfigError, DataError
 from hift_ds.train.finetune import finetune
+from hift_ds.train.group_size import ModelSizes, head_in_every_step
 from hift_ds.train.head_predictions import ANSWERS
 from hift_ds.train.run_config import load_run_config
+from hift_ds.train.settings import resolve
 from hift_ds.train.tasks import TASKS
 from tests.helpers.tiny_tokenizers import byte_level
 from tests.unit.test_launch import own_cache  # noqa: F401  (a fixture)
@@ -215,6 +218,40 @@ def test_an_interrupted_run_with_a_new_head_ends_like_one_that_was_not(folders, 
     again = finetune(load_run_config(tmp_path / "run.yaml"))
     assert again["eval_loss"] == whole["eval_loss"] and again["steps"] == 6
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize("kind", ["classification", "classification_decoder", "token_classification", "qa", "reward"])
+def test_the_head_that_is_always_active_is_what_transformers_makes_anew(folders, tmp_path, kind):
+    run = load_run_config(write(folders, tmp_path, kind))
+    task, source = TASKS[run.task], run.model.path
+    _, info = task.model_class().from_pretrained(source, output_loading_info=True)
+    model = ModelSizes.read(source, False, task.auto_class)
+    keys, (line,) = head_in_every_step(resolve(run, 1), model)
+    names = [name for name, _ in model.model.named_parameters()]
+    chosen = [n for n in names if any(re.search(pattern, n) for pattern in keys["hift.always_active"])]
+    assert set(chosen) == set(info["missing_keys"]) and chosen and all(name in line for name in chosen)
+    for given in ({"always_active": []}, {"groups": [["."]]}, {"group_size": "all"}):
+        said = load_run_config(write(folders, tmp_path, kind, hift=given))
+        assert head_in_every_step(resolve(said, 1), model) == ({}, ())
+
+
+@pytest.mark.parametrize("given", [None, []])
+def test_a_new_head_learns_in_every_step_unless_it_is_given_turns(folders, tmp_path, given):
+    """And a run that began without it, as earlier versions did, goes on without it."""
+    hift = {"group_size": 1} | ({} if given is None else {"always_active": given})
+    file = write(folders, tmp_path, "classification", hift=hift)
+    finetune(load_run_config(file))
+    coverage = json.loads((tmp_path / "run" / "coverage.json").read_text())["updates"]
+    head = {name for name in coverage if name.startswith("classifier.")}
+    assert head and all((coverage[name] == 6) is (given is None and name in head) for name in coverage), coverage
+    if given is None:
+        return
+    settings = tmp_path / "run" / "checkpoint-3" / "settings.json"
+    assert "hift.always_active" not in json.loads(settings.read_text())["fit"]["chosen"]
+    write(folders, tmp_path, "classification", hift={"group_size": 1}, train__max_steps=9)
+    finetune(load_run_config(file))
+    again = json.loads((tmp_path / "run" / "coverage.json").read_text())
+    assert again["num_steps"] == 9 and all(count < 6 for count in again["updates"].values())
 
 
 def plain(folder: Path, cls: Any, args_cls: Any, model: Any, rows: Any, tokenizer: Any, **options: Any) -> Any:
