@@ -1,6 +1,6 @@
 """Peaks that were aimed at, and what each switch saves, counted on a fake device.
 
-    python benchmarks/memory_goals.py                 some ten minutes on one core, no GPU, no weights
+    python benchmarks/memory_goals.py                 an hour on one core, no GPU, no weights
     python benchmarks/memory_goals.py --rows FILE     what was counted is kept in FILE: an interrupted count goes on
 
 The real engine takes real steps of AdamW on the whole model (docs/memory.md). For

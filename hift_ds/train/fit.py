@@ -275,14 +275,9 @@ def _still_open(settings: Settings, chosen: Mapping[str, Any]) -> dict[str, Any]
 
     def is_open(key: str) -> bool:
         name = key.rpartition(".")[2]
-<<<<<<< HEAD
-        if name in ("group_size", "update"):
-            return name not in block.model_fields_set
-=======
         if key in OF_THE_GROUPS:
-            said = settings.hift.model_fields_set
+            said = block.model_fields_set
             return name not in said and not (name == "always_active" and "groups" in said)
->>>>>>> aae2a6f (A head that begins at random is trained in every step: the study's held-out loss is lower for the same seconds; a run that began without it goes on without it)
         if settings.run.fit is None:
             return False
         if name == "micro_batch_size":
