@@ -83,10 +83,10 @@ def compare(folder: Path, cls: type[Trainer], make_model: Callable[[], Any], **o
     Not to the last bit: torch's optimizers step several tensors at once where ours step pieces of them.
     """
     only = {True: options.pop("only_hift", {}), False: options.pop("only_plain", {})}
-    ds = options.pop("ds", None)
+    ds, atol = options.pop("ds", None), options.pop("atol", 2e-6)
     plain = run(folder, cls, make_model, hift=False, **{**options, **only[False]})
     ours = run(folder, cls, make_model, hift=True, ds=ds, **{**options, **only[True]})
-    same(ours, plain)
+    same(ours, plain, atol)
     return ours, plain
 
 

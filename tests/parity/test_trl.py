@@ -106,5 +106,6 @@ def test_trainer(tmp_path, monkeypatch, kind, ds):
         data=rows(kind),
         trainer={"processing_class": tokenizer(), **given},
         bf16=False,
+        atol=1e-5 if ds else 2e-6,  # gathered weights are multiplied in another order: 2.6e-6 on a processor with AVX2
         **options,
     )
