@@ -327,6 +327,7 @@ def draw(plan: dict[str, Any], done: list[dict[str, Any]], seconds: list[dict[st
     made = []
     for task in dict.fromkeys(line["task"] for line in done):
         figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+        axes.set_prop_cycle(color=[*pyplot.get_cmap("tab10").colors, "black", "gold", "navy"])
         quoted = plan["tasks"][task].get("quoted", plan["tasks"][task]["methods"])
         for row in [row for row in rows_of(done, task) if row["name"] in quoted]:
             key = (task, row["name"], row["rate"], 0)
