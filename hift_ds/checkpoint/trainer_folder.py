@@ -38,13 +38,8 @@ STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that the Trai
 SEAL = "trainer_files.json"
 _NOT_SEALED = (SEAL, LATEST)  # "latest" comes later if the engine saves asynchronously
 _NAME = re.compile(r"checkpoint-(\d+)")
-_READ = (
-    "scheduler.pt",
-    "optimizer.pt",
-    "optimizer.bin",
-    "scaler.pt",
-    "rng_state.pth",
-)  # by a Trainer, if they are there
+# By a Trainer, if they are there.
+_READ = ("scheduler.pt", "optimizer.pt", "optimizer.bin", "scaler.pt", "rng_state.pth")
 
 
 # -- the seal -------------------------------------------------------------------------------------------------

@@ -158,8 +158,9 @@ def choose_groups(
 
 
 def head_in_every_step(settings: Settings, model: ModelSizes) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Key of the run file and line for the terminal that train the head of a task in every step; neither for a language
-    model's, where every weight is trained in every step anyway, or if the user has said what is always active.
+    """Key of the run file and line for the terminal that train the head of a task in every step. Neither for the head
+    of a language model, nor where every weight is trained in every step anyway, nor if the user has said what is
+    always active.
 
     Such a head begins at random, and everything below it learns from its gradient: in turns it would be trained in a
     k-th of the steps (docs/results.md, "A head that begins at random"). It is a few rows, on the way of every backward.
