@@ -252,7 +252,8 @@ def test_a_new_head_learns_in_every_step_unless_it_is_given_turns(folders, tmp_p
     write(folders, tmp_path, "classification", hift={"group_size": 1}, train__max_steps=9)
     finetune(load_run_config(file))
     again = json.loads((tmp_path / "run" / "coverage.json").read_text())
-    assert again["num_steps"] == 9 and all(count < 6 for count in again["updates"].values())
+    counts = again["updates"].values()
+    assert again["num_steps"] == 9 and max(counts) < 6 and max(counts) - min(counts) == 1, again["updates"]  # in turns
 
 
 def plain(folder: Path, cls: Any, args_cls: Any, model: Any, rows: Any, tokenizer: Any, **options: Any) -> Any:
