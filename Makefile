@@ -28,9 +28,10 @@ test: setup
 test-slow: setup
 	$(PY) -m pytest -q -m slow
 
-# The default tests with the kernels of other processors: what asks for bits must get them there too. An hour.
+# The default tests with the kernels of other processors: what asks for bits must get them there too. Each of six rows
+# takes as long as `make test`; ROWS="..." for some.
 test-kernels: setup
-	$(PY) -m tests.kernels
+	$(PY) -m tests.kernels $(if $(ROWS),--rows "$(ROWS)")
 
 # HiFT inside other programs, at their own pins (needs the network once).
 test-hosts: setup

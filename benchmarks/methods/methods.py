@@ -188,11 +188,13 @@ class BAdam(Method):
 class HiFT(Method):
     """Ours: the engine, with any keys of the ``"hift"`` block; it steps the schedule, as ``lr_update`` says."""
 
-    def __init__(self, model: nn.Module, seed: int, schedule: Schedule, **block: Any) -> None:
+    def __init__(
+        self, model: nn.Module, seed: int, schedule: Schedule, betas: tuple[float, float] = BETAS, **block: Any
+    ) -> None:
         import hift_ds
 
         super().__init__(model, seed, schedule)
-        params = {"lr": 1.0, "betas": list(BETAS), "eps": EPS, "weight_decay": 0.0, "fused": True}
+        params = {"lr": 1.0, "betas": list(betas), "eps": EPS, "weight_decay": 0.0, "fused": True}
         self.engine, *_ = hift_ds.initialize(
             model=model,
             model_parameters=list(model.parameters()),
