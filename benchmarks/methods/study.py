@@ -81,7 +81,8 @@ def missing(plan: dict[str, Any], seconds: dict[str, float], done: list[dict[str
             spec = {**spec_of(plan, task, name), "steps": max(int(entry["budget_s"] / seconds[measured]), 1)}
             tried = rates_tried(done, spec, plan["seeds"][0])
             if len(tried) < entry.get("tries", plan["tries"]):
-                rate = next_rate(float(plan["methods"][name]["rate"]), tried)
+                first = entry.get("rates", {}).get(name, plan["methods"][name]["rate"])
+                rate = next_rate(float(first), tried)
                 wanted.append({**spec, "rate": rate, "seed": plan["seeds"][0]})
             elif name in entry.get("quoted", entry["methods"]):
                 best = min(tried, key=tried.__getitem__)
@@ -103,8 +104,9 @@ def rates_tried(done: list[dict[str, Any]], spec: dict[str, Any], seed: int) -> 
 def next_rate(first: float, tried: dict[float, float]) -> float:
     """The same search for every method: ``first`` and its double; then by factors of 2 on the side that is better,
     until the best has a worse rate on either side; then between the best two neighbours."""
-    if len(tried) < 2:
-        return first * 2 ** len(tried)
+    guesses = [rate for rate in (first, first * 2) if rate not in tried]
+    if guesses and len(tried) < 2:
+        return guesses[0]
     rates = sorted(tried)
     best = min(rates, key=tried.__getitem__)
     if best == rates[-1]:
