@@ -339,7 +339,16 @@ def train_until_told(folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
+def one_thread():
+    """As in the processes that ``launcher`` forks: the same operations in the same order, whatever OMP_NUM_THREADS."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, one_thread):
     trainer = make_trainer(tmp_path_factory.mktemp("whole"), save_strategy="no")
     trainer.train()
     return trainer.model.state_dict()
