@@ -136,16 +136,19 @@ class HeldBack:
         self.gradients = HostGradients(device, None, pin_memory, on_threads, room_bytes)
         self.weights = HostGradients(device, None, pin_memory, on_threads, room_bytes)
 
-    def park(self, part: GroupShard, shards: Sequence[Tensor | None]) -> None:
-        """Keep the gradients of ``part`` (a flat shard per member, or none) for an update that waits or may be made
-        again."""
-        for i, shard in enumerate(shards):
-            if shard is not None:
-                self.gradients.add((part.index, part.first + i), shard, is_ours=True)
+    def park(self, key: tuple[int, int], shard: Tensor) -> None:
+        """Keep a gradient (a flat shard) for an update that waits or may be made again.
+
+        Args:
+            key: (group, position of the member).
+        """
+        self.gradients.add(key, shard, is_ours=True)
 
     def take_gradients(self, part: GroupShard, device: torch.device) -> list[Tensor | None]:
         """Give back what was parked of ``part``, by member, as it was, on ``device``, and forget it here."""
-        return [self.gradients.take((part.index, part.first + i), device) for i in range(len(part.members))]
+        keys = [(part.index, part.first + i) for i in range(len(part.members))]
+        taken = {key: self.gradients.take(key, device) for key in self.gradients.in_order(keys)}
+        return [taken.get(key) for key in keys]
 
     def before_trial(self, part: GroupShard, shards: Sequence[Tensor | None]) -> None:
         """Keep what an update of ``part`` by ``shards`` is taken back with, its states among it."""

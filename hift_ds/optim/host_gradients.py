@@ -9,7 +9,7 @@ the next ones are on their way back while one is used.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
 from functools import partial
 
@@ -134,6 +134,11 @@ class HostGradients:
         if addition is not None:
             addition.result()
 
+    def in_order(self, keys: Iterable[Hashable]) -> list[Hashable]:
+        """Those of ``keys`` under which something is kept, in the order in which they come back ahead of their use."""
+        wanted = set(keys)
+        return [key for key in (*self._coming, *self._kept) if key in wanted]
+
     def take(self, key: Hashable, device: torch.device) -> Tensor | None:
         """The tensor kept under ``key``, as :meth:`get` has it but on ``device``, and forgotten here; ``None`` if there
         is none."""
@@ -170,13 +175,16 @@ class HostGradients:
         self._kept[key] = value.to("cpu", self.dtype or value.dtype, copy=True)
 
     def forget(self) -> None:
-        """Forget everything, as ``clear`` does, and keep the buffers to be used again."""
+        """Forget everything, as ``clear`` does, and keep the buffers to be used again: at once, since what is on its
+        way into one is there before anything that leaves later."""
         self._forget_coming()
         for key in list(self._kept):
             self._end_addition(key)
-            total, arrived = self._kept.pop(key), self._tickets.pop(key, None)
+            total = self._kept.pop(key)
             if self._streams is not None:
-                self._give_back(total, partial(self._mover.settle, arrived))
+                self._give_back(total, int)
+        self._tickets.clear()
+        self._let_go(0)
 
     def _forget_coming(self) -> None:
         for _, ticket in self._coming.values():

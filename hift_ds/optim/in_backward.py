@@ -195,9 +195,10 @@ class InBackwardOptimizer(GroupOptimizer):
         """Over ranks: which weights any rank's graph leads to; and that the loss is finite on all."""
         ranks, device = self.parameters.ranks, self._weight_device()
         good = torch.ones((), device=device) if step_loss is None else torch.isfinite(step_loss.to(device)).float()
-        norm, share, flags = join_norms_and_flags(ranks, good / ranks.world_size**0.5, flags)
-        share = float(norm) if share is None else share
-        if num_bad := round(ranks.world_size * (1 - share**2)):
+        # The norm of 1 / sqrt(ranks) from each rank whose loss is finite is the root of their share.
+        norm, root, flags = join_norms_and_flags(ranks, good / ranks.world_size**0.5, flags)
+        root = float(norm) if root is None else root
+        if num_bad := round(ranks.world_size * (1 - root**2)):
             self.drop_gradients()
             raise TrainingError(
                 f"the loss is not finite on {num_bad} of {ranks.world_size} ranks (optimizer step "
@@ -224,10 +225,22 @@ class InBackwardOptimizer(GroupOptimizer):
             )
         total = self.sums.take(param, grad.device)
         backward.consumed |= total is not None
-        self.parameters.set_pending(param, grad if total is None else total.add_(grad))
+        self._complete(backward, param, grad if total is None else total.add_(grad))
         backward.waiting[index].discard(param)
         while backward.num_done < len(backward.parts) and not backward.waiting[backward.num_done]:
             self._take_part(backward)
+
+    def _complete(self, backward: Backward, param: nn.Parameter, grad: Tensor) -> None:
+        """The gradient of ``param`` is complete on this rank, and waits for the others of its part. One that ranks do
+        not share and that waits for the norm has nothing to do with those: it leaves for host memory alone, so that
+        the device never holds all of a part's, which as sums of micro-batches are fp32."""
+        if not (backward.waits and self.parameters.ranks.world_size == 1) or self.skip_updates:
+            self.parameters.set_pending(param, grad)
+            return
+        part = self._part_of[param]
+        key = next((part.index, part.first + i) for i, member in enumerate(part.members) if member.param is param)
+        backward.norms[key] = fp32_norm(shard := grad.reshape(-1))
+        self.held_back.park(key, shard)
 
     def _take_part(self, backward: Backward) -> None:
         """The next part's gradients are complete: reduce them, and update unless that waits for the norm."""
@@ -235,25 +248,28 @@ class InBackwardOptimizer(GroupOptimizer):
         for member in part.members:  # summed up by earlier micro-batches, and not reached by the last
             if (total := self.sums.take(member.param, member.param.device)) is not None:
                 backward.consumed = True
-                self.parameters.set_pending(member.param, total)
+                self._complete(backward, member.param, total)
+        keys = [(part.index, part.first + i) for i in range(len(part.members))]
         with self.waiting_for_ranks():
             shards, present = self.parameters.reduce(part)
         if self.parameters.ranks.world_size == 1:
+            present = [here or key in backward.norms for here, key in zip(present, keys, strict=True)]  # it has left
             reached = backward.reached[backward.num_done] = present
         backward.num_done += 1
         shards = [shard if flag else None for shard, flag in zip(shards, reached, strict=True)]
         waits = backward.waits or backward.tries or self.skip_updates
         used = shards if waits else self.updates.in_fp32_on_cpu(shards)
-        for i, (shard, converted, here) in enumerate(zip(shards, used, present, strict=True)):
-            backward.present[part.index, part.first + i] = here
+        for key, shard, converted, here in zip(keys, shards, used, present, strict=True):
+            backward.present[key] = here
             if shard is not None:
-                norm = fp32_norm(shard, None if converted is shard else converted)
-                backward.norms[part.index, part.first + i] = norm
+                backward.norms[key] = fp32_norm(shard, None if converted is shard else converted)
         shards = used
         if self.skip_updates:
             return
         if backward.waits or backward.tries:
-            self.held_back.park(part, shards)
+            for key, shard in zip(keys, shards, strict=True):
+                if shard is not None:
+                    self.held_back.park(key, shard)
         if backward.waits:
             return
         self.parameters.begin_part(part)

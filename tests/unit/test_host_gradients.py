@@ -75,6 +75,18 @@ def test_in_another_order_than_they_came(kept, monkeypatch):
         assert kept.take(0, CPU) is None
 
 
+def test_the_order_in_which_they_come_back(kept):
+    """What is on its way first, then as they came."""
+    kept.room_bytes = 4 * 3
+    for key in (4, 0, 3, 2, 1):
+        kept.add(key, torch.ones(SIZES[key]).bfloat16())
+    kept.take(0, CPU)
+    assert list(kept._coming) == [] and kept.in_order([0, 1, 2, 3, 7]) == [3, 2, 1]
+    kept.room_bytes = 4 * 64
+    kept.take(2, CPU)
+    assert list(kept._coming) == [4] and kept.in_order([1, 3, 4]) == [4, 3, 1]
+
+
 def test_what_is_closed_keeps_no_buffer(kept):
     fill(kept)
     kept.take(0, CPU)
@@ -130,3 +142,51 @@ def test_what_is_not_wanted_any_more(kept, end, monkeypatch):
     assert events == ["wait"] * (len(SIZES) - 1) and not len(kept)  # whose memory is written must not be freed
     expected = fill(kept)
     assert all(torch.equal(kept.take(key, CPU), total) for key, total in enumerate(expected))
+
+
+@pytest.mark.parametrize("end", ["clear", "forget"])
+def test_what_was_leaving_gives_its_memory_back(kept, end, monkeypatch):
+    """After a wait: the copies are still to come."""
+    fill(kept)
+    leaving, events = len(kept._leaving), events_of(kept, monkeypatch)
+    assert leaving
+    getattr(kept, end)()
+    assert events == ["wait"] * leaving and not kept._leaving
+
+
+class LateThread:
+    """Runs what it is given, in order, when somebody waits for it."""
+
+    def __init__(self):
+        self.queue = []
+
+    def submit(self, work, *args):
+        job = Job(self.queue, work, args)
+        self.queue.append(job)
+        return job
+
+    def shutdown(self, wait):
+        pass
+
+
+class Job:
+    def __init__(self, queue, work, args):
+        self.queue, self.work, self.args = queue, work, args
+
+    def result(self):
+        while self in self.queue:
+            job = self.queue.pop(0)
+            job.work(*job.args)
+
+
+def test_nothing_is_added_to_what_was_forgotten(kept):
+    """Its buffer may have got another gradient meanwhile."""
+    kept._thread.shutdown()
+    kept._thread = LateThread()
+    low, high = torch.randn(50).bfloat16(), torch.randn(50)
+    kept.add("sum in fp32", low)
+    kept.forget()
+    kept.add("fp32", high)
+    assert torch.equal(kept.get("fp32"), high)
+    kept.add("another sum", low)  # waits for the first addition, whose buffer it takes
+    assert torch.equal(kept.get("fp32"), high) and torch.equal(kept.get("another sum"), low.float())
