@@ -271,7 +271,8 @@ def settle_layers(setting: Setting, micro_batches: int) -> tuple[Setting, str]:
         ),
     )  # fmt: skip
     tokens = hift.tokens_per_step or setting.batch * setting.length * micro_batches
-    choice = layers_hidden(costs, numels, tokens, split=hift.state.step_on == "split")
+    is_open = hift.state.step_on == "split" and hift.state.host_share is None
+    choice = layers_hidden(costs, numels, tokens, split=is_open)
     size = "all" if choice.num_groups == 1 else choice.group_size
     block = {**block, "group_size": size, "tokens_per_step": None}
     return replace(setting, engine_config={**setting.engine_config, "hift": block}), choice.line()

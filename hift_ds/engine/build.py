@@ -37,7 +37,7 @@ from hift_ds.precision import LossScaler, PrecisionPolicy
 from hift_ds.ranks import gather
 from hift_ds.schedule import GroupSchedule
 from hift_ds.store.choose import build_resident_store, build_split_store, build_store
-from hift_ds.store.hiding import costs_before_states, fastest_share
+from hift_ds.store.hiding import UNKNOWN_TOKENS, costs_before_states, fastest_share, layers_hidden
 from hift_ds.store.machine import Machine
 
 logger = logging.getLogger(__name__)
@@ -305,22 +305,26 @@ def host_share(
 ) -> float:
     """The share of the parameters that the host updates beside the device: as configured, or what measured speeds say
     is fastest, on all ranks alike."""
-    state, device = facts.hift.state, facts.device
+    hift, state, device = facts.hift, facts.hift.state, facts.device
     if state.host_share is not None:
         return state.host_share
-    parts = [part for index in sorted(groups) if index != ALWAYS for part in groups[index].parts]
+    rotating = [groups[index] for index in sorted(groups) if index != ALWAYS]
+    parts = [part for group in rotating for part in group.parts]
     numels = [sum(member.whole_numel for member in part.members) for part in parts]
     weight = parts[0].members[0].param
     keys = {} if parameters.whole_tensors else piecewise.elementwise_keys(device)
     moments = sum(dtype.itemsize for dtype in keys.values()) or 4
     costs = costs_before_states(
-        device, weight.dtype, moments, state, max(numels), facts.ranks.world_size, facts.hift.master_weights,
+        device, weight.dtype, moments, state, max(numels), facts.ranks.world_size, hift.master_weights,
         facts.parked_bytes(weight.dtype),
     )  # fmt: skip
-    tokens = facts.hift.tokens_per_step or 1  # where they are not known: as if nothing hid the link
-    group_size = facts.hift.first_group_size
-    size = len(numels) if group_size in ("all", 1) else int(group_size)
-    share = gather(fastest_share(costs, numels, size, tokens))[0]
+    if hift.group_size == "auto" and hift.tokens_per_step is not None:
+        share = layers_hidden(costs, numels, hift.tokens_per_step, split=True).costs.share
+    else:
+        # Where a step's tokens are not known: as if nothing hid the link. "auto" then finds its size for this share.
+        size = len(parts) if hift.group_size == "auto" else max(len(group.parts) for group in rotating)
+        share = fastest_share(costs, numels, size, UNKNOWN_TOKENS)
+    share = gather(share)[0]
     if facts.rank == 0:
         logger.info("step_on split: the host updates %.0f %% of the parameters (%s)", 100 * share, costs.rates())
     return share

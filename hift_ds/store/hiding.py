@@ -21,6 +21,8 @@ PATIENCE = 0.05  # of a step's computing may be spent waiting: then the link sti
 SAME = 0.01  # step times that differ by less count as one
 NUM_SHARES = 20  # shares of the host that are compared: 0, 1/20, 2/20 ... 1
 MOST_TOKENS = 1 << 26
+ROUNDING = 1e-12  # of a step: what is less was not waited for
+UNKNOWN_TOKENS = 1  # of a step: as if nothing hid the link
 _ASSUMED_LINK = Link(ASSUMED_SPEEDS.link, ASSUMED_SPEEDS.link)
 
 
@@ -115,7 +117,7 @@ class BackwardCosts:
             both_ways=state.first_slots > 1,
             prefetch=state.prefetch,
             ranks=ranks,
-            share=float(state.step_on == "host"),
+            share=float(state.step_on == "host") if state.host_share is None else state.host_share,
             beside=state.step_on != "host",
             parked_bytes=parked_bytes,
         )
@@ -164,7 +166,7 @@ class BackwardCosts:
             clock = max(ready, link_free if moved > at_once else arrived) + on_device
             computing += 4 * numel * token_s + on_device
             if moved <= at_once:
-                link_free = arrived if not vacant else max(arrived, gradients_back if parked else 0.0)
+                link_free = arrived
             updated.append((at_once, clock))
             if self.share:
                 mine = numel / self.ranks * self.share
@@ -178,7 +180,8 @@ class BackwardCosts:
                     continue
                 host_free = max(host_free, ready + down) + mine * self.host_s + up
                 link_free += max(down, up) if self.link is not None else 0.0
-        return computing, max(clock, host_free) - computing
+        waiting = max(clock, host_free) - computing
+        return computing, waiting if waiting > ROUNDING * computing else 0.0
 
     def _vacant_at(self, updated: Sequence[tuple[float, float]], wanted: float) -> float:
         """When enough of what came before has been updated for ``wanted`` more parameters to have room."""

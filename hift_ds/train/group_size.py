@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from hift_ds.hf.model_structure import build_on_meta, read_task_config
 from hift_ds.layers.arch import find_arch
 from hift_ds.layers.grouping import LayerGroup, partition_model
 from hift_ds.optim.clip_in_backward import parked_bytes
-from hift_ds.store.hiding import BackwardCosts
+from hift_ds.store.hiding import UNKNOWN_TOKENS, BackwardCosts, fastest_share
 from hift_ds.train.card import Card
 from hift_ds.train.settings import Settings, max_grad_norm
 from hift_ds.train.tasks import TASKS
@@ -288,6 +288,9 @@ def _link_rule(
                 ranks,
             ),
         )  # fmt: skip
-        return costs.hides(parts, -(-len(parts) // len(groups)), tokens)
+        size = -(-len(parts) // len(groups))
+        if block.state.step_on == "split" and block.state.host_share is None:  # as the engine will choose
+            costs = replace(costs, share=fastest_share(costs, parts, size, UNKNOWN_TOKENS))
+        return costs.hides(parts, size, tokens)
 
     return is_hidden

@@ -19,7 +19,7 @@ from hift_ds.engine.engine import HiFTEngine
 from hift_ds.errors import ConfigError, HiFTError, StateStoreError, TrainingError
 from hift_ds.optim.host_gradients import ROOM_BYTES
 from hift_ds.reference import ReferenceHiFT
-from hift_ds.store.hiding import HiddenLayers
+from hift_ds.store.hiding import BackwardCosts, HiddenLayers, fastest_share, layers_hidden
 from hift_ds.store.machine import HostBytes, Machine
 from hift_ds.store.speeds import Link
 from tests.distributed.test_partitioned import KEEP_NOTHING
@@ -498,6 +498,39 @@ def test_a_checkpoint_keeps_the_hosts_share(tmp_path, monkeypatch, caplog):
         one.destroy()
 
 
+@pytest.mark.parametrize(
+    ("hift", "num_parts"),
+    [({"group_size": 1}, 1), ({"group_size": 2}, 2), ({"group_size": 9}, 5), ({"group_size": "all"}, 5),
+     ({"group_size": "auto"}, 5), ({"groups": [["layers", "embed"], ["norm", "head"]]}, 4),
+     ({"group_size": 1, "update": "after_backward"}, 1), ({"group_size": 1, "always_active": ["gain"]}, 1)],
+)  # fmt: skip
+def test_the_hosts_share_is_that_of_the_groups_that_are_trained(hift, num_parts, monkeypatch):
+    """Forward takes 1.5 s, a block's states 1.2 s and its backward 0.8 s: one layer a group waits for nothing and
+    leaves the host nothing to do; several wait."""
+    link, host_link = Link(2000, 2000), Link(1e9, 1e9)
+    costs = BackwardCosts(12, 200, flops_s=1000, link=link, host_link=host_link, device_s=0, host_s=1e-4)
+    monkeypatch.setattr("hift_ds.engine.build.costs_before_states", lambda *args: costs)
+    engine = make_engine(Toy(), in_backward(ds_config(), state={"step_on": "split", "slots": 2}, **hift))
+    share, block = engine.optimizer.states.split.share, 195 if "always_active" in hift else 196
+    assert share == fastest_share(costs, [77, block, block, block, 102], num_parts, 1)
+    assert (share == 0.0) == (num_parts == 1)
+    engine.destroy()
+
+
+def test_the_hosts_share_is_found_with_the_group_size_where_tokens_are_known(monkeypatch):
+    """Both at once, as an estimate finds them, and not the share of steps of all layers."""
+    link, host_link = Link(400, 400), Link(1e9, 1e9)
+    costs = BackwardCosts(12, 400, flops_s=1000, link=link, host_link=host_link, device_s=0, host_s=0.02)
+    monkeypatch.setattr("hift_ds.engine.build.costs_before_states", lambda *args: costs)
+    hift = {"group_size": "auto", "tokens_per_step": 2, "state": {"step_on": "split", "slots": 2}}
+    engine = make_engine(Toy(), in_backward(ds_config(), **hift))
+    numels = [77, 196, 196, 196, 102]
+    found = layers_hidden(costs, numels, 2, split=True)
+    assert found.group_size < 5 and found.costs.share != fastest_share(costs, numels, 5, 2)
+    assert engine.optimizer.states.split.share == found.costs.share
+    engine.destroy()
+
+
 def test_the_host_takes_part_by_what_is_measured():
     config = in_backward(ds_config(), group_size="all", state={"step_on": "split"})
     engine = make_engine(Toy(), config)
@@ -646,6 +679,23 @@ def test_what_waits_for_the_norm_takes_the_bytes_that_were_expected(options, num
     assert {tensor.element_size() for tensor in waiting} == {num_bytes}
     assert measured_costs(engine).parked_bytes == num_bytes
     engine.step()
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_gradient_that_waits_for_the_norm_leaves_alone(stage):
+    """And not with those of its part, all of which would be on the device at once, in fp32 as sums of micro-batches."""
+    engine = make_engine(Toy(), in_backward(ds_config(gas=2, clip=0.05, stage=stage, **BF16), group_size="all"))
+    kept, num_kept = engine.optimizer.held_back.gradients, []
+    params = [param for param in engine.module.parameters() if param.requires_grad]
+    hooks = [param.register_post_accumulate_grad_hook(lambda _: num_kept.append(len(kept))) for param in params]
+    for batch in make_batches(2):
+        num_kept.clear()
+        engine.backward(loss_of(engine, batch))
+        engine.step()
+    assert num_kept == list(range(1, len(params) + 1)) and not len(kept)
+    for hook in hooks:
+        hook.remove()
     engine.destroy()
 
 

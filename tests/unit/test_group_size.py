@@ -167,6 +167,16 @@ def test_the_link_in_backward_knows_of_the_norm():
     assert unclipped == 5 and len(set(found)) > 2, found  # a block's states come in 0.1 s, its backward takes 0.13
 
 
+def test_the_link_knows_of_the_hosts_share():
+    """A block's states, 12 bytes a parameter, are hidden by its backward from 16 GB/s on (two slots hide some more),
+    and on half of that where the host updates half of them."""
+    split = {"update": "in_backward", "state": {"slots": 2, "step_on": "split"}}
+    sizes = [size_on(7e9, {**split, "state": {**split["state"], **share}}, max_grad_norm=0.0)
+             for share in ({}, {"host_share": 0.5}, {"host_share": 0.0})]  # fmt: skip
+    alone = {"update": "in_backward", "state": {"slots": 2}}
+    assert sizes[2] == size_on(7e9, alone, max_grad_norm=0.0) < sizes[1] <= sizes[0] == 5
+
+
 def test_the_length_of_a_run_comes_from_its_data_or_is_not_known():
     model = ModelSizes(model_zoo.config("smollm2_135m"))
     assert "not known" in choose_groups(settings_of(), "fp32", 512, None, model, None)[1][0]

@@ -259,11 +259,17 @@ def test_layers_that_the_link_hides_by_assumed_speeds():
         setting = Setting("llama2_7b", config, batch=batch, length=1024)
         settled, line = estimate_module.settle_layers(setting, 2)
         assert f"at {2 * batch * 1024:,} tokens" in line and settled.engine_config["hift"]["tokens_per_step"] is None
+        said.append(line)
         return settled.engine_config["hift"]["group_size"]
+
+    said: list[str] = []
 
     assert 1 <= size(1) < size(4) < 34 and size(64) == "all"
     assert size(1, {"residency": "device"}) == "all"
     assert 1 < size(64, clip=1.0) < 34 and size(64, clip=1.0, clipping="per_part") == "all"
+    for share, words in (({"host_share": 0.1}, ", 10% updated on the host)"), ({}, "and waits 0 s for")):
+        assert size(1, {"step_on": "split", **share}) == 2  # what is given holds; of two layers the link needs no help
+        assert words in said[-1] and ("on the host" in said[-1]) == bool(share)
 
 
 def test_what_readme_says_a_model_needs_is_what_the_script_counted():
