@@ -89,8 +89,8 @@ PAGE = """\
 `python benchmarks/in_backward_memory.py`. AdamW, bf16 weights with fp32 masters, every weight in every step, blocks
 recomputed, chunked loss, slices of 2^23 elements in two slots (or whole parts, whose transfers are hidden), clipped
 exactly. Gradients that wait for the norm, and sums of micro-batches, which are fp32, rest in host memory; those that
-are leaving or coming back are on the device. Counted on a fake device, not measured on a GPU; the driver's context and
-fragmentation come on top.
+are leaving or coming back are on the device (one that leaves alone, on one rank, counts among temporaries). Counted on
+a fake device, not measured on a GPU; the driver's context and fragmentation come on top.
 
 | model, batch x length | goal, GiB | peak, GiB | where | at the peak, GiB |
 |---|---|---|---|---|

@@ -4,9 +4,10 @@
 
 writes benchmarks/results/in_backward_tokens.md.
 
-The arithmetic of ``"group_size": "auto"`` (``hift_ds.store.hiding``) with the sustained rates that
-``benchmarks/timeline.py`` assumes for each card; neither measured nor driven by the engine's log. LLaMA-2-7B, AdamW,
-one rank, no recomputation; whole parts in slots.
+The arithmetic of ``"group_size": "auto"`` and of ``hift-ds estimate`` (``hift_ds.store.hiding``) with the sustained
+rates that ``benchmarks/timeline.py`` assumes for each card; neither measured nor driven by the engine's log, as the
+tokens of benchmarks/results/timeline_in_backward.md are. LLaMA-2-7B, AdamW, one rank, no recomputation; whole parts in
+slots.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks" / "results" / "in_backward_tokens.md"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from timeline import CARDS  # noqa: E402
+from timeline import CARDS, IN_BACKWARD  # noqa: E402
 
+from hift_ds.config import StateConfig  # noqa: E402
 from hift_ds.store.hiding import BackwardCosts, layers_hidden, tokens_that_hide  # noqa: E402
-from hift_ds.store.speeds import ASSUMED_SPEEDS, Link  # noqa: E402
+from hift_ds.store.speeds import ASSUMED_SPEEDS, Speeds  # noqa: E402
 
 BLOCK, EDGE, NUM_BLOCKS = 202_383_360, 131_072_000, 32
 PARTS = [EDGE, *[BLOCK] * NUM_BLOCKS, EDGE + 4096]
-BYTES = {"none": 12.0, "split_master": 10.0, "split_master+int8_moments": 4.03}
+WEIGHT_BYTES = 2  # of a parameter, and of its gradient
 SLOTS = (2, 8)
 TOKENS = (4096, 16384)
 
@@ -47,29 +48,40 @@ host's help is `"step_on": "split"` with an update of {host_ns:g} ns a parameter
 """
 
 
-def costs_of(name: str, codec: str, slots: int) -> BackwardCosts:
-    """Of one of ``CARDS``. An update reads and writes a parameter's states, gradient and weight."""
+def costs_of(name: str, codec: str, slots: int, is_clipped: bool = False) -> BackwardCosts:
+    """What an estimate would assume on one of ``CARDS``. An update reads and writes a parameter's states, gradient and
+    weight.
+
+    Args:
+        is_clipped: exactly.
+    """
     card = CARDS[name]
-    return BackwardCosts(
-        BYTES[codec], slots * BLOCK, card.flops_s, Link(card.link_s, card.link_s),
-        device_s=32 / card.bytes_s, host_link=Link(card.link_s, card.link_s),
-    )  # fmt: skip
+    state = StateConfig(slots=slots, codec=() if codec == "none" else codec)  # type: ignore[arg-type]  # is parsed
+    speeds = Speeds(card.flops_s, card.link_s, device_s=32 / card.bytes_s)
+    parked = WEIGHT_BYTES if is_clipped else None
+    return BackwardCosts.assumed(
+        WEIGHT_BYTES, max(PARTS), state, masters=True, ranks=1, parked_bytes=parked, speeds=speeds
+    )
 
 
 def table() -> Iterator[str]:
-    yield ("| card | `codec` | bytes each way | slots | all layers hidden from, tokens | layers a step at "
-           + " | at ".join(f"{tokens:,} tokens" for tokens in TOKENS)
+    yield ("| card | `codec` | bytes each way | slots | all layers hidden from, tokens | clipped exactly, from | "
+           "layers a step at " + " | at ".join(f"{tokens:,} tokens" for tokens in TOKENS)
            + f" | clipped exactly, at {TOKENS[-1]:,} | with the host's help |")  # fmt: skip
-    yield "|---|---|---|---|---|" + "---|" * (len(TOKENS) + 2)
-    for name, codec, slots in itertools.product(CARDS, BYTES, SLOTS):
-        costs = costs_of(name, codec, slots)
+    yield "|---|---|---|---|---|---|" + "---|" * (len(TOKENS) + 2)
+    for name, codec, slots in itertools.product(CARDS, IN_BACKWARD, SLOTS):
+        costs, clipped = costs_of(name, codec, slots), costs_of(name, codec, slots, is_clipped=True)
         sizes = [layers_hidden(costs, PARTS, tokens).group_size for tokens in TOKENS]
-        sizes.append(layers_hidden(replace(costs, parked_bytes=2), PARTS, TOKENS[-1]).group_size)
+        sizes.append(layers_hidden(clipped, PARTS, TOKENS[-1]).group_size)
         split = layers_hidden(costs, PARTS, TOKENS[0], split=True)
         helped = f"{split.group_size} at {TOKENS[0]:,} ({split.costs.share:.0%} on the host)"
-        tokens = tokens_that_hide(costs, PARTS)
-        enough = f"{tokens:,}" if tokens else "never"
-        yield f"| {name} | {codec} | {BYTES[codec]:g} | {slots} | {enough} | {' | '.join(map(str, sizes))} | {helped} |"
+        enough = " | ".join(_or_never(tokens_that_hide(each, PARTS)) for each in (costs, clipped))
+        moved = f"{costs.state_bytes:.3g}"
+        yield f"| {name} | {codec} | {moved} | {slots} | {enough} | {' | '.join(map(str, sizes))} | {helped} |"
+
+
+def _or_never(tokens: int | None) -> str:
+    return f"{tokens:,}" if tokens else "never"
 
 
 def main() -> None:
