@@ -19,7 +19,6 @@ from hift_ds.engine.facts import facts_of
 from hift_ds.engine.fp32_bits import cast_and_keep_bits
 from hift_ds.engine.lifetime import Lifetime, end_earlier_engine
 from hift_ds.engine.memory_forecast import MemoryForecast
-from hift_ds.engine.norm_statistics import NormStatistics
 from hift_ds.engine.step_notes import StepNotes
 from hift_ds.forecast.advice import Adviser
 from hift_ds.layers.grouping import LayerGroup
@@ -62,7 +61,6 @@ class HiFTEngine(SeamEngine):
             self.optimizer.lr.watch(self.lr_scheduler)
             self.auto_groups.settle_by_config()
             self.notes.say_at_start()
-            self._statistics = NormStatistics(self.module)
             self.savings = ActivationSavings(self.module, self.hift.activations, self.optimizer.weight_names())
 
     @property
@@ -110,7 +108,6 @@ class HiFTEngine(SeamEngine):
         if self.life.has_ended:
             return self.module(*inputs, **kwargs)
         self.auto_groups.settle_by_inputs(inputs, kwargs)
-        self._statistics.before_forward(self.global_steps)
         self.optimizer.enter()
         self.memory.note_shape([*inputs, *kwargs.values()], has_mask=kwargs.get("attention_mask") is not None)
         active = [group.index for group in self.optimizer.active_groups]

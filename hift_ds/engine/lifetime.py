@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from hift_ds.engine.checkpointer import Checkpointer
 from hift_ds.engine.deepspeed_seam import HiFTOptimizer, SeamEngine, finish_device_work
 from hift_ds.engine.memory_forecast import MemoryForecast
+from hift_ds.engine.shared_buffers import SharedBuffers
 from hift_ds.errors import HiFTError
 from hift_ds.optim.trainable_flags import containers_of
 from hift_ds.store.page_locked import return_page_locked
@@ -75,21 +76,27 @@ class Lifetime:
         self, optimizer: HiFTOptimizer, settle: Callable[[tuple[Any, ...], Mapping[str, Any]], None]
     ) -> None:
         """Tell ``optimizer`` of each forward, wherever it enters: at the model, or at what lies between the model and
-        its groups (TRL calls the backbone, say, and not the engine).
+        its groups (TRL calls the backbone, say, and not the engine). The first of a step brings the buffers too.
 
         Args:
             settle: called with the forward's arguments, before the active groups get their flags.
         """
 
+        model = self._engine.module
+        buffers = SharedBuffers(model, self._engine.device)
+
+        entrances: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
         def enter(module: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> None:
-            if self.was_left():
+            if module not in entrances or self.was_left():  # a deep copy (an average of weights) has the hooks too
                 return
             settle(inputs, named_inputs)
+            buffers.before_forward(self._engine.global_steps)
             optimizer.enter()
 
-        model = self._engine.module
         groups = ([member.param for member in group.members] for group in optimizer.groups.values())
         for module in (model, *containers_of(model, groups)):
+            entrances.add(module)
             self.hooks.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
 
     def end_training(self, failed: bool) -> None:

@@ -3,6 +3,7 @@ own, one rank."""
 
 from __future__ import annotations
 
+import copy
 import gc
 from types import SimpleNamespace
 
@@ -116,6 +117,21 @@ def test_only_the_active_group_gets_gradients_where_a_forward_goes_past_the_engi
     engine.backward(model.backbone(*BATCH))
     assert seen == [False, True]
     engine.step()
+
+
+def test_a_deep_copy_is_nothing_of_the_engines():
+    """An average of the weights, made and evaluated while training goes on, maybe on one rank alone."""
+    model = Toy()
+    engine = make_engine(model, ds_config())
+    rotate(engine, 1)
+    twin = copy.deepcopy(model)
+    twin(*BATCH).backward()
+    assert all(flags_of(model).values()) and all(param.grad is not None for param in twin.parameters())
+    with torch.no_grad():
+        assert torch.equal(twin(*BATCH), model(*BATCH))
+    rotate(engine, 4)
+    assert set(engine.coverage().values()) == {1}
+    engine.destroy()
 
 
 class Stop(BaseException):

@@ -43,6 +43,33 @@ class Normalized(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
 
 
+class Remembers(nn.Module):
+    """With buffers that its forward changes by the rows that it sees and computes with, written to and replaced, and a
+    table that each rank has made otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB)
+        self.register_buffer("average", torch.zeros(8))
+        self.register_buffer("num_tokens", torch.zeros((), dtype=torch.long))
+        self.register_buffer("seen", torch.zeros(VOCAB, dtype=torch.bool))
+        self.register_buffer("spread", torch.ones(8, 1).expand(8, 2).T)  # its elements do not lie one after the other
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        self.register_buffer("table", torch.full((8,), 1.0 + rank), persistent=False)
+
+    def forward(self, input_ids: Any, labels: Any, attention_mask: Any = None) -> dict[str, Any]:
+        hidden = self.embed(input_ids)
+        if self.training:
+            with torch.no_grad():
+                self.average = 0.9 * self.average + 0.1 * hidden.mean((0, 1))
+                self.num_tokens += int(input_ids.sum())
+                self.seen[input_ids.flatten()] = True
+        share = 1 + self.seen.float().mean() + 1e-4 * self.num_tokens
+        logits = self.head((hidden - self.average) * self.table * share * self.spread[0])
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
 CASES: dict[str, dict[str, Any]] = {
     "tokens of all ranks": {"gradient_accumulation_steps": 3, "max_grad_norm": 0.1},
     "tokens of each rank": {"gradient_accumulation_steps": 3, "average_tokens_across_devices": False},
@@ -57,6 +84,11 @@ CASES: dict[str, dict[str, Any]] = {
         "ddp_find_unused_parameters": True, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2,
         "trainer": {"eval_dataset": ragged_dataset(9, seed=9)},
     },
+    "other buffers": {
+        "make_model": Remembers, "gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+        "per_device_eval_batch_size": 2, "trainer": {"eval_dataset": ragged_dataset(9, seed=9)},
+    },
+    "other buffers, in shards": {"make_model": Remembers, "ds": PARTITIONED, "atol": ROUNDING_OF_RANKS},
     "length groups": {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 1},
 }  # fmt: skip
 
