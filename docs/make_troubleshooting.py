@@ -100,6 +100,22 @@ def _text(node: ast.expr) -> str:
 # first.
 EXPLAINED = [
     (
+        r"ranks do not run the same modules",
+        "With ZeRO-3 the ranks gather each module's weights together, so that all must run the same modules in the same order. DeepSpeed gathers a *leaf module* with all that is in it, whatever runs inside: `leaf_module` in the config, or `deepspeed.utils.set_z3_leaf_modules(model, [MoEBlock])` before the engine is made ([zero3.md](zero3.md#modules-that-only-some-ranks-run)).",
+    ),
+    (
+        r"the weights are evaluated in the shards",
+        "transformers casts the model for evaluation outside of training, which weights in shards do not allow.",
+    ),
+    (
+        r"is of evaluation alone",
+        "`bf16_full_eval` and `fp16_full_eval` ask for evaluation in 16 bits; the DeepSpeed config decides what training is in.",
+    ),
+    (
+        r"complex weights are not trained",
+        "Masters, clipping and compact states are of real numbers. The same weights as pairs of real ones train as with torch's optimizers.",
+    ),
+    (
         r"so that settings which differ",
         "The run goes on, with the settings of the run file; nobody can say which of them are others than when the checkpoint was saved. An earlier version's checkpoints have no such file.",
     ),
@@ -453,6 +469,20 @@ def explanation(message: Message) -> str | None:
     return None
 
 
+WITHOUT_A_LINE = [
+    "",
+    "## What ends without a line of ours",
+    "",
+    "**ZeRO-3: `op.preamble.length <= op.nbytes ... collective mismatch` and SIGABRT (gloo), or all ranks wait (NCCL).** One rank",
+    "has run a module that another has not: an expert, or a branch that depends on the data. Where that is seen before weights are",
+    "gathered it is a line (above); a module that comes last before ranks exchange something else is not. The ways out are the same:",
+    "[zero3.md](zero3.md#modules-that-only-some-ranks-run).",
+    "",
+    "**A rank is killed, or the machine stops.** `hift-ds train` names the rank, its step, its group and the checkpoint to go on from;",
+    "SIGKILL without more is mostly the system's, for want of host memory (`dmesg`).",
+]
+
+
 def page() -> str:
     lines = [
         "# Troubleshooting",
@@ -470,7 +500,7 @@ def page() -> str:
         text = message.text.replace("|", "\\|")
         mark = " (warning)" if message.kind == "warning" else ""
         lines.append(f"| `{text.replace('`', chr(39))}`{mark} | {explanation(message) or '?'} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *WITHOUT_A_LINE]) + "\n"
 
 
 def main() -> int:

@@ -71,6 +71,12 @@ def build_optimizers(
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             raise ConfigError(f"{name}: sparse gradients (sparse=True) are not supported; set sparse=False")
+    for name, param in model.named_parameters():
+        if param.is_complex() and param.requires_grad:
+            raise ConfigError(
+                f"{name}: complex weights are not trained; keep torch.view_as_real of it, and torch.view_as_complex in "
+                "the forward"
+            )
     flags = TrainableFlags(model)
     entries = model_parameters if client_optimizer is None else client_optimizer.param_groups
     with unmanaged_set_aside(model, entries, facts.rank), contextlib.ExitStack() as on_failure:

@@ -86,6 +86,7 @@ class StepNotes:
         self.loss: Tensor | None = None
         self._averages = True  # the losses of a step's micro-batches are averaged, not summed
         self._said_not_finite = False
+        self._said_unreached: set[int] = set()  # groups
         self._slow = SlowSteps()
         self._ended_at: float | None = None
 
@@ -154,6 +155,7 @@ class StepNotes:
             waits=_together(traffic.waits, optimizer.take_waits()),
         )
         self._warn_if_not_finite(report)
+        self._warn_if_unreached(report)
         self._say_what_steps_wait_for(report)
         return report
 
@@ -187,4 +189,17 @@ class StepNotes:
             "step %d (group %s): the gradient norm is %s and no loss scale skips the step: its weights are not numbers "
             "any more; lower the learning rate, clip gradients, or look at this step's rows",
             report.step + 1, report.group_name, report.grad_norm,
+        )  # fmt: skip
+
+    def _warn_if_unreached(self, report: StepReport) -> None:
+        """Warn of a group to which backward has brought no gradient in its first turn, on no rank: a run's end would
+        come too late to say that nothing of it was trained."""
+        unreached = not report.skipped and not any(self._engine.optimizer.num_updates[report.group])
+        if not unreached or report.group in self._said_unreached or self._engine.global_rank:
+            return
+        self._said_unreached.add(report.group)
+        logger.warning(
+            "step %d: no gradient has reached group %s: its layers take no part in the loss, or reentrant activation "
+            "checkpointing cuts them off, which gives a layer none whose input needs none; set use_reentrant=False",
+            report.step + 1, report.group_name,
         )  # fmt: skip

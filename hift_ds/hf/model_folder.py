@@ -208,6 +208,12 @@ def read_config_json(folder: Path, key: str = "model.path") -> dict[str, Any]:
 def _check_architecture(
     config: Mapping[str, Any], folder: Path, key: str, trust_remote_code: bool, auto_class: str
 ) -> None:
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{key}: {str(folder)!r} holds an adapter beside the model (adapter_config.json), which transformers would "
+            "load over the model that it names, where PEFT is installed; remove the adapter's files, or merge it and "
+            "give the folder of the result"
+        )
     model_type, known = config.get("model_type"), classes_by_model_type(auto_class)
     if "auto_map" in config and model_type not in known:
         if not trust_remote_code:

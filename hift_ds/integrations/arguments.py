@@ -8,8 +8,10 @@ import os
 from collections import UserDict
 from typing import Any
 
+import torch
 from accelerate import DeepSpeedPlugin
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from hift_ds.config import BLOCK, HiFTConfig, check_against_deepspeed, parse_block, parsed
 from hift_ds.errors import ConfigError
@@ -40,6 +42,34 @@ def zero_optimization_may_be_left_out() -> None:
 zero_optimization_may_be_left_out()
 
 
+def auto_is_the_dtype_of_training() -> None:
+    """Let ``"bf16": {"enabled": "auto"}`` of a DeepSpeed config with a "hift" block, and fp16's, be what training is to
+    be in, from now on.
+
+    transformers fills it with ``bf16 or bf16_full_eval`` while TrainingArguments are made: who asks for evaluation in
+    bf16 alone would train in bf16 too.
+    """
+    process = HfTrainerDeepSpeedConfig.trainer_config_process
+    if hasattr(process, "__wrapped__"):
+        return
+
+    @functools.wraps(process)
+    def for_training(config: HfTrainerDeepSpeedConfig, args: TrainingArguments, *more: Any, **options: Any) -> None:
+        autos = [dtype for dtype in ("fp16", "bf16") if BLOCK in config.config and config.is_auto(f"{dtype}.enabled")]
+        process(config, args, *more, **options)
+        for dtype in autos:
+            if getattr(args, f"{dtype}_full_eval") and not getattr(args, dtype):
+                config.config[dtype]["enabled"] = False
+        if autos:  # what floating-point inputs become
+            low = {"bf16": torch.bfloat16, "fp16": torch.float16}
+            config._dtype = next((low[dtype] for dtype in low if config.is_true(f"{dtype}.enabled")), torch.float32)
+
+    HfTrainerDeepSpeedConfig.trainer_config_process = for_training
+
+
+auto_is_the_dtype_of_training()
+
+
 def check_arguments(args: TrainingArguments | None) -> None:
     """Find what can be known to be wrong before a model is touched."""
     plugin = getattr(args, "deepspeed_plugin", None)
@@ -58,6 +88,7 @@ def check_arguments(args: TrainingArguments | None) -> None:
     _check_output(args)
     _complete(args, config)
     _check_agreement(args, config)
+    _check_dtype_of_evaluation(args, config)
     _check_processes(args)
     _require_non_reentrant_checkpointing(args)
 
@@ -124,6 +155,24 @@ def _check_agreement(args: TrainingArguments, config: dict[str, Any]) -> None:
             '"gradient_clipping"; add it as "auto"',
             args.max_grad_norm,
         )
+
+
+def _check_dtype_of_evaluation(args: TrainingArguments, config: dict[str, Any]) -> None:
+    for dtype in ("bf16", "fp16"):
+        asked, trains = f"{dtype}_full_eval", (config.get(dtype) or {}).get("enabled") is True
+        if not getattr(args, asked):
+            continue
+        if not trains and config["zero_optimization"]["stage"] == 3:
+            raise ConfigError(
+                f'{asked}: with "zero_optimization.stage": 3 the weights are evaluated in the shards, and so in the '
+                f"dtype, that training has left; leave it out, or train with {dtype}=True"
+            )
+        if trains and not getattr(args, dtype) and args.process_index == 0:
+            logger.warning(
+                '%s is of evaluation alone, but "%s.enabled" is true in the DeepSpeed config, so that training is in '
+                '%s too; write "auto" there to train in fp32',
+                asked, dtype, dtype,
+            )  # fmt: skip
 
 
 def _check_processes(args: TrainingArguments) -> None:

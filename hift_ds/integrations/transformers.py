@@ -32,7 +32,7 @@ from hift_ds.checkpoint.files import write_errors
 from hift_ds.engine.deepspeed_seam import DeepSpeedEngine
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.engine.initialize import hift_engines
-from hift_ds.engine.zero3.export import export_partitioned
+from hift_ds.engine.zero3.export import export_partitioned, whole_weights
 from hift_ds.engine.zero3.shards import is_partitioned
 from hift_ds.errors import CheckpointError, ConfigError, OutOfMemory
 from hift_ds.hf.export import savable_generation_config
@@ -182,8 +182,12 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
                 self.neftune_hook_handle.remove()
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate as the Trainer does; possible before :meth:`train` too, with the model as it was given."""
-        with explains_evaluation(self.args.per_device_eval_batch_size):
+        """Evaluate as the Trainer does; possible before :meth:`train` too, with the model as it was given. Outside of
+        training in 16 bits if the arguments say so (``bf16_full_eval``), after which the weights are again what they
+        were: the Trainer would leave them rounded, to be saved and trained on."""
+        casts = not self.is_in_train and (self.args.bf16_full_eval or self.args.fp16_full_eval)
+        kept = _weights_come_back(self.model) if casts else contextlib.nullcontext()
+        with explains_evaluation(self.args.per_device_eval_batch_size), kept:
             return self._evaluation_loop(*args, **kwargs)
 
     def _evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -225,6 +229,9 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         """All ranks gather, one weight at a time; rank 0 writes. The Trainer's checkpoints hold the weights in the
         engine's own file already, which gets a second name; where ``from_pretrained`` would want other tensors they are
         gathered for those too, if DeepSpeed's key says so."""
+        if _has_adapters(self.model):
+            self._save_adapters(output_dir)
+            return
         tokenizer = saved_by_trainer(self.processing_class, self.data_collator)
         shared = is_checkpoint and not self.args.save_only_model and has_the_form_of_a_checkpoint(self.model)
         self.engine.checkpointer.on_whole = name_beside if shared else None
@@ -239,6 +246,20 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
                 tokenizer.save_pretrained(output_dir)
         if self.args.should_save:
             torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def _save_adapters(self, output_dir: str) -> None:
+        """PEFT chooses from all weights, which rank 0 has in host memory for that, what belongs to the adapters."""
+
+        def write() -> None:
+            weights = whole_weights(self.model)
+            try:
+                if self.args.process_index == 0:
+                    self._save(output_dir, state_dict=dict(weights))
+            finally:
+                for _ in weights:  # take part in what is left to gather, also when rank 0 could not write
+                    pass
+
+        on_all_ranks(write, CheckpointError)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does, with the rate that the step used instead of the scheduler's next value, and what
@@ -262,9 +283,28 @@ class HiFTTrainer(HiFTMixin, Trainer):
     """``transformers.Trainer``, training one layer group per optimizer step."""
 
 
+def _has_adapters(model: Any) -> bool:
+    """Whether PEFT has put adapters into ``model``, around it or by ``add_adapter``."""
+    return getattr(model, "_hf_peft_config_loaded", False) or bool(getattr(model, "peft_config", None))
+
+
 def _has_other_dtype(given: Any, prepared: Any) -> bool:
     tensors = isinstance(given, torch.Tensor) and isinstance(prepared, torch.Tensor)
     return tensors and prepared.shape == given.shape and prepared.dtype != given.dtype
+
+
+@contextlib.contextmanager
+def _weights_come_back(model: torch.nn.Module) -> Iterator[None]:
+    """Inside this block the model may be cast to another dtype; afterwards its tensors are those from before."""
+    weights = [(param, param.data) for param in model.parameters()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for param, data in weights:
+            param.data = data
+        for module, named in buffers:
+            module._buffers.update(named)
 
 
 def _draws_itself(engine: HiFTEngine) -> None:

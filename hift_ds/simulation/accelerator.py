@@ -9,6 +9,7 @@ from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime.zero import partitioned_param_coordinator
 
+from hift_ds.engine.zero3.same_on_ranks import SameOnRanks
 from hift_ds.simulation import device as fake_device
 
 BACKEND = "hift_fake"
@@ -103,3 +104,4 @@ def join_fake_ranks(world_size: int) -> None:
     dist.init_process_group(BACKEND, store=FakeStore(), rank=0, world_size=world_size)
     # ZeRO-3 compares what the ranks are about to gather: there is one rank, and fake numbers compare as nothing.
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
+    SameOnRanks.can_ask = False

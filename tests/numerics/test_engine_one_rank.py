@@ -2,9 +2,11 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import hift_ds
@@ -355,6 +357,31 @@ def test_a_group_that_takes_no_part_in_the_loss_is_skipped_and_shows_in_coverage
     engine.destroy()
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_of_the_models_own_is_said_in_the_first_cycle_if_it_keeps_layers_from_training(caplog, reentrant):
+    """Reentrant: a layer whose input needs no gradient gets none, which only the last group's end would tell."""
+
+    class Checkpointed(Toy):
+        def forward(self, tokens, targets):
+            h = self.embed(tokens)
+            for layer in self.layers:
+                h = torch.utils.checkpoint.checkpoint(layer, h, use_reentrant=reentrant)
+            return nn.functional.cross_entropy(self.head(self.norm(h)).flatten(0, 1), targets.flatten())
+
+    model, twin = Checkpointed(), Toy()
+    engine, plain = make_engine(model, ds_config()), make_engine(twin, ds_config())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of inputs without gradients
+        for batch in make_batches(10):
+            train_step(engine, [batch]), train_step(plain, [batch])
+    lines = [line for line in caplog.messages if "no gradient has reached group" in line]
+    assert [line.split(":")[0] for line in lines] == ([f"step {step}" for step in (2, 3, 4)] if reentrant else [])
+    assert all("use_reentrant=False" in line for line in lines)
+    if not reentrant:
+        assert largest_difference(model, twin) == 0
+    engine.destroy(), plain.destroy()
+
+
 def test_only_the_active_group_has_gradients_and_backward_stops_at_it():
     model = Toy()
     engine = make_engine(model, ds_config(hift={"order": "top2down"}))
@@ -529,6 +556,12 @@ def test_a_weight_without_a_dimension(stage):
         torch.testing.assert_close(param, expected, atol=2e-6, rtol=0, msg=name)
 
 
+def with_complex():
+    model = Toy()
+    model.turn = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    return model
+
+
 def with_sparse_embedding():
     model = Toy()
     model.embed = torch.nn.Embedding(11, 7, sparse=True)
@@ -538,6 +571,7 @@ def with_sparse_embedding():
 @pytest.mark.parametrize(
     ("make_model", "make_optimizer", "message"),
     [
+        (with_complex, lambda ps: torch.optim.AdamW(ps), "^turn: complex weights are not trained; keep torch.view_as"),
         (Toy, lambda ps: torch.optim.LBFGS(ps), "LBFGS cannot train .* evaluates the loss several times"),
         (Toy, lambda ps: torch.optim.SparseAdam(ps), "SparseAdam cannot train .* needs sparse gradients"),
         (with_sparse_embedding, lambda ps: torch.optim.SGD(ps), "embed: sparse gradients"),

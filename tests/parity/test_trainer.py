@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -135,6 +136,36 @@ def test_schedule(tmp_path, schedule):
     ours, _ = compare(tmp_path, Trainer, llama, lr_scheduler_type=schedule, **options)
     rates = [entry["learning_rate"] for entry in ours.logs if "learning_rate" in entry]
     assert len(rates) == 5
+
+
+@pytest.mark.parametrize("asked", ["bf16", "fp16"])
+def test_evaluation_alone_in_16_bits(tmp_path, asked):
+    """The DeepSpeed config's "auto" is of training, which is in fp32; before and after it the evaluation is in 16 bits,
+    with the plain Trainer's numbers. Unlike there the weights are afterwards what they were."""
+    held_out = ragged_dataset(5, seed=9)
+    ds = {**ONE_GROUP, "fp16": {"enabled": "auto"}}
+    options = {f"{asked}_full_eval": True, "trainer": {"eval_dataset": held_out}, "eval_strategy": "steps"}
+    ours, plain = compare(tmp_path, Trainer, llama, ds=ds, eval_steps=2, **options)
+    assert {value.dtype for value in ours.weights.values()} == {torch.float32}
+    assert ours.trainer.args.hf_deepspeed_config.dtype() == torch.float32  # of pixels and the like
+    seen = set()
+    ours.trainer.model.lm_head.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    expected, after = plain.trainer.evaluate(), ours.trainer.evaluate()
+    assert after["eval_loss"] == pytest.approx(expected["eval_loss"], abs=2e-6)
+    assert seen == {torch.bfloat16 if asked == "bf16" else torch.float16}
+    assert {param.dtype for param in plain.trainer.model.parameters()} == seen
+    same(replace(ours, weights=weights_of(ours.trainer.model)), ours, atol=0)
+    assert not [n for n, buffer in ours.trainer.model.named_buffers() if buffer.dtype in seen]
+
+    before = run(tmp_path, EvaluatesBefore, llama, hift=True, ds=ds, **options, eval_steps=2)
+    same(before, ours, atol=0)
+
+
+class EvaluatesBefore(Trainer):
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.evaluate()
+        self.state.log_history.clear()
+        return super().train(*args, **kwargs)
 
 
 def test_best_model(tmp_path):

@@ -65,6 +65,8 @@ def spoil(folder: Path, how: str) -> None:
         (folder / "config.json").write_text(
             json.dumps({"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "m.M"}})
         )
+    elif how == "adapter beside a model":
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "another"}))
     elif how == "quantized":
         (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     else:
@@ -98,6 +100,7 @@ def spoil(folder: Path, how: str) -> None:
         ("remote code", ConfigError, "brings its own Python code; set model.trust_remote_code: true"),
         ("gguf", ConfigError, "'model.gguf' is a GGUF file; .*gguf_file='model.gguf'"),
         ("adapter", ConfigError, "is a LoRA adapter; merge it"),
+        ("adapter beside a model", ConfigError, "holds an adapter beside the model .adapter_config.json."),
     ],
 )
 def test_folders_that_cannot_be_trained(folder, how, error, message):

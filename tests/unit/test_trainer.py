@@ -251,6 +251,20 @@ def test_clipping_that_would_not_happen_is_said(tmp_path, caplog):
     assert "max_grad_norm=1.0 has no effect" in caplog.text
 
 
+def test_a_dtype_of_evaluation_that_training_has_too_or_that_shards_cannot_have(tmp_path, caplog):
+    make_trainer(tmp_path, bf16_full_eval=True)
+    make_trainer(tmp_path, bf16=True, bf16_full_eval=True)
+    assert "full_eval" not in caplog.text
+    make_trainer(tmp_path, ds={**AUTO, "bf16": {"enabled": True}}, bf16_full_eval=True)
+    assert '"bf16.enabled" is true in the DeepSpeed config, so that training is in bf16 too' in caplog.text
+    with pytest.raises(ConfigError, match="disagree: ds bf16.enabled=False vs hf bf16.bf16_full_eval=True"):
+        make_trainer(tmp_path, ds={**AUTO, "bf16": {"enabled": False}}, bf16_full_eval=True)
+    in_shards = {**AUTO, "zero_optimization": {"stage": 3}, "fp16": {"enabled": "auto"}}
+    with pytest.raises(ConfigError, match="^fp16_full_eval: with .zero_optimization.stage.: 3 "):
+        make_trainer(tmp_path, ds=in_shards, bf16=True, fp16_full_eval=True)
+    make_trainer(tmp_path, ds=in_shards, bf16=True, bf16_full_eval=True)
+
+
 @pytest.mark.parametrize("form", ["mixin", "callback"])
 def test_a_callback_that_would_change_gradients_is_told_that_it_cannot(tmp_path, caplog, form):
     class Doubles(TrainerCallback):

@@ -39,6 +39,7 @@ from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
 from hift_ds.engine.zero3.host_shards import Gathered, on_the_accelerator, start_copies
+from hift_ds.engine.zero3.same_on_ranks import SameOnRanks
 from hift_ds.engine.zero3.shards import PartitionedWeight, num_shards, partitioned_weights, weight_file_of, whole_of
 from hift_ds.engine.zero3.weight_file import WeightFile
 from hift_ds.process_group import as_single_process
@@ -53,8 +54,18 @@ class _Coordinator(PartitionedParameterCoordinator):
 
     shards: WeightShards
     had_trace = False
+    _fetching: nn.Module | None = None  # the module for which weights are gathered
+
+    def trace_prologue(self, sub_module: nn.Module) -> None:
+        if self.is_complete_trace() and self.shards.same.is_needed:
+            order = self._PartitionedParameterCoordinator__submodule_order
+            step = self._PartitionedParameterCoordinator__step_id
+            if step >= len(order) or order[step] is not sub_module:
+                self.shards.same.leaves_trace(step, sub_module)
+        super().trace_prologue(sub_module)
 
     def fetch_sub_module(self, current_submodule: nn.Module, forward: bool) -> None:
+        self._fetching = current_submodule
         params = iter_params(current_submodule, recurse=z3_leaf_module(current_submodule))
         waits = any(param.ds_status is not ZeroParamStatus.AVAILABLE for param in params)
         with self.shards.waiting() if waits else contextlib.nullcontext():
@@ -110,6 +121,8 @@ class _Coordinator(PartitionedParameterCoordinator):
     ) -> None:  # noqa: N802
         missing = [param for param in params if param.ds_status is ZeroParamStatus.NOT_AVAILABLE]
         self.shards.numel_gathered += sum(param.ds_numel for param in missing)
+        if missing and self.shards.same.is_needed and not self.is_complete_trace():
+            self.shards.same.about_to_gather(missing, self._fetching)
         # DeepSpeed gathers several into one buffer and copies them out of it. A large one gains nothing by company.
         large = sorted((p for p in missing if p.ds_numel > ALONE_NUMEL), key=lambda p: p.ds_id)
         for part in [*([param] for param in large), [p for p in missing if p.ds_numel <= ALONE_NUMEL]]:
@@ -159,11 +172,13 @@ class WeightShards:
         waits: where it is noted for how long the computation waits for weights.
         copies: the stream of shards that come from host memory; ``None`` on a CPU.
         numel_gathered: elements of whole weights that this rank has asked for so far.
+        same: looks whether all ranks gather the same weights.
     """
 
     def __init__(self, offload: DeepSpeedZeRoOffload, active_group: Callable[[], int], keep_linear: bool) -> None:
         self._offload = offload
         self._module: nn.Module = offload.module
+        self.same = SameOnRanks(self._module)
         self._active_group = active_group
         self._coordinators: dict[int, _Coordinator] = {}
         self._registered_as = self._module.ds_id  # DeepSpeed numbers modules when it registers its hooks
