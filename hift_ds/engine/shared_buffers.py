@@ -33,16 +33,16 @@ class SharedBuffers:
         """Do so if this is the first forward of optimizer step ``step`` with gradients. All ranks call this."""
         if self._step == step or not torch.is_grad_enabled() or world_rank_and_size()[1] == 1:
             return
-        for module, name in self._named(with_tables=self._step < 0):
-            module._buffers[name] = self._first_ranks(module._buffers[name])
+        for module, name, buffer in list(self._named(with_tables=self._step < 0)):
+            module._buffers[name] = self._first_ranks(buffer)
         self._step = step
 
-    def _named(self, with_tables: bool) -> Iterator[tuple[nn.Module, str]]:
+    def _named(self, with_tables: bool) -> Iterator[tuple[nn.Module, str, Tensor]]:
         for module in self._modules:
             for name, buffer in module._buffers.items():
                 is_kept = with_tables or name not in module._non_persistent_buffers_set
                 if is_kept and buffer is not None and buffer.numel() and not buffer.is_meta:
-                    yield module, name
+                    yield module, name, buffer
 
     @torch.no_grad()
     def _first_ranks(self, buffer: Tensor) -> Tensor:

@@ -125,5 +125,5 @@ def leaves_a_whole_trace() -> list[str]:
 
 
 def test_ranks_that_run_other_modules():
-    for rank, errors in enumerate(run_distributed(on_a_rank, 2)):
+    for rank, errors in enumerate(run_distributed(on_a_rank, 2, timeout_s=150)):
         assert not errors, f"rank {rank}: " + "\n".join(errors)

@@ -9,12 +9,16 @@ import itertools
 import zlib
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed import comm as deepspeed_comm
 from deepspeed.accelerator import get_accelerator
-from torch import nn
+from deepspeed.utils import z3_leaf_module
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from hift_ds.engine.zero3.shards import PartitionedWeight, num_shards, partitioned_weights
 from hift_ds.errors import ConfigError
@@ -92,3 +96,39 @@ class SameOnRanks:
             'data) must be gathered with one around it that all call: "zero_optimization": {"leaf_module": {"classes": '
             '["my_model.MoEBlock"]}}, or use stage 0, 1 or 2'
         )
+
+
+class _Tied(torch.autograd.Function):
+    """``tensor`` as it is, in a graph that leads to ``weights`` too and brings them nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, *weights: Tensor) -> Tensor:
+        ctx.num_weights = len(weights)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return (grads[0], *[None] * ctx.num_weights)
+
+
+def tie_leaf_modules(model: nn.Module) -> list[RemovableHandle]:
+    """From now on backward reaches every leaf module (DeepSpeed's) that is trained, also on a rank that ran nothing in
+    it: that one would have no graph, do no backward, and leave the others waiting for its shards.
+
+    Returns:
+        The hooks.
+    """
+
+    def tie(module: nn.Module, inputs: Any, output: Any) -> Any:
+        weights = [param for param in module.parameters() if param.requires_grad]
+        has_graph = any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(output))
+        if has_graph or not (weights and torch.is_grad_enabled()):
+            return output
+
+        def tied(value: Any) -> Any:
+            return _Tied.apply(value, *weights) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return tree_map(tied, output)
+
+    # Before DeepSpeed's own hook, whose function in the graph gathers the weights for backward.
+    return [module.register_forward_hook(tie, prepend=True) for module in model.modules() if z3_leaf_module(module)]

@@ -39,7 +39,7 @@ from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
 from hift_ds.engine.zero3.host_shards import Gathered, on_the_accelerator, start_copies
-from hift_ds.engine.zero3.same_on_ranks import SameOnRanks
+from hift_ds.engine.zero3.same_on_ranks import SameOnRanks, tie_leaf_modules
 from hift_ds.engine.zero3.shards import PartitionedWeight, num_shards, partitioned_weights, weight_file_of, whole_of
 from hift_ds.engine.zero3.weight_file import WeightFile
 from hift_ds.process_group import as_single_process
@@ -122,6 +122,7 @@ class _Coordinator(PartitionedParameterCoordinator):
         missing = [param for param in params if param.ds_status is ZeroParamStatus.NOT_AVAILABLE]
         self.shards.numel_gathered += sum(param.ds_numel for param in missing)
         if missing and self.shards.same.is_needed and not self.is_complete_trace():
+            assert self._fetching is not None, "gathers are a module's"
             self.shards.same.about_to_gather(missing, self._fetching)
         # DeepSpeed gathers several into one buffer and copies them out of it. A large one gains nothing by company.
         large = sorted((p for p in missing if p.ds_numel > ALONE_NUMEL), key=lambda p: p.ds_id)
@@ -179,6 +180,7 @@ class WeightShards:
         self._offload = offload
         self._module: nn.Module = offload.module
         self.same = SameOnRanks(self._module)
+        self._ties = tie_leaf_modules(self._module) if self.same.is_needed else []
         self._active_group = active_group
         self._coordinators: dict[int, _Coordinator] = {}
         self._registered_as = self._module.ds_id  # DeepSpeed numbers modules when it registers its hooks
@@ -367,7 +369,8 @@ class WeightShards:
     def close(self) -> None:
         """Give back a model without hooks. The weights stay in shards."""
         self.release(self._module.parameters())
-        self._hook.remove()
+        for hook in (self._hook, *self._ties):
+            hook.remove()
         self._offload.destroy()
         for module in self._module.modules():
             for name in ("pre_bwd_fn", "post_bwd_fn"):
