@@ -112,8 +112,8 @@ class _Tied(torch.autograd.Function):
 
 
 def tie_leaf_modules(model: nn.Module) -> list[RemovableHandle]:
-    """From now on backward reaches every leaf module (DeepSpeed's) that is trained, also on a rank that ran nothing in
-    it: that one would have no graph, do no backward, and leave the others waiting for its shards.
+    """Have backward reach every leaf module (DeepSpeed's) that is trained, from now on, also on a rank that ran nothing
+    in it: that one would have no graph, do no backward, and leave the others waiting for its shards.
 
     Returns:
         The hooks.
