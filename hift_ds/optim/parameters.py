@@ -43,7 +43,8 @@ class GradientSums:
         """
 
         def take(param: nn.Parameter) -> None:
-            assert param.grad is not None
+            if param.grad is None:  # the graph led here and brought nothing
+                return
             self._sums[param] = add(self._sums.get(param), param.grad)
             param.grad = None
 

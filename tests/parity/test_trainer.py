@@ -158,7 +158,7 @@ def test_evaluation_alone_in_16_bits(tmp_path, asked):
     assert not [n for n, buffer in ours.trainer.model.named_buffers() if buffer.dtype in seen]
 
     before = run(tmp_path, EvaluatesBefore, llama, hift=True, ds=ds, **options, eval_steps=2)
-    same(before, ours, atol=0)
+    same(replace(before, drawn=ours.drawn), ours, atol=0)  # an evaluation more draws a seed more
 
 
 class EvaluatesBefore(Trainer):
