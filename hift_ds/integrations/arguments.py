@@ -64,7 +64,7 @@ def auto_is_the_dtype_of_training() -> None:
             low = {"bf16": torch.bfloat16, "fp16": torch.float16}
             config._dtype = next((low[dtype] for dtype in low if config.is_true(f"{dtype}.enabled")), torch.float32)
 
-    HfTrainerDeepSpeedConfig.trainer_config_process = for_training
+    HfTrainerDeepSpeedConfig.trainer_config_process = for_training  # type: ignore[method-assign,assignment]  # of wraps
 
 
 auto_is_the_dtype_of_training()
