@@ -81,10 +81,8 @@ class Lifetime:
         Args:
             settle: called with the forward's arguments, before the active groups get their flags.
         """
-
         model = self._engine.module
         buffers = SharedBuffers(model, self._engine.device)
-
         entrances: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
         def enter(module: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> None:

@@ -146,9 +146,8 @@ class HeldBack:
 
     def take_gradients(self, part: GroupShard, device: torch.device) -> list[Tensor | None]:
         """Give back what was parked of ``part``, by member, as it was, on ``device``, and forget it here."""
-        keys = [(part.index, part.first + i) for i in range(len(part.members))]
-        taken = {key: self.gradients.take(key, device) for key in self.gradients.in_order(keys)}
-        return [taken.get(key) for key in keys]
+        taken = {key: self.gradients.take(key, device) for key in self.gradients.in_order(part.keys)}
+        return [taken.get(key) for key in part.keys]
 
     def before_trial(self, part: GroupShard, shards: Sequence[Tensor | None]) -> None:
         """Keep what an update of ``part`` by ``shards`` is taken back with, its states among it."""

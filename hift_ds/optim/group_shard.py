@@ -90,6 +90,11 @@ class GroupShard:
     first: int = 0  # of a part: the position of its first member among the group's
     height: int = 0  # of a part: which embedding, block or head of the model it is, counted from the bottom
 
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        """What names each member wherever parts of one group lie together: (group, position among its members)."""
+        return [(self.index, self.first + i) for i in range(len(self.members))]
+
     def of_dtype(self, dtype: torch.dtype) -> list[int]:
         """Positions of the members whose weights have ``dtype``."""
         return [i for i, member in enumerate(self.members) if member.param.dtype == dtype]

@@ -238,7 +238,7 @@ class InBackwardOptimizer(GroupOptimizer):
             self.parameters.set_pending(param, grad)
             return
         part = self._part_of[param]
-        key = next((part.index, part.first + i) for i, member in enumerate(part.members) if member.param is param)
+        key = next(key for key, member in zip(part.keys, part.members, strict=True) if member.param is param)
         backward.norms[key] = fp32_norm(shard := grad.reshape(-1))
         self.held_back.park(key, shard)
 
@@ -249,7 +249,7 @@ class InBackwardOptimizer(GroupOptimizer):
             if (total := self.sums.take(member.param, member.param.device)) is not None:
                 backward.consumed = True
                 self._complete(backward, member.param, total)
-        keys = [(part.index, part.first + i) for i in range(len(part.members))]
+        keys = part.keys
         with self.waiting_for_ranks():
             shards, present = self.parameters.reduce(part)
         if self.parameters.ranks.world_size == 1:
@@ -379,8 +379,8 @@ class InBackwardOptimizer(GroupOptimizer):
         if self.clipping.mode == "last_visit":
             norm = torch.tensor(self.last_norms[self.schedule.active], dtype=torch.float32, device=device)
         else:
-            keys = [(part.index, part.first + i) for i in range(len(part.members))]
-            norm, *_ = self._norm_over_ranks([backward.norms[key] for key in keys if key in backward.norms], [])
+            norms = [backward.norms[key] for key in part.keys if key in backward.norms]
+            norm, *_ = self._norm_over_ranks(norms, [])
         return grad_factor(norm, self.max_grad_norm, 1.0)
 
     def _norm_over_ranks(
@@ -425,8 +425,8 @@ class InBackwardOptimizer(GroupOptimizer):
             self.states.extras[index] |= changed
         self.updates.keep_changes()
         for part, reached in zip(backward.parts, backward.reached, strict=True):
-            for i, flag in enumerate(reached):
-                self.num_updates[part.index][part.first + i] += flag
+            for (group, i), flag in zip(part.keys, reached, strict=True):
+                self.num_updates[group][i] += flag
         self._backward = None
         self.num_applied += 1
         self.schedule.advance()
@@ -436,16 +436,16 @@ class InBackwardOptimizer(GroupOptimizer):
 
     def _agree_after(self, backward: Backward) -> Tensor:
         """The norm over all ranks; and that backward has brought what the graph promised."""
-        in_order = [(g.index, i) for g in self.active_groups for i in range(len(g.members))]
+        in_order = [key for group in self.active_groups for key in group.keys]
         norms = [backward.norms[key] for key in in_order if key in backward.norms]
         asked = self.ask()
         norm, value, present = self._norm_over_ranks(norms, [*(backward.present[key] for key in in_order), *asked])
         self.answers = dict(zip(sorted(self.questions), present[len(in_order) :], strict=True))
         self.grad_norm = float(norm) if value is None else value
         reached = {
-            (part.index, part.first + i): flag
+            key: flag
             for part, flags in zip(backward.parts, backward.reached, strict=True)
-            for i, flag in enumerate(flags)
+            for key, flag in zip(part.keys, flags, strict=True)
         }
         for (group, i), flag in zip(in_order, present, strict=False):
             if reached[group, i] and not flag:  # on several ranks it has been updated as if by a gradient of zeros
