@@ -31,6 +31,16 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 sys.path.insert(0, str(ROOT))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_deepspeed_config_left_behind():
+    """accelerate keeps the last Trainer's config, and under one of stage 3 transformers makes every model in shards,
+    those of the next file too."""
+    yield
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    if integration := sys.modules.get("transformers.integrations.deepspeed"):
+        integration.unset_hf_deepspeed_config()
+
+
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

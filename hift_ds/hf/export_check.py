@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hift_ds.errors import CheckpointError
 from hift_ds.hf.safetensors_folder import SafetensorsFolder, tensor_dtypes
-from hift_ds.hf.weight_names import plan_names, to_saved
+from hift_ds.hf.weight_names import plan_names, to_saved, zero_init_set_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +40,8 @@ def check_export(model: PreTrainedModel, weights: Callable[[], Iterable[tuple[st
     main = max(set(dtypes.values()), key=list(dtypes.values()).count)
     # With the last argument it returns a pair, which its declaration does not say.
     load = cast("Callable[..., tuple[PreTrainedModel, dict[str, Any]]]", type(model).from_pretrained)
-    loaded, found = load(folder, dtype=main, use_safetensors=True, local_files_only=True, output_loading_info=True)
+    with zero_init_set_aside():  # after training with ZeRO-3 in this process
+        loaded, found = load(folder, dtype=main, use_safetensors=True, local_files_only=True, output_loading_info=True)
     if absent := sorted(found["missing_keys"]) + sorted(found["unexpected_keys"]):
         raise CheckpointError(f"{folder}: transformers finds no place or no weight for {absent[0]}; export again")
     expected = _logits(_with_weights(model, weights(), loaded), loaded.config)

@@ -71,6 +71,7 @@ class TrainedModel:
 
         from hift_ds.data.tokenizers import load_tokenizer
         from hift_ds.dtypes import torch_dtype
+        from hift_ds.hf.weight_names import zero_init_set_aside
 
         trust = self.trusts_its_code
         tokenizer = load_tokenizer(self.folder, trust_remote_code=trust, key=str(self.folder))
@@ -84,10 +85,11 @@ class TrainedModel:
                         f"{self.folder}: holds {name}, which does not write text; expected a language model"
                     )
                 cls = TASKS[self.task].model_class()
-            model = cls.from_pretrained(
-                self.folder, dtype="auto" if dtype == "auto" else torch_dtype(dtype), use_safetensors=True,
-                trust_remote_code=trust, local_files_only=True,
-            )  # fmt: skip
+            with zero_init_set_aside():
+                model = cls.from_pretrained(
+                    self.folder, dtype="auto" if dtype == "auto" else torch_dtype(dtype), use_safetensors=True,
+                    trust_remote_code=trust, local_files_only=True,
+                )  # fmt: skip
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, ConfigError):
                 raise

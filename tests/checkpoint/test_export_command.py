@@ -10,13 +10,17 @@ from threading import Thread
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import model_zoo.tiny as tiny
 from hift_ds.cli.main import main
 from hift_ds.hf import export, export_check, publish
 from hift_ds.hf.model_structure import build_on_meta
 from hift_ds.hf.safetensors_folder import tensor_dtypes
+from hift_ds.train.trained_model import TrainedModel
 from tests.helpers.engines import ds_config, make_engine
+from tests.helpers.tiny_tokenizers import LLAMA_LIKE, sentencepiece_folder
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +106,6 @@ def test_neither_the_input_nor_the_checkpoint_is_written_over(trained, tmp_path,
 def test_the_sentencepiece_model_of_the_input_goes_along(trained, tmp_path):
     """The Trainer's checkpoints hold the tokenizer that was made of it, and not the model itself."""
     from hift_ds.data.tokenizers import load_tokenizer
-    from tests.helpers.tiny_tokenizers import LLAMA_LIKE, sentencepiece_folder
 
     source, saved, _, _ = trained
     given = shutil.copytree(source, tmp_path / "input")
@@ -155,6 +158,20 @@ def test_check_reads_it_again(trained, tmp_path, capsys, dtype):
     line = capsys.readouterr().out.splitlines()[0]
     tensors = len(tensor_dtypes(tmp_path / "out"))
     assert line.startswith(f"checked: {tensors} tensors equal") and line.endswith("the logits of 16 tokens are equal")
+
+
+def test_read_in_the_process_that_trained_in_shards(trained, tmp_path, capsys):
+    """accelerate keeps the last Trainer's config, and under one of stage 3 transformers makes every model in shards."""
+    source, saved, *_ = trained
+    kept = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
+    assert is_deepspeed_zero3_enabled()
+    arguments = ["export", str(saved), str(tmp_path / "out"), "--model", str(source), "--check"]
+    assert main(arguments) == 0 and "the logits of 16 tokens are equal" in capsys.readouterr().out
+    sentencepiece_folder(tmp_path / "out", **LLAMA_LIKE)
+    model, _ = TrainedModel(tmp_path / "out").load(device="cpu")
+    assert not any(hasattr(param, "ds_id") for param in model.parameters())
+    assert is_deepspeed_zero3_enabled() and kept is not None  # for the caller's own models as before
+    unset_hf_deepspeed_config()
 
 
 def test_check_does_not_round_what_transformers_keeps_in_fp32(tmp_path):
