@@ -38,6 +38,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "tie_word_embeddings": True,
     }),
     "7b": ("llama2_7b", {}),
+    "7b_recomputed": ("llama2_7b", {}),
 }  # fmt: skip
 
 

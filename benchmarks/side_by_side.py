@@ -2,8 +2,8 @@
 
     python benchmarks/side_by_side.py steps   --path /scratch --shape 135m     step times: on a quiet machine
     python benchmarks/side_by_side.py memory  --path /scratch --shape 135m     peaks of resident memory
-    python benchmarks/side_by_side.py counted --shape 135m                     peaks on a GPU, counted (docs/memory.md)
-    python benchmarks/side_by_side.py table                                    the page, from the lines alone
+    python benchmarks/side_by_side.py counted --shape 7b                       peaks on a GPU, counted (docs/memory.md)
+    python benchmarks/side_by_side.py table        the page and the peaks in README and docs, from the lines alone
 
 Each row is a process of its own. Rows with the same layers and the same arithmetic share a limit: a loop that anybody
 would write, in which those layers ask for gradients and torch's fused AdamW updates them, everything resident. The
@@ -25,166 +25,46 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
+import importlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import counted_steps  # noqa: E402
 from benchmarks import forked_steps as forked  # noqa: E402
 from benchmarks.forked_steps import GIB, Engine, Failed, Worker  # noqa: E402
+from benchmarks.side_by_side_page import BEGIN, END, page, peaks_at_7b  # noqa: E402
+from benchmarks.side_by_side_rows import (  # noqa: E402
+    BF16,
+    FP32,
+    FULL,
+    LIMITS,
+    MIXED,
+    NOT_TRIED,
+    RESULTS,
+    ROOT,
+    ROWS,
+    STAGES,
+    WORKLOADS,
+    Lines,
+    Row,
+    limit_of,
+    numels,
+    rows_of,
+)
 
-RESULTS = ROOT / "benchmarks" / "results"
-STAGES = ("steps", "memory", "counted", "table")
-MIXED, BF16, FP32 = "bf16, fp32 masters", "bf16, stochastic rounding", "fp32"
-FULL = "torch AdamW, fused (full fine-tuning)"
-GOAL = 1.05
 FEW_TOKENS = (1, 8)  # of steps that only make states
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a step of a shape does.
-
-    Attributes:
-        rows, length: of a batch.
-        groups: layer groups that are timed, of one layer and of four.
-        turns: of each row, after one that is not counted.
-        ours: substrings of the names of ours that are run; none for all.
-    """
-
-    rows: int
-    length: int
-    groups: dict[int, int]
-    turns: int
-    ours: tuple[str, ...] = ()
-
-
-WORKLOADS = {
-    "tiny": Workload(1, 16, {1: 2, 4: 1}, 2),
-    "135m": Workload(2, 128, {1: 4, 4: 3}, 3),
-    "1b": Workload(1, 128, {1: 3, 4: 2}, 2, (
-        f"1 layer, {MIXED}", f"1 layer, {BF16}, host, after", f"1 layer, {FP32}, host, after",
-        f"4 layers, {MIXED}, host", f"all layers, {MIXED}, disk", f"all layers, {MIXED}, device, after",
-        "least memory", "2 ranks",
-    )),
-}  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """A way of training.
-
-    Attributes:
-        name: in the page.
-        method: a key of ``MAKERS``.
-        group: layers that train in a step, a number or "all"; rows of the same group and precision share a limit.
-        settings: of the method.
-        states: every weight is trained by Adam with fp32 masters (or in fp32).
-        peer: trains by groups and is not ours.
-        against: the name of the row of ours that does the same, for peers that train by groups.
-        ranks: gloo processes.
-    """
-
-    name: str
-    method: str
-    group: int | str
-    precision: str = MIXED
-    settings: dict[str, Any] = field(default_factory=dict)
-    states: bool = True
-    peer: bool = False
-    against: str = ""
-    ranks: int = 1
-
-
-def layers(group: int | str) -> str:
-    """How a group's size is called."""
-    return "all layers" if group == "all" else f"{group} layer{'s' if group != 1 else ''}"
-
-
-def limit_of(row: Row) -> str:
-    """The name of the bare loop with the same layers and arithmetic."""
-    return FULL if (row.group, row.precision) == ("all", MIXED) else f"bare loop, {layers(row.group)}, {row.precision}"
-
-
-RESIDENCIES: dict[str, dict[str, Any]] = {
-    "device": {"residency": "device"},
-    "host": {"residency": "host", "slots": 2},
-    "disk": {"residency": "disk", "slots": 2},
-}
-PRECISIONS: dict[str, dict[str, Any]] = {
-    MIXED: {}, BF16: {"master_weights": False, "stochastic_rounding": True}, FP32: {},
-}  # fmt: skip
-LEAN = {
-    "state": {"residency": "disk", "prefetch": False, "slice_numel": 1 << 22},
-    "activations": {"checkpointing": True, "chunked_loss": True},
-}
-LISA = {"group_size": 2, "order": "random", "reshuffle": True, "always_active": [r"embed|lm_head|^model\.norm"]}
-LISA_OURS = "ours, LISA's layers (2 and both ends), device"
-STAGE_3_OURS = "ours, 1 layer, stage 3, 2 ranks"
-
-
-def _ours() -> Iterator[Row]:
-    for group in (1, 4, "all"):
-        for precision, block in PRECISIONS.items():
-            for residency, state in RESIDENCIES.items():
-                for update in ("after_backward", "in_backward"):
-                    name = f"ours, {layers(group)}, {precision}, {residency}, {update.replace('_', ' ')}"
-                    settings = {"group_size": group, "update": update, "state": state, **block}
-                    yield Row(name, "hift", group, precision, settings, states=precision != BF16)
-    yield Row("ours, 1 layer, least memory", "hift", 1, MIXED, {"group_size": 1, **LEAN})
-    settings = {"group_size": "all", "update": "in_backward", **LEAN}
-    yield Row("ours, all layers, least memory", "hift", "all", MIXED, settings)
-    yield Row(LISA_OURS, "hift", "lisa", MIXED, {"state": RESIDENCIES["device"], **LISA})
-    yield Row(STAGE_3_OURS, "hift", "ranks", MIXED, {"group_size": 1, "stage": 3}, ranks=2)
-
-
-def _peers() -> Iterator[Row]:
-    yield Row("DeepSpeed ZeRO-0", "deepspeed", "all", settings={"stage": 0})
-    yield Row("DeepSpeed ZeRO-2", "deepspeed", "all", settings={"stage": 2})
-    yield Row("DeepSpeed ZeRO-Offload", "deepspeed", "all", settings={"stage": 2, "offload": True})
-    for group in (1, 4):
-        same = f"ours, {layers(group)}, {MIXED}, device, after backward"
-        yield Row(f"BAdam, {layers(group)}", "badam", group, peer=True, against=same, states=False)
-    yield Row("LISA (its rule: 2 blocks and both ends)", "lisa", "lisa", peer=True, against=LISA_OURS)
-    yield Row("LoRA, rank 16", "lora", "lora", states=False)
-    yield Row("GaLore, rank 128", "galore", "galore", states=False)
-    yield Row("LOMO", "lomo", "lomo", states=False)
-    yield Row("DeepSpeed ZeRO-3, 2 ranks", "deepspeed", "ranks", settings={"stage": 3}, ranks=2)
-    yield Row("BAdam with ZeRO-3, 2 ranks", "badam", "ranks", settings={"stage": 3}, peer=True, against=STAGE_3_OURS,
-              ranks=2, states=False)  # fmt: skip
-
-
-OURS, PEERS = tuple(_ours()), tuple(_peers())
-LIMITS = tuple(Row(limit_of(row), "bare", row.group, row.precision)
-               for row in {limit_of(r): r for r in OURS if r.group in (1, 4, "all")}.values())  # fmt: skip
-ROWS = {row.name: row for row in (*LIMITS, *PEERS, *OURS)}
-
-
-def rows_of(shape: str, only: Sequence[str] = ()) -> list[Row]:
-    """The rows that are run for a shape, limits left out."""
-    kept = WORKLOADS[shape].ours
-    chosen = [*PEERS, *(row for row in OURS if not kept or any(word in row.name for word in kept))]
-    return [row for row in chosen if not only or any(word in row.name for word in only)]
-
-
-# By shape and row, why it is not even tried.
-NOT_TRIED = {
-    ("1b", "GaLore, rank 128"): "the decompositions of its first step, 154 matrices of up to 2048 x 5632, take "
-    "longer than everything else here",
-}  # fmt: skip
 
 
 # -- ways of training ----------------------------------------------------------------------------------------------
@@ -205,7 +85,7 @@ class Job:
 
         from hift_ds.layers.grouping import partition_model
 
-        model = forked.build(self.shape, torch.float32 if self.row.precision == FP32 else torch.bfloat16)
+        model = self.build(torch.float32 if self.row.precision == FP32 else torch.bfloat16)
         size = 1 if self.row.group == "ranks" else self.row.group
         if not isinstance(size, int):
             return model, None
@@ -216,6 +96,24 @@ class Job:
                 for index in group:
                     blocks[index].requires_grad_(True)
         return model, [list(group.param_names) for group in partition_model(model, group_size=size).groups]
+
+    def build(self, dtype: Any) -> Any:
+        """The model, with random weights of ``dtype``."""
+        return forked.build(self.shape, dtype)
+
+
+@dataclass(frozen=True)
+class CountedJob(Job):
+    """The same on a device without memory."""
+
+    device: str = ""
+
+    def build(self, dtype: Any) -> Any:
+        """The model, with weights of ``dtype`` that have a size and no values."""
+        model = counted_steps.on_fake_device(self.shape, dtype, self.device)
+        if WORKLOADS[self.shape].recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
 
 
 class Bare:
@@ -317,12 +215,20 @@ def deepspeed(job: Job) -> Engine:
     model, _ = job.model()
     model.requires_grad_(True)
     config = _deepspeed_config(job, job.row.settings["stage"])
-    optimizer = None
-    if job.row.settings.get("offload"):
+    offloads, counted, optimizer = job.row.settings.get("offload"), isinstance(job, CountedJob), None
+    if offloads:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if offloads and not counted:
         config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-5, "weight_decay": 0.0}}
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+    if counted:
+        from deepspeed.runtime.utils import CheckOverflow
+
+        # Where nothing has a value, an overflow is seen, which skips the step; the host's own Adam reads values.
+        CheckOverflow.check = CheckOverflow.check_using_norm = lambda *args, **kwargs: False
+        config["bf16"]["check_grad_overflow"] = False
+        config["zero_force_ds_cpu_optimizer"] = False
     engine, *_ = hift_ds.initialize(
         model=model, optimizer=optimizer, model_parameters=list(model.parameters()), config=config
     )  # without a "hift" block DeepSpeed's
@@ -411,7 +317,6 @@ MAKERS = {
 }  # fmt: skip
 # Imported before the first fork, so that they are no memory of the row; BAdam's looks for ZeRO-3 when it is imported.
 MODULES = ("peft", "galore_torch", "lomo_optim")
-PACKAGES = {"badam": "badam", "lora": "peft", "galore": "galore-torch", "lomo": "lomo-optim"}
 
 
 def compile_adam() -> None:
@@ -471,7 +376,7 @@ def measure_steps(args: argparse.Namespace, lines: Lines) -> None:
     """Take turns, company by company, and add a line for each row."""
     work = WORKLOADS[args.shape]
     config = forked.shape_config(args.shape)
-    numel, block = _numels(args.shape)
+    numel, block = numels(args.shape)
     todo = [row for row in rows_of(args.shape, args.only) if not lines.has("steps", row)]
 
     def job(row: Row) -> Job:
@@ -489,11 +394,6 @@ def measure_steps(args: argparse.Namespace, lines: Lines) -> None:
             elif row.name in turns:
                 lines.add("steps", row, **_against(turns, row, company))
         print(f"{', '.join(row.name for row in company)}: {time.perf_counter() - started:.0f} s", flush=True)
-
-
-def _numels(shape: str) -> tuple[int, int]:
-    model = forked.on_meta(shape)
-    return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in forked.blocks_of(model)[0].parameters())
 
 
 def _turns(jobs: Sequence[Job], turns: int, vocab_size: int) -> tuple[dict[str, list[dict]], dict[str, str]]:
@@ -582,14 +482,22 @@ def _group_names(shape: str, row: Row) -> list[str]:
 
 
 def measure_counted(args: argparse.Namespace, lines: Lines) -> None:
-    """The peaks of ours on a GPU, counted on a fake device (docs/memory.md), in one process for all rows."""
+    """The peaks on a GPU, counted on a fake device (docs/memory.md)."""
+    rows = [row for row in (*LIMITS, *rows_of(args.shape)) if row.ranks == 1 and not lines.has("counted", row)]
+    rows = [row for row in rows if not args.only or any(word in row.name for word in args.only)]
+    _count_ours([row for row in rows if row.method == "hift"], args, lines)
+    for row in rows:
+        if row.method != "hift" and (row.precision == MIXED or row.group == "all"):
+            _count_other(row, args, lines)
+
+
+def _count_ours(rows: Sequence[Row], args: argparse.Namespace, lines: Lines) -> None:
+    """All of them in one process, their lowest, middle and highest groups."""
     from benchmarks import counting
 
-    work = WORKLOADS[args.shape]
-    rows = [r for r in rows_of(args.shape, args.only) if r.method == "hift" and r.ranks == 1]
-    rows = [row for row in rows if not lines.has("counted", row)]
     if not rows:
         return
+    work = WORKLOADS[args.shape]
     with tempfile.TemporaryDirectory() as folder:
         forked.shape_config(args.shape).save_pretrained(folder)
         settings = []
@@ -597,201 +505,31 @@ def measure_counted(args: argparse.Namespace, lines: Lines) -> None:
             block = dict(row.settings)
             if block["state"]["residency"] == "disk":
                 block["state"] = {**block["state"], "path": folder}
+            if work.recompute:
+                block["activations"] = {"checkpointing": True, **block.get("activations", {})}
             precision = counting.FP32 if row.precision == FP32 else counting.MIXED_HI
             settings.append(counting.setting(folder, precision, work.rows, work.length, block))
         for row, steps in zip(rows, counting.count(settings), strict=True):
             lines.add("counted", row, peak_bytes=max(steps.step(i).peak_bytes for i in steps.known()))
 
 
-# -- lines ---------------------------------------------------------------------------------------------------------
+def _count_other(row: Row, args: argparse.Namespace, lines: Lines) -> None:
+    """A peer, or a bare loop: its own program, a step of every group."""
+    work, started = WORKLOADS[args.shape], time.perf_counter()
+    count = max(len(_group_names(args.shape, row)), 2) + 1
 
+    def make(device: str) -> forked.Steps:
+        return MAKERS[row.method](CountedJob(row, args.shape, None, args.path, device))
 
-class Lines:
-    """What was measured: a JSON line for each row of a shape and a stage, in a file that is only appended to."""
-
-    def __init__(self, path: Path, shape: str, quick: bool) -> None:
-        self.path, self.shape, self.quick = path, shape, quick
-        self.found: list[dict[str, Any]] = []
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                self.found.append(json.loads(line))
-            except json.JSONDecodeError:  # a kill cut it short
-                continue
-
-    def has(self, stage: str, row: Row) -> bool:
-        return self.get(stage, row.name) is not None
-
-    def get(self, stage: str, name: str) -> dict[str, Any] | None:
-        """The last line of that row."""
-        key = (stage, self.shape, self.quick, name)
-        return next(
-            (x for x in reversed(self.found) if (x["stage"], x["shape"], x["quick"], x["row"]) == key), None
-        )  # fmt: skip
-
-    def add(self, stage: str, row: Row, **values: Any) -> None:
-        work = WORKLOADS[self.shape]
-        line = {
-            "stage": stage, "shape": self.shape, "quick": self.quick, "row": row.name, **values,
-            "batch": f"{work.rows} x {work.length}", "where": where(row), "date": time.strftime("%Y-%m-%d"),
-        }  # fmt: skip
-        self.found.append(line)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def where(row: Row) -> dict[str, Any]:
-    """Machine and versions."""
-    names = ["torch", "transformers", "deepspeed", *([PACKAGES[row.method]] if row.method in PACKAGES else [])]
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
-    return {"machine": platform.machine(), "cores": os.cpu_count(), "threads": threads, "load": os.getloadavg()[0],
-            "versions": versions}  # fmt: skip
-
-
-# -- the page ------------------------------------------------------------------------------------------------------
-
-
-def page(lines_of: dict[str, Lines], authors: Sequence[dict[str, Any]]) -> str:
-    """In Markdown, from the lines alone."""
-    out = [
-        "# Step time and memory, side by side", "",
-        "Made by `benchmarks/side_by_side.py`, which says how, from `side_by_side.jsonl`. `of limit`: seconds against "
-        "a bare loop with the same layers and arithmetic, everything resident, taking turns with it: the median over "
-        "turns (least, most). `of full`: against full fine-tuning with torch's fused AdamW. Peak: resident memory of "
-        "the process above what it held before the model was there, the whole model trained; on a CPU states on the "
-        "device and in host memory are the same memory. Counted: bytes allocated on a GPU, not measured on one "
-        "([how](../../docs/memory.md)).",
-    ]  # fmt: skip
-    for shape, lines in lines_of.items():
-        if any(line["shape"] == shape and line["quick"] == lines.quick for line in lines.found):
-            out += ["", *_shape_page(shape, lines, [x for x in authors if x["shape"] == shape])]
-    return "\n".join(out) + "\n"
-
-
-def _shape_page(shape: str, lines: Lines, authors: Sequence[dict[str, Any]]) -> list[str]:
-    some = [x for x in lines.found if x["shape"] == shape and x["quick"] == lines.quick]
-    timed = [x for x in some if x["stage"] == "steps"] or some
-    place, loads = timed[0]["where"], [x["where"]["load"] for x in timed]
-    versions = ", ".join(f"{name} {v}" for name, v in {
-        k: v for x in some for k, v in x["where"]["versions"].items()}.items())  # fmt: skip
-    numel = _numels(shape)[0] / 1e6
-    out = [
-        f"## {numel:,.0f}M parameters, {some[0]['batch']} tokens a step", "",
-        f"LLaMA's layout (`{shape}`), random weights; {place['cores']} cores ({place['machine']}), {place['threads']} "
-        f"thread, load {min(loads):.1f} to {max(loads):.1f}, {max(x['date'] for x in some)}; {versions}.", "",
-        "| way of training | s a step | of limit | of full | CPU s of limit | peak GiB | counted GiB |",
-        "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for row in ROWS.values():
-        found = {stage: lines.get(stage, row.name) for stage in STAGES[:3]}
-        if any(found.values()):
-            out.append(_line_of(row, found))
-    for one in authors:
-        cells = (f"{one.get('seconds', float('nan')):.3f}", "-", f"{one.get('of_full', float('nan')):.2f}", "-",
-                 f"{one.get('peak_gib', float('nan')):.2f}", "-")  # fmt: skip
-        out.append(f"| {one['row']} | {' | '.join(cells)} |")
-    left_out = {line["row"]: line["left_out"] for line in some if "left_out" in line}
-    out += ["", *(f"- {name}: left out: `{why}`" for name, why in left_out.items())]
-    alone = [line["row"] for line in some if line["stage"] == "steps" and line.get("company") == 1]
-    if alone:
-        out.append(f"- One after the other, without turns, since they do not fit together: {', '.join(alone)}.")
-    return [*out, "", *goals(shape, lines, authors)]
-
-
-def _line_of(row: Row, found: dict[str, dict[str, Any] | None]) -> str:
-    steps, memory, counted = (found[stage] or {} for stage in STAGES[:3])
-    first = ""
-    if row.method == "galore" and "first_step_s" in steps:
-        first = f" (every 200th: {steps['first_step_s']:.1f})"
-    limit = _spread(steps.get("of_limit"))
-    cells = [
-        f"{statistics.median(steps['seconds']):.3f}{first}" if "seconds" in steps else "-",
-        "limit" if row.name == limit_of(row) else limit, _spread(steps.get("of_full")),
-        f"{steps['cpu_of_limit']:.2f}" if "cpu_of_limit" in steps else "-",
-        f"{memory['peak_bytes'] / GIB:.2f}" if "peak_bytes" in memory else "-",
-        f"{counted['peak_bytes'] / GIB:.2f}" if "peak_bytes" in counted else "-",
-    ]  # fmt: skip
-    return f"| {row.name} | {' | '.join(cells)} |"
-
-
-def _spread(ratios: Sequence[float] | None) -> str:
-    if not ratios:
-        return "-"
-    return f"{statistics.median(ratios):.3f} ({min(ratios):.2f}, {max(ratios):.2f})"
-
-
-def goals(shape: str, lines: Lines, authors: Sequence[dict[str, Any]]) -> list[str]:
-    """Each goal, passed or failed, with what decides it."""
-    out = [f"Goal 1, at most {GOAL:.2f} of the limit in every mode:"]
-    for row in OURS:
-        steps = lines.get("steps", row.name) or {}
-        ratio = _to_limit(lines, row)
-        if ratio is not None:
-            how = "" if steps.get("of_limit") else ", one after the other"
-            out.append(f"- {'pass' if ratio <= GOAL else 'FAIL'}: {row.name}: {ratio:.3f}{how}")
-    out += ["", "Goal 2, faster than each peer that trains by groups, with the same layers and batch:"]
-    for row in (r for r in PEERS if r.peer):
-        theirs, mine = (lines.get("steps", name) or {} for name in (row.name, row.against))
-        if "seconds" in theirs and "seconds" in mine:
-            ratio = _same_scale(mine) / _same_scale(theirs)
-            out.append(f"- {'pass' if ratio < 1 else 'FAIL'}: {ratio:.3f} of {row.name}")
-        else:
-            out.append(f"- not measured: {row.name}")
-    out += _authors_goal(lines, authors)
-    peaks = {
-        row.name: line["peak_bytes"] / GIB
-        for row in ROWS.values()
-        if row.states and row.ranks == 1 and "peak_bytes" in (line := lines.get("memory", row.name) or {})
-    }
-    out += ["", "Goal 3, the lowest peak of all that train every weight with Adam and keep fp32 masters:"]
-    mine, theirs = (
-        {n: v for n, v in peaks.items() if (ROWS[n].method == "hift") is ours} for ours in (True, False)
-    )  # fmt: skip
-    if mine and theirs:
-        ours, other = min(mine, key=mine.__getitem__), min(theirs, key=theirs.__getitem__)
-        word = "pass" if mine[ours] < theirs[other] else "FAIL"
-        out.append(f"- {word}: {ours}: {mine[ours]:.2f} GiB; of the others {other}: {theirs[other]:.2f} GiB")
-    else:
-        out.append("- not measured")
-    return out
-
-
-def _to_limit(lines: Lines, row: Row) -> float | None:
-    steps = lines.get("steps", row.name) or {}
-    if steps.get("of_limit"):
-        return statistics.median(steps["of_limit"])
-    limit = lines.get("steps", limit_of(row)) or {}
-    if row.group in (1, 4, "all") and "seconds" in steps and "seconds" in limit:
-        return statistics.median(steps["seconds"]) / statistics.median(limit["seconds"])
-    return None
-
-
-def _same_scale(line: dict[str, Any]) -> float:
-    """As a share of what took turns with it, if anything did: two rows may have been measured at different times."""
-    for key in ("of_limit", "of_full", "seconds"):
-        if line.get(key):
-            return statistics.median(line[key])
-    raise ValueError(f"{line['row']}: no seconds")
-
-
-def _authors_goal(lines: Lines, authors: Sequence[dict[str, Any]]) -> list[str]:
-    """Against the authors' program, which has an environment of its own, so that they take no turns; its precision on a
-    CPU is fp32."""
-    out = []
-    for one in (x for x in authors if x["group_size"] != "all"):
-        name = f"ours, {layers(one['group_size'])}, {FP32}, device, after backward"
-        mine = (lines.get("steps", name) or {}).get("seconds")
-        if mine:
-            ratio = statistics.median(mine) / one["seconds"]
-            verdict = "pass" if ratio < 1 else "FAIL"
-            out.append(f"- {verdict}: {ratio:.3f} of authors' HiFT, {layers(one['group_size'])}, fp32, at another hour")
-    return out or ["- not measured: authors' HiFT (`--authors`)"]
+    worker = None
+    try:
+        worker = Worker(lambda rank: counted_steps.CountedSteps(make, work.rows, work.length, count))
+        lines.add("counted", row, peak_bytes=worker.ask("peak_bytes"))
+    except Failed as error:
+        lines.add("counted", row, left_out=str(error))
+    if worker is not None:
+        worker.end()
+    print(f"{row.name}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -841,6 +579,11 @@ def main(argv: list[str] | None = None) -> int:
         text = page(shown, [json.loads(line) for line in authors if line.strip()])
         args.out.write_text(text)
         print(text)
+        if file == RESULTS / "side_by_side.jsonl":
+            from benchmarks.methods.study import put
+
+            for page_of in ("README.md", "docs/results.md"):
+                put(ROOT / page_of, peaks_at_7b(shown), BEGIN, END)
     return 0
 
 

@@ -309,13 +309,13 @@ def summary(plan: dict[str, Any], done: list[dict[str, Any]], seconds: list[dict
     return "\n".join(out)
 
 
-def put(page: Path, text: str) -> None:
-    """Replace what stands between the markers of the summary in a page."""
-    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
+def put(page: Path, text: str, first: str = BEGIN, last: str = END) -> None:
+    """Replace what stands between two markers in a page, by default those of the summary."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
-        raise SystemExit(f"{page.name}: expected {BEGIN} and {END}")
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        raise SystemExit(f"{page.name}: expected {first} and {last}")
+    page.write_text(f"{before}{first}\n{text}\n{last}{after}", encoding="utf-8")
 
 
 def draw(plan: dict[str, Any], done: list[dict[str, Any]], seconds: list[dict[str, Any]], folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import growth, side_by_side
+from benchmarks import growth, side_by_side, side_by_side_page, side_by_side_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = "ours, 1 layer, bf16, fp32 masters, device, after backward"
@@ -39,6 +39,19 @@ def test_a_row_beside_its_limit(tmp_path):
     (held,) = [line["peak_bytes"] for line in lines_of(out.with_suffix(".jsonl")) if line["stage"] == "memory"]
     assert 0 < held < 1 << 30
     assert f"| {OURS} | " in out.read_text() and f"{OURS}: {ratio:.3f}" in out.read_text()
+
+
+def test_peaks_of_peers_are_counted_with_their_states(tmp_path):
+    out = tmp_path / "page.md"
+    zero = "DeepSpeed ZeRO-2"
+    script(
+        "side_by_side.py", "counted", "--shape", "135m", "--only", zero, "--only", side_by_side_rows.FULL, "--out", out
+    )
+    peaks = {line["row"]: line["peak_bytes"] for line in lines_of(out.with_suffix(".jsonl"))}
+    numel = side_by_side_rows.numels("135m")[0]
+    # bf16 weights, fp32 masters, two moments, and gradients: all in fp32, while bf16 ones are given back one by one
+    assert peaks[side_by_side_rows.FULL] == pytest.approx(18 * numel, rel=0.01)
+    assert 20 * numel < peaks[zero] < 25 * numel  # the same, bf16 gradients and buckets beside
 
 
 def test_growth(tmp_path):
@@ -70,9 +83,9 @@ def test_goals_fail_and_pass_by_the_numbers(tmp_path):
         steps("ours, 1 layer, fp32, device, after backward", 0.7),
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": "st')  # cut short by a kill
-    lines = side_by_side.Lines(file, "tiny", quick=False)
+    lines = side_by_side_rows.Lines(file, "tiny", quick=False)
     theirs = [{"shape": "tiny", "group_size": size, "seconds": took} for size, took in (("all", 2.0), (1, 1.4))]
-    text = "\n".join(side_by_side.goals("tiny", lines, theirs))
+    text = "\n".join(side_by_side_page.goals("tiny", lines, theirs))
     assert f"- FAIL: {OURS}: 1.060" in text
     assert f"- pass: {1.06 / 1.3:.3f} of BAdam, 1 layer" in text
     assert "- pass: 0.500 of authors' HiFT, 1 layer, fp32, at another hour" in text
@@ -80,9 +93,9 @@ def test_goals_fail_and_pass_by_the_numbers(tmp_path):
 
 
 def test_rows_that_do_not_fit_beside_their_limit_are_run_alone():
-    rows = [side_by_side.ROWS[name] for name in (OURS, "BAdam, 1 layer")]
-    limit = side_by_side.ROWS["bare loop, 1 layer, bf16, fp32 masters"]
-    full = side_by_side.ROWS[side_by_side.FULL]
+    rows = [side_by_side_rows.ROWS[name] for name in (OURS, "BAdam, 1 layer")]
+    limit = side_by_side_rows.ROWS["bare loop, 1 layer, bf16, fp32 masters"]
+    full = side_by_side_rows.ROWS[side_by_side_rows.FULL]
     assert side_by_side.companies(rows, 4.0, lambda row: 1.0) == [[limit, full, *rows]]
     assert side_by_side.companies(rows, 3.0, lambda row: 1.0) == [[limit, full, rows[0]], [limit, full, rows[1]]]
     assert side_by_side.companies(rows, 2.0, lambda row: 1.0) == [[limit, rows[0]], [limit, rows[1]]]
