@@ -36,6 +36,10 @@ import tasks  # noqa: E402
 WARMUP = 0.05  # of the steps
 MULTIPLIES_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # this processor by itself; else through fp32
 aten = torch.ops.aten
+# None in the torch of the authors' package, whose weights are fp32.
+FLASH, FLASH_BACKWARD = (
+    getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{end}", None) for end in ("", "_backward")
+)
 
 Run = Callable[[dict[str, Any], Path, Path | None], dict[str, Any]]
 Timing = Callable[[list[dict[str, Any]], Path, Path | None, int], list[dict[str, Any]]]
@@ -48,8 +52,7 @@ class ProductsInFp32(TorchDispatchMode):
 
     PRODUCTS = frozenset({
         aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+        *(op.default for op in (FLASH, FLASH_BACKWARD) if op is not None),
     })  # fmt: skip
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -59,7 +62,7 @@ class ProductsInFp32(TorchDispatchMode):
         if func not in self.PRODUCTS or not any(isinstance(a, Tensor) and a.dtype == torch.bfloat16 for a in args):
             return func(*args, **(kwargs or {}))
         made = func(*tree_map_only(Tensor, widened, args), **tree_map_only(Tensor, widened, kwargs or {}))
-        if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
+        if FLASH is not None and func is FLASH.default:
             return made[0].bfloat16(), made[1]  # the logarithms of sums are fp32 in either kernel
         return tree_map_only(Tensor, Tensor.bfloat16, made)
 
