@@ -116,6 +116,10 @@ EXPLAINED = [
         "Masters, clipping and compact states are of real numbers. The same weights as pairs of real ones train as with torch's optimizers.",
     ),
     (
+        r"float64 weights would be rounded",
+        "Masters and states are fp32, which holds 24 bits of a weight's 53. In fp32, or 16 bits with masters, they train as with torch's optimizers; frozen ones may stay.",
+    ),
+    (
         r"so that settings which differ",
         "The run goes on, with the settings of the run file; nobody can say which of them are others than when the checkpoint was saved. An earlier version's checkpoints have no such file.",
     ),

@@ -77,6 +77,10 @@ def build_optimizers(
                 f"{name}: complex weights are not trained; keep torch.view_as_real of it, and torch.view_as_complex in "
                 "the forward"
             )
+        if param.dtype == torch.float64 and param.requires_grad:
+            raise ConfigError(
+                f"{name}: float64 weights would be rounded to the fp32 of masters and states; call model.float() first"
+            )
     flags = TrainableFlags(model)
     entries = model_parameters if client_optimizer is None else client_optimizer.param_groups
     with unmanaged_set_aside(model, entries, facts.rank), contextlib.ExitStack() as on_failure:

@@ -562,6 +562,12 @@ def with_complex():
     return model
 
 
+def with_float64():
+    model = Toy()
+    model.wide = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    return model
+
+
 def with_sparse_embedding():
     model = Toy()
     model.embed = torch.nn.Embedding(11, 7, sparse=True)
@@ -572,6 +578,7 @@ def with_sparse_embedding():
     ("make_model", "make_optimizer", "message"),
     [
         (with_complex, lambda ps: torch.optim.AdamW(ps), "^turn: complex weights are not trained; keep torch.view_as"),
+        (with_float64, lambda ps: torch.optim.AdamW(ps), r"^wide: float64 weights .*; call model.float\(\) first"),
         (Toy, lambda ps: torch.optim.LBFGS(ps), "LBFGS cannot train .* evaluates the loss several times"),
         (Toy, lambda ps: torch.optim.SparseAdam(ps), "SparseAdam cannot train .* needs sparse gradients"),
         (with_sparse_embedding, lambda ps: torch.optim.SGD(ps), "embed: sparse gradients"),
