@@ -126,13 +126,10 @@ def _reference(trained: TrainedModel, task: Task, model: PreTrainedModel, prepar
     if trained.task not in ("dpo", "kto"):
         return {}
     assert trained.run is not None  # a folder alone is never taken for these
-    from hift_ds.hf.weight_names import zero_init_set_aside
-
     path = trained.run.model.path
     base = resolve_model(path, trust_remote_code=trained.run.model.trust_remote_code)
-    with zero_init_set_aside():
-        reference = task.model_class().from_pretrained(
-            base, dtype=model.dtype, use_safetensors=True, local_files_only=True,
-            trust_remote_code=trained.run.model.trust_remote_code,
-        )  # fmt: skip
+    reference = task.model_class().from_pretrained(
+        base, dtype=model.dtype, use_safetensors=True, local_files_only=True,
+        trust_remote_code=trained.run.model.trust_remote_code,
+    )  # fmt: skip
     return {"ref_model": reference.to(model.device).eval()}
