@@ -180,7 +180,7 @@ def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:
     with file.open(encoding="utf-8-sig") as lines:
         if _first_character(file) == "[":
             try:
-                rows = json.load(lines)
+                rows = json.load(lines, object_pairs_hook=_object)
             except ValueError as error:
                 raise DataError(f"{file}, line {getattr(error, 'lineno', 1)}: not valid JSON: {error}") from None
             yield from _numbered(rows, file)
@@ -190,7 +190,7 @@ def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:
                 continue
             origin = f"{file}, line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=_object)
             except ValueError as error:
                 rows = _only_list(file) if line.strip() == "{" or number == 1 else None
                 if rows is not None:
@@ -198,6 +198,20 @@ def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:
                     return
                 raise DataError(f"{origin}: not valid JSON: {error}; expected one object on each line") from None
             yield row, origin
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, each of whose keys must be there once: of two values one would be lost.
+
+    Raises:
+        ValueError: one is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key {twice!r} twice")
+    return found
 
 
 def _numbered(rows: list[Any], file: Path) -> Iterator[tuple[Any, str]]:
@@ -212,7 +226,7 @@ def _only_list(file: Path) -> list[Any] | None:
         DataError: several lists of objects are in it.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
     except ValueError:
         return None
     if not isinstance(content, dict):

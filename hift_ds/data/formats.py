@@ -213,19 +213,20 @@ class NoContent(str):
 
 
 def _from_messages(row: Row) -> Sample:
-    return _conversation(row, _system(row) + _messages(row["messages"], "messages"))
+    return _conversation(row, _behind_system(row, _messages(row["messages"], "messages")))
 
 
 def _from_sharegpt(row: Row) -> Sample:
-    return _conversation(row, _system(row) + _messages(row["conversations"], "conversations"))
+    return _conversation(row, _behind_system(row, _messages(row["conversations"], "conversations")))
 
 
 def _from_prompt_completion(row: Row) -> Sample:
     prompt, completion = (perhaps_messages(row[name], name) for name in ("prompt", "completion"))
     if isinstance(prompt, str) and isinstance(completion, str):
+        refuse_media(row)
         return Completion(prompt, completion)
     if isinstance(prompt, list) and isinstance(completion, list):
-        asked = _system(row) + _messages(prompt, "prompt")
+        asked = _behind_system(row, _messages(prompt, "prompt"))
         return _conversation(row, asked + _messages(completion, "completion"), first_answer=len(asked))
     raise Malformed(
         "prompt and completion: expected two texts or two lists of messages, "
@@ -234,7 +235,7 @@ def _from_prompt_completion(row: Row) -> Sample:
 
 
 def _from_alpaca(row: Row) -> Sample:
-    turns = _system(row)
+    turns: list[_Turn] = []
     history = parsed(row.get("history"), "history") or []
     if not isinstance(history, list):
         raise Malformed(f"history: expected a list of [question, answer], got {short(history)}")
@@ -243,7 +244,8 @@ def _from_alpaca(row: Row) -> Sample:
             raise Malformed(f"history: expected pairs of [question, answer], got {short(turn)}")
         turns += _question_and_answer(*turn)
     asked = "\n".join(part for part in (text_of(row, "instruction"), text_of(row, "input")) if part)
-    return _conversation(row, turns + _question_and_answer(asked, text_of(row, "output")))
+    turns += _question_and_answer(asked, text_of(row, "output"))
+    return _conversation(row, _behind_system(row, turns))
 
 
 def _from_text(row: Row) -> Sample:
@@ -281,12 +283,16 @@ _NOT_THE_TEMPLATES = frozenset(
 )  # fmt: skip
 """Arguments of ``apply_chat_template`` that say what becomes of the rendering."""
 
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns of TRL's, LLaMA-Factory's, ms-swift's and LLaVA's data."""
+
 _Turn = tuple[Message, bool | None]
 """A message, and whether the data say to learn it; None: they do not say, so that answers are learned."""
 
 
 def _conversation(row: Row, turns: list[_Turn], first_answer: int = 0) -> Conversation:
     """The turns, and what lies beside them in the row."""
+    refuse_media(row)
     return Conversation(
         messages=[message for message, _ in turns],
         tools=tools_of(row),
@@ -311,14 +317,35 @@ def template_options_of(row: Row) -> Mapping[str, Any] | None:
     return options
 
 
-def system_of(row: Row) -> list[Message]:
-    """The system prompt that a row has in a column of its own, as a message; none if it has none."""
+def system_of(row: Row, messages: list[Message]) -> list[Message]:
+    """The system prompt that a row has in a column of its own, as a message before ``messages``; none if it has none,
+    or if they begin with the same one.
+
+    Raises:
+        Malformed: they begin with another one.
+    """
     system = text_of(row, "system")
-    return [{"role": "system", "content": system}] if system else []
+    first = messages[0] if messages else {"role": "user"}
+    if not system or (first["role"] == "system" and first["content"].strip() == system.strip()):
+        return []
+    if first["role"] == "system":
+        raise Malformed(
+            f"system: the messages begin with another system prompt, {short(first['content'])}; remove one of the two"
+        )
+    return [{"role": "system", "content": system}]
 
 
-def _system(row: Row) -> list[_Turn]:
-    return [(message, None) for message in system_of(row)]
+def _behind_system(row: Row, turns: list[_Turn]) -> list[_Turn]:
+    return [(message, None) for message in system_of(row, [message for message, _ in turns])] + turns
+
+
+def refuse_media(row: Row) -> None:
+    """Raises Malformed if a row of questions and answers has pictures, video or sound, which its text is about."""
+    if media := next((name for name in _MEDIA if row.get(name) not in (None, "", [], {})), None):
+        raise Malformed(
+            f"{media}: pictures, video and sound cannot be trained on, and the texts are about them; leave such rows "
+            "out, or the column where the texts are not"
+        )
 
 
 def _question_and_answer(question: str, answer: str) -> list[_Turn]:
@@ -337,9 +364,12 @@ def messages_of(value: object, column: str) -> list[Message]:
     """The messages in a column, in the spelling of OpenAI.
 
     Raises:
-        Malformed: it holds something else.
+        Malformed: it holds something else, or an answer that the task learns whole and the data say not to learn.
     """
-    return [message for message, _ in _messages(value, column)]
+    turns = _messages(value, column)
+    if column in ("chosen", "rejected", "completion") and turns[-1][1] is False:
+        raise Malformed(f"{column}: the answer is marked as not to be learned; leave the row out")
+    return [message for message, _ in turns]
 
 
 def _turn(entry: object, column: str) -> _Turn:
@@ -358,7 +388,10 @@ def _turn(entry: object, column: str) -> _Turn:
     if "function_call" in entry:  # OpenAI's first form, of one call
         calls += _functions_called(entry.pop("function_call"), column)
     if said_role == "function_call":  # LLaMA-Factory's: the call stands where others have the text
-        calls, content = _functions_called(content, column), NoContent()
+        calls = _functions_called(content, column)
+        if not calls:
+            raise Malformed(f"{column}: function_call: expected a call with name and arguments, got {short(content)}")
+        content = NoContent()
     message = {"role": _ROLES[said_role], "content": _content(content, column), **entry}
     if calls:
         message["tool_calls"] = calls
@@ -400,7 +433,9 @@ def _functions_called(value: object, column: str) -> list[dict[str, Any]]:
 
 
 def _as_list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+    """A list, or one value in a list, without what is empty: where a table has an object whose fields are all absent,
+    one without any field is left."""
+    return [one for one in (value if isinstance(value, list) else [value]) if one is not None and one != {}]
 
 
 def _content(content: object, column: str) -> str:

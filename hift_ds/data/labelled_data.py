@@ -36,6 +36,7 @@ def classification_data(how: Preparation, format: str) -> PreparedData:
     labels = [json.loads(json.loads(text)["label"]) for text in train["example"]]
     if all(map(holds_text_alone, train["origin"])):
         labels = _read_numbers(labels, how)
+    _refuse_unpublished(labels, train["origin"], how)
     vectors = False
     if all(isinstance(label, float | int) for label in labels) and any(isinstance(label, float) for label in labels):
         names, kind = None, "regression"
@@ -65,6 +66,16 @@ def classification_data(how: Preparation, format: str) -> PreparedData:
         parts[0], parts[1], DataCollatorWithPadding(right_padded(how)), "none", reports,
         score=ClassScores(kind), model_options=options,
     )  # fmt: skip
+
+
+def _refuse_unpublished(labels: list[Any], origins: Sequence[str], how: Preparation) -> None:
+    """Raises DataError if a class is -1, as in GLUE's test splits. Among numbers with a fraction -1 is a number."""
+    if -1 not in labels or any(isinstance(label, float) for label in labels):
+        return
+    raise DataError(
+        f"{origins[labels.index(-1)]}: label: -1 stands for rows whose label is not published (a test split); take "
+        "another split, or give classes names"
+    )
 
 
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")

@@ -47,13 +47,13 @@ class TokenizePairs:
         source, target = (without_affixes(self.tokenizer, example[name]) for name in ("source", "target"))
         sides = [{"text": source}, {"text_target": target}]
         whole = [self.tokenizer(**side)["input_ids"] for side in sides]
-        cut = sum(max(len(ids) - self.max_length, 0) for ids in whole)
-        if cut:
-            whole = [self.tokenizer(**side, truncation=True, max_length=self.max_length)["input_ids"] for side in sides]
         end = self.tokenizer.eos_token_id
-        if (
-            end is not None and whole[1][-1:] != [end] and len(whole[1]) < self.max_length
-        ):  # else it never learns to stop
+        is_open = end is not None and whole[1][-1:] != [end]  # then the end token is ours to put, to learn to stop
+        too_long = [max(len(ids) - self.max_length, 0) for ids in whole]
+        cut = sum(too_long) + (is_open and len(whole[1]) >= self.max_length)
+        if any(too_long):
+            whole = [self.tokenizer(**side, truncation=True, max_length=self.max_length)["input_ids"] for side in sides]
+        if is_open and not too_long[1] and len(whole[1]) < self.max_length:
             whole[1] = [*whole[1], end]
         return {
             "input_ids": whole[0], "attention_mask": [1] * len(whole[0]), "labels": whole[1], "cut": cut,

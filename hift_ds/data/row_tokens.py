@@ -5,11 +5,11 @@ A whole data set is made so in :mod:`hift_ds.data.prepare`, what is read in trai
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,13 +19,14 @@ from hift_ds.data.packing import IGNORED
 from hift_ds.data.rendering import Refused
 from hift_ds.data.rows import guessed, iterate_rows
 from hift_ds.data.sources import Source
+from hift_ds.data.text_columns import from_json, has_halves
 from hift_ds.errors import DataError
 
 MOST_REFUSED = 0.1
 """Rows that may be passed over because the chat template refuses them; with more than this share of them it is the
 template that is wrong, not the rows."""
-_HALF = re.compile("[\ud800-\udfff]")  # pairs are one character once json has read them
-_HALF_IN_JSON = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
+READ_HALVES = "half of a surrogate pair is read as U+FFFD"
+_HALF_IN_TEXT_OF_JSON = re.compile(r"\\\\ud[89a-f]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,14 @@ class Tokenize:
                 _append(out, Encoded([], []), [], [], 0, str(refusal))
                 continue
             for encoded in found:
-                encoded = replace(encoded, remarks=(*encoded.remarks, *halves))
+                said = halves or halves_in_columns(row, partial(self._text_of, encoded.ids))
+                encoded = replace(encoded, remarks=(*encoded.remarks, *said))
                 for ids, learned, cut in self._fit(encoded):
                     _append(out, encoded, ids, learned, cut)
         return out
+
+    def _text_of(self, ids: list[int]) -> str:
+        return str(self.encoder.tokenizer.decode(ids))
 
     def _fit(self, encoded: Encoded) -> Iterator[tuple[list[int], list[bool], int]]:
         """Pieces of at most ``max_length`` tokens, and how many tokens each has lost."""
@@ -145,11 +150,17 @@ def _append(
 def without_halves(row: str) -> tuple[Any, tuple[str, ...]]:
     """The columns of a row; where one has half of a surrogate pair, which JSON can write and no tokenizer takes, with
     U+FFFD in its place and a remark."""
-    if not _HALF_IN_JSON.search(row):
-        return json.loads(row), ()
-    text = json.dumps(json.loads(row), ensure_ascii=False)
-    whole = _HALF.sub("\ufffd", text)
-    return json.loads(whole), ("half of a surrogate pair is read as U+FFFD",) if whole != text else ()
+    return from_json(row), (READ_HALVES,) if has_halves(row) else ()
+
+
+def halves_in_columns(row: str, made: Callable[[], str]) -> tuple[str, ...]:
+    """The remark of :func:`without_halves` where such a half stands in a column, or an argument of a call, that is a
+    text of JSON itself.
+
+    Args:
+        made: gives what was made of the row, in which such columns are read.
+    """
+    return (READ_HALVES,) if _HALF_IN_TEXT_OF_JSON.search(row) and "\ufffd" in made() else ()
 
 
 def count_source(source: Source, tokenize: Tokenize, num_rows: int | None = None) -> DataReport:

@@ -6,6 +6,7 @@ becomes of the rows is in :mod:`hift_ds.data.rows`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -103,7 +104,7 @@ def parse_sources(value: Any, key: str, **defaults: Any) -> list[Source]:
     if entry.get("documents", "file") not in get_args(Documents):
         expected = ", ".join(get_args(Documents))
         raise ConfigError(f"{key}.documents: expected one of {expected}, got {entry['documents']!r}")
-    if float(entry.get("weight", 1)) <= 0:
+    if not 0 < float(entry.get("weight", 1)) < math.inf:
         raise ConfigError(f"{key}.weight: expected a number above 0, got {entry['weight']!r}")
     source = Source(key=key, **(defaults | dict(entry)))
     if source.path.startswith(BUNDLED):

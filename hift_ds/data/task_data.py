@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hift_ds.data.config import DataConfig
-from hift_ds.data.row_tokens import without_halves
+from hift_ds.data.row_tokens import halves_in_columns, without_halves
 from hift_ds.data.rows import cache_in_use, code_stamp, guessed, load_splits
 from hift_ds.data.task_rows import to_example
 from hift_ds.errors import DataError
@@ -90,11 +90,11 @@ class Parse:
     def __call__(self, row: dict[str, str]) -> dict[str, Any]:
         columns, remarks = without_halves(row["row"])
         example = to_example(columns, row["format"], row["origin"])
-        return {
-            "example": json.dumps(example, ensure_ascii=False),
-            "origin": row["origin"],
-            "remarks": list(remarks),
-        }
+        text = json.dumps(example, ensure_ascii=False)
+        remarks = remarks or halves_in_columns(row["row"], lambda: text)
+        if "chosen" in example and example["chosen"] == example["rejected"]:
+            remarks += ("chosen and rejected are the same",)
+        return {"example": text, "origin": row["origin"], "remarks": list(remarks)}
 
 
 def right_padded(how: Preparation, prefix_space: bool = False) -> PreTrainedTokenizerBase:

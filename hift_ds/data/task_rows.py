@@ -15,6 +15,7 @@ Beside lists of messages preferences may have system, tools and chat_template_kw
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,12 +25,13 @@ from hift_ds.data.formats import (
     build_sample,
     messages_of,
     present,
+    refuse_media,
     system_of,
     template_options_of,
     text_of,
     tools_of,
 )
-from hift_ds.data.text_columns import Malformed, perhaps_list, perhaps_messages, short
+from hift_ds.data.text_columns import Malformed, from_json, perhaps_list, perhaps_messages, short
 
 Example = dict[str, Any]
 
@@ -99,12 +101,28 @@ _SPELLINGS: dict[str, tuple[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]],
 
 
 def _preference(row: Row) -> Example:
+    refuse_media(row)
     prompt = _prompt_beside(row)
     if prompt is not None:
         chosen, rejected = (_answer(row[name], name) for name in ("chosen", "rejected"))
-        return _with_options(row, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        return _with_options(row, _answered({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
     names = ("chosen", "rejected") if _repeats_prompt(row) else ("prompt", "chosen", "rejected")
-    return _with_options(row, _with_system(row, _alike(row, names)))
+    return _with_options(row, _with_system(row, _answered(_alike(row, names))))
+
+
+def _answered(example: Example) -> Example:
+    """The example, where what is to be learned are texts or messages that end with an assistant's.
+
+    Raises:
+        Malformed: they end with another's.
+    """
+    for name in ("chosen", "rejected", "completion"):
+        messages = example.get(name)
+        if isinstance(messages, list) and messages[-1]["role"] != "assistant":
+            raise Malformed(
+                f"{name}: expected messages that end with an assistant's answer, got one of {messages[-1]['role']} last"
+            )
+    return example
 
 
 def _prompt_beside(row: Row) -> list[Message] | None:
@@ -114,9 +132,13 @@ def _prompt_beside(row: Row) -> list[Message] | None:
         return None
     if "instruction" in row:
         asked = "\n".join(part for part in (text_of(row, "instruction"), text_of(row, "input")) if part)
-        return [*system_of(row), {"role": "user", "content": asked}]
+        question = [{"role": "user", "content": asked}]
+        return [*system_of(row, question), *question]
     column = next((name for name in ("conversations", "messages") if name in row), None)
-    return None if column is None else [*system_of(row), *_talk(row[column], column)]
+    if column is None:
+        return None
+    talk = _talk(row[column], column)
+    return [*system_of(row, talk), *talk]
 
 
 def _has_question(value: Any) -> bool:
@@ -135,13 +157,12 @@ def _repeats_prompt(row: Row) -> bool:
 
 def _with_system(row: Row, example: Example) -> Example:
     """The example with the row's own system prompt before its messages."""
-    system = system_of(row)
-    if not system:
+    if not text_of(row, "system"):
         return example
     if any(isinstance(value, str) for value in example.values()):
         raise Malformed("system: texts are taken as they are, and it would be left out; write it into prompt")
     before = [name for name in ("prompt",) if name in example] or ["chosen", "rejected"]
-    return {**example, **{name: [*system, *example[name]] for name in before}}
+    return {**example, **{name: [*system_of(row, example[name]), *example[name]] for name in before}}
 
 
 def _with_options(row: Row, example: Example) -> Example:
@@ -159,6 +180,7 @@ def _with_options(row: Row, example: Example) -> Example:
 
 
 def _rated(row: Row) -> Example:
+    refuse_media(row)
     prompt = _prompt_beside(row)
     needed = ["prompt"] if prompt is None else []
     if "chosen" in row or "rejected" in row:
@@ -175,10 +197,10 @@ def _rated(row: Row) -> Example:
     if isinstance(label, str) or label not in (0, 1):
         raise Malformed(f"label: expected true (a wanted answer) or false, got {short(label)}")
     if prompt is None:
-        example = _with_options(row, _with_system(row, _alike(row, ("prompt", "completion"))))
+        example = _with_options(row, _with_system(row, _answered(_alike(row, ("prompt", "completion")))))
         return {**example, "label": bool(label)}
     if "instruction" in row:
-        completion = _answer(row["output"], "output")
+        completion = _answered({"completion": _answer(row["output"], "output")})["completion"]
     else:
         prompt, completion = prompt[:-1], prompt[-1:]
         if not prompt or completion[0]["role"] != "assistant":
@@ -218,8 +240,8 @@ def _labelled(row: Row) -> Example:
     parts = label if isinstance(label, list) else [label]
     if not all(isinstance(part, str | int | float) for part in parts):
         raise Malformed(f"label: expected a name, a number or a list of these, got {short(label)}")
-    if label == -1:
-        raise Malformed("label: -1 stands for rows whose label is not published (a test split); take another split")
+    if any(isinstance(part, float) and math.isinf(part) for part in parts):
+        raise Malformed(f"label: expected a number that is not infinite, got {short(label)}")
     label = [as_class(part) for part in parts] if isinstance(label, list) else as_class(label)
     return {"text": text_of(row, "text"), "text_pair": text_of(row, "text_pair"), "label": json.dumps(label)}
 
@@ -258,7 +280,7 @@ def _question(row: Row) -> Example:
     answers, context = row["answers"], text_of(row, "context")
     if isinstance(answers, str):
         try:
-            answers = json.loads(answers)
+            answers = from_json(answers)
         except ValueError:
             raise Malformed(f"answers: not valid JSON: {short(answers)}") from None
     if isinstance(answers, list):
@@ -266,12 +288,20 @@ def _question(row: Row) -> Example:
     texts, starts = ((answers.get(key) if isinstance(answers, Mapping) else None) for key in ("text", "answer_start"))
     if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
         raise Malformed(f"answers: expected {{text: [...], answer_start: [...]}}, got {short(answers)}")
-    for text, start in zip(texts, starts, strict=True):
+    answers = [(text, start) for text, start in zip(texts, starts, strict=True) if text != ""]  # "": it has none
+    for text, start in answers:
         if not isinstance(text, str) or not isinstance(start, int):
-            raise Malformed(f"answers: expected texts and the numbers of their first letters, got {short(answers)}")
+            raise Malformed(
+                f"answers: expected texts and the numbers of their first letters, got {short([text, start])}"
+            )
         if context[start : start + len(text)] != text:
             raise Malformed(f"answers: {short(text)} is not at letter {start} of the context")
-    return {"question": text_of(row, "question"), "context": context, "texts": texts, "starts": starts}
+    return {
+        "question": text_of(row, "question"),
+        "context": context,
+        "texts": [text for text, _ in answers],
+        "starts": [start for _, start in answers],
+    }
 
 
 def _pair(row: Row) -> Example:

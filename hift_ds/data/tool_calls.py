@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hift_ds.data.formats import Conversation, Message, NoContent
+from hift_ds.data.text_columns import from_json
+
+_PLAIN = re.compile(r"[A-Za-z0-9]([\w .,:/-]*\w)?", re.ASCII)
+"""A text that every template writes letter for letter."""
 
 
 def has_calls(sample: Conversation) -> bool:
@@ -46,11 +51,12 @@ def not_printed(message: Message, text: str, text_of_objects: str | None = None)
     Args:
         text_of_objects: what it prints where arguments are objects and not their texts; None if it cannot.
     """
-    for call in message.get("tool_calls") or ():
-        function = _function(call)
+    functions = [_function(call) for call in message.get("tool_calls") or ()]
+    names_called = [name for function in functions if isinstance(name := function.get("name"), str)]
+    for function in functions:
         name, arguments = function.get("name"), function.get("arguments")
-        if isinstance(name, str) and name not in text:
-            return f"leaves out the call of {name!r}"
+        if isinstance(name, str) and text.count(name) < sum(other.count(name) for other in names_called):
+            return f"leaves out {'the' if names_called.count(name) == 1 else 'a'} call of {name!r}"
         if isinstance(arguments, str) and any(
             json.dumps(arguments, ensure_ascii=ascii) in text for ascii in (False, True)
         ):
@@ -67,9 +73,23 @@ def not_printed(message: Message, text: str, text_of_objects: str | None = None)
         lost = next((key for key in plain if key not in text), None)
         if lost is not None:
             return f"leaves out the argument {lost!r} of {name!r}"
+        lost = next((value for value in _plain_values(said) if value not in text), None)
+        if lost is not None:
+            return f"leaves out {lost!r} among the arguments of {name!r}"
         if isinstance(said, str) and said not in text:
             return f"leaves out the arguments of {name!r}"
     return None
+
+
+def _plain_values(said: object) -> Iterator[str]:
+    """Texts and whole numbers in the arguments of a call that look the same however a template writes them."""
+    if isinstance(said, Mapping | list):
+        for part in said.values() if isinstance(said, Mapping) else said:
+            yield from _plain_values(part)
+    elif isinstance(said, str) and _PLAIN.fullmatch(said.strip()):
+        yield said.strip()
+    elif isinstance(said, int) and not isinstance(said, bool):
+        yield str(said)
 
 
 def _with_calls(message: Message, convert: Callable[[object], object], as_said: bool) -> Message:
@@ -103,7 +123,7 @@ def _as_object(arguments: object) -> object:
     said = arguments
     while isinstance(said, str):
         try:
-            said = json.loads(said) if said.strip() else {}
+            said = from_json(said) if said.strip() else {}
         except ValueError:
             return arguments
     return said if isinstance(said, dict) else arguments

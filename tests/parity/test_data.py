@@ -151,6 +151,23 @@ def test_a_system_prompt_in_a_column_of_its_own(row, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [SYSTEM, USER, ANSWER]},
+        {"prompt": [SYSTEM, USER], "completion": [ANSWER]},
+        {"conversations": [SYSTEM, USER, ANSWER]},
+    ],
+)
+def test_a_system_prompt_in_a_column_and_in_the_messages(row, tmp_path):
+    """The same one is one; of two that differ nobody knows which is meant."""
+    tokenizer = tokenizer_of(CHATML)
+    file = lines(tmp_path, {**row, "system": "Be brief\n"})
+    assert prepared(file, tokenizer) == [own_rendering(tokenizer, [SYSTEM, USER, ANSWER], [2])]
+    with pytest.raises(DataError, match="line 1: system: the messages begin with another system prompt, 'Be brief'"):
+        prepared(lines(tmp_path, {**row, "system": "Be nice"}), tokenizer)
+
+
 def test_a_template_that_takes_the_system_prompt_into_the_first_question(tmp_path):
     tokenizer = tokenizer_of(MISTRAL_LIKE, bos=True)
     for messages in (TWO_TURNS, [SYSTEM, *TWO_TURNS]):
@@ -416,6 +433,59 @@ def test_other_spellings_of_a_call(tmp_path):
         assert prepared(file, tokenizer) == expected
     whole = {"messages": json.dumps(row["messages"]), "tools": [json.dumps(row["tools"][0])]}
     assert prepared(lines(tmp_path, whole), tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "arguments", "reason"),
+    [
+        (("weather", "weather"), ({"city": "Oslo"}, {"city": "Rome"}), "a call of 'weather'"),
+        (("get_weather", "weather"), ({"city": "Oslo"}, {"city": "Oslo"}), "the call of 'weather'"),
+    ],
+)
+def test_every_one_of_several_calls_is_printed(names, arguments, reason, tmp_path):
+    """A template that prints the first call alone: the second has the same name, or one that is a part of it."""
+    calls = [
+        {"type": "function", "function": {"name": n, "arguments": a}} for n, a in zip(names, arguments, strict=True)
+    ]
+    row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": calls}], "tools": [tool("weather")]}
+    tokenizer = tokenizer_of(QWEN_LIKE)
+    assert prepared(lines(tmp_path, row), tokenizer) == [called(row, tokenizer)]
+    first_alone = QWEN_LIKE.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+    with pytest.raises(DataError, match=f"line 1: the chat template leaves out {reason}; set data.template"):
+        prepared(lines(tmp_path, row), tokenizer_of(first_alone))
+
+
+@pytest.mark.parametrize("lost", ["Oslo", 3, "New York", "2020-01-01"])
+def test_the_values_of_arguments_are_printed(lost, tmp_path):
+    """However deep they stand."""
+    row = {"messages": [USER, call("weather", {"where": [{"city": lost}], "fine": None})], "tools": []}
+    tokenizer = tokenizer_of(QWEN_LIKE)
+    assert prepared(lines(tmp_path, row), tokenizer) == [called(row, tokenizer)]
+    keys = QWEN_LIKE.replace("c.function.arguments | tojson", "'where city fine'")
+    with pytest.raises(DataError, match=f"line 1: the chat template leaves out '{lost}' among the arguments of 'we"):
+        prepared(lines(tmp_path, row), tokenizer_of(keys))
+
+
+def test_objects_whose_fields_are_all_absent_are_no_calls_and_no_tools(tmp_path):
+    """A table whose writer gives every row every struct; a row of JSON with an empty object."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tokenizer = tokenizer_of(QWEN_LIKE)
+    expected = [own_rendering(tokenizer, [USER, ANSWER], [1])]
+    for beside in ({"tools": {}}, {"tools": [{}]}, {"tools": [None]}, {"tools": "{}"}):
+        assert prepared(lines(tmp_path, {"messages": [USER, ANSWER], **beside}), tokenizer) == expected
+    for key in ("function_call", "tool_calls"):
+        assert prepared(lines(tmp_path, {"messages": [USER, {**ANSWER, key: {}}]}), tokenizer) == expected
+    texts = [(name, pa.string()) for name in ("name", "arguments")]
+    turn = pa.struct([("role", pa.string()), ("content", pa.string()), ("function_call", pa.struct(texts))])
+    nothing = {"function_call": {"name": None, "arguments": None}}
+    turns = pa.array([[{**USER, **nothing}, {**ANSWER, **nothing}]], type=pa.list_(turn))
+    pq.write_table(pa.table({"messages": turns}), tmp_path / "a.parquet")
+    assert prepared(tmp_path / "a.parquet", tokenizer) == expected
+    row = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "{}"}]}
+    with pytest.raises(DataError, match="line 1: conversations: function_call: expected a call with name and"):
+        prepared(lines(tmp_path, row), tokenizer)
 
 
 LOST = r"the chat template leaves out the call of 'weather'; set data.template"
@@ -920,7 +990,8 @@ def test_maps_bytes_and_views_in_parquet(tmp_path):
         "bytes": {name: column.cast(pa.binary()) for name, column in pair.items()},
         "views": {name: column.cast(pa.string_view()) for name, column in pair.items()},
         "categories": {name: column.dictionary_encode() for name, column in pair.items()},
-        "bytes of an image beside": {**pair, "image": pa.array([b"\xff\xd8"])},
+        "bytes beside": {**pair, "thumbnail": pa.array([b"\xff\xd8"])},
+        "a picture that no row has": {**pair, "image": pa.array([None], type=pa.binary())},
     }
     for number, (name, columns) in enumerate(tables.items()):
         pq.write_table(pa.table(columns), tmp_path / f"{number}.parquet")
@@ -943,10 +1014,55 @@ def test_half_of_a_surrogate_pair_is_replaced_and_said(tmp_path):
     assert "in 1 samples half of a surrogate pair is read as U+FFFD" in str(data.reports[0])
 
 
+def test_half_of_a_surrogate_pair_in_a_text_of_json(tmp_path):
+    """In arguments as OpenAI writes them, in a list of tools, and in messages in a column of CSV; the text of an answer
+    stays as it is."""
+    tokenizer = tokenizer_of(QWEN_LIKE)
+    half, whole = r'{"city": "O\ud83d"}', {"city": "O\ufffd"}
+    tools = [tool("weather", city={"description": "\ud83d"})]
+    file = lines(tmp_path, {"messages": [USER, call("weather", half)], "tools": json.dumps(tools)})
+    data = prepare_data(DataConfig(train=str(file)), tokenizer, 4000)
+    row = {
+        "messages": [USER, call("weather", whole)],
+        "tools": [tool("weather", city={"description": "\ufffd"})],
+    }
+    assert [(row["input_ids"], row["labels"]) for row in data.train] == [called(row, tokenizer)]
+    assert "in 1 samples half of a surrogate pair is read as U+FFFD" in str(data.reports[0])
+    cell = json.dumps([USER, {**ANSWER, "content": "a\ud83d"}]).replace('"', '""')
+    (tmp_path / "a.csv").write_text(f'messages\n"{cell}"\n')
+    expected = [own_rendering(tokenizer, [USER, {**ANSWER, "content": "a\ufffd"}], [1])]
+    assert prepared(tmp_path / "a.csv", tokenizer) == expected
+    answer = {**ANSWER, "content": half}
+    assert prepared(lines(tmp_path, {"messages": [USER, answer]}), tokenizer) == [
+        own_rendering(tokenizer, [USER, answer], [1])
+    ]
+
+
 def test_two_columns_of_one_name_are_an_error(tmp_path):
     (tmp_path / "a.csv").write_text("instruction,output,output\nHi,Hello,Other\n")
     with pytest.raises(DataError, match="line 1: two columns are called 'output'"):
         prepared(tmp_path / "a.csv", tokenizer_of(CHATML))
+    row = '{"instruction": "Hi", "output": "Hello", "output": "Other"}'
+    for name, content in (("a.jsonl", f"{row}\n{row}\n"), ("b.json", f"[{row}]")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match="line 1: not valid JSON: an object has the key 'output' twice"):
+            prepared(tmp_path / name, tokenizer_of(CHATML))
+
+
+@pytest.mark.parametrize("column", ["image", "images", "videos", "audio"])
+@pytest.mark.parametrize("row", [{"messages": [USER, ANSWER]}, {"instruction": "Hi", "output": "Hello"},
+                                 {"prompt": "Hi", "completion": "Hello"}])  # fmt: skip
+def test_rows_about_pictures_are_refused(column, row, tmp_path):
+    """As TRL refuses them: "<image>" would be learned as a text. An empty column, which a table gives every row, says
+    nothing; beside plain text it may be anything."""
+    tokenizer = tokenizer_of(CHATML)
+    expected = prepared(lines(tmp_path, row), tokenizer)
+    for nothing in (None, [], "", float("nan"), {}):
+        assert prepared(lines(tmp_path, {**row, column: nothing}), tokenizer) == expected
+    for value in ("a.png", ["a.png"], {"path": "a.png"}):
+        with pytest.raises(DataError, match=f"line 1: {column}: pictures, video and sound cannot be trained on"):
+            prepared(lines(tmp_path, {**row, column: value}), tokenizer)
+    assert prepared(lines(tmp_path, {"text": "Hi", column: ["a.png"]}), tokenizer)
 
 
 def test_a_file_of_one_object(tmp_path):

@@ -455,6 +455,6 @@ def test_weights(tmp_path):
         "b": 400,
         "c": 100,
     }
-    for weight in (0, -1, "x", True):
+    for weight in (0, -1, "x", True, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="data.train.weight: expected a number"):
             parse_sources({"path": "a", "weight": weight}, "data.train")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +47,9 @@ from tests.unit.test_tasks import talk
         ("labelled", {"text": "a", "label": "[OTHER]"}, {"text": "a", "text_pair": "", "label": '"[OTHER]"'}),
         ("question", {"question": "q", "context": "a b", "answers": [{"text": "b", "answer_start": 2}]},
          {"question": "q", "context": "a b", "texts": ["b"], "starts": [2]}),
+        # as many write that there is no answer
+        ("question", {"question": "q", "context": "a b", "answers": {"text": [""], "answer_start": [-1]}},
+         {"question": "q", "context": "a b", "texts": [], "starts": []}),
     ],
 )  # fmt: skip
 def test_spellings_of_rows(format, row, expected):
@@ -66,7 +70,16 @@ def test_spellings_of_rows(format, row, expected):
         ("tagged", {"tokens": "a b", "tags": "[0 1]"}, "tags: not valid JSON"),
         ("preference", {"prompt": "a", "chosen": "[{'role': 'user', 'content': 'a'}]", "rejected": "c"}, "as Python"),
         ("rated", {"prompt": "a", "completion": "b", "label": "good"}, "expected true .* or false, got 'good'"),
-        ("labelled", {"text": "a", "label": -1}, "-1 stands for rows whose label is not published"),
+        ("labelled", {"text": "a", "label": math.inf}, "a number that is not infinite, got inf"),
+        ("preference", {"prompt": talk("a", "b")[:1], "chosen": talk("a", "b"), "rejected": talk("a", "b")[:1]},
+         "rejected: .* an assistant's answer, got one of user last"),
+        ("preference", {"prompt": talk("a", "b")[:1], "chosen": [{**talk("a", "b")[1], "weight": 0}],
+                        "rejected": talk("a", "c")[1:]}, "chosen: the answer is marked as not to be learned"),
+        ("rated", {"prompt": talk("a", "b")[:1], "completion": talk("a", "b")[:1], "label": 1}, "completion: .* user"),
+        ("preference", {"chosen": talk("a", "b"), "rejected": talk("a", "c"), "images": ["a.png"]}, "images: pictures"),
+        ("rated", {"prompt": "a", "completion": "b", "label": 1, "image": "a.png"}, "image: pictures"),
+        ("preference", {"prompt": [{"role": "system", "content": "s"}, *talk("a", "b")[:1]], "system": "t",
+                        "chosen": talk("a", "b")[1:], "rejected": talk("a", "c")[1:]}, "another system prompt, 's'"),
         ("tagged", {"tokens": ["a"], "tags": [1, 2]}, "one tag for each word, got 1 and 2"),
         ("question", {"question": "q", "context": "a b", "answers": {"text": ["c"], "answer_start": [2]}},
          "'c' is not at letter 2 of the context"),
@@ -141,6 +154,7 @@ def labelled(*labels: Any) -> list[dict[str, Any]]:
         ([0.0, 2.0, 1.0], {}, "single_label_classification", [0, 2, 1], ["0", "1", "2"]),  # as pandas has them
         ([1.0, 0.0], {"labels": ["no", "yes"]}, "single_label_classification", [1, 0], ["no", "yes"]),
         ([0.5, 1.0, -2.0], {}, "regression", [0.5, 1.0, -2.0], None),
+        ([-1.0, 0.5, 1.0], {}, "regression", [-1.0, 0.5, 1.0], None),
         ([["a"], ["c", "a"], []], {}, "multi_label_classification", [[1, 0], [1, 1], [0, 0]], ["a", "c"]),
         ([[0, 2], [1]], {}, "multi_label_classification", [[1, 0, 1], [0, 1, 0]], ["0", "1", "2"]),
         # a 0 or 1 for each class, as transformers' own examples have them
@@ -159,6 +173,8 @@ def test_what_labels_are(tmp_path, labels, config, kind, expected, names):
 @pytest.mark.parametrize(
     ("labels", "config", "message"),
     [
+        ([0, -1], {}, "line 2: label: -1 stands for rows whose label is not published"),
+        ([-1.0, 1.0], {}, "line 1: label: -1 stands for rows whose label is not published"),
         ([0.5, 1.0], {"labels": ["no", "yes"]}, "data.labels: the labels are numbers with a fraction"),
         ([[0, 1, 1], [0, 1, 0]], {"labels": ["no", "yes"]}, "label 2 is none of no, yes"),
     ],
@@ -202,6 +218,58 @@ def test_labels_of_a_file_that_holds_text_alone_are_those_of_one_with_types(tmp_
         assert list(TASKS["classification"].prepare(how).model_options["id2label"].values()) == ["no", "yes"]
 
 
+def test_a_class_of_minus_one_in_a_file_that_holds_text_alone(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\na,1\nb,-1\n")
+    config = DataConfig(train=str(tmp_path / "a.csv"))
+    with pytest.raises(DataError, match="a.csv, line 3: label: -1 stands for rows whose label is not published"):
+        TASKS["classification"].prepare(Preparation(config, byte_level(), 96, {}))
+    named = config.model_copy(update={"labels": ["-1", "1"]})
+    assert list(TASKS["classification"].prepare(Preparation(named, byte_level(), 96, {})).train["labels"]) == [1, 0]
+
+
+@pytest.mark.parametrize("length", range(1, 6))
+def test_the_end_of_a_target_is_there_or_counted_as_cut(tmp_path, length):
+    """Of a tokenizer that puts none there itself."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"source": "a", "target": "bcdef"[:length]}))
+    config = DataConfig(train=str(file), val_size=0)
+    data = TASKS["seq2seq"].prepare(Preparation(config, byte_level(), 4, {}))
+    ids = [*byte_level()("bcdef"[:length]).input_ids, 2]
+    assert data.train[0]["labels"] == ids[:4]
+    cut = f"1 cut to data.max_length 4 ({len(ids) - 4} tokens lost)"
+    assert (cut in str(data.reports[0])) is (len(ids) > 4)
+    if len(ids) > 4:
+        drop = config.model_copy(update={"truncation": "drop"})
+        with pytest.raises(DataError, match="all rows are longer than data.max_length 4"):
+            TASKS["seq2seq"].prepare(Preparation(drop, byte_level(), 4, {}))
+
+
+def test_pairs_without_a_difference_are_said(tmp_path):
+    good = talk("a", "b")
+    rows = [{"chosen": good, "rejected": good}, {"chosen": good, "rejected": talk("a", "c")}]
+    assert "in 1 rows chosen and rejected are the same" in str(prepared(tmp_path, "dpo", rows).reports[0])
+
+
+def test_no_answer_written_as_an_empty_text_competes_in_evaluation(tmp_path):
+    """The scores are those of an empty list, SQuAD 2's own form."""
+    rows = [
+        {"question": "q", "context": "abc", "answers": answers}
+        for answers in (
+            {"text": [""], "answer_start": [-1]},
+            {"text": [""], "answer_start": [0]},
+            {"text": [], "answer_start": []},
+        )
+    ]
+    for row in rows:
+        file = tmp_path / "qa.jsonl"
+        file.write_text(json.dumps(row))
+        data = prepared(tmp_path, "qa", [row], eval=str(file))
+        assert "1 questions without an answer" in str(data.reports[0])
+        logits = np.zeros((1, len(data.eval[0]["input_ids"])))
+        logits[0, 0] = 9  # "no answer"
+        assert data.score(SimpleNamespace(predictions=(logits, logits)))["exact_match"] == 100
+
+
 def test_texts_that_look_like_numbers_are_names_where_the_file_has_types(tmp_path):
     data = prepared(tmp_path, "classification", labelled("3.10", "3.9"))
     assert list(data.model_options["id2label"].values()) == ["3.10", "3.9"]
@@ -243,6 +311,11 @@ def test_half_of_a_surrogate_pair_in_any_task(tmp_path):
     rows = [{"source": "a\ud83d", "target": "b"}, {"source": "a\ufffd", "target": "b"}]
     data = prepared(tmp_path, "seq2seq", rows)
     assert data.train[0]["input_ids"] == data.train[1]["input_ids"]
+    assert "in 1 rows half of a surrogate pair is read as U+FFFD" in str(data.reports[0])
+    (tmp_path / "a.csv").write_text('tokens,tags\n"[""a\\ud83d""]","[""O""]"\n')  # in a column that is JSON itself
+    how = Preparation(DataConfig(train=str(tmp_path / "a.csv")), byte_level(), 96, {})
+    data = TASKS["token_classification"].prepare(how)
+    assert byte_level().decode(data.train[0]["input_ids"]).strip() == "a\ufffd"
     assert "in 1 rows half of a surrogate pair is read as U+FFFD" in str(data.reports[0])
 
 
