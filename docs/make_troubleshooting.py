@@ -100,6 +100,14 @@ def _text(node: ast.expr) -> str:
 # first.
 EXPLAINED = [
     (
+        r"pictures, video and sound",
+        "Questions about a picture would be learned without it, and `<image>` as a text. Rows that need none may stay: without the column, or with it empty.",
+    ),
+    (
+        r"another system prompt",
+        "The row has a system prompt in the column `system` and another as the first message, and nobody knows which is meant. Take one out; the same one twice counts once.",
+    ),
+    (
         r"ranks do not run the same modules",
         "With ZeRO-3 the ranks gather each module's weights together, so that all must run the same modules in the same order. DeepSpeed gathers a *leaf module* with all that is in it, whatever runs inside: `leaf_module` in the config, or `deepspeed.utils.set_z3_leaf_modules(model, [MoEBlock])` before the engine is made ([zero3.md](zero3.md#modules-that-only-some-ranks-run)).",
     ),

@@ -15,7 +15,7 @@ import hjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hift_ds.dtypes import Dtype
-from hift_ds.errors import ConfigError, unknown_key
+from hift_ds.errors import ConfigError, keys_once, unknown_key
 
 BLOCK = "hift"
 
@@ -416,15 +416,6 @@ def read_json_file(file: Path) -> Any:
         ConfigError: it is no JSON, or has a key twice.
     """
     try:
-        return hjson.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)  # which skips the mark
+        return hjson.loads(file.read_text(encoding="utf-8"), object_pairs_hook=keys_once)  # which skips the mark
     except ValueError as error:
         raise ConfigError(f"{file}: not valid JSON: {error}") from None
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!r} is given twice")
-    return content

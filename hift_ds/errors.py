@@ -9,7 +9,7 @@ import argparse
 import difflib
 import importlib.util
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 PROG = "hift-ds"  # what a line on stderr begins with
 USER_ERROR = 2  # exit codes
@@ -56,6 +56,19 @@ class NoRoomForModel(HiFTError):
 
 class StateStoreError(HiFTError):
     """Optimizer state cannot be kept or moved where it was asked to be."""
+
+
+def keys_once(pairs: list[tuple[str, Any]], words: str = "key {!r} is given twice") -> dict[str, Any]:
+    """An object of JSON from its keys and values, for a parser's ``object_pairs_hook``.
+
+    Raises:
+        ValueError: a key is there twice, of which one value would be lost; ``words`` say so with the key.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(words.format(next(name for name in names if names.count(name) > 1)))
+    return found
 
 
 def unknown_key(key: str, known: Iterable[str], where: str, what: str = "key") -> ConfigError:

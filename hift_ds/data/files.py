@@ -15,11 +15,12 @@ import csv
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hift_ds.data.formats import FORMATS
-from hift_ds.errors import DataError
+from hift_ds.errors import DataError, keys_once
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -200,18 +201,7 @@ def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:
             yield row, origin
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, each of whose keys must be there once: of two values one would be lost.
-
-    Raises:
-        ValueError: one is there twice.
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the key {twice!r} twice")
-    return found
+_object = partial(keys_once, words="an object has the key {!r} twice")
 
 
 def _numbered(rows: list[Any], file: Path) -> Iterator[tuple[Any, str]]:

@@ -36,7 +36,7 @@ def classification_data(how: Preparation, format: str) -> PreparedData:
     labels = [json.loads(json.loads(text)["label"]) for text in train["example"]]
     if all(map(holds_text_alone, train["origin"])):
         labels = _read_numbers(labels, how)
-    _refuse_unpublished(labels, train["origin"], how)
+    _refuse_unpublished(labels, train["origin"])
     vectors = False
     if all(isinstance(label, float | int) for label in labels) and any(isinstance(label, float) for label in labels):
         names, kind = None, "regression"
@@ -68,7 +68,7 @@ def classification_data(how: Preparation, format: str) -> PreparedData:
     )  # fmt: skip
 
 
-def _refuse_unpublished(labels: list[Any], origins: Sequence[str], how: Preparation) -> None:
+def _refuse_unpublished(labels: list[Any], origins: Sequence[str]) -> None:
     """Raises DataError if a class is -1, as in GLUE's test splits. Among numbers with a fraction -1 is a number."""
     if -1 not in labels or any(isinstance(label, float) for label in labels):
         return
