@@ -209,12 +209,17 @@ def as_json(records: Mapping[str, FileRecord]) -> dict[str, Any]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Give ``path`` new contents in one step: a reader sees the old or the new ones."""
+    """Give ``path`` new contents in one step: a reader sees the old or the new ones, after a crash of the machine too."""
+    show_text(path, text)
+    sync(path.parent)
+
+
+def show_text(path: Path, text: str) -> None:
+    """Give ``path`` new contents in one step. Who sees them may move the folder at once: nothing is done in it after."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     write_bytes(temporary, text.encode())
     os.replace(temporary, path)
-    sync(path.parent)
 
 
 def replace_json(path: Path, content: Any) -> None:

@@ -24,6 +24,7 @@ from hift_ds.checkpoint.files import (
     is_temporary,
     publish_folder,
     replace_text,
+    show_text,
     temporary_folder,
 )
 from hift_ds.checkpoint.manifest import LATEST, write_manifest
@@ -96,14 +97,15 @@ class SharedFolder:
                 shutil.rmtree(path, ignore_errors=True)
 
     def write_part(self, records: Mapping[str, FileRecord]) -> None:
-        """Say that this rank's files are complete and on disk."""
-        replace_text(self._part(self.rank), json.dumps(as_json(records)))
+        """Say that this rank's files are complete and on disk. The leader may publish, which renames the folder, before
+        this returns."""
+        show_text(self._part(self.rank), json.dumps(as_json(records)))
 
     def write_failure(self, reason: str) -> None:
         """Say that this rank's files will not come. The leader need not wait; if even this cannot be written, it times
         out."""
         with contextlib.suppress(OSError):
-            replace_text(self.path / f"failed-{self.rank:05d}", reason)
+            show_text(self.path / f"failed-{self.rank:05d}", reason)
 
     def publish(
         self,

@@ -309,6 +309,25 @@ def test_one_rank_that_cannot_write_stops_the_save_of_all(launcher, memory_path,
     launcher.run(save_with_a_failing_rank, 2, str(memory_path), asynchronous)
 
 
+def test_a_folder_may_be_published_as_soon_as_the_last_rank_says_that_it_is_ready(tmp_path, monkeypatch):
+    """The leader polls: it can rename the folder right after the last part's name is there."""
+    leader, other = (shared_folder.SharedFolder(tmp_path, "step", "token", rank) for rank in (0, 1))
+    leader.create()
+    for folder in (leader, other):
+        folder.join([leader.find_leader()] * 2)
+    leader.write_part({})
+    replace = os.replace
+
+    def replace_and_publish(source, target):
+        monkeypatch.setattr(os, "replace", replace)
+        replace(source, target)
+        leader.publish(global_steps=1, save_latest=True, node_local=False, timeout_s=1.0)
+
+    monkeypatch.setattr(os, "replace", replace_and_publish)
+    other.write_part({})
+    assert (tmp_path / "step" / MANIFEST).is_file() and (tmp_path / "latest").read_text() == "step"
+
+
 def save_on_two_nodes(folder: str) -> None:
     """Each rank sees only its own folder, as on nodes without a shared file system."""
     import torch.distributed as dist
