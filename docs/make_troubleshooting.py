@@ -128,6 +128,10 @@ EXPLAINED = [
         "Masters and states are fp32, which holds 24 bits of a weight's 53. In fp32, or 16 bits with masters, they train as with torch's optimizers; frozen ones may stay.",
     ),
     (
+        r"are two parameters on the same memory",
+        "`head.weight.data = embed.weight.data` makes two parameters of one memory: each has states and is updated, one over the other, and casting, cutting or moving weights ends it without a word. `head.weight = embed.weight` ties them: one parameter, one update.",
+    ),
+    (
         r"so that settings which differ",
         "The run goes on, with the settings of the run file; nobody can say which of them are others than when the checkpoint was saved. An earlier version's checkpoints have no such file.",
     ),

@@ -209,13 +209,13 @@ def as_json(records: Mapping[str, FileRecord]) -> dict[str, Any]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Give ``path`` new contents in one step: a reader sees the old or the new ones, after a crash of the machine too."""
+    """Give ``path`` new contents in one step: a reader sees the old or the new ones, after a crash too."""
     show_text(path, text)
     sync(path.parent)
 
 
 def show_text(path: Path, text: str) -> None:
-    """Give ``path`` new contents in one step. Who sees them may move the folder at once: nothing is done in it after."""
+    """Give ``path`` new contents in one step. Who sees them may move the folder: nothing is done in it after."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     write_bytes(temporary, text.encode())

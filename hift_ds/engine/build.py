@@ -97,6 +97,24 @@ def build_optimizers(
     return partition, base, optimizer
 
 
+def refuse_shared_memory(model: nn.Module) -> None:
+    """See that each weight has memory of its own. Two parameters on the same (``head.weight.data = embed.weight.data``)
+    would each be updated, one over the other, and come apart where weights are rounded, cut or moved.
+
+    Raises:
+        ConfigError: two have not.
+    """
+    name_of: dict[tuple[Any, ...], str] = {}
+    for name, param in model.named_parameters():
+        if param.numel() and not param.is_meta:
+            other = name_of.setdefault((param.untyped_storage()._cdata, param.storage_offset()), name)
+            if other != name:
+                raise ConfigError(
+                    f"{other} and {name} are two parameters on the same memory: let both names be one parameter, as "
+                    "tied weights are, or give one a copy of the values"
+                )
+
+
 # -- the groups and the optimizer that is stepped -------------------------------------------------------------
 
 

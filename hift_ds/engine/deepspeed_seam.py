@@ -259,6 +259,10 @@ class SeamEngine(DeepSpeedEngine):
         else:
             self._backward_epilogue()
 
+    def begin_step_again(self) -> None:
+        """Let the next micro-batch be the first of its optimizer step."""
+        self.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()
+
     def partition_weights(self, active_group: Callable[[], int]) -> WeightShards:
         """Cut the weights over the ranks (stage 3), those that ``deepspeed.zero.Init`` has not cut already."""
         folder = weights_folder(self._config.zero_config)

@@ -20,6 +20,7 @@ from hift_ds.engine.fp32_bits import cast_and_keep_bits
 from hift_ds.engine.lifetime import Lifetime, end_earlier_engine
 from hift_ds.engine.memory_forecast import MemoryForecast
 from hift_ds.engine.step_notes import StepNotes
+from hift_ds.errors import HiFTError, TrainingError
 from hift_ds.forecast.advice import Adviser
 from hift_ds.layers.grouping import LayerGroup
 from hift_ds.out_of_memory import explains_out_of_memory, says_when_no_room
@@ -85,7 +86,12 @@ class HiFTEngine(SeamEngine):
     # -- construction: what SeamEngine asks -------------------------------------------------------------------
 
     def before_cast(self, model: nn.Module) -> None:
-        """Keep the fp32 bits of this rank's shards of weights that DeepSpeed is about to round to 16 bits."""
+        """Keep the fp32 bits of this rank's shards of weights that DeepSpeed is about to round to 16 bits.
+
+        Raises:
+            ConfigError: two weights share their memory, which rounding would end without a word.
+        """
+        build.refuse_shared_memory(model)
         dtype = self.low_dtype() if self.hift.master_weights else None
         self._fp32_shards = cast_and_keep_bits(model, dtype, self.device)
 
@@ -124,14 +130,23 @@ class HiFTEngine(SeamEngine):
         answers after the step, and a hook on a parameter (``register_hook``) may change its gradient.
 
         Args:
-            loss: 0-dim, of one micro-batch.
+            loss: one element, of one micro-batch.
             retain_graph: another backward through the same graph will come.
             scale_wrt_gas: the losses of a step's micro-batches are averaged, not summed.
 
         Returns:
             The loss divided by the accumulation steps, if they are averaged, and not multiplied by the fp16 loss scale.
+
+        Raises:
+            HiFTError: ``loss`` is not one; or the update in backward cannot follow, or was cut short.
+            TrainingError: with the update in backward, the loss is not finite on some rank. Nothing was updated, the
+                step's gradients are gone, and the next micro-batch is the first of its step.
         """
         self.life.refuse_if_ended()
+        if not (isinstance(loss, Tensor) and loss.numel() == 1):
+            given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise HiFTError(f"engine.backward() was given {given}; expected the loss: a tensor of one element")
+        earlier_loss = self.notes.loss
         step_loss = self.notes.add_loss(loss.detach(), scale_wrt_gas)
         # Never the tensor that the model returned: DeepSpeed divides its gradient by the accumulation steps (0.19.8).
         scaled = loss * self.optimizer.scaler.scale if self.optimizer.scaler.active else loss.view_as(loss)
@@ -142,7 +157,12 @@ class HiFTEngine(SeamEngine):
                 self.checkpointer.before_step()
             self.optimizer.begin_backward(scaled, step_loss, is_boundary, retain_graph)
             self.run_backward(scaled, retain_graph, scale_wrt_gas)
+        except TrainingError:  # all gradients of the step have been dropped
+            self.notes.loss = None
+            self.begin_step_again()
+            raise
         except BaseException as error:
+            self.notes.loss = earlier_loss
             self.optimizer.backward_failed(error)
             raise
         finally:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from hift_ds import collectives
 from hift_ds.collectives import Ranks
@@ -205,7 +204,6 @@ class EarlyReducedParameters(ReplicatedParameters):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._under_way: EarlyReduction | None = None
-        self._hooks: list[RemovableHandle] = []
         self._hooked: list[nn.Parameter] = []
         # By the active groups, since their first backward: in which order all ranks send, and whether gradients come
         # in parts.
@@ -217,7 +215,7 @@ class EarlyReducedParameters(ReplicatedParameters):
     def watch(self, params: Iterable[nn.Parameter]) -> None:
         """Send gradients as they come, from now on. Called after all hooks that sum them up."""
         self._hooked = list(params)
-        self._hooks = [param.register_post_accumulate_grad_hook(self._arrived) for param in self._hooked]
+        self.sums.hooks.add(self._hooked, self._arrived)
 
     def _arrived(self, param: nn.Parameter) -> None:
         if self._under_way is not None:
@@ -264,6 +262,4 @@ class EarlyReducedParameters(ReplicatedParameters):
 
     def end_training(self) -> None:
         super().end_training()
-        for hook in self._hooks:
-            hook.remove()
         self._under_way = None

@@ -129,6 +129,7 @@ class GroupOptimizer:
 
     def begin_backward(self, loss: Tensor, step_loss: Tensor, is_boundary: bool, retain_graph: bool) -> None:
         """Get ready for a backward; at the boundary gradients may be reduced while it goes on."""
+        self.parameters.sums.hooks.come_last()
         if is_boundary:
             self.parameters.begin_reduction(self.active_groups[::-1], loss)
 

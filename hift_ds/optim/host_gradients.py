@@ -121,6 +121,10 @@ class HostGradients:
         else:
             total.add_(staged)
 
+    def has(self, key: Hashable) -> bool:
+        """Whether something is kept under ``key``."""
+        return key in self._kept or key in self._coming
+
     def get(self, key: Hashable) -> Tensor | None:
         """The tensor kept under ``key``, of the shape that was added and in the sum's dtype, on the host, not to be
         changed; ``None`` if there is none."""

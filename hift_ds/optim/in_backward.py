@@ -42,7 +42,7 @@ class Backward:
 
     Attributes:
         parts: of the active groups, top to bottom.
-        reached: by part and member, whether any rank's graph leads to it.
+        reached: by part and member, whether any rank's graph leads to it, or an earlier micro-batch's has.
         waiting: by part, the weights whose gradients are still to come on this rank.
         num_done: parts whose gradients have been taken.
         num_updated: parts whose weights have changed.
@@ -104,7 +104,7 @@ class InBackwardOptimizer(GroupOptimizer):
         self._accumulating = False  # a backward that is not the step's last is under way
         self._backward: Backward | None = None
         self._interrupted = ""
-        self._hooks = [param.register_post_accumulate_grad_hook(self._arrived) for param in self._part_of]
+        self.parameters.sums.hooks.add(self._part_of, self._arrived)
 
     @property
     def clipping_line(self) -> str:
@@ -163,6 +163,7 @@ class InBackwardOptimizer(GroupOptimizer):
                 "a second backward() before step(): the first has updated the weights; add the losses up, or call "
                 "engine.set_gradient_accumulation_boundary(False) before all but the last"
             )
+        self.parameters.sums.hooks.come_last()
         reached = weights_below(loss)
         if not is_boundary:
             self._accumulating = True
@@ -177,9 +178,8 @@ class InBackwardOptimizer(GroupOptimizer):
             reverse=True,
         )
         params = [member.param for part in parts for member in part.members]
-        here = [param in reached and param.requires_grad for param in params]
-        by_any = self._agree_before(here, step_loss)
-        waiting = {param for param, flag in zip(params, here, strict=True) if flag}
+        waiting = {param for param in params if param in reached and param.requires_grad}
+        by_any = self._agree_before([param in waiting or self._has_gradient(param) for param in params], step_loss)
         ends = list(itertools.accumulate(len(part.members) for part in parts))
         last_norm = self.last_norms.get(self.schedule.active)
         self._backward = Backward(
@@ -191,8 +191,12 @@ class InBackwardOptimizer(GroupOptimizer):
         )
         self.trials.begin(self._backward.tries)
 
+    def _has_gradient(self, param: nn.Parameter) -> bool:
+        """Whether earlier micro-batches have brought ``param`` one, or the caller has given it one in ``.grad``."""
+        return self.sums.has(param) or self.parameters.pending(param) is not None
+
     def _agree_before(self, flags: list[bool], step_loss: Tensor | None) -> list[bool]:
-        """Over ranks: which weights any rank's graph leads to; and that the loss is finite on all."""
+        """Over ranks: which of ``flags`` are set on any; and that the loss is finite on all."""
         ranks, device = self.parameters.ranks, self._weight_device()
         good = torch.ones((), device=device) if step_loss is None else torch.isfinite(step_loss.to(device)).float()
         # The norm of 1 / sqrt(ranks) from each rank whose loss is finite is the root of their share.
@@ -210,7 +214,8 @@ class InBackwardOptimizer(GroupOptimizer):
     def _arrived(self, param: nn.Parameter) -> None:
         """Autograd has added all that this backward brings ``param``."""
         grad, param.grad = param.grad, None
-        assert grad is not None
+        if grad is None:  # the graph led here and brought nothing: a weight that was frozen after it was made, say
+            return
         if self._accumulating:
             self.sums.add(param, grad)
             return
@@ -331,8 +336,9 @@ class InBackwardOptimizer(GroupOptimizer):
         backward, self._backward = self._backward, None
         if backward is None:
             return
-        if not backward.num_updated and not backward.consumed:  # as if it had not begun
-            self.drop_gradients()
+        if not backward.num_updated and not backward.consumed:  # as if it had not begun: earlier sums stay
+            self.held_back.clear()
+            self.parameters.drop_grads(self.groups.values())
             return
         self._interrupted = (
             f"backward of optimizer step {self.num_applied + 1} failed after {backward.num_updated} of "
@@ -506,8 +512,6 @@ class InBackwardOptimizer(GroupOptimizer):
         super().zero_grad(set_to_none)
 
     def end_training(self, keep_states: bool = False) -> None:
-        for hook in self._hooks:
-            hook.remove()
         super().end_training(keep_states)
         self.sums.close()
         self.held_back.close()

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from hift_ds import collectives
 from hift_ds.collectives import Column, Ranks
+from hift_ds.optim.gradient_hooks import GradientHooks
 from hift_ds.optim.group_shard import Chunk, GroupShard, Member, Piece, cut_into_chunks, of_group
 from hift_ds.precision import write_weight_
 from hift_ds.store.movers import Waits
@@ -29,11 +29,15 @@ DEFAULT_BUCKET_NUMEL = 1 << 25  # 128 MiB in fp32
 
 class GradientSums:
     """What the micro-batches since the last step have summed up, where ``param.grad`` cannot hold it. Only the active
-    group ever has gradients, so only its sums exist."""
+    group ever has gradients, so only its sums exist.
+
+    Attributes:
+        hooks: on the weights, of all who take gradients off them.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[nn.Parameter, Tensor] = {}
-        self._hooks: list[RemovableHandle] = []
+        self.hooks = GradientHooks()
 
     def watch(self, params: Iterable[nn.Parameter], add: Callable[[Tensor | None, Tensor], Tensor]) -> None:
         """Take each gradient off its parameter as soon as backward has made it, from now on.
@@ -48,8 +52,7 @@ class GradientSums:
             self._sums[param] = add(self._sums.get(param), param.grad)
             param.grad = None
 
-        for param in params:
-            self._hooks.append(param.register_post_accumulate_grad_hook(take))
+        self.hooks.add(params, take)
 
     def get(self, param: nn.Parameter) -> Tensor | None:
         """The sum, whole, of the parameter's shape; ``None`` where backward has not come by."""
@@ -69,9 +72,7 @@ class GradientSums:
 
     def close(self) -> None:
         """Take no gradient any more."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self.hooks.remove()
         self._sums.clear()
 
 

@@ -180,11 +180,7 @@ def _mark_gradients(engine: HiFTEngine, tracker: MemoryTracker) -> None:
             tracker.see(grad, GRADIENTS)
 
     model = engine.module
-    for param in model.parameters():
-        flag = param.requires_grad
-        param.requires_grad_(True)  # a hook can be put on no other
-        param.register_post_accumulate_grad_hook(mark)
-        param.requires_grad_(flag)
+    engine.optimizer.parameters.sums.hooks.add(model.parameters(), mark)
 
 
 def _mark_states(engine: HiFTEngine, tracker: MemoryTracker) -> None:

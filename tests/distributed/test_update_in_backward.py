@@ -19,7 +19,7 @@ from hift_ds.store.speeds import Link
 from tests.distributed.test_partitioned import KEEP_NOTHING, values
 from tests.helpers.distributed import run_distributed
 from tests.helpers.engines import ds_config, make_engine, train_step
-from tests.helpers.toy import Toy, make_batches
+from tests.helpers.toy import Toy, make_batches, rows_of_rank
 
 pytestmark = pytest.mark.distributed
 
@@ -28,6 +28,8 @@ HOST = {"offload_param": {"device": "cpu"}}
 CASES: dict[str, tuple[dict, dict, dict, dict]] = {
     "all": ({"params": {"weight_decay": 0.1}}, {"group_size": "all"}, {}, {}),
     "experts": ({"params": {"weight_decay": 0.1}}, {"group_size": "all"}, {}, {"experts": True}),
+    "reached by the first micro-batch": ({"gas": 2}, {"group_size": "all"}, {}, {"alternates": True}),
+    "reached by the first, stage 3": ({"gas": 2, "stage": 3}, {"group_size": 2}, KEEP_NOTHING, {"alternates": True}),
     "stage 2, accumulation, clipping": ({"stage": 2, "gas": 2, "clip": 0.05}, {"group_size": 2}, {}, {"tied": True}),
     "stage 3": ({"stage": 3, "gas": 2}, {"group_size": "all"}, KEEP_NOTHING, {"tied": True}),
     "stage 3, persistent": ({"stage": 3, "clip": 0.05}, {"group_size": "all"}, {}, {}),
@@ -51,7 +53,8 @@ CASES: dict[str, tuple[dict, dict, dict, dict]] = {
     "turns, slices": ({}, {"group_size": 2, "steps_per_group": 2, "state": {"slice_numel": 11, "slots": 2}}, {}, {}),
 }  # fmt: skip
 FEW = (
-    "all", "experts", "stage 2, accumulation, clipping", "stage 3", "Muon, stage 3", "split, slices, experts",
+    "all", "experts", "reached by the first micro-batch", "stage 2, accumulation, clipping", "stage 3", "Muon, stage 3",
+    "split, slices, experts",
     "split, stage 3, taken back", "taken back, Muon",
 )  # fmt: skip
 
@@ -75,11 +78,29 @@ class WithExperts(Toy):
         return nn.functional.cross_entropy(self.head(self.norm(h)).flatten(0, 1), targets.flatten())
 
 
+class Alternates(Toy):
+    """Every other batch does not reach block 1, on any rank."""
+
+    num_calls = 0
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        h = self.embed(tokens)
+        for i, layer in enumerate(self.layers):
+            h = layer(h) if i != 1 or self.num_calls % 2 == 0 else h
+        self.num_calls += 1
+        return nn.functional.cross_entropy(self.head(self.norm(h)).flatten(0, 1), targets.flatten())
+
+
+def built(options: dict, rank: int, world_size: int) -> Toy:
+    if "experts" in options:
+        return WithExperts(rank, world_size)
+    return Alternates() if "alternates" in options else Toy(**options)
+
+
 def difference(name: str, rank: int, world_size: int) -> str:
     options, hift, zero, model = copy.deepcopy(CASES[name])
     config = ds_config(lr=1e-3, world_size=world_size, hift=hift, **options)
     config["zero_optimization"].update(zero)
-    build = (lambda: WithExperts(rank, world_size)) if model.pop("experts", False) else (lambda: Toy(**model))
     gas, batches, results = options.get("gas", 1), make_batches(6), []
     for update in ("after_backward", "in_backward"):
         block = {**hift, "update": update}
@@ -87,7 +108,7 @@ def difference(name: str, rank: int, world_size: int) -> str:
             block.pop("clipping", None)
             block["state"] = {**hift.get("state", {}), "step_on": "device"}
             block["state"].pop("host_share", None)
-        engine = make_engine(build(), {**config, "hift": block})
+        engine = make_engine(built(model, rank, world_size), {**config, "hift": block})
         reports = []
         for step in range(2 * engine.schedule.steps_per_cycle + 1):
             train_step(engine, [batches[(step * gas + i) % 6] for i in range(gas)], rank, world_size)
@@ -103,7 +124,8 @@ def difference(name: str, rank: int, world_size: int) -> str:
 def job(names: list[str]) -> list[str]:
     rank, world_size = deepspeed_comm.get_rank(), deepspeed_comm.get_world_size()
     found = [text for name in names if (text := difference(name, rank, world_size))]
-    return found + bad_loss_on_one_rank(rank, world_size) + auto_size_of_ranks(rank, world_size)
+    checks = (bad_loss_on_one_rank, auto_size_of_ranks, boundary_after_the_last_backward)
+    return found + [text for check in checks for text in check(rank, world_size)]
 
 
 def auto_size_of_ranks(rank: int, world_size: int) -> list[str]:
@@ -118,6 +140,25 @@ def auto_size_of_ranks(rank: int, world_size: int) -> list[str]:
     sizes = gather(engine.hift.group_size)
     engine.destroy()
     return [] if len(set(sizes)) == 1 and sizes[0] != "all" else [f"group sizes {sizes}"]
+
+
+def boundary_after_the_last_backward(rank: int, world_size: int) -> list[str]:
+    """All gradients of the step are sums of micro-batches by then."""
+    results = []
+    for update in ("after_backward", "in_backward"):
+        config = ds_config(lr=1e-3, world_size=world_size, hift={"group_size": "all", "update": update})
+        engine = make_engine(Toy(), config)
+        for _ in range(3):
+            engine.set_gradient_accumulation_boundary(False)
+            for batch in make_batches(2):
+                engine.backward(engine(*rows_of_rank(batch, rank, world_size)))
+            engine.set_gradient_accumulation_boundary(True)
+            engine.step()
+        results.append(values(engine))
+        engine.destroy()
+    after, during = results
+    worst = max((after[key] - during[key]).abs().max().item() for key in after)
+    return [] if worst < 1e-6 else [f"a boundary that is set after the last backward: {worst}"]
 
 
 def bad_loss_on_one_rank(rank: int, world_size: int) -> list[str]:

@@ -3,7 +3,6 @@ bit ``after_backward`` for any other group, with every switch; what cannot be th
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import tempfile
 import threading
@@ -351,6 +350,95 @@ def test_a_backward_in_several_calls():
         engine.destroy()
 
 
+EARLIER_ONLY = {
+    "one step": {},
+    "stage 3": {"stage": 3},
+    "clipped": {"clip": 0.05},
+    "bf16": BF16,
+}
+
+
+def reaching(batch, all_blocks):
+    """The batch, so that :class:`SkipsABlock` skips none, or the second."""
+    tokens, targets = batch
+    return torch.where(torch.ones_like(tokens).cumsum(1) == 1, 2 if all_blocks else 1, tokens), targets
+
+
+@pytest.mark.parametrize("name", EARLIER_ONLY)
+def test_a_weight_that_the_last_micro_batch_does_not_reach_keeps_its_gradient(name):
+    config = ds_config(gas=2, params={"weight_decay": 0.1}, hift={"group_size": "all"}, **EARLIER_ONLY[name])
+    pair = [make_engine(SkipsABlock(), c) for c in (config, in_backward(config))]
+    batches = make_batches(8)
+    for i in range(4):
+        micro_batches = [reaching(batches[2 * i], True), reaching(batches[2 * i + 1], False)]
+        assert len({train_step(engine, micro_batches) for engine in pair}) == 1
+        assert same_weights(*pair)
+    assert pair[0].coverage() == pair[1].coverage() and set(pair[0].coverage().values()) == {4}
+    for engine in pair:
+        engine.destroy()
+
+
+def test_a_boundary_that_is_set_after_the_last_backward():
+    """Its gradients are all sums of micro-batches by then: what ``step`` itself updates by."""
+    config = ds_config(hift={"group_size": "all"})
+    pair = [make_engine(Toy(), c) for c in (config, in_backward(config))]
+    for first, second in zip(make_batches(4), make_batches(4, seed=9), strict=True):
+        for engine in pair:
+            engine.set_gradient_accumulation_boundary(False)
+            engine.backward(loss_of(engine, first))
+            engine.backward(loss_of(engine, second))
+            engine.set_gradient_accumulation_boundary(True)
+            engine.step()
+        assert largest_difference(*(engine.module for engine in pair)) == 0.0
+    for engine in pair:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("options", [{}, BF16, {"stage": 3}])
+@pytest.mark.parametrize("group_size", [1, "all"])
+@pytest.mark.parametrize("update", ["after_backward", "in_backward"])
+def test_a_hook_of_the_callers_finds_the_gradient_and_may_change_it(options, group_size, update):
+    """Whether it is registered before the engine is made or after."""
+    pair = []
+    for early in (True, False):
+        model = Toy()
+        config = ds_config(gas=2, hift={"group_size": group_size, "update": update}, **options)
+        engine = None if early else make_engine(model, config)
+        for param in model.parameters():
+            param.register_post_accumulate_grad_hook(_halve)
+        pair.append(engine or make_engine(model, config))
+    plain = make_engine(Toy(), ds_config(gas=2, hift={"group_size": group_size, "update": update}, **options))
+    batches = make_batches(4)
+    for i in range(2):
+        norms = []
+        for engine in (*pair, plain):
+            train_step(engine, batches[2 * i : 2 * i + 2])
+            norms.append(engine.last_report.grad_norm)
+        assert norms[0] == norms[1] and same_weights(*pair)
+        assert i or norms[0] < 0.9 * norms[2]
+    for engine in (*pair, plain):
+        engine.destroy()
+
+
+def _halve(param):
+    param.grad.mul_(0.5)
+
+
+@pytest.mark.parametrize("group_size", [1, 2, "all"])
+def test_a_term_of_all_weights_that_is_made_before_the_forward(group_size):
+    """Its graph leads to weights that were not yet frozen for the step."""
+    config = ds_config(hift={"group_size": group_size})
+    pair = [make_engine(Toy(), c) for c in (config, in_backward(config))]
+    for batch in make_batches(7):
+        for engine in pair:
+            penalty = sum(param.square().sum() for param in engine.module.parameters())
+            engine.backward(loss_of(engine, batch) + 0.01 * penalty)
+            engine.step()
+        assert largest_difference(*(engine.module for engine in pair)) == 0.0
+    for engine in pair:
+        engine.destroy()
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_graph_that_needs_an_updated_weight_fails_and_says_so(stage):
     """At stage 3 on one rank autograd has kept the shard itself, through hooks that it does not look behind."""
@@ -388,9 +476,6 @@ def test_gradients_and_states_of_one_part_at_a_time():
 
     optimizer.update_part = watched
     hooks = [param.register_post_accumulate_grad_hook(arrived) for param in part_of]
-    for hook in optimizer._hooks:  # ours first
-        hook.remove()
-    optimizer._hooks = [param.register_post_accumulate_grad_hook(optimizer._arrived) for param in part_of]
     train_step(engine, [make_batches(1)[0]])
     assert len(at_once) == len(part_of) and all(len(parts) == 1 for parts in at_once)
     assert not any(grad() is not None for grad in alive.values())
@@ -688,14 +773,12 @@ def test_a_gradient_that_waits_for_the_norm_leaves_alone(stage):
     engine = make_engine(Toy(), in_backward(ds_config(gas=2, clip=0.05, stage=stage, **BF16), group_size="all"))
     kept, num_kept = engine.optimizer.held_back.gradients, []
     params = [param for param in engine.module.parameters() if param.requires_grad]
-    hooks = [param.register_post_accumulate_grad_hook(lambda _: num_kept.append(len(kept))) for param in params]
+    engine.optimizer.parameters.sums.hooks.add(params, lambda _: num_kept.append(len(kept)))
     for batch in make_batches(2):
         num_kept.clear()
         engine.backward(loss_of(engine, batch))
         engine.step()
     assert num_kept == list(range(1, len(params) + 1)) and not len(kept)
-    for hook in hooks:
-        hook.remove()
     engine.destroy()
 
 
@@ -794,8 +877,64 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     with pytest.raises(TrainingError, match="not finite"):
         engine.backward(loss_of(engine, batches[3]))
     assert all(torch.equal(param, start[name]) for name, param in model.named_parameters())
-    with contextlib.suppress(Exception):
-        engine.destroy()
+    twin = make_engine(Toy(), in_backward(ds_config(gas=2), group_size="all"))
+    train_step(twin, batches[:2])
+    for one in (engine, twin):  # the step has begun again: it is that of an engine that never saw the batch
+        train_step(one, batches[:1])
+        one.backward(loss_of(one, batches[1]))
+    assert torch.equal(engine.notes.loss, twin.notes.loss)
+    for one in (engine, twin):
+        one.step()
+    assert same_weights(engine, twin)
+    for one in (engine, twin):
+        one.destroy()
+
+
+@pytest.mark.parametrize("update", ["after_backward", "in_backward"])
+def test_a_backward_that_fails_at_its_start_can_be_tried_again(update):
+    """The sums of earlier micro-batches are as they were, and so is the loss that is told."""
+    config = ds_config(gas=3, hift={"group_size": "all", "update": update})
+    engine, twin = (make_engine(Toy(), config) for _ in range(2))
+    batches = make_batches(6)
+    for i in range(2):
+        *earlier, last = batches[3 * i : 3 * i + 3]
+        for batch in earlier:
+            train_step(engine, [batch])
+        loss = loss_of(engine, last)
+        hook = loss.grad_fn.register_prehook(_no_room)
+        with pytest.raises(RuntimeError, match="no room"):
+            engine.backward(loss)
+        hook.remove()
+        train_step(twin, earlier)
+        for one in (engine, twin):
+            one.backward(loss_of(one, last))
+        assert torch.equal(engine.notes.loss, twin.notes.loss)
+        for one in (engine, twin):
+            one.step()
+        assert same_weights(engine, twin)
+    for one in (engine, twin):
+        one.destroy()
+
+
+def _no_room(_):
+    raise RuntimeError("no room")
+
+
+@pytest.mark.parametrize("update", ["after_backward", "in_backward"])
+@pytest.mark.parametrize("loss", [None, 1.5, torch.ones(2)])
+def test_what_is_no_loss_is_refused(update, loss):
+    engine = make_engine(Toy(), ds_config(hift={"update": update}))
+    with pytest.raises(HiFTError, match=r"backward\(\) was given .*; expected the loss: a tensor of one element"):
+        engine.backward(loss)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("update", ["after_backward", "in_backward"])
+def test_two_weights_on_one_memory_are_refused(update):
+    model = Toy()
+    model.head.weight.data = model.embed.weight.data
+    with pytest.raises(ConfigError, match=r"embed\.weight and head\.weight are two parameters on the same memory"):
+        make_engine(model, ds_config(hift={"update": update}, **BF16))
 
 
 def test_reentrant_recomputation_is_refused_before_anything_changes():
