@@ -23,6 +23,7 @@ from hift_ds.engine.fp32_bits import give_masters_their_bits
 from hift_ds.engine.zero3.parameters import PartitionedParameters
 from hift_ds.engine.zero3.seam import WeightShards
 from hift_ds.errors import ConfigError
+from hift_ds.layers.arch import whole_shape
 from hift_ds.layers.grouping import ALWAYS, Partition, partition_model
 from hift_ds.lr import CycleLR
 from hift_ds.optim.build import build_optimizer, check_usable, is_elementwise
@@ -83,6 +84,7 @@ def build_optimizers(
             )
     flags = TrainableFlags(model)
     entries = model_parameters if client_optimizer is None else client_optimizer.param_groups
+    refuse_foreign(model, entries, "model_parameters" if client_optimizer is None else "optimizer")
     with unmanaged_set_aside(model, entries, facts.rank), contextlib.ExitStack() as on_failure:
         partition = cut_model(facts, model)
         base = client_optimizer or base_optimizer(facts, model, partition, model_parameters)
@@ -138,6 +140,27 @@ def unmanaged_set_aside(model: nn.Module, entries: ParamEntries, rank: int) -> I
     finally:
         for param in aside.values():
             param.requires_grad_(True)
+
+
+def refuse_foreign(model: nn.Module, entries: ParamEntries, argument: str) -> None:
+    """Refuse weights that ask for gradients and are not the model's: no layer group would have them.
+
+    Args:
+        entries: parameters, or param_group dicts.
+        argument: of :func:`hift_ds.initialize`, for the message.
+
+    Raises:
+        ConfigError: there are such weights.
+    """
+    own = set(model.parameters())
+    foreign = [param for param in _params_of(entries) if param not in own and param.requires_grad]
+    if foreign:
+        shapes = sorted(" x ".join(map(str, whole_shape(param))) or "1" for param in foreign)
+        shown = ", ".join(shapes[:3]) + (", ..." if len(shapes) > 3 else "")
+        raise ConfigError(
+            f"{argument}=: {len(foreign)} weights ({shown}) are not the model's and would not be trained: give "
+            "initialize one module that has them all, or make the optimizer of model.parameters()"
+        )
 
 
 def _params_of(entries: ParamEntries) -> set[Tensor]:

@@ -49,7 +49,7 @@ from hift_ds.layers.arch import whole_shape
 from hift_ds.layers.grouping import Partition
 from hift_ds.optim.group_optimizer import GroupOptimizer
 from hift_ds.optim.in_backward import InBackwardOptimizer
-from hift_ds.optim.piecewise import PieceState
+from hift_ds.optim.piecewise import PieceState, states_are_the_engines, weights_are_fixed
 from hift_ds.process_group import world_rank_and_size
 from hift_ds.store.machine import THIS_MACHINE, Machine
 
@@ -118,10 +118,7 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
         Raises:
             ConfigError: always.
         """
-        raise ConfigError(
-            "the optimizer's parameters are fixed when the engine is made: give it all of them, and freeze what is to "
-            "stay with requires_grad_(False) until it is to move"
-        )
+        raise weights_are_fixed()
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: states are saved per group by :mod:`hift_ds.checkpoint`."""
@@ -134,7 +131,7 @@ class HiFTOptimizer(DeepSpeedOptimizer, GroupOptimizer):
             ConfigError: it is another optimizer's.
         """
         if state:
-            raise ConfigError("optimizer.load_state_dict: states are restored by engine.load_checkpoint")
+            raise states_are_the_engines()
 
     def enter(self) -> None:
         """Get ready for a forward that begins. If it is one with gradients, the active groups get their flags; the

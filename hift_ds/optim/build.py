@@ -18,6 +18,7 @@ from hift_ds.errors import ConfigError, unknown_key
 from hift_ds.layers.arch import whole_shape
 from hift_ds.optim.lion import Lion
 from hift_ds.optim.muon import MuonWithAuxAdamW
+from hift_ds.optim.piecewise import has_replaced_step
 
 OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)
 
@@ -91,22 +92,62 @@ def build_optimizer(
     if isinstance(options.get("betas"), list):
         options["betas"] = tuple(options["betas"])
     _check_options(name, cls, options)
-    return _construct(name, cls, options, list(param_groups), hollow_weights)
+    optimizer = _construct(name, cls, options, list(param_groups), hollow_weights)
+    if (reason := _reason_against(optimizer)) is not None:
+        raise ConfigError(f'"optimizer.type": {name} cannot train one layer group at a time: {reason}')
+    return optimizer
 
 
-def check_usable(optimizer: torch.optim.Optimizer) -> None:
+def check_usable(optimizer: object) -> None:
     """Refuse an optimizer of the caller's that cannot be stepped on one layer group.
 
     Raises:
         ConfigError: it is one.
     """
     name = type(optimizer).__name__
-    reason = _UNUSABLE.get(name.lower())
-    needed = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
-    if reason is None and any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in needed):
-        reason = f"its step() wants {needed[0].name!r}"
-    if reason is not None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optimizer=: expected a torch.optim.Optimizer, or a function of the parameters that makes one; got {name}"
+        )
+    if (reason := _reason_against(optimizer)) is not None:
         raise ConfigError(f"optimizer=: {name} cannot train one layer group at a time: {reason}; take another")
+    # Adagrad's constructor makes states, of step 0.
+    if any(state and float(state.get("step", 1)) != 0 for state in optimizer.state.values()):
+        raise ConfigError(
+            f"optimizer=: {name} has states (it was stepped, or load_state_dict was called), which the engine does not "
+            "take over; give it a new one"
+        )
+
+
+def _reason_against(optimizer: torch.optim.Optimizer) -> str | None:
+    """What keeps the optimizer from being stepped on one layer group; ``None`` if nothing does."""
+    name = type(optimizer).__name__
+    if reason := _UNUSABLE.get(name.lower()):
+        return reason
+    needed = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+    if any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in needed):
+        return f"its step() wants {needed[0].name!r}"
+    if (inner := _inner_optimizer(optimizer)) is not None:
+        return f"it steps an optimizer inside it ({inner}), which has all weights"
+    if has_replaced_step(optimizer):
+        return "its step() was replaced on the object, where register_step_post_hook would have done"
+    if all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval")):
+        return "its train() and eval() need the states of all weights"
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        return "differentiable=True keeps a graph of its steps"
+    return None
+
+
+def _inner_optimizer(optimizer: torch.optim.Optimizer) -> str | None:
+    """The class of an optimizer that is in an attribute of this one, by itself or with others (Lookahead)."""
+    if isinstance(optimizer, MuonWithAuxAdamW):  # hands its param_groups and states on
+        return None
+    for value in vars(optimizer).values():
+        several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        for item in several:
+            if isinstance(item, torch.optim.Optimizer):
+                return type(item).__name__
+    return None
 
 
 def takes_option(name: str, option: str) -> bool:

@@ -202,10 +202,7 @@ class GroupOptimizer:
         if self.overflow:
             return False
 
-        rates = self.lr.before_step(
-            self.schedule.starts_cycle, self.schedule.cursor.cycle, self.schedule.steps_per_cycle
-        )
-        values = StepValues(self.num_applied, rates, factor)
+        values = StepValues(self.num_applied, self._rates(), factor)
         for group, (grads, _), flags in zip(self.active_groups, reduced, reached, strict=True):
             counts = self.num_updates[group.index]
             self.num_updates[group.index] = [n + flag for n, flag in zip(counts, flags, strict=True)]
@@ -219,7 +216,15 @@ class GroupOptimizer:
         self.num_applied += 1
         self.schedule.advance()
         self.states.prefetch(self.groups[self.schedule.active])
+        self.states.piecewise.end_step()
         return True
+
+    def _rates(self) -> list[float]:
+        """The rates, one per param_group, of the update that begins; the optimizer's user may set them in a hook."""
+        self.states.piecewise.begin_step()
+        self.lr.param_groups = self.param_groups  # which load_state_dict replaces
+        schedule = self.schedule
+        return self.lr.before_step(schedule.starts_cycle, schedule.cursor.cycle, schedule.steps_per_cycle)
 
     def arithmetic(self) -> StateArithmetic:
         """What a step moves, for the line at the start."""

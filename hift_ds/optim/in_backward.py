@@ -438,6 +438,7 @@ class InBackwardOptimizer(GroupOptimizer):
         self.schedule.advance()
         first, *others = reversed(self.groups[self.schedule.active].parts)
         self.states.prefetch(first, then=others)
+        self.states.piecewise.end_step()
         return True
 
     def _agree_after(self, backward: Backward) -> Tensor:
@@ -467,10 +468,6 @@ class InBackwardOptimizer(GroupOptimizer):
             self.parameters.begin_update(part)
             self.held_back.restore_weights(part)
             self.update_part(part, self.held_back.take_gradients(part, self._weight_device()), factor)
-
-    def _rates(self) -> list[float]:
-        schedule = self.schedule
-        return self.lr.before_step(schedule.starts_cycle, schedule.cursor.cycle, schedule.steps_per_cycle)
 
     def take_gradient_traffic(self) -> tuple[int, int]:
         kept = (self.sums, self.held_back.gradients, self.held_back.weights)

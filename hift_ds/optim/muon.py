@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from hift_ds.optim.piecewise import step_without_hooks
+
 ALGORITHM = "algorithm"
 
 
@@ -53,5 +55,5 @@ class MuonWithAuxAdamW(torch.optim.Optimizer):
         for name, part in self._parts.items():
             part.param_groups = [group for group in self.param_groups if group[ALGORITHM] == name]
             part.state = self.state
-            part.step()
+            step_without_hooks(part)
         return loss

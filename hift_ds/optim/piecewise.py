@@ -9,19 +9,36 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from hift_ds.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 PieceState = dict[str, Any]  # as in Optimizer.state[param]: tensors, and small scalars such as "step"
 # What a step keeps in its param_groups beside the options that it was made with, by param_group.
 Extras = dict[int, dict[str, Any]]
+
+
+def weights_are_fixed() -> ConfigError:
+    """The error of an optimizer whose weights were changed after the engine was made."""
+    return ConfigError(
+        "the optimizer's parameters are fixed when the engine is made: give it all of them, and freeze what is to "
+        "stay with requires_grad_(False) until it is to move"
+    )
+
+
+def states_are_the_engines() -> ConfigError:
+    """The error of an optimizer to which states were given after the engine was made."""
+    return ConfigError("optimizer.load_state_dict: states are restored by engine.load_checkpoint")
 
 
 @dataclass
@@ -44,10 +61,54 @@ class PiecewiseOptimizer:
 
     base: torch.optim.Optimizer
     makes_states_in_constructor: bool = field(init=False)
+    _groups: list[dict[str, Any]] = field(init=False)
+    _members: list[list[int]] = field(init=False)  # ids of the weights by param_group
+    _said_no_gradients: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        self.makes_states_in_constructor = len(self.base.state) > 0  # Adagrad
+        # An earlier engine has taken them.
+        self.makes_states_in_constructor = len(self.base.state) > 0 or isinstance(self.base, torch.optim.Adagrad)
         self.base.state.clear()
+        self._groups, self._members = self.base.param_groups, self._members_now()
+
+    def begin_step(self) -> None:
+        """See that the optimizer still has the weights that it had, and call the hooks that its user registered to be
+        called before a step.
+
+        Raises:
+            ConfigError: it was changed in a way that has no effect.
+        """
+        base = self.base
+        if has_replaced_step(base):
+            raise ConfigError(
+                "optimizer.step was replaced on the object and is not called; use register_step_post_hook"
+            )
+        if base.param_groups is not self._groups and any(base.state.values()):
+            raise states_are_the_engines()
+        self._groups = base.param_groups
+        if self._members_now() != self._members:
+            raise weights_are_fixed()
+        hooks = [*_global_optimizer_pre_hooks.values(), *base._optimizer_step_pre_hooks.values()]
+        if hooks and not self._said_no_gradients:
+            self._said_no_gradients = True
+            logger.warning(
+                "an optimizer's step_pre_hook finds no gradients, which the engine has taken; to change a gradient use "
+                "the weight's own hook (register_hook)"
+            )
+        self._call(hooks)
+
+    def end_step(self) -> None:
+        """Call the hooks that the optimizer's user registered to be called after a step."""
+        own = self.base._optimizer_step_post_hooks
+        self._call([*own.values(), *_global_optimizer_post_hooks.values()])
+
+    def _call(self, hooks: Sequence[Callable[..., Any]]) -> None:
+        with torch.enable_grad():  # as where torch calls them
+            for hook in hooks:
+                hook(self.base, (self.base,), {})
+
+    def _members_now(self) -> list[list[int]]:
+        return [[id(param) for param in group["params"]] for group in self.base.param_groups]
 
     def step(
         self,
@@ -81,7 +142,7 @@ class PiecewiseOptimizer:
             params.append(param)
         before = [dict(group) for group in groups]
         with self._substituted([g for g in groups if g["params"]], state):
-            type(self.base).step(self.base)
+            step_without_hooks(self.base)
         # What torch's schedulers look for; they wrap ``base.step``, which is not called.
         self.base._opt_called = True  # type: ignore[attr-defined]  # torch sets it without declaring it
         for piece, param in zip(pieces, params, strict=True):
@@ -123,6 +184,20 @@ class PiecewiseOptimizer:
             yield
         finally:
             base.param_groups, base.state = saved
+
+
+def step_without_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """Step ``optimizer``; its hooks and torch's global ones are for whole steps."""
+    step: Any = type(optimizer).step
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
+
+
+def has_replaced_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the object has a ``step`` that is not its class's; torch's schedulers put a wrapper there."""
+    step: Any = vars(optimizer).get("step")
+    if getattr(step, "__globals__", {}).get("__name__") == "torch.optim.lr_scheduler":
+        step = step.__wrapped__
+    return step is not None and getattr(step, "__func__", step) is not type(optimizer).step
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any], name: str) -> dict[str, Any]:

@@ -1,13 +1,16 @@
 """The engine on one rank equals hift_ds/reference.py bit for bit, whatever is switched on."""
 
 import copy
+import functools
 import math
+import re
 import warnings
 
 import pytest
 import torch
 import torch.utils.checkpoint
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import hift_ds
 from hift_ds.errors import ConfigError, GroupingError
@@ -167,6 +170,187 @@ def test_client_optimizer_with_decay_and_no_decay_groups():
         assert largest_difference(model, twin) == 0.0
     assert engine.optimizer.param_groups is client.param_groups and engine.get_lr() == [1e-2, 3e-3]
     engine.destroy()
+
+
+def like_torch(change, *, steps=6, **hift):
+    """Train with AdamW on all weights in every step, and with torch's own loop; both equal after every step.
+
+    Args:
+        change: (step, the model, the optimizer) -> what a user does before each step, in both.
+    """
+    model, twin = Toy(), Toy()
+    own, reference = (torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, twin))
+    hift = {"group_size": "all", "lr_update": "step", **hift}
+    engine = make_engine(model, ds_config(optimizer=None, hift=hift), optimizer=own)
+    try:
+        for step, batch in enumerate(make_batches(steps)):
+            change(step, model, own)
+            change(step, twin, reference)
+            train_step(engine, [batch])
+            reference.zero_grad()
+            loss_of(twin, batch).backward()
+            reference.step()
+            assert largest_difference(model, twin) == 0.0, step
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("update", ["after_backward", "in_backward"])
+def test_step_hooks_of_the_callers_optimizer_are_called_once_a_step(update, caplog):
+    seen = []
+
+    def register(step, model, optimizer):
+        def set_rate(given, args, kwargs):
+            assert given is optimizer and args == (optimizer,) and kwargs == {}
+            optimizer.param_groups[0]["lr"] *= 0.8
+
+        def clamp(given, args, kwargs):
+            assert given is optimizer and torch.is_grad_enabled()
+            seen.append([len(group["params"]) for group in given.param_groups])
+            with torch.no_grad():
+                for param in given.param_groups[0]["params"]:
+                    param.clamp_(-0.3, 0.3)
+
+        if step == 1:
+            optimizer.register_step_pre_hook(set_rate)
+            optimizer.register_step_post_hook(clamp)
+
+    like_torch(register, update=update, state={"slice_numel": 16})
+    assert len(seen) == 2 * 5 and all(entry == [17] for entry in seen)
+    assert caplog.text.count("step_pre_hook finds no gradients") == 1
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
+def test_torchs_global_step_hooks_are_called_once_a_step(name):
+    if not hasattr(torch.optim, name):
+        pytest.skip("Muon comes with torch 2.9")
+    seen = []
+    engine = make_engine(Toy(), ds_config(optimizer=name, hift={"state": {"slice_numel": 16}}))
+    hooks = [
+        register(lambda optimizer, args, kwargs: seen.append(type(optimizer)))
+        for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook)
+    ]
+    for batch in make_batches(2):
+        train_step(engine, [batch])
+    for hook in hooks:
+        hook.remove()
+    assert seen == [type(engine.optimizer.optimizer)] * 4
+    engine.destroy()
+
+
+def test_param_groups_that_were_replaced_count():
+    def replace(step, model, optimizer):
+        if step == 2:
+            optimizer.param_groups = [{**group, "lr": 3e-3, "weight_decay": 0.5} for group in optimizer.param_groups]
+
+    like_torch(replace)
+
+
+@pytest.mark.parametrize(
+    "change,expected",
+    [
+        (lambda model, own: own.add_param_group({"params": [nn.Parameter(torch.ones(2))]}), "parameters are fixed"),
+        (lambda model, own: own.param_groups[0]["params"].pop(), "parameters are fixed"),
+        (lambda model, own: own.load_state_dict(_stepped(Toy()).state_dict()), "restored by engine.load_checkpoint"),
+        (lambda model, own: setattr(own, "step", lambda: None), "step was replaced on the object"),
+    ],
+)
+@pytest.mark.parametrize("update", ["after_backward", "in_backward"])
+def test_changes_of_the_callers_optimizer_without_effect_are_refused(change, expected, update):
+    model = Toy()
+    own = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    engine = make_engine(model, ds_config(optimizer=None, hift={"update": update}), optimizer=own)
+    train_step(engine, make_batches(1))
+    before = weights_of(model)
+    change(model, own)
+    with pytest.raises(ConfigError, match=expected):
+        train_step(engine, make_batches(1))
+    assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
+    engine.destroy()
+
+
+def _stepped(model, make=torch.optim.AdamW, **options):
+    optimizer = make(model.parameters(), lr=1e-2, **options)
+    loss_of(model, make_batches(1)[0]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def test_an_optimizer_with_states_of_earlier_steps_is_refused():
+    for make, options in (
+        (torch.optim.AdamW, {}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.Adagrad, {}),
+    ):
+        model = Toy()
+        with pytest.raises(ConfigError, match=f"{make.__name__} has states "):
+            make_engine(model, ds_config(optimizer=None), optimizer=_stepped(model, make, **options))
+    model = Toy()
+    make_engine(model, ds_config(optimizer=None), optimizer=_stepped(model, torch.optim.SGD)).destroy()  # it has none
+
+
+def test_an_optimizer_whose_constructor_makes_states_serves_two_engines():
+    model, twin = Toy(), Toy()
+    own = torch.optim.Adagrad(model.parameters(), lr=1e-2, initial_accumulator_value=0.1)
+    for _ in range(2):
+        engine = make_engine(model, ds_config(optimizer=None, hift={"group_size": "all"}), optimizer=own)
+        reference = torch.optim.Adagrad(twin.parameters(), lr=1e-2, initial_accumulator_value=0.1)
+        for batch in make_batches(3):
+            train_step(engine, [batch])
+            reference.zero_grad()
+            loss_of(twin, batch).backward()
+            reference.step()
+            assert largest_difference(model, twin) == 0.0
+        engine.destroy()
+
+
+def test_weights_that_are_not_the_models_are_refused():
+    model, other = Toy(tied=True), nn.Linear(3, 4)
+    weights = [*model.parameters(), *other.parameters()]
+    with pytest.raises(ConfigError, match=r"optimizer=: 2 weights \(4, 4 x 3\) are not the model's"):
+        make_engine(model, ds_config(optimizer=None), optimizer=torch.optim.AdamW(weights))
+    with pytest.raises(ConfigError, match=r"model_parameters=: 2 weights"):
+        make_engine(model, ds_config(), model_parameters=weights)
+    assert all(param.requires_grad for param in weights)
+    other.requires_grad_(False)
+    make_engine(model, ds_config(optimizer=None), optimizer=torch.optim.AdamW(weights)).destroy()
+
+
+def test_optimizers_that_train_nothing_piece_by_piece_are_refused():
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, params, lr):
+            self.fast = [torch.optim.SGD(params, lr=lr)]
+            super().__init__(self.fast[0].param_groups, {"lr": lr})
+
+        def step(self, closure=None):
+            self.fast[0].step()
+
+    class ScheduleFree(torch.optim.SGD):
+        def train(self):
+            pass
+
+        eval = train
+
+    class Other:
+        def __init__(self, params, lr):
+            self.param_groups = [{"params": list(params), "lr": lr}]
+
+    def replaced(params, lr):
+        optimizer = torch.optim.SGD(params, lr=lr)
+        optimizer.step = lambda: None
+        return optimizer
+
+    for make, expected in (
+        (Lookahead, "an optimizer inside it (SGD)"),
+        (ScheduleFree, "its train() and eval() need the states"),
+        (functools.partial(torch.optim.SGD, differentiable=True), "keeps a graph"),
+        (replaced, "replaced on the object"),
+        (Other, "expected a torch.optim.Optimizer, or a function of the parameters that makes one; got Other"),
+    ):
+        model = Toy()
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            make_engine(model, ds_config(optimizer=None), optimizer=make(model.parameters(), lr=0.1))
 
 
 def test_parameters_the_optimizer_was_not_given_stay_and_get_no_gradient():

@@ -26,7 +26,6 @@ LAYERS = [
         "hift_ds.store.base",
         "hift_ds.store.machine",
         "hift_ds.optim.lion",
-        "hift_ds.optim.muon",
     ],
     ["hift_ds.reference", "hift_ds.precision", "hift_ds.process_group", "hift_ds.layers.", "hift_ds.store."],
     ["hift_ds.optim.", "hift_ds.activations.", "hift_ds.hf."],
