@@ -67,10 +67,10 @@ class ProductsInFp32(TorchDispatchMode):
         return tree_map_only(Tensor, Tensor.bfloat16, made)
 
 
-def rate_at(step: int, steps: int, rate: float) -> float:
-    """Linear warm-up over the first twentieth, then linear decay to 0."""
+def rate_at(step: int, steps: int, rate: float, decays: bool = True) -> float:
+    """Linear warm-up over the first twentieth, then linear decay to 0, or ``rate`` to the end."""
     warmup = max(int(steps * WARMUP), 1)
-    return rate * min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
+    return rate * min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1) if decays else 1.0)
 
 
 def load(spec: dict[str, Any], folder: Path, data: Path | None) -> tuple[nn.Module, tasks.Task, int]:
@@ -142,7 +142,7 @@ def run(spec: dict[str, Any], folder: Path, data: Path | None) -> dict[str, Any]
     batches = tasks.batches(task.train, spec["batch_size"], pad, spec["seed"])
     before = tasks.judge(model, task, pad)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    schedule = partial(rate_at, steps=spec["steps"], rate=spec["rate"])
+    schedule = partial(rate_at, steps=spec["steps"], rate=spec["rate"], decays=spec.get("decays", True))
     method = methods.build(spec["method"], model, spec["seed"], schedule, spec.get("settings", {}))
     curve = [{"step": 0, "cpu_s": 0.0, **before}]
     steps, tokens, cpu_s, losses = spec["steps"], 0, 0.0, []

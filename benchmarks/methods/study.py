@@ -66,6 +66,7 @@ def spec_of(plan: dict[str, Any], task: str, name: str) -> dict[str, Any]:
         "task": task, "name": name, "method": entry["method"], "settings": entry.get("settings", {}),
         "batch_size": plan["batch_size"], "max_length": plan["max_length"],
         **{key: plan["tasks"][task][key] for key in ("budget_s", "evaluations", "held_out")},
+        **{key: entry[key] for key in ("decays",) if key in entry},
     }  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class Backward:
         parts: of the active groups, top to bottom.
         reached: by part and member, whether any rank's graph leads to it, or an earlier micro-batch's has.
         waiting: by part, the weights whose gradients are still to come on this rank.
+        passed: by part, whether backward passes it on this rank, as far as its gradients tell.
         num_done: parts whose gradients have been taken.
         num_updated: parts whose weights have changed.
         norms: by (group, position of the member), of this rank's shard of the gradient.
@@ -58,6 +59,7 @@ class Backward:
     parts: list[GroupShard]
     reached: list[list[bool]]
     waiting: list[set[nn.Parameter]]
+    passed: list[bool] = field(init=False)
     num_done: int = 0
     num_updated: int = 0
     norms: dict[tuple[int, int], Tensor] = field(default_factory=dict)
@@ -67,6 +69,20 @@ class Backward:
     consumed: bool = False
     waits: bool = False
     tries: bool = False
+
+    def __post_init__(self) -> None:
+        self.passed = [bool(params) for params in self.waiting]
+
+    def num_complete(self) -> int:
+        """Parts, from the top, whose gradients are complete. One without any here counts when one below it does: its
+        weights may be constants of this graph, which backward needs until it has come by."""
+        complete = self.num_done
+        for index in range(self.num_done, len(self.parts)):
+            if self.waiting[index]:
+                break
+            if self.passed[index]:
+                complete = index + 1
+        return complete
 
 
 class InBackwardOptimizer(GroupOptimizer):
@@ -232,7 +248,7 @@ class InBackwardOptimizer(GroupOptimizer):
         backward.consumed |= total is not None
         self._complete(backward, param, grad if total is None else total.add_(grad))
         backward.waiting[index].discard(param)
-        while backward.num_done < len(backward.parts) and not backward.waiting[backward.num_done]:
+        while backward.num_done < backward.num_complete():
             self._take_part(backward)
 
     def _complete(self, backward: Backward, param: nn.Parameter, grad: Tensor) -> None:
