@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import model_zoo
 from hift_ds.engine.auto_groups import measured_costs
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.errors import ConfigError, HiFTError, StateStoreError, TrainingError
@@ -24,6 +25,7 @@ from hift_ds.store.speeds import Link
 from tests.distributed.test_partitioned import KEEP_NOTHING
 from tests.helpers.engines import ds_config, largest_difference, make_engine, train_step, weights_of
 from tests.helpers.toy import Toy, loss_of, make_batches
+from tests.numerics.test_savings import without_cache
 
 
 def in_backward(config, **more):
@@ -49,6 +51,26 @@ def test_all_layers_are_torch_adamw_bit_for_bit(tied):
         assert largest_difference(model, twin) == 0.0
         assert engine.last_report.grad_norm == float(norm)
     assert set(engine.coverage().values()) == {6}
+    engine.destroy()
+
+
+@pytest.mark.parametrize("name", model_zoo.FAMILIES)
+def test_every_family_is_torch_adamw_bit_for_bit(name):
+    model = model_zoo.tiny.build(name, model_zoo.FAMILIES[name].heads[0], attn_implementation="eager")
+    twin = copy.deepcopy(model)
+    engine = make_engine(model, in_backward(ds_config(params={"weight_decay": 0.1}), group_size="all"))
+    plain = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.1)
+    batch = without_cache(model, model_zoo.tiny.batch(model))
+    for step in range(3):
+        torch.manual_seed(step)  # of dropout
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()
+        torch.manual_seed(step)
+        twin(**batch).loss.backward()
+        plain.step()
+        plain.zero_grad()
+        assert largest_difference(model, twin) == 0.0
     engine.destroy()
 
 
