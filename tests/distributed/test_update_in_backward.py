@@ -30,6 +30,7 @@ CASES: dict[str, tuple[dict, dict, dict, dict]] = {
     "experts": ({"params": {"weight_decay": 0.1}}, {"group_size": "all"}, {}, {"experts": True}),
     "reached by the first micro-batch": ({"gas": 2}, {"group_size": "all"}, {}, {"alternates": True}),
     "reached by the first, stage 3": ({"gas": 2, "stage": 3}, {"group_size": 2}, KEEP_NOTHING, {"alternates": True}),
+    "a block's weights held on one rank": ({"gas": 2}, {"group_size": "all"}, {}, {"holds": True}),
     "stage 2, accumulation, clipping": ({"stage": 2, "gas": 2, "clip": 0.05}, {"group_size": 2}, {}, {"tied": True}),
     "stage 3": ({"stage": 3, "gas": 2}, {"group_size": "all"}, KEEP_NOTHING, {"tied": True}),
     "stage 3, persistent": ({"stage": 3, "clip": 0.05}, {"group_size": "all"}, {}, {}),
@@ -53,8 +54,8 @@ CASES: dict[str, tuple[dict, dict, dict, dict]] = {
     "turns, slices": ({}, {"group_size": 2, "steps_per_group": 2, "state": {"slice_numel": 11, "slots": 2}}, {}, {}),
 }  # fmt: skip
 FEW = (
-    "all", "experts", "reached by the first micro-batch", "stage 2, accumulation, clipping", "stage 3", "Muon, stage 3",
-    "split, slices, experts",
+    "all", "experts", "reached by the first micro-batch", "a block's weights held on one rank",
+    "stage 2, accumulation, clipping", "stage 3", "Muon, stage 3", "split, slices, experts",
     "split, stage 3, taken back", "taken back, Muon",
 )  # fmt: skip
 
@@ -91,9 +92,27 @@ class Alternates(Toy):
         return nn.functional.cross_entropy(self.head(self.norm(h)).flatten(0, 1), targets.flatten())
 
 
+class HoldsOnOneRank(Toy):
+    """The weights of block 1 are constants of rank 0's graphs, which need them when rank 1's gradients are complete."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        h = self.embed(tokens)
+        for i, layer in enumerate(self.layers):
+            constants = {name: param.detach() for name, param in layer.named_parameters()}
+            holds = i == 1 and self.rank == 0
+            h = torch.func.functional_call(layer, constants, (h,)) if holds else layer(h)
+        return nn.functional.cross_entropy(self.head(self.norm(h)).flatten(0, 1), targets.flatten())
+
+
 def built(options: dict, rank: int, world_size: int) -> Toy:
     if "experts" in options:
         return WithExperts(rank, world_size)
+    if "holds" in options:
+        return HoldsOnOneRank(rank)
     return Alternates() if "alternates" in options else Toy(**options)
 
 
