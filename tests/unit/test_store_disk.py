@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -282,15 +283,22 @@ def test_memory_is_bounded_by_the_slots(tmp_path):
 def test_the_slow_disk_is_not_waited_for_when_compute_is_slower(tmp_path):
     """Same order of events as in training; sleeping threads stand for a slow disk and a slow model."""
     store = small_store(tmp_path)
-    copy_in = store._copy_in
-    store._copy_in = lambda chunk, memory: (time.sleep(0.05), copy_in(chunk, memory))
+    copy_in, over = store._copy_in, threading.Event()
+
+    def copy_slowly(chunk, memory):
+        time.sleep(0.05)
+        copy_in(chunk, memory)
+        over.set()
+
+    store._copy_in = copy_slowly
     for step in range(5):
         store.fetch(step % 3)
         store.evict(step % 3)
+        over.clear()
         store.prefetch((step + 1) % 3)
         if step == 0:
             store.traffic.take()
-        time.sleep(0.1)
+        assert over.wait(60)  # the model computes until the copy is there
     traffic = store.traffic.take()
     assert traffic.transfer_s > 4 * 0.05 and traffic.stalled_s < 0.1
     store.close()
