@@ -286,8 +286,8 @@ def test_two_chunks_in_two_slots_never_come_in_again():
 
 
 def test_hidden_and_stalled_seconds():
-    """A transfer of 200 ms behind 400 ms of computation is hidden; behind none it stalls the step. The halves leave room
-    for a processor that is busy with other things."""
+    """A transfer of 200 ms behind 400 ms of computation is hidden; behind none it stalls the step. The halves leave
+    room for a processor that is busy with other things."""
     store = HostStateStore(CPU, (), 0, 2)
     filled(store, [64, 64, 64])
     copy_in = store._copy_in
