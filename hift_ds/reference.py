@@ -98,6 +98,7 @@ class ReferenceHiFT:
 
         # 3. Clip and update. The optimizer skips parameters without a gradient, that is, all other groups.
         for name, grad in grads.items():
+            self._take_over(name)
             self.updated[name].grad = grad.to(self.updated[name].dtype)
         if self.max_grad_norm > 0:
             self._clip(list(grads))
@@ -115,6 +116,13 @@ class ReferenceHiFT:
         self.num_steps += 1
         self.schedule.advance()
         return total_loss
+
+    @torch.no_grad()
+    def _take_over(self, name: str) -> None:
+        """A 16-bit weight that is not the rounding of its master has been changed by hand: it is the master now."""
+        master, weight = self.updated[name], self.weights[name]
+        changed = master.to(weight.dtype) != weight
+        master[changed] = weight[changed].to(master.dtype)
 
     def _clip(self, names: list[str]) -> None:
         if self.clipping == "per_part":

@@ -155,7 +155,9 @@ class HeldBack:
         parameters.held([])  # weights in host memory are there: what was on its way has come
         for chunk in part.chunks:
             for i, piece in enumerate(chunk.pieces):
-                if shards[piece.member] is not None and not self.states.tells_weight(chunk, i):
+                param = part.members[piece.member].param
+                told = self.states.tells_weight(chunk, i) and not self.states.may_be_changed(param)
+                if shards[piece.member] is not None and not told:
                     weight = parameters.weight(part, piece)
                     on_host = weight.device.type == "cpu"  # else the copy leaves while the update is under way
                     self.weights.add((chunk.id, i), weight if on_host else weight.clone())
@@ -173,6 +175,7 @@ class HeldBack:
         back by :meth:`restore_weights`."""
         for part in parts:
             self.states.take_back(part)
+        self.states.end_writing()  # of the trial
 
     def restore_weights(self, part: GroupShard) -> None:
         """The weights of ``part`` are what they were before the trial, as far as they were kept; else nothing

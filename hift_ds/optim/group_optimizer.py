@@ -212,6 +212,7 @@ class GroupOptimizer:
             self.updates.finish()
             with self.waiting_for_ranks():
                 self.parameters.publish(group)
+        self.states.end_writing()
         self.updates.keep_changes()
         self.num_applied += 1
         self.schedule.advance()

@@ -85,6 +85,10 @@ class GroupStates:
         self.split = split
         self.on_host: frozenset[int] = frozenset()  # chunks that the host updates, of a split
         self._may_hold = may_hold
+        self._changed: set[nn.Parameter] = set()  # by others, and their masters do not know
+        self._written: set[nn.Parameter] = set()  # by the updates under way
+        params = [member.param for group in self.groups.values() for member in group.members]
+        self._versions = {param: parameters.version(param) for param in params}  # after their last update
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -234,6 +238,32 @@ class GroupStates:
             slots=store.num_slots,
             late_bytes=sum(late) / len(rotating),
         )
+
+    # -- weights that are changed by hand ---------------------------------------------------------------------
+
+    def begin_writing(self, params: Iterable[nn.Parameter]) -> None:
+        """See which of ``params`` others have written, before an update does."""
+        for param in params:
+            if self.may_be_changed(param):
+                self._changed.add(param)
+            self._written.add(param)
+
+    def end_writing(self) -> None:
+        """The updates since the last call are over: the weights that they wrote are what their masters say."""
+        self._versions.update({param: self.parameters.version(param) for param in self._written})
+        self._changed -= self._written
+        self._written.clear()
+
+    def may_be_changed(self, param: nn.Parameter) -> bool:
+        """Whether others may have written ``param`` since its last update."""
+        return self.parameters.version(param) != self._versions[param]
+
+    def take_over(self, group: GroupShard, run: Piece, master: Tensor) -> None:
+        """Change the ``master`` of ``run`` where the weight is not its rounding: others have written that (a clamp,
+        ``load_state_dict``, ``max_norm`` of an embedding), and an update would undo it."""
+        if group.members[run.member].param in self._changed:
+            weight = self.parameters.weight(group, run).to(master.device)
+            master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight))
 
     # -- in a step --------------------------------------------------------------------------------------------
 

@@ -88,6 +88,7 @@ class GroupUpdates:
             What the optimizer has changed in its param_groups: for ``extras`` when the step is over.
         """
         states = self.states
+        states.begin_writing(m.param for m, shard in zip(group.members, shards, strict=True) if shard is not None)
         changed: Extras = {}
         ahead = self._download_ahead(group, [c for c in group.chunks if c.id not in states.on_host], shards)
         for position, chunk in enumerate(group.chunks):
@@ -187,7 +188,9 @@ class GroupUpdates:
     ) -> Tensor:  # fmt: skip
         """What the optimizer changes, fp32, of ``run``, a part of ``piece``."""
         if master is not None:
-            return part_of(master.view(tensors), piece, run)
+            target = part_of(master.view(tensors), piece, run)
+            self.states.take_over(group, run, target)
+            return target
         # An fp32 weight is its own master; a bf16 one without masters is fp32 only while it is updated.
         weight = self.states.parameters.weight(group, run)
         if weight.device.type == "cpu":  # 16 bits travel, and nobody waits

@@ -393,6 +393,7 @@ class InBackwardOptimizer(GroupOptimizer):
         if self.clipping.looks_back:
             self.last_norms[self.schedule.active] = self.grad_norm
         self._finish_updates()
+        self.states.end_writing()
         for index, changed in backward.changed.items():
             self.states.extras[index] |= changed
         self.updates.keep_changes()

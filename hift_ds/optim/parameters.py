@@ -269,6 +269,10 @@ class Parameters(ABC):
     def weight(self, group: GroupShard, piece: Piece) -> Tensor:
         """The piece of the weight: a view, in the weight's dtype, of ``piece.shape``."""
 
+    def version(self, param: nn.Parameter) -> int | None:
+        """A number that grows when ``param`` is written, through ``.data`` excepted; ``None`` where there is none."""
+        return None
+
     def write_weight(self, weight: Tensor, value: Tensor, generator: torch.Generator | None) -> None:
         """Round ``value`` (fp32) into ``weight``, which ``weight()`` gave; see :func:`hift_ds.precision.write_weight_`.
         It may be on its way there until ``finish_writes``."""
@@ -359,6 +363,9 @@ class ReplicatedParameters(Parameters):
     def weight(self, group: GroupShard, piece: Piece) -> Tensor:
         weight = group.members[piece.member].param.detach()
         return weight.view(-1)[piece.start : piece.start + piece.numel].view(piece.shape)
+
+    def version(self, param: nn.Parameter) -> int | None:
+        return param._version
 
     def whole_weight(self, weight: Tensor) -> Tensor:
         return weight.detach()

@@ -255,6 +255,25 @@ def fp32_bits_survive_on_every_rank(rank: int, world_size: int, optimizer: str) 
     return errors
 
 
+def a_change_by_hand_stays(rank: int, world_size: int, optimizer: str) -> list[str]:
+    """16-bit weights that every rank clamps: updates begin from those, not from the masters as they were."""
+    model = Toy()
+    config = ds_config(lr=LR, stage=2, world_size=world_size, optimizer=optimizer, bf16={"enabled": True})
+    engine, errors = make_engine(model, config), []
+    batches = make_batches(2 * engine.schedule.steps_per_cycle)
+    for step, batch in enumerate(batches):
+        if step == 3:
+            with torch.no_grad():
+                for param in model.parameters():
+                    param.clamp_(-0.05, 0.05)
+        train_step(engine, [batch], rank, world_size)
+    for name, param in model.named_parameters():
+        if (largest := param.detach().abs().max().item()) > 0.06:
+            errors.append(f"{optimizer}: {name} has {largest} again")
+    engine.destroy()
+    return errors
+
+
 def a_second_job_goes_on_with_the_model(rank: int, world_size: int) -> list[str]:
     """The process group ends, as accelerate's ``end_training`` has it, and another begins. Leaves none."""
     errors, batches = [], make_batches(2)
@@ -288,6 +307,7 @@ def every_case(world_size: int) -> list[str]:
     for optimizer in ("AdamW", "Adafactor"):
         errors += early_equals_late(rank, world_size, optimizer)
         errors += fp32_bits_survive_on_every_rank(rank, world_size, optimizer)
+        errors += a_change_by_hand_stays(rank, world_size, optimizer)
     return errors + a_second_job_goes_on_with_the_model(rank, world_size)
 
 

@@ -413,6 +413,80 @@ def test_mixed_hi_in_bf16_keeps_the_fp32_bits_of_the_checkpoint(gas, state):
     )
 
 
+def _clamp(model):
+    with torch.no_grad():
+        for param in model.parameters():
+            param.clamp_(-0.3, 0.3)
+
+
+def _load(model):
+    model.load_state_dict({name: value.roll(1) for name, value in model.state_dict().items()})
+
+
+def _swap_in_and_back(model):
+    kept = weights_of(model)
+    _clamp(model)
+    model.load_state_dict(kept)
+
+
+@pytest.mark.parametrize("change", [_clamp, _load, _swap_in_and_back])
+@pytest.mark.parametrize(
+    "hift",
+    [
+        {},
+        {"state": {"slice_numel": 16, "slots": 2}},
+        {"update": "in_backward", "group_size": "all"},
+        {"update": "in_backward", "group_size": "all", "clipping": "speculative"},
+    ],
+)
+def test_16_bit_weights_that_are_changed_by_hand_are_the_masters_new_values(change, hift):
+    clip = (0.2 if change is _clamp else 0.4) if "clipping" in hift else 0.0
+    model, twin = Toy(), Toy()
+    engine = make_engine(model, ds_config(clip=clip, bf16={"enabled": True}, hift=hift))
+    groups = [group.param_names for group in engine.groups]
+    reference = ReferenceHiFT(twin.to(torch.bfloat16), groups, adamw(), max_grad_norm=clip)
+    for name, weight in Toy().named_parameters():  # masters keep the model's fp32 bits
+        reference.updated[name].data.copy_(weight.detach())
+    undone_after_change = 0
+    for step, batch in enumerate(make_batches(17)):
+        if is_changed := step % 3 != 2:
+            change(model)
+            change(twin)
+        train_step(engine, [batch])
+        reference.step([batch], loss_of)
+        assert largest_difference(model, twin) == 0.0, step
+        undone_after_change += is_changed and engine.last_report.undone > 0
+    assert undone_after_change or not clip
+    engine.destroy()
+
+
+def test_a_change_by_hand_waits_for_the_update_of_its_weight():
+    """The group's turn comes, but the loss does not reach the layer."""
+    model = Toy().to(torch.bfloat16)
+    twin = copy.deepcopy(model)
+    engine = make_engine(model, ds_config(bf16={"enabled": True}, hift={"group_size": "all"}))
+    reference = ReferenceHiFT(twin, [engine.groups[0].param_names], adamw())
+    for step, batch in enumerate(make_batches(4)):
+        for one in (model, twin):
+            if step == 1:
+                _clamp(one)
+                one.layers[0].forward = lambda h: h
+            if step == 2:
+                del one.layers[0].forward
+        train_step(engine, [batch])
+        reference.step([batch], loss_of)
+        assert largest_difference(model, twin) == 0.0, step
+    engine.destroy()
+
+
+def test_max_norm_of_an_embedding_holds_with_masters():
+    """Forward renormalizes the rows that it reads; an update from the masters as they were would undo it."""
+    model = Toy().to(torch.bfloat16)
+    model.embed.max_norm = 0.5
+    engine = compare(ds_config(lr=1e-3, bf16={"enabled": True}), adamw(1e-3), model=model, cycles=3)
+    assert engine.module.embed.weight.float().norm(dim=1).max() < 0.52
+
+
 def test_mixed_hi_from_a_bf16_checkpoint():
     compare(ds_config(bf16={"enabled": True}), adamw(), model=Toy().to(torch.bfloat16), cycles=2)
 
