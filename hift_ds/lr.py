@@ -20,6 +20,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
+from hift_ds.errors import ConfigError
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
@@ -79,7 +81,16 @@ class CycleLR:
 
         Args:
             steps_left: optimizer steps that the run still makes, the coming one included: no look goes further.
+
+        Raises:
+            ConfigError: it sets the rates of another optimizer.
         """
+        optimizers = [] if scheduler is None else list(_optimizers_of(scheduler))
+        if optimizers and not any(optimizer.param_groups is self.param_groups for optimizer in optimizers):
+            raise ConfigError(
+                f"lr_scheduler=: {type(scheduler).__name__} sets the rates of another optimizer than the engine's; "
+                "make it of the one given as optimizer=, or give a function of an optimizer that makes it"
+            )
         self.scheduler, self.steps_left = scheduler, steps_left
         self.catch_up()
 
@@ -114,7 +125,7 @@ class CycleLR:
         if self.steps_left is not None:
             num_steps = min(num_steps, self.steps_left() - 1)
         scheduler = self.scheduler
-        if scheduler is None or num_steps <= 0 or _needs_a_metric(scheduler):
+        if scheduler is None or num_steps <= 0 or missing_argument(scheduler):
             return self._current()
         now = rates = self._current()
         falls = [False] * len(now)
@@ -186,9 +197,9 @@ def _is_function_of_step(scheduler: object) -> bool:
     return isinstance(scheduler, LambdaLR) and type(scheduler).get_lr is LambdaLR.get_lr
 
 
-def _needs_a_metric(scheduler: Scheduler) -> bool:
-    """ReduceLROnPlateau and its like cannot be run ahead."""
+def missing_argument(scheduler: Scheduler) -> str | None:
+    """What ``scheduler.step`` cannot be called without: ``ReduceLROnPlateau``'s metric, an epoch."""
     import inspect
 
     parameters = inspect.signature(scheduler.step).parameters.values()
-    return any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+    return next((p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD), None)

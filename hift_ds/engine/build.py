@@ -65,9 +65,9 @@ def build_optimizers(
     Returns:
         (the model's layer groups, the optimizer that is stepped, the group optimizer around it).
     """
-    if callable(client_optimizer) and not isinstance(client_optimizer, Optimizer):
-        client_optimizer = client_optimizer(model_parameters)
     if client_optimizer is not None:
+        if callable(client_optimizer) and not isinstance(client_optimizer, Optimizer):
+            client_optimizer = client_optimizer(model_parameters)
         check_usable(client_optimizer)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
@@ -167,7 +167,13 @@ def _params_of(entries: ParamEntries) -> set[Tensor]:
     params: set[Tensor] = set()
     for entry in entries:
         inner = entry["params"] if isinstance(entry, dict) else entry
-        params.update([inner] if isinstance(inner, Tensor) else inner)
+        inner = [inner] if isinstance(inner, Tensor) else list(inner)
+        if wrong := [param for param in inner if not isinstance(param, Tensor)]:
+            raise ConfigError(
+                "model_parameters=: expected parameters, or param_group dicts of them, without names; found "
+                f"{type(wrong[0]).__name__}"
+            )
+        params.update(inner)
     return params
 
 

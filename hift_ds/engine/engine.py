@@ -20,9 +20,10 @@ from hift_ds.engine.fp32_bits import cast_and_keep_bits
 from hift_ds.engine.lifetime import Lifetime, end_earlier_engine
 from hift_ds.engine.memory_forecast import MemoryForecast
 from hift_ds.engine.step_notes import StepNotes
-from hift_ds.errors import HiFTError, TrainingError
+from hift_ds.errors import ConfigError, HiFTError, TrainingError
 from hift_ds.forecast.advice import Adviser
 from hift_ds.layers.grouping import LayerGroup
+from hift_ds.lr import missing_argument
 from hift_ds.out_of_memory import explains_out_of_memory, says_when_no_room
 from hift_ds.schedule import GroupSchedule
 from hift_ds.step_report import StepReport
@@ -176,6 +177,12 @@ class HiFTEngine(SeamEngine):
         if not self.is_gradient_accumulation_boundary():
             super().step(lr_kwargs)
             return
+        if self.lr_scheduler is not None and not lr_kwargs and (missing := missing_argument(self.lr_scheduler)):
+            # DeepSpeed would give it the batch size.
+            raise ConfigError(
+                f"engine.step(): the step() of {type(self.lr_scheduler).__name__} wants {missing!r}; "
+                f"call engine.step({{{missing!r}: ...}}), or leave lr_scheduler= out and step it yourself"
+            )
         began = self.notes.before()
         self.checkpointer.before_step()
         super().step(lr_kwargs)  # DeepSpeed's: our optimizer's step, its counters, the scheduler's tick

@@ -353,6 +353,48 @@ def test_optimizers_that_train_nothing_piece_by_piece_are_refused():
             make_engine(model, ds_config(optimizer=None), optimizer=make(model.parameters(), lr=0.1))
 
 
+def test_arguments_that_would_train_otherwise_than_they_say_are_refused():
+    def names_in_groups(model):
+        return {"model_parameters": [{"params": list(model.named_parameters())}]}
+
+    def schedule_of(make):
+        def arguments(model):
+            own, other = (torch.optim.AdamW(m.parameters()) for m in (model, Toy()))
+            return {"optimizer": own, "lr_scheduler": make(other)}
+
+        return arguments
+
+    lr = torch.optim.lr_scheduler
+    for make, expected in (
+        (names_in_groups, "expected parameters, or param_group dicts of them, without names; found tuple"),
+        (lambda model: {"optimizer": lambda params: None}, "that makes one; got NoneType"),
+        (schedule_of(lambda o: lr.StepLR(o, 1)), "lr_scheduler=: StepLR sets the rates of another optimizer"),
+        (
+            schedule_of(lambda o: lr.SequentialLR(o, [lr.ConstantLR(o), lr.StepLR(o, 1)], [2])),
+            "lr_scheduler=: SequentialLR sets the rates of another optimizer",
+        ),
+    ):
+        model = Toy()
+        config = ds_config(optimizer="AdamW" if make is names_in_groups else None)
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            make_engine(model, config, **make(model))
+
+
+def test_a_scheduler_that_wants_a_metric_gets_it_or_is_refused():
+    """DeepSpeed gives such a scheduler the batch size: never better, and the rate sinks."""
+    model = Toy()
+    own = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(own, patience=0, factor=0.5)
+    engine = make_engine(model, ds_config(optimizer=None), optimizer=own, lr_scheduler=plateau)
+    with pytest.raises(ConfigError, match=r"the step\(\) of ReduceLROnPlateau wants 'metrics'; call engine.step"):
+        train_step(engine, make_batches(1))
+    for metric, rate in ((1.0, 1e-2), (0.5, 1e-2), (0.6, 5e-3)):
+        engine.step({"metrics": metric})
+        assert own.param_groups[0]["lr"] == rate
+        engine.backward(loss_of(engine, make_batches(1)[0]))
+    engine.destroy()
+
+
 def test_parameters_the_optimizer_was_not_given_stay_and_get_no_gradient():
     model = Toy()
     before = weights_of(model)
