@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -72,6 +73,7 @@ auto_is_the_dtype_of_training()
 
 def check_arguments(args: TrainingArguments | None) -> None:
     """Find what can be known to be wrong before a model is touched."""
+    _check_numbers(args)
     plugin = getattr(args, "deepspeed_plugin", None)
     if args is None or plugin is None:
         raise ConfigError(
@@ -91,6 +93,26 @@ def check_arguments(args: TrainingArguments | None) -> None:
     _check_dtype_of_evaluation(args, config)
     _check_processes(args)
     _require_non_reentrant_checkpointing(args)
+
+
+def _check_numbers(args: TrainingArguments | None) -> None:
+    """transformers takes whatever it is given, and fails with it in the middle of a step."""
+    for field in () if args is None else dataclasses.fields(args):
+        value, kind = getattr(args, field.name, None), str(field.type)
+        if isinstance(field.default, bool) or not isinstance(field.default, int | float):
+            continue
+        if isinstance(value, str) and "str" not in kind:
+            raise ConfigError(
+                f"{field.name}: expected a number, got the text {value!r}; write it without quotes, and in YAML with a "
+                "point (1.0e-3, not 1e-3)"
+            )
+        if value is None and not ("None" in kind or "Optional" in kind):
+            instead = "0 for no clipping" if field.name == "max_grad_norm" else f"leave it out for {field.default}"
+            raise ConfigError(f"{field.name}: expected a number, got None; {instead}")
+        if isinstance(value, float) and field.type in (int, "int"):
+            raise ConfigError(f"{field.name}: expected a whole number, got {value!r}; write {value:.0f}")
+    if args is not None and args.gradient_accumulation_steps < 1:
+        raise ConfigError(f"gradient_accumulation_steps: expected at least 1, got {args.gradient_accumulation_steps}")
 
 
 def _parse_for_all(config: dict[str, Any]) -> HiFTConfig:

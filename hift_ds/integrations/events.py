@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import statistics
 import sys
@@ -65,8 +66,10 @@ class EngineEvents(TrainerCallback):
         disable_input_require_grads(engine.module)
         if (rows := kwargs.get("train_dataloader")) is not None:
             check_rows("train_dataset", getattr(rows, "dataset", None), rows.collate_fn, engine.module)
+        loop = loop_above(sys._getframe())
+        _add_up_micro_batches(loop)
         if state.is_world_process_zero:
-            _say_what_comes_too_late(loop_above(sys._getframe()))
+            _say_what_comes_too_late(loop)
         warning = engine.schedule.too_few_turns(state.max_steps)
         if self.says_coverage and warning and state.is_world_process_zero:
             logger.warning("%s", warning)
@@ -180,6 +183,15 @@ def callers(frame: FrameType | None) -> Iterator[FrameType]:
 def loop_above(frame: FrameType | None) -> FrameType | None:
     """The method of a Trainer that has the callbacks called; None if none does."""
     return next((one for one in callers(frame) if hasattr(one.f_locals.get("self"), "callback_handler")), None)
+
+
+def _add_up_micro_batches(loop: FrameType | None) -> None:
+    """Have losses that a ``training_step`` of the Trainer's own gives to ``accelerator.backward`` added up, as without
+    DeepSpeed: its engine would divide each by the accumulation steps, which is why transformers' own one says
+    ``scale_wrt_gas=False``."""
+    wrapped = None if loop is None else loop.f_locals["self"].accelerator.deepspeed_engine_wrapped
+    if wrapped is not None:
+        wrapped.backward = functools.partial(wrapped.backward, scale_wrt_gas=False)
 
 
 def _say_what_comes_too_late(loop: FrameType | None) -> None:

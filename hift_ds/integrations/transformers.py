@@ -71,6 +71,8 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
 
     says_coverage = True  # at the end of training; a subclass with a report of its own turns it off
     is_ready_to_save = False  # a program that has made sure of it says so
+    _given_optimizer: Any = None  # of the class: constructors of trainers may make theirs
+    _given_scheduler: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = next((value for value in args if isinstance(value, TrainingArguments)), None)
@@ -83,8 +85,6 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         if isinstance(self.model, DeepSpeedEngine):
             raise ConfigError(f"{type(self).__name__}: {PREPARED_BY_ITSELF}")
         check_given(self.args, self.optimizer or self.optimizer_cls_and_kwargs, self.lr_scheduler)
-        self._given_optimizer: Any = None
-        self._given_scheduler: Any = None
         while (callback := self.pop_callback(HiFTCallback)) is not None:  # launch_with gives one to every Trainer
             callback.leave()
         self._events = EngineEvents(lambda: self.engine, self.says_coverage)

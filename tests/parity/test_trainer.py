@@ -110,6 +110,33 @@ def test_optimizers_that_were_given(tmp_path, cls):
     assert not any(torch.equal(now[name], value) for name, value in ours.weights.items())
 
 
+class MakesItsOptimizer(Trainer):
+    """In its constructor, as trainers that show or change its groups do."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.create_optimizer_and_scheduler(num_training_steps=9)
+        self.optimizer.param_groups[0]["weight_decay"] = 0.3
+
+
+def test_an_optimizer_made_in_the_constructor(tmp_path):
+    compare(tmp_path, MakesItsOptimizer, llama)
+
+
+class WithItsOwnStep(Trainer):
+    """Written for the plain loop, where ``accelerator.backward`` adds the micro-batches up."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        model.train()
+        loss = model(**self._prepare_inputs(inputs)).loss / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_a_training_step_of_the_trainers_own(tmp_path):
+    compare(tmp_path, WithItsOwnStep, llama, **UNEVEN, optim="sgd", max_grad_norm=0.0)
+
+
 SCHEDULES: dict[str, dict[str, Any]] = {
     "cosine_with_min_lr": {"min_lr_rate": 0.1},
     "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},

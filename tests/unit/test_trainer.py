@@ -251,6 +251,23 @@ def test_clipping_that_would_not_happen_is_said(tmp_path, caplog):
     assert "max_grad_norm=1.0 has no effect" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"learning_rate": "1e-3"}, "learning_rate: expected a number, got the text '1e-3'"),
+        ({"max_steps": "3"}, "max_steps: expected a number, got the text '3'"),
+        ({"max_steps": 3.0}, "max_steps: expected a whole number, got 3.0; write 3"),
+        ({"max_grad_norm": None}, "max_grad_norm: expected a number, got None; 0 for no clipping"),
+        ({"weight_decay": None}, "weight_decay: expected a number, got None; leave it out for 0.0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: expected at least 1, got 0"),
+    ],
+)
+def test_numbers_of_the_arguments_that_are_none(tmp_path, given, line):
+    """transformers fails with them in a step, or in accelerate."""
+    with pytest.raises(ConfigError, match=f"^{line}"):
+        make_trainer(tmp_path, **given)
+
+
 def test_a_dtype_of_evaluation_that_training_has_too_or_that_shards_cannot_have(tmp_path, caplog):
     make_trainer(tmp_path, bf16_full_eval=True)
     make_trainer(tmp_path, bf16=True, bf16_full_eval=True)
