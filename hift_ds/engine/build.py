@@ -96,6 +96,7 @@ def build_optimizers(
         optimizer = group_optimizer(facts, model, base, parameters, groups, flags, schedule)
         give_masters_their_bits(optimizer, model, fp32_shards, facts.device)
         on_failure.pop_all()
+    optimizer.guard()
     return partition, base, optimizer
 
 

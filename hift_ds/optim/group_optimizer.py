@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hift_ds.layers.grouping import ALWAYS
 from hift_ds.lr import CycleLR
@@ -23,6 +24,7 @@ from hift_ds.optim.group_shard import GroupShard
 from hift_ds.optim.group_states import GroupStates
 from hift_ds.optim.group_update import GroupUpdates, StepValues
 from hift_ds.optim.parameters import Parameters
+from hift_ds.optim.piecewise import refuse_step, say_without_states
 from hift_ds.optim.trainable_flags import TrainableFlags
 from hift_ds.optim.trials import Trials
 from hift_ds.precision import LossScaler
@@ -69,6 +71,7 @@ class GroupOptimizer:
         self.waits = Waits(self._weight_device())
         self.updates = GroupUpdates(states, self.waits, seed, pin_memory, on_threads)
         self.optimizer = states.piecewise.base  # DeepSpeed's name for it; its schedulers look for it
+        self._guards: list[RemovableHandle] = []
         self.num_updates = {index: [0] * len(group.members) for index, group in self.groups.items()}
         self.num_applied = 0  # applied optimizer steps
         self.overflow = False  # the last step was skipped
@@ -156,6 +159,13 @@ class GroupOptimizer:
         """Bytes of gradients that went to host memory and came back since this was last asked. Before
         :meth:`take_waits`, which has the waits for them."""
         return 0, 0
+
+    def guard(self) -> None:
+        """Have calls of the stepped optimizer answered that do not do what they say, until training ends."""
+        self._guards = [
+            self.optimizer.register_step_pre_hook(refuse_step),
+            self.optimizer.register_state_dict_pre_hook(say_without_states),
+        ]
 
     def activate(self) -> None:
         """Let gradients flow to the active groups and to no other, so that backward stops at the lowest of them."""
@@ -309,6 +319,8 @@ class GroupOptimizer:
         if self.flags.step_began:  # else they may be another engine's by now
             self.drop_gradients()
         self.flags.show()
+        for guard in self._guards:
+            guard.remove()
         self.parameters.end_training()
         self.updates.close()
         if not keep_states:

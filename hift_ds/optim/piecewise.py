@@ -41,6 +41,16 @@ def states_are_the_engines() -> ConfigError:
     return ConfigError("optimizer.load_state_dict: states are restored by engine.load_checkpoint")
 
 
+def refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Refuse a step past the engine: a hook of an optimizer whose steps the engine makes."""
+    raise ConfigError("optimizer.step() was called, and the engine has the gradients and states; call engine.step()")
+
+
+def say_without_states(optimizer: torch.optim.Optimizer) -> None:
+    """Warn of a ``state_dict`` without states: a hook of an optimizer whose states the engine has."""
+    logger.warning("optimizer.state_dict() has no states, which the engine keeps; use engine.save_checkpoint")
+
+
 @dataclass
 class PieceUpdate:
     """One piece to update."""
@@ -88,7 +98,8 @@ class PiecewiseOptimizer:
         self._groups = base.param_groups
         if self._members_now() != self._members:
             raise weights_are_fixed()
-        hooks = [*_global_optimizer_pre_hooks.values(), *base._optimizer_step_pre_hooks.values()]
+        own = [hook for hook in base._optimizer_step_pre_hooks.values() if hook is not refuse_step]
+        hooks = [*_global_optimizer_pre_hooks.values(), *own]
         if hooks and not self._said_no_gradients:
             self._said_no_gradients = True
             logger.warning(

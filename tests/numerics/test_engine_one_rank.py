@@ -269,6 +269,26 @@ def test_changes_of_the_callers_optimizer_without_effect_are_refused(change, exp
     engine.destroy()
 
 
+def test_the_callers_optimizer_is_stepped_and_saved_by_the_engine_alone(caplog):
+    model = Toy()
+    own = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    engine = make_engine(model, ds_config(optimizer=None), optimizer=own)
+    engine.backward(loss_of(engine, make_batches(1)[0]))
+    with pytest.raises(ConfigError, match=r"call engine.step\(\)"):
+        own.step()
+    engine.step()
+    assert "finds no gradients" not in caplog.text  # no hook of the caller's
+    own.state_dict()
+    assert caplog.text.count("has no states, which the engine keeps") == 1
+    engine.destroy()
+    with pytest.raises(ConfigError, match="another optimizer"):  # an engine that is not made leaves no trace
+        scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(Toy().parameters()), 1)
+        make_engine(model, ds_config(optimizer=None), optimizer=own, lr_scheduler=scheduler)
+    own.step()  # the caller's again
+    own.state_dict()
+    assert caplog.text.count("has no states, which the engine keeps") == 1
+
+
 def _stepped(model, make=torch.optim.AdamW, **options):
     optimizer = make(model.parameters(), lr=1e-2, **options)
     loss_of(model, make_batches(1)[0]).backward()
