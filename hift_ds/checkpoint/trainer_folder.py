@@ -131,11 +131,22 @@ def checkpoint_to_resume(output_dir: Path, asked: str | bool) -> tuple[str | boo
     if isinstance(asked, str | Path):
         if reason := why_incomplete(Path(asked)):
             raise CheckpointError(f"resume_from_checkpoint: {reason}; choose another checkpoint")
+        _refuse_without_states(Path(asked))
         return asked, []
     usable, reasons = find_checkpoints(output_dir, "auto")
     if not usable:
+        for _, newest in sorted(_numbered(output_dir))[-1:]:  # which transformers would take
+            _refuse_without_states(newest)
         return asked, []
     return str(usable[0]), reasons
+
+
+def _refuse_without_states(folder: Path) -> None:
+    if why_incomplete(folder) is None and not any(folder.glob("global_step*")):
+        raise CheckpointError(
+            f"resume_from_checkpoint: {folder} holds the model without the states of training (save_only_model, or "
+            "another trainer's); load it with from_pretrained and train anew, or choose another checkpoint"
+        )
 
 
 def why_incomplete(folder: Path) -> str | None:

@@ -65,6 +65,7 @@ class EngineEvents(TrainerCallback):
             engine.optimizer.lr.watch(kwargs.get("lr_scheduler"), lambda: state.max_steps - engine.global_steps)
         disable_input_require_grads(engine.module)
         if (rows := kwargs.get("train_dataloader")) is not None:
+            _refuse_no_batch(rows, args)
             check_rows("train_dataset", getattr(rows, "dataset", None), rows.collate_fn, engine.module)
         loop = loop_above(sys._getframe())
         _add_up_micro_batches(loop)
@@ -183,6 +184,19 @@ def callers(frame: FrameType | None) -> Iterator[FrameType]:
 def loop_above(frame: FrameType | None) -> FrameType | None:
     """The method of a Trainer that has the callbacks called; None if none does."""
     return next((one for one in callers(frame) if hasattr(one.f_locals.get("self"), "callback_handler")), None)
+
+
+def _refuse_no_batch(rows: Any, args: TrainingArguments) -> None:
+    """The Trainer would end at once, as if it had trained."""
+    try:
+        num_batches = len(rows)
+    except TypeError:  # of a stream
+        return
+    if num_batches == 0:
+        raise ConfigError(
+            f"train_dataset: has no batch for every rank ({args.per_device_train_batch_size} rows a rank, "
+            f"dataloader_drop_last={args.dataloader_drop_last}); lower per_device_train_batch_size, or give more rows"
+        )
 
 
 def _add_up_micro_batches(loop: FrameType | None) -> None:

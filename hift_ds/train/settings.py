@@ -250,6 +250,12 @@ def training_arguments(settings: Settings, dtype: Dtype, *, has_eval: bool) -> d
     options = ds["optimizer"]["params"]
     betas = options.get("betas", (0.9, 0.999))
     task = TASKS[run.task]
+    given = checked_arguments(train.arguments, task.arguments_class())
+    if given.get("label_smoothing_factor") and "labels" not in (task.label_names or ()):
+        own = "; its own is label_smoothing" if run.task == "dpo" else ""
+        raise ConfigError(
+            f"train.arguments.label_smoothing_factor: has no effect on the loss of task {run.task}; remove it{own}"
+        )
     return {
         **task.options,
         "output_dir": str(run.output_dir),
@@ -292,7 +298,7 @@ def training_arguments(settings: Settings, dtype: Dtype, *, has_eval: bool) -> d
         "use_cpu": not torch.accelerator.is_available(),
         "deepspeed": ds,
         **_of_the_data(run),
-        **checked_arguments(train.arguments, task.arguments_class()),
+        **given,
     }
 
 

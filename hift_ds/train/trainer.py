@@ -154,6 +154,11 @@ def build_trainer(
         ConfigError, DataError: the task's trainer refuses its arguments or its data.
     """
     task = TASKS[checked.run.task]
+    kind = data.model_options.get("problem_type", "single_label_classification")
+    if arguments.label_smoothing_factor and kind != "single_label_classification":
+        raise ConfigError(
+            f"train.arguments.label_smoothing_factor: is for one class a row, and the labels are for {kind}; remove it"
+        )
     options: dict[str, Any] = {"data_collator": data.collator}
     if task.is_language_modelling:
         options["eval_collator"] = collator(tokenizer, packing=False)

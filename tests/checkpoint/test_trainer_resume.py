@@ -301,6 +301,9 @@ def test_rotation_of_checkpoints_without_states(tmp_path):
     make_trainer(tmp_path, save_steps=2, max_steps=6, save_only_model=True, save_total_limit=1).train()
     assert checkpoints(tmp_path) == [6]
     assert find_checkpoints(tmp_path, "auto")[0] == []
+    for asked in (True, str(tmp_path / "checkpoint-6")):
+        with pytest.raises(CheckpointError, match="checkpoint-6 holds the model without the states of training"):
+            make_trainer(tmp_path).train(resume_from_checkpoint=asked)
 
 
 def test_the_weights_for_from_pretrained_are_sealed_too(tmp_path):

@@ -70,7 +70,14 @@ class Remembers(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
 
 
+def without_labels(*indices: int) -> list[dict[str, Any]]:
+    rows = ragged_dataset(22)
+    return [{**r, "labels": torch.full_like(r["labels"], -100)} if i in indices else r for i, r in enumerate(rows)]
+
+
 CASES: dict[str, dict[str, Any]] = {
+    # The second rank has nothing to learn in the first step, and no rank in the second.
+    "a rank without labels": {"train_sampling_strategy": "sequential", "data": without_labels(2, 3, 4, 5, 6, 7)},
     "tokens of all ranks": {"gradient_accumulation_steps": 3, "max_grad_norm": 0.1},
     "tokens of each rank": {"gradient_accumulation_steps": 3, "average_tokens_across_devices": False},
     "smoothed, evaluated, best model": {

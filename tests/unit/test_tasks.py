@@ -406,6 +406,10 @@ def test_arguments_of_the_tasks_own_class_are_passed_on(folders, tmp_path):
         ("text", {"beta": 0.1}, "unknown key 'beta'"),
         ("dpo", {"bta": 0.1}, "unknown key 'bta'; did you mean 'beta'"),
         ("text", {"use_liger_kernel": True}, "needs the package liger-kernel"),
+        ("qa", {"label_smoothing_factor": 0.1}, "label_smoothing_factor: has no effect on the loss of task qa"),
+        ("dpo", {"label_smoothing_factor": 0.1}, "on the loss of task dpo; remove it; its own is label_smoothing"),
+        ("several_labels", {"label_smoothing_factor": 0.1}, "the labels are for multi_label_classification; remove it"),
+        ("a_number", {"label_smoothing_factor": 0.1}, "the labels are for regression; remove it"),
     ],
 )
 def test_arguments_are_checked_by_that_class(folders, tmp_path, kind, arguments, message):

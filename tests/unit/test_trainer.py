@@ -268,6 +268,13 @@ def test_numbers_of_the_arguments_that_are_none(tmp_path, given, line):
         make_trainer(tmp_path, **given)
 
 
+def test_fewer_rows_than_a_batch_that_is_not_dropped(tmp_path):
+    """The Trainer ends after no step, as if it had trained."""
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=25, dataloader_drop_last=True)
+    with pytest.raises(ConfigError, match="^train_dataset: has no batch for every rank .25 rows a rank, "):
+        trainer.train()
+
+
 def test_a_dtype_of_evaluation_that_training_has_too_or_that_shards_cannot_have(tmp_path, caplog):
     make_trainer(tmp_path, bf16_full_eval=True)
     make_trainer(tmp_path, bf16=True, bf16_full_eval=True)
