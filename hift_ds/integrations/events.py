@@ -106,6 +106,17 @@ class EngineEvents(TrainerCallback):
             self._reports.append(engine.last_report)
             self._step_time_s = (time.monotonic() - self._mark) / len(self._reports)
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse a stream that ends before its first step: the Trainer would begin it again for ever."""
+        stops = control.should_training_stop or control.should_epoch_stop
+        if state.global_step == 0 and not stops and self.get_engine() is not None:
+            raise ConfigError(
+                "train_dataset: ends before the first optimizer step: it has fewer batches than "
+                f"gradient_accumulation_steps={args.gradient_accumulation_steps}; lower that, or give more rows"
+            )
+
     def fields(self) -> dict[str, float]:
         """What a log line of training gets besides the Trainer's: of the last step its learning rate, ``group`` and
         ``cycle``; of the steps since the last line their mean seconds, the seconds they waited for states and for

@@ -103,6 +103,8 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         """Train as the Trainer does; from the newest whole checkpoint, or from the one that is named if its files are
         what was written. Whichever way it ends, the model's ``requires_grad`` flags, the environment and the memory are
         its caller's again. May be called again: that is a new engine, with fresh states."""
+        if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
+            raise ConfigError("train_dataset: has no rows; expected at least one")
         self.model_wrapped = self.model  # else a second train() would go on with the engine of the first
         self.deepspeed = None
         disable_input_require_grads(self.model)  # enabling again forgets the earlier hooks

@@ -275,6 +275,27 @@ def test_fewer_rows_than_a_batch_that_is_not_dropped(tmp_path):
         trainer.train()
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(ragged_dataset(4))
+
+
+@pytest.mark.parametrize("form", ["mixin", "callback"])
+def test_a_stream_that_ends_before_its_first_step(tmp_path, form):
+    """The Trainer would go through it for ever."""
+    cls, callbacks = (HiFTTrainer, []) if form == "mixin" else (Trainer, [HiFTCallback()])
+    args = arguments(tmp_path, gradient_accumulation_steps=3)
+    trainer = cls(model_zoo.tiny.build("llama"), args, train_dataset=Stream(), callbacks=callbacks)
+    with pytest.raises(ConfigError, match="^train_dataset: ends before the first optimizer step: .*_steps=3"):
+        trainer.train()
+
+
+def test_no_rows(tmp_path):
+    trainer = HiFTTrainer(model_zoo.tiny.build("llama"), arguments(tmp_path), train_dataset=[])
+    with pytest.raises(ConfigError, match="^train_dataset: has no rows"):
+        trainer.train()
+
+
 def test_a_dtype_of_evaluation_that_training_has_too_or_that_shards_cannot_have(tmp_path, caplog):
     make_trainer(tmp_path, bf16_full_eval=True)
     make_trainer(tmp_path, bf16=True, bf16_full_eval=True)
