@@ -364,16 +364,19 @@ def test_two_forwards_before_one_backward():
         engine.destroy()
 
 
-def test_a_backward_in_several_calls():
-    """As DeepSpeed has it: all but the last are not the boundary."""
+@pytest.mark.parametrize("late", [False, True])
+def test_a_backward_in_several_calls(late):
+    """As DeepSpeed has it: all but the last are not the boundary. Set after the last, ``step`` itself updates, by
+    gradients that are all sums of micro-batches by then."""
     config = ds_config(hift={"group_size": "all"})
     pair = [make_engine(Toy(), c) for c in (config, in_backward(config))]
     for first, second in zip(make_batches(4), make_batches(4, seed=9), strict=True):
         for engine in pair:
             engine.set_gradient_accumulation_boundary(False)
             engine.backward(loss_of(engine, first))
-            engine.set_gradient_accumulation_boundary(True)
+            engine.set_gradient_accumulation_boundary(not late)
             engine.backward(loss_of(engine, second))
+            engine.set_gradient_accumulation_boundary(True)
             engine.step()
         assert largest_difference(*(engine.module for engine in pair)) == 0.0
     engine = pair[1]
@@ -416,22 +419,6 @@ def test_a_weight_that_the_last_micro_batch_does_not_reach_keeps_its_gradient(cl
         assert len({train_step(engine, micro_batches) for engine in pair}) == 1
         assert same_weights(*pair)
     assert pair[0].coverage() == pair[1].coverage() and set(pair[0].coverage().values()) == {4}
-    for engine in pair:
-        engine.destroy()
-
-
-def test_a_boundary_that_is_set_after_the_last_backward():
-    """Its gradients are all sums of micro-batches by then: what ``step`` itself updates by."""
-    config = ds_config(hift={"group_size": "all"})
-    pair = [make_engine(Toy(), c) for c in (config, in_backward(config))]
-    for first, second in zip(make_batches(4), make_batches(4, seed=9), strict=True):
-        for engine in pair:
-            engine.set_gradient_accumulation_boundary(False)
-            engine.backward(loss_of(engine, first))
-            engine.backward(loss_of(engine, second))
-            engine.set_gradient_accumulation_boundary(True)
-            engine.step()
-        assert largest_difference(*(engine.module for engine in pair)) == 0.0
     for engine in pair:
         engine.destroy()
 
