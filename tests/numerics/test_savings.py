@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +23,8 @@ from hift_ds.layers.arch import find_arch
 from hift_ds.layers.grouping import partition_model
 from hift_ds.optim import group_update
 from hift_ds.simulation.tracker import MemoryTracker, Watch
-from tests.helpers.engines import ds_config, largest_difference, make_engine
+from tests.helpers.engines import ds_config, largest_difference, make_engine, train_step
+from tests.helpers.toy import Toy, make_batches
 from tests.numerics.test_engine_one_rank import adamw, compare
 
 HEADS = [(name, head) for name, family in model_zoo.FAMILIES.items() for head in family.heads]
@@ -351,8 +354,6 @@ def test_recomputation_alone_changes_no_bit_of_a_run():
 
 
 def test_a_model_that_is_not_transformers_is_recomputed_too():
-    from tests.helpers.toy import Toy
-
     model = Toy(num_layers=4)
     calls = Calls(model)
     compare(ds_config(hift={"activations": {"checkpointing": True}}), adamw(), model=model, cycles=1)
@@ -360,6 +361,58 @@ def test_a_model_that_is_not_transformers_is_recomputed_too():
     # Once for the engine and once for the reference in each of six steps; the lowest block again for the embedding's
     # and its own, the topmost for all but the head's.
     assert counts[0] == 12 + 2 and counts[-1] == 12 + 5
+
+
+class _Normed(nn.Module):
+    """A block whose forward changes buffers: running statistics, and the power iteration of ``spectral_norm``, whose
+    vectors gradients go by."""
+
+    def __init__(self, spectral_norm: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.norm, self.up = nn.BatchNorm1d(7), spectral_norm(nn.Linear(7, 7))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h + self.up(self.norm(h.transpose(1, 2)).transpose(1, 2)).tanh()
+
+
+@pytest.mark.parametrize("update", ["after_backward", "in_backward"])
+@pytest.mark.parametrize("spectral_norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_a_forward_that_changes_buffers_counts_once(spectral_norm, update):
+    model = Toy()
+    model.layers = nn.ModuleList(_Normed(spectral_norm) for _ in range(3))
+    torch_alone = copy.deepcopy(model)
+    hift = {"activations": {"checkpointing": True}, "update": update, "groups": [["."]]}
+    engine = make_engine(model, ds_config(optimizer="SGD", gas=2, hift=hift))
+    sgd = torch.optim.SGD(torch_alone.parameters(), lr=1e-2)
+    for batches in zip(*[iter(make_batches(6))] * 2, strict=True):
+        train_step(engine, batches)
+        for batch in batches:
+            (torch_alone(*batch) / 2).backward()
+        sgd.step()
+        sgd.zero_grad()
+    engine.destroy()
+    for (name, ours), theirs in zip(model.state_dict().items(), torch_alone.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_blocks_that_are_bare_weights_have_nothing_to_recompute():
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.ParameterList(torch.eye(3) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for weight in self.weights:
+                x = (x @ weight).tanh()
+            return x.square().mean()
+
+    assert find_arch(model := Bare()).blocks
+    engine = make_engine(model, ds_config(rows=2, hift={"activations": {"checkpointing": True}}))
+    loss = engine(torch.ones(2, 3))
+    engine.backward(loss)
+    engine.step()
+    engine.destroy()
+    assert not torch.equal(model.weights[0], torch.eye(3))
 
 
 def test_stepping_in_runs_changes_no_bit(monkeypatch):
