@@ -68,6 +68,8 @@ class Encoder:
             ConfigError: the chat template does not come to an end.
         """
         if isinstance(sample, Text):
+            if not sample.text.strip():  # to end at once is nothing to learn
+                return [Encoded([], [])]
             ids = self._with_end(self._text_ids(sample.text))
             return [Encoded(ids, [True] * len(ids), splittable=True)]
         if isinstance(sample, Completion):

@@ -230,7 +230,13 @@ class TokenizeTexts:
                 )
             return [float(one) for one in label]
         if self.kind.startswith("multi"):
-            wanted = {self.labels.number(one, origin) for one in (label if isinstance(label, list) else [label])}
+            classes = label if isinstance(label, list) else [label]
+            if len(set(classes)) < len(classes) and not isinstance(classes[0], str):
+                raise DataError(
+                    f"{origin}: label {label!r} names a class twice; if it is a 0 or 1 for each class, give every row "
+                    "one for each"
+                )
+            wanted = {self.labels.number(one, origin) for one in classes}
             return [float(number in wanted) for number in range(len(self.labels.names))]
         return self.labels.number(label, origin)
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 HUB = "hub:"
 _NOT_DATA = re.compile(r"(readme|license|licence|changelog|requirements|notice)\b", re.IGNORECASE)
+_PACKED = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip")
 _SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
@@ -231,6 +232,11 @@ def _files_of_split(folder: Path, source: Source) -> list[Path]:
     """The folder's data files; where names say train, test or validation, only those of ``source.split``."""
     suffixes: tuple[str, ...] = LINE_FORMATS + COLUMN_FORMATS
     files = [file for file in folder.iterdir() if not file.name.startswith(".")]  # what macOS leaves beside files
+    for packed in (file for file in sorted(files) if file.suffix.lower() in _PACKED and {*file.suffixes} & {*suffixes}):
+        if _split_in_name(packed.name) in (None, _split_in_name(source.split)):
+            raise DataError(
+                f"{source.key}: {str(packed)!r} is compressed and would not be read; unpack it, or move it away"
+            )
     files = sorted(file for file in files if file.suffix.lower() in suffixes)
     if not files:  # documents then; beside data they describe it
         files = sorted(file for file in folder.iterdir() if file.suffix.lower() in DOCUMENT_FORMATS)

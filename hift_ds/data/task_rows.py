@@ -242,7 +242,15 @@ def _labelled(row: Row) -> Example:
         raise Malformed(f"label: expected a name, a number or a list of these, got {short(label)}")
     if any(isinstance(part, float) and math.isinf(part) for part in parts):
         raise Malformed(f"label: expected a number that is not infinite, got {short(label)}")
-    label = [as_class(part) for part in parts] if isinstance(label, list) else as_class(label)
+    if isinstance(label, list):
+        label = [as_class(part) for part in parts]
+        if any(isinstance(part, float) for part in label):
+            raise Malformed(
+                f"label: a list with a fraction, {short(label)}, cannot be learned; expected the classes that apply, or "
+                "a 0 or 1 for each class"
+            )
+    else:
+        label = as_class(label)
     return {"text": text_of(row, "text"), "text_pair": text_of(row, "text_pair"), "label": json.dumps(label)}
 
 

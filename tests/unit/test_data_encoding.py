@@ -152,6 +152,12 @@ def test_plain_text_is_learned_whole():
     assert encode(byte_level(), Text("Once upon")) == [("Once upon<|im_end|>", ["Once upon<|im_end|>"])]
 
 
+@pytest.mark.parametrize("text", ["", " \n"])  # WikiText has a third of them
+def test_a_blank_text_is_nothing_to_learn(text):
+    """With a BOS its end token would be learned: to end at once."""
+    assert encode(byte_level(bos=True), Text(text)) == [("", [])]
+
+
 def test_the_fallback_template_on_a_llama_tokenizer(tmp_path):
     from hift_ds.data.tokenizers import load_tokenizer
 

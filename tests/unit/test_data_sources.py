@@ -127,6 +127,11 @@ def test_a_folder_gives_only_the_files_of_its_split(tmp_path):
     write(tmp_path / "e" / "one.jsonl", '{"text": "a"}')
     write(tmp_path / "e" / "two.csv", "text\nb\n")
     assert read(tmp_path / "e") == [{"text": "a"}, {"text": "b"}]
+    write(tmp_path / "e" / "test.jsonl.gz", "of another split")
+    assert len(read(tmp_path / "e")) == 2
+    write(tmp_path / "e" / "three.jsonl.gz", "")
+    with pytest.raises(DataError, match=r"three.jsonl.gz' is compressed and would not be read; unpack it"):
+        read(tmp_path / "e")
     (tmp_path / "f").mkdir()
     with pytest.raises(DataError, match="no data in folder"):
         read(tmp_path / "f")

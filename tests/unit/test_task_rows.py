@@ -177,6 +177,8 @@ def test_what_labels_are(tmp_path, labels, config, kind, expected, names):
         ([-1.0, 1.0], {}, "line 1: label: -1 stands for rows whose label is not published"),
         ([0.5, 1.0], {"labels": ["no", "yes"]}, "data.labels: the labels are numbers with a fraction"),
         ([[0, 1, 1], [0, 1, 0]], {"labels": ["no", "yes"]}, "label 2 is none of no, yes"),
+        ([[0, 1], [0, 1, 0]], {}, r"line 2: label \[0, 1, 0\] names a class twice; if it is a 0 or 1 for each class"),
+        ([[0.25, 0.75], [0.5, 0.5]], {}, "line 1: label: a list with a fraction"),
     ],
 )
 def test_labels_that_cannot_be(tmp_path, labels, config, message):
