@@ -246,8 +246,8 @@ def _labelled(row: Row) -> Example:
         label = [as_class(part) for part in parts]
         if any(isinstance(part, float) for part in label):
             raise Malformed(
-                f"label: a list with a fraction, {short(label)}, cannot be learned; expected the classes that apply, or "
-                "a 0 or 1 for each class"
+                f"label: a list with a fraction, {short(label)}, cannot be learned; expected the classes that apply, "
+                "or a 0 or 1 for each class"
             )
     else:
         label = as_class(label)
