@@ -109,9 +109,11 @@ class WholeCheckpointsStay:
             self._rotate()
 
     def _rotate(self) -> None:
-        if self.args.should_save and Path(self.args.output_dir).is_dir():
+        # A trial of a hyperparameter search has a folder of its own. (transformers before 5.23 keeps no _trial.)
+        folder = self._get_output_dir(trial=getattr(self, "_trial", None))
+        if self.args.should_save and Path(folder).is_dir():
             rotate_checkpoints(
-                self.args.output_dir,
+                folder,
                 self.args.save_total_limit,
                 self.state.best_model_checkpoint,
                 self.args.save_only_model,

@@ -45,6 +45,7 @@ class EngineEvents(TrainerCallback):
         self._rise = RisingLoss()
         self._mark = time.monotonic()
         self._step_time_s = 0.0
+        self._clips_by: float | None = None  # what max_grad_norm was when that was last said
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -77,6 +78,7 @@ class EngineEvents(TrainerCallback):
         self._reports.clear()
         self._rise = RisingLoss()
         self._mark = time.monotonic()
+        self._clips_by = args.max_grad_norm
 
     def on_log(
         self,
@@ -99,6 +101,13 @@ class EngineEvents(TrainerCallback):
     ) -> None:
         if not self._reports:
             self._mark = time.monotonic()
+        if args.max_grad_norm != self._clips_by and state.is_world_process_zero:
+            logger.warning(
+                "max_grad_norm was changed from %s to %s in training, which has no effect: the engine clips by what it "
+                "was made with; train() again, from a checkpoint, to change it",
+                self._clips_by, args.max_grad_norm,
+            )  # fmt: skip
+            self._clips_by = args.max_grad_norm
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         engine = self.get_engine()

@@ -87,6 +87,7 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         check_given(self.args, self.optimizer or self.optimizer_cls_and_kwargs, self.lr_scheduler)
         while (callback := self.pop_callback(HiFTCallback)) is not None:  # launch_with gives one to every Trainer
             callback.leave()
+        self._kept = contextlib.ExitStack()
         self._events = EngineEvents(lambda: self.engine, self.says_coverage)
         self.add_callback(self._events)
         if not self.is_ready_to_save:
@@ -107,7 +108,8 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
             raise ConfigError("train_dataset: has no rows; expected at least one")
         self.model_wrapped = self.model  # else a second train() would go on with the engine of the first
         self.deepspeed = None
-        disable_input_require_grads(self.model)  # enabling again forgets the earlier hooks
+        if self.model is not None:  # each trial of a hyperparameter search makes its own
+            disable_input_require_grads(self.model)  # enabling again forgets the earlier hooks
         if not isinstance(self.optimizer, AcceleratedOptimizer | DummyOptim | None):
             self._given_optimizer = self.optimizer
         if not (self._created_lr_scheduler or isinstance(self.lr_scheduler, AcceleratedScheduler | DummyScheduler)):
@@ -119,8 +121,8 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
             self._check_evaluation_rows()
             if resume_from_checkpoint:
                 resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
-        kept = kept_from_accelerate(self.args.deepspeed_plugin.deepspeed_config)
-        with ready, kept, hift_engines(on_made=_draws_itself):
+        with ready, self._kept, hift_engines(on_made=_draws_itself):
+            self._keep_block()
             try:
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
                 self.finish_checkpoints()
@@ -132,6 +134,17 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
             finally:
                 self._end_training(failed)
         return output
+
+    def _keep_block(self) -> None:
+        self._kept.enter_context(kept_from_accelerate(self.args.deepspeed_plugin.deepspeed_config))
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Set up a trial as the Trainer does, which reads the DeepSpeed config again for each."""
+        before = self.args.deepspeed_plugin
+        super()._hp_search_setup(trial)
+        if self.args.deepspeed_plugin is not before:
+            check_arguments(self.args)
+            self._keep_block()
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Bring a batch to the device, as the Trainer does. With DeepSpeed that rounds every number of it to the dtype

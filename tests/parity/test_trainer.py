@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import SchedulerType, Trainer
+from accelerate.utils.memory import release_memory
+from transformers import SchedulerType, Trainer, TrainingArguments, integrations
+from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import model_zoo
+from hift_ds import HiFTTrainer
 from tests.helpers.parity import ONE_GROUP, compare, run, same, weights_of
-from tests.helpers.trainer import ragged_dataset
+from tests.helpers.trainer import QUIET, ragged_dataset
 
 
 def llama(**options: Any) -> Any:
@@ -203,6 +208,40 @@ def test_best_model(tmp_path):
         load_best_model_at_end=True, metric_for_best_model="loss", trainer={"eval_dataset": ragged_dataset(3)},
     )  # fmt: skip
     assert ours.trainer.state.best_global_step == plain.trainer.state.best_global_step < 6
+
+
+def test_hyperparameter_search(tmp_path, monkeypatch):
+    """Each trial has another model, reads the DeepSpeed config again, and has a folder of its own for checkpoints."""
+
+    class TwoRates:
+        def ensure_available(self) -> None: ...
+
+        def run(self, trainer: Any, n_trials: int, direction: str, **kwargs: Any) -> list[Any]:
+            found = []
+            for number, rate in enumerate((1e-2, 3e-2)):
+                trainer.train(trial=SimpleNamespace(number=number, params={"learning_rate": rate}))
+                found.append((trainer.evaluate()["eval_loss"], weights_of(trainer.model)))
+                trainer.model_wrapped, trainer.model = release_memory(trainer.model_wrapped, trainer.model)
+                trainer.accelerator.clear()
+            return found
+
+    monkeypatch.setattr(integrations, "hp_params", lambda trial: trial.params)  # which knows trials of Optuna's
+    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, TwoRates)
+    data = {"train_dataset": ragged_dataset(8), "eval_dataset": ragged_dataset(4, seed=9)}
+    options = {**QUIET, "max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    found = {}
+    for cls, ds in ((Trainer, None), (HiFTTrainer, ONE_GROUP)):
+        monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+        unset_hf_deepspeed_config()
+        args = TrainingArguments(str(tmp_path / cls.__name__), deepspeed=copy.deepcopy(ds), **options)
+        trainer = cls(model_init=lambda: llama(), args=args, **data)
+        found[cls] = trainer.hyperparameter_search(hp_space=lambda trial: trial.params, backend="optuna", n_trials=2)
+        saved = sorted(str(folder.relative_to(args.output_dir)) for folder in tmp_path.glob(f"{cls.__name__}/*/*"))
+        assert saved == ["run-0/checkpoint-3", "run-1/checkpoint-3"]
+    for (ours, weights), (theirs, expected) in zip(found[HiFTTrainer], found[Trainer], strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-6)
+        for name, value in expected.items():
+            torch.testing.assert_close(weights[name], value, atol=2e-6, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize(

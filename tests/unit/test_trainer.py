@@ -251,6 +251,21 @@ def test_clipping_that_would_not_happen_is_said(tmp_path, caplog):
     assert "max_grad_norm=1.0 has no effect" in caplog.text
 
 
+@pytest.mark.parametrize("form", ["mixin", "callback"])
+def test_clipping_that_a_callback_changes_is_said_once(tmp_path, caplog, form):
+    """The plain Trainer reads the argument in each step."""
+
+    class ClipsMore(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            args.max_grad_norm = 0.1
+
+    cls, more = (HiFTTrainer, []) if form == "mixin" else (Trainer, [HiFTCallback()])
+    model = model_zoo.tiny.build("llama")
+    args = arguments(tmp_path, max_steps=3)
+    cls(model=model, args=args, train_dataset=ragged_dataset(6), callbacks=[*more, ClipsMore()]).train()
+    assert caplog.text.count("max_grad_norm was changed from 1.0 to 0.1 in training, which has no effect") == 1
+
+
 @pytest.mark.parametrize(
     ("given", "line"),
     [
