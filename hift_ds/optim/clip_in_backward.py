@@ -191,7 +191,9 @@ class HeldBack:
                     weight.copy_(before.view(piece.shape))
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything. A trial that an error has ended stands as far as it came."""
+        for group in self.states.groups.values():
+            self.states.release(group)
         self.gradients.clear()
         self.weights.clear()
 

@@ -74,6 +74,8 @@ def load_states(states: GroupStates, saved: SavedStates, *, with_states: bool = 
         with_states: ``False``: masters only; optimizer states stay as they are.
     """
     for group in states.groups.values():
+        for chunk in group.chunks:  # one that an update which failed has left fetched
+            states.store_of(group).evict(chunk.id)
         states.store_of(group).synchronize()
         states.parameters.begin_update(group)
         for chunk in group.chunks:

@@ -336,10 +336,10 @@ class GroupStates:
             self._held[chunk.id] = HeldRecords(records, chunk.id in self.masters_filled)
 
     def release(self, group: GroupShard) -> None:
-        """Let the update stand: what ``hold`` kept goes."""
+        """Let the update stand: what ``hold`` kept goes, where it was called."""
         for chunk in group.chunks:
-            self.store_of(group).release(chunk.id)
-            del self._held[chunk.id]
+            if self._held.pop(chunk.id, None) is not None:
+                self.store_of(group).release(chunk.id)
 
     def take_back(self, group: GroupShard) -> None:
         """Give the group's states the values that they had at ``hold``. Its weights are the caller's."""

@@ -40,11 +40,11 @@ def rotate(engine, steps: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["module", "method", "attribute"])
-@pytest.mark.parametrize("gas", [1, 2])
-def test_what_the_caller_freezes_between_steps_stays_from_the_next_step_on(how, gas):
+@pytest.mark.parametrize(("gas", "update"), [(1, "after_backward"), (2, "after_backward"), (2, "in_backward")])
+def test_what_the_caller_freezes_between_steps_stays_from_the_next_step_on(how, gas, update):
     model = Toy()
     block = model.layers[1]
-    engine = make_engine(model, ds_config(gas=gas))
+    engine = make_engine(model, ds_config(gas=gas, hift={"update": update}))
 
     def freeze(flag: bool) -> None:
         if how == "module":
@@ -178,11 +178,12 @@ def test_a_loop_that_is_interrupted_and_begun_again(where):
     assert all(flags_of(model).values()) and not hooks_of(model)
 
 
-def test_an_engine_leaves_no_hook_no_gradient_and_no_state_and_another_engine_goes_on():
+@pytest.mark.parametrize("update", ["after_backward", "in_backward"])
+def test_an_engine_leaves_no_hook_no_gradient_and_no_state_and_another_engine_goes_on(update):
     model = Toy()
     model.layers[0].gain.requires_grad_(False)
     flags = flags_of(model)
-    hift = {"activations": {"checkpointing": False}, "state": {"residency": "host"}}
+    hift = {"activations": {"checkpointing": False}, "state": {"residency": "host"}, "update": update}
     engine = make_engine(model, ds_config(hift=hift, gas=2))
     rotate(engine, 5)
     engine.backward(loss_of(engine, BATCH))
@@ -221,13 +222,28 @@ def test_memory_of_states_goes_back_to_the_system_when_nothing_uses_it(failed, m
     assert happened == ([0] if failed else ["device", 0])
 
 
-def test_what_updates_on_the_host_is_closed_with_the_engine(monkeypatch):
+def test_what_keeps_gradients_or_updates_on_the_host_is_closed_with_the_engine(monkeypatch):
     """Its buffers are page-locked memory too."""
     closed = []
-    engine = make_engine(Toy(), ds_config())
-    monkeypatch.setattr(engine.optimizer.updates, "host_step", SimpleNamespace(close=lambda: closed.append(1)))
+    engine = make_engine(Toy(), ds_config(hift={"update": "in_backward"}))
+    optimizer = engine.optimizer
+    monkeypatch.setattr(optimizer.updates, "host_step", SimpleNamespace(close=lambda: closed.append("updates")))
+    beside = SimpleNamespace(close=lambda: closed.append("beside"), abandon=int)
+    monkeypatch.setattr(optimizer.updates, "beside", beside)
+    monkeypatch.setattr(optimizer.sums, "close", lambda: closed.append("sums"))
+    monkeypatch.setattr(optimizer.held_back, "close", lambda: closed.append("held back"))
     engine.destroy()
-    assert closed
+    assert sorted(closed) == ["beside", "held back", "sums", "updates"]
+
+
+def test_gradients_that_are_not_the_engines_stay_when_it_ends():
+    """Another's that trains the same weights by now."""
+    engine = make_engine(Toy(), ds_config())
+    rotate(engine, 1)
+    for param in engine.module.parameters():
+        param.grad = torch.ones_like(param)
+    engine.destroy()
+    assert all(param.grad is not None for param in engine.module.parameters())
 
 
 ENDS = {

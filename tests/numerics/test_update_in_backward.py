@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import threading
+import time
 import weakref
 
 import pytest
@@ -74,6 +75,18 @@ def test_every_family_is_torch_adamw_bit_for_bit(name):
     engine.destroy()
 
 
+class Seen(torch.optim.SGD):
+    """Keeps a number in its param_groups that its next step depends on: its topmost weight's gradients so far."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            earlier = group.get("seen", 0.0)
+            group["seen"] = earlier + float(group["params"][-1].grad.float().abs().max())
+            for param in group["params"]:
+                param.add_(param.grad, alpha=-group["lr"] / (1 + earlier))
+
+
 # -- every other group: after_backward, bit for bit ----------------------------------------------------------------
 
 BF16 = {"bf16": {"enabled": True}}
@@ -102,6 +115,7 @@ CASES = {
     "Lion": ({"optimizer": "Lion", "params": {"weight_decay": 0.1}}, {"group_size": "all"}, {}),
     "SGD": ({"optimizer": "SGD", "params": {"momentum": 0.9}}, {"group_size": 2}, {}),
     "RMSprop": ({"optimizer": "RMSprop"}, {"group_size": 2}, {}),
+    "values in param_groups": ({"optimizer": f"{__name__}.Seen", "lr": 0.3}, {"group_size": 2}, {}),
     "stage 1": ({**BF16, "stage": 1}, {"group_size": "all"}, {}),
     "stage 3": ({"stage": 3}, {"group_size": "all"}, {"tied": True}),
     "stage 3, weights on the host": (
@@ -135,7 +149,7 @@ def test_same_bits_as_after_backward(name):
             hift["state"]["path"] = folder
         if "nvme_path" in zero.get("offload_param", {}):
             zero["offload_param"]["nvme_path"] = folder
-        config = ds_config(lr=1e-3, hift=hift, **options)
+        config = ds_config(**{"lr": 1e-3, "hift": hift, **options})
         config["zero_optimization"].update(zero)
         pair = [make_engine(Toy(**model_options), c) for c in (copy.deepcopy(config), in_backward(config))]
         batches = make_batches(5 * gas)
@@ -147,6 +161,8 @@ def test_same_bits_as_after_backward(name):
             assert (after.group, after.lr) == (during.group, during.lr)
             assert same_weights(*pair), step
             assert all(param.grad is None for param in pair[1].module.parameters())
+            states = pair[1].optimizer.states  # and know that nobody else has written the weights
+            assert not any(map(states.may_be_changed, states._versions))
         assert pair[0].coverage() == pair[1].coverage()
         for engine in pair:
             engine.destroy()
@@ -239,6 +255,7 @@ TRIALS = {
     "Muon": ({"optimizer": "Muon"}, {"group_size": "all", "state": {"slots": 2}}),
     "Adafactor": ({"optimizer": "Adafactor"}, {"group_size": 3}),
     "RMSprop": ({"optimizer": "RMSprop"}, {"group_size": "all"}),
+    "values in param_groups": ({"optimizer": f"{__name__}.Seen"}, {"group_size": "all"}),
     "stage 3": ({"stage": 3}, {"group_size": "all"}),
 }  # fmt: skip
 
@@ -364,6 +381,20 @@ def test_two_forwards_before_one_backward():
         engine.destroy()
 
 
+def test_two_forwards_before_two_backwards():
+    """Blocks are recomputed in the second with the flags that they were run with."""
+    config = ds_config(gas=2)
+    engines = [make_engine(Toy(), config), *(make_engine(Recomputed(), c) for c in (config, in_backward(config)))]
+    for step in range(6):
+        for engine in engines:
+            for loss in [loss_of(engine, batch) for batch in make_batches(2, seed=step)]:
+                engine.backward(loss)
+                engine.step()
+        assert same_weights(*engines[:2]) and same_weights(*engines[1:])
+    for engine in engines:
+        engine.destroy()
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_a_backward_in_several_calls(late):
     """As DeepSpeed has it: all but the last are not the boundary. Set after the last, ``step`` itself updates, by
@@ -483,6 +514,54 @@ def test_a_graph_that_needs_an_updated_weight_fails_and_says_so(stage):
     engine.destroy()
 
 
+@pytest.mark.parametrize(
+    ("where", "hift"),
+    [
+        ("backward", {"clipping": "last_visit"}),
+        ("backward", {"clipping": "speculative", "state": {"step_on": "split", "host_share": 0.4}}),
+        ("update", {"clipping": "last_visit"}),
+        ("update", {"clipping": "speculative"}),
+        ("after backward", {"clipping": "exact"}),
+        ("after backward", {"update": "after_backward"}),
+    ],
+)
+def test_a_run_goes_on_from_a_checkpoint_after_a_step_that_was_cut_short(where, hift, tmp_path, monkeypatch):
+    """As one that never failed. In backward some parts are updated by then, in the update some states fetched. Weights
+    that are frozen before the checkpoint is loaded stay."""
+    config = in_backward(ds_config(clip=100.0, **({} if where == "update" else BF16)), **{"group_size": "all", **hift})
+    engine, twin = (make_engine(Toy(), copy.deepcopy(config)) for _ in range(2))
+    batches = make_batches(4)
+    for one in (engine, twin):
+        train_step(one, batches[:1])
+    engine.save_checkpoint(str(tmp_path))
+    if where == "after backward":
+        engine.backward(loss_of(engine, batches[1]))
+    else:
+        update = engine.optimizer.updates._update_beside
+        engine.optimizer.updates._update_beside = lambda *args: (time.sleep(0.1), update(*args))  # is late
+        hook = engine.module.layers[0].register_forward_hook(_fails_in_backward)
+        with monkeypatch.context() as patch, pytest.raises(HiFTError, match="of 5 parts were updated .no room.*load_c"):
+            if where == "update":
+                patch.setattr(engine.optimizer.states, "keep", lambda *args: _no_room(args))
+            train_step(engine, batches[1:2])
+        hook.remove()
+        with pytest.raises(HiFTError, match="load_checkpoint"):
+            train_step(engine, batches[1:2])
+    for one in (engine, twin):
+        one.module.head.requires_grad_(False)
+    engine.load_checkpoint(str(tmp_path))
+    optimizer = engine.optimizer
+    if optimizer.updates_in_backward:
+        kept = optimizer._unpublished, optimizer.sums, optimizer.held_back.gradients, optimizer.held_back.weights
+        assert not any(map(len, kept))
+    for batch in batches[2:]:
+        for one in (engine, twin):
+            train_step(one, [batch])
+        assert same_weights(engine, twin)
+    for one in (engine, twin):
+        one.destroy()
+
+
 # -- what is alive when ---------------------------------------------------------------------------------------------
 
 
@@ -578,6 +657,7 @@ def test_an_update_is_the_same_on_the_host(name):
         losses = [train_step(engine, micro_batches) for engine in pair]
         assert losses[0] == losses[1] and same_weights(*pair), step
         assert pair[0].last_report.grad_norm == pair[1].last_report.grad_norm
+        assert not getattr(pair[1].optimizer, "_unpublished", ())
     assert all("host-updates" in thread for thread in threads) and threads
     assert pair[0].coverage() == pair[1].coverage()
     for engine in pair:
@@ -885,10 +965,11 @@ def test_clipping_names_need_in_backward():
 
 def test_retained_graphs_and_plain_backward_are_refused():
     model = Toy()
-    engine = make_engine(model, in_backward(ds_config(stage=1), group_size="all"))
+    engine = make_engine(model, in_backward(ds_config(stage=1, gas=2), group_size="all"))
     start, batch = weights_of(model), make_batches(1)[0]
     with pytest.raises(HiFTError, match="retain_graph"):
         engine.backward(loss_of(engine, batch), retain_graph=True)
+    train_step(engine, [batch])  # the first micro-batch of a step
     with pytest.raises(HiFTError, match=r"engine\.backward"):
         loss_of(model, batch).backward()
     assert all(torch.equal(param, start[name]) for name, param in model.named_parameters())
@@ -945,8 +1026,32 @@ def test_a_backward_that_fails_at_its_start_can_be_tried_again(update):
         one.destroy()
 
 
+@pytest.mark.parametrize(("clip", "where"), [(0.05, "layers.0"), (0.0, "norm")])
+def test_a_backward_that_fails_before_the_first_update_leaves_no_gradient(clip, where):
+    """Those that had come wait for the norm by then, or for others of their part, and would be added to the next ones.
+    Between backward and step they are the step's, whoever drops gradients."""
+    engine, twin = (make_engine(Toy(), in_backward(ds_config(clip=clip), group_size="all")) for _ in range(2))
+    (batch,) = make_batches(1)
+    hook = engine.module.get_submodule(where).register_forward_hook(_fails_in_backward)
+    with pytest.raises(RuntimeError, match="no room"):
+        engine.backward(loss_of(engine, batch))
+    hook.remove()
+    for one in (engine, twin):
+        one.backward(loss_of(one, batch))
+    engine.optimizer.zero_grad()
+    for one in (engine, twin):
+        one.step()
+    assert same_weights(engine, twin) and engine.last_report.grad_norm == twin.last_report.grad_norm
+    for one in (engine, twin):
+        one.destroy()
+
+
 def _no_room(_):
     raise RuntimeError("no room")
+
+
+def _fails_in_backward(module, inputs, output):
+    output.register_hook(_no_room)
 
 
 @pytest.mark.parametrize("update", ["after_backward", "in_backward"])
