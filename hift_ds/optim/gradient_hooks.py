@@ -18,12 +18,10 @@ class GradientHooks:
         self._handles: dict[nn.Parameter, list[RemovableHandle]] = {}
 
     def add(self, params: Iterable[nn.Parameter], hook: Hook) -> None:
-        """Call ``hook`` with each of ``params`` that has got a gradient, after the hooks added here before."""
+        """Call ``hook`` with each of ``params``, which are trained, that has got a gradient, after the hooks added here
+        before."""
         for param in params:
-            wanted = param.requires_grad
-            param.requires_grad_(True)  # torch puts a hook on no other
             self._handles.setdefault(param, []).append(param.register_post_accumulate_grad_hook(hook))
-            param.requires_grad_(wanted)
 
     def come_last(self) -> None:
         """Go behind the hooks that others have made since."""
@@ -40,4 +38,3 @@ class GradientHooks:
         for handles in self._handles.values():
             for handle in handles:
                 handle.remove()
-        self._handles.clear()

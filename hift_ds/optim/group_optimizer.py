@@ -79,7 +79,7 @@ class GroupOptimizer:
         self.skip_updates = False  # steps drop the gradients instead of using them
         # What ranks ask each other, by name: each step's read of the norm brings home whether any rank says yes.
         self.questions: dict[str, Callable[[], bool | Tensor]] = {}
-        self.answers: dict[str, bool] | None = None  # at the last step, the same on every rank; None: it did not ask
+        self.answers: dict[str, bool] | None = None  # at the last step, the same on every rank; None before it
         # By group, at its last visit, if gradients are clipped by that.
         self.last_norms: dict[int, float] = {}
         self.trials = Trials()
@@ -188,7 +188,6 @@ class GroupOptimizer:
         4. update this rank's pieces, bringing their states in and sending them back;  5. publish the weights;
         6. rotate.
         """
-        self.answers = None
         if self.skip_updates:
             self.drop_gradients()
             return False
@@ -223,7 +222,6 @@ class GroupOptimizer:
             with self.waiting_for_ranks():
                 self.parameters.publish(group)
         self.states.end_writing()
-        self.updates.keep_changes()
         self.num_applied += 1
         self.schedule.advance()
         self.states.prefetch(self.groups[self.schedule.active])

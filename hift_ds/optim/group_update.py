@@ -65,11 +65,10 @@ class GroupUpdates:
         self.seed = seed
         devices = {member.param.device for group in states.groups.values() for member in group.members}
         self.host_step = self._build_host_step(devices, pin_memory)
-        self.beside: HostUpdates[tuple[int, Extras]] | None = None
+        self.beside: HostUpdates | None = None
         if states.split is not None:
             weights_on = next(member.param.device for group in states.groups.values() for member in group.members)
             self.beside = HostUpdates(states.piecewise.base, weights_on, on_threads)
-        self._changed_beside: list[tuple[int, Extras]] = []  # by group, of updates on the host that have ended
 
     def _build_host_step(self, devices: set[torch.device], pin_memory: bool) -> HostStep | None:
         """If updates run on the host and weights are elsewhere."""
@@ -104,19 +103,15 @@ class GroupUpdates:
             states.prefetch(then[0], then=then[1:])
         return changed
 
-    def _update_beside(self, group: GroupShard, position: int, shards: Shards, step: StepValues) -> tuple[int, Extras]:
-        """One chunk, on the host, beside those that are updated on the device.
-
-        Returns:
-            The group, and what the optimizer has changed in its param_groups.
-        """
+    def _update_beside(self, group: GroupShard, position: int, shards: Shards, step: StepValues) -> None:
+        """One chunk, on the host, beside those that are updated on the device."""
         assert self.beside is not None
         chunk = group.chunks[position]
         tensors = self.states.bring(group, chunk)
         ahead = self._download_ahead(group, [chunk], shards)
         changed = self._update_chunk(group, chunk, tensors, shards, step, self.beside.piecewise, ahead)
         self.states.evict(group, position, step.number)
-        return group.index, changed
+        assert not changed, "no optimizer that has a twin keeps anything in its param_groups"
 
     def _update_chunk(
         self, group: GroupShard, chunk: Chunk, tensors: Mapping[str, Tensor], shards: Shards, step: StepValues,
@@ -272,28 +267,17 @@ class GroupUpdates:
         """See that what is computed from here on has the new weights."""
         if self.beside is not None:
             with self.waits.around("host_update"):
-                self._changed_beside += self.beside.finish()
+                self.beside.finish()
         if self.host_step is not None:
             self.host_step.finish()
         self.states.parameters.finish_writes()
 
     # -- the end of a step --------------------------------------------------------------------------------------
 
-    def keep_changes(self) -> None:
-        """Let the step stand: into ``extras`` goes what the updates on the host have changed in param_groups."""
-        for index, changed in self._changed_beside:
-            self.states.extras[index] |= changed
-        self._changed_beside.clear()
-
-    def forget_changes(self) -> None:
-        """Forget what the updates on the host have changed in param_groups."""
-        self._changed_beside.clear()
-
     def abandon(self) -> None:
         """Wait for the updates under way; what they made is not wanted."""
         if self.beside is not None:
             self.beside.abandon()
-        self.forget_changes()
 
     def close(self) -> None:
         """Take no update any more. Called before the states' memory goes: a thread may still use it."""

@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ from hift_ds.store.movers import IN, OUT, InlineMover, Mover, StreamMover, Ticke
 from hift_ds.store.split import SplitStateStore
 from hift_ds.store.streams import streams_of
 
-Result = TypeVar("Result")  # of an update
 OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)
 NUM_BUFFERS = 2  # each way: one is filled while the other travels
 
@@ -136,7 +135,7 @@ class SplitUpdates:
         return frozenset(on_host)
 
 
-class HostUpdates(Generic[Result]):
+class HostUpdates:
     """Updates on the host beside those on the device: one after the other, on a thread of their own.
 
     Args:
@@ -149,35 +148,33 @@ class HostUpdates(Generic[Result]):
         self.piecewise = PiecewiseOptimizer(twin_of(optimizer))
         self._device, self._streams = device, streams_of(device)
         self._thread = one_thread("host-updates") if on_thread else None
-        self._pending: list[Future[Result]] = []
-        self._done: list[Result] = []
+        self._pending: list[Future[None]] = []
 
-    def submit(self, update: Callable[[], Result]) -> None:
+    def submit(self, update: Callable[[], None]) -> None:
         """Run ``update`` after those before it."""
         if self._thread is None:
-            self._done.append(update())
+            update()
         else:
             self._pending.append(self._thread.submit(self._run, update))
 
     @torch.no_grad()
-    def _run(self, update: Callable[[], Result]) -> Result:
+    def _run(self, update: Callable[[], None]) -> None:
         # A new thread starts on the first device, whatever the caller's is.
         with self._streams.device(self._device) if self._streams is not None else contextlib.nullcontext():
-            return update()
+            update()
 
-    def finish(self) -> list[Result]:
-        """Wait for all updates, and give what they returned, in order."""
-        pending, self._pending = self._pending, []
-        self._done += [update.result() for update in pending]
-        done, self._done = self._done, []
-        return done
+    def finish(self) -> None:
+        """Wait for all updates."""
+        while self._pending:
+            self._pending[0].result()
+            del self._pending[0]
 
     def abandon(self) -> None:
         """Wait for all updates; what they made is not wanted."""
         for update in self._pending:
             with contextlib.suppress(Exception):
                 update.result()
-        self._pending, self._done = [], []
+        self._pending = []
 
     def close(self) -> None:
         """Take no update any more."""

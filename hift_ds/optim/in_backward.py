@@ -131,10 +131,9 @@ class InBackwardOptimizer(GroupOptimizer):
             )
         self.parameters.sums.hooks.come_last()
         reached = weights_below(loss)
-        if not is_boundary:
-            self._accumulating = True
-            return
-        self._begin(reached, step_loss)
+        self._accumulating = not is_boundary
+        if is_boundary:
+            self._begin(reached, step_loss)
 
     def _begin(self, reached: set[Tensor], step_loss: Tensor | None) -> None:
         groups = {group.index: group for group in self.active_groups}
@@ -298,7 +297,6 @@ class InBackwardOptimizer(GroupOptimizer):
         Raises:
             HiFTError: weights had been updated already: this run can only go on from a checkpoint.
         """
-        self._accumulating = False
         backward, self._backward = self._backward, None
         if backward is None:
             return
@@ -333,7 +331,6 @@ class InBackwardOptimizer(GroupOptimizer):
             return
         self.held_back.take_back(backward.parts)
         backward.num_updated, backward.changed = 0, {}
-        self.updates.forget_changes()
         self._update_parked(backward, factor)
         self._finish_updates()
         self.trials.undo(time.perf_counter() - started)
@@ -373,7 +370,6 @@ class InBackwardOptimizer(GroupOptimizer):
     def step(self) -> bool:
         """End the step: 1. agree on the norm; 2. update what has waited for it; 3. count and rotate."""
         self.check_whole()
-        self.answers = None
         if self.skip_updates:
             self.drop_gradients()
             return False
@@ -388,15 +384,12 @@ class InBackwardOptimizer(GroupOptimizer):
             self._update_parked(backward, grad_factor(norm, self.max_grad_norm, 1.0))
         elif backward.tries:
             self._end_trial(backward, grad_factor(norm, self.max_grad_norm, 1.0))
-        if not backward.rates:
-            self._rates()
         if self.clipping.looks_back:
             self.last_norms[self.schedule.active] = self.grad_norm
         self._finish_updates()
         self.states.end_writing()
         for index, changed in backward.changed.items():
             self.states.extras[index] |= changed
-        self.updates.keep_changes()
         for part, reached in zip(backward.parts, backward.reached, strict=True):
             for (group, i), flag in zip(part.keys, reached, strict=True):
                 self.num_updates[group][i] += flag

@@ -75,7 +75,7 @@ class TrainableFlags:
 
     def _read_changes(self) -> None:
         changed = [p for p, flag in self._wanted.items() if p.requires_grad is not flag]
-        unknown = [self._names[p] for p in changed if p.requires_grad and p not in self._trainable]
+        unknown = [self._names[p] for p in changed if p not in self._trainable]
         if unknown:
             raise ConfigError(
                 f"{unknown[0]}: requires_grad was set after the engine was made, and no layer group has this weight "

@@ -46,7 +46,6 @@ class SplitStateStore(StateStore):
     def start(self) -> StateStore:
         self._tell_what_may_be_held()
         for store in (self.of_device, self.of_host):
-            store.on_fetch = self.on_fetch
             if store.total_bytes():
                 store.start()
         return self
