@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hift_ds.forecast.setting import Result, Setting, simulate
+from hift_ds.forecast.setting import Result, Setting
+from hift_ds.forecast.simulator import simulate
 from hift_ds.forecast.steps import Request, Steps, WholeModel, read_structure
 
 GIB = 1 << 30

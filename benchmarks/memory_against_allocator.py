@@ -25,7 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hift_ds.forecast.setting import GroupStep, Setting, simulate  # noqa: E402
+from hift_ds.forecast.setting import GroupStep, Setting  # noqa: E402
+from hift_ds.forecast.simulator import simulate  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "memory_against_allocator.md"
 MIB = 2**20

@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import counting  # noqa: E402
 from benchmarks.counting import GIB, MIXED_HI  # noqa: E402
-from hift_ds.forecast.setting import GroupStep, Setting, simulate  # noqa: E402
+from hift_ds.forecast.setting import GroupStep, Setting  # noqa: E402
+from hift_ds.forecast.simulator import simulate  # noqa: E402
 from hift_ds.forecast.steps import worst_step  # noqa: E402
 
 OUT = ROOT / "docs" / "zero3_memory.md"

@@ -1,7 +1,7 @@
 """``hift-ds estimate``: how much memory a run will take, before anything is rented or loaded.
 
 From here to the simulated step: ``run`` -> ``estimate`` -> ``count`` -> ``run_requests`` (forecast/steps.py) ->
-``simulate`` (forecast/setting.py), which starts ``python -m hift_ds.simulation`` -> ``run`` (simulation/step.py).
+``simulate`` (forecast/simulator.py), which starts ``python -m hift_ds.simulation`` -> ``run`` (simulation/step.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from hift_ds.forecast.setting import (
     torch_has_fake_devices,
     with_switch,
 )
+from hift_ds.forecast.simulator import one_simulator
 from hift_ds.forecast.steps import (
     GIB,
     Request,
@@ -334,6 +335,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--probe", action="store_true", help="also run one real step here, predicted beside measured")
 
 
+@one_simulator()
 def run(args: argparse.Namespace) -> int:
     setting, chosen = setting_and_choice(args)
     layers = ""

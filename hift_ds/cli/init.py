@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hift_ds.errors import ConfigError
+from hift_ds.forecast.simulator import one_simulator
 from hift_ds.shipped import BUNDLED, find
 
 DATA = f"{BUNDLED}hift_questions"
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code the checkpoint brings along")
 
 
+@one_simulator()
 def run(args: argparse.Namespace) -> int:
     path, source = _model(args.model)
     name = Path(path.rstrip("/")).name.lower().replace("-", "_")

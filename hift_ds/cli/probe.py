@@ -22,15 +22,13 @@ from hift_ds.forecast.setting import (
     WORKSPACE_BYTES,
     Result,
     Setting,
-    SimulationError,
     deepspeed_config,
-    last_error,
     make_batch,
     model_config,
-    simulate,
     torch_has_fake_devices,
     with_switch,
 )
+from hift_ds.forecast.simulator import SimulationError, last_error, simulate
 from hift_ds.forecast.steps import GIB, Request, read_structure, run_requests, worst_step
 from hift_ds.store import machine
 

@@ -2,21 +2,13 @@
 no memory, and a :class:`Result` says what was alive when.
 
 A fake device changes the whole process that has one, so the answer comes from a process of its own
-(``python -m hift_ds.simulation``), which :func:`simulate` starts.
+(:mod:`hift_ds.forecast.simulator`).
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
-
-from hift_ds import errors
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +24,6 @@ SWITCHES = ("slice_numel", "checkpointing", "chunked_loss", "offload")  # exact 
 # cards since Hopper and 8 before: assumed, not counted.
 WORKSPACE_BYTES = 2 << 25
 SLICE_NUMEL = 1 << 24  # what "sliced update" means unless a number is given
-
-
-class SimulationError(errors.HiFTError):
-    """The engine could not be run on the fake device."""
 
 
 @dataclass(frozen=True)
@@ -227,35 +215,3 @@ def make_batch(
     if kind.endswith("ForQuestionAnswering"):
         return {"input_ids": tokens, "start_positions": one_each, "end_positions": one_each}
     return {"input_ids": tokens, "labels": tokens}
-
-
-def simulate(settings: Sequence[Setting], num_processes: int = 1) -> list[Result]:
-    """Run each setting in a fresh process, or in ``num_processes`` that it forks once it has imported what they need.
-
-    Raises:
-        HiFTError: the engine refuses a setting.
-        SimulationError: a process failed; the last line that it wrote is in the message.
-    """
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    env.pop("TORCH_CUDA_SANITIZER", None)  # which asks a GPU at every operation
-    job = subprocess.run(
-        [sys.executable, "-m", "hift_ds.simulation", str(num_processes)],
-        input=json.dumps([asdict(setting) for setting in settings]),
-        capture_output=True,
-        text=True,
-        env=env,
-    )
-    if job.returncode != 0:
-        raise SimulationError(f"the step could not be simulated: {last_error(job.stderr)}")
-    answer = json.loads(job.stdout.splitlines()[-1])
-    if isinstance(answer, dict):
-        raise getattr(errors, answer["kind"], errors.HiFTError)(answer["message"])
-    return [Result.from_dict(data) for data in answer]
-
-
-def last_error(stderr: str) -> str:
-    """The last line of a traceback that names an error, without the rank before it and what follows its first
-    sentence (torch lists every backend there)."""
-    lines = [line.partition("]: ")[2] or line for line in stderr.splitlines()]
-    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
-    return (named or [line for line in lines if line.strip()] or ["no message"])[-1].split(". ")[0][:300]

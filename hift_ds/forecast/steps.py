@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from hift_ds.forecast.lines import between, through
-from hift_ds.forecast.setting import GroupStep, Result, Setting, simulate
+from hift_ds.forecast.setting import GroupStep, Result, Setting
+from hift_ds.forecast.simulator import simulate
 
 GIB = 2**30
 ALL_GROUPS_UP_TO = 8  # of a model with more groups, some are stepped

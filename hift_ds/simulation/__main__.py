@@ -1,10 +1,10 @@
 """Steps of the real engine on a device that has no memory, every allocation counted: settings in, results out.
 
-    python -m hift_ds.simulation [PROCESSES] < settings.json > results.json
+    python -m hift_ds.simulation     # lines of [number of processes, settings] on stdin, a line of results for each
 
 A fake device changes the whole process that has one, so this is a process of its own and nobody imports this package:
-:func:`hift_ds.forecast.setting.simulate` starts it. Everything that steps need is imported before the first fork: that
-takes as long as dozens of steps.
+:mod:`hift_ds.forecast.simulator` starts it. Each line is answered by a fork, and everything that steps need is imported
+before: that takes as long as dozens of steps.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 from hift_ds import errors
 from hift_ds.forecast.setting import Result, Setting
@@ -40,16 +42,34 @@ def _run_all(settings: Sequence[Setting], num_processes: int) -> list[Result]:
     return [results[i] for i in range(len(settings))]
 
 
-def main(processes: int = 1) -> None:
-    """Read settings from stdin and write their results to stdout, both JSON."""
+def main() -> None:
+    """Answer each line of stdin on stdout, both JSON, until a line cannot be answered: why not is on stderr then."""
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print is not the answer
-    settings = [Setting(**setting) for setting in json.load(sys.stdin)]
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            _answer(line, answers)
+        if os.waitpid(child, 0)[1] != 0:
+            raise SystemExit(1)
+
+
+def _answer(line: str, answers: TextIO) -> NoReturn:
+    code = 1
     try:
-        answer: Any = [asdict(result) for result in _run_all(settings, processes)]
-    except errors.HiFTError as error:
-        answer = {"kind": type(error).__name__, "message": str(error)}
-    print(json.dumps(answer), file=answers, flush=True)
+        num_processes, settings = json.loads(line)
+        try:
+            results = _run_all([Setting(**setting) for setting in settings], num_processes)
+            answer: Any = [asdict(result) for result in results]
+        except errors.HiFTError as error:
+            answer = {"kind": type(error).__name__, "message": str(error)}
+        print(json.dumps(answer), file=answers, flush=True)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":
-    main(int((sys.argv[1:] or ["1"])[0]))
+    main()

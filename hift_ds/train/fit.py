@@ -17,6 +17,7 @@ from hift_ds.errors import HiFTError
 from hift_ds.forecast import fit as forecast
 from hift_ds.forecast.fit import Question, accumulation, gib
 from hift_ds.forecast.setting import SWITCHES, Setting
+from hift_ds.forecast.simulator import one_simulator
 from hift_ds.forecast.steps import GIB
 from hift_ds.store.choose import HOST_SHARE
 from hift_ds.store.machine import host_bytes, processes_on_node
@@ -66,6 +67,7 @@ class Chosen:
     record: dict[str, Any] = field(default_factory=dict)
 
 
+@one_simulator()
 def choose(facts: Facts, card: Card | None, before: Mapping[str, Any] | None = None) -> Chosen:
     """Group size by the length of the run, then switches and micro-batch by the card.
 

@@ -14,6 +14,7 @@ import model_zoo
 from hift_ds.cli.estimate_input import add_input_arguments, setting_from
 from hift_ds.cli.main import main
 from hift_ds.forecast.fit import NAMES, gib
+from hift_ds.forecast.simulator import one_simulator
 from hift_ds.hf.safetensors_folder import tensor_dtypes
 from hift_ds.train.finetune import finetune
 from hift_ds.train.run_config import TrainConfig, load_run_config
@@ -42,7 +43,14 @@ def test_what_it_writes_is_previewed_and_trained_as_it_is(inputs, tmp_path, caps
     assert "'my.yaml' exists" in capsys.readouterr().err
 
 
-def test_estimate_and_train_say_what_it_has_forecast(inputs, tmp_path, capsys, monkeypatch):  # noqa: F811
+@pytest.fixture
+def one_process():
+    """Not one a command, which takes seconds each time."""
+    with one_simulator():
+        yield
+
+
+def test_estimate_and_train_say_what_it_has_forecast(one_process, inputs, tmp_path, capsys, monkeypatch):  # noqa: F811  # noqa: F811
     """One setting for all three, with no switch that only one of them turns on; and a key that is given wins."""
     monkeypatch.chdir(tmp_path)
     config = model_zoo.config("llama2_7b", hidden_size=64, intermediate_size=176, num_hidden_layers=2,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,8 +11,10 @@ import pytest
 import model_zoo
 from benchmarks.memory_against_allocator import CASES, M106, compare, model_folder
 from hift_ds.cli.probe import probe
-from hift_ds.errors import ConfigError
-from hift_ds.forecast.setting import Setting, SimulationError, simulate
+from hift_ds.errors import ConfigError, HiFTError
+from hift_ds.forecast import simulator
+from hift_ds.forecast.setting import Setting
+from hift_ds.forecast.simulator import SimulationError, one_simulator, simulate
 from hift_ds.forecast.steps import Request, WholeModel, read_structure
 
 ALL = {"checkpointing": True, "chunked_loss": True, "offload": True}
@@ -184,26 +186,54 @@ def test_some_groups_of_7b_tell_of_the_others(saving):
         assert steps.step(step.index).peak_bytes == pytest.approx(step.peak_bytes, rel=1e-4)
 
 
+def answers_with(monkeypatch, code):
+    monkeypatch.setattr(simulator, "_COMMAND", (sys.executable, "-c", f"import json, os, sys\ninput()\n{code}"))
+
+
 def test_errors_of_the_other_process(monkeypatch):
-    answer = subprocess.CompletedProcess([], 0, json.dumps({"kind": "ConfigError", "message": "no such key"}), "")
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: answer)
+    answers_with(monkeypatch, """print(json.dumps({"kind": "ConfigError", "message": "no such key"}))""")
     with pytest.raises(ConfigError, match="no such key"):
         simulate([setting()])
-    answer.returncode = 1
-    answer.stderr = "[rank0]: Traceback\n"
-    answer.stderr += "[rank0]: NotImplementedError: Could not run 'aten::x'. This could be\n[rank0]: Undefined: 1"
+    said = "[rank0]: Traceback\n"
+    said += "[rank0]: NotImplementedError: Could not run 'aten::x'. This could be\n[rank0]: Undefined: 1"
+    answers_with(monkeypatch, f"sys.exit({said!r})")
     with pytest.raises(SimulationError, match="NotImplementedError: Could not run 'aten::x'$"):
         simulate([setting()])
 
 
+def test_one_process_answers_all_questions_of_a_block_and_ends_with_it(monkeypatch):
+    """Of any number of ranks, also after one that the engine refuses; what ends it is told."""
+    processes, popen = [], subprocess.Popen
+
+    def started(*args, **options):
+        processes.append(popen(*args, **options))
+        return processes[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    one = setting("bf16", model="smollm2_135m", length=16, groups=(0,))
+    with one_simulator():
+        (alone,) = simulate([one])
+        config = {**one.engine_config, "zero_optimization": {"stage": 2}}
+        (both,) = simulate([replace(one, engine_config=config, world_size=2)])
+        assert both.steps[0].state_bytes == pytest.approx(alone.steps[0].state_bytes / 2, rel=0.01)
+        refused = {**one.engine_config, "hift": {"master_weights": False, "state": {"slots": -1}}}
+        with pytest.raises(ConfigError, match="slots"):
+            simulate([replace(one, engine_config=refused)])
+        assert simulate([one]) == [alone] and len(processes) == 1 and processes[0].poll() is None
+        with pytest.raises(SimulationError, match="no_such"):
+            simulate([replace(one, weight_dtype="no_such")])
+    assert processes[0].poll() is not None
+    assert simulate([one]) == [alone] and len(processes) == 2
+
+
 def test_the_other_process_asks_no_gpu(monkeypatch):
     """Not for torch's sanitizer either, under which the tests of the GPU are run."""
-    asked, answer = [], subprocess.CompletedProcess([], 0, "[]", "")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     monkeypatch.setenv("TORCH_CUDA_SANITIZER", "1")
-    monkeypatch.setattr(subprocess, "run", lambda *args, env, **kwargs: asked.append(env) or answer)
-    assert simulate([]) == []
-    assert asked[0]["CUDA_VISIBLE_DEVICES"] == "" and "TORCH_CUDA_SANITIZER" not in asked[0]
+    asked = """said = repr(os.environ["CUDA_VISIBLE_DEVICES"]) + str("TORCH_CUDA_SANITIZER" in os.environ)"""
+    answers_with(monkeypatch, f"""{asked}; print(json.dumps({{"kind": "HiFTError", "message": said}}))""")
+    with pytest.raises(HiFTError, match="^''False$"):
+        simulate([])
 
 
 # -- against reality ----------------------------------------------------------------------------------------------
