@@ -82,6 +82,14 @@ def build_optimizers(
             raise ConfigError(
                 f"{name}: float64 weights would be rounded to the fp32 of masters and states; call model.float() first"
             )
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state and facts.rank == 0:
+            logger.warning(
+                "%s: %s has a state besides weights and buffers (get_extra_state), which checkpoints do not hold; keep "
+                "it in a buffer, or in client_state=",
+                name or "the model", type(module).__name__,
+            )  # fmt: skip
+            break
     flags = TrainableFlags(model)
     entries = model_parameters if client_optimizer is None else client_optimizer.param_groups
     refuse_foreign(model, entries, "model_parameters" if client_optimizer is None else "optimizer")

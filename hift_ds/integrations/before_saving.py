@@ -14,6 +14,7 @@ import torch
 
 from hift_ds.checkpoint.folder_lock import FolderLock
 from hift_ds.errors import ConfigError
+from hift_ds.integrations.weights_once import has_save_pretrained
 from hift_ds.ranks import on_all_ranks
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def ready_to_save(
         parts = {"model.config": getattr(model, "config", None), "processing_class": processing}
         if saves_generation_config:
             parts["model.generation_config"] = getattr(model, "generation_config", None)
+        _refuse_unwritable(model, saved_by_transformers=saves_generation_config)
         _rehearse(parts, args)
         assert args.output_dir is not None
         return FolderLock(Path(args.output_dir), key="output_dir")
@@ -76,6 +78,25 @@ def _rehearse(parts: dict[str, Any], args: TrainingArguments) -> None:
             if save is not None:
                 _try(part, functools.partial(save, name))
         _try("args", lambda: torch.save(args, io.BytesIO()))
+
+
+def _refuse_unwritable(model: nn.Module | None, saved_by_transformers: bool) -> None:
+    """Refuse what safetensors does not take of a ``state_dict``, which the Trainer writes of a model that is none of
+    transformers'. Our own saving separates tied weights."""
+    if model is None or has_save_pretrained(model):
+        return
+    name_at: dict[int, str] = {}
+    for name, value in model.state_dict().items():
+        reason = ""
+        if not isinstance(value, torch.Tensor):
+            reason = f"is a {type(value).__name__} (get_extra_state) and no tensor: keep it in a buffer"
+        elif saved_by_transformers and value.numel():
+            other = name_at.setdefault(value.untyped_storage().data_ptr(), name)
+            if other != name or not value.is_contiguous():
+                what = f"is {other} too" if other != name else "is not contiguous"
+                reason = f"{what}, which transformers cannot write: use HiFTTrainer or HiFTMixin"
+        if reason:
+            raise ConfigError(f'model: a checkpoint could not hold it: {name} {reason}, or save_strategy="no"')
 
 
 def _try(part: str, save: Callable[[], Any]) -> None:

@@ -32,7 +32,7 @@ from hift_ds.checkpoint.files import write_errors
 from hift_ds.engine.deepspeed_seam import DeepSpeedEngine
 from hift_ds.engine.engine import HiFTEngine
 from hift_ds.engine.initialize import hift_engines
-from hift_ds.engine.zero3.export import export_partitioned, whole_weights
+from hift_ds.engine.zero3.export import export_partitioned, under_all_names, whole_weights
 from hift_ds.engine.zero3.shards import is_partitioned
 from hift_ds.errors import CheckpointError, ConfigError, OutOfMemory
 from hift_ds.hf.export import savable_generation_config
@@ -46,7 +46,12 @@ from hift_ds.integrations.finished_run import StopsWhenDone
 from hift_ds.integrations.going_on import checks_files
 from hift_ds.integrations.loops import kept_from_accelerate
 from hift_ds.integrations.row_lengths import check_rows
-from hift_ds.integrations.weights_once import WeightsOnce, has_the_form_of_a_checkpoint, name_beside
+from hift_ds.integrations.weights_once import (
+    WeightsOnce,
+    has_save_pretrained,
+    has_the_form_of_a_checkpoint,
+    name_beside,
+)
 from hift_ds.out_of_memory import explains_evaluation
 from hift_ds.process_group import as_single_process, ensure_process_group, nothing_compiled
 from hift_ds.ranks import on_all_ranks
@@ -244,16 +249,19 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         """All ranks gather, one weight at a time; rank 0 writes. The Trainer's checkpoints hold the weights in the
         engine's own file already, which gets a second name; where ``from_pretrained`` would want other tensors they are
         gathered for those too, if DeepSpeed's key says so."""
-        if _has_adapters(self.model):
-            self._save_adapters(output_dir)
+        gathers = not is_checkpoint or self.engine.zero_gather_16bit_weights_on_model_save()
+        of_transformers = has_save_pretrained(self.model)
+        if _has_adapters(self.model) or (gathers and not of_transformers):
+            self._save_gathered(output_dir)
             return
         tokenizer = saved_by_trainer(self.processing_class, self.data_collator)
         shared = is_checkpoint and not self.args.save_only_model and has_the_form_of_a_checkpoint(self.model)
         self.engine.checkpointer.on_whole = name_beside if shared else None
-        if not is_checkpoint or (not shared and self.engine.zero_gather_16bit_weights_on_model_save()):
+        if not is_checkpoint or (not shared and gathers):
             export_partitioned(self.model, output_dir, tokenizer=tokenizer)
         elif self.args.should_save:
-            self.model.config.save_pretrained(output_dir)
+            if of_transformers:
+                self.model.config.save_pretrained(output_dir)
             if getattr(self.model, "generation_config", None) is not None:
                 with savable_generation_config(self.model, output_dir):
                     self.model.generation_config.save_pretrained(output_dir)
@@ -262,14 +270,15 @@ class HiFTMixin(StopsWhenDone, WholeCheckpointsStay, WeightsOnce):
         if self.args.should_save:
             torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
-    def _save_adapters(self, output_dir: str) -> None:
-        """PEFT chooses from all weights, which rank 0 has in host memory for that, what belongs to the adapters."""
+    def _save_gathered(self, output_dir: str) -> None:
+        """Save what is chosen from all weights, which rank 0 has in host memory for that: those that PEFT saves, or the
+        whole ``state_dict`` of a model that is none of transformers'."""
 
         def write() -> None:
             weights = whole_weights(self.model)
             try:
                 if self.args.process_index == 0:
-                    self._save(output_dir, state_dict=dict(weights))
+                    self._save(output_dir, state_dict=under_all_names(self.model, dict(weights)))
             finally:
                 for _ in weights:  # take part in what is left to gather, also when rank 0 could not write
                     pass

@@ -8,6 +8,7 @@ writes none.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,4 +107,28 @@ class WeightsOnce:
             self._engine_has_weights = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict={} if self._engine_has_weights else state_dict)
+        if self._engine_has_weights:
+            state_dict = {}
+        elif not has_save_pretrained(self.model):
+            state_dict = _separate(self.model.state_dict() if state_dict is None else state_dict)
+        super()._save(output_dir, state_dict=state_dict)
+
+
+def has_save_pretrained(model: Any) -> bool:
+    """Whether the Trainer leaves the writing of weights to the model's class; else it writes its ``state_dict``."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    return isinstance(model, PreTrainedModel) or bool(getattr(model, "peft_config", None))
+
+
+def _separate(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tensors as safetensors takes them: contiguous, and each with memory of its own. Tied weights have all
+    their names, which ``load_state_dict`` asks for."""
+    seen: set[int] = set()
+    found = {}
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and value.numel():
+            memory = value.untyped_storage().data_ptr()
+            value = value.clone() if memory in seen else value
+            seen.add(memory)
+        found[name] = value.contiguous() if isinstance(value, torch.Tensor) else value
+    return found

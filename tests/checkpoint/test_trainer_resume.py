@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.nn.utils.parametrizations import orthogonal
 from transformers import Trainer, TrainerCallback
 
 import model_zoo
@@ -71,6 +73,63 @@ def test_resume_is_exact(tmp_path, hift, precision):
         assert all(torch.equal(theirs[name], weight) for name, weight in weights.items())
         assert their_losses == losses and their_rest == rest
         shutil.rmtree(tmp_path / "again")
+
+
+class NoneOfTransformers(torch.nn.Module):
+    """What safetensors does not take as it stands: tied weights, one that is not contiguous; and a buffer that is
+    complex."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(67, 8)
+        self.layers = torch.nn.ModuleList(orthogonal(torch.nn.Linear(8, 8)) for _ in range(3))
+        self.head = torch.nn.Linear(8, 67)
+        self.head.weight = self.embed.weight
+        self.register_buffer("turns", torch.polar(torch.ones(8), torch.arange(8.0)))
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        h = self.embed(input_ids) * self.turns.real
+        for layer in self.layers:
+            h = h + layer(h).tanh()
+        logits = self.head(h)
+        return {"loss": torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_model_that_is_none_of_transformers(tmp_path, stage):
+    """Checkpoints, going on from them, and the weights as ``load_state_dict`` wants them."""
+
+    def trained(folder, **options):
+        args = arguments(
+            folder, {**AUTO, "zero_optimization": {"stage": stage}}, max_steps=7, save_strategy="steps", save_steps=4,
+            save_total_limit=1,
+        )  # fmt: skip
+        trainer = HiFTTrainer(NoneOfTransformers(), args, train_dataset=ragged_dataset(10))
+        trainer.train(**options)
+        trainer.save_model(str(folder / "model"))
+        model = NoneOfTransformers()
+        model.load_state_dict(load_file(folder / "model" / "model.safetensors"))
+        assert model.embed.weight is model.head.weight
+        return model.state_dict(), trainer.state.log_history[-2]["loss"], NoneOfTransformers().state_dict()
+
+    weights, loss, begin = trained(tmp_path)
+    args = arguments(tmp_path / "first", {**AUTO, "zero_optimization": {"stage": stage}}, max_steps=7,
+                     save_strategy="steps", save_steps=4)  # fmt: skip
+    stops = HiFTTrainer(NoneOfTransformers(), args, train_dataset=ragged_dataset(10), callbacks=[StopsAt(4)])
+    stops.train()
+    again, their_loss, _ = trained(tmp_path / "again", resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-4"))
+    assert their_loss == loss and all(torch.equal(again[name], value) for name, value in weights.items())
+    buffers = {name for name, _ in NoneOfTransformers().named_buffers()}
+    assert {name for name in begin if torch.equal(begin[name], weights[name])} == buffers
+
+
+class StopsAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or state.global_step == self.step
 
 
 class WouldRun:

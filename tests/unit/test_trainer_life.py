@@ -423,6 +423,45 @@ def test_arguments_that_cannot_be_pickled_are_found_before_the_first_step(tmp_pa
     assert steps.num == 0
 
 
+class WithMore(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.embed, self.head, self.kind = nn.Embedding(67, 8), nn.Linear(8, 67), kind
+        if kind == "tied":
+            self.head.weight = self.embed.weight
+        if kind == "turned":
+            self.register_buffer("table", torch.randn(8, 67).T)
+
+    def get_extra_state(self) -> Any:
+        return {"steps": 1} if self.kind == "more" else torch.zeros(1)
+
+    def set_extra_state(self, state: Any) -> None: ...
+
+    def forward(self, input_ids: Any, labels: Any, attention_mask: Any = None) -> Any:
+        return {"loss": self.head(self.embed(input_ids)).square().mean()}
+
+
+@FORMS
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("more", r"_extra_state is a dict \(get_extra_state\) and no tensor: keep it in a buffer"),
+        ("tied", "head.weight is embed.weight too, which transformers cannot write: use HiFTTrainer or HiFTMixin"),
+        ("turned", "table is not contiguous, which transformers cannot write: use HiFTTrainer or HiFTMixin"),
+    ],
+)
+def test_a_model_of_ones_own_that_a_checkpoint_could_not_hold(tmp_path, caplog, form, kind, line):
+    trainer, steps = saving_trainer(tmp_path, WithMore(kind), form=form)
+    if kind == "more" or form == "callback":
+        with pytest.raises(ConfigError, match=f"^model: a checkpoint could not hold it: {line}"):
+            trainer.train()
+        assert steps.num == 0
+        return
+    trainer.train()
+    assert steps.num == 6
+    assert "WithMore has a state besides weights and buffers (get_extra_state)" in caplog.text
+
+
 @FORMS
 def test_a_generation_config_that_cannot_be_saved(tmp_path, form):
     """The mixin's own saving writes it as it is; transformers' would refuse at the first checkpoint."""

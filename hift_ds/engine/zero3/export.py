@@ -63,3 +63,10 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         whole = whole_of(tensor) if is_partitioned(tensor) else tensor.detach()
         yield name, whole.to("cpu", copy=True) if first else whole.new_empty(0)
         del whole
+
+
+def under_all_names(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``weights``, which have tied tensors once, with all the names that they have in ``model.state_dict()``."""
+    name_of = {id(tensor): name for name, tensor in saved_tensors(model).items()}
+    tied = {name: name_of.get(id(tensor)) for name, tensor in model.state_dict(keep_vars=True).items()}
+    return weights | {name: weights[first] for name, first in tied.items() if first in weights}
