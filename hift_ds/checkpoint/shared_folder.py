@@ -93,7 +93,7 @@ class SharedFolder:
     def remove_leftovers(self) -> None:
         """Remove folders of saves that were killed. Called by the leader, when all ranks have joined."""
         for path in self.save_dir.iterdir():
-            if is_temporary(path) and path.is_dir() and path != self.path:
+            if is_temporary(path) and path != self.path:
                 shutil.rmtree(path, ignore_errors=True)
 
     def write_part(self, records: Mapping[str, FileRecord]) -> None:

@@ -70,6 +70,8 @@ def end_of(engine, losses: list[float]) -> End:
         "counters": (engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps),
         "applied": optimizer.num_applied,
         "extras": optimizer.states.extras,
+        "last_norms": optimizer.last_norms,
+        "trials": (optimizer.trials.num_made, optimizer.trials.num_undone),
     }
     return End(whole_weights(engine), engine.coverage(), losses, facts)
 

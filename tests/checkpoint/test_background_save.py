@@ -1,14 +1,19 @@
 """The asynchronous save's promises that equality at the end does not show: bounded memory, and who waits
 how long."""
 
+import gc
 import os
+import stat
 import subprocess
 import sys
 import threading
+import weakref
+from pathlib import Path
 
 import pytest
 
 from hift_ds.checkpoint.background_save import GROUPS_IN_MEMORY, BackgroundSave
+from hift_ds.checkpoint.manifest import read_manifest
 from hift_ds.checkpoint.writer import CheckpointWriter
 from hift_ds.errors import CheckpointError
 from tests.checkpoint.runs import Case, advance, states_of, whole_weights
@@ -91,6 +96,7 @@ def test_nothing_has_a_name_before_it_is_whole(engine, tmp_path, monkeypatch):
 
     monkeypatch.setattr(CheckpointWriter, "close", slow_close)
     engine.save_checkpoint(tmp_path)
+    background = weakref.ref(engine.checkpointer._background)
     assert engine.last_checkpoint is None
     advance(engine, 3, 10)
     assert all(p.name.startswith(".") for p in tmp_path.iterdir())
@@ -98,6 +104,51 @@ def test_nothing_has_a_name_before_it_is_whole(engine, tmp_path, monkeypatch):
     engine.wait_for_checkpoint()
     assert engine.last_checkpoint == tmp_path / "global_step3"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step3", "latest"]
+    assert {p.name for p in (tmp_path / "global_step3").iterdir()} == {
+        "manifest.json", *read_manifest(tmp_path / "global_step3").files,
+    }  # fmt: skip
+    gc.collect()
+    assert background() is None  # or the end of the program would wait to let go of the model
+
+
+def test_all_is_on_disk_before_it_has_its_name_and_takes_the_place_of_what_kills_left(engine, tmp_path, monkeypatch):
+    final, on_disk, late = tmp_path / "global_step3", {}, []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def noted(handle):
+        status = os.fstat(handle)
+        on_disk[status.st_ino] = set(os.listdir(handle)) if stat.S_ISDIR(status.st_mode) else set()
+        fsync(handle)
+
+    def lacking(folder):
+        """What of a folder would be lost."""
+        names = on_disk.get(folder.stat().st_ino, set())
+        return [
+            p.name for p in folder.iterdir() if p.name not in names or (p.is_file() and p.stat().st_ino not in on_disk)
+        ]
+
+    def renames(old, new):
+        if Path(new) == final:
+            late.extend(lacking(Path(old)))
+        rename(old, new)
+
+    def replaces(old, new):
+        if Path(new).name == "latest":
+            late.extend(set(lacking(tmp_path)) & {final.name})
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", renames)
+    monkeypatch.setattr(os, "replace", replaces)
+    for _ in range(2):
+        (tmp_path / "global_step3.replaced").mkdir()
+        (tmp_path / "global_step3.replaced" / "a file").touch()
+        (tmp_path / ".latest.tmp").touch()
+        on_disk.clear()
+        engine.save_checkpoint(tmp_path)
+        engine.wait_for_checkpoint()
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step3", "latest"]
+        assert not late and not lacking(tmp_path)
 
 
 def test_a_failure_is_raised_at_the_next_save_and_the_one_after_works(engine, tmp_path, monkeypatch):

@@ -131,7 +131,10 @@ def test_what_fits_is_loaded_if_asked(tmp_path):
 )
 def test_another_grouping_keeps_states_by_name_and_says_so(tmp_path, caplog, block, said, cursor):
     saved = save(Case(ds_config(bf16=BF16)), tmp_path)
+    saved.optimizer.last_norms = {0: 1.0}  # the first group's
+    saved.save_checkpoint(tmp_path)
     engine, lines = load(Case(ds_config(bf16=BF16, hift=block)), tmp_path, caplog)
+    assert engine.optimizer.last_norms == ({0: 1.0} if said is None else {})
     same_tensors(whole_weights(engine), whole_weights(saved))
     same_tensors(whole_states(engine), whole_states(saved))
     assert engine.coverage() == saved.coverage()
@@ -189,6 +192,17 @@ def test_other_options_are_the_checkpoints_and_said(tmp_path, caplog):
     engine.destroy()
 
 
+def test_a_longer_schedule_goes_on_at_its_own_rate(tmp_path):
+    def falls_to_0(optimizer, steps):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+
+    cases = [Case(scheduler=functools.partial(falls_to_0, steps=steps)) for steps in (10, 20)]
+    save(cases[0], tmp_path).destroy()
+    engine = load(cases[1], tmp_path)
+    assert engine.optimizer.param_groups[0]["lr"] == 1e-2 * (1 - 8 / 20)
+    engine.destroy()
+
+
 def test_a_fresh_learning_rate_schedule(tmp_path):
     warmup = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 20}}
     save(Case(ds_config(scheduler=warmup)), tmp_path).destroy()
@@ -243,7 +257,9 @@ def test_a_running_engine_goes_back(tmp_path):
     engine = save(Case(ds_config(gas=2)), tmp_path, steps=4)
     expected = end_of(engine, advance(engine, 4, 30))
     advance(engine, 30, 39)  # ends in the middle of an accumulation
+    engine.checkpointer.last = None
     engine.load_checkpoint(tmp_path)
+    assert engine.last_checkpoint == tmp_path / "global_step2"  # where the next rollback goes
     assert_same_end(end_of(engine, advance(engine, 4, 30)), expected)
     engine.destroy()
 
@@ -287,6 +303,14 @@ def test_another_accumulation_drops_what_it_cannot_use(tmp_path, caplog):
     assert lines == [
         "checkpoint: saved in the middle of an accumulation that this run does not have: that step starts over"
     ]
+    engine.destroy()
+
+
+def test_a_step_that_was_begun_with_another_group_starts_over(tmp_path, caplog):
+    save(Case(ds_config(gas=3)), tmp_path, steps=7).destroy()
+    engine, lines = load(Case(ds_config(gas=3, hift={"order": "top2down"})), tmp_path, caplog)
+    assert engine.micro_steps == 6 and "that step starts over" in lines[-1]
+    assert not any(map(engine.optimizer.pending, engine.module.parameters()))
     engine.destroy()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -133,6 +134,44 @@ def test_a_run_folder_has_one_writer_and_a_killed_one_leaves_no_lock(inputs, tmp
         owner.kill()
         owner.wait()
     FolderLock(out).release()
+
+
+def refused_to_a_child(folder: Path) -> bool:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            FolderLock(folder)
+        except ConfigError:
+            os._exit(75)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+
+
+def test_a_process_holds_a_folder_until_the_last_of_its_locks_ends(tmp_path, monkeypatch):
+    out, other = tmp_path / "out", tmp_path / "other"
+    first, second = (FolderLock(out, leaves_file=False) for _ in range(2))
+    assert refused_to_a_child(out)
+    second.release()
+    second.release()
+    assert refused_to_a_child(out)
+    first.release()
+    assert not out.exists()
+
+    lockf = fcntl.lockf
+
+    def late(handle, how):
+        """Another process, which held it, has taken the file away meanwhile."""
+        monkeypatch.undo()
+        (other / LOCK_FILE).unlink()
+        lockf(handle, how)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    third = FolderLock(other, leaves_file=False)
+    assert refused_to_a_child(other)
+    (other / LOCK_FILE).unlink()
+    (other / LOCK_FILE).write_text("another's by now")
+    third.release()
+    assert (other / LOCK_FILE).read_text() == "another's by now"
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(inputs, tmp_path, capsys):  # noqa: F811

@@ -319,7 +319,11 @@ def test_rotation_keeps_the_best_and_forgets_what_a_kill_left(tmp_path):
     assert checkpoints(tmp_path) == [2, 4, 6, 8]
     (tmp_path / "checkpoint-8" / "global_step8" / "model.safetensors").unlink()
     (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{")
-    assert rotate_checkpoints(tmp_path, None) == [] and rotate_checkpoints(tmp_path, 0) == []
+    deleting, others = tmp_path / ".checkpoint-1.0123456789ab.tmp", tmp_path / ".checkpoint-notes"
+    for folder in (deleting, others):
+        folder.mkdir()
+    for unlimited in (None, 0, -1):
+        assert rotate_checkpoints(tmp_path, unlimited) == []
     assert rotate_checkpoints(tmp_path, 2) == [tmp_path / "checkpoint-4"]
     assert checkpoints(tmp_path) == [2, 6, 8]
     assert rotate_checkpoints(tmp_path, 1, best=str(tmp_path / "checkpoint-2")) == []
@@ -327,7 +331,7 @@ def test_rotation_keeps_the_best_and_forgets_what_a_kill_left(tmp_path):
     assert checkpoints(tmp_path) == [6, 8]
     (tmp_path / "checkpoint-6" / "latest").unlink()
     rotate_checkpoints(tmp_path, 1)  # nothing whole is left: nothing is deleted
-    assert checkpoints(tmp_path) == [6, 8]
+    assert checkpoints(tmp_path) == [6, 8] and others.exists() and not deleting.exists()
 
 
 def test_every_small_file_of_a_checkpoint_is_sealed(tmp_path):

@@ -273,12 +273,29 @@ def test_an_engine_after_the_process_group_has_ended(ends, stage):
     engine.destroy()
 
 
+def test_a_training_that_was_left_ends_at_the_next_forward_of_the_model():
+    """In a hook of that forward, of which others are the engine's too."""
+    model = Toy()
+    engine = make_engine(model, ds_config(hift={"activations": {"checkpointing": True}}))
+    rotate(engine, 2)
+    engine.life.is_under_way = lambda: False
+    with torch.no_grad():
+        loss = model(*BATCH)
+        assert engine.has_ended and not hooks_of(model) and torch.equal(loss, model(*BATCH))
+
+
 def test_an_engine_that_cannot_be_made_leaves_the_model_as_it_was():
     model = Toy()
     with pytest.raises(HiFTError):
         make_engine(model, ds_config(hift={"groups": [["nothing like this"]]}))
     with pytest.raises(HiFTError):
         make_engine(model, ds_config(hift={"state": {"codec": "split_master"}}))
+    another = torch.optim.SGD(Toy().parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="another optimizer"):  # found when all else is made
+        make_engine(model, ds_config(), lr_scheduler=torch.optim.lr_scheduler.StepLR(another, 1))
+    no_folder = {"state": {"residency": "disk", "path": "/dev/null/states"}}
+    with pytest.raises(HiFTError, match="/dev/null"):  # when weights have hooks
+        make_engine(model, ds_config(gas=2, bf16={"enabled": True}, hift=no_folder))
     assert all(flags_of(model).values()) and not hooks_of(model)
 
 

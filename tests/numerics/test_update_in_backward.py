@@ -725,10 +725,17 @@ def test_the_hosts_share_is_found_with_the_group_size_where_tokens_are_known(mon
     engine.destroy()
 
 
-def test_the_host_takes_part_by_what_is_measured():
-    config = in_backward(ds_config(), group_size="all", state={"step_on": "split"})
-    engine = make_engine(Toy(), config)
-    assert 0.0 <= engine.optimizer.states.split.share <= 1.0
+def test_the_host_takes_part_by_what_is_measured(monkeypatch):
+    """On the first rank: all have the same part of the model there."""
+    measured = []
+
+    def gather(own):
+        measured.append(own)
+        return [0.25, own]
+
+    monkeypatch.setattr("hift_ds.engine.build.gather", gather)
+    engine = make_engine(Toy(), in_backward(ds_config(), group_size="all", state={"step_on": "split"}))
+    assert 0.0 <= measured[-1] <= 1.0 and engine.optimizer.states.split.share == 0.25
     engine.destroy()
 
 
