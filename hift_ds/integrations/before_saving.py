@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel, modeling_utils
 
 from hift_ds.checkpoint.folder_lock import FolderLock
 from hift_ds.errors import ConfigError
@@ -52,6 +53,7 @@ def ready_to_save(
         if saves_generation_config:
             parts["model.generation_config"] = getattr(model, "generation_config", None)
         _refuse_unwritable(model, saved_by_transformers=saves_generation_config)
+        _refuse_undeclared_ties(model, args)
         _rehearse(parts, args)
         assert args.output_dir is not None
         return FolderLock(Path(args.output_dir), key="output_dir")
@@ -97,6 +99,18 @@ def _refuse_unwritable(model: nn.Module | None, saved_by_transformers: bool) -> 
                 reason = f"{what}, which transformers cannot write: use HiFTTrainer or HiFTMixin"
         if reason:
             raise ConfigError(f'model: a checkpoint could not hold it: {name} {reason}, or save_strategy="no"')
+
+
+def _refuse_undeclared_ties(model: nn.Module | None, args: TrainingArguments) -> None:
+    """Refuse a model of transformers' whose class does not say which of its weights are tied: ``save_pretrained`` does.
+    With ZeRO-3 it writes no weights."""
+    check = getattr(modeling_utils, "remove_tied_weights_from_state_dict", None)  # of transformers 5
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if check is None or not isinstance(model, PreTrainedModel) or (plugin is not None and plugin.zero_stage == 3):
+        return
+    ignored = model._keys_to_ignore_on_save or ()
+    state = {name: value for name, value in model.state_dict().items() if name not in ignored}
+    _try("model", lambda: check(state, model))
 
 
 def _try(part: str, save: Callable[[], Any]) -> None:

@@ -463,6 +463,16 @@ def test_a_model_of_ones_own_that_a_checkpoint_could_not_hold(tmp_path, caplog, 
 
 
 @FORMS
+def test_ties_that_the_class_of_a_model_does_not_declare(tmp_path, form):
+    model = model_zoo.tiny.build("llama")
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    trainer, steps = saving_trainer(tmp_path, model, form=form)
+    with pytest.raises(ConfigError, match="^model: a checkpoint could not hold it: The weights .* shared tensors"):
+        trainer.train()
+    assert steps.num == 0
+
+
+@FORMS
 def test_a_generation_config_that_cannot_be_saved(tmp_path, form):
     """The mixin's own saving writes it as it is; transformers' would refuse at the first checkpoint."""
     model = model_zoo.tiny.build("llama")
