@@ -109,7 +109,6 @@ class GroupStates:
         assert self.split is not None
         self.store.close()
         self.split.share, self.store = host_share, self.split.make_store()
-        self.masters_filled.clear()
         self._lay_out()
 
     def device_of(self, chunk: Chunk) -> torch.device:

@@ -146,7 +146,6 @@ class DiskStateStore(ParkedStateStore):
             return
         new.unlink(missing_ok=True)
         self._written.pop(chunk, None)
-        self._checksums.pop(chunk, None)
         if written:
             self._written[chunk], self._checksums[chunk] = written, checksum
 

@@ -242,19 +242,35 @@ def test_from_fp32_to_bf16_the_weights_become_the_masters(tmp_path):
 
 
 def test_module_only(tmp_path):
-    saved = save(Case(ds_config(bf16=BF16)), tmp_path)
-    engine = load(Case(ds_config(bf16=BF16)), tmp_path, load_module_only=True)
+    case = Case(ds_config(bf16=BF16, hift={"group_size": "all"}))  # whose states stay on the update device
+    saved = save(case, tmp_path)
+    engine = load(case, tmp_path, load_module_only=True)
     same_tensors(whole_weights(engine), whole_weights(saved))
     assert engine.global_steps == 0 and engine.schedule.cursor == Cursor() and set(engine.coverage().values()) == {0}
     assert {key for _, key in whole_states(engine)} == {"master"}
-    for one in (engine, saved):
+    twin = save(case, tmp_path)
+    for one in (saved, twin):
+        advance(one, 8, 9)
+    saved.load_checkpoint(tmp_path, load_module_only=True)  # the moments of the last update stay
+    same_tensors(whole_weights(engine), whole_weights(saved))
+    moments = [{key: t for key, t in whole_states(one).items() if key[1] != "master"} for one in (saved, twin)]
+    assert moments[0]
+    same_tensors(*moments)
+    for one in (engine, saved, twin):
         one.destroy()
 
 
-def test_a_running_engine_goes_back(tmp_path):
+def bf16_toy(seed):
+    return Toy(seed=seed).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "case", [Case(ds_config(gas=2)), Case(ds_config(gas=2, bf16=BF16, stage=3), model=bf16_toy)], ids=["fp32", "bf16"]
+)
+def test_a_running_engine_goes_back(tmp_path, case):
     """What a rollback does: nothing of the later state may survive, moments and step counts of other groups
-    included."""
-    engine = save(Case(ds_config(gas=2)), tmp_path, steps=4)
+    included, nor masters that the checkpoint has not."""
+    engine = save(case, tmp_path, steps=4)
     expected = end_of(engine, advance(engine, 4, 30))
     advance(engine, 30, 39)  # ends in the middle of an accumulation
     engine.checkpointer.last = None

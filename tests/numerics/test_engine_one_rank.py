@@ -322,6 +322,7 @@ def test_an_optimizer_whose_constructor_makes_states_serves_two_engines():
             loss_of(twin, batch).backward()
             reference.step()
             assert largest_difference(model, twin) == 0.0
+        assert not own.state  # the engine has them
         engine.destroy()
 
 

@@ -676,7 +676,9 @@ def test_a_checkpoint_keeps_the_hosts_share(tmp_path, monkeypatch, caplog):
     engine.save_checkpoint(str(tmp_path))
     resumed = make_engine(Toy(seed=4), copy.deepcopy(config))
     assert resumed.optimizer.states.on_host != engine.optimizer.states.on_host
+    store = resumed.optimizer.store
     resumed.load_checkpoint(str(tmp_path))
+    assert not store.total_bytes()  # it is closed
     assert resumed.optimizer.states.on_host == engine.optimizer.states.on_host
     assert "30%" in caplog.text
     given = copy.deepcopy(config)

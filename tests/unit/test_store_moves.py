@@ -169,6 +169,9 @@ def test_fetch_gives_what_was_evicted(place, mover, slots, tmp_path, monkeypatch
     for _ in range(12):  # cycles in one order, in changing orders, over few chunks, and one chunk again and again
         order += rng.choice([range(6), rng.sample(range(6), 6), [0, 2] * 3, [2] * 4, [5, 4, 3, 2, 1, 0]])
     for position, chunk in enumerate(order):
+        held = dict(expected[chunk]) if rng.random() < 0.4 else None
+        if held is not None:  # an update that may be taken back
+            store.hold(chunk)
         visit(store, expected, chunk)
         what = rng.random()
         if what < 0.8:
@@ -176,6 +179,11 @@ def test_fetch_gives_what_was_evicted(place, mover, slots, tmp_path, monkeypatch
         elif what < 0.9:  # a wrong guess, twice
             store.prefetch(rng.randrange(6))
             store.prefetch(rng.randrange(6))
+        if held is not None and rng.random() < 0.5:
+            store.take_back(chunk)
+            expected[chunk] = held
+        elif held is not None:
+            store.release(chunk)
         if rng.random() < 0.15:  # a checkpoint
             store.synchronize()
             for other in range(6):
@@ -194,6 +202,7 @@ def test_fetch_gives_what_was_evicted(place, mover, slots, tmp_path, monkeypatch
     expected[3]["exp_avg"].zero_()
     store.synchronize()
     assert store._staged is None  # holds no memory
+    assert len(list(tmp_path.rglob("chunk-*"))) == (6 if "disk" in place else 0)
     assert all(torch.equal(v, expected[u][k]) for u in range(6) for k, v in store.read(u).items())
     store.close()
 
@@ -457,4 +466,12 @@ def test_a_master_that_is_taken_back_is_the_old_one_to_the_bit(place, tmp_path):
     weights.copy_(old)
     store.take_back(7)
     assert torch.equal(store.fetch(7)["master"], old)
+    store.evict(7)
+    store.ensure(8, "exp_avg", 1290, torch.float32)
+    store.hold(8)  # and one that nobody has written yet
+    store.fetch(8)["exp_avg"].fill_(1)
+    store.evict(8)
+    store.synchronize()
+    store.take_back(8)
+    assert not store.fetch(8)["exp_avg"].any()
     store.close()

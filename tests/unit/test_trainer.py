@@ -400,7 +400,7 @@ def test_auto_find_batch_size(tmp_path):
         data_collator=Collator(),
     )
     trainer.train()
-    assert tried[0] == 4 and tried[-1] < 4
+    assert tried[0] == 4 and tried[-1] < 4 and trainer.engine.train_micro_batch_size_per_gpu() == tried[-1]
     assert set(trainer.engine.coverage().values()) == {1}
     assert all(p.grad is None for p in trainer.model.parameters())
 

@@ -135,10 +135,10 @@ def test_rollback_that_does_not_help_ends(engine, tmp_path):
 
 def test_skipping_for_ever_ends(engine):
     DivergenceGuard(engine, policy="skip", max_in_a_row=5)
-    step(engine, 0)
+    for factor in [1.0, *[float("nan")] * 4] * 2:
+        step(engine, 0, factor)
     with pytest.raises(TrainingError, match="5 steps in a row were left out"):
-        for _ in range(6):
-            step(engine, 0, float("nan"))
+        step(engine, 0, float("nan"))
 
 
 def test_the_loss_scale_moves_by_its_own_overflows_only():
@@ -149,6 +149,12 @@ def test_the_loss_scale_moves_by_its_own_overflows_only():
         step(plain, i)
         step(guarded, i)
     assert plain.skipped_steps == guarded.skipped_steps == len(guard.lines) > 2
+    assert plain.optimizer.scaler.state_dict() == guarded.optimizer.scaler.state_dict()
+    guard.policy, judge = "skip", guard._reason
+    guard._reason = lambda *args: "an explosion"
+    step(guarded, 20)
+    guard._reason = judge
+    assert guarded.skipped_steps == plain.skipped_steps + 1
     assert plain.optimizer.scaler.state_dict() == guarded.optimizer.scaler.state_dict()
     assert same(weights_of(plain.module), weights_of(guarded.module))
     for engine in (plain, guarded):
