@@ -32,36 +32,56 @@ def state(**switches):
 ROWS = {
     "one slot": (Row(), 1),
     "README": (Row(readme=True, steps=4), 0),
-    "guarded": (Row(guarded=True), 1),
     "2 ranks: guarded": (Row(guarded=True, world_size=2), 1),
-    "two slots": (Row(hift=state(slots=2)), 1),
-    "slices": (Row(hift=state(slice_numel=1500)), 1),
     "a ring of slices": (Row(hift=state(slice_numel=1500, slots=4)), 1),
     "codecs, accumulation": (Row(hift=state(codec="split_master+int8_moments"), gas=2), 1),
-    "always active, turns of 3": (Row(hift={"steps_per_group": 3, "always_active": ["norm"]}, steps=13), 1),
     "prefetch off": (Row(hift=state(prefetch=False)), 5),
     "update on the host": (Row(hift=state(step_on="host")), 19),
     "disk": (Row(hift=state(**DISK)), 9),
     "disk, prefetch off, slices": (Row(hift=state(**DISK, prefetch=False, slice_numel=3000)), 19),
     "activations on the host": (Row(hift={"activations": {"offload": True}}, gas=2, checkpointing=True), 1),
-    "activations on the host, two forwards": (Row(hift={"activations": {"offload": True}}, forwards=2, steps=5), 1),
     "2 ranks: slices, 2 slots, codecs": (
         Row(hift=state(slots=2, slice_numel=1500, codec="bf16_moments"), stage=2, world_size=2), 1,
     ),
     "2 ranks: small buckets, accumulation": (Row(more=SMALL_BUCKETS, stage=2, world_size=2, gas=2), 1),
-    "2 ranks: always active": (
-        Row(hift={"always_active": ["norm"]}, more=SMALL_BUCKETS, world_size=2), 1,
-    ),
-    "2 ranks: update on the host": (Row(hift=state(step_on="host"), stage=2, world_size=2), 19),
     "in backward": (Row(hift={**IN_BACKWARD, **state(slots=2)}, clip=0.0, steps=5), 2),
     "in backward, clipped, accumulation, slices": (
         Row(hift={**IN_BACKWARD, **state(slots=2, slice_numel=1500)}, gas=2, steps=4), 149,
     ),
-    "in backward, clipped by speculation": (
-        Row(hift={**IN_BACKWARD, "clipping": "speculative", **state(slots=2)}, steps=5), 45,
-    ),
     "in backward, taken back": (
         Row(hift={**IN_BACKWARD, "clipping": "speculative", **state(slots=2)}, undoes=True, steps=5), 50,
+    ),
+    "in backward, split": (
+        Row(hift={**IN_BACKWARD, **state(slots=2, step_on="split", host_share=0.5)}, clip=0.0, steps=5), 24,
+    ),
+    "in backward, stage 2, 2 ranks, clipped, accumulation": (
+        Row(hift={**IN_BACKWARD, **state(slots=2)}, gas=2, stage=2, world_size=2, steps=4), 149,
+    ),
+    "in backward, activations on the host": (
+        Row(hift={**IN_BACKWARD, "activations": {"offload": True}, **state(slots=2)}, clip=0.0, steps=5), 2,
+    ),
+    "in backward, stage 3, 2 ranks": (
+        Row(hift=IN_BACKWARD, clip=0.0, stage=3, world_size=2, more=ALL_GATHERED, steps=5), 6,
+    ),
+    "stage 3, 2 ranks": (Row(stage=3, world_size=2, more=ALL_GATHERED), 5),
+    "stage 3, 2 ranks, weights on the host": (Row(stage=3, world_size=2, more=WEIGHTS_ON_HOST, steps=13), 2),
+    "stage 3, 1 rank, weights on the host": (Row(stage=3, more=WEIGHTS_ON_HOST, steps=13), 2),
+    "in backward, stage 3, weights on the host": (
+        Row(hift=IN_BACKWARD, clip=0.0, stage=3, more=WEIGHTS_ON_HOST, steps=5), 6,
+    ),
+}  # fmt: skip
+MORE_ROWS = {
+    "guarded": (Row(guarded=True), 1),
+    "two slots": (Row(hift=state(slots=2)), 1),
+    "slices": (Row(hift=state(slice_numel=1500)), 1),
+    "always active, turns of 3": (Row(hift={"steps_per_group": 3, "always_active": ["norm"]}, steps=13), 1),
+    "activations on the host, two forwards": (Row(hift={"activations": {"offload": True}}, forwards=2, steps=5), 1),
+    "2 ranks: always active": (
+        Row(hift={"always_active": ["norm"]}, more=SMALL_BUCKETS, world_size=2), 1,
+    ),
+    "2 ranks: update on the host": (Row(hift=state(step_on="host"), stage=2, world_size=2), 19),
+    "in backward, clipped by speculation": (
+        Row(hift={**IN_BACKWARD, "clipping": "speculative", **state(slots=2)}, steps=5), 45,
     ),
     "in backward, taken back, compact states on disk": (
         Row(
@@ -72,9 +92,6 @@ ROWS = {
     "split": (
         Row(hift={"group_size": 2, **state(slots=2, step_on="split", host_share=0.5)}, steps=9), 21,
     ),
-    "in backward, split": (
-        Row(hift={**IN_BACKWARD, **state(slots=2, step_on="split", host_share=0.5)}, clip=0.0, steps=5), 24,
-    ),
     "in backward, split, taken back, 2 ranks": (
         Row(
             hift={**IN_BACKWARD, "clipping": "speculative", **state(slots=2, step_on="split", host_share=0.5)},
@@ -84,17 +101,8 @@ ROWS = {
     "in backward, stage 1, 2 ranks": (
         Row(hift={**IN_BACKWARD, **state(slots=2)}, clip=0.0, stage=1, world_size=2, steps=5), 2,
     ),
-    "in backward, stage 2, 2 ranks, clipped, accumulation": (
-        Row(hift={**IN_BACKWARD, **state(slots=2)}, gas=2, stage=2, world_size=2, steps=4), 149,
-    ),
     "in backward, group size auto": (
         Row(hift={"update": "in_backward", "group_size": "auto", **state(slots=2)}, clip=0.0, steps=6), 2,
-    ),
-    "in backward, activations on the host": (
-        Row(hift={**IN_BACKWARD, "activations": {"offload": True}, **state(slots=2)}, clip=0.0, steps=5), 2,
-    ),
-    "in backward, stage 3, 2 ranks": (
-        Row(hift=IN_BACKWARD, clip=0.0, stage=3, world_size=2, more=ALL_GATHERED, steps=5), 6,
     ),
     "in backward, stage 3, 2 ranks, taken back": (
         Row(
@@ -102,17 +110,9 @@ ROWS = {
             steps=5,
         ), 53,
     ),
-    "stage 3, 2 ranks": (Row(stage=3, world_size=2, more=ALL_GATHERED), 5),
     "stage 3, 2 ranks, persistent, accumulation": (
         Row(stage=3, world_size=2, gas=2, more=PERSISTENT, checkpointing=True), 3,
     ),
-    "stage 3, 2 ranks, weights on the host": (Row(stage=3, world_size=2, more=WEIGHTS_ON_HOST, steps=13), 2),
-    "stage 3, 1 rank, weights on the host": (Row(stage=3, more=WEIGHTS_ON_HOST, steps=13), 2),
-    "in backward, stage 3, weights on the host": (
-        Row(hift=IN_BACKWARD, clip=0.0, stage=3, more=WEIGHTS_ON_HOST, steps=5), 6,
-    ),
-}  # fmt: skip
-MORE_ROWS = {
     "stage 3, 2 ranks, with the timer": (Row(stage=3, world_size=2, timer=True, more=ALL_GATHERED), 5),
     "disk, codecs": (Row(hift=state(**DISK, slots=2, codec="split_master+int8_moments")), 9),
     "host, split master and slices": (Row(hift=state(slice_numel=3000, codec="split_master"), steps=30), 1),
