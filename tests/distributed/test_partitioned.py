@@ -404,7 +404,7 @@ def all_cases() -> list[str]:
     return errors
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_partitioned_equals_replicated(world_size):
     for rank, errors in enumerate(run_distributed(all_cases, world_size)):
         assert not errors, f"rank {rank}: " + "\n".join(errors)

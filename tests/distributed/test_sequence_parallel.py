@@ -70,7 +70,7 @@ def all_cases(folder: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_that_share_sequences_train_as_one(tmp_path, world_size):
     config = tiny.config("llama", num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
     torch.manual_seed(0)
