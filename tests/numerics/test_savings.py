@@ -18,6 +18,7 @@ from hift_ds.activations import switches as savings
 from hift_ds.activations.chunked_loss import DeferredLogits, LinearCrossEntropy
 from hift_ds.activations.switches import ActivationSavings
 from hift_ds.config import ActivationsConfig
+from hift_ds.engine.zero3.shards import whole_of
 from hift_ds.errors import ConfigError
 from hift_ds.layers.arch import find_arch
 from hift_ds.layers.grouping import partition_model
@@ -393,6 +394,35 @@ def test_a_forward_that_changes_buffers_counts_once(spectral_norm, update):
     engine.destroy()
     for (name, ours), theirs in zip(model.state_dict().items(), torch_alone.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=lambda m, name=name: f"{name}: {m}")
+
+
+class _ComputesMore(nn.Module):
+    """After its last weight, what backward does not need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(7, 7), nn.Linear(7, 7)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        h = self.last(self.first(h).tanh())
+        return h + h.tanh().detach()
+
+
+@pytest.mark.parametrize("update", ["after_backward", "in_backward"])
+def test_weights_in_shards_stay_while_their_backward_recomputes_what_comes_after_them(update):
+    found = []
+    for stage, checkpointing in ((0, False), (3, True)):
+        model = Toy()
+        model.layers = nn.ModuleList(_ComputesMore() for _ in range(3))
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        hift = {"activations": {"checkpointing": checkpointing}, "update": update, "group_size": 2}
+        engine = make_engine(model, {**ds_config(hift=hift), "zero_optimization": zero})
+        losses = [train_step(engine, [batch]) for batch in make_batches(7)]
+        shards = getattr(engine.optimizer.parameters, "shards", None)
+        assert shards is None or not shards.gathered()
+        found.append((losses, [whole_of(p) if shards else p.detach() for p in model.parameters()]))
+        engine.destroy()
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-7)
 
 
 def test_blocks_that_are_bare_weights_have_nothing_to_recompute():

@@ -1,7 +1,7 @@
 """ZeRO-3 without its optimizer, in names that DeepSpeed does not document: what is gathered when, and for how long.
 
 ``DeepSpeedZeRoOffload`` cuts the weights over the ranks and gathers each module's around its forward and backward.
-What its own optimizer adds to that (gradients, masters, writing shards) is ours; eight things it does for training of
+What its own optimizer adds to that (gradients, masters, writing shards) is ours; nine things it does for training of
 all weights are wrong or costly when backward stops at one layer group, and are put right here:
 
 * It prefetches by a trace of the modules as they ran, one trace for all steps. Backward stops elsewhere for each
@@ -12,7 +12,7 @@ all weights are wrong or costly when backward stops at one layer group, and are 
 * Its linear function keeps every input for the weight's gradient, which frozen weights never get. torch's own
   function is put back, and saved weights become references (:meth:`WeightShards.saved_by_reference`).
 * A recomputed block loses its frozen weights after the first module of its backward
-  (:meth:`_Coordinator._keep_recomputed`).
+  (:meth:`_Coordinator._keep_recomputed`), and the weights of its last module too if more is recomputed after that.
 * The host waits for each shard that comes from its memory (:meth:`_Coordinator._gather`).
 * What it prefetches together is on the device twice for a while; large weights are gathered alone (``ALONE_NUMEL``).
 * It lets no gather wait for the update that wrote the shards (:meth:`WeightShards._wait_for_updates`).
@@ -56,6 +56,10 @@ class _Coordinator(PartitionedParameterCoordinator):
     had_trace = False
     _fetching: nn.Module | None = None  # the module for which weights are gathered
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.in_backward: set[nn.Module] = set()  # whose backward has begun and has not told of its end
+
     def trace_prologue(self, sub_module: nn.Module) -> None:
         if self.is_complete_trace() and self.shards.same.is_needed:
             order = self._PartitionedParameterCoordinator__submodule_order
@@ -66,6 +70,8 @@ class _Coordinator(PartitionedParameterCoordinator):
 
     def fetch_sub_module(self, current_submodule: nn.Module, forward: bool) -> None:
         self._fetching = current_submodule
+        if not forward:
+            self.in_backward.add(current_submodule)
         params = iter_params(current_submodule, recurse=z3_leaf_module(current_submodule))
         waits = any(param.ds_status is not ZeroParamStatus.AVAILABLE for param in params)
         with self.shards.waiting() if waits else contextlib.nullcontext():
@@ -73,8 +79,12 @@ class _Coordinator(PartitionedParameterCoordinator):
         self.shards.arrived(current_submodule)
 
     def release_sub_module(self, submodule: nn.Module, forward: bool = False) -> None:
-        if not forward and self.is_complete_trace():
-            self._keep_recomputed(submodule)
+        if forward and submodule in self.in_backward:
+            return  # recomputed for that backward, which uses the weights next
+        if not forward:
+            self.in_backward.discard(submodule)
+            if self.is_complete_trace():
+                self._keep_recomputed(submodule)
         super().release_sub_module(submodule, forward)
         self.shards.left(submodule)
 
@@ -249,6 +259,8 @@ class WeightShards:
         coordinator = self._offload.get_param_coordinator()
         if hasattr(coordinator, "release_backward_leftovers"):
             coordinator.release_backward_leftovers()
+        if isinstance(coordinator, _Coordinator):
+            coordinator.in_backward.clear()
         in_flight = self._offload._DeepSpeedZeRoOffload__inflight_param_registry
         for param in partitioned_weights(self._module):
             if param in in_flight:
