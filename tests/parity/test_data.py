@@ -674,18 +674,18 @@ def test_prompts_and_completions_as_trl_has_them(tmp_path):
 
 
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("length", range(2, 18))
+@pytest.mark.parametrize("length", range(1, 17))
 def test_of_a_text_of_any_length_every_token_but_the_first_is_predicted_once(length, bos, tmp_path):
     """Exactly n x max_length tokens, one fewer, one more: the end token is always learned."""
     limit = 4
     tokenizer = tokenizer_of(None, bos=bos)
-    text = "abcdefghijklmnopq"[: length - 1 - bos]
+    text = "abcdefghijklmnopq"[:length]
     ids = [
         *([0] if bos else []),
         *tokenizer(text, add_special_tokens=False).input_ids,
         tokenizer.eos_token_id,
     ]
-    assert len(ids) == length
+    assert len(ids) == length + 1 + bos
     found = prepared(lines(tmp_path, {"text": text}), tokenizer, max_length=limit, template="alpaca")
     predicted = [label for piece, labels in found for label in labels[1:]]
     assert predicted == ids[1:]
