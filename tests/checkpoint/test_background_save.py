@@ -199,3 +199,19 @@ def test_a_program_that_ends_starts_no_collective(engine, tmp_path, monkeypatch,
         engine.checkpointer._background = None
         background.forget()
     assert not (tmp_path / "latest").exists()
+
+
+def test_a_failed_rank_of_several_keeps_the_states_that_its_save_has_not_copied(engine, tmp_path, monkeypatch):
+    """It does not wait while it fails, since the others may never come; the end of the program writes what it can."""
+    engine.save_checkpoint(tmp_path)
+    expected = {**whole_weights(engine), **states_of(engine)}
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "world_size", 2)
+        engine.end_training(failed=True)
+    assert not (tmp_path / "latest").exists()
+    engine.checkpointer._background._finish_at_exit()
+    resumed = Case(ds_config(hift=HIFT)).engine(seed=1)
+    resumed.load_checkpoint(tmp_path)
+    loaded = {**whole_weights(resumed), **states_of(resumed)}
+    assert loaded.keys() == expected.keys() and all(loaded[n].equal(t) for n, t in expected.items())
+    resumed.destroy()
