@@ -46,7 +46,7 @@ ASSUMED_SPEEDS = Speeds(flops_s=100e12, link=20e9)
 
 
 def measure_flops(device: torch.device, dtype: torch.dtype, side: int | None = None) -> float:
-    """Operations a second of a product of two matrices of ``side`` rows and columns; the best of three.
+    """Operations a second of a product of two matrices of ``side`` rows and columns; the best of up to three.
 
     Args:
         side: ``None`` for one that is typical of the device.
@@ -72,7 +72,7 @@ def measure_update(device: torch.device, numel: int) -> float:
 
 
 def measure_link(device: torch.device, num_bytes: int, pin_memory: bool) -> Link:
-    """Copy up to 64 MiB, ``num_bytes`` of them, between host memory and ``device``; the best of three each way."""
+    """Copy ``num_bytes``, up to 64 MiB, between host memory and ``device``; the best of up to three each way."""
     num_bytes = max(min(num_bytes, _LINK_BYTES), 1)
     host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pin_memory and device.type != "cpu")
     there = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
@@ -88,6 +88,6 @@ def _best_s(device: torch.device, work: Callable[[], object]) -> float:
         if streams is not None:
             streams.current_stream(device).synchronize()
         seconds.append(time.perf_counter() - started)
-        if len(seconds) > 1 and sum(seconds) > _LONG_ENOUGH_S:  # processors without bf16 take seconds for a product
+        if sum(seconds[1:]) > _LONG_ENOUGH_S:  # processors without bf16 take seconds for a product
             break
     return max(min(seconds[1:]), 1e-9)

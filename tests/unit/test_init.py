@@ -50,7 +50,7 @@ def one_process():
         yield
 
 
-def test_estimate_and_train_say_what_it_has_forecast(one_process, inputs, tmp_path, capsys, monkeypatch):  # noqa: F811  # noqa: F811
+def test_estimate_and_train_say_what_it_has_forecast(one_process, inputs, tmp_path, capsys, monkeypatch):  # noqa: F811
     """One setting for all three, with no switch that only one of them turns on; and a key that is given wins."""
     monkeypatch.chdir(tmp_path)
     config = model_zoo.config("llama2_7b", hidden_size=64, intermediate_size=176, num_hidden_layers=2,
